@@ -1,0 +1,94 @@
+"""What a backend is: the one protocol behind which tokens move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_comm.config import EPConfig
+from ep_comm.handle import DispatchHandle, RowLayout
+from ep_comm.layout import RoutingLayout
+from ep_comm.records import Recorder
+
+Result = TypeVar("Result")
+
+
+class Pending(Generic[Result]):
+    """An operation that was started. `wait` gives its result, complete on the current stream."""
+
+    def __init__(self, finish: Callable[[], Result]) -> None:
+        self._finish = finish
+
+    def wait(self) -> Result:
+        return self._finish()
+
+
+class Received(NamedTuple):
+    """Rows, scales (FP8 only) and probabilities (where sent) in the handle's layout."""
+
+    x: Tensor
+    scales: Tensor | None
+    topk_weights: Tensor | None
+
+
+class Combined(NamedTuple):
+    """Summed rows [T, H] and, where passed, scattered probabilities [T, K]."""
+
+    x: Tensor
+    topk_weights: Tensor | None
+
+
+class Backend(Protocol):
+    """Moves tokens between the ranks of one group. Arguments arrive checked.
+
+    Every backend gives the same bits (docs/architecture.md, "Numerics"). Every wait is bounded by
+    ``config.timeout_s`` and raises `EPTimeoutError`.
+    """
+
+    name: str
+    recorder: Recorder
+
+    @classmethod
+    def unavailable_reason(cls, group: dist.ProcessGroup, config: EPConfig) -> str | None:
+        """Why this backend cannot serve `group` here, or None where it can."""
+
+    def __init__(self, group: dist.ProcessGroup, config: EPConfig) -> None: ...
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Device memory held beyond the outputs of operations."""
+
+    def describe(self) -> str:
+        """The backend and its transport in a few words, for the start-up line."""
+
+    def plan(
+        self, routing: RoutingLayout, layout: RowLayout, expert_alignment: int, has_weights: bool
+    ) -> dict:
+        """Exchange the routing of a new dispatch; gives the fields of its `DispatchHandle`."""
+
+    def dispatch(
+        self,
+        handle: DispatchHandle,
+        x: Tensor,
+        scales: Tensor | None,
+        topk_weights: Tensor | None,
+        wire_dtype: torch.dtype,
+        recv_dtype: torch.dtype,
+    ) -> Pending[Received]:
+        """Send rows along the handle's routing.
+
+        `x` is [T, H]; with `scales` it is FP8 already, else it is quantised where `wire_dtype` is
+        FP8. `recv_dtype` FP8 leaves rows and scales as they arrived; anything else dequantises.
+        """
+
+    def combine(
+        self, handle: DispatchHandle, x: Tensor, topk_weights: Tensor | None
+    ) -> Pending[Combined]:
+        """Sum rows back to their tokens' owners, and scatter probabilities."""
+
+    def destroy(self) -> None:
+        """Free what the backend holds. Collective."""

@@ -1,0 +1,452 @@
+"""The reference backend: the numerics contract in plain torch over torch.distributed.
+
+It runs on any group that torch.distributed has (gloo on CPU, NCCL on GPU), for any number of
+ranks. Every kernel of this project is compared with it bit by bit, so it is written to be
+obviously right before fast; what goes over the wire is nevertheless what the fast backends send:
+one copy of a token per destination rank, and one partial sum back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_comm import fp8
+from ep_comm.backends.base import Combined, Pending, Received
+from ep_comm.backends.transport import Exchange, Operation, Transport
+from ep_comm.config import EPConfig
+from ep_comm.errors import EPMismatchError
+from ep_comm.handle import DispatchHandle, RowLayout
+from ep_comm.layout import RoutingLayout
+from ep_comm.records import OpRecord, Recorder
+
+_DTYPES = (torch.bfloat16, torch.float32, fp8.FP8_DTYPE)
+_OPS = ("create", "plan", "dispatch", "combine")
+_LAYOUTS = ("rank", "expert")
+
+
+@dataclass(frozen=True)
+class RoutingState:
+    """Index tensors of one routing.
+
+    Attributes:
+        epoch: Operation that exchanged the routing; tells handles of different dispatches apart.
+        sent_tokens: For each rank r, the tokens [n_r] int64 that went there, ascending.
+        expert_row_NK: [N, K] int64, for each received row its rows in the expert-major output,
+            in the order of ``recv_topk_idx``; -1 where the expert is not local.
+    """
+
+    epoch: int
+    sent_tokens: tuple[Tensor, ...]
+    expert_row_NK: Tensor
+
+
+class ReferenceBackend:
+    """See `ep_comm.backends.base.Backend`, whose methods these are."""
+
+    name = "reference"
+
+    @classmethod
+    def unavailable_reason(cls, group: dist.ProcessGroup, config: EPConfig) -> str | None:
+        return None
+
+    def __init__(self, group: dist.ProcessGroup, config: EPConfig) -> None:
+        self.config = config
+        self.recorder = Recorder()
+        self.transport = Transport(group, config.timeout_s)
+        self.num_local_experts = config.num_experts // self.transport.num_ranks
+        self._check_config_is_equal_everywhere()
+
+    @property
+    def buffer_bytes(self) -> int:
+        return 0
+
+    def describe(self) -> str:
+        return f"reference over {'/'.join(sorted(set(self.transport.backends.values())))}"
+
+    def destroy(self) -> None:
+        pass
+
+    # --- routing -------------------------------------------------------------------------------
+
+    def plan(
+        self, routing: RoutingLayout, layout: RowLayout, expert_alignment: int, has_weights: bool
+    ) -> dict:
+        device = routing.topk_idx.device
+        record = self.recorder.start("plan", device)
+        ranks = range(self.transport.num_ranks)
+        sent_tokens = tuple(
+            routing.is_token_in_rank[:, r].nonzero(as_tuple=True)[0] for r in ranks
+        )
+        rows_to_rank = tuple(len(tokens) for tokens in sent_tokens)
+        recv_rows = self._exchange_headers(
+            record,
+            rows_to_rank,
+            num_topk=routing.topk_idx.shape[1],
+            has_weights=has_weights,
+            layout=_LAYOUTS.index(layout),
+            expert_alignment=expert_alignment,
+        )
+
+        owner_TK = self._owner(routing.topk_idx)
+        local_TK = routing.topk_idx % self.num_local_experts  # of dropped entries: never selected
+        send = [
+            torch.where(owner_TK[tokens] == r, local_TK[tokens], -1).to(torch.int32)
+            for r, tokens in enumerate(sent_tokens)
+        ]
+        recv_topk_idx = routing.topk_idx.new_empty(sum(recv_rows), routing.topk_idx.shape[1])
+        self._send_rows(record, send, recv_topk_idx, recv_rows, "routing").wait()
+        record.metadata_bytes += _remote_bytes(send, self.transport.rank)
+
+        tokens_per_expert, padded, expert_row_NK = _expert_rows(
+            recv_topk_idx, self.num_local_experts, expert_alignment
+        )
+        record.rows_to_rank = rows_to_rank
+        self.recorder.finish(record)
+        return dict(
+            layout=layout,
+            expert_alignment=expert_alignment,
+            topk_idx=routing.topk_idx,
+            num_recv_tokens_per_rank=recv_rows,
+            recv_topk_idx=recv_topk_idx,
+            tokens_per_expert=tokens_per_expert,
+            padded_tokens_per_expert=padded,
+            state=RoutingState(record.epoch, sent_tokens, expert_row_NK),
+        )
+
+    # --- dispatch ------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        handle: DispatchHandle,
+        x: Tensor,
+        scales: Tensor | None,
+        topk_weights: Tensor | None,
+        wire_dtype: torch.dtype,
+        recv_dtype: torch.dtype,
+    ) -> Pending[Received]:
+        routing: RoutingState = handle.state
+        record = self.recorder.start("dispatch", x.device)
+        self._exchange_headers(
+            record,
+            tuple(len(tokens) for tokens in routing.sent_tokens),
+            routing_epoch=routing.epoch,
+            dtype=_DTYPES.index(wire_dtype),
+            has_weights=topk_weights is not None,
+        )
+        if wire_dtype == fp8.FP8_DTYPE and scales is None:
+            x, scales = fp8.quantize(x)
+        rows = _to_bytes(x) if scales is None else torch.cat([_to_bytes(x), _to_bytes(scales)], 1)
+        send = [rows[tokens] for tokens in routing.sent_tokens]
+        recv = rows.new_empty(handle.num_recv_tokens, rows.shape[1])
+        exchanges = [self._send_rows(record, send, recv, handle.num_recv_tokens_per_rank, "rows")]
+        self._record_payload(record, send)
+
+        recv_weights = None
+        if topk_weights is not None:
+            owner_TK = self._owner(handle.topk_idx)
+            send_weights = [
+                torch.where(owner_TK[tokens] == r, topk_weights[tokens], 0.0)
+                for r, tokens in enumerate(routing.sent_tokens)
+            ]
+            recv_weights = topk_weights.new_empty(handle.recv_topk_idx.shape)
+            exchanges.append(
+                self._send_rows(
+                    record, send_weights, recv_weights, handle.num_recv_tokens_per_rank, "weights"
+                )
+            )
+            record.metadata_bytes += _remote_bytes(send_weights, self.transport.rank)
+
+        def finish() -> Received:
+            for exchange in exchanges:
+                exchange.wait()
+            received = _unpack(recv, self.config.hidden, wire_dtype, recv_dtype)
+            received = received._replace(topk_weights=recv_weights)
+            if handle.layout == "expert":
+                received = _expand(received, handle)
+            self.recorder.finish(record)
+            return received
+
+        return Pending(finish)
+
+    # --- combine -------------------------------------------------------------------------------
+
+    def combine(
+        self, handle: DispatchHandle, x: Tensor, topk_weights: Tensor | None
+    ) -> Pending[Combined]:
+        routing: RoutingState = handle.state
+        record = self.recorder.start("combine", x.device)
+        sent_rows = [len(tokens) for tokens in routing.sent_tokens]  # and as many come back
+        self._exchange_headers(
+            record,
+            handle.num_recv_tokens_per_rank,
+            routing_epoch=routing.epoch,
+            dtype=_DTYPES.index(x.dtype),
+            has_weights=topk_weights is not None,
+        )
+        if handle.layout == "expert":
+            x = _sum_expert_rows(x, handle)
+            if topk_weights is not None:
+                topk_weights = _collapse_weights(topk_weights, routing.expert_row_NK)
+        recv_rows = handle.num_recv_tokens_per_rank
+        send = _to_bytes(x).split(recv_rows)
+        recv = x.new_empty(sum(sent_rows), x.shape[1])
+        exchanges = [self._send_rows(record, send, _to_bytes(recv), sent_rows, "rows")]
+        self._record_payload(record, send)
+
+        recv_weights = None
+        if topk_weights is not None:
+            send_weights = topk_weights.split(recv_rows)
+            recv_weights = topk_weights.new_empty(sum(sent_rows), topk_weights.shape[1])
+            exchanges.append(
+                self._send_rows(record, send_weights, recv_weights, sent_rows, "weights")
+            )
+            record.metadata_bytes += _remote_bytes(send_weights, self.transport.rank)
+
+        def finish() -> Combined:
+            for exchange in exchanges:
+                exchange.wait()
+            combined = self._sum_over_ranks(handle, recv.split(sent_rows))
+            scattered = None
+            if recv_weights is not None:
+                scattered = self._scatter_weights(handle, recv_weights.split(sent_rows))
+            self.recorder.finish(record)
+            return Combined(combined, scattered)
+
+        return Pending(finish)
+
+    def _sum_over_ranks(self, handle: DispatchHandle, partials: tuple[Tensor, ...]) -> Tensor:
+        """Levels 2 and 3 of combine: over a node's ranks, rounded, then over nodes, rounded."""
+        num_ranks = self.transport.num_ranks
+        ranks_per_node = self.config.ranks_per_node or num_ranks
+        sent_tokens = handle.state.sent_tokens
+        node_sums = []
+        for first in range(0, num_ranks, ranks_per_node):
+            node = slice(first, first + ranks_per_node)
+            total, present = _sum_in_order(
+                handle.num_tokens, zip(sent_tokens[node], partials[node], strict=True)
+            )
+            tokens = present.nonzero(as_tuple=True)[0]
+            node_sums.append((tokens, total[tokens].to(partials[0].dtype)))
+        if len(node_sums) == 1:
+            return total.to(partials[0].dtype)
+        return _sum_in_order(handle.num_tokens, node_sums)[0].to(partials[0].dtype)
+
+    def _scatter_weights(self, handle: DispatchHandle, received: tuple[Tensor, ...]) -> Tensor:
+        """Each entry [T, K] from the rank that owns its expert; dropped entries stay 0."""
+        owner_TK = self._owner(handle.topk_idx)
+        out = received[0].new_zeros(handle.topk_idx.shape)
+        for r, (tokens, rows) in enumerate(zip(handle.state.sent_tokens, received, strict=True)):
+            out[tokens] = torch.where(owner_TK[tokens] == r, rows, out[tokens])
+        return out
+
+    # --- messages ------------------------------------------------------------------------------
+
+    def _owner(self, topk_idx: Tensor) -> Tensor:
+        """Rank that owns each selected expert; -1 for dropped entries."""
+        return torch.div(topk_idx, self.num_local_experts, rounding_mode="floor")
+
+    def _send_rows(
+        self,
+        record: OpRecord,
+        send: Iterable[Tensor],
+        recv: Tensor,
+        recv_rows: Iterable[int],
+        phase: str,
+    ) -> Exchange:
+        """Send ``send[r]`` to rank r; `recv` takes the rows of all ranks, in rank order."""
+        return self.transport.exchange(
+            [tensor.contiguous() for tensor in send],
+            recv.split(tuple(recv_rows)),
+            Operation(record.op, record.epoch),
+            phase,
+        )
+
+    def _record_payload(self, record: OpRecord, send: Iterable[Tensor]) -> None:
+        rank = self.transport.rank
+        send = list(send)
+        record.rows_to_rank = tuple(len(rows) for rows in send)
+        record.wire_bytes_to_rank = tuple(
+            0 if r == rank else rows.numel() for r, rows in enumerate(send)
+        )
+
+    def _exchange_headers(
+        self, record: OpRecord, rows_to_rank: Iterable[int], **fields: int
+    ) -> tuple[int, ...]:
+        """Tell every rank what this one is about to do, and check that all do the same.
+
+        Returns:
+            Rows that each rank announced for this one.
+
+        Raises:
+            EPMismatchError: A rank does something else; names both sides.
+            EPTimeoutError: A rank does nothing.
+        """
+        operation = Operation(record.op, record.epoch)
+        mine = {"op": _OPS.index(record.op), "epoch": record.epoch, **fields}
+        device = self.transport.host_device
+        send = [
+            torch.tensor([len(mine), *mine.values(), rows], dtype=torch.int64).to(device)
+            for rows in rows_to_rank
+        ]
+        # Other operations have other fields: room for the longest, sent at full length.
+        send = [torch.nn.functional.pad(header, (0, 12 - header.numel())) for header in send]
+        recv = torch.empty(len(send), 12, dtype=torch.int64, device=device)
+        waited = self.transport.exchange(send, recv.unbind(), operation, "header").wait()
+        record.wait_s_by_rank = waited
+        record.metadata_bytes += _remote_bytes(send, self.transport.rank)
+        headers = self.transport.to_host(recv, operation, "header").tolist()
+        for r, (length, *values) in enumerate(headers):
+            theirs = dict(zip(mine, values[:length], strict=False))
+            if theirs != mine:
+                raise _mismatch(self.transport.rank, mine, r, theirs)
+        return tuple(header[len(mine) + 1] for header in headers)
+
+    def _check_config_is_equal_everywhere(self) -> None:
+        config = self.config
+        record = self.recorder.start("create", self.transport.host_device)
+        self._exchange_headers(
+            record,
+            [0] * self.transport.num_ranks,
+            num_experts=config.num_experts,
+            hidden=config.hidden,
+            max_tokens_per_rank=config.max_tokens_per_rank,
+            num_topk=config.num_topk,
+            ranks_per_node=config.ranks_per_node or self.transport.num_ranks,
+        )
+        self.recorder.num_operations = 0  # epochs count the caller's operations
+
+
+def _mismatch(
+    rank: int, mine: dict[str, int], peer: int, theirs: dict[str, int]
+) -> EPMismatchError:
+    def show(header: dict[str, int], keys: Iterable[str]) -> str:
+        names = {"op": _OPS, "layout": _LAYOUTS, "dtype": _DTYPES}
+        return ", ".join(
+            f"{key}={names[key][header[key]] if key in names else header[key]}" for key in keys
+        )
+
+    different = [key for key in mine if mine[key] != theirs.get(key)]
+    if mine["op"] != theirs["op"]:  # the other fields mean something else there
+        different = ["op", "epoch"]
+    return EPMismatchError(
+        f"ranks disagree: rank {rank} has {show(mine, different)}; "
+        f"rank {peer} has {show(theirs, different)}. Every rank of the group must make the same "
+        "calls, in the same order, with the same settings."
+    )
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def _to_bytes(rows: Tensor) -> Tensor:
+    """[T, H] rows as [T, bytes] uint8, sharing memory."""
+    if not rows.numel():  # strides of an empty tensor may be anything, and then it has no view
+        return rows.new_empty(len(rows), rows.shape[1] * rows.element_size(), dtype=torch.uint8)
+    return rows.view(torch.uint8)
+
+
+def _remote_bytes(send: Iterable[Tensor], rank: int) -> int:
+    return sum(t.numel() * t.element_size() for r, t in enumerate(send) if r != rank)
+
+
+def _unpack(
+    rows: Tensor, hidden: int, wire_dtype: torch.dtype, recv_dtype: torch.dtype
+) -> Received:
+    """Bytes off the wire as rows of `recv_dtype`."""
+    if wire_dtype != fp8.FP8_DTYPE:
+        return Received(rows.view(wire_dtype), None, None)
+    x = rows[:, :hidden].contiguous().view(fp8.FP8_DTYPE)
+    scales = rows[:, hidden:].contiguous().view(torch.float32)
+    if recv_dtype == fp8.FP8_DTYPE:
+        return Received(x, scales, None)
+    return Received(fp8.dequantize(x, scales, recv_dtype), None, None)
+
+
+def _expert_rows(
+    recv_topk_idx: Tensor, num_local_experts: int, alignment: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions of received tokens in the expert-major output.
+
+    Inside an expert's group tokens stand by source rank, then by token index, which is the order
+    of received rows; groups stand in expert order, each padded to `alignment` rows.
+
+    Returns:
+        Tokens per expert and padded tokens per expert, both [E_local] int64 on the CPU, and the
+        rows [N, K] int64 of each received token, -1 where the expert is not local.
+    """
+    experts = torch.arange(num_local_experts, device=recv_topk_idx.device)
+    hits_KNE = recv_topk_idx.t().unsqueeze(-1) == experts  # one [N, E_local] bool a top-k column
+    hits_NE = hits_KNE.any(0)
+    counts = hits_NE.sum(0)
+    padded = (counts + alignment - 1) // alignment * alignment
+    first_row = padded.cumsum(0) - padded
+    row_NE = first_row + hits_NE.cumsum(0) - 1
+    local = recv_topk_idx >= 0
+    expert_row_NK = torch.where(local, row_NE.gather(1, recv_topk_idx.clamp(min=0).long()), -1)
+    return counts.cpu(), padded.cpu(), expert_row_NK
+
+
+def _expand(received: Received, handle: DispatchHandle) -> Received:
+    """Rank-major rows to padded expert-major rows; padding is 0, with FP8 scale 1."""
+    n, k = (handle.state.expert_row_NK >= 0).nonzero(as_tuple=True)
+    row = handle.state.expert_row_NK[n, k]
+    x = torch.zeros(
+        handle.num_rows, received.x.shape[1], dtype=received.x.dtype, device=received.x.device
+    )
+    _to_bytes(x)[row] = _to_bytes(received.x)[n]
+    scales = weights = None
+    if received.scales is not None:
+        scales = received.scales.new_ones(handle.num_rows, received.scales.shape[1])
+        scales[row] = received.scales[n]
+    if received.topk_weights is not None:
+        weights = received.topk_weights.new_zeros(handle.num_rows)
+        weights[row] = received.topk_weights[n, k]
+    return Received(x, scales, weights)
+
+
+def _collapse_weights(weights_M: Tensor, expert_row_NK: Tensor) -> Tensor:
+    """The inverse of `_expand` for one number a row: [M] to [N, K], 0 where not local."""
+    if not len(weights_M):
+        return weights_M.new_zeros(expert_row_NK.shape)
+    return torch.where(expert_row_NK >= 0, weights_M[expert_row_NK.clamp(min=0)], 0.0)
+
+
+def _sum_expert_rows(x_MH: Tensor, handle: DispatchHandle) -> Tensor:
+    """Level 1 of combine: a token's rows on this rank, ascending by expert, rounded once."""
+    rows_NK = handle.state.expert_row_NK
+    # Groups stand in expert order, so ascending rows are ascending experts.
+    rows_NK = torch.where(rows_NK < 0, len(x_MH), rows_NK).sort(dim=1).values
+    contributions = []
+    for rows in rows_NK.unbind(1):
+        tokens = (rows < len(x_MH)).nonzero(as_tuple=True)[0]
+        contributions.append((tokens, x_MH[rows[tokens]]))
+    return _sum_in_order(handle.num_recv_tokens, contributions)[0].to(x_MH.dtype)
+
+
+def _sum_in_order(
+    num_rows: int, contributions: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Add up (row indices, rows) in FP32, strictly in the order given.
+
+    A sum starts from its first contribution, not from zero, so that -0 survives. No index stands
+    twice in one contribution, hence no order is left to chance.
+
+    Returns:
+        Sums [num_rows, H] FP32 (+0 where nothing came) and [num_rows] bool, whether any came.
+    """
+    contributions = list(contributions)
+    hidden = contributions[0][1].shape[1]
+    device = contributions[0][1].device
+    total = torch.zeros(num_rows, hidden, dtype=torch.float32, device=device)
+    present = torch.zeros(num_rows, dtype=torch.bool, device=device)
+    for idx, rows in contributions:
+        first = ~present[idx]
+        total[idx[first]] = rows[first].float()
+        total[idx[~first]] += rows[~first].float()
+        present[idx] = True
+    return total, present

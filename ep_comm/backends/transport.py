@@ -1,0 +1,171 @@
+"""Point-to-point messages between the ranks of a torch.distributed group, with bounded waits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_comm.errors import EPStateError, EPTimeoutError
+
+
+class Operation(NamedTuple):
+    """What a wait is part of; error messages name it."""
+
+    op: str
+    epoch: int
+
+
+class Transport:
+    """Sends one tensor to, and receives one from, every peer of a group.
+
+    gloo blocks the host, so that every wait can be bounded and its late peer named. NCCL enqueues
+    on the current stream; only `to_host` blocks, and there the late peer is unknown.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.num_ranks = dist.get_world_size(group)
+        self.timeout_s = timeout_s
+        self.backends = _backend_by_device_type(group)
+        on_cpu = "cpu" in self.backends
+        self.host_device = torch.device("cpu" if on_cpu else f"cuda:{torch.cuda.current_device()}")
+
+    @property
+    def peers(self) -> list[int]:
+        """The other ranks, the next one first, so that not all ranks write to the same one."""
+        return [(self.rank + i) % self.num_ranks for i in range(1, self.num_ranks)]
+
+    def exchange(
+        self, send: Sequence[Tensor], recv: Sequence[Tensor], operation: Operation, phase: str
+    ) -> Exchange:
+        """Start sending ``send[r]`` to rank r and filling ``recv[r]`` from it.
+
+        Both sides know the sizes: empty tensors are not sent. The own entry is copied at once.
+        """
+        recv[self.rank].copy_(send[self.rank])
+        return Exchange(self, send, recv, operation, phase)
+
+    def to_host(self, tensor: Tensor, operation: Operation, phase: str) -> Tensor:
+        """`tensor` on the CPU, waiting at most the timeout for the stream to get there."""
+        if not tensor.is_cuda:
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        deadline = time.monotonic() + self.timeout_s
+        while not done.query():
+            if time.monotonic() > deadline:
+                raise self.timeout(operation, phase, late_ranks=())
+            time.sleep(20e-6)
+        return host
+
+    def timeout(
+        self, operation: Operation, phase: str, late_ranks: tuple[int, ...]
+    ) -> EPTimeoutError:
+        return EPTimeoutError(
+            op=operation.op,
+            phase=phase,
+            rank=self.rank,
+            late_ranks=late_ranks,
+            epoch=operation.epoch,
+            timeout_s=self.timeout_s,
+        )
+
+
+class Exchange:
+    """Messages in flight. Keeps the tensors alive; `wait` before reading any of them."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        send: Sequence[Tensor],
+        recv: Sequence[Tensor],
+        operation: Operation,
+        phase: str,
+    ) -> None:
+        self._transport = transport
+        self._operation = operation
+        self._phase = phase
+        self._tensors = (send, recv)
+        self._sends: list[tuple[int, dist.Work]] = []
+        self._recvs: list[tuple[int, dist.Work]] = []
+        self._batch: list[dist.Work] = []
+        group, peers = transport.group, transport.peers
+        try:
+            if send[transport.rank].is_cuda and transport.backends.get("cuda") == "nccl":
+                ops = [
+                    dist.P2POp(call, tensor[r], group=group, group_peer=r)
+                    for r in peers
+                    for call, tensor in ((dist.isend, send), (dist.irecv, recv))
+                    if tensor[r].numel()
+                ]
+                self._batch = dist.batch_isend_irecv(ops) if ops else []
+                return
+            for r in peers:
+                if recv[r].numel():
+                    self._recvs.append((r, dist.irecv(recv[r], group=group, group_src=r)))
+            for r in peers:
+                if send[r].numel():
+                    self._sends.append((r, dist.isend(send[r], group=group, group_dst=r)))
+        except RuntimeError as error:
+            raise self._lost_peer(error) from error
+
+    def wait(self) -> tuple[float, ...]:
+        """Complete the exchange.
+
+        Returns:
+            Host seconds until each rank's message was there, waited for in rank order; empty
+            where the host does not block.
+
+        Raises:
+            EPTimeoutError: A peer did not arrive in time; names all that are missing.
+            EPStateError: A peer closed its connection.
+        """
+        if self._batch:
+            for work in self._batch:
+                work.wait()
+            return ()
+        start = time.monotonic()
+        waited = [0.0] * self._transport.num_ranks
+        for r, work in [*self._recvs, *self._sends]:
+            left = self._transport.timeout_s - (time.monotonic() - start)
+            try:
+                work.wait(timedelta(seconds=max(left, 1e-3)))
+            except RuntimeError as error:
+                if time.monotonic() - start < 0.95 * self._transport.timeout_s:
+                    raise self._lost_peer(error) from error
+                raise self._transport.timeout(
+                    self._operation, self._phase, self._late_ranks(r)
+                ) from error
+            waited[r] = max(waited[r], time.monotonic() - start)
+        return tuple(waited)
+
+    def _late_ranks(self, first: int) -> tuple[int, ...]:
+        """`first`, and every other rank whose message has not come either."""
+        late = {first}
+        for r, work in self._recvs:
+            try:
+                work.wait(timedelta(milliseconds=1))
+            except RuntimeError:
+                late.add(r)
+        return tuple(sorted(late))
+
+    def _lost_peer(self, error: RuntimeError) -> EPStateError:
+        return EPStateError(
+            f"{self._operation.op} #{self._operation.epoch}: rank {self._transport.rank} lost the "
+            f"connection to a peer (phase: {self._phase}): {error}"
+        )
+
+
+def _backend_by_device_type(group: dist.ProcessGroup) -> dict[str, str]:
+    """Such as {"cpu": "gloo", "cuda": "nccl"}."""
+    pairs = dist.get_backend_config(group).split(",")
+    return dict(pair.split(":", 1) for pair in pairs)

@@ -1,0 +1,314 @@
+"""`Buffer`: dispatch tokens to the ranks of their experts, and combine the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_comm import checks, ops
+from ep_comm.backends import make_backend
+from ep_comm.backends.base import Backend
+from ep_comm.config import EPConfig
+from ep_comm.errors import EPArgumentError, EPError, EPStateError
+from ep_comm.events import EventOverlap
+from ep_comm.handle import (
+    CombineOutput,
+    DispatchHandle,
+    DispatchOutput,
+    Payload,
+    RowLayout,
+    payload_tensors,
+)
+from ep_comm.layout import routing_layout
+from ep_comm.records import Recorder
+
+
+class Buffer:
+    """Expert-parallel communication of one process group.
+
+    Names and meaning follow DeepEP's ``Buffer`` wherever the same thing exists. All methods but
+    the properties are collective: every rank of the group calls them, in the same order.
+
+    Args:
+        group: Ranks that share the experts; None is the default group.
+        config: Sizes and settings, equal on all ranks.
+
+    Raises:
+        EPArgumentError: `config` does not fit the group.
+        EPMismatchError: Ranks passed different configs.
+        EPTimeoutError: A rank did not arrive.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, config: EPConfig) -> None:
+        if not dist.is_initialized():
+            raise EPStateError(
+                "torch.distributed is not initialised: call init_process_group before Buffer"
+            )
+        self.group = dist.group.WORLD if group is None else group
+        self.config = config
+        self.rank = dist.get_rank(self.group)
+        if self.rank < 0:
+            raise EPArgumentError("this process is not a member of the group")
+        self.num_ranks = dist.get_world_size(self.group)
+        config.check_group(self.num_ranks)
+        self.num_local_experts = config.num_experts // self.num_ranks
+        self._unusable: str | None = None
+        self._backend: Backend = make_backend(self.group, config)
+        self._device_types = _device_types(self.group)
+
+    # --- the two operations ----------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        x: Payload,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        *,
+        routing_map: Tensor | None = None,
+        handle: DispatchHandle | None = None,
+        layout: RowLayout = "expert",
+        expert_alignment: int = 16,
+        wire_dtype: torch.dtype | None = None,
+        recv_dtype: torch.dtype | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+        during_backward: Callable[[], None] | None = None,
+    ) -> DispatchOutput:
+        """Send each token once to every rank that owns one of its experts. Differentiable.
+
+        Rows arrive bit for bit as they were sent, by source rank and then by token index; in the
+        expert layout that is the order inside each local expert's group, a token standing in the
+        group of every local expert it selected. Exactly one of `topk_idx`, `routing_map` and
+        `handle` says where tokens go.
+
+        Args:
+            x: [T, hidden] BF16 or FP32, contiguous; or FP8 rows with their scales,
+                (``float8_e4m3fn`` [T, hidden], FP32 [T, hidden / 128]), see `ep_comm.fp8`.
+            topk_idx: [T, K] int32 or int64, K at most ``config.num_topk``; -1 drops the entry.
+            topk_weights: FP32 probabilities to send along: [T, K], or [T, num_experts] with
+                `routing_map`. They arrive with the rows, and their gradients come back.
+            routing_map: [T, num_experts] bool, Megatron's form of the same; at most
+                ``config.num_topk`` true entries a token.
+            handle: Repeat the routing of an earlier dispatch (cached dispatch).
+                `topk_weights` are then [T, K] of the handle's ``topk_idx``.
+            layout: "expert": rows grouped by local expert, each group padded with zero rows to
+                `expert_alignment`. "rank": rows by source rank, with ``recv_topk_idx``, as in
+                DeepEP. A cached dispatch takes both from its handle.
+            expert_alignment: Rows of each group are a multiple of this. 16 is what Transformer
+                Engine's FP8 GEMMs need.
+            wire_dtype: None sends rows as they are; ``torch.float8_e4m3fn`` quantises BF16 or
+                FP32 rows for the way.
+            recv_dtype: Type of the received rows; None is x's own. With FP8 on the wire:
+                ``float8_e4m3fn`` gives (rows, scales) as they came, BF16 or FP32 dequantises.
+            previous_event: The operation starts after this event.
+            async_finish: Return before the operation is complete on the current stream; wait for
+                the returned event. The reference backend completes on the current stream anyway.
+            allocate_on_comm_stream: Outputs belong to the communication stream; needs
+                `previous_event` and `async_finish`. No effect with the reference backend.
+            during_backward: Called in this dispatch's backward while its combine is in flight:
+                the place for work that does not need the combined gradient, such as weight
+                gradients.
+
+        Returns:
+            See `DispatchOutput`.
+
+        Raises:
+            EPArgumentError, EPRoutingError: Wrong arguments; nothing was sent.
+            EPMismatchError: Another rank called something else.
+            EPTimeoutError: A rank did not arrive within ``config.timeout_s``.
+            EPStateError: The buffer failed earlier or was destroyed.
+        """
+        self._check_usable()
+        checks.check_stream_arguments(previous_event, async_finish, allocate_on_comm_stream)
+        checks.check_payload(x, self.config)
+        rows, scales = payload_tensors(x)
+        checks.check_device("x", rows, self._device_types)
+        wire, recv = checks.wire_and_recv_dtype(x, wire_dtype, recv_dtype, self.config.hidden)
+        if previous_event is not None:
+            previous_event.current_stream_wait()
+        idx_dtype = torch.int32 if topk_idx is None else topk_idx.dtype
+        if handle is None:
+            handle, topk_weights = self._plan(
+                rows, topk_idx, topk_weights, routing_map, layout, expert_alignment
+            )
+        else:
+            checks.check_handle(handle, self)
+            if topk_idx is not None or routing_map is not None:
+                raise EPArgumentError("pass topk_idx, routing_map or a handle, not two of them")
+            checks.check_rows("x", rows, handle.num_tokens, self.config.hidden)
+            checks.check_weights(topk_weights, tuple(handle.topk_idx.shape), rows.device)
+        handle.during_backward = during_backward
+
+        recv_x, recv_scales, recv_weights = ops.dispatch(
+            rows, scales, topk_weights, wire, recv, handle.id
+        )
+        return DispatchOutput(
+            recv_x=recv_x if recv_x.dtype in checks.ROW_DTYPES else (recv_x, recv_scales),
+            recv_topk_idx=(
+                handle.recv_topk_idx.to(idx_dtype) if handle.layout == "rank" else None
+            ),
+            recv_topk_weights=None if topk_weights is None else recv_weights,
+            num_recv_tokens_per_expert_list=handle.padded_tokens_per_expert.tolist(),
+            handle=handle,
+            event=EventOverlap.record(rows.device),
+        )
+
+    def combine(
+        self,
+        x: Tensor,
+        handle: DispatchHandle,
+        topk_weights: Tensor | None = None,
+        *,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> CombineOutput:
+        """Sum the rows of each token back on the rank it came from. Differentiable.
+
+        Unweighted: probabilities are the experts' business. The order of every sum is fixed, in
+        FP32, rounded to x's dtype after each level: a token's experts on one rank ascending, the
+        ranks of one node ascending, nodes ascending (``config.ranks_per_node``). Padding rows
+        are never read.
+
+        Args:
+            x: Rows in the order that the dispatch gave them, BF16 or FP32, contiguous.
+            handle: What the dispatch returned.
+            topk_weights: FP32, as the dispatch gave them ([M] or [N, K]): scattered back to
+                [T, K] without any sum. With their gradients this is the backward of dispatch.
+            previous_event, async_finish, allocate_on_comm_stream: As in `dispatch`.
+
+        Returns:
+            See `CombineOutput`.
+
+        Raises:
+            As `dispatch`.
+        """
+        self._check_usable()
+        checks.check_stream_arguments(previous_event, async_finish, allocate_on_comm_stream)
+        checks.check_handle(handle, self)
+        checks.check_rows("x", x, handle.num_rows, self.config.hidden)
+        checks.check_device("x", x, self._device_types)
+        if x.dtype not in checks.ROW_DTYPES:
+            raise EPArgumentError(f"combine sums bfloat16 or float32 rows, got {x.dtype}")
+        weights_shape = (
+            (handle.num_rows,) if handle.layout == "expert" else tuple(handle.recv_topk_idx.shape)
+        )
+        checks.check_weights(topk_weights, weights_shape, x.device)
+        if previous_event is not None:
+            previous_event.current_stream_wait()
+        combined_x, combined_weights = ops.combine(x, topk_weights, handle.id)
+        return CombineOutput(
+            combined_x,
+            None if topk_weights is None else combined_weights,
+            EventOverlap.record(x.device),
+        )
+
+    @staticmethod
+    def capture() -> EventOverlap:
+        """The current end of the current stream, to pass as `previous_event`."""
+        on_gpu = torch.cuda.is_available()
+        return EventOverlap.record(torch.device("cuda" if on_gpu else "cpu"))
+
+    # --- state -----------------------------------------------------------------------------------
+
+    @property
+    def records(self) -> Recorder:
+        """What each operation moved, how long it took and whom it waited for."""
+        return self._backend.recorder
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Device memory that the buffer holds beyond the outputs of operations."""
+        return self._backend.buffer_bytes
+
+    def describe(self) -> str:
+        """Backend and transport in a few words."""
+        return self._backend.describe()
+
+    def destroy(self) -> None:
+        """Free the buffer. Collective; every later call raises `EPStateError`."""
+        self._backend.destroy()
+        self._unusable = "it was destroyed"
+
+    @contextmanager
+    def guard(self) -> Iterator[Backend]:
+        """The backend, for one operation; an error in it makes the buffer unusable.
+
+        After a timeout or a mismatch messages of the failed operation may still be on their way,
+        and nothing on this buffer could be trusted.
+        """
+        self._check_usable()
+        try:
+            yield self._backend
+        except BaseException as error:
+            reason = str(error) if isinstance(error, EPError) else repr(error)
+            self._unusable = f"an earlier operation failed: {reason}"
+            raise
+
+    def _check_usable(self) -> None:
+        if self._unusable is not None:
+            raise EPStateError(f"the buffer can no longer be used: {self._unusable}")
+
+    def _plan(
+        self,
+        x: Tensor,
+        topk_idx: Tensor | None,
+        topk_weights: Tensor | None,
+        routing_map: Tensor | None,
+        layout: RowLayout,
+        expert_alignment: int,
+    ) -> tuple[DispatchHandle, Tensor | None]:
+        """Check the routing of a new dispatch and exchange it.
+
+        Returns:
+            The handle, and the probabilities as [T, K] of its ``topk_idx``.
+        """
+        config = self.config
+        checks.check_layout(layout, expert_alignment)
+        routing_tensor = topk_idx if topk_idx is not None else routing_map
+        if routing_tensor is None or (topk_idx is not None and routing_map is not None):
+            raise EPArgumentError("pass exactly one of topk_idx, routing_map and handle")
+        if routing_tensor.device != x.device:
+            raise EPArgumentError(f"the routing is on {routing_tensor.device}, x on {x.device}")
+        if routing_tensor.dim() == 2 and routing_tensor.shape[0] != x.shape[0]:
+            raise EPArgumentError(
+                f"the routing has {routing_tensor.shape[0]} tokens, x has {x.shape[0]}"
+            )
+        if topk_idx is not None and topk_idx.dim() == 2 and topk_idx.shape[1] > config.num_topk:
+            raise EPArgumentError(
+                f"topk_idx has {topk_idx.shape[1]} entries a token, the buffer was made for "
+                f"num_topk {config.num_topk}"
+            )
+        checks.check_weights(topk_weights, tuple(routing_tensor.shape), x.device)
+        routing = routing_layout(
+            topk_idx,
+            routing_map=routing_map,
+            num_topk=config.num_topk if routing_map is not None else None,
+            num_experts=config.num_experts,
+            num_ranks=self.num_ranks,
+        )
+        if routing_map is not None and topk_weights is not None:
+            topk_weights = _select_probabilities(topk_weights, routing.topk_idx)
+        with self.guard() as backend:
+            fields = backend.plan(routing, layout, expert_alignment, topk_weights is not None)
+        return DispatchHandle(buffer=self, **fields), topk_weights
+
+
+def _select_probabilities(probs_TE: Tensor, topk_idx_TK: Tensor) -> Tensor:
+    """Probabilities of the selected experts [T, K]; 0 where dropped. Gradients scatter back."""
+    # An extra column takes the dropped entries, so that no real expert's gradient meets theirs.
+    padded = torch.nn.functional.pad(probs_TE, (0, 1))
+    columns = torch.where(topk_idx_TK < 0, probs_TE.shape[1], topk_idx_TK).long()
+    return padded.gather(1, columns)
+
+
+def _device_types(group: dist.ProcessGroup) -> tuple[str, ...]:
+    """Kinds of device that the group can move tensors on and this machine has."""
+    names = dist.get_backend_config(group)
+    has_cuda = torch.cuda.is_available()
+    return tuple(kind for kind in ("cpu", "cuda") if kind in names and (kind == "cpu" or has_cuda))

@@ -1,0 +1,121 @@
+"""Checks of what callers pass, made on the host before anything is sent or launched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ep_comm import fp8
+from ep_comm.config import EPConfig
+from ep_comm.errors import EPArgumentError
+from ep_comm.handle import DispatchHandle, Payload, RowLayout, payload_tensors
+
+ROW_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def check_device(name: str, tensor: Tensor, device_types: tuple[str, ...]) -> None:
+    if tensor.device.type not in device_types:
+        raise EPArgumentError(
+            f"{name} is on {tensor.device}, but the buffer's group moves tensors on "
+            f"{' or '.join(device_types)}"
+        )
+
+
+def check_rows(name: str, x: Tensor, num_rows: int | None, hidden: int) -> None:
+    """`x` is [num_rows, hidden], contiguous."""
+    if x.dim() != 2 or x.shape[1] != hidden or num_rows not in (None, x.shape[0]):
+        rows = "num_tokens" if num_rows is None else num_rows
+        raise EPArgumentError(f"{name} must be [{rows}, {hidden}], got {list(x.shape)}")
+    if not x.is_contiguous():
+        raise EPArgumentError(f"{name} must be contiguous, got strides {list(x.stride())}")
+
+
+def check_payload(x: Payload, config: EPConfig) -> None:
+    """Rows to dispatch: BF16 or FP32 [T, hidden], or FP8 with scales [T, hidden / 128]."""
+    rows, scales = payload_tensors(x)
+    check_rows("x", rows, None, config.hidden)
+    if rows.shape[0] > config.max_tokens_per_rank:
+        raise EPArgumentError(
+            f"x has {rows.shape[0]} tokens, more than the {config.max_tokens_per_rank} "
+            "(max_tokens_per_rank) that the buffer was made for"
+        )
+    if scales is None:
+        if rows.dtype not in ROW_DTYPES:
+            raise EPArgumentError(
+                f"x must be bfloat16 or float32, or a tuple (float8_e4m3fn, scales), "
+                f"got {rows.dtype}"
+            )
+        return
+    fp8.check_hidden(config.hidden)
+    if rows.dtype != fp8.FP8_DTYPE:
+        raise EPArgumentError(f"x with scales must be float8_e4m3fn, got {rows.dtype}")
+    check_rows("scales", scales, rows.shape[0], config.hidden // fp8.BLOCK)
+    if scales.dtype != torch.float32 or scales.device != rows.device:
+        raise EPArgumentError(
+            f"scales must be float32 on {rows.device}, got {scales.dtype} on {scales.device}"
+        )
+
+
+def wire_and_recv_dtype(
+    x: Payload, wire_dtype: torch.dtype | None, recv_dtype: torch.dtype | None, hidden: int
+) -> tuple[torch.dtype, torch.dtype]:
+    """Defaults for the two types, and a refusal of pairs that make no sense."""
+    rows, scales = payload_tensors(x)
+    wire = rows.dtype if wire_dtype is None else wire_dtype
+    recv = rows.dtype if recv_dtype is None else recv_dtype
+    if wire != rows.dtype and (wire != fp8.FP8_DTYPE or scales is not None):
+        raise EPArgumentError(
+            f"wire_dtype must be x's own dtype {rows.dtype} or float8_e4m3fn, got {wire}"
+        )
+    if wire == fp8.FP8_DTYPE:
+        fp8.check_hidden(hidden)
+        if recv not in (*ROW_DTYPES, fp8.FP8_DTYPE):
+            raise EPArgumentError(f"recv_dtype must be bfloat16, float32 or float8, got {recv}")
+    elif recv != wire:
+        raise EPArgumentError(f"recv_dtype {recv} needs FP8 on the wire, which carries {wire}")
+    if rows.requires_grad and recv != rows.dtype:
+        raise EPArgumentError(
+            f"x requires grad, so the received rows must have its dtype {rows.dtype}, not {recv}"
+        )
+    return wire, recv
+
+
+def check_weights(
+    weights: Tensor | None, shape: tuple[int, ...], device: torch.device, name: str = "topk_weights"
+) -> None:
+    """Probabilities: FP32 of that shape, contiguous, on that device."""
+    if weights is None:
+        return
+    if weights.dtype != torch.float32:
+        raise EPArgumentError(f"{name} must be float32, got {weights.dtype}")
+    if tuple(weights.shape) != shape:
+        raise EPArgumentError(f"{name} must be {list(shape)}, got {list(weights.shape)}")
+    if weights.device != device:
+        raise EPArgumentError(f"{name} is on {weights.device}, x on {device}")
+    if not weights.is_contiguous():
+        raise EPArgumentError(f"{name} must be contiguous, got strides {list(weights.stride())}")
+
+
+def check_layout(layout: RowLayout, expert_alignment: int) -> None:
+    if layout not in ("rank", "expert"):
+        raise EPArgumentError(f"layout must be 'rank' or 'expert', got {layout!r}")
+    if expert_alignment < 1:
+        raise EPArgumentError(f"expert_alignment must be at least 1, got {expert_alignment}")
+
+
+def check_handle(handle: object, buffer: object) -> DispatchHandle:
+    if not isinstance(handle, DispatchHandle):
+        raise EPArgumentError(f"handle must be a DispatchHandle, got {type(handle).__name__}")
+    if handle.buffer is not buffer:
+        raise EPArgumentError("the handle belongs to another buffer")
+    return handle
+
+
+def check_stream_arguments(
+    previous_event: object, async_finish: bool, allocate_on_comm_stream: bool
+) -> None:
+    if allocate_on_comm_stream and (previous_event is None or not async_finish):
+        raise EPArgumentError(
+            "allocate_on_comm_stream needs previous_event and async_finish=True: only then is "
+            "the communication stream ordered with the caller's"
+        )

@@ -1,0 +1,73 @@
+"""What a `Buffer` is sized and configured by."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from ep_comm.errors import EPArgumentError
+
+BackendName = Literal["auto", "reference"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EPConfig:
+    """Sizes and settings of one `Buffer`; must be equal on every rank of the group.
+
+    Attributes:
+        num_experts: Experts over all ranks. Rank r owns experts
+            ``[r * num_experts / ranks, (r + 1) * num_experts / ranks)``.
+        hidden: Elements of one token row.
+        max_tokens_per_rank: Most tokens that a rank passes to one dispatch.
+        num_topk: Most experts that a token selects.
+        ranks_per_node: Consecutive ranks whose partial sums combine adds and rounds before the
+            sums of different nodes meet (DESIGN: three-level combine). None means that the whole
+            group is one node.
+        backend: "auto" takes the fastest backend that this machine has.
+        timeout_s: Bound of every wait, in seconds.
+
+    Raises:
+        EPArgumentError: A value is out of its range.
+    """
+
+    num_experts: int
+    hidden: int
+    max_tokens_per_rank: int
+    num_topk: int
+    ranks_per_node: int | None = None
+    backend: BackendName = "auto"
+    timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "hidden", "max_tokens_per_rank", "num_topk"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise EPArgumentError(f"{name} must be a positive integer, got {value!r}")
+        if self.num_topk > self.num_experts:
+            raise EPArgumentError(
+                f"num_topk {self.num_topk} is more than num_experts {self.num_experts}"
+            )
+        if self.ranks_per_node is not None and self.ranks_per_node < 1:
+            raise EPArgumentError(f"ranks_per_node must be positive, got {self.ranks_per_node}")
+        if self.backend not in BackendName.__args__:
+            raise EPArgumentError(
+                f"backend must be one of {', '.join(BackendName.__args__)}, got {self.backend!r}"
+            )
+        if not self.timeout_s > 0:
+            raise EPArgumentError(f"timeout_s must be positive, got {self.timeout_s}")
+
+    def check_group(self, num_ranks: int) -> None:
+        """Raise `EPArgumentError` where these sizes do not fit a group of `num_ranks`."""
+        if self.num_experts % num_ranks:
+            raise EPArgumentError(
+                f"num_experts {self.num_experts} is not divisible by the group's {num_ranks} ranks"
+            )
+        if self.ranks_per_node is not None and num_ranks % self.ranks_per_node:
+            raise EPArgumentError(
+                f"the group's {num_ranks} ranks are not divisible by ranks_per_node "
+                f"{self.ranks_per_node}"
+            )
+
+    def describe(self) -> str:
+        """The configuration as ``name=value`` pairs in one line."""
+        return " ".join(f"{name}={value}" for name, value in asdict(self).items())

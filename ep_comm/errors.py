@@ -1,0 +1,65 @@
+"""Every error that ep_comm raises on purpose.
+
+All of them derive from `EPError`, so ``except ep_comm.EPError`` catches what the library itself
+has to say and nothing else. Argument errors are `ValueError`s too, and the rest `RuntimeError`s,
+for callers that know nothing of ep_comm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class EPError(Exception):
+    """Base class of all errors raised by ep_comm."""
+
+
+class EPArgumentError(EPError, ValueError):
+    """An argument is wrong. Raised before anything is sent or launched; the buffer stays usable."""
+
+
+class EPRoutingError(EPArgumentError):
+    """The *content* of ``topk_idx`` or ``routing_map`` is wrong: an expert out of range, or twice."""
+
+
+class EPUnsupportedError(EPError, NotImplementedError):
+    """A feature that this version refuses by name."""
+
+
+class EPMismatchError(EPError, RuntimeError):
+    """Ranks of one group called different operations, or the same one with different shapes."""
+
+
+class EPStateError(EPError, RuntimeError):
+    """The buffer can no longer be used: it was destroyed, or an earlier operation failed on it."""
+
+
+@dataclass
+class EPTimeoutError(EPError, RuntimeError):
+    """A bounded wait ran out. Names who waited for whom, and for what.
+
+    Attributes:
+        op: Operation that was running, such as ``"dispatch"``.
+        phase: Part of the operation that waited, such as ``"header"``.
+        rank: Group rank that waited.
+        late_ranks: Group ranks that had not arrived; empty where the transport cannot tell.
+        epoch: Number of the operation on this buffer, counted from 1.
+        timeout_s: Bound that ran out, in seconds.
+    """
+
+    op: str
+    phase: str
+    rank: int
+    late_ranks: tuple[int, ...]
+    epoch: int
+    timeout_s: float
+
+    def __str__(self) -> str:
+        late = (
+            f"rank {', '.join(map(str, self.late_ranks))}" if self.late_ranks else "an unknown rank"
+        )
+        return (
+            f"{self.op} #{self.epoch}: rank {self.rank} waited {self.timeout_s:g} s for {late} "
+            f"(phase: {self.phase}). The buffer is no longer usable; build a new one on a group "
+            "without the missing rank, or raise timeout_s if the rank is only slow."
+        )

@@ -1,0 +1,47 @@
+"""Ordering between streams."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import torch
+
+
+class EventOverlap:
+    """The point on a stream where an operation is complete. Everything is a no-op on CPU.
+
+    Meaning and name follow DeepEP's ``EventOverlap``. As a context manager it runs the body while
+    the operation is still in flight and makes the current stream wait at the end::
+
+        recv_x, *_, event = buffer.dispatch(..., async_finish=True)
+        with event:
+            independent_work()
+    """
+
+    def __init__(self, event: torch.cuda.Event | None = None) -> None:
+        self.event = event
+
+    @classmethod
+    def record(cls, device: torch.device) -> EventOverlap:
+        """An event at the current end of `device`'s current stream."""
+        if device.type != "cuda":
+            return cls()
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        return cls(event)
+
+    def current_stream_wait(self) -> None:
+        """Make the current stream wait for the operation; the host does not block."""
+        if self.event is not None:
+            torch.cuda.current_stream().wait_event(self.event)
+
+    def __enter__(self) -> EventOverlap:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.current_stream_wait()

@@ -1,0 +1,71 @@
+"""FP8 E4M3 in 1x128 blocks with power-of-two scales: the wire format of FP8 dispatch.
+
+The bits are those of Transformer Engine's ``Float8BlockScaling`` (its default, and the only one
+supported here: ``NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1`` is refused). Checked against golden
+vectors made by Transformer Engine 2.20.2 on an H200: ``tests/data/te_block_fp8_golden.npz``.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from ep_comm.errors import EPArgumentError, EPUnsupportedError
+
+BLOCK = 128
+FP8_DTYPE = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+_EXPONENT_BITS = 0x7F800000
+_TWO_POW_127_BITS = 0x7F000000
+
+
+def check_hidden(hidden: int) -> None:
+    """Raise where a row of `hidden` elements cannot travel as FP8."""
+    if hidden % BLOCK:
+        raise EPArgumentError(
+            f"FP8 dispatch scales blocks of {BLOCK} elements: hidden {hidden} is not a multiple"
+        )
+    if os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "0") != "0":
+        raise EPUnsupportedError(
+            "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 asks Transformer Engine for scales that are no "
+            "powers of two; FP8 dispatch is exact only with powers of two. Unset it."
+        )
+
+
+def quantize(x_TH: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise rows block by block.
+
+    Args:
+        x_TH: [T, H] BF16 or FP32; H a multiple of 128.
+
+    Returns:
+        Bytes [T, H] ``float8_e4m3fn`` and scales [T, H / 128] FP32; bytes times scale gives the
+        values back. A scale is a power of two and may be subnormal.
+
+    Raises:
+        EPArgumentError: H is not a multiple of 128.
+    """
+    num_tokens, hidden = x_TH.shape
+    check_hidden(hidden)
+    blocks = x_TH.float().view(num_tokens, hidden // BLOCK, BLOCK)
+    scale = _power_of_two_scale(blocks.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=-1))
+    # Clamped before the cast, which turns overflow into NaN; NaN itself passes the clamp.
+    scaled = (blocks * scale.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX)
+    return scaled.to(FP8_DTYPE).view(num_tokens, hidden), scale.reciprocal()
+
+
+def dequantize(x_fp8_TH: Tensor, scale_TB: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values of quantised rows: [T, H] in `dtype`, one FP32 product rounded once."""
+    num_tokens, hidden = x_fp8_TH.shape
+    blocks = x_fp8_TH.float().view(num_tokens, hidden // BLOCK, BLOCK)
+    return (blocks * scale_TB.unsqueeze(-1)).view(num_tokens, hidden).to(dtype)
+
+
+def _power_of_two_scale(amax: Tensor) -> Tensor:
+    """min(2^floor(log2(448 / amax)), 2^127); 1 where amax is 0 or infinite. Exact, by bits."""
+    exponent = (FP8_MAX / amax).view(torch.int32) & _EXPONENT_BITS  # drops the mantissa: a floor
+    scale = exponent.clamp(max=_TWO_POW_127_BITS).view(torch.float32)
+    return torch.where((amax == 0) | amax.isinf(), 1.0, scale)

@@ -1,0 +1,122 @@
+"""The routing of one dispatch, kept for its combine, its backward and further cached dispatches."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ep_comm.events import EventOverlap
+
+if TYPE_CHECKING:
+    from ep_comm.buffer import Buffer
+
+RowLayout = Literal["expert", "rank"]
+
+# Payload as callers pass it: rows, or FP8 rows with one scale per block of 128 elements.
+Payload = Tensor | tuple[Tensor, Tensor]
+
+_next_id = itertools.count(1)
+_handles: weakref.WeakValueDictionary[int, DispatchHandle] = weakref.WeakValueDictionary()
+
+
+@dataclass(kw_only=True, eq=False)
+class DispatchHandle:
+    """Where every row of one dispatch went. Made by `Buffer.dispatch`; read-only.
+
+    Attributes:
+        buffer: The buffer that made it, and the only one that accepts it.
+        layout: Order of the received rows, see `Buffer.dispatch`.
+        expert_alignment: Rows of each local expert are padded to a multiple of this.
+        topk_idx: [T, K] int32, the experts of this rank's own tokens; -1 is dropped.
+        num_recv_tokens_per_rank: Rows received from each rank.
+        recv_topk_idx: [N, K] int32, local expert indices of the received rows; -1 elsewhere.
+        tokens_per_expert: [E_local] int64 on the CPU, received tokens before padding.
+        padded_tokens_per_expert: [E_local] int64 on the CPU, rows of each expert's group.
+        state: What the backend keeps for itself.
+    """
+
+    buffer: Buffer
+    layout: RowLayout
+    expert_alignment: int
+    topk_idx: Tensor
+    num_recv_tokens_per_rank: tuple[int, ...]
+    recv_topk_idx: Tensor
+    tokens_per_expert: Tensor
+    padded_tokens_per_expert: Tensor
+    state: Any = field(repr=False)
+    id: int = field(default_factory=lambda: next(_next_id))
+    during_backward: Callable[[], None] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        _handles[self.id] = self
+
+    @property
+    def num_tokens(self) -> int:
+        """T: tokens that this rank dispatched, and that combine gives back."""
+        return self.topk_idx.shape[0]
+
+    @property
+    def num_recv_tokens(self) -> int:
+        """N: copies of tokens that this rank received, one per (token, destination rank)."""
+        return self.recv_topk_idx.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of dispatch's output and of combine's input."""
+        if self.layout == "rank":
+            return self.num_recv_tokens
+        return int(self.padded_tokens_per_expert.sum())
+
+
+def handle_by_id(handle_id: int) -> DispatchHandle:
+    """The living handle of that id; library ops can carry integers but no Python objects."""
+    return _handles[handle_id]
+
+
+class DispatchOutput(NamedTuple):
+    """Result of `Buffer.dispatch`, in the order of DeepEP's return tuple.
+
+    Attributes:
+        recv_x: Rows, or (FP8 rows, scales). [N, H] in the rank layout, [M, H] in the expert
+            layout, where M counts padding.
+        recv_topk_idx: Rank layout: [N, K] local expert indices, -1 where another rank owns the
+            expert, in the dtype of ``topk_idx``. Expert layout: None.
+        recv_topk_weights: FP32; [N, K] in the rank layout, [M] in the expert layout (the
+            probability of each row, 0 in padding); None where none were sent.
+        num_recv_tokens_per_expert_list: Rows of each local expert's group, padding included.
+        handle: Pass it to `Buffer.combine`, or to `Buffer.dispatch` to repeat the routing.
+        event: Completion of the operation.
+    """
+
+    recv_x: Payload
+    recv_topk_idx: Tensor | None
+    recv_topk_weights: Tensor | None
+    num_recv_tokens_per_expert_list: list[int]
+    handle: DispatchHandle
+    event: EventOverlap
+
+
+class CombineOutput(NamedTuple):
+    """Result of `Buffer.combine`.
+
+    Attributes:
+        combined_x: [T, H], the sum of each token's rows; +0 for a token that went nowhere.
+        combined_topk_weights: [T, K] FP32, each entry from the rank that owns its expert, 0 where
+            dropped; None where none were passed.
+        event: Completion of the operation.
+    """
+
+    combined_x: Tensor
+    combined_topk_weights: Tensor | None
+    event: EventOverlap
+
+
+def payload_tensors(x: Payload) -> tuple[Tensor, Tensor | None]:
+    """Rows and scales of a payload; scales are None where it is not quantised."""
+    return (x, None) if isinstance(x, torch.Tensor) else x

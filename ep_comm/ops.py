@@ -1,0 +1,126 @@
+"""Dispatch and combine as torch library ops that are each other's backward.
+
+    ep_comm::dispatch(x, scales?, topk_weights?, wire_dtype, recv_dtype, handle)
+        -> (recv_x, recv_scales, recv_topk_weights)
+    ep_comm::combine(x, topk_weights?, handle) -> (combined_x, combined_topk_weights)
+
+Optional results that do not exist come back as empty tensors. `Buffer` is the way to call them:
+it checks arguments and holds the handle, which the ops know by its id. FP8 on the wire is
+straight-through: the gradient is that of an unquantised dispatch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ep_comm.handle import DispatchHandle, handle_by_id
+
+_library = torch.library.Library("ep_comm", "DEF")
+_library.define(
+    "dispatch(Tensor x, Tensor? scales, Tensor? topk_weights, ScalarType wire_dtype, "
+    "ScalarType recv_dtype, int handle) -> (Tensor, Tensor, Tensor)"
+)
+_library.define("combine(Tensor x, Tensor? topk_weights, int handle) -> (Tensor, Tensor)")
+
+dispatch = torch.ops.ep_comm.dispatch.default
+combine = torch.ops.ep_comm.combine.default
+
+
+def _dispatch(
+    x: Tensor,
+    scales: Tensor | None,
+    topk_weights: Tensor | None,
+    wire_dtype: torch.dtype,
+    recv_dtype: torch.dtype,
+    handle_id: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    handle = handle_by_id(handle_id)
+    with handle.buffer.guard() as backend:
+        received = backend.dispatch(
+            handle, x, scales, topk_weights, wire_dtype, recv_dtype
+        ).wait()
+    return received.x, _or_empty(received.scales, x), _or_empty(received.topk_weights, x)
+
+
+def _combine(x: Tensor, topk_weights: Tensor | None, handle_id: int) -> tuple[Tensor, Tensor]:
+    handle = handle_by_id(handle_id)
+    with handle.buffer.guard() as backend:
+        combined = backend.combine(handle, x, topk_weights).wait()
+    return combined.x, _or_empty(combined.topk_weights, x)
+
+
+def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.float32) if tensor is None else tensor
+
+
+def _dispatch_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, _, topk_weights, _, _, handle_id = inputs
+    ctx.handle = handle_by_id(handle_id)
+    ctx.during_backward = ctx.handle.during_backward
+    ctx.grad_dtype = x.dtype
+    ctx.has_weights = topk_weights is not None
+    ctx.set_materialize_grads(False)
+
+
+def _dispatch_backward(
+    ctx: Any, grad_x: Tensor | None, _: Tensor | None, grad_weights: Tensor | None
+) -> tuple:
+    handle: DispatchHandle = ctx.handle
+    if grad_x is None:  # only the probabilities were used
+        reference = grad_weights if grad_weights is not None else handle.topk_idx
+        grad_x = reference.new_zeros(
+            handle.num_rows, handle.buffer.config.hidden, dtype=ctx.grad_dtype
+        )
+    if not ctx.has_weights:
+        grad_weights = None
+    with handle.buffer.guard() as backend:
+        pending = backend.combine(handle, grad_x.contiguous(), _contiguous(grad_weights))
+        if ctx.during_backward is not None:
+            ctx.during_backward()
+        combined = pending.wait()
+    return combined.x, None, combined.topk_weights, None, None, None
+
+
+def _combine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, topk_weights, handle_id = inputs
+    ctx.handle = handle_by_id(handle_id)
+    ctx.has_weights = topk_weights is not None
+    ctx.grad_dtype = x.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _combine_backward(ctx: Any, grad_x: Tensor | None, grad_weights: Tensor | None) -> tuple:
+    handle: DispatchHandle = ctx.handle
+    if grad_x is None:  # only the probabilities were used
+        grad_x = grad_weights.new_zeros(
+            handle.num_tokens, handle.buffer.config.hidden, dtype=ctx.grad_dtype
+        )
+    if not ctx.has_weights:
+        grad_weights = None
+    with handle.buffer.guard() as backend:
+        received = backend.dispatch(
+            handle,
+            grad_x.contiguous(),
+            None,
+            _contiguous(grad_weights),
+            ctx.grad_dtype,
+            ctx.grad_dtype,
+        ).wait()
+    return received.x, received.topk_weights, None
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+_library.impl("dispatch", _dispatch, "CompositeExplicitAutograd")
+_library.impl("combine", _combine, "CompositeExplicitAutograd")
+torch.library.register_autograd(
+    "ep_comm::dispatch", _dispatch_backward, setup_context=_dispatch_setup, lib=_library
+)
+torch.library.register_autograd(
+    "ep_comm::combine", _combine_backward, setup_context=_combine_setup, lib=_library
+)

@@ -1,0 +1,133 @@
+"""Groups of real processes that run a test function as the ranks of one gloo group.
+
+Starting a process costs two seconds of importing torch, so each group size is started once and
+then runs one function after another::
+
+    outputs = run_ranks(3, my_function, argument)   # my_function(rank, argument) on three ranks
+
+`my_function` must be importable (top level of a module). Its result comes back by pickle; an
+exception on any rank fails the call with that rank's traceback.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing as mp
+import multiprocessing.connection
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+DEFAULT_TIMEOUT_S = 60.0
+
+_groups: dict[int, RankGroup] = {}
+
+
+class RankFailure(Exception):
+    """A rank raised; carries every failed rank's traceback."""
+
+
+class RankGroup:
+    """`num_ranks` processes with a gloo group, waiting for functions to run."""
+
+    def __init__(self, num_ranks: int) -> None:
+        context = mp.get_context("spawn")
+        self._rendezvous = tempfile.TemporaryDirectory()
+        store = str(Path(self._rendezvous.name) / "store")
+        self._pipes, self._processes = [], []
+        for rank in range(num_ranks):
+            mine, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, num_ranks, store, theirs), daemon=True
+            )
+            process.start()
+            self._pipes.append(mine)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float) -> list[Any]:
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        answers: dict[int, tuple[bool, Any]] = {}
+        while len(answers) < len(self._pipes):
+            waiting = [pipe for r, pipe in enumerate(self._pipes) if r not in answers]
+            ready = mp.connection.wait(waiting, timeout=timeout_s)
+            if not ready:
+                missing = [r for r in range(len(self._pipes)) if r not in answers]
+                raise RankFailure(f"ranks {missing} did not finish within {timeout_s} s")
+            for pipe in ready:
+                rank = self._pipes.index(pipe)
+                try:
+                    answers[rank] = pipe.recv()
+                except EOFError:
+                    answers[rank] = (False, "the process died")
+        failures = [f"rank {r}:\n{answers[r][1]}" for r in sorted(answers) if not answers[r][0]]
+        if failures:
+            raise RankFailure("\n".join(failures))
+        return [answers[r][1] for r in range(len(self._pipes))]
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self._rendezvous.cleanup()
+
+
+def run_ranks(
+    num_ranks: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    fresh: bool = False,
+) -> list[Any]:
+    """Run ``function(rank, *args)`` on `num_ranks` ranks; results in rank order.
+
+    `fresh` uses processes of its own, for tests that damage their group.
+    """
+    if fresh:
+        group = RankGroup(num_ranks)
+        try:
+            return group.run(function, *args, timeout_s=timeout_s)
+        finally:
+            group.stop()
+    if num_ranks not in _groups:
+        _groups[num_ranks] = RankGroup(num_ranks)
+    try:
+        return _groups[num_ranks].run(function, *args, timeout_s=timeout_s)
+    except RankFailure:
+        _groups.pop(num_ranks).stop()  # a failed rank leaves the others out of step
+        raise
+
+
+def _serve(
+    rank: int, num_ranks: int, store: str, pipe: multiprocessing.connection.Connection
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, num_ranks),
+        rank=rank,
+        world_size=num_ranks,
+        timeout=timedelta(seconds=DEFAULT_TIMEOUT_S),
+    )
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(rank, *args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+@atexit.register
+def _stop_all() -> None:
+    for group in _groups.values():
+        group.stop()

@@ -1,0 +1,257 @@
+"""Dispatch and combine on real processes, bit by bit against a loop over tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cases import Case, assert_same, to_numpy, to_torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from oracle import combine, expert_rows, local_experts, rank_rows
+from ranks import run_ranks
+
+from ep_comm import Buffer
+
+CASES = [
+    Case(tokens=(7,)),
+    Case(tokens=(7, 5), dtype="fp32"),
+    Case(tokens=(7, 5), layout="rank"),
+    Case(tokens=(0, 9), drop=0.3),
+    Case(tokens=(0, 0)),
+    Case(tokens=(6, 0, 11), num_topk=5, experts_per_rank=3, idx_dtype="int32"),
+    Case(tokens=(6, 8, 11), routing="one_expert", layout="rank"),
+    Case(tokens=(6, 8, 11), ranks_per_node=1, num_topk=8, experts_per_rank=4),
+    Case(tokens=(9, 8, 7, 6), ranks_per_node=2, num_topk=8, experts_per_rank=2),
+    Case(tokens=(9, 8, 7, 6), ranks_per_node=1, num_topk=6, experts_per_rank=2, seed=1),
+    Case(tokens=(9, 8, 7, 6), num_topk=6, experts_per_rank=2, as_routing_map=True, drop=0.2),
+    Case(tokens=(40, 1, 33, 2), routing="zipf", hidden=1, alignment=16, drop=0.1),
+    Case(tokens=(5, 5, 5, 5), routing="last_rank", alignment=1, hidden=130),
+]
+
+
+def run_case(rank: int, case: Case) -> dict[str, np.ndarray | list[int] | int]:
+    """Everything that one rank gets from one routing, forward and backward."""
+    buffer = Buffer(None, case.config())
+    topk = torch.from_numpy(case.topk_idx(rank)).to(getattr(torch, case.idx_dtype))
+    x = to_torch(case.rows(rank, case.tokens[rank], salt=2)).requires_grad_()
+    probs = torch.from_numpy(case.probabilities(rank, tuple(topk.shape), salt=3))
+    routing = dict(topk_idx=topk, topk_weights=probs.requires_grad_())
+    if case.as_routing_map:
+        routing = as_routing_map(case, topk, probs)
+    weights_leaf = routing["topk_weights"]
+
+    out = buffer.dispatch(x, **routing, layout=case.layout, expert_alignment=case.alignment)
+    handle = out.handle
+    dispatch_record = list(buffer.records)[-1]
+
+    y = case.rows(rank, handle.num_rows, salt=4)
+    if case.layout == "expert":  # garbage in padding must not reach any sum
+        y[to_numpy(out.recv_topk_weights) == 0] = case.rows(rank, 1, salt=4).max()
+    y = to_torch(y).requires_grad_()
+    back = buffer.combine(y, handle)
+    combine_record = list(buffer.records)[-1]
+
+    grad_rows = to_torch(case.rows(rank, handle.num_rows, salt=5))
+    grad_probs = torch.from_numpy(
+        case.probabilities(rank, tuple(out.recv_topk_weights.shape), salt=6)
+    )
+    torch.autograd.backward([out.recv_x, out.recv_topk_weights], [grad_rows, grad_probs])
+    grad_out = to_torch(case.rows(rank, case.tokens[rank], salt=7))
+    back.combined_x.backward(grad_out)
+
+    cached = buffer.dispatch(x, handle=handle)
+    again = buffer.combine(y, handle)
+    assert_same(to_numpy(cached.recv_x), to_numpy(out.recv_x), "cached dispatch")
+    assert_same(to_numpy(again.combined_x), to_numpy(back.combined_x), "repeated combine")
+    return dict(
+        x=to_numpy(out.recv_x),
+        probs=to_numpy(out.recv_topk_weights),
+        topk=None if out.recv_topk_idx is None else to_numpy(out.recv_topk_idx),
+        topk_dtype=str(topk.dtype),
+        counts=handle.tokens_per_expert.tolist(),
+        padded=out.num_recv_tokens_per_expert_list,
+        y=to_numpy(y),
+        combined=to_numpy(back.combined_x),
+        grad_x=to_numpy(x.grad),
+        grad_y=to_numpy(y.grad),
+        grad_weights=to_numpy(weights_leaf.grad),
+        dispatch_wire_bytes=dispatch_record.wire_bytes_to_rank,
+        combine_wire_bytes=combine_record.wire_bytes_to_rank,
+    )
+
+
+def as_routing_map(case: Case, topk: torch.Tensor, probs: torch.Tensor) -> dict:
+    """The same routing in Megatron's form."""
+    columns = torch.where(topk < 0, case.num_experts, topk).long()
+    dense = torch.zeros(len(topk), case.num_experts + 1)
+    weights = dense.scatter(1, columns, probs.detach())[:, :-1].contiguous()
+    routing_map = dense.bool().scatter(1, columns, True)[:, :-1].contiguous()
+    return dict(routing_map=routing_map, topk_weights=weights.requires_grad_())
+
+
+def check_case(case: Case) -> None:
+    results = run_ranks(case.num_ranks, run_case, case)
+    ranks = range(case.num_ranks)
+    topk_idx = [case.topk_idx(r) for r in ranks]
+    x = [case.rows(r, case.tokens[r], salt=2) for r in ranks]
+    probs = [case.probabilities(r, topk_idx[r].shape, salt=3) for r in ranks]
+    grad_out = [case.rows(r, case.tokens[r], salt=7) for r in ranks]
+    per_rank = case.experts_per_rank
+
+    layouts, grad_rows, grad_probs = [], [], []
+    for r in ranks:
+        got = results[r]
+        if case.layout == "expert":
+            rows, counts = expert_rows(topk_idx, r, per_rank, case.alignment)
+            assert got["counts"] == counts
+            assert got["padded"] == [-(-c // case.alignment) * case.alignment for c in counts]
+        else:
+            rows = rank_rows(topk_idx, r, per_rank)
+            check_recv_topk(case, topk_idx, rows, r, got)
+        layouts.append(rows)
+        zero = np.zeros(case.hidden, case.np_dtype)
+        for name, source in (("x", x), ("grad_y", grad_out)):
+            want = [source[row.source][row.token] if row else zero for row in rows]
+            assert_same(
+                got[name], np.array(want, case.np_dtype).reshape(-1, case.hidden), f"{name} on {r}"
+            )
+        check_recv_probs(case, topk_idx, probs, rows, r, got["probs"])
+        grad_rows.append(case.rows(r, len(rows), salt=5))
+        grad_probs.append(case.probabilities(r, got["probs"].shape, salt=6))
+
+    outputs = [results[r]["y"] for r in ranks]
+    for r in ranks:
+        for name, rows in (("combined", outputs), ("grad_x", grad_rows)):
+            want = [
+                combine(
+                    topk_idx[r][token],
+                    rows_of_token(case, layouts, rows, r, token),
+                    case.node_size,
+                    case.num_ranks,
+                    case.hidden,
+                    case.np_dtype,
+                )
+                for token in range(case.tokens[r])
+            ]
+            assert_same(
+                results[r][name],
+                np.array(want, case.np_dtype).reshape(-1, case.hidden),
+                f"{name} on rank {r}",
+            )
+        check_grad_weights(case, topk_idx[r], layouts, grad_probs, r, results[r]["grad_weights"])
+        check_wire_bytes(case, topk_idx, r, results[r])
+
+
+def check_recv_topk(case, topk_idx, rows, rank, got) -> None:
+    assert str(got["topk"].dtype) == case.idx_dtype or case.as_routing_map
+    for i, row in enumerate(rows):
+        for k, expert in enumerate(sent_topk(case, topk_idx[row.source][row.token])):
+            local = expert >= 0 and expert // case.experts_per_rank == rank
+            assert got["topk"][i, k] == (expert % case.experts_per_rank if local else -1)
+
+
+def sent_topk(case: Case, topk: np.ndarray) -> np.ndarray:
+    """What one token's entries become on the way: a routing map knows them in ascending order."""
+    if not case.as_routing_map:
+        return topk
+    chosen = np.sort(topk[topk >= 0])
+    return np.concatenate([chosen, np.full(len(topk) - len(chosen), -1)])
+
+
+def probability(case: Case, topk: np.ndarray, probs: np.ndarray, expert: int) -> np.float32:
+    return probs[list(topk).index(expert)]
+
+
+def check_recv_probs(case, topk_idx, probs, rows, rank, got) -> None:
+    want = np.zeros_like(got)
+    for i, row in enumerate(rows):
+        if row is None:
+            continue
+        topk, p = topk_idx[row.source][row.token], probs[row.source][row.token]
+        if case.layout == "expert":
+            want[i] = probability(case, topk, p, row.expert + rank * case.experts_per_rank)
+            continue
+        for k, expert in enumerate(sent_topk(case, topk)):
+            if expert >= 0 and expert // case.experts_per_rank == rank:
+                want[i, k] = probability(case, topk, p, expert)
+    assert_same(got, want, f"probabilities on rank {rank}")
+
+
+def rows_of_token(case, layouts, rows, source, token) -> dict[int, dict[int, np.ndarray]]:
+    found: dict[int, dict[int, np.ndarray]] = {}
+    for r, layout in enumerate(layouts):
+        for i, row in enumerate(layout):
+            if row and (row.source, row.token) == (source, token):
+                found.setdefault(r, {})[row.expert or 0] = rows[r][i]
+    return found
+
+
+def check_grad_weights(case, topk, layouts, grad_probs, source, got) -> None:
+    want = np.zeros_like(got)
+    for r, layout in enumerate(layouts):
+        for i, row in enumerate(layout):
+            if row is None or row.source != source:
+                continue
+            for k, expert in enumerate(topk[row.token]):
+                if expert < 0 or expert // case.experts_per_rank != r:
+                    continue
+                if row.expert not in (None, expert % case.experts_per_rank):
+                    continue
+                k_sent = list(sent_topk(case, topk[row.token])).index(expert)
+                grad = grad_probs[r][i] if row.expert is not None else grad_probs[r][i, k_sent]
+                want[row.token, expert if case.as_routing_map else k] = grad
+    assert_same(got, want, f"gradient of the probabilities on rank {source}")
+
+
+def check_wire_bytes(case, topk_idx, rank, got) -> None:
+    """One copy of a token per destination rank, however many experts it hits there."""
+    hits = [
+        [sum(bool(local_experts(t, dst, case.experts_per_rank)) for t in topk_idx[src])
+         for dst in range(case.num_ranks)]
+        for src in range(case.num_ranks)
+    ]  # fmt: skip
+    for dst in range(case.num_ranks):
+        sent = 0 if dst == rank else hits[rank][dst] * case.row_bytes
+        returned = 0 if dst == rank else hits[dst][rank] * case.row_bytes
+        assert got["dispatch_wire_bytes"][dst] == sent
+        assert got["combine_wire_bytes"][dst] == returned
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_named_cases(case):
+    check_case(case)
+
+
+@st.composite
+def cases(draw) -> Case:
+    num_ranks = draw(st.sampled_from([1, 2, 3, 4]))
+    experts_per_rank = draw(st.integers(1, 5))
+    return Case(
+        tokens=tuple(draw(st.integers(0, 12)) for _ in range(num_ranks)),
+        experts_per_rank=experts_per_rank,
+        num_topk=draw(st.integers(1, min(8, num_ranks * experts_per_rank))),
+        hidden=draw(st.sampled_from([1, 3, 8, 40, 128])),
+        dtype=draw(st.sampled_from(["bf16", "fp32"])),
+        layout=draw(st.sampled_from(["expert", "rank"])),
+        alignment=draw(st.sampled_from([1, 2, 16])),
+        ranks_per_node=draw(st.sampled_from([n for n in (1, 2, 4) if num_ranks % n == 0] + [None])),
+        routing=draw(st.sampled_from(["uniform", "zipf", "last_rank", "one_expert"])),
+        drop=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        idx_dtype=draw(st.sampled_from(["int32", "int64"])),
+        as_routing_map=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@example(Case(tokens=(12, 0, 12), num_topk=3, experts_per_rank=1, drop=1.0))
+@given(cases())
+def test_any_case(case):
+    print(f"case: {case}")
+    check_case(case)
