@@ -149,9 +149,7 @@ class Buffer:
         )
         return DispatchOutput(
             recv_x=recv_x if recv_x.dtype in checks.ROW_DTYPES else (recv_x, recv_scales),
-            recv_topk_idx=(
-                handle.recv_topk_idx.to(idx_dtype) if handle.layout == "rank" else None
-            ),
+            recv_topk_idx=(handle.recv_topk_idx.to(idx_dtype) if handle.layout == "rank" else None),
             recv_topk_weights=None if topk_weights is None else recv_weights,
             num_recv_tokens_per_expert_list=handle.padded_tokens_per_expert.tolist(),
             handle=handle,

@@ -19,7 +19,7 @@ class EPArgumentError(EPError, ValueError):
 
 
 class EPRoutingError(EPArgumentError):
-    """The *content* of ``topk_idx`` or ``routing_map`` is wrong: an expert out of range, or twice."""
+    """The content of ``topk_idx`` or ``routing_map`` is wrong: no such expert, or one twice."""
 
 
 class EPUnsupportedError(EPError, NotImplementedError):

@@ -39,9 +39,7 @@ def _dispatch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     handle = handle_by_id(handle_id)
     with handle.buffer.guard() as backend:
-        received = backend.dispatch(
-            handle, x, scales, topk_weights, wire_dtype, recv_dtype
-        ).wait()
+        received = backend.dispatch(handle, x, scales, topk_weights, wire_dtype, recv_dtype).wait()
     return received.x, _or_empty(received.scales, x), _or_empty(received.topk_weights, x)
 
 

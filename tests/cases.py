@@ -28,6 +28,7 @@ class Case:
     idx_dtype: str = "int64"
     as_routing_map: bool = False
     seed: int = 0
+    device: str = "cpu"
 
     @property
     def num_ranks(self) -> int:
@@ -100,10 +101,10 @@ class Case:
         return rng.random(shape).astype(np.float32) - 0.25
 
 
-def to_torch(rows: np.ndarray) -> torch.Tensor:
+def to_torch(rows: np.ndarray, device: str = "cpu") -> torch.Tensor:
     if rows.dtype == np.uint16:
-        return torch.from_numpy(rows.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(rows.copy())
+        return torch.from_numpy(rows.view(np.int16).copy()).to(device).view(torch.bfloat16)
+    return torch.from_numpy(rows.copy()).to(device)
 
 
 def to_numpy(rows: torch.Tensor) -> np.ndarray:

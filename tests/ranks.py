@@ -1,4 +1,4 @@
-"""Groups of real processes that run a test function as the ranks of one gloo group.
+"""Groups of real processes that run a test function as the ranks of one process group.
 
 Starting a process costs two seconds of importing torch, so each group size is started once and
 then runs one function after another::
@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 DEFAULT_TIMEOUT_S = 60.0
 
-_groups: dict[int, RankGroup] = {}
+_groups: dict[tuple[int, str, str], RankGroup] = {}
 
 
 class RankFailure(Exception):
@@ -34,9 +34,9 @@ class RankFailure(Exception):
 
 
 class RankGroup:
-    """`num_ranks` processes with a gloo group, waiting for functions to run."""
+    """`num_ranks` processes with a gloo or NCCL group, waiting for functions to run."""
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_ranks: int, backend: str) -> None:
         context = mp.get_context("spawn")
         self._rendezvous = tempfile.TemporaryDirectory()
         store = str(Path(self._rendezvous.name) / "store")
@@ -44,7 +44,7 @@ class RankGroup:
         for rank in range(num_ranks):
             mine, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, num_ranks, store, theirs), daemon=True
+                target=_serve, args=(rank, num_ranks, backend, store, theirs), daemon=True
             )
             process.start()
             self._pipes.append(mine)
@@ -85,32 +85,43 @@ def run_ranks(
     *args: Any,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     fresh: bool = False,
+    pool: str = "",
+    backend: str = "gloo",
 ) -> list[Any]:
     """Run ``function(rank, *args)`` on `num_ranks` ranks; results in rank order.
 
-    `fresh` uses processes of its own, for tests that damage their group.
+    `fresh` uses processes of its own, for tests that damage their group. `pool` names processes
+    that only tests of that name share, for tests that change their process. With `backend` "nccl"
+    rank r has GPU r.
     """
     if fresh:
-        group = RankGroup(num_ranks)
+        group = RankGroup(num_ranks, backend)
         try:
             return group.run(function, *args, timeout_s=timeout_s)
         finally:
             group.stop()
-    if num_ranks not in _groups:
-        _groups[num_ranks] = RankGroup(num_ranks)
+    key = (num_ranks, pool, backend)
+    if key not in _groups:
+        _groups[key] = RankGroup(num_ranks, backend)
     try:
-        return _groups[num_ranks].run(function, *args, timeout_s=timeout_s)
+        return _groups[key].run(function, *args, timeout_s=timeout_s)
     except RankFailure:
-        _groups.pop(num_ranks).stop()  # a failed rank leaves the others out of step
+        _groups.pop(key).stop()  # a failed rank leaves the others out of step
         raise
 
 
 def _serve(
-    rank: int, num_ranks: int, store: str, pipe: multiprocessing.connection.Connection
+    rank: int,
+    num_ranks: int,
+    backend: str,
+    store: str,
+    pipe: multiprocessing.connection.Connection,
 ) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         store=dist.FileStore(store, num_ranks),
         rank=rank,
         world_size=num_ranks,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -33,9 +35,10 @@ CASES = [
 def run_case(rank: int, case: Case) -> dict[str, np.ndarray | list[int] | int]:
     """Everything that one rank gets from one routing, forward and backward."""
     buffer = Buffer(None, case.config())
-    topk = torch.from_numpy(case.topk_idx(rank)).to(getattr(torch, case.idx_dtype))
-    x = to_torch(case.rows(rank, case.tokens[rank], salt=2)).requires_grad_()
-    probs = torch.from_numpy(case.probabilities(rank, tuple(topk.shape), salt=3))
+    device = case.device
+    topk = to_torch(case.topk_idx(rank), device).to(getattr(torch, case.idx_dtype))
+    x = to_torch(case.rows(rank, case.tokens[rank], salt=2), device).requires_grad_()
+    probs = to_torch(case.probabilities(rank, tuple(topk.shape), salt=3), device)
     routing = dict(topk_idx=topk, topk_weights=probs.requires_grad_())
     if case.as_routing_map:
         routing = as_routing_map(case, topk, probs)
@@ -48,16 +51,16 @@ def run_case(rank: int, case: Case) -> dict[str, np.ndarray | list[int] | int]:
     y = case.rows(rank, handle.num_rows, salt=4)
     if case.layout == "expert":  # garbage in padding must not reach any sum
         y[to_numpy(out.recv_topk_weights) == 0] = case.rows(rank, 1, salt=4).max()
-    y = to_torch(y).requires_grad_()
+    y = to_torch(y, device).requires_grad_()
     back = buffer.combine(y, handle)
     combine_record = list(buffer.records)[-1]
 
-    grad_rows = to_torch(case.rows(rank, handle.num_rows, salt=5))
-    grad_probs = torch.from_numpy(
-        case.probabilities(rank, tuple(out.recv_topk_weights.shape), salt=6)
+    grad_rows = to_torch(case.rows(rank, handle.num_rows, salt=5), device)
+    grad_probs = to_torch(
+        case.probabilities(rank, tuple(out.recv_topk_weights.shape), salt=6), device
     )
     torch.autograd.backward([out.recv_x, out.recv_topk_weights], [grad_rows, grad_probs])
-    grad_out = to_torch(case.rows(rank, case.tokens[rank], salt=7))
+    grad_out = to_torch(case.rows(rank, case.tokens[rank], salt=7), device)
     back.combined_x.backward(grad_out)
 
     cached = buffer.dispatch(x, handle=handle)
@@ -84,14 +87,15 @@ def run_case(rank: int, case: Case) -> dict[str, np.ndarray | list[int] | int]:
 def as_routing_map(case: Case, topk: torch.Tensor, probs: torch.Tensor) -> dict:
     """The same routing in Megatron's form."""
     columns = torch.where(topk < 0, case.num_experts, topk).long()
-    dense = torch.zeros(len(topk), case.num_experts + 1)
+    dense = torch.zeros(len(topk), case.num_experts + 1, device=topk.device)
     weights = dense.scatter(1, columns, probs.detach())[:, :-1].contiguous()
     routing_map = dense.bool().scatter(1, columns, True)[:, :-1].contiguous()
     return dict(routing_map=routing_map, topk_weights=weights.requires_grad_())
 
 
 def check_case(case: Case) -> None:
-    results = run_ranks(case.num_ranks, run_case, case)
+    backend = "gloo" if case.device == "cpu" else "nccl"
+    results = run_ranks(case.num_ranks, run_case, case, backend=backend)
     ranks = range(case.num_ranks)
     topk_idx = [case.topk_idx(r) for r in ranks]
     x = [case.rows(r, case.tokens[r], salt=2) for r in ranks]
@@ -221,6 +225,20 @@ def check_wire_bytes(case, topk_idx, rank, got) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_named_cases(case):
     check_case(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES[:1], ids=str)
+def test_named_cases_on_one_gpu(case):
+    check_case(dataclasses.replace(case, device="cuda"))
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("case", CASES[1:], ids=str)
+def test_named_cases_on_gpus(case):
+    if case.num_ranks > torch.cuda.device_count():
+        pytest.skip(f"needs {case.num_ranks} GPUs, this machine has {torch.cuda.device_count()}")
+    check_case(dataclasses.replace(case, device="cuda"))
 
 
 @st.composite

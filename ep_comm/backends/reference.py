@@ -79,9 +79,7 @@ class ReferenceBackend:
         device = routing.topk_idx.device
         record = self.recorder.start("plan", device)
         ranks = range(self.transport.num_ranks)
-        sent_tokens = tuple(
-            routing.is_token_in_rank[:, r].nonzero(as_tuple=True)[0] for r in ranks
-        )
+        sent_tokens = tuple(routing.is_token_in_rank[:, r].nonzero(as_tuple=True)[0] for r in ranks)
         rows_to_rank = tuple(len(tokens) for tokens in sent_tokens)
         recv_rows = self._exchange_headers(
             record,

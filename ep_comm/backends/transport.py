@@ -135,6 +135,7 @@ class Exchange:
             return ()
         start = time.monotonic()
         waited = [0.0] * self._transport.num_ranks
+        arrived = {self._transport.rank}
         for r, work in [*self._recvs, *self._sends]:
             left = self._transport.timeout_s - (time.monotonic() - start)
             try:
@@ -142,21 +143,25 @@ class Exchange:
             except RuntimeError as error:
                 if time.monotonic() - start < 0.95 * self._transport.timeout_s:
                     raise self._lost_peer(error) from error
+                late = {r} | self._missing(arrived | {r})
                 raise self._transport.timeout(
-                    self._operation, self._phase, self._late_ranks(r)
+                    self._operation, self._phase, tuple(sorted(late))
                 ) from error
             waited[r] = max(waited[r], time.monotonic() - start)
+            arrived.add(r)
         return tuple(waited)
 
-    def _late_ranks(self, first: int) -> tuple[int, ...]:
-        """`first`, and every other rank whose message has not come either."""
-        late = {first}
+    def _missing(self, known: set[int]) -> set[int]:
+        """Ranks outside `known` whose message has not come either."""
+        missing = set()
         for r, work in self._recvs:
+            if r in known:
+                continue
             try:
                 work.wait(timedelta(milliseconds=1))
             except RuntimeError:
-                late.add(r)
-        return tuple(sorted(late))
+                missing.add(r)
+        return missing
 
     def _lost_peer(self, error: RuntimeError) -> EPStateError:
         return EPStateError(

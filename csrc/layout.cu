@@ -1,0 +1,155 @@
+// ep_layout(): checks arguments, cuts up the workspace, launches layout_kernels.cuh.
+
+#include <algorithm>
+#include <climits>
+#include <type_traits>
+
+#include "layout_kernels.cuh"
+#include "status.cuh"
+
+namespace {
+
+using namespace ep::layout;
+
+size_t count_shared_bytes(const Shape& shape) {
+  return sizeof(int32_t) *
+         (kChunkTokens * shape.num_topk + 2 * shape.num_ranks + shape.num_experts);
+}
+
+static_assert(sizeof(int32_t) * (kChunkTokens * EP_MAX_TOPK + 2 * EP_MAX_RANKS + EP_MAX_EXPERTS) <=
+                  40 * 1024,
+              "shared memory must fit at the limits without an opt-in");
+
+int32_t ceil_div(int32_t a, int32_t b) { return a / b + (a % b != 0); }
+
+int32_t check_sizes(int64_t num_tokens, int32_t num_experts, int32_t num_ranks) {
+  if (num_tokens < 0 || num_tokens > INT_MAX) {
+    return ep::fail(EP_ERR_ARGUMENT, "num_tokens = %lld is not in [0, %d]",
+                    static_cast<long long>(num_tokens), INT_MAX);
+  }
+  if (num_ranks < 1 || num_ranks > EP_MAX_RANKS) {
+    return ep::fail(EP_ERR_ARGUMENT, "num_ranks = %d is not in [1, %d]", num_ranks, EP_MAX_RANKS);
+  }
+  if (num_experts < 1 || num_experts > EP_MAX_EXPERTS || num_experts % num_ranks != 0) {
+    return ep::fail(EP_ERR_ARGUMENT,
+                    "num_experts = %d is not in [1, %d] and a multiple of num_ranks = %d",
+                    num_experts, EP_MAX_EXPERTS, num_ranks);
+  }
+  return EP_OK;
+}
+
+Shape make_shape(int64_t num_tokens, int32_t num_topk, int32_t num_experts, int32_t num_ranks) {
+  Shape shape{};
+  shape.num_tokens = static_cast<int32_t>(num_tokens);
+  shape.num_topk = num_topk;
+  shape.num_experts = num_experts;
+  shape.num_ranks = num_ranks;
+  shape.num_chunks = ceil_div(shape.num_tokens, kChunkTokens);
+  shape.chunks_per_block = std::max(1, ceil_div(shape.num_chunks, kMaxBlocks));
+  shape.num_blocks = ceil_div(shape.num_chunks, shape.chunks_per_block);
+  return shape;
+}
+
+// Cuts the workspace at address `base` up and returns the bytes that it takes.
+int64_t cut_workspace(const Shape& shape, uintptr_t base, Workspace* workspace) {
+  uintptr_t next = base;
+  const auto take = [&next](auto*& pointer, int64_t count) {
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);
+    next += count * sizeof(*pointer);
+  };
+  take(workspace->first_error, shape.num_blocks);
+  take(workspace->rank_count, static_cast<int64_t>(shape.num_blocks) * shape.num_ranks);
+  take(workspace->expert_count, static_cast<int64_t>(shape.num_blocks) * shape.num_experts);
+  take(workspace->chunk_tokens, static_cast<int64_t>(shape.num_chunks) * shape.num_ranks);
+  return static_cast<int64_t>(next - base);
+}
+
+int32_t check_pointers(const ep_layout_args& args) {
+  const bool any_token = args.num_tokens > 0;
+  const struct {
+    const char* name;
+    const void* pointer;
+    bool needed;
+  } pointers[] = {
+      {"input", args.input, any_token},
+      {"topk_idx_out", args.topk_idx_out, any_token},
+      {"num_tokens_per_rank", args.num_tokens_per_rank, true},
+      {"num_tokens_per_expert", args.num_tokens_per_expert, true},
+      {"is_token_in_rank", args.is_token_in_rank, any_token},
+      {"send_slot", args.send_slot, any_token},
+      {"error", args.error, true},
+      {"workspace", args.workspace, any_token},
+  };
+  for (const auto& entry : pointers) {
+    if (entry.needed && entry.pointer == nullptr) {
+      return ep::fail(EP_ERR_ARGUMENT, "%s is NULL", entry.name);
+    }
+  }
+  if (reinterpret_cast<uintptr_t>(args.workspace) % alignof(int4) != 0) {
+    return ep::fail(EP_ERR_ARGUMENT, "workspace is not aligned to %zu bytes", alignof(int4));
+  }
+  return EP_OK;
+}
+
+template <typename Input>
+void launch_count(const Input& input, const Shape& shape, const Workspace& workspace,
+                  int32_t* topk_idx_out, cudaStream_t stream) {
+  count_kernel<<<shape.num_blocks, kThreads, count_shared_bytes(shape), stream>>>(
+      input, shape, workspace, topk_idx_out);
+}
+
+}  // namespace
+
+int64_t ep_layout_workspace_bytes(int64_t num_tokens, int32_t num_experts, int32_t num_ranks) {
+  if (check_sizes(num_tokens, num_experts, num_ranks) != EP_OK) return -1;
+  Workspace workspace;
+  return cut_workspace(make_shape(num_tokens, 1, num_experts, num_ranks), 0, &workspace);
+}
+
+int32_t ep_layout(const ep_layout_args* args, void* stream_pointer) {
+  int32_t status = check_sizes(args->num_tokens, args->num_experts, args->num_ranks);
+  if (status != EP_OK) return status;
+  if (args->num_topk < 1 || args->num_topk > EP_MAX_TOPK) {
+    return ep::fail(EP_ERR_ARGUMENT, "num_topk = %d is not in [1, %d]", args->num_topk,
+                    EP_MAX_TOPK);
+  }
+  if (args->input_kind < EP_INPUT_TOPK_INT32 || args->input_kind > EP_INPUT_ROUTING_MAP) {
+    return ep::fail(EP_ERR_ARGUMENT, "input_kind = %d is not one of EP_INPUT_*", args->input_kind);
+  }
+  status = check_pointers(*args);
+  if (status != EP_OK) return status;
+
+  const Shape shape =
+      make_shape(args->num_tokens, args->num_topk, args->num_experts, args->num_ranks);
+  Workspace workspace;
+  const int64_t needed =
+      cut_workspace(shape, reinterpret_cast<uintptr_t>(args->workspace), &workspace);
+  if (args->workspace_bytes < needed) {
+    return ep::fail(EP_ERR_ARGUMENT, "workspace has %lld bytes, %lld are needed",
+                    static_cast<long long>(args->workspace_bytes), static_cast<long long>(needed));
+  }
+
+  const auto stream = static_cast<cudaStream_t>(stream_pointer);
+  if (shape.num_blocks > 0) {
+    switch (args->input_kind) {
+      case EP_INPUT_TOPK_INT32:
+        launch_count(TopkInput<int32_t>{static_cast<const int32_t*>(args->input)}, shape, workspace,
+                     args->topk_idx_out, stream);
+        break;
+      case EP_INPUT_TOPK_INT64:
+        launch_count(TopkInput<int64_t>{static_cast<const int64_t*>(args->input)}, shape, workspace,
+                     args->topk_idx_out, stream);
+        break;
+      case EP_INPUT_ROUTING_MAP:
+        launch_count(RoutingMapInput{static_cast<const uint8_t*>(args->input)}, shape, workspace,
+                     args->topk_idx_out, stream);
+        break;
+    }
+    status = ep::check_cuda(cudaGetLastError(), "ep_layout: count_kernel");
+    if (status != EP_OK) return status;
+  }
+  finish_kernel<<<std::max(1, shape.num_blocks), kThreads, 0, stream>>>(
+      shape, workspace, args->num_tokens_per_rank, args->num_tokens_per_expert,
+      args->is_token_in_rank, args->send_slot, args->error);
+  return ep::check_cuda(cudaGetLastError(), "ep_layout: finish_kernel");
+}

@@ -1,0 +1,18 @@
+// How a failure gets from inside the library to ep_last_error().
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "ep_comm.h"
+
+namespace ep {
+
+// Keeps the printf-formatted text for ep_last_error() and returns `status`.
+int32_t fail(int32_t status, const char* format, ...) __attribute__((format(printf, 2, 3)));
+
+// EP_OK, or EP_ERR_CUDA with a text that says what failed (`what`) and CUDA's reason.
+int32_t check_cuda(cudaError_t error, const char* what);
+
+}  // namespace ep

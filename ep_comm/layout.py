@@ -1,0 +1,276 @@
+"""Routing layout: which token goes to which rank, and into which slot there.
+
+Everything that is sent follows from it, so it is the same on every backend, bit by bit: a torch
+reference that runs anywhere, and CUDA kernels (csrc/layout_kernels.cuh) where the library is built.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, NoReturn
+
+import torch
+
+from ep_comm import _native
+from ep_comm.errors import EPArgumentError, EPRoutingError
+
+
+class RoutingLayout(NamedTuple):
+    """What `routing_layout` returns. All tensors are contiguous, on the device of the input.
+
+    T = tokens of this rank, K = top-k, E = experts, R = ranks.
+
+    Attributes:
+        topk_idx: int32 [T, K]. Expert of each copy, or -1. From ``topk_idx`` in its order, from a
+            ``routing_map`` ascending and then filled up with -1.
+        num_tokens_per_rank: int32 [R]. Tokens, not copies: a token that goes to two experts of one
+            rank counts once, because it is sent once.
+        num_tokens_per_expert: int32 [E]. Copies, one for each entry of ``topk_idx``.
+        is_token_in_rank: bool [T, R]. Whether the token goes to the rank.
+        send_slot: int32 [T, R]. Running index of the token among those sent to the rank, ascending
+            by token; -1 where it is not sent.
+    """
+
+    topk_idx: torch.Tensor
+    num_tokens_per_rank: torch.Tensor
+    num_tokens_per_expert: torch.Tensor
+    is_token_in_rank: torch.Tensor
+    send_slot: torch.Tensor
+
+
+def routing_layout(
+    topk_idx: torch.Tensor | None = None,
+    *,
+    routing_map: torch.Tensor | None = None,
+    num_topk: int | None = None,
+    num_experts: int,
+    num_ranks: int,
+) -> RoutingLayout:
+    """Compute who is sent what, from exactly one of `topk_idx` and `routing_map`.
+
+    Expert e lives on rank ``e // (num_experts // num_ranks)``. The result depends on the input's
+    values only, not on device, grid size or run. On CUDA the call waits for the current stream,
+    to be able to raise on bad content.
+
+    Args:
+        topk_idx: int32 or int64 [T, K], K <= 32, any strides. Expert of each copy; -1 = dropped.
+        routing_map: bool [T, E], any strides. Megatron's form: at most `num_topk` true in a row.
+        num_topk: K. Needed with `routing_map`; otherwise it must agree with `topk_idx`.
+        num_experts: E, at most 4096, a multiple of `num_ranks`.
+        num_ranks: R, at most 1024.
+
+    Raises:
+        EPArgumentError: Type, shape or size of an argument is wrong.
+        EPRoutingError: An entry is neither -1 nor an expert, a token names an expert twice, or a
+            row of `routing_map` has too many. Names the first such entry in order of tokens.
+    """
+    _check_sizes(num_experts, num_ranks)
+    if (topk_idx is None) == (routing_map is None):
+        given = "neither" if topk_idx is None else "both"
+        raise EPArgumentError(f"pass exactly one of topk_idx and routing_map, not {given}")
+    if topk_idx is not None:
+        _check_topk_idx(topk_idx, num_topk)
+        source = topk_idx.contiguous()
+        num_topk = source.shape[1]
+    else:
+        _check_routing_map(routing_map, num_topk, num_experts)
+        source = routing_map.contiguous()
+
+    native = _native.load() if source.is_cuda else None
+    if native is not None:
+        return _native_layout(native, source, num_topk, num_experts, num_ranks)
+    if source.dtype == torch.bool:
+        source = _topk_of_map(source, num_topk)
+    return _reference_layout(source, num_experts, num_ranks)
+
+
+# ---- Checks --------------------------------------------------------------------------------------
+
+
+def _check_int(name: str, value: object, maximum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= maximum:
+        raise EPArgumentError(f"{name} = {value!r}, expected an int in 1..{maximum}")
+
+
+def _check_sizes(num_experts: int, num_ranks: int) -> None:
+    _check_int("num_experts", num_experts, _native.EP_MAX_EXPERTS)
+    _check_int("num_ranks", num_ranks, _native.EP_MAX_RANKS)
+    if num_experts % num_ranks != 0:
+        raise EPArgumentError(
+            f"num_experts = {num_experts} is not divisible by num_ranks = {num_ranks}: every rank "
+            "holds the same number of experts"
+        )
+
+
+def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...], dims: str) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise EPArgumentError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(map(str, dtypes))
+        raise EPArgumentError(f"{name} has dtype {tensor.dtype}, expected {expected}")
+    if tensor.dim() != 2:
+        raise EPArgumentError(f"{name} has shape {list(tensor.shape)}, expected {dims}")
+
+
+def _check_topk_idx(topk_idx: torch.Tensor, num_topk: int | None) -> None:
+    _check_tensor(
+        "topk_idx", topk_idx, (torch.int32, torch.int64), "2 dimensions [num_tokens, num_topk]"
+    )
+    columns = topk_idx.shape[1]
+    if not 1 <= columns <= _native.EP_MAX_TOPK:
+        raise EPArgumentError(
+            f"topk_idx has {columns} columns, expected 1..{_native.EP_MAX_TOPK} (top-k)"
+        )
+    if num_topk is not None and num_topk != columns:
+        raise EPArgumentError(f"num_topk = {num_topk!r}, but topk_idx has {columns} columns")
+
+
+def _check_routing_map(routing_map: torch.Tensor, num_topk: int | None, num_experts: int) -> None:
+    _check_tensor(
+        "routing_map", routing_map, (torch.bool,), "2 dimensions [num_tokens, num_experts]"
+    )
+    if routing_map.shape[1] != num_experts:
+        raise EPArgumentError(
+            f"routing_map has {routing_map.shape[1]} columns, expected one for each of the "
+            f"num_experts = {num_experts} experts"
+        )
+    if num_topk is None:
+        raise EPArgumentError("num_topk is needed with routing_map: it says how wide topk_idx is")
+    _check_int("num_topk", num_topk, _native.EP_MAX_TOPK)
+
+
+def _raise_bad_expert(token: int, k: int, value: int, num_experts: int) -> NoReturn:
+    raise EPRoutingError(
+        f"topk_idx: token {token}, k {k} is {value}, expected an expert in 0..{num_experts - 1} or "
+        "-1 (dropped)"
+    )
+
+
+def _raise_duplicate(token: int, k: int, value: int) -> NoReturn:
+    raise EPRoutingError(
+        f"topk_idx: token {token}, k {k} is {value}, an expert that this token names already at a "
+        "smaller k; each expert may come once"
+    )
+
+
+def _raise_too_many(token: int, column: int, count: int, num_topk: int) -> NoReturn:
+    raise EPRoutingError(
+        f"routing_map: token {token} has {count} true entries, expected at most num_topk = "
+        f"{num_topk}; the first beyond that is expert {column}"
+    )
+
+
+# ---- Torch reference -----------------------------------------------------------------------------
+
+
+def _first_true(mask: torch.Tensor) -> tuple[int, int] | None:
+    """Row and column of the first true entry of a 2-D mask in row-major order."""
+    if not mask.any():
+        return None
+    # nonzero is in row-major order; argmax promises no particular one of several true entries.
+    row, column = mask.nonzero()[0].tolist()
+    return row, column
+
+
+def _topk_of_map(routing_map: torch.Tensor, num_topk: int) -> torch.Tensor:
+    """int32 [T, K] of a bool [T, E] map: each row's experts ascending, then -1."""
+    place = routing_map.cumsum(dim=1, dtype=torch.int32) - 1
+    excess = _first_true(routing_map & (place >= num_topk))
+    if excess is not None:
+        token, column = excess
+        _raise_too_many(token, column, int(routing_map[token].sum()), num_topk)
+    topk_idx = torch.full(
+        (routing_map.shape[0], num_topk), -1, dtype=torch.int32, device=routing_map.device
+    )
+    tokens, experts = routing_map.nonzero(as_tuple=True)
+    topk_idx[tokens, place[tokens, experts].long()] = experts.to(torch.int32)
+    return topk_idx
+
+
+def _reference_layout(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> RoutingLayout:
+    num_tokens, num_topk = topk_idx.shape
+    sent = (topk_idx >= 0) & (topk_idx < num_experts)
+    bad = ~sent & (topk_idx != -1)
+    for k in range(1, num_topk):
+        bad[:, k] |= sent[:, k] & (topk_idx[:, :k] == topk_idx[:, k : k + 1]).any(dim=1)
+    first_bad = _first_true(bad)
+    if first_bad is not None:
+        token, k = first_bad
+        value = int(topk_idx[token, k])
+        if sent[token, k]:
+            _raise_duplicate(token, k, value)
+        _raise_bad_expert(token, k, value, num_experts)
+
+    # Dropped entries mark one column too many, which is then cut off.
+    rank = torch.where(sent, topk_idx // (num_experts // num_ranks), num_ranks).long()
+    marked = torch.zeros(num_tokens, num_ranks + 1, dtype=torch.bool, device=topk_idx.device)
+    is_token_in_rank = marked.scatter_(1, rank, True)[:, :num_ranks].contiguous()
+    running = is_token_in_rank.cumsum(dim=0, dtype=torch.int32)
+    return RoutingLayout(
+        topk_idx=topk_idx.to(torch.int32, copy=True),
+        num_tokens_per_rank=is_token_in_rank.sum(dim=0, dtype=torch.int32),
+        num_tokens_per_expert=torch.bincount(topk_idx[sent], minlength=num_experts).to(torch.int32),
+        is_token_in_rank=is_token_in_rank,
+        send_slot=torch.where(is_token_in_rank, running - 1, -1),
+    )
+
+
+# ---- CUDA kernels --------------------------------------------------------------------------------
+
+_INPUT_KINDS = {
+    torch.int32: _native.EP_INPUT_TOPK_INT32,
+    torch.int64: _native.EP_INPUT_TOPK_INT64,
+    torch.bool: _native.EP_INPUT_ROUTING_MAP,
+}
+
+
+def _native_layout(
+    native: _native.NativeLibrary,
+    source: torch.Tensor,
+    num_topk: int,
+    num_experts: int,
+    num_ranks: int,
+) -> RoutingLayout:
+    num_tokens = source.shape[0]
+    workspace_bytes = native.layout_workspace_bytes(num_tokens, num_experts, num_ranks)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=source.device)
+
+    layout = RoutingLayout(
+        topk_idx=empty(num_tokens, num_topk),
+        num_tokens_per_rank=empty(num_ranks),
+        num_tokens_per_expert=empty(num_experts),
+        is_token_in_rank=empty(num_tokens, num_ranks, dtype=torch.bool),
+        send_slot=empty(num_tokens, num_ranks),
+    )
+    error = empty(4)
+    workspace = empty(workspace_bytes, dtype=torch.uint8)
+    args = _native.LayoutArgs(
+        input=source.data_ptr(),
+        topk_idx_out=layout.topk_idx.data_ptr(),
+        num_tokens_per_rank=layout.num_tokens_per_rank.data_ptr(),
+        num_tokens_per_expert=layout.num_tokens_per_expert.data_ptr(),
+        is_token_in_rank=layout.is_token_in_rank.data_ptr(),
+        send_slot=layout.send_slot.data_ptr(),
+        error=error.data_ptr(),
+        workspace=workspace.data_ptr(),
+        workspace_bytes=workspace_bytes,
+        num_tokens=num_tokens,
+        num_topk=num_topk,
+        num_experts=num_experts,
+        num_ranks=num_ranks,
+        input_kind=_INPUT_KINDS[source.dtype],
+    )
+    with torch.cuda.device(source.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        native.check(native.layout(args, stream))
+
+    code, token, k, value = error.tolist()
+    if code == _native.EP_ROUTING_OUT_OF_RANGE:
+        # The kernel clamps the value to int32; the message should have what the caller passed.
+        _raise_bad_expert(token, k, int(source[token, k]), num_experts)
+    if code == _native.EP_ROUTING_DUPLICATE:
+        _raise_duplicate(token, k, value)
+    if code == _native.EP_ROUTING_TOO_MANY:
+        _raise_too_many(token, k, value, num_topk)
+    return layout

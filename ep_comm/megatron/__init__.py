@@ -1,0 +1,54 @@
+"""ep_comm under Megatron-Core's MoE layers (megatron-core 0.16.1 to 0.19).
+
+Own training loops::
+
+    from ep_comm.megatron import EPOptions, check_model, use_ep_comm
+
+    spec = use_ep_comm(get_gpt_layer_local_spec(...), EPOptions())
+    model = GPTModel(config, spec, ...)      # config.moe_token_dispatcher_type stays "alltoall"
+    check_model([model])
+
+Frameworks with an entry point of their own call ``install(EPOptions())`` before they build the
+model. On a machine without a GPU call ``ep_comm.megatron.cpu.enable()`` before importing Megatron;
+for that reason nothing here imports it until it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ep_comm.megatron.options import EPOptions
+
+if TYPE_CHECKING:
+    from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
+    from ep_comm.megatron.layer import EPCommMoELayer, check_model, install, use_ep_comm
+    from ep_comm.megatron.meter import MoEMeter
+    from ep_comm.megatron.wgrad import check_weight_gradients
+
+_LAZY = {
+    "EPCommMoELayer": "layer",
+    "EPCommTokenDispatcher": "dispatcher",
+    "MoEMeter": "meter",
+    "check_model": "layer",
+    "check_weight_gradients": "wgrad",
+    "install": "layer",
+    "use_ep_comm": "layer",
+}
+
+__all__ = [
+    "EPCommMoELayer",
+    "EPCommTokenDispatcher",
+    "EPOptions",
+    "MoEMeter",
+    "check_model",
+    "check_weight_gradients",
+    "install",
+    "use_ep_comm",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -1,0 +1,172 @@
+"""The token dispatcher that Megatron-Core's MoE layer calls.
+
+Megatron calls six methods in order; the middle one of each half communicates::
+
+    dispatch_preprocess -> token_dispatch -> dispatch_postprocess -> experts
+    combine_preprocess  -> token_combine  -> combine_postprocess
+
+Rows arrive grouped by expert and padded, so there is no permutation on either side. The experts
+apply the probabilities; combine is an unweighted sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from torch import Tensor
+
+import ep_comm
+from ep_comm import Buffer, DispatchHandle, EPConfig, fp8
+from ep_comm.megatron.options import EPOptions, check_supported
+
+# One buffer a process group and configuration: all layers of a model share it.
+_buffers: dict[tuple, Buffer] = {}
+
+
+class EPCommTokenDispatcher(MoETokenDispatcher):
+    """Moves tokens with an `ep_comm.Buffer`.
+
+    Args:
+        num_local_experts, local_expert_indices, config, pg_collection: As Megatron passes them.
+        options: Settings of ep_comm.
+        during_backward: Run while the backward combine is in flight (delayed weight gradients).
+
+    Raises:
+        EPUnsupportedError, EPArgumentError: See `ep_comm.megatron.options.check_supported`.
+    """
+
+    def __init__(
+        self,
+        num_local_experts,
+        local_expert_indices,
+        config,
+        pg_collection=None,
+        *,
+        options: EPOptions,
+        during_backward: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        check_supported(config, options)
+        self.num_local_experts = num_local_experts
+        self.local_expert_indices = local_expert_indices
+        self.options = options
+        self.during_backward = during_backward
+        self.expert_alignment = options.expert_alignment or _quantisation_alignment(config)
+        self.buffer: Buffer | None = None
+        self.handle: DispatchHandle | None = None
+
+    # --- tokens to experts -----------------------------------------------------------------------
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[S, B, H], bool [T, E] and [T, E] to [T, H] and FP32 [T, E]."""
+        self._hidden_shape = hidden_states.shape
+        self._routing_map = routing_map
+        self._probs_dtype = probs.dtype
+        hidden_states = hidden_states.reshape(-1, self._hidden_shape[-1])
+        if self.shared_experts is not None:
+            self.shared_experts.pre_forward_comm(hidden_states.view(self._hidden_shape))
+        return hidden_states, probs.float().contiguous()
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, H] and [T, E] to expert-major rows [M, H] and their probabilities [M]."""
+        if self.buffer is None:
+            self.buffer = self._shared_buffer(hidden_states)
+        out = self.buffer.dispatch(
+            hidden_states,
+            routing_map=self._routing_map,
+            topk_weights=probs,
+            layout="expert",
+            expert_alignment=self.expert_alignment,
+            wire_dtype=fp8.FP8_DTYPE if self.options.fp8_dispatch else None,
+            during_backward=self.during_backward,
+        )
+        self._routing_map = None
+        self.handle = out.handle
+        return out.recv_x, out.recv_topk_weights
+
+    def dispatch_postprocess(
+        self, hidden_states: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Adds the rows of each local expert, padding included: [E_local] int64 on the CPU."""
+        if self.shared_experts is not None:
+            self.shared_experts.linear_fc1_forward_and_act(hidden_states)
+        return hidden_states, self.handle.padded_tokens_per_expert, probs.to(self._probs_dtype)
+
+    # --- experts to tokens -----------------------------------------------------------------------
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        """Nothing: combine itself sums a token's rows."""
+        return hidden_states
+
+    def token_combine(self, hidden_states: Tensor) -> Tensor:
+        """Expert-major rows [M, H] to the sums [T, H]."""
+        return self.buffer.combine(hidden_states.contiguous(), self.handle).combined_x
+
+    def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
+        """[T, H] to [S, B, H], shared experts added where they run beside the dispatch."""
+        output = hidden_states.view(self._hidden_shape)
+        if self.shared_experts is not None:
+            self.shared_experts.linear_fc2_forward(hidden_states)
+            self.shared_experts.post_forward_comm()
+            output = output + self.shared_experts.get_output()
+        return output
+
+    # --- the buffer ------------------------------------------------------------------------------
+
+    def _shared_buffer(self, hidden_states: Tensor) -> Buffer:
+        """The buffer of this group, made by the first layer's first dispatch. Collective."""
+        config, options = self.config, self.options
+        key = (
+            self.ep_group,
+            config.num_moe_experts,
+            hidden_states.shape[-1],
+            config.moe_router_topk,
+            options,
+        )
+        if key not in _buffers:
+            max_tokens = options.max_tokens_per_rank
+            if max_tokens is None:
+                most = torch.tensor([hidden_states.shape[0]], device=hidden_states.device)
+                dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.ep_group)
+                max_tokens = max(int(most), 1)
+            _buffers[key] = Buffer(
+                self.ep_group,
+                EPConfig(
+                    num_experts=config.num_moe_experts,
+                    hidden=hidden_states.shape[-1],
+                    max_tokens_per_rank=max_tokens,
+                    num_topk=config.moe_router_topk,
+                    timeout_s=options.timeout_s,
+                ),
+            )
+            if dist.get_rank() == 0:
+                print(self._startup_line(_buffers[key], hidden_states), flush=True)
+        return _buffers[key]
+
+    def _startup_line(self, buffer: Buffer, hidden_states: Tensor) -> str:
+        """Version, backend, wire format, memory, and what is off and why."""
+        options = self.options
+        own = str(hidden_states.dtype).removeprefix("torch.")
+        off = ["NVLink kernels (not in this version)"]
+        if not options.fp8_dispatch:
+            off.append("FP8 dispatch (not asked for)")
+        if not options.overlap_wgrad:
+            off.append("wgrad overlap (not asked for)")
+        return (
+            f"ep_comm {ep_comm.__version__}: {buffer.describe()}, EP {buffer.num_ranks}, "
+            f"{buffer.config.num_experts} experts top-{buffer.config.num_topk}, "
+            f"{buffer.config.max_tokens_per_rank} tokens of {buffer.config.hidden} a rank; "
+            f"wire {'fp8 e4m3 1x128' if options.fp8_dispatch else own} out, {own} back; "
+            f"SMs none (host); buffer {buffer.buffer_bytes} bytes; off: {', '.join(off)}"
+        )
+
+
+def _quantisation_alignment(config) -> int:
+    """Rows an expert's group must be a multiple of for quantised GEMMs; 1 without quantisation."""
+    return get_align_size_for_quantization(config) if config.fp8 else 1

@@ -1,0 +1,208 @@
+"""Putting our dispatcher into Megatron-Core's MoE layers.
+
+`MoELayer.__init__` knows its own dispatchers only. So it is built with "alltoall", and the
+instance is replaced afterwards: by a subclass named in the layer spec (`use_ep_comm`), or for every
+MoE layer of the process by wrapping ``MoELayer.__init__`` in place (`install`), which also reaches
+layers that no spec of the caller's names, such as those of multi-token prediction.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import nn
+
+from ep_comm.errors import EPArgumentError, EPStateError
+from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
+from ep_comm.megatron.options import EPOptions, check_supported
+from ep_comm.megatron.wgrad import delay_weight_gradients, with_delayed_wgrad
+
+_installed: EPOptions | None = None
+_original_init = MoELayer.__init__
+
+
+class EPCommMoELayer(MoELayer):
+    """Megatron's MoE layer with our dispatcher; for layer specs."""
+
+    def __init__(self, *args: Any, ep_options: EPOptions, **kwargs: Any) -> None:
+        _build(self, ep_options, args, kwargs)
+
+
+def use_ep_comm(spec: Any, options: EPOptions | None = None) -> Any:
+    """Make the MoE layers of a spec use our dispatcher.
+
+    Args:
+        spec: A layer's ``ModuleSpec``, or the ``TransformerBlockSubmodules`` (or its
+            ``ModuleSpec``) of a whole block. Left unchanged; dense layers stay as they are.
+        options: Defaults to ``EPOptions()``.
+
+    Returns:
+        A copy of the spec.
+
+    Raises:
+        EPArgumentError: The spec has no MoE layer.
+    """
+    options = options or EPOptions()
+    spec = copy.deepcopy(spec)
+    submodules = getattr(spec, "submodules", None)
+    layers = getattr(spec, "layer_specs", None) or getattr(submodules, "layer_specs", None)
+    changed = [_use_in_layer(layer, options) for layer in (layers or [spec])]
+    if not any(changed):
+        raise EPArgumentError(f"the spec has no MoE layer to put ep_comm into: {spec}")
+    return spec
+
+
+def _use_in_layer(layer_spec: Any, options: EPOptions) -> bool:
+    """Change one layer's spec in place; False if it is no MoE layer."""
+    submodules = layer_spec.submodules
+    mlp = submodules.mlp
+    if isinstance(mlp, ModuleSpec) and mlp.module is MoELayer:  # megatron-core up to 0.17
+        mlp.module = EPCommMoELayer
+        mlp.params = {**mlp.params, "ep_options": options}
+    elif isinstance(mlp, functools.partial) and mlp.func is MoELayer:  # from 0.18 on
+        submodules.mlp = functools.partial(
+            EPCommMoELayer, *mlp.args, **mlp.keywords, ep_options=options
+        )
+    else:
+        return False
+    return True
+
+
+def install(options: EPOptions | None = None) -> None:
+    """Make every MoE layer that this process builds from now on use our dispatcher.
+
+    With `EPOptions.overlap_wgrad`, `DistributedDataParallel` is built with ``delay_wgrad_compute``.
+
+    Raises:
+        EPStateError: Installed before with other options.
+    """
+    global _installed
+    options = options or EPOptions()
+    if _installed is not None:
+        if _installed != options:
+            raise EPStateError(f"ep_comm is installed with {_installed}, not with {options}")
+        return
+    _installed = options
+
+    @functools.wraps(_original_init)
+    def init(self: MoELayer, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self, EPCommMoELayer):  # has options of its own
+            _original_init(self, *args, **kwargs)
+        else:
+            _build(self, options, args, kwargs)
+
+    MoELayer.__init__ = init
+    if options.overlap_wgrad:
+        _delay_wgrad_in_ddp()
+
+
+def check_model(model_chunks: Iterable[nn.Module]) -> int:
+    """Assert that every MoE layer of the model has our dispatcher; gives their number.
+
+    Raises:
+        EPStateError: Names the layers that do not, or says that there is none.
+    """
+    layers = list(moe_layers(model_chunks))
+    others = [
+        f"{name} ({type(layer.token_dispatcher).__name__})"
+        for name, layer in layers
+        if not isinstance(layer.token_dispatcher, EPCommTokenDispatcher)
+    ]
+    if others:
+        raise EPStateError(f"MoE layers without ep_comm's dispatcher: {', '.join(others)}")
+    if not layers:
+        raise EPStateError("the model has no MoE layer")
+    return len(layers)
+
+
+def moe_layers(model_chunks: Iterable[nn.Module]) -> Iterable[tuple[str, MoELayer]]:
+    """(name, layer) of every MoE layer."""
+    for chunk in model_chunks:
+        for name, module in chunk.named_modules():
+            if isinstance(module, MoELayer):
+                yield name, module
+
+
+def _build(layer: MoELayer, options: EPOptions, args: tuple, kwargs: dict) -> None:
+    """Run Megatron's constructor on `layer` and put our dispatcher in."""
+    arguments = inspect.signature(_original_init).bind(layer, *args, **kwargs).arguments
+    arguments.pop("self")
+    config = arguments["config"]
+    check_supported(config, options)
+    pg_collection = arguments.get("pg_collection")
+    if pg_collection is None:
+        pg_collection = arguments["pg_collection"] = get_default_pg_collection()
+    if options.overlap_wgrad:
+        arguments["submodules"] = _with_delayed_experts(arguments["submodules"])
+    _original_init(layer, **arguments)
+    if options.overlap_wgrad:
+        delay_weight_gradients(layer.experts)
+    layer.token_dispatcher = EPCommTokenDispatcher(
+        layer.num_local_experts,
+        layer.local_expert_indices,
+        config=layer.config,
+        pg_collection=pg_collection,
+        options=options,
+        during_backward=layer.experts.backward_dw if options.overlap_wgrad else None,
+    )
+    if layer.use_shared_expert and layer.shared_expert_overlap:
+        layer.token_dispatcher.set_shared_experts(layer.shared_experts)
+
+
+def _with_delayed_experts(submodules: Any) -> Any:
+    """MoE submodules whose routed experts are built to delay their weight gradients."""
+    submodules = copy.copy(submodules)
+    experts = submodules.experts
+    if isinstance(experts, ModuleSpec):
+        submodules.experts = ModuleSpec(
+            module=_delayed_class(experts.module),
+            params=experts.params,
+            submodules=experts.submodules,
+        )
+    elif isinstance(experts, type):
+        submodules.experts = _delayed_class(experts)
+    else:
+        submodules.experts = _with_delayed_config(experts)
+    return submodules
+
+
+def _with_delayed_config(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """The builder of experts ``build(num_local_experts, config, ...)``, given a changed config."""
+
+    @functools.wraps(build)
+    def build_delayed(num_local_experts: int, config: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        return build(num_local_experts, with_delayed_wgrad(config), *args, **kwargs)
+
+    return build_delayed
+
+
+@functools.cache
+def _delayed_class(experts: type[nn.Module]) -> type[nn.Module]:
+    """A subclass that changes the config on its way in: Megatron's specs accept classes only."""
+
+    def __init__(self, num_local_experts: int, config: Any, *args: Any, **kwargs: Any) -> None:
+        experts.__init__(self, num_local_experts, with_delayed_wgrad(config), *args, **kwargs)
+
+    return type(experts.__name__, (experts,), {"__init__": __init__})
+
+
+def _delay_wgrad_in_ddp() -> None:
+    original = DistributedDataParallel.__init__
+
+    @functools.wraps(original)
+    def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        bound = inspect.signature(original).bind(self, *args, **kwargs)
+        ddp_config = bound.arguments["ddp_config"]
+        bound.arguments["ddp_config"] = dataclasses.replace(ddp_config, delay_wgrad_compute=True)
+        original(*bound.args, **bound.kwargs)
+
+    DistributedDataParallel.__init__ = init

@@ -1,0 +1,107 @@
+"""Settings of the Megatron integration, and what it refuses by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ep_comm import fp8
+from ep_comm.errors import EPArgumentError, EPUnsupportedError
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EPOptions:
+    """Settings of our dispatcher; everything else comes from the `TransformerConfig`.
+
+    Attributes:
+        fp8_dispatch: Forward activations travel as FP8 E4M3 in 1x128 blocks. Gradients and
+            expert outputs travel in the activations' own type.
+        overlap_wgrad: Compute the routed experts' weight gradients while the backward combine is
+            in flight. Needs ``DistributedDataParallelConfig(delay_wgrad_compute=True)``, which
+            `install` sets itself.
+        expert_alignment: Rows of each expert's group are padded to a multiple of this; None
+            takes what Megatron's quantisation needs, and no padding without quantisation.
+        max_tokens_per_rank: Most tokens of one micro-batch on one rank; None takes the first
+            micro-batch's, over all ranks.
+        timeout_s: Bound of every wait for another rank, in seconds.
+    """
+
+    fp8_dispatch: bool = False
+    overlap_wgrad: bool = False
+    expert_alignment: int | None = None
+    max_tokens_per_rank: int | None = None
+    timeout_s: float = 30.0
+
+
+def check_supported(config: TransformerConfig, options: EPOptions) -> None:
+    """Raise for what this version cannot do, before anything is built.
+
+    Raises:
+        EPUnsupportedError: A Megatron feature that does not work with this dispatcher yet.
+        EPArgumentError: A setting that contradicts another one.
+    """
+    for flag, value, why in _refused(config):
+        if value:
+            raise EPUnsupportedError(
+                f"--moe-token-dispatcher deepep does not support {flag} yet{why}"
+            )
+    if config.moe_token_dispatcher_type != "alltoall":
+        raise EPArgumentError(
+            "keep moe_token_dispatcher_type='alltoall' in the TransformerConfig (Megatron "
+            "validates other features against it, and ep_comm then replaces the dispatcher); "
+            f"got {config.moe_token_dispatcher_type!r}"
+        )
+    if options.fp8_dispatch:
+        fp8.check_hidden(config.hidden_size)
+
+
+def _refused(config: TransformerConfig) -> list[tuple[str, object, str]]:
+    """(flag, whether it is set, reason). README lists the same."""
+    cuda_graph_scope = [str(scope) for scope in getattr(config, "cuda_graph_scope", None) or []]
+    return [
+        *(
+            (f"--{name.replace('_', '-')} > 1", (getattr(config, name) or 1) > 1, "")
+            for name in (
+                "tensor_model_parallel_size",
+                "expert_tensor_parallel_size",
+                "pipeline_model_parallel_size",
+                "context_parallel_size",
+            )
+        ),
+        (
+            "--moe-pad-expert-input-to-capacity",
+            config.moe_pad_expert_input_to_capacity,
+            ": dropless routing and dropping without padding work",
+        ),
+        (
+            "--overlap-moe-expert-parallel-comm (the 1F1B overlap)",
+            getattr(config, "overlap_moe_expert_parallel_comm", False),
+            ": EPOptions(overlap_wgrad=True) hides the backward combine without it",
+        ),
+        (
+            "--overlap-dispatch-backward-with-experts-wgrad",
+            getattr(config, "overlap_dispatch_backward_with_experts_wgrad", False),
+            ": use EPOptions(overlap_wgrad=True) instead",
+        ),
+        (
+            "--delay-wgrad-compute for the whole model",
+            config.delay_wgrad_compute,
+            ": EPOptions(overlap_wgrad=True) delays the routed experts' alone",
+        ),
+        (
+            "CUDA graphs over the MoE layer",
+            getattr(config, "cuda_graph_impl", "none") != "none"
+            and (not cuda_graph_scope or any("moe" in scope for scope in cuda_graph_scope)),
+            ": token counts are host values",
+        ),
+        ("--moe-latent-size", getattr(config, "moe_latent_size", None), ""),
+        ("--fp4-format", getattr(config, "fp4", None), ""),
+        (
+            "transformer_impl='inference_optimized'",
+            getattr(config, "transformer_impl", None) == "inference_optimized",
+            "",
+        ),
+    ]

@@ -1,0 +1,143 @@
+"""Weight gradients of the routed experts, computed later: while a combine is in flight.
+
+Backward through an expert gives two gradients. The one of its input is what the backward combine
+waits for; the one of its weights nobody needs before the optimizer. So the linear layers of the
+routed experts put (input, output gradient) aside, and `DelayedWeightGradient.backward_dw` makes
+weight gradients of them when the dispatcher's backward calls it, between the start of the combine
+and the wait for it. Transformer Engine's layers can do this themselves; here the same is done for
+Megatron's own `ColumnParallelLinear` and `RowParallelLinear`, with the same GEMM and so the same
+bits.
+
+Megatron's `DistributedDataParallel` takes part by a protocol: built with ``delay_wgrad_compute`` it
+leaves parameters marked ``skip_backward_post_hook`` to their module, which calls the hooks given to
+``register_wgrad_accumulation_and_reduce_hooks`` once the gradient exists.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor, nn
+
+from ep_comm.errors import EPStateError, EPUnsupportedError
+
+
+class DelayedWeightGradient:
+    """Takes over the weight gradient of one Megatron linear layer."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        if linear.gradient_accumulation_fusion:
+            raise EPUnsupportedError(
+                "overlap_wgrad with Megatron's own linear layers does not support "
+                "gradient_accumulation_fusion: set it to False, or use Transformer Engine's"
+            )
+        self._weight = linear.weight
+        self._saved: deque[tuple[Tensor, Tensor]] = deque()
+        self._hooks: list[Callable[[], None]] = []
+        self._original_forward = linear._forward_impl
+        linear.weight.skip_backward_post_hook = True
+        linear._forward_impl = self._forward
+        linear.backward_dw = self.backward_dw
+        linear.register_wgrad_accumulation_and_reduce_hooks = self._hooks.append
+        linear.ep_comm_wgrad = self
+
+    def __len__(self) -> int:
+        """Weight gradients still owed."""
+        return len(self._saved)
+
+    def _forward(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Megatron's ``_forward_impl``; parallel communication is off for routed experts."""
+        if not weight.requires_grad:
+            return self._original_forward(input, weight, *args, **kwargs)
+        output = _LinearWithDelayedWgrad.apply(input, weight, self._saved)
+        bias = kwargs.get("bias")
+        return output if bias is None else output + bias
+
+    def backward_dw(self) -> None:
+        """Compute the owed gradients, oldest first, and hand each to DDP.
+
+        Raises:
+            EPStateError: DDP was built without ``delay_wgrad_compute``.
+        """
+        if self._saved and not self._hooks and hasattr(self._weight, "main_grad"):
+            raise EPStateError(
+                "overlap_wgrad needs DistributedDataParallelConfig(delay_wgrad_compute=True): "
+                "without it DDP reduces gradients that do not exist yet"
+            )
+        while self._saved:
+            input, grad_output = self._saved.popleft()
+            wgrad = grad_output.t().matmul(input)
+            self._weight.grad = wgrad if self._weight.grad is None else self._weight.grad + wgrad
+            for hook in self._hooks:
+                hook()
+
+
+class _LinearWithDelayedWgrad(torch.autograd.Function):
+    """``input @ weight.t()`` whose backward puts the weight gradient's operands aside."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, saved: deque) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.saved = saved
+        return torch.matmul(input, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:
+        input, weight = ctx.saved_tensors
+        ctx.saved.append((input, grad_output))
+        return grad_output.matmul(weight), None, None
+
+
+def delay_weight_gradients(experts: nn.Module) -> None:
+    """Make ``experts.backward_dw()`` the only place where weight gradients are computed.
+
+    Raises:
+        EPUnsupportedError: The experts have a weight that nobody here knows how to delay.
+    """
+    delayed = set()
+    for module in experts.modules():
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            DelayedWeightGradient(module)
+            delayed.add(module.weight)
+        elif getattr(module, "wgrad_store", None) is not None:  # Transformer Engine
+            delayed.update(module.parameters(recurse=False))
+    for name, parameter in experts.named_parameters():
+        if parameter not in delayed and not name.rpartition(".")[2].startswith("bias"):
+            raise EPUnsupportedError(
+                f"overlap_wgrad does not support {type(experts).__name__}: nothing delays the "
+                f"gradient of its parameter {name}"
+            )
+
+
+def with_delayed_wgrad(config: Any) -> Any:
+    """`config` for the routed experts alone: Transformer Engine then delays their gradients.
+
+    Set after construction, because Megatron accepts the flag only with its 1F1B overlap.
+    """
+    config = copy.copy(config)
+    config.delay_wgrad_compute = True
+    return config
+
+
+def _owed(experts: nn.Module) -> Iterator[tuple[str, int]]:
+    for name, module in experts.named_modules():
+        if (delayed := getattr(module, "ep_comm_wgrad", None)) is not None:
+            yield name, len(delayed)
+        elif (store := getattr(module, "wgrad_store", None)) is not None and store.context:
+            yield name, store.context.qsize()
+
+
+def check_weight_gradients(model_chunks: Iterable[nn.Module]) -> None:
+    """Call before the optimizer step: every delayed weight gradient has been computed.
+
+    Raises:
+        EPStateError: Names the layers that still owe gradients.
+    """
+    owed = [f"{name} ({count})" for chunk in model_chunks for name, count in _owed(chunk) if count]
+    if owed:
+        raise EPStateError(f"weight gradients were never computed: {', '.join(owed)}")

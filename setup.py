@@ -1,0 +1,141 @@
+"""Builds ep_comm/_native/libep_comm.so with nvcc; everything else is in pyproject.toml.
+
+The library has a C ABI and uses neither torch's nor Python's headers, so this file imports neither
+and the wheel fits every Python 3 of the platform. Without nvcc the package installs without the
+library; where nvcc is found, a failure of it fails the install.
+
+Environment:
+    CUDA_HOME: CUDA toolkit to use; otherwise nvcc from PATH, then /usr/local/cuda.
+    EP_COMM_CUDA_ARCHS: architectures to compile for, comma-separated; default "90a,100a".
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_CUDA_ARCHS = "90a,100a"  # Hopper, Blackwell
+DEFAULT_CUDA_HOME = "/usr/local/cuda"
+LIBRARY = Extension(
+    name="ep_comm._native.libep_comm",
+    sources=["csrc/abi.cu", "csrc/layout.cu"],
+    depends=sorted(f"csrc/{header.name}" for header in (ROOT / "csrc").glob("*h")),  # .h, .cuh
+)
+NOT_BUILT = """\
+******************************************************************************************
+ep_comm: nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda).
+         The CUDA library was NOT built; the reference backend is what is left.
+         To build it, install a CUDA toolkit, set CUDA_HOME, and install ep_comm again.
+******************************************************************************************"""
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc, or None. Looks in CUDA_HOME, then PATH, then /usr/local/cuda."""
+
+    def in_home(home: str) -> str | None:
+        return shutil.which("nvcc", path=os.path.join(home, "bin"))
+
+    cuda_home = os.environ.get("CUDA_HOME")
+    return (cuda_home and in_home(cuda_home)) or shutil.which("nvcc") or in_home(DEFAULT_CUDA_HOME)
+
+
+def cuda_archs() -> list[str]:
+    """Architectures to compile for, such as ``["90a", "100a"]``."""
+    text = os.environ.get("EP_COMM_CUDA_ARCHS", DEFAULT_CUDA_ARCHS)
+    archs = [arch.strip() for arch in text.split(",")]
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?", arch):
+            raise CompileError(
+                f"EP_COMM_CUDA_ARCHS={text!r}: {arch!r} is no architecture; expected something "
+                f"like {DEFAULT_CUDA_ARCHS!r}"
+            )
+    return archs
+
+
+def nvcc_command(nvcc: str, archs: list[str], output: Path) -> list[str]:
+    """Command that compiles and links all of csrc into one shared library."""
+    return [
+        nvcc,
+        *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs),
+        f"-DEP_CUDA_ARCHS={'+'.join(archs)}",
+        "-O3",
+        "-std=c++17",
+        "-lineinfo",
+        "--threads=0",
+        # No exception may cross a C ABI; without them the library needs less of libstdc++ too.
+        "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-exceptions,-Wall,-Wextra",
+        "-Xlinker=--as-needed",
+        "-shared",
+        "-cudart=static",
+        "-o",
+        str(output),
+        *LIBRARY.sources,
+    ]
+
+
+def is_current(output: Path, archs: list[str]) -> bool:
+    """Whether `output` is newer than all it is made of, and holds code for just `archs`."""
+    inputs = [ROOT / path for path in [*LIBRARY.sources, *LIBRARY.depends, "setup.py"]]
+    if not output.exists() or output.stat().st_mtime < max(p.stat().st_mtime for p in inputs):
+        return False
+    # csrc/abi.cu leaves this text, a C string, in the library.
+    return f"EP_CUDA_ARCHS={'+'.join(archs)}\0".encode() in output.read_bytes()
+
+
+class BuildNative(build_ext):
+    """Runs nvcc in place of the C compiler that setuptools would run."""
+
+    def run(self) -> None:
+        self.nvcc = find_nvcc()
+        if self.nvcc is None:
+            logging.getLogger(__name__).warning(NOT_BUILT)
+            # An earlier build's library would end up in a wheel that is tagged as having none.
+            Path(self.build_lib, self.get_ext_filename(LIBRARY.name)).unlink(missing_ok=True)
+            self.extensions = []  # so that nobody looks for the file
+            return
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        archs = cuda_archs()
+        if is_current(output, archs) and not self.force:
+            return
+        output.parent.mkdir(parents=True, exist_ok=True)
+        command = nvcc_command(self.nvcc, archs, output)
+        logging.getLogger(__name__).info(" ".join(command))
+        result = subprocess.run(command, cwd=ROOT)
+        if result.returncode != 0:
+            raise CompileError(
+                f"{self.nvcc} failed with status {result.returncode}; its messages are above. "
+                "If it does not know an architecture, name fewer in EP_COMM_CUDA_ARCHS "
+                f"(now {','.join(archs)})."
+            )
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # No Python ABI in the name: the library does not use it.
+        return os.path.join(*fullname.split(".")) + ".so"
+
+
+class PlatformWheel(bdist_wheel):
+    """Tags the wheel py3-none-<platform>, or py3-none-any where there is no library in it."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        if find_nvcc() is None:
+            return "py3", "none", "any"
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[LIBRARY],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+)

@@ -1,0 +1,157 @@
+"""Wrong arguments: named before anything is sent, and the buffer goes on working."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from ep_comm import (
+    Buffer,
+    EPArgumentError,
+    EPConfig,
+    EPRoutingError,
+    EPStateError,
+    EventOverlap,
+    fp8,
+)
+
+SIZES = dict(num_experts=8, hidden=32, max_tokens_per_rank=6, num_topk=3)
+X = torch.ones(4, 32)
+TOPK = torch.tensor([[0, 5, -1]] * 4)
+MAP = torch.zeros(4, 8, dtype=torch.bool)
+
+# name: (arguments of dispatch, part of the message)
+BAD_DISPATCH = {
+    "hidden": (dict(x=torch.ones(4, 31), topk_idx=TOPK), r"x must be \[num_tokens, 32\].*31"),
+    "dtype": (dict(x=X.half(), topk_idx=TOPK), "bfloat16 or float32.*float16"),
+    "not_contiguous": (dict(x=torch.ones(32, 4).t(), topk_idx=TOPK), "contiguous.*strides"),
+    "too_many_tokens": (dict(x=torch.ones(7, 32), topk_idx=TOPK), "7 tokens.*6.*max_tokens"),
+    "no_routing": (dict(x=X), "exactly one of"),
+    "two_routings": (dict(x=X, topk_idx=TOPK, routing_map=MAP), "exactly one of"),
+    "token_count": (dict(x=X, topk_idx=TOPK[:3]), "3 tokens, x has 4"),
+    "topk_dtype": (dict(x=X, topk_idx=TOPK.float()), "float32"),
+    "topk_too_wide": (dict(x=X, topk_idx=torch.zeros(4, 4).long()), "4 entries.*num_topk 3"),
+    "expert_too_large": (dict(x=X, topk_idx=TOPK + 4), r"9"),
+    "expert_negative": (dict(x=X, topk_idx=TOPK - 2), r"-2|-3"),
+    "expert_twice": (dict(x=X, topk_idx=torch.zeros(4, 2).long()), "each expert may come once"),
+    "map_dtype": (dict(x=X, routing_map=MAP.int()), "bool"),
+    "map_width": (dict(x=X, routing_map=MAP[:, :7]), "7"),
+    "map_too_many": (dict(x=X, routing_map=~MAP), "3"),
+    "weights_dtype": (dict(x=X, topk_idx=TOPK, topk_weights=torch.ones(4, 3).double()), "float64"),
+    "weights_shape": (dict(x=X, topk_idx=TOPK, topk_weights=torch.ones(4, 2)), r"\[4, 3\].*2"),
+    "layout": (dict(x=X, topk_idx=TOPK, layout="row"), "'row'"),
+    "alignment": (dict(x=X, topk_idx=TOPK, expert_alignment=0), "expert_alignment.*0"),
+    "wire_dtype": (dict(x=X, topk_idx=TOPK, wire_dtype=torch.bfloat16), "wire_dtype.*bfloat16"),
+    "fp8_hidden": (dict(x=X, topk_idx=TOPK, wire_dtype=fp8.FP8_DTYPE), "hidden 32"),
+    "recv_dtype": (dict(x=X, topk_idx=TOPK, recv_dtype=torch.bfloat16), "needs FP8 on the wire"),
+    "handle_type": (dict(x=X, handle=3), "DispatchHandle.*int"),
+    "comm_stream": (dict(x=X, topk_idx=TOPK, allocate_on_comm_stream=True), "previous_event"),
+}
+
+
+def try_dispatch(rank: int) -> dict[str, str]:
+    """Run every bad call; give its message. One good call at the end."""
+    buffer = Buffer(None, EPConfig(**SIZES))
+    messages = {}
+    for name, (arguments, _) in BAD_DISPATCH.items():
+        try:
+            buffer.dispatch(**arguments)
+        except EPArgumentError as error:
+            messages[name] = f"{type(error).__name__}: {error}"
+        else:
+            messages[name] = "accepted"
+    assert buffer.records.num_operations == 0, "something was sent"
+    good = buffer.dispatch(X, TOPK)
+    assert torch.equal(buffer.combine(good.recv_x, good.handle).combined_x, 2 * X)
+    return messages
+
+
+def test_bad_dispatch_arguments_are_named():
+    for messages in run_ranks(2, try_dispatch):
+        for name, (_, pattern) in BAD_DISPATCH.items():
+            assert re.search(pattern, messages[name]), f"{name}: {messages[name]}"
+        for name in ("expert_too_large", "expert_negative", "expert_twice", "map_too_many"):
+            assert messages[name].startswith(EPRoutingError.__name__)
+
+
+def try_combine(rank: int) -> dict[str, str]:
+    buffer, other = (Buffer(None, EPConfig(**SIZES)) for _ in range(2))
+    out = buffer.dispatch(X, TOPK)
+    rows, handle = out.recv_x, out.handle
+    calls = {
+        "handle of another buffer": lambda: other.combine(rows, handle),
+        "cached on another buffer": lambda: other.dispatch(X, handle=handle),
+        "must be [": lambda: buffer.combine(rows[1:], handle),
+        "float16": lambda: buffer.combine(rows.half(), handle),
+        "topk_weights must be [": lambda: buffer.combine(rows, handle, torch.ones(1)),
+        "x must be [4, 32]": lambda: buffer.dispatch(X[1:], handle=handle),
+        "not two of them": lambda: buffer.dispatch(X, TOPK, handle=handle),
+    }
+    messages = {}
+    for name, call in calls.items():
+        with pytest.raises(EPArgumentError) as caught:
+            call()
+        messages[name] = str(caught.value)
+    buffer.destroy()
+    with pytest.raises(EPStateError, match="destroyed"):
+        buffer.dispatch(X, TOPK)
+    return messages
+
+
+def test_bad_combine_arguments_are_named():
+    for messages in run_ranks(2, try_combine):
+        for name, message in messages.items():
+            wanted = "another buffer" if "another buffer" in name else name
+            assert wanted in message, message
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        (dict(num_experts=0), "num_experts must be a positive integer, got 0"),
+        (dict(hidden=2.5), "hidden must be a positive integer, got 2.5"),
+        (dict(num_topk=9), "num_topk 9 is more than num_experts 8"),
+        (dict(ranks_per_node=0), "ranks_per_node must be positive, got 0"),
+        (dict(backend="nccl"), "auto, reference, got 'nccl'"),
+        (dict(timeout_s=0), "timeout_s must be positive, got 0"),
+    ],
+)
+def test_bad_config_is_named(change, pattern):
+    with pytest.raises(EPArgumentError, match=pattern):
+        EPConfig(**{**SIZES, **change})
+
+
+def try_groups(rank: int) -> None:
+    with pytest.raises(EPArgumentError, match="num_experts 7 is not divisible by the group's 2"):
+        Buffer(None, EPConfig(**{**SIZES, "num_experts": 7}))
+    with pytest.raises(EPArgumentError, match="2 ranks are not divisible by ranks_per_node 3"):
+        Buffer(None, EPConfig(**SIZES, ranks_per_node=3))
+
+
+def test_config_that_does_not_fit_the_group_is_named():
+    run_ranks(2, try_groups)
+
+
+def test_buffer_needs_torch_distributed():
+    with pytest.raises(EPStateError, match="init_process_group"):
+        Buffer(None, EPConfig(**SIZES))
+
+
+def stream_arguments_on_cpu(rank: int) -> None:
+    buffer = Buffer(None, EPConfig(**SIZES))
+    out = buffer.dispatch(
+        X, TOPK, previous_event=Buffer.capture(), async_finish=True, allocate_on_comm_stream=True
+    )
+    assert isinstance(out.event, EventOverlap)
+    with out.event:
+        pass
+    back = buffer.combine(out.recv_x, out.handle, async_finish=True)
+    back.event.current_stream_wait()
+    assert torch.equal(back.combined_x, 2 * X)
+
+
+def test_stream_arguments_are_accepted_on_cpu():
+    run_ranks(2, stream_arguments_on_cpu)

@@ -1,0 +1,75 @@
+"""FP8 on the wire: given as FP8, or quantised on the way; received as FP8 or dequantised."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cases import Case, assert_same, to_numpy, to_torch
+from oracle import expert_rows
+from ranks import run_ranks
+
+from ep_comm import Buffer, fp8
+
+CASE = Case(tokens=(6, 0, 9), hidden=256, num_topk=5, experts_per_rank=3, alignment=16)
+
+
+def dispatch_all_ways(rank: int, case: Case) -> dict[str, np.ndarray]:
+    buffer = Buffer(None, case.config())
+    topk = torch.from_numpy(case.topk_idx(rank))
+    x = to_torch(case.rows(rank, case.tokens[rank], salt=2)).requires_grad_()
+    on_the_way = buffer.dispatch(
+        x, topk, layout=case.layout, expert_alignment=case.alignment, wire_dtype=fp8.FP8_DTYPE
+    )
+    wire_bytes = list(buffer.records)[-1].wire_bytes_to_rank
+    given = fp8.quantize(x.detach())
+    handle = on_the_way.handle
+    as_fp8, as_fp8_scales = buffer.dispatch(given, handle=handle).recv_x
+    dequantised = buffer.dispatch(given, handle=handle, recv_dtype=torch.bfloat16).recv_x
+    quantised, quantised_scales = buffer.dispatch(
+        x.detach(), handle=handle, wire_dtype=fp8.FP8_DTYPE, recv_dtype=fp8.FP8_DTYPE
+    ).recv_x
+    grad = to_torch(case.rows(rank, handle.num_rows, salt=5))
+    on_the_way.recv_x.backward(grad)
+    bf16_grad = buffer.combine(grad, handle).combined_x
+    return dict(
+        on_the_way=to_numpy(on_the_way.recv_x),
+        dequantised=to_numpy(dequantised),
+        data=as_fp8.view(torch.uint8).numpy(),
+        scales=as_fp8_scales.numpy(),
+        quantised=quantised.view(torch.uint8).numpy(),
+        quantised_scales=quantised_scales.numpy(),
+        grad=to_numpy(x.grad),
+        bf16_grad=to_numpy(bf16_grad),
+        wire_bytes=wire_bytes,
+        rows_to_rank=list(buffer.records)[1].rows_to_rank,
+    )
+
+
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_fp8_payload(layout):
+    case = Case(**{**CASE.__dict__, "layout": layout})
+    results = run_ranks(case.num_ranks, dispatch_all_ways, case)
+    topk_idx = [case.topk_idx(r) for r in range(case.num_ranks)]
+    quantised = [
+        fp8.quantize(to_torch(case.rows(r, case.tokens[r], salt=2))) for r in range(case.num_ranks)
+    ]
+    for rank, got in enumerate(results):
+        for a, b in (("dequantised", "on_the_way"), ("quantised", "data"),
+                     ("quantised_scales", "scales"), ("grad", "bf16_grad")):  # fmt: skip
+            assert_same(got[a], got[b], f"{a} against {b} on rank {rank}")
+        for peer, rows in enumerate(got["rows_to_rank"]):
+            row_bytes = case.hidden + 4 * case.hidden // fp8.BLOCK
+            assert got["wire_bytes"][peer] == (0 if peer == rank else rows * row_bytes)
+        if layout == "rank":
+            continue
+        rows, _ = expert_rows(topk_idx, rank, case.experts_per_rank, case.alignment)
+        assert any(row is None for row in rows), "the case lost its padding"
+        for i, row in enumerate(rows):
+            if row is None:  # padding: byte 0, scale 1, so that any GEMM reads zeros
+                assert not got["data"][i].any() and (got["scales"][i] == 1).all()
+                assert not got["on_the_way"][i].any()
+                continue
+            data, scales = quantised[row.source]
+            assert_same(got["data"][i], data.view(torch.uint8)[row.token].numpy(), "FP8 bytes")
+            assert_same(got["scales"][i], scales[row.token].numpy(), "scales")

@@ -1,0 +1,110 @@
+"""A rank that is late, dead, or does something else: the others say so in time, by name."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankFailure, run_ranks
+
+from ep_comm import Buffer, EPConfig, EPError, EPMismatchError, EPStateError, EPTimeoutError
+
+SIZES = dict(num_experts=12, hidden=16, max_tokens_per_rank=8, num_topk=2)
+X = torch.ones(5, 16)
+TOPK = torch.tensor([[0, 11], [4, 5], [1, -1], [8, 2], [3, 7]])
+
+
+def some_ranks_stay_away(rank: int, absent: tuple[int, ...], timeout_s: float) -> str | None:
+    buffer = Buffer(None, EPConfig(**SIZES, timeout_s=timeout_s))
+    handle = buffer.dispatch(X, TOPK).handle
+    dist.barrier()
+    if rank in absent:
+        time.sleep(timeout_s + 8)
+        return None
+    start = time.monotonic()
+    with pytest.raises(EPTimeoutError) as caught:
+        buffer.dispatch(X, handle=handle)
+    assert time.monotonic() - start < timeout_s + 5
+    error = caught.value
+    assert (error.op, error.phase, error.rank) == ("dispatch", "header", rank)
+    with pytest.raises(EPStateError, match="waited"):
+        buffer.dispatch(X, handle=handle)
+
+    present = [r for r in range(dist.get_world_size()) if r not in absent]
+    group = dist.new_group(present, use_local_synchronization=True)
+    fresh = Buffer(group, EPConfig(**SIZES, timeout_s=20))
+    out = fresh.dispatch(X, TOPK)
+    valid = (TOPK >= 0).sum(1)[:, None]
+    assert torch.equal(fresh.combine(out.recv_x, out.handle).combined_x, valid * X)
+    return str(error)
+
+
+def test_absent_rank_is_named_and_the_others_go_on():
+    messages = run_ranks(3, some_ranks_stay_away, (2,), 2.0, fresh=True)
+    for rank in (0, 1):
+        assert f"rank {rank} waited 2 s for rank 2" in messages[rank]
+
+
+def test_two_absent_ranks_are_both_named():
+    messages = run_ranks(4, some_ranks_stay_away, (1, 3), 2.0, fresh=True)
+    for rank in (0, 2):
+        assert "for rank 1, 3" in messages[rank]
+
+
+def one_rank_dies(rank: int) -> str:
+    buffer = Buffer(None, EPConfig(**SIZES, timeout_s=30))
+    dist.barrier()
+    if rank == 1:
+        os._exit(1)
+    start = time.monotonic()
+    with pytest.raises(EPError) as caught:
+        buffer.dispatch(X, TOPK)
+    assert time.monotonic() - start < 10
+    return str(caught.value)
+
+
+def test_dead_rank_ends_the_wait():
+    with pytest.raises(RankFailure) as failure:
+        run_ranks(3, one_rank_dies, fresh=True)
+    # The dead rank is the only one that failed: the others raised what they should.
+    assert str(failure.value).startswith("rank 1:")
+    assert "rank 0:" not in str(failure.value) and "rank 2:" not in str(failure.value)
+
+
+def ranks_disagree(rank: int, what: str) -> str:
+    changes = {"hidden": 32} if (what, rank) == ("config", 1) else {}
+    with pytest.raises(EPMismatchError) as caught:
+        buffer = Buffer(None, EPConfig(**{**SIZES, **changes}, timeout_s=20))
+        if what == "alignment":
+            buffer.dispatch(X, TOPK, expert_alignment=16 if rank else 8)
+        out = buffer.dispatch(X, TOPK)
+        if what == "operation":
+            if rank == 1:
+                buffer.combine(out.recv_x, out.handle)
+            else:
+                buffer.dispatch(X, handle=out.handle)
+        if what == "dtype":
+            buffer.dispatch(X.bfloat16() if rank else X, handle=out.handle)
+        if what == "handle":
+            other = buffer.dispatch(X, TOPK)
+            buffer.combine(out.recv_x, (other if rank else out).handle)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "rank0", "rank1"),
+    [
+        ("config", "hidden=16", "hidden=32"),
+        ("alignment", "expert_alignment=8", "expert_alignment=16"),
+        ("operation", "op=dispatch", "op=combine"),
+        ("dtype", "dtype=torch.float32", "dtype=torch.bfloat16"),
+        ("handle", "routing_epoch=1", "routing_epoch=3"),
+    ],
+)
+def test_disagreement_is_raised_on_both_sides(what, rank0, rank1):
+    messages = run_ranks(2, ranks_disagree, what, fresh=True)
+    assert f"rank 0 has {rank0}" in messages[0] and f"rank 1 has {rank1}" in messages[0]
+    assert f"rank 1 has {rank1}" in messages[1] and f"rank 0 has {rank0}" in messages[1]

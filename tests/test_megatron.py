@@ -1,0 +1,187 @@
+"""Megatron-Core models with our dispatcher against the same models with alltoall, on CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from megatron_model import Setup, make_config, train
+from ranks import RankFailure, run_ranks
+
+pytest.importorskip("megatron.core")
+
+SHARED = (("moe_shared_expert_intermediate_size", 40),)
+FEATURES = {
+    "aux_loss": Setup(),
+    "allgather_too": Setup(),
+    "seq_aux_loss": Setup(config=(("moe_router_load_balancing_type", "seq_aux_loss"),)),
+    "expert_bias": Setup(
+        config=(
+            ("moe_router_load_balancing_type", "none"),
+            ("moe_router_enable_expert_bias", True),
+            ("moe_router_score_function", "sigmoid"),
+        )
+    ),
+    "group_limited": Setup(
+        config=(("moe_router_num_groups", 4), ("moe_router_group_topk", 2)),
+    ),
+    "shared_experts": Setup(config=SHARED),
+    "shared_experts_overlapped": Setup(config=(*SHARED, ("moe_shared_expert_overlap", True))),
+    "token_dropping": Setup(config=(("moe_expert_capacity_factor", 0.7),)),
+    "bf16_router_probs": Setup(config=(("moe_router_dtype", None),), bf16=True),
+    "recompute_moe": Setup(
+        config=(("recompute_granularity", "selective"), ("recompute_modules", ["moe"]))
+    ),
+    "recompute_full": Setup(
+        config=(
+            ("recompute_granularity", "full"),
+            ("recompute_method", "uniform"),
+            ("recompute_num_layers", 1),
+        )
+    ),
+    "gradient_accumulation": Setup(microbatches=3),
+    "distributed_optimizer": Setup(dist_opt=True, overlap_grad_reduce=True),
+    "dense_first_layer": Setup(dense_first=True),
+    "fp8_aligned_padding": Setup(options=(("expert_alignment", 16),)),
+    "ep_1": Setup(ep=1),
+}
+CLOSE = dict(rtol=2e-5, atol=2e-6)
+CLOSE_BF16 = dict(rtol=5e-2, atol=5e-3)
+
+
+def run(setup: Setup, num_ranks: int = 2) -> list[dict]:
+    return run_ranks(num_ranks, train, setup, timeout_s=120, pool="megatron")
+
+
+def assert_close_runs(ours: list[dict], stock: list[dict], tolerance: dict) -> None:
+    for mine, theirs in zip(ours, stock, strict=True):
+        np.testing.assert_allclose(mine["losses"], theirs["losses"], **tolerance)
+        assert mine["gradients"].keys() == theirs["gradients"].keys()
+        for name, gradient in mine["gradients"].items():
+            scale = max(float(np.abs(theirs["gradients"][name]).max()), 1e-6)
+            np.testing.assert_allclose(
+                gradient / scale, theirs["gradients"][name] / scale, err_msg=name, **tolerance
+            )
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_trains_like_alltoall(feature):
+    setup = FEATURES[feature]
+    stock = "allgather" if feature == "allgather_too" else "alltoall"
+    ours = run(setup)
+    assert ours[0]["losses"][-1] < ours[0]["losses"][0]
+    assert (ours[0]["metrics"]["ep/wire-mib"] > 0) == (setup.ep > 1)
+    theirs = run(dataclasses.replace(setup, dispatcher=stock))
+    assert_close_runs(ours, theirs, CLOSE_BF16 if setup.bf16 else CLOSE)
+
+
+@pytest.mark.parametrize("overlap_grad_reduce", [False, True])
+@pytest.mark.parametrize("feature", ["aux_loss", "gradient_accumulation", "recompute_moe"])
+def test_overlapped_weight_gradients_are_the_same_bits(feature, overlap_grad_reduce):
+    setup = dataclasses.replace(FEATURES[feature], overlap_grad_reduce=overlap_grad_reduce)
+    plain = run(setup)
+    overlapped = run(dataclasses.replace(setup, options=(("overlap_wgrad", True),)))
+    for a, b in zip(plain, overlapped, strict=True):
+        assert a["losses"] == b["losses"]
+        for name in a["gradients"]:
+            assert np.array_equal(a["gradients"][name], b["gradients"][name]), name
+
+
+def test_repeats_itself_bitwise_on_four_ranks():
+    setup = Setup(ep=4)
+    first, second = run(setup, 4), run(setup, 4)
+    for a, b in zip(first, second, strict=True):
+        assert a["losses"] == b["losses"]
+        assert all(np.array_equal(a["gradients"][n], b["gradients"][n]) for n in a["gradients"])
+
+
+def test_metrics_are_those_of_the_step():
+    metrics = run(Setup())[0]["metrics"]
+    stock = run(Setup(dispatcher="alltoall"))[0]["metrics"]
+    for name in ("ep/dispatch-ms", "ep/combine-ms", "ep/expert-ms"):
+        assert 0 < metrics[name] < 5000 and 0 < stock[name] < 5000
+    assert 1 <= metrics["ep/imbalance-rank"] <= 2
+    assert metrics["ep/imbalance-rank"] <= metrics["ep/imbalance-expert"] <= 8
+    assert metrics["ep/imbalance-expert"] == pytest.approx(stock["ep/imbalance-expert"], rel=0.05)
+    assert "ep/wire-mib" not in stock
+
+
+def install_and_train(rank: int, setup: Setup) -> dict:
+    from ep_comm.errors import EPStateError
+
+    result = train(rank, setup)
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    from ep_comm.megatron import EPOptions, install
+
+    install(EPOptions(**dict(setup.options)))  # again: nothing happens
+    with pytest.raises(EPStateError, match="is installed with"):
+        install(EPOptions(timeout_s=1))
+    assert MoELayer.__init__.__wrapped__ is not None
+    return result
+
+
+def test_install_reaches_every_layer():
+    """Both ways in train the same model; `install` also sets DDP up for the overlap."""
+    options = (("overlap_wgrad", True),)
+    setup = Setup(options=options, through_install=True, dense_first=True)
+    installed = run_ranks(2, install_and_train, setup, timeout_s=120, fresh=True)
+    spec = run(dataclasses.replace(setup, through_install=False))
+    assert installed[0]["losses"] == spec[0]["losses"]
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ({"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 1.0}, {},
+         "--moe-pad-expert-input-to-capacity"),
+        ({"moe_token_dispatcher_type": "allgather"}, {}, "moe_token_dispatcher_type='alltoall'"),
+        ({}, {"fp8_dispatch": True}, "hidden 32 is not a multiple"),
+        ({"delay_wgrad_compute": True}, {}, "--delay-wgrad-compute"),
+        ({"cuda_graph_impl": "local"}, {}, "CUDA graphs over the MoE layer"),
+        ({"expert_tensor_parallel_size": 2}, {}, "--expert-tensor-parallel-size"),
+        ({"tensor_model_parallel_size": 2}, {}, "--tensor-model-parallel-size"),
+        ({"pipeline_model_parallel_size": 2}, {}, "--pipeline-model-parallel-size"),
+        ({"context_parallel_size": 2}, {}, "--context-parallel-size"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_refused_by_name(config, options, message):
+    (answer,) = run_ranks(1, check_options, config, options, pool="megatron")
+    assert message in answer
+
+
+def check_options(rank: int, config: dict, options: dict) -> str:
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    from ep_comm.errors import EPError
+    from ep_comm.megatron import EPOptions
+    from ep_comm.megatron.options import check_supported
+
+    transformer_config = make_config(Setup(ep=1), None)
+    for name, value in config.items():  # after construction: Megatron refuses some by itself
+        setattr(transformer_config, name, value)
+    with pytest.raises(EPError) as caught:
+        check_supported(transformer_config, EPOptions(**options))
+    return str(caught.value)
+
+
+def test_overlap_without_ddps_part_is_refused():
+    with pytest.raises(RankFailure, match="delay_wgrad_compute=True"):
+        run_ranks(2, train_with_plain_ddp, timeout_s=60, fresh=True)
+
+
+def train_with_plain_ddp(rank: int) -> None:
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    original = DistributedDataParallelConfig.__init__
+
+    def forget(self, *args, **kwargs):
+        original(self, *args, **{**kwargs, "delay_wgrad_compute": False})
+
+    DistributedDataParallelConfig.__init__ = forget
+    train(rank, Setup(options=(("overlap_wgrad", True),)))
