@@ -17,6 +17,16 @@ from torch import Tensor
 
 from ep_comm import fp8
 from ep_comm.backends.base import Combined, Pending, Received
+from ep_comm.backends.rows import (
+    collapse_weights,
+    expand,
+    expert_rows,
+    remote_bytes,
+    sum_expert_rows,
+    sum_in_order,
+    to_bytes,
+    unpack,
+)
 from ep_comm.backends.transport import Exchange, Operation, Transport
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPMismatchError
@@ -98,9 +108,9 @@ class ReferenceBackend:
         ]
         recv_topk_idx = routing.topk_idx.new_empty(sum(recv_rows), routing.topk_idx.shape[1])
         self._send_rows(record, send, recv_topk_idx, recv_rows, "routing").wait()
-        record.metadata_bytes += _remote_bytes(send, self.transport.rank)
+        record.metadata_bytes += remote_bytes(send, self.transport.rank)
 
-        tokens_per_expert, padded, expert_row_NK = _expert_rows(
+        tokens_per_expert, padded, expert_row_NK = expert_rows(
             recv_topk_idx, self.num_local_experts, expert_alignment
         )
         record.rows_to_rank = rows_to_rank
@@ -138,7 +148,7 @@ class ReferenceBackend:
         )
         if wire_dtype == fp8.FP8_DTYPE and scales is None:
             x, scales = fp8.quantize(x)
-        rows = _to_bytes(x) if scales is None else torch.cat([_to_bytes(x), _to_bytes(scales)], 1)
+        rows = to_bytes(x) if scales is None else torch.cat([to_bytes(x), to_bytes(scales)], 1)
         send = [rows[tokens] for tokens in routing.sent_tokens]
         recv = rows.new_empty(handle.num_recv_tokens, rows.shape[1])
         exchanges = [self._send_rows(record, send, recv, handle.num_recv_tokens_per_rank, "rows")]
@@ -157,15 +167,15 @@ class ReferenceBackend:
                     record, send_weights, recv_weights, handle.num_recv_tokens_per_rank, "weights"
                 )
             )
-            record.metadata_bytes += _remote_bytes(send_weights, self.transport.rank)
+            record.metadata_bytes += remote_bytes(send_weights, self.transport.rank)
 
         def finish() -> Received:
             for exchange in exchanges:
                 exchange.wait()
-            received = _unpack(recv, self.config.hidden, wire_dtype, recv_dtype)
+            received = unpack(recv, self.config.hidden, wire_dtype, recv_dtype)
             received = received._replace(topk_weights=recv_weights)
             if handle.layout == "expert":
-                received = _expand(received, handle)
+                received = expand(received, handle)
             self.recorder.finish(record)
             return received
 
@@ -187,13 +197,13 @@ class ReferenceBackend:
             has_weights=topk_weights is not None,
         )
         if handle.layout == "expert":
-            x = _sum_expert_rows(x, handle)
+            x = sum_expert_rows(x, handle)
             if topk_weights is not None:
-                topk_weights = _collapse_weights(topk_weights, routing.expert_row_NK)
+                topk_weights = collapse_weights(topk_weights, routing.expert_row_NK)
         recv_rows = handle.num_recv_tokens_per_rank
-        send = _to_bytes(x).split(recv_rows)
+        send = to_bytes(x).split(recv_rows)
         recv = x.new_empty(sum(sent_rows), x.shape[1])
-        exchanges = [self._send_rows(record, send, _to_bytes(recv), sent_rows, "rows")]
+        exchanges = [self._send_rows(record, send, to_bytes(recv), sent_rows, "rows")]
         self._record_payload(record, send)
 
         recv_weights = None
@@ -203,7 +213,7 @@ class ReferenceBackend:
             exchanges.append(
                 self._send_rows(record, send_weights, recv_weights, sent_rows, "weights")
             )
-            record.metadata_bytes += _remote_bytes(send_weights, self.transport.rank)
+            record.metadata_bytes += remote_bytes(send_weights, self.transport.rank)
 
         def finish() -> Combined:
             for exchange in exchanges:
@@ -225,14 +235,14 @@ class ReferenceBackend:
         node_sums = []
         for first in range(0, num_ranks, ranks_per_node):
             node = slice(first, first + ranks_per_node)
-            total, present = _sum_in_order(
+            total, present = sum_in_order(
                 handle.num_tokens, zip(sent_tokens[node], partials[node], strict=True)
             )
             tokens = present.nonzero(as_tuple=True)[0]
             node_sums.append((tokens, total[tokens].to(partials[0].dtype)))
         if len(node_sums) == 1:
             return total.to(partials[0].dtype)
-        return _sum_in_order(handle.num_tokens, node_sums)[0].to(partials[0].dtype)
+        return sum_in_order(handle.num_tokens, node_sums)[0].to(partials[0].dtype)
 
     def _scatter_weights(self, handle: DispatchHandle, received: tuple[Tensor, ...]) -> Tensor:
         """Each entry [T, K] from the rank that owns its expert; dropped entries stay 0."""
@@ -296,7 +306,7 @@ class ReferenceBackend:
         recv = torch.empty(len(send), 12, dtype=torch.int64, device=device)
         waited = self.transport.exchange(send, recv.unbind(), operation, "header").wait()
         record.wait_s_by_rank = waited
-        record.metadata_bytes += _remote_bytes(send, self.transport.rank)
+        record.metadata_bytes += remote_bytes(send, self.transport.rank)
         headers = self.transport.to_host(recv, operation, "header").tolist()
         for r, (length, *values) in enumerate(headers):
             theirs = dict(zip(mine, values[:length], strict=False))
@@ -336,115 +346,3 @@ def _mismatch(
         f"rank {peer} has {show(theirs, different)}. Every rank of the group must make the same "
         "calls, in the same order, with the same settings."
     )
-
-
-# --- rows ----------------------------------------------------------------------------------------
-
-
-def _to_bytes(rows: Tensor) -> Tensor:
-    """[T, H] rows as [T, bytes] uint8, sharing memory."""
-    if not rows.numel():  # strides of an empty tensor may be anything, and then it has no view
-        return rows.new_empty(len(rows), rows.shape[1] * rows.element_size(), dtype=torch.uint8)
-    return rows.view(torch.uint8)
-
-
-def _remote_bytes(send: Iterable[Tensor], rank: int) -> int:
-    return sum(t.numel() * t.element_size() for r, t in enumerate(send) if r != rank)
-
-
-def _unpack(
-    rows: Tensor, hidden: int, wire_dtype: torch.dtype, recv_dtype: torch.dtype
-) -> Received:
-    """Bytes off the wire as rows of `recv_dtype`."""
-    if wire_dtype != fp8.FP8_DTYPE:
-        return Received(rows.view(wire_dtype), None, None)
-    x = rows[:, :hidden].contiguous().view(fp8.FP8_DTYPE)
-    scales = rows[:, hidden:].contiguous().view(torch.float32)
-    if recv_dtype == fp8.FP8_DTYPE:
-        return Received(x, scales, None)
-    return Received(fp8.dequantize(x, scales, recv_dtype), None, None)
-
-
-def _expert_rows(
-    recv_topk_idx: Tensor, num_local_experts: int, alignment: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions of received tokens in the expert-major output.
-
-    Inside an expert's group tokens stand by source rank, then by token index, which is the order
-    of received rows; groups stand in expert order, each padded to `alignment` rows.
-
-    Returns:
-        Tokens per expert and padded tokens per expert, both [E_local] int64 on the CPU, and the
-        rows [N, K] int64 of each received token, -1 where the expert is not local.
-    """
-    experts = torch.arange(num_local_experts, device=recv_topk_idx.device)
-    hits_KNE = recv_topk_idx.t().unsqueeze(-1) == experts  # one [N, E_local] bool a top-k column
-    hits_NE = hits_KNE.any(0)
-    counts = hits_NE.sum(0)
-    padded = (counts + alignment - 1) // alignment * alignment
-    first_row = padded.cumsum(0) - padded
-    row_NE = first_row + hits_NE.cumsum(0) - 1
-    local = recv_topk_idx >= 0
-    expert_row_NK = torch.where(local, row_NE.gather(1, recv_topk_idx.clamp(min=0).long()), -1)
-    return counts.cpu(), padded.cpu(), expert_row_NK
-
-
-def _expand(received: Received, handle: DispatchHandle) -> Received:
-    """Rank-major rows to padded expert-major rows; padding is 0, with FP8 scale 1."""
-    n, k = (handle.state.expert_row_NK >= 0).nonzero(as_tuple=True)
-    row = handle.state.expert_row_NK[n, k]
-    x = torch.zeros(
-        handle.num_rows, received.x.shape[1], dtype=received.x.dtype, device=received.x.device
-    )
-    _to_bytes(x)[row] = _to_bytes(received.x)[n]
-    scales = weights = None
-    if received.scales is not None:
-        scales = received.scales.new_ones(handle.num_rows, received.scales.shape[1])
-        scales[row] = received.scales[n]
-    if received.topk_weights is not None:
-        weights = received.topk_weights.new_zeros(handle.num_rows)
-        weights[row] = received.topk_weights[n, k]
-    return Received(x, scales, weights)
-
-
-def _collapse_weights(weights_M: Tensor, expert_row_NK: Tensor) -> Tensor:
-    """The inverse of `_expand` for one number a row: [M] to [N, K], 0 where not local."""
-    if not len(weights_M):
-        return weights_M.new_zeros(expert_row_NK.shape)
-    return torch.where(expert_row_NK >= 0, weights_M[expert_row_NK.clamp(min=0)], 0.0)
-
-
-def _sum_expert_rows(x_MH: Tensor, handle: DispatchHandle) -> Tensor:
-    """Level 1 of combine: a token's rows on this rank, ascending by expert, rounded once."""
-    rows_NK = handle.state.expert_row_NK
-    # Groups stand in expert order, so ascending rows are ascending experts.
-    rows_NK = torch.where(rows_NK < 0, len(x_MH), rows_NK).sort(dim=1).values
-    contributions = []
-    for rows in rows_NK.unbind(1):
-        tokens = (rows < len(x_MH)).nonzero(as_tuple=True)[0]
-        contributions.append((tokens, x_MH[rows[tokens]]))
-    return _sum_in_order(handle.num_recv_tokens, contributions)[0].to(x_MH.dtype)
-
-
-def _sum_in_order(
-    num_rows: int, contributions: Iterable[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """Add up (row indices, rows) in FP32, strictly in the order given.
-
-    A sum starts from its first contribution, not from zero, so that -0 survives. No index stands
-    twice in one contribution, hence no order is left to chance.
-
-    Returns:
-        Sums [num_rows, H] FP32 (+0 where nothing came) and [num_rows] bool, whether any came.
-    """
-    contributions = list(contributions)
-    hidden = contributions[0][1].shape[1]
-    device = contributions[0][1].device
-    total = torch.zeros(num_rows, hidden, dtype=torch.float32, device=device)
-    present = torch.zeros(num_rows, dtype=torch.bool, device=device)
-    for idx, rows in contributions:
-        first = ~present[idx]
-        total[idx[first]] = rows[first].float()
-        total[idx[~first]] += rows[~first].float()
-        present[idx] = True
-    return total, present
