@@ -21,25 +21,84 @@ thread_local char last_error[512] = "";
 // The name makes the list of architectures findable in the binary's bytes (setup.py looks for it).
 constexpr char kArchs[] = "EP_CUDA_ARCHS=" EP_TO_STRING(EP_CUDA_ARCHS);
 
-#define EP_FIELD(name) static_cast<int32_t>(offsetof(ep_layout_args, name))
+// Size and field offsets of each struct of the ABI, in order of declaration.
+#define EP_SIZE(type) static_cast<int32_t>(sizeof(type))
+#define EP_OFFSET(type, field) static_cast<int32_t>(offsetof(type, field))
+
+#define F(field) EP_OFFSET(ep_layout_args, field)
 constexpr int32_t kLayoutArgs[] = {
-    static_cast<int32_t>(sizeof(ep_layout_args)),
-    EP_FIELD(input),
-    EP_FIELD(topk_idx_out),
-    EP_FIELD(num_tokens_per_rank),
-    EP_FIELD(num_tokens_per_expert),
-    EP_FIELD(is_token_in_rank),
-    EP_FIELD(send_slot),
-    EP_FIELD(error),
-    EP_FIELD(workspace),
-    EP_FIELD(workspace_bytes),
-    EP_FIELD(num_tokens),
-    EP_FIELD(num_topk),
-    EP_FIELD(num_experts),
-    EP_FIELD(num_ranks),
-    EP_FIELD(input_kind),
+    EP_SIZE(ep_layout_args),
+    F(input), F(topk_idx_out), F(num_tokens_per_rank), F(num_tokens_per_expert),
+    F(is_token_in_rank), F(send_slot), F(error), F(workspace), F(workspace_bytes),
+    F(num_tokens), F(num_topk), F(num_experts), F(num_ranks), F(input_kind),
 };
-#undef EP_FIELD
+#undef F
+
+#define F(field) EP_OFFSET(ep_fault, field)
+constexpr int32_t kFault[] = {
+    EP_SIZE(ep_fault),
+    F(code), F(phase), F(peer), F(field), F(expected), F(seen),
+};
+#undef F
+
+#define F(field) EP_OFFSET(ep_node, field)
+constexpr int32_t kNode[] = {
+    EP_SIZE(ep_node),
+    F(memory), F(fault), F(abort), F(timeout_ns), F(rank), F(num_ranks),
+};
+#undef F
+
+#define F(field) EP_OFFSET(ep_mailbox, field)
+constexpr int32_t kMailbox[] = {
+    EP_SIZE(ep_mailbox),
+    F(epoch), F(routing_error), F(num_sent_tokens), F(num_recv_tokens),
+    F(num_tokens_per_expert),
+};
+#undef F
+
+#define F(field) EP_OFFSET(ep_plan_args, field)
+constexpr int32_t kPlanArgs[] = {
+    EP_SIZE(ep_plan_args),
+    F(node), F(topk_idx), F(send_slot), F(num_sent), F(routing_error), F(recv_topk_idx),
+    F(num_recv), F(source_tokens), F(counter), F(flag_offset), F(credit_offset),
+    F(header_offset), F(idx_offset), F(signature), F(epoch), F(num_tokens), F(num_topk),
+    F(num_experts), F(max_tokens),
+};
+#undef F
+
+#define F(field) EP_OFFSET(ep_rows_args, field)
+constexpr int32_t kRowsArgs[] = {
+    EP_SIZE(ep_rows_args),
+    F(recv_topk_idx), F(expert_slot), F(num_tokens_per_expert), F(num_sent), F(num_recv),
+    F(routing_error), F(row_of_k), F(rows_ascending), F(expert_first_row), F(mailbox), F(epoch),
+    F(num_ranks), F(max_tokens), F(num_topk), F(num_topk4), F(num_local_experts),
+    F(expert_alignment), F(expert_major),
+};
+#undef F
+
+#define F(field) EP_OFFSET(ep_dispatch_args, field)
+constexpr int32_t kDispatchArgs[] = {
+    EP_SIZE(ep_dispatch_args),
+    F(node), F(x), F(scales), F(weights), F(send_slot), F(recv_topk_idx), F(row_of_k),
+    F(source_tokens), F(num_tokens_per_expert), F(expert_first_row), F(recv_x), F(recv_scales),
+    F(recv_weights), F(counter), F(flag_offset), F(credit_offset), F(slot_offset), F(epoch),
+    F(num_tokens), F(num_topk), F(num_topk4), F(max_tokens), F(max_chunks), F(chunk_tokens),
+    F(row_bytes), F(scale_bytes), F(weight_bytes), F(num_local_experts), F(expert_major),
+    F(recv_kind), F(num_push_blocks), F(num_expand_blocks),
+};
+#undef F
+
+#define F(field) EP_OFFSET(ep_combine_args, field)
+constexpr int32_t kCombineArgs[] = {
+    EP_SIZE(ep_combine_args),
+    F(node), F(x), F(weights), F(topk_idx), F(send_slot), F(recv_topk_idx), F(row_of_k),
+    F(rows_ascending), F(num_recv), F(combined_x), F(combined_weights), F(counter),
+    F(flag_offset), F(credit_offset), F(row_offset), F(weight_offset), F(epoch), F(num_tokens),
+    F(num_topk), F(num_topk4), F(max_tokens), F(max_chunks), F(chunk_rows), F(row_bytes),
+    F(dtype), F(num_local_experts), F(ranks_per_node), F(expert_major), F(num_push_blocks),
+    F(num_sum_blocks),
+};
+#undef F
 
 struct StructLayout {
   const char* name;
@@ -47,8 +106,16 @@ struct StructLayout {
   int32_t count;
 };
 
+#define EP_STRUCT(name, values) {name, values, sizeof(values) / sizeof(values[0])}
 constexpr StructLayout kStructs[] = {
-    {"ep_layout_args", kLayoutArgs, sizeof(kLayoutArgs) / sizeof(kLayoutArgs[0])},
+    EP_STRUCT("ep_layout_args", kLayoutArgs),
+    EP_STRUCT("ep_fault", kFault),
+    EP_STRUCT("ep_node", kNode),
+    EP_STRUCT("ep_mailbox", kMailbox),
+    EP_STRUCT("ep_plan_args", kPlanArgs),
+    EP_STRUCT("ep_rows_args", kRowsArgs),
+    EP_STRUCT("ep_dispatch_args", kDispatchArgs),
+    EP_STRUCT("ep_combine_args", kCombineArgs),
 };
 
 }  // namespace

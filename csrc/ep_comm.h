@@ -18,7 +18,7 @@ extern "C" {
 #define EP_API __attribute__((visibility("default")))
 
 /* Raise it with every change that an older caller would not survive; ep_comm/_native mirrors it. */
-#define EP_ABI_VERSION 1
+#define EP_ABI_VERSION 2
 
 /* What a function that returns a status may answer. ep_last_error() has the text. */
 enum {
@@ -92,6 +92,210 @@ EP_API int64_t ep_layout_workspace_bytes(int64_t num_tokens, int32_t num_experts
  * because the content of the input is known on the device only. An int64 value that does not fit
  * error[3] is clamped to int32. */
 EP_API int32_t ep_layout(const ep_layout_args* args, void* stream);
+
+/* ---- Ranks of one node, connected by NVLink --------------------------------------------------- */
+
+#define EP_MAX_NODE_RANKS 8
+
+/* What a bounded wait on the device was for; ep_fault.phase. */
+enum {
+  EP_PHASE_CREDIT = 1, /* the peer had not read what the operation before had sent it */
+  EP_PHASE_PLAN = 2,   /* the peer's routing had not come */
+  EP_PHASE_ROWS = 3    /* a chunk of the peer's rows had not come */
+};
+
+enum {
+  EP_FAULT_NONE = 0,
+  EP_FAULT_TIMEOUT = 1, /* the peer did not arrive */
+  EP_FAULT_MISMATCH = 2 /* the peer plans something else */
+};
+
+/* Written by the first kernel that fails, into host memory that the device sees. Every kernel that
+ * finds it set ends its waits. */
+typedef struct ep_fault {
+  int32_t code;     /* EP_FAULT_*; 0 = all is well */
+  int32_t phase;    /* EP_PHASE_* */
+  int32_t peer;     /* rank that was waited for, or that disagrees */
+  int32_t field;    /* EP_FAULT_MISMATCH: index into the plan's signature */
+  int64_t expected; /* epoch, or this rank's value of the field */
+  int64_t seen;     /* epoch, or the peer's value */
+} ep_fault;
+
+/* Whom a kernel talks to. */
+typedef struct ep_node {
+  uint8_t* memory[EP_MAX_NODE_RANKS]; /* each rank's symmetric memory, as mapped here */
+  ep_fault* fault;                    /* host memory, mapped */
+  int32_t* abort;                     /* device memory: set together with the fault */
+  int64_t timeout_ns;                 /* bound of every wait */
+  int32_t rank;
+  int32_t num_ranks;
+} ep_node;
+
+/* Ask for as much as possible now: kernels are loaded, shared-memory limits raised. A kernel that is
+ * loaded while another one spins would wait for it for ever. */
+EP_API int32_t ep_load_kernels(void);
+
+/* ---- Plan: the routing of a dispatch reaches the ranks that it concerns ------------------------ */
+
+#define EP_SIGNATURE_FIELDS 8
+
+/* Counts that the host needs to allocate the outputs, in host memory that the device sees. */
+typedef struct ep_mailbox {
+  int32_t epoch;                               /* written last */
+  int32_t routing_error[4];                    /* of this rank's own input; as ep_layout_args */
+  int32_t num_sent_tokens[EP_MAX_NODE_RANKS];  /* rows to each rank */
+  int32_t num_recv_tokens[EP_MAX_NODE_RANKS];  /* rows from each rank */
+  int32_t num_tokens_per_expert[1024];         /* [E_local] before padding */
+} ep_mailbox;
+
+/* S = max_tokens, the rows that each source rank has room for; N = num_ranks * S. A received row
+ * has index source * S + slot. Offsets are into the symmetric memory of every rank. */
+typedef struct ep_plan_args {
+  ep_node node;
+  const int32_t* topk_idx;      /* [T, K] global experts or -1 */
+  const int32_t* send_slot;     /* [T, R] */
+  const int32_t* num_sent;      /* [R] num_tokens_per_rank of the layout */
+  const int32_t* routing_error; /* [4] */
+  int32_t* recv_topk_idx;       /* [N, K] out: local experts, -1 elsewhere and in rows not sent */
+  int32_t* num_recv;            /* [R] out: rows from each rank */
+  int32_t* source_tokens;       /* [R] out: T of each rank */
+  int32_t* counter;             /* zero; left zero */
+  int64_t flag_offset;          /* uint32 [R] */
+  int64_t credit_offset;        /* uint32 [R] */
+  int64_t header_offset;        /* int32 [R, 16] */
+  int64_t idx_offset;           /* int32 [R, S, K] */
+  int32_t signature[EP_SIGNATURE_FIELDS]; /* must be equal on all ranks */
+  int32_t epoch;
+  int32_t num_tokens;
+  int32_t num_topk;
+  int32_t num_experts;
+  int32_t max_tokens;
+} ep_plan_args;
+
+/* Sends topk_idx to the ranks that it concerns, and gathers what concerns this one. */
+EP_API int32_t ep_plan_exchange(const ep_plan_args* args, void* stream);
+
+typedef struct ep_rows_args {
+  const int32_t* recv_topk_idx;         /* [N, K] */
+  const int32_t* expert_slot;           /* [N, E_local] index among the rows of the expert */
+  const int32_t* num_tokens_per_expert; /* [E_local] */
+  const int32_t* num_sent;              /* [R] */
+  const int32_t* num_recv;              /* [R] */
+  const int32_t* routing_error;         /* [4] */
+  int32_t* row_of_k;     /* [N, K4] out: output row of each entry, -1 where there is none */
+  int32_t* rows_ascending; /* [N, K4] out: the same rows ascending, then -1 */
+  int32_t* expert_first_row; /* [E_local + 1] out: first row of each group, then the end */
+  ep_mailbox* mailbox;   /* host memory, mapped */
+  int32_t epoch;
+  int32_t num_ranks;
+  int32_t max_tokens;
+  int32_t num_topk;
+  int32_t num_topk4;     /* K rounded up to a multiple of 4: rows of 16 bytes */
+  int32_t num_local_experts;
+  int32_t expert_alignment;
+  int32_t expert_major;  /* else rank-major: one row a token, in column 0 */
+} ep_rows_args;
+
+/* Where each received row stands in the output; tells the host the counts. */
+EP_API int32_t ep_plan_rows(const ep_rows_args* args, void* stream);
+
+/* Waits on the host for `mailbox->epoch`, at most timeout_ns. Returns 1 when it has come, 0 after
+ * the timeout, 2 if `fault` was set, 3 if `stream` reports a CUDA error (see ep_last_error). */
+EP_API int32_t ep_mailbox_wait(const ep_mailbox* mailbox, const ep_fault* fault, int32_t epoch,
+                               int64_t timeout_ns, void* stream);
+
+/* ---- Dispatch --------------------------------------------------------------------------------- */
+
+enum {
+  EP_RECV_BYTES = 0, /* rows, and scales where there are any, as they were sent */
+  EP_RECV_BF16 = 1,  /* FP8 rows dequantised */
+  EP_RECV_FP32 = 2
+};
+
+/* A row travels as one slot: its bytes, then its scales, then K4 probabilities. */
+typedef struct ep_dispatch_args {
+  ep_node node;
+  const uint8_t* x;             /* [T, row_bytes] */
+  const float* scales;          /* [T, scale_bytes / 4], or NULL */
+  const float* weights;         /* [T, K4], or NULL */
+  const int32_t* send_slot;     /* [T, R] */
+  const int32_t* recv_topk_idx; /* [N, K] */
+  const int32_t* row_of_k;      /* [N, K4] */
+  const int32_t* source_tokens; /* [R] */
+  const int32_t* num_tokens_per_expert; /* [E_local] */
+  const int32_t* expert_first_row;      /* [E_local + 1] */
+  uint8_t* recv_x;              /* rows */
+  float* recv_scales;           /* [rows, scale_bytes / 4], or NULL */
+  float* recv_weights;          /* expert-major [rows], rank-major [rows, K]; or NULL */
+  int32_t* counter;             /* zero; left zero */
+  int64_t flag_offset;          /* uint64 [R, chunks] */
+  int64_t credit_offset;        /* uint32 [R] */
+  int64_t slot_offset;          /* [R - 1, S, slot bytes], the next rank's rows first */
+  int32_t epoch;
+  int32_t num_tokens;
+  int32_t num_topk;
+  int32_t num_topk4;
+  int32_t max_tokens;
+  int32_t max_chunks;
+  int32_t chunk_tokens;
+  int32_t row_bytes;
+  int32_t scale_bytes;
+  int32_t weight_bytes;
+  int32_t num_local_experts;
+  int32_t expert_major;
+  int32_t recv_kind;
+  int32_t num_push_blocks;      /* either may be 0: the other half is launched on its own */
+  int32_t num_expand_blocks;
+} ep_dispatch_args;
+
+/* Pushes this rank's rows into the others' memory, and moves arrived rows to where they belong. */
+EP_API int32_t ep_dispatch(const ep_dispatch_args* args, void* stream);
+
+/* ---- Combine ---------------------------------------------------------------------------------- */
+
+enum {
+  EP_BF16 = 0,
+  EP_FP32 = 1
+};
+
+typedef struct ep_combine_args {
+  ep_node node;
+  const uint8_t* x;               /* rows as dispatch gave them */
+  const float* weights;           /* expert-major [rows], rank-major [rows, K]; or NULL */
+  const int32_t* topk_idx;        /* [T, K] of this rank's own tokens */
+  const int32_t* send_slot;       /* [T, R] */
+  const int32_t* recv_topk_idx;   /* [N, K] */
+  const int32_t* row_of_k;        /* [N, K4] */
+  const int32_t* rows_ascending;  /* [N, K4] */
+  const int32_t* num_recv;        /* [R] */
+  uint8_t* combined_x;            /* [T, row_bytes] */
+  float* combined_weights;        /* [T, K], or NULL */
+  int32_t* counter;               /* zero; left zero */
+  int64_t flag_offset;            /* uint32 [R, chunks] */
+  int64_t credit_offset;          /* uint32 [R] */
+  int64_t row_offset;             /* [R - 1, S, row_bytes], the next rank's rows first */
+  int64_t weight_offset;          /* float [R, S, K] */
+  int32_t epoch;
+  int32_t num_tokens;
+  int32_t num_topk;
+  int32_t num_topk4;
+  int32_t max_tokens;
+  int32_t max_chunks;
+  int32_t chunk_rows;
+  int32_t row_bytes;
+  int32_t dtype;                  /* EP_BF16 or EP_FP32 */
+  int32_t num_local_experts;
+  int32_t ranks_per_node;
+  int32_t expert_major;
+  int32_t num_push_blocks;
+  int32_t num_sum_blocks;
+} ep_combine_args;
+
+/* Sums rows back to the ranks that own their tokens. */
+EP_API int32_t ep_combine(const ep_combine_args* args, void* stream);
+
+/* Blocks of ep_combine that fit on one SM for rows of that size, and threads of a block. */
+EP_API int32_t ep_combine_blocks_per_sm(int32_t row_bytes);
 
 #ifdef __cplusplus
 }

@@ -23,7 +23,7 @@ from ep_comm.handle import (
     RowLayout,
     payload_tensors,
 )
-from ep_comm.layout import routing_layout
+from ep_comm.layout import checked_source
 from ep_comm.records import Recorder
 
 
@@ -57,7 +57,8 @@ class Buffer:
         config.check_group(self.num_ranks)
         self.num_local_experts = config.num_experts // self.num_ranks
         self._unusable: str | None = None
-        self._backend: Backend = make_backend(self.group, config)
+        self._backend: Backend
+        self._backend, self.passed_over = make_backend(self.group, config)
         self._device_types = _device_types(self.group)
 
     # --- the two operations ----------------------------------------------------------------------
@@ -87,8 +88,8 @@ class Buffer:
         `handle` says where tokens go.
 
         Args:
-            x: [T, hidden] BF16 or FP32, contiguous; or FP8 rows with their scales,
-                (``float8_e4m3fn`` [T, hidden], FP32 [T, hidden / 128]), see `ep_comm.fp8`.
+            x: [T, hidden] BF16 or FP32 (no wider than ``config.dtype``), contiguous; or FP8 rows
+                with their scales (``float8_e4m3fn`` [T, hidden], FP32 [T, hidden / 128]), see `ep_comm.fp8`.
             topk_idx: [T, K] int32 or int64, K at most ``config.num_topk``; -1 drops the entry.
             topk_weights: FP32 probabilities to send along: [T, K], or [T, num_experts] with
                 `routing_map`. They arrive with the rows, and their gradients come back.
@@ -191,8 +192,7 @@ class Buffer:
         checks.check_handle(handle, self)
         checks.check_rows("x", x, handle.num_rows, self.config.hidden)
         checks.check_device("x", x, self._device_types)
-        if x.dtype not in checks.ROW_DTYPES:
-            raise EPArgumentError(f"combine sums bfloat16 or float32 rows, got {x.dtype}")
+        checks.check_row_dtype("x", x, self.config)
         weights_shape = (
             (handle.num_rows,) if handle.layout == "expert" else tuple(handle.recv_topk_idx.shape)
         )
@@ -238,11 +238,13 @@ class Buffer:
         """The backend, for one operation; an error in it makes the buffer unusable.
 
         After a timeout or a mismatch messages of the failed operation may still be on their way,
-        and nothing on this buffer could be trusted.
+        and nothing on this buffer could be trusted. Wrong arguments leave it as it was.
         """
         self._check_usable()
         try:
             yield self._backend
+        except EPArgumentError:
+            raise
         except BaseException as error:
             reason = str(error) if isinstance(error, EPError) else repr(error)
             self._unusable = f"an earlier operation failed: {reason}"
@@ -283,18 +285,18 @@ class Buffer:
                 f"num_topk {config.num_topk}"
             )
         checks.check_weights(topk_weights, tuple(routing_tensor.shape), x.device)
-        routing = routing_layout(
-            topk_idx,
-            routing_map=routing_map,
-            num_topk=config.num_topk if routing_map is not None else None,
-            num_experts=config.num_experts,
-            num_ranks=self.num_ranks,
+        num_topk = config.num_topk if routing_map is not None else None
+        checked_source(topk_idx, routing_map, num_topk, config.num_experts, self.num_ranks)
+        with self.guard() as backend:
+            routing = backend.plan(
+                topk_idx, routing_map, layout, expert_alignment, topk_weights is not None
+            )
+        handle = DispatchHandle(
+            buffer=self, layout=layout, expert_alignment=expert_alignment, routing=routing
         )
         if routing_map is not None and topk_weights is not None:
-            topk_weights = _select_probabilities(topk_weights, routing.topk_idx)
-        with self.guard() as backend:
-            fields = backend.plan(routing, layout, expert_alignment, topk_weights is not None)
-        return DispatchHandle(buffer=self, **fields), topk_weights
+            topk_weights = _select_probabilities(topk_weights, handle.topk_idx)
+        return handle, topk_weights
 
 
 def _select_probabilities(probs_TE: Tensor, topk_idx_TK: Tensor) -> Tensor:

@@ -28,6 +28,21 @@ def check_rows(name: str, x: Tensor, num_rows: int | None, hidden: int) -> None:
         raise EPArgumentError(f"{name} must be [{rows}, {hidden}], got {list(x.shape)}")
     if not x.is_contiguous():
         raise EPArgumentError(f"{name} must be contiguous, got strides {list(x.stride())}")
+    if x.is_cuda and x.data_ptr() % 16:
+        raise EPArgumentError(
+            f"{name} starts at an address that is no multiple of 16 bytes: pass a copy of the slice"
+        )
+
+
+def check_row_dtype(name: str, x: Tensor, config: EPConfig) -> None:
+    """Rows are BF16 or FP32, and no wider than the buffer was made for."""
+    if x.dtype not in ROW_DTYPES:
+        raise EPArgumentError(f"{name} must be bfloat16 or float32, got {x.dtype}")
+    if x.dtype.itemsize > config.dtype.itemsize:
+        raise EPArgumentError(
+            f"{name} is {x.dtype}, wider than the {config.dtype} (dtype) that the buffer was made "
+            "for"
+        )
 
 
 def check_payload(x: Payload, config: EPConfig) -> None:
@@ -40,11 +55,7 @@ def check_payload(x: Payload, config: EPConfig) -> None:
             "(max_tokens_per_rank) that the buffer was made for"
         )
     if scales is None:
-        if rows.dtype not in ROW_DTYPES:
-            raise EPArgumentError(
-                f"x must be bfloat16 or float32, or a tuple (float8_e4m3fn, scales), "
-                f"got {rows.dtype}"
-            )
+        check_row_dtype("x", rows, config)
         return
     fp8.check_hidden(config.hidden)
     if rows.dtype != fp8.FP8_DTYPE:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+import torch
+
 from ep_comm.errors import EPArgumentError
 
-BackendName = Literal["auto", "reference"]
+BackendName = Literal["auto", "nvlink", "reference"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,7 @@ class EPConfig:
         hidden: Elements of one token row.
         max_tokens_per_rank: Most tokens that a rank passes to one dispatch.
         num_topk: Most experts that a token selects.
+        dtype: Widest type of the rows, ``torch.bfloat16`` or ``torch.float32``.
         ranks_per_node: Consecutive ranks whose partial sums combine adds and rounds before the
             sums of different nodes meet (DESIGN: three-level combine). None means that the whole
             group is one node.
@@ -34,6 +37,7 @@ class EPConfig:
     hidden: int
     max_tokens_per_rank: int
     num_topk: int
+    dtype: torch.dtype = torch.bfloat16
     ranks_per_node: int | None = None
     backend: BackendName = "auto"
     timeout_s: float = 30.0
@@ -47,6 +51,8 @@ class EPConfig:
             raise EPArgumentError(
                 f"num_topk {self.num_topk} is more than num_experts {self.num_experts}"
             )
+        if self.dtype not in (torch.bfloat16, torch.float32):
+            raise EPArgumentError(f"dtype must be bfloat16 or float32, got {self.dtype!r}")
         if self.ranks_per_node is not None and self.ranks_per_node < 1:
             raise EPArgumentError(f"ranks_per_node must be positive, got {self.ranks_per_node}")
         if self.backend not in BackendName.__args__:

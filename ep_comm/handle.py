@@ -6,7 +6,7 @@ import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,40 @@ _next_id = itertools.count(1)
 _handles: weakref.WeakValueDictionary[int, DispatchHandle] = weakref.WeakValueDictionary()
 
 
+class RoutingSizes(NamedTuple):
+    """Counts of one routing that the host knows.
+
+    Attributes:
+        sent: Rows sent to each rank; the own entry counts rows that stay.
+        received: Rows received from each rank.
+        tokens_per_expert: [E_local] int64 on the CPU, received tokens before padding.
+        padded_tokens_per_expert: [E_local] int64 on the CPU, rows of each expert's group.
+    """
+
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+    tokens_per_expert: Tensor
+    padded_tokens_per_expert: Tensor
+
+
+class Routing(Protocol):
+    """What a backend keeps of one routing.
+
+    Attributes:
+        topk_idx: [T, K] int32, the experts of this rank's own tokens; -1 is dropped.
+        sizes: May wait for the device, bounded, when it is first asked for.
+        recv_topk_idx: [N, K] int32, local expert indices of the received rows; -1 elsewhere.
+    """
+
+    topk_idx: Tensor
+
+    @property
+    def sizes(self) -> RoutingSizes: ...
+
+    @property
+    def recv_topk_idx(self) -> Tensor: ...
+
+
 @dataclass(kw_only=True, eq=False)
 class DispatchHandle:
     """Where every row of one dispatch went. Made by `Buffer.dispatch`; read-only.
@@ -33,23 +67,14 @@ class DispatchHandle:
         buffer: The buffer that made it, and the only one that accepts it.
         layout: Order of the received rows, see `Buffer.dispatch`.
         expert_alignment: Rows of each local expert are padded to a multiple of this.
-        topk_idx: [T, K] int32, the experts of this rank's own tokens; -1 is dropped.
-        num_recv_tokens_per_rank: Rows received from each rank.
-        recv_topk_idx: [N, K] int32, local expert indices of the received rows; -1 elsewhere.
-        tokens_per_expert: [E_local] int64 on the CPU, received tokens before padding.
-        padded_tokens_per_expert: [E_local] int64 on the CPU, rows of each expert's group.
-        state: What the backend keeps for itself.
+        routing: What the backend keeps of it.
+        during_backward: See `Buffer.dispatch`; of the last dispatch with this handle.
     """
 
     buffer: Buffer
     layout: RowLayout
     expert_alignment: int
-    topk_idx: Tensor
-    num_recv_tokens_per_rank: tuple[int, ...]
-    recv_topk_idx: Tensor
-    tokens_per_expert: Tensor
-    padded_tokens_per_expert: Tensor
-    state: Any = field(repr=False)
+    routing: Any = field(repr=False)
     id: int = field(default_factory=lambda: next(_next_id))
     during_backward: Callable[[], None] | None = field(default=None, repr=False)
 
@@ -57,14 +82,44 @@ class DispatchHandle:
         _handles[self.id] = self
 
     @property
+    def topk_idx(self) -> Tensor:
+        """[T, K] int32, the experts of this rank's own tokens; -1 is dropped."""
+        return self.routing.topk_idx
+
+    @property
+    def recv_topk_idx(self) -> Tensor:
+        """[N, K] int32, local expert indices of the received rows; -1 elsewhere."""
+        return self.routing.recv_topk_idx
+
+    @property
+    def num_recv_tokens_per_rank(self) -> tuple[int, ...]:
+        """Rows received from each rank."""
+        return self.routing.sizes.received
+
+    @property
+    def tokens_per_expert(self) -> Tensor:
+        """[E_local] int64 on the CPU, received tokens before padding."""
+        return self.routing.sizes.tokens_per_expert
+
+    @property
+    def padded_tokens_per_expert(self) -> Tensor:
+        """[E_local] int64 on the CPU, rows of each expert's group in the output."""
+        return self.routing.sizes.padded_tokens_per_expert
+
+    @property
     def num_tokens(self) -> int:
         """T: tokens that this rank dispatched, and that combine gives back."""
         return self.topk_idx.shape[0]
 
     @property
+    def num_topk(self) -> int:
+        """K: entries of ``topk_idx`` a token."""
+        return self.topk_idx.shape[1]
+
+    @property
     def num_recv_tokens(self) -> int:
         """N: copies of tokens that this rank received, one per (token, destination rank)."""
-        return self.recv_topk_idx.shape[0]
+        return sum(self.num_recv_tokens_per_rank)
 
     @property
     def num_rows(self) -> int:

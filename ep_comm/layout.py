@@ -11,6 +11,7 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from ep_comm import _native
+from ep_comm._native import structs
 from ep_comm.errors import EPArgumentError, EPRoutingError
 
 
@@ -63,24 +64,38 @@ def routing_layout(
         EPRoutingError: An entry is neither -1 nor an expert, a token names an expert twice, or a
             row of `routing_map` has too many. Names the first such entry in order of tokens.
     """
+    source, num_topk = checked_source(topk_idx, routing_map, num_topk, num_experts, num_ranks)
+    native = _native.load() if source.is_cuda else None
+    if native is not None:
+        layout, error = launch_layout(native, source, num_topk, num_experts, num_ranks)
+        raise_if_bad(error.tolist(), source, num_topk, num_experts)
+        return layout
+    if source.dtype == torch.bool:
+        source = _topk_of_map(source, num_topk)
+    return _reference_layout(source, num_experts, num_ranks)
+
+
+def checked_source(
+    topk_idx: torch.Tensor | None,
+    routing_map: torch.Tensor | None,
+    num_topk: int | None,
+    num_experts: int,
+    num_ranks: int,
+) -> tuple[torch.Tensor, int]:
+    """`routing_layout`'s checks on the host; the one input given, contiguous, and K.
+
+    Raises:
+        EPArgumentError: As `routing_layout`.
+    """
     _check_sizes(num_experts, num_ranks)
     if (topk_idx is None) == (routing_map is None):
         given = "neither" if topk_idx is None else "both"
         raise EPArgumentError(f"pass exactly one of topk_idx and routing_map, not {given}")
     if topk_idx is not None:
         _check_topk_idx(topk_idx, num_topk)
-        source = topk_idx.contiguous()
-        num_topk = source.shape[1]
-    else:
-        _check_routing_map(routing_map, num_topk, num_experts)
-        source = routing_map.contiguous()
-
-    native = _native.load() if source.is_cuda else None
-    if native is not None:
-        return _native_layout(native, source, num_topk, num_experts, num_ranks)
-    if source.dtype == torch.bool:
-        source = _topk_of_map(source, num_topk)
-    return _reference_layout(source, num_experts, num_ranks)
+        return topk_idx.contiguous(), topk_idx.shape[1]
+    _check_routing_map(routing_map, num_topk, num_experts)
+    return routing_map.contiguous(), num_topk
 
 
 # ---- Checks --------------------------------------------------------------------------------------
@@ -92,8 +107,8 @@ def _check_int(name: str, value: object, maximum: int) -> None:
 
 
 def _check_sizes(num_experts: int, num_ranks: int) -> None:
-    _check_int("num_experts", num_experts, _native.EP_MAX_EXPERTS)
-    _check_int("num_ranks", num_ranks, _native.EP_MAX_RANKS)
+    _check_int("num_experts", num_experts, structs.EP_MAX_EXPERTS)
+    _check_int("num_ranks", num_ranks, structs.EP_MAX_RANKS)
     if num_experts % num_ranks != 0:
         raise EPArgumentError(
             f"num_experts = {num_experts} is not divisible by num_ranks = {num_ranks}: every rank "
@@ -116,9 +131,9 @@ def _check_topk_idx(topk_idx: torch.Tensor, num_topk: int | None) -> None:
         "topk_idx", topk_idx, (torch.int32, torch.int64), "2 dimensions [num_tokens, num_topk]"
     )
     columns = topk_idx.shape[1]
-    if not 1 <= columns <= _native.EP_MAX_TOPK:
+    if not 1 <= columns <= structs.EP_MAX_TOPK:
         raise EPArgumentError(
-            f"topk_idx has {columns} columns, expected 1..{_native.EP_MAX_TOPK} (top-k)"
+            f"topk_idx has {columns} columns, expected 1..{structs.EP_MAX_TOPK} (top-k)"
         )
     if num_topk is not None and num_topk != columns:
         raise EPArgumentError(f"num_topk = {num_topk!r}, but topk_idx has {columns} columns")
@@ -135,7 +150,7 @@ def _check_routing_map(routing_map: torch.Tensor, num_topk: int | None, num_expe
         )
     if num_topk is None:
         raise EPArgumentError("num_topk is needed with routing_map: it says how wide topk_idx is")
-    _check_int("num_topk", num_topk, _native.EP_MAX_TOPK)
+    _check_int("num_topk", num_topk, structs.EP_MAX_TOPK)
 
 
 def _raise_bad_expert(token: int, k: int, value: int, num_experts: int) -> NoReturn:
@@ -217,19 +232,27 @@ def _reference_layout(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) 
 # ---- CUDA kernels --------------------------------------------------------------------------------
 
 _INPUT_KINDS = {
-    torch.int32: _native.EP_INPUT_TOPK_INT32,
-    torch.int64: _native.EP_INPUT_TOPK_INT64,
-    torch.bool: _native.EP_INPUT_ROUTING_MAP,
+    torch.int32: structs.EP_INPUT_TOPK_INT32,
+    torch.int64: structs.EP_INPUT_TOPK_INT64,
+    torch.bool: structs.EP_INPUT_ROUTING_MAP,
 }
 
 
-def _native_layout(
+def launch_layout(
     native: _native.NativeLibrary,
     source: torch.Tensor,
     num_topk: int,
     num_experts: int,
     num_ranks: int,
-) -> RoutingLayout:
+) -> tuple[RoutingLayout, torch.Tensor]:
+    """Start the kernels on the current stream, without waiting for them.
+
+    Args:
+        source: `routing_layout`'s topk_idx or routing_map, checked and contiguous.
+
+    Returns:
+        The layout, and what it found wrong with the content: int32 [4], for `raise_if_bad`.
+    """
     num_tokens = source.shape[0]
     workspace_bytes = native.layout_workspace_bytes(num_tokens, num_experts, num_ranks)
 
@@ -245,7 +268,7 @@ def _native_layout(
     )
     error = empty(4)
     workspace = empty(workspace_bytes, dtype=torch.uint8)
-    args = _native.LayoutArgs(
+    args = structs.LayoutArgs(
         input=source.data_ptr(),
         topk_idx_out=layout.topk_idx.data_ptr(),
         num_tokens_per_rank=layout.num_tokens_per_rank.data_ptr(),
@@ -262,15 +285,17 @@ def _native_layout(
         input_kind=_INPUT_KINDS[source.dtype],
     )
     with torch.cuda.device(source.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        native.check(native.layout(args, stream))
+        native.launch("ep_layout", args, torch.cuda.current_stream().cuda_stream)
+    return layout, error
 
-    code, token, k, value = error.tolist()
-    if code == _native.EP_ROUTING_OUT_OF_RANGE:
+
+def raise_if_bad(error: list[int], source: torch.Tensor, num_topk: int, num_experts: int) -> None:
+    """Raise `EPRoutingError` for what `launch_layout` found, if anything."""
+    code, token, k, value = error
+    if code == structs.EP_ROUTING_OUT_OF_RANGE:
         # The kernel clamps the value to int32; the message should have what the caller passed.
         _raise_bad_expert(token, k, int(source[token, k]), num_experts)
-    if code == _native.EP_ROUTING_DUPLICATE:
+    if code == structs.EP_ROUTING_DUPLICATE:
         _raise_duplicate(token, k, value)
-    if code == _native.EP_ROUTING_TOO_MANY:
+    if code == structs.EP_ROUTING_TOO_MANY:
         _raise_too_many(token, k, value, num_topk)
-    return layout

@@ -29,6 +29,7 @@ class Case:
     as_routing_map: bool = False
     seed: int = 0
     device: str = "cpu"
+    backend: str = "auto"
 
     @property
     def num_ranks(self) -> int:
@@ -56,8 +57,10 @@ class Case:
             hidden=self.hidden,
             max_tokens_per_rank=max(*self.tokens, 1),
             num_topk=self.num_topk,
+            dtype=torch.bfloat16 if self.dtype == "bf16" else torch.float32,
             ranks_per_node=self.ranks_per_node,
             timeout_s=20.0,
+            backend=self.backend,
         )
         return EPConfig(**{**sizes, **changes})
 

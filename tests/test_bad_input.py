@@ -18,7 +18,7 @@ from ep_comm import (
     fp8,
 )
 
-SIZES = dict(num_experts=8, hidden=32, max_tokens_per_rank=6, num_topk=3)
+SIZES = dict(num_experts=8, hidden=32, max_tokens_per_rank=6, num_topk=3, dtype=torch.float32)
 X = torch.ones(4, 32)
 TOPK = torch.tensor([[0, 5, -1]] * 4)
 MAP = torch.zeros(4, 8, dtype=torch.bool)
@@ -115,7 +115,8 @@ def test_bad_combine_arguments_are_named():
         (dict(hidden=2.5), "hidden must be a positive integer, got 2.5"),
         (dict(num_topk=9), "num_topk 9 is more than num_experts 8"),
         (dict(ranks_per_node=0), "ranks_per_node must be positive, got 0"),
-        (dict(backend="nccl"), "auto, reference, got 'nccl'"),
+        (dict(backend="nccl"), "auto, nvlink, reference, got 'nccl'"),
+        (dict(dtype=torch.float16), "dtype must be bfloat16 or float32, got torch.float16"),
         (dict(timeout_s=0), "timeout_s must be positive, got 0"),
     ],
 )

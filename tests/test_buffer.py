@@ -227,18 +227,53 @@ def test_named_cases(case):
     check_case(case)
 
 
+def on_gpus(case: Case, backend: str) -> Case:
+    """The same case with rows that the kernels take: multiples of 16 bytes."""
+    return dataclasses.replace(
+        case, device="cuda", backend=backend, hidden=max(8, case.hidden // 8 * 8)
+    )
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["reference", "nvlink"])
 @pytest.mark.parametrize("case", CASES[:1], ids=str)
-def test_named_cases_on_one_gpu(case):
-    check_case(dataclasses.replace(case, device="cuda"))
+def test_named_cases_on_one_gpu(case, backend):
+    check_case(on_gpus(case, backend))
 
 
 @pytest.mark.multi_gpu
+@pytest.mark.parametrize("backend", ["reference", "nvlink"])
 @pytest.mark.parametrize("case", CASES[1:], ids=str)
-def test_named_cases_on_gpus(case):
+def test_named_cases_on_gpus(case, backend):
     if case.num_ranks > torch.cuda.device_count():
         pytest.skip(f"needs {case.num_ranks} GPUs, this machine has {torch.cuda.device_count()}")
-    check_case(dataclasses.replace(case, device="cuda"))
+    check_case(on_gpus(case, backend))
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("seed", range(40))
+def test_random_cases_on_gpus(seed):
+    """Sizes that cross chunks, stages and blocks."""
+    rng = np.random.default_rng(seed)
+    num_ranks = int(rng.integers(2, torch.cuda.device_count() + 1))
+    experts_per_rank = int(rng.choice([1, 3, 8, 32]))
+    case = Case(
+        tokens=tuple(int(n) for n in rng.choice([0, 1, 31, 70, 300], num_ranks)),
+        experts_per_rank=experts_per_rank,
+        num_topk=int(min(rng.choice([1, 2, 5, 8, 16]), num_ranks * experts_per_rank)),
+        hidden=int(rng.choice([8, 64, 520, 2048])),
+        dtype=str(rng.choice(["bf16", "fp32"])),
+        layout=str(rng.choice(["expert", "expert", "rank"])),
+        alignment=int(rng.choice([1, 16, 128])),
+        ranks_per_node=[None, 1][int(rng.integers(2))],
+        routing=str(rng.choice(["uniform", "zipf", "last_rank", "one_expert"])),
+        drop=float(rng.choice([0.0, 0.3, 1.0])),
+        idx_dtype=str(rng.choice(["int32", "int64"])),
+        as_routing_map=bool(rng.integers(2)),
+        seed=seed,
+    )
+    print(f"case: {case}")
+    check_case(on_gpus(case, "nvlink"))
 
 
 @st.composite

@@ -12,7 +12,7 @@ from ranks import RankFailure, run_ranks
 
 from ep_comm import Buffer, EPConfig, EPError, EPMismatchError, EPStateError, EPTimeoutError
 
-SIZES = dict(num_experts=12, hidden=16, max_tokens_per_rank=8, num_topk=2)
+SIZES = dict(num_experts=12, hidden=16, max_tokens_per_rank=8, num_topk=2, dtype=torch.float32)
 X = torch.ones(5, 16)
 TOPK = torch.tensor([[0, 11], [4, 5], [1, -1], [8, 2], [3, 7]])
 

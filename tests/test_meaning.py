@@ -12,7 +12,13 @@ EXPERTS, TOPK, HIDDEN, TOKENS = 12, 3, 8, 10
 
 
 def make_buffer(**changes) -> Buffer:
-    sizes = dict(num_experts=EXPERTS, hidden=HIDDEN, max_tokens_per_rank=TOKENS, num_topk=TOPK)
+    sizes = dict(
+        num_experts=EXPERTS,
+        hidden=HIDDEN,
+        max_tokens_per_rank=TOKENS,
+        num_topk=TOPK,
+        dtype=torch.float32,
+    )
     return Buffer(None, EPConfig(**{**sizes, **changes}))
 
 

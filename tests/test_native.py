@@ -21,6 +21,7 @@ from setuptools.dist import Distribution
 from setuptools.errors import CompileError
 
 from ep_comm import _native
+from ep_comm._native import structs
 from ep_comm.errors import EPArgumentError, EPStateError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +91,7 @@ def test_constants_mirror_the_header():
     pairs = re.findall(r"^(?:#define )?\s*(EP_[A-Z0-9_]+) (?:= )?(\d+)", HEADER.read_text(), re.M)
     constants = {name: int(value) for name, value in pairs}
     assert constants.pop("EP_ABI_VERSION") == _native.ABI_VERSION
-    mirrored = {name: value for name, value in vars(_native).items() if name.startswith("EP_")}
+    mirrored = {name: value for name, value in vars(structs).items() if name.startswith("EP_")}
     assert mirrored == constants
 
 
@@ -134,7 +135,7 @@ def test_refuses_bad_arguments_before_any_launch(library):
     def refusal(**fields: int) -> str:
         args = {"num_tokens": 1, "num_topk": 1, "num_experts": 4, "num_ranks": 2, **fields}
         with pytest.raises(EPArgumentError) as raised:
-            library.check(library.layout(_native.LayoutArgs(**args), 0))
+            library.launch("ep_layout", structs.LayoutArgs(**args), 0)
         return str(raised.value)
 
     assert refusal(num_topk=33) == "libep_comm: num_topk = 33 is not in [1, 32]"
@@ -145,7 +146,7 @@ def test_refuses_bad_arguments_before_any_launch(library):
     )
     assert "input_kind = 3" in refusal(input_kind=3)
     assert "input is NULL" in refusal()
-    pointers = [name for name, kind in _native.LayoutArgs._fields_ if kind is ctypes.c_void_p]
+    pointers = [name for name, kind in structs.LayoutArgs._fields_ if kind is ctypes.c_void_p]
     given = dict.fromkeys(pointers, 16)
     assert "send_slot is NULL" in refusal(**given | {"send_slot": 0})
     assert "workspace is not aligned to 16 bytes" in refusal(**given | {"workspace": 8})
@@ -158,7 +159,7 @@ def test_refuses_bad_arguments_before_any_launch(library):
 def test_reports_cuda_failures(library):
     memory = (ctypes.c_int32 * 8)()
     address = ctypes.addressof(memory)
-    args = _native.LayoutArgs(
+    args = structs.LayoutArgs(
         num_tokens_per_rank=address,
         num_tokens_per_expert=address,
         error=address,
@@ -167,7 +168,7 @@ def test_reports_cuda_failures(library):
         num_ranks=1,
     )
     with pytest.raises(EPStateError, match=r"ep_layout: finish_kernel: .* \(cudaError\w+\)"):
-        library.check(library.layout(args, 0))
+        library.launch("ep_layout", args, 0)
 
 
 # ---- Loader --------------------------------------------------------------------------------------
@@ -191,9 +192,9 @@ def test_other_abi_version_names_both(monkeypatch, library, fresh_loader):
 
 def test_other_struct_layout_is_refused(monkeypatch, library, fresh_loader):
     class Shorter(ctypes.Structure):
-        _fields_ = _native.LayoutArgs._fields_[:-1]
+        _fields_ = structs.LayoutArgs._fields_[:-1]
 
-    monkeypatch.setattr(_native, "_STRUCTS", {"ep_layout_args": Shorter})
+    monkeypatch.setattr(_native, "STRUCTS", {"ep_layout_args": Shorter})
     with pytest.warns(UserWarning, match="lays out ep_layout_args as"):
         assert _native.load() is None
 

@@ -4,7 +4,7 @@ The library has a plain C ABI and needs neither an NVIDIA driver nor torch to lo
 this module says on any machine whether the installed build fits this Python code.
 
     native = load()          # None where there is no usable library; status() says why
-    native.check(native.layout(args, stream))
+    native.launch("ep_layout", args, stream)
 """
 
 from __future__ import annotations
@@ -14,49 +14,21 @@ import functools
 import warnings
 from pathlib import Path
 
+from ep_comm._native import structs
+from ep_comm._native.structs import EP_ERR_ARGUMENT, EP_OK, STRUCTS
 from ep_comm.errors import EPArgumentError, EPStateError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY_PATH = Path(__file__).with_name("libep_comm.so")
 
-# Mirrors of the enums and limits of ep_comm.h; tests/test_native.py compares them with it.
-EP_OK = 0
-EP_ERR_ARGUMENT = 1
-EP_ERR_CUDA = 2
-EP_INPUT_TOPK_INT32 = 0
-EP_INPUT_TOPK_INT64 = 1
-EP_INPUT_ROUTING_MAP = 2
-EP_ROUTING_OK = 0
-EP_ROUTING_OUT_OF_RANGE = 1
-EP_ROUTING_DUPLICATE = 2
-EP_ROUTING_TOO_MANY = 3
-EP_MAX_TOPK = 32
-EP_MAX_EXPERTS = 4096
-EP_MAX_RANKS = 1024
+_MAILBOX_ARRIVED = 1
+_MAILBOX_CUDA_ERROR = 3
 
 
-class LayoutArgs(ctypes.Structure):
-    """``ep_layout_args``: device pointers and sizes of one routing layout; see ep_comm.h."""
+def _launch(args: type[ctypes.Structure]) -> tuple[type, list[type]]:
+    """Signature of a function that launches kernels: (arguments, stream) to a status."""
+    return ctypes.c_int32, [ctypes.POINTER(args), ctypes.c_void_p]
 
-    _fields_ = [
-        ("input", ctypes.c_void_p),
-        ("topk_idx_out", ctypes.c_void_p),
-        ("num_tokens_per_rank", ctypes.c_void_p),
-        ("num_tokens_per_expert", ctypes.c_void_p),
-        ("is_token_in_rank", ctypes.c_void_p),
-        ("send_slot", ctypes.c_void_p),
-        ("error", ctypes.c_void_p),
-        ("workspace", ctypes.c_void_p),
-        ("workspace_bytes", ctypes.c_int64),
-        ("num_tokens", ctypes.c_int64),
-        ("num_topk", ctypes.c_int32),
-        ("num_experts", ctypes.c_int32),
-        ("num_ranks", ctypes.c_int32),
-        ("input_kind", ctypes.c_int32),
-    ]
-
-
-_STRUCTS: dict[str, type[ctypes.Structure]] = {"ep_layout_args": LayoutArgs}
 
 # Name -> (result, arguments) of every function but ep_abi_version, which is looked up before any
 # other: a library of another version may lack some of these.
@@ -71,7 +43,17 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
         ctypes.c_int64,
         [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32],
     ),
-    "ep_layout": (ctypes.c_int32, [ctypes.POINTER(LayoutArgs), ctypes.c_void_p]),
+    "ep_layout": _launch(structs.LayoutArgs),
+    "ep_load_kernels": (ctypes.c_int32, []),
+    "ep_plan_exchange": _launch(structs.PlanArgs),
+    "ep_plan_rows": _launch(structs.RowsArgs),
+    "ep_mailbox_wait": (
+        ctypes.c_int32,
+        [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p],
+    ),
+    "ep_dispatch": _launch(structs.DispatchArgs),
+    "ep_combine_blocks_per_sm": (ctypes.c_int32, [ctypes.c_int32]),
+    "ep_combine": _launch(structs.CombineArgs),
 }
 
 
@@ -112,7 +94,7 @@ class NativeLibrary:
         self.path = path
         self._dll = dll
         self.cuda_archs: tuple[str, ...] = tuple(dll.ep_cuda_archs().decode().split("+"))
-        for struct_name, mirror in _STRUCTS.items():
+        for struct_name, mirror in STRUCTS.items():
             self._verify_struct(struct_name, mirror)
 
     def _verify_struct(self, name: str, mirror: type[ctypes.Structure]) -> None:
@@ -152,13 +134,42 @@ class NativeLibrary:
             self.check(EP_ERR_ARGUMENT)
         return num_bytes
 
-    def layout(self, args: LayoutArgs, stream: int) -> int:
-        """Launch the routing layout on `stream` (a ``cudaStream_t`` as an integer).
+    def launch(self, function: str, args: ctypes.Structure, stream: int) -> None:
+        """Call one of the functions that take a struct of arguments and a stream.
+
+        Args:
+            function: Such as ``"ep_layout"``.
+            args: The mirror of its struct (`ep_comm._native.structs`).
+            stream: ``cudaStream_t`` as an integer, of the current device.
+
+        Raises:
+            EPArgumentError, EPStateError: As `check`.
+        """
+        self.check(getattr(self._dll, function)(args, stream))
+
+    def load_kernels(self) -> None:
+        """Load every kernel on the current device, before any of them may spin."""
+        self.check(self._dll.ep_load_kernels())
+
+    def mailbox_wait(
+        self, mailbox: int, fault: int, epoch: int, timeout_s: float, stream: int
+    ) -> bool:
+        """Wait on the host for a plan's counts; the GIL is free meanwhile.
 
         Returns:
-            The status, for `check`.
+            False after the timeout, or where a kernel reported a fault.
+
+        Raises:
+            EPStateError: The stream has a CUDA error.
         """
-        return self._dll.ep_layout(ctypes.byref(args), stream)
+        answer = self._dll.ep_mailbox_wait(mailbox, fault, epoch, int(timeout_s * 1e9), stream)
+        if answer == _MAILBOX_CUDA_ERROR:
+            self.check(structs.EP_ERR_CUDA)
+        return answer == _MAILBOX_ARRIVED
+
+    def combine_blocks_per_sm(self, row_bytes: int) -> int:
+        """Blocks of the combine kernel that one SM holds, for rows of that size."""
+        return self._dll.ep_combine_blocks_per_sm(row_bytes)
 
 
 @functools.cache

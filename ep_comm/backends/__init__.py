@@ -5,22 +5,31 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from ep_comm.backends.base import Backend
+from ep_comm.backends.nvlink import NVLinkBackend
 from ep_comm.backends.reference import ReferenceBackend
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError
 
 # Fastest first: "auto" takes the first that is available.
-BACKENDS: tuple[type[Backend], ...] = (ReferenceBackend,)
+BACKENDS: tuple[type[Backend], ...] = (NVLinkBackend, ReferenceBackend)
 
 
-def make_backend(group: dist.ProcessGroup, config: EPConfig) -> Backend:
-    """Build the backend that `config` asks for on `group`. Collective."""
-    reasons = []
+def make_backend(group: dist.ProcessGroup, config: EPConfig) -> tuple[Backend, dict[str, str]]:
+    """Build the backend that `config` asks for on `group`. Collective.
+
+    Returns:
+        The backend, and why each faster one was passed over.
+
+    Raises:
+        EPArgumentError: The backend asked for is not available; says why.
+    """
+    passed_over: dict[str, str] = {}
     for backend in BACKENDS:
         if config.backend not in ("auto", backend.name):
             continue
         reason = backend.unavailable_reason(group, config)
         if reason is None:
-            return backend(group, config)
-        reasons.append(f"{backend.name}: {reason}")
-    raise EPArgumentError(f"no backend for this group: {'; '.join(reasons)}")
+            return backend(group, config), passed_over
+        passed_over[backend.name] = reason
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+    raise EPArgumentError(f"no backend for this group: {reasons}")

@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_comm.config import EPConfig
-from ep_comm.handle import DispatchHandle, RowLayout
-from ep_comm.layout import RoutingLayout
+from ep_comm.handle import DispatchHandle, Routing, RowLayout
 from ep_comm.records import Recorder
 
 Result = TypeVar("Result")
@@ -54,7 +53,10 @@ class Backend(Protocol):
 
     @classmethod
     def unavailable_reason(cls, group: dist.ProcessGroup, config: EPConfig) -> str | None:
-        """Why this backend cannot serve `group` here, or None where it can."""
+        """Why this backend cannot serve `group`, or None where it can.
+
+        Collective, and the same answer on all ranks.
+        """
 
     def __init__(self, group: dist.ProcessGroup, config: EPConfig) -> None: ...
 
@@ -66,9 +68,19 @@ class Backend(Protocol):
         """The backend and its transport in a few words, for the start-up line."""
 
     def plan(
-        self, routing: RoutingLayout, layout: RowLayout, expert_alignment: int, has_weights: bool
-    ) -> dict:
-        """Exchange the routing of a new dispatch; gives the fields of its `DispatchHandle`."""
+        self,
+        topk_idx: Tensor | None,
+        routing_map: Tensor | None,
+        layout: RowLayout,
+        expert_alignment: int,
+        has_weights: bool,
+    ) -> Routing:
+        """Exchange the routing of a new dispatch, from exactly one of `topk_idx`, `routing_map`.
+
+        A dispatch with the routing follows at once. Bad content of the routing raises here, or,
+        where the device has to find it, in that dispatch, once the other ranks have what they
+        wait for.
+        """
 
     def dispatch(
         self,

@@ -30,8 +30,8 @@ from ep_comm.backends.rows import (
 from ep_comm.backends.transport import Exchange, Operation, Transport
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPMismatchError
-from ep_comm.handle import DispatchHandle, RowLayout
-from ep_comm.layout import RoutingLayout
+from ep_comm.handle import DispatchHandle, RoutingSizes, RowLayout
+from ep_comm.layout import routing_layout
 from ep_comm.records import OpRecord, Recorder
 
 _DTYPES = (torch.bfloat16, torch.float32, fp8.FP8_DTYPE)
@@ -39,9 +39,9 @@ _OPS = ("create", "plan", "dispatch", "combine")
 _LAYOUTS = ("rank", "expert")
 
 
-@dataclass(frozen=True)
-class RoutingState:
-    """Index tensors of one routing.
+@dataclass(frozen=True, kw_only=True)
+class ReferenceRouting:
+    """See `ep_comm.handle.Routing`.
 
     Attributes:
         epoch: Operation that exchanged the routing; tells handles of different dispatches apart.
@@ -50,6 +50,9 @@ class RoutingState:
             in the order of ``recv_topk_idx``; -1 where the expert is not local.
     """
 
+    topk_idx: Tensor
+    sizes: RoutingSizes
+    recv_topk_idx: Tensor
     epoch: int
     sent_tokens: tuple[Tensor, ...]
     expert_row_NK: Tensor
@@ -84,8 +87,20 @@ class ReferenceBackend:
     # --- routing -------------------------------------------------------------------------------
 
     def plan(
-        self, routing: RoutingLayout, layout: RowLayout, expert_alignment: int, has_weights: bool
-    ) -> dict:
+        self,
+        topk_idx: Tensor | None,
+        routing_map: Tensor | None,
+        layout: RowLayout,
+        expert_alignment: int,
+        has_weights: bool,
+    ) -> ReferenceRouting:
+        routing = routing_layout(
+            topk_idx,
+            routing_map=routing_map,
+            num_topk=self.config.num_topk if routing_map is not None else None,
+            num_experts=self.config.num_experts,
+            num_ranks=self.transport.num_ranks,
+        )
         device = routing.topk_idx.device
         record = self.recorder.start("plan", device)
         ranks = range(self.transport.num_ranks)
@@ -115,15 +130,13 @@ class ReferenceBackend:
         )
         record.rows_to_rank = rows_to_rank
         self.recorder.finish(record)
-        return dict(
-            layout=layout,
-            expert_alignment=expert_alignment,
+        return ReferenceRouting(
             topk_idx=routing.topk_idx,
-            num_recv_tokens_per_rank=recv_rows,
+            sizes=RoutingSizes(rows_to_rank, recv_rows, tokens_per_expert, padded),
             recv_topk_idx=recv_topk_idx,
-            tokens_per_expert=tokens_per_expert,
-            padded_tokens_per_expert=padded,
-            state=RoutingState(record.epoch, sent_tokens, expert_row_NK),
+            epoch=record.epoch,
+            sent_tokens=sent_tokens,
+            expert_row_NK=expert_row_NK,
         )
 
     # --- dispatch ------------------------------------------------------------------------------
@@ -137,7 +150,7 @@ class ReferenceBackend:
         wire_dtype: torch.dtype,
         recv_dtype: torch.dtype,
     ) -> Pending[Received]:
-        routing: RoutingState = handle.state
+        routing: ReferenceRouting = handle.routing
         record = self.recorder.start("dispatch", x.device)
         self._exchange_headers(
             record,
@@ -186,7 +199,7 @@ class ReferenceBackend:
     def combine(
         self, handle: DispatchHandle, x: Tensor, topk_weights: Tensor | None
     ) -> Pending[Combined]:
-        routing: RoutingState = handle.state
+        routing: ReferenceRouting = handle.routing
         record = self.recorder.start("combine", x.device)
         sent_rows = [len(tokens) for tokens in routing.sent_tokens]  # and as many come back
         self._exchange_headers(
@@ -231,7 +244,7 @@ class ReferenceBackend:
         """Levels 2 and 3 of combine: over a node's ranks, rounded, then over nodes, rounded."""
         num_ranks = self.transport.num_ranks
         ranks_per_node = self.config.ranks_per_node or num_ranks
-        sent_tokens = handle.state.sent_tokens
+        sent_tokens = handle.routing.sent_tokens
         node_sums = []
         for first in range(0, num_ranks, ranks_per_node):
             node = slice(first, first + ranks_per_node)
@@ -248,7 +261,7 @@ class ReferenceBackend:
         """Each entry [T, K] from the rank that owns its expert; dropped entries stay 0."""
         owner_TK = self._owner(handle.topk_idx)
         out = received[0].new_zeros(handle.topk_idx.shape)
-        for r, (tokens, rows) in enumerate(zip(handle.state.sent_tokens, received, strict=True)):
+        for r, (tokens, rows) in enumerate(zip(handle.routing.sent_tokens, received, strict=True)):
             out[tokens] = torch.where(owner_TK[tokens] == r, rows, out[tokens])
         return out
 
@@ -324,6 +337,7 @@ class ReferenceBackend:
             hidden=config.hidden,
             max_tokens_per_rank=config.max_tokens_per_rank,
             num_topk=config.num_topk,
+            dtype=_DTYPES.index(config.dtype),
             ranks_per_node=config.ranks_per_node or self.transport.num_ranks,
         )
         self.recorder.num_operations = 0  # epochs count the caller's operations

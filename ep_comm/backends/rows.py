@@ -63,8 +63,8 @@ def expert_rows(
 
 def expand(received: Received, handle: DispatchHandle) -> Received:
     """Rank-major rows to padded expert-major rows; padding is 0, with FP8 scale 1."""
-    n, k = (handle.state.expert_row_NK >= 0).nonzero(as_tuple=True)
-    row = handle.state.expert_row_NK[n, k]
+    n, k = (handle.routing.expert_row_NK >= 0).nonzero(as_tuple=True)
+    row = handle.routing.expert_row_NK[n, k]
     x = torch.zeros(
         handle.num_rows, received.x.shape[1], dtype=received.x.dtype, device=received.x.device
     )
@@ -88,7 +88,7 @@ def collapse_weights(weights_M: Tensor, expert_row_NK: Tensor) -> Tensor:
 
 def sum_expert_rows(x_MH: Tensor, handle: DispatchHandle) -> Tensor:
     """Level 1 of combine: a token's rows on this rank, ascending by expert, rounded once."""
-    rows_NK = handle.state.expert_row_NK
+    rows_NK = handle.routing.expert_row_NK
     # Groups stand in expert order, so ascending rows are ascending experts.
     rows_NK = torch.where(rows_NK < 0, len(x_MH), rows_NK).sort(dim=1).values
     contributions = []

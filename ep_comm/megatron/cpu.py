@@ -15,6 +15,7 @@ Checked with megatron-core 0.16.1 and 0.19.2.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -22,9 +23,15 @@ import sys
 import types
 
 import torch
-from torch.overrides import TorchFunctionMode
 
-_mode: _CudaLiteralsToCpu | None = None  # once entered, it stays for the life of the process
+_enabled = False
+_tensor_type = torch.Tensor.type
+
+# The functions that megatron-core calls with a literal device="cuda": in the optimizer, gradient
+# clipping, the schedules, the causal mask, the logging of auxiliary losses.
+# (A TorchFunctionMode would catch all functions, but is off during backward, where recomputation
+# runs forward code.)
+_FACTORIES = ("empty", "empty_like", "ones", "randn", "tensor", "zeros")
 
 
 def enable() -> bool:
@@ -34,10 +41,10 @@ def enable() -> bool:
         Whether megatron-core runs on the CPU now: False, with nothing touched, where CUDA is
         available; True otherwise, however often it is called.
     """
-    global _mode
+    global _enabled
     if torch.cuda.is_available():
         return False
-    if _mode is None:
+    if not _enabled:
         if os.environ.get("RANK", "0") == "0":
             print(
                 "no CUDA: megatron-core runs on CPU through ep_comm.megatron.cpu, "
@@ -47,8 +54,7 @@ def enable() -> bool:
             )
         _patch_torch()
         _patch_megatron()
-        _mode = _CudaLiteralsToCpu()
-        _mode.__enter__()
+        _enabled = True
     return True
 
 
@@ -91,6 +97,14 @@ def _patch_torch() -> None:
     # Devices: the answer is used as a `device=` argument (router, gradient buffers, optimizer).
     cuda.current_device = lambda: torch.device("cpu")
     cuda.set_device = lambda device: None
+
+    # Tensors: made on "cuda" by name, or moved there.
+    for name in _FACTORIES:
+        _redirect_factory(name)
+    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
+    # The optimizers sort parameters by type string, and clipping asserts it:
+    # "torch.cuda.FloatTensor" is the only FP32 that they know.
+    torch.Tensor.type = _type
 
     # Random state: Megatron's tracker forks the "CUDA" generator for initialisation, dropout and
     # recomputation. The CPU generator takes its place.
@@ -139,30 +153,21 @@ def _to_host(tensor: object, as_numpy: bool = False, record_stream: bool = False
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-class _CudaLiteralsToCpu(TorchFunctionMode):
-    """Reads "cpu" where Megatron's code says "cuda" literally.
+def _redirect_factory(name: str) -> None:
+    """Let ``torch.<name>(..., device="cuda")`` make a CPU tensor."""
+    factory = getattr(torch, name)
 
-    Such literals stand in the optimizer, gradient clipping, the schedules, the causal mask and the
-    logging of auxiliary losses. A mode holds for the thread that enters it; on the CPU, autograd
-    runs in the thread that calls backward, so that one is enough.
-    """
+    @functools.wraps(factory)
+    def redirected(*args, device=None, **kwargs):
+        if device is not None and torch.device(device).type == "cuda":
+            device = "cpu"
+        return factory(*args, device=device, **kwargs)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # The optimizers sort parameters by type string, and clipping asserts it:
-            # "torch.cuda.FloatTensor" is the only FP32 that they know.
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        if func is torch.Tensor.to:
-            args = tuple("cpu" if _is_cuda(arg) else arg for arg in args)
-        if _is_cuda(kwargs.get("device")):
-            kwargs = {**kwargs, "device": "cpu"}
-        return func(*args, **kwargs)
+    setattr(torch, name, redirected)
 
 
-def _is_cuda(device: object) -> bool:
-    if isinstance(device, torch.device):
-        return device.type == "cuda"
-    return isinstance(device, str) and device.split(":")[0] == "cuda"
+def _type(tensor: torch.Tensor, dtype: object = None, **kwargs: object) -> object:
+    """`torch.Tensor.type`, except that an FP32 tensor says "torch.cuda.FloatTensor"."""
+    if dtype is None:
+        return _tensor_type(tensor).replace("torch.", "torch.cuda.", 1)
+    return _tensor_type(tensor, dtype, **kwargs)

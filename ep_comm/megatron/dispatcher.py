@@ -126,6 +126,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             self.ep_group,
             config.num_moe_experts,
             hidden_states.shape[-1],
+            hidden_states.dtype,
             config.moe_router_topk,
             options,
         )
@@ -142,6 +143,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
                     hidden=hidden_states.shape[-1],
                     max_tokens_per_rank=max_tokens,
                     num_topk=config.moe_router_topk,
+                    dtype=hidden_states.dtype,
                     timeout_s=options.timeout_s,
                 ),
             )
@@ -153,7 +155,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         """Version, backend, wire format, memory, and what is off and why."""
         options = self.options
         own = str(hidden_states.dtype).removeprefix("torch.")
-        off = ["NVLink kernels (not in this version)"]
+        off = [f"{name} backend ({reason})" for name, reason in buffer.passed_over.items()]
         if not options.fp8_dispatch:
             off.append("FP8 dispatch (not asked for)")
         if not options.overlap_wgrad:
@@ -163,7 +165,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             f"{buffer.config.num_experts} experts top-{buffer.config.num_topk}, "
             f"{buffer.config.max_tokens_per_rank} tokens of {buffer.config.hidden} a rank; "
             f"wire {'fp8 e4m3 1x128' if options.fp8_dispatch else own} out, {own} back; "
-            f"SMs none (host); buffer {buffer.buffer_bytes} bytes; off: {', '.join(off)}"
+            f"buffer {buffer.buffer_bytes} bytes; off: {', '.join(off)}"
         )
 
 

@@ -1,0 +1,461 @@
+// Dispatch: rows go once to every rank that owns one of their experts, and from there to the places
+// where the experts want them.
+//
+// One kernel with two kinds of blocks, which may also be launched apart. Each warp has a ring of
+// stages in shared memory, filled by bulk loads and emptied by bulk stores.
+//   push warps    take this rank's tokens in chunks, store each row into a slot at every other rank
+//                 it goes to, and flag each chunk there once its rows have landed. Lane l issues
+//                 the stores to rank (own + 1 + l): destinations rotate, and each lane can wait for
+//                 its own stores and raise its own flags.
+//   expand warps  take (chunk, source) units, wait for the unit's flag, and copy each row from its
+//                 slot to its output rows; lane k issues the store for the token's k-th expert. Rows
+//                 that stay on this rank are read from the input, without a slot.
+// A push waits for nothing but the ranks' having read what the last dispatch sent them.
+
+#include <algorithm>
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+
+#include "node.cuh"
+#include "status.cuh"
+
+namespace {
+
+using namespace ep;
+
+constexpr int kWarpSize = 32;
+constexpr int kMaxWarps = 4;
+constexpr int kMaxStages = 16;
+constexpr int kMaxShared = 226 * 1024;
+constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kMaxChunkTokens = 32;  // a unit's rows are bits of one word
+// Tokens pushed after a chunk before its flag is raised: by then its stores have mostly landed.
+constexpr int kFlagLag = 2;
+
+// How a block's shared memory is cut up.
+struct Ring {
+  int32_t num_warps;
+  int32_t num_stages;
+  int32_t stage_bytes;  // slot, then the row's K4 output rows
+
+  __host__ __device__ int32_t shared_bytes() const {
+    return num_warps * num_stages * stage_bytes + barrier_bytes();
+  }
+  __host__ __device__ int32_t barrier_bytes() const {
+    return (num_warps * num_stages * 8 + 127) / 128 * 128;
+  }
+};
+
+__host__ __device__ inline int32_t slot_bytes(const ep_dispatch_args& args) {
+  return args.row_bytes + args.scale_bytes + args.weight_bytes;
+}
+
+// A flag says for which dispatch it is, and which slots the chunk fills: epoch | first | count.
+__device__ inline uint64_t pack_flag(int32_t epoch, int32_t first, int32_t count) {
+  return static_cast<uint64_t>(static_cast<uint32_t>(epoch)) << 32 |
+         static_cast<uint64_t>(static_cast<uint32_t>(first)) << 6 |
+         static_cast<uint64_t>(static_cast<uint32_t>(count));
+}
+__device__ inline bool flag_is_of(uint64_t flag, int32_t epoch) {
+  return static_cast<uint32_t>(flag >> 32) == static_cast<uint32_t>(epoch);
+}
+__device__ inline int32_t flag_first(uint64_t flag) {
+  return static_cast<int32_t>(flag >> 6) & 0x3ffffff;
+}
+__device__ inline int32_t flag_count(uint64_t flag) { return static_cast<int32_t>(flag) & 0x3f; }
+
+// One warp's part of the ring.
+struct Stages {
+  uint8_t* memory;
+  uint64_t* barriers;
+  int32_t num_stages;
+  int32_t stage_bytes;
+
+  __device__ Stages(uint8_t* shared, const Ring& ring, int32_t warp)
+      : memory(shared + ring.barrier_bytes() + warp * ring.num_stages * ring.stage_bytes),
+        barriers(reinterpret_cast<uint64_t*>(shared) + warp * ring.num_stages),
+        num_stages(ring.num_stages),
+        stage_bytes(ring.stage_bytes) {
+    const int32_t lane = threadIdx.x % kWarpSize;
+    if (lane < num_stages) ptx::barrier_init(&barriers[lane], 1);
+    ptx::fence_barrier_init();
+    ptx::fence_proxy_async_shared();
+    __syncwarp();
+  }
+  __device__ uint8_t* stage(int32_t i) const { return memory + i % num_stages * stage_bytes; }
+  __device__ uint64_t* barrier(int32_t i) const { return &barriers[i % num_stages]; }
+  __device__ void wait(int32_t i) const { ptx::barrier_wait(barrier(i), i / num_stages & 1); }
+};
+
+// Lane 0: start to load token t of the input as a slot; `extra` bytes more are announced.
+__device__ inline void load_own_token(const ep_dispatch_args& args, const Stages& stages, int32_t i,
+                                      int32_t t, int32_t extra) {
+  uint8_t* const stage = stages.stage(i);
+  uint64_t* const barrier = stages.barrier(i);
+  ptx::barrier_expect(barrier, slot_bytes(args) + extra);
+  ptx::bulk_load(stage, args.x + static_cast<int64_t>(t) * args.row_bytes, args.row_bytes, barrier);
+  if (args.scale_bytes) {
+    const auto* const scales = reinterpret_cast<const uint8_t*>(args.scales);
+    ptx::bulk_load(stage + args.row_bytes, scales + static_cast<int64_t>(t) * args.scale_bytes,
+                   args.scale_bytes, barrier);
+  }
+  if (args.weight_bytes) {
+    const auto* const weights = reinterpret_cast<const uint8_t*>(args.weights);
+    ptx::bulk_load(stage + args.row_bytes + args.scale_bytes,
+                   weights + static_cast<int64_t>(t) * args.weight_bytes, args.weight_bytes,
+                   barrier);
+  }
+}
+
+// ---- Push ---------------------------------------------------------------------------------------
+
+struct PushedChunk {
+  int32_t chunk = -1;  // -1: none
+  int32_t first = 0;
+  int32_t count = 0;
+};
+
+__device__ void push(const ep_dispatch_args& args, const Stages& stages, int32_t warp,
+                     int32_t num_warps) {
+  const ep_node& node = args.node;
+  const int32_t num_ranks = node.num_ranks, chunk_tokens = args.chunk_tokens;
+  const int32_t lane = threadIdx.x % kWarpSize;
+  const bool sends = lane < num_ranks - 1;  // this lane serves a destination
+  const int32_t peer = (node.rank + 1 + (sends ? lane : 0)) % num_ranks;
+  const int32_t num_chunks = (args.num_tokens + chunk_tokens - 1) / chunk_tokens;
+  const int32_t my_chunks = warp < num_chunks ? (num_chunks - warp + num_warps - 1) / num_warps : 0;
+  const int32_t my_tokens = my_chunks * chunk_tokens;
+  const int64_t bytes = slot_bytes(args);
+
+  bool may_send = true;
+  if (sends) {
+    const uint32_t* const credit =
+        in_memory_of<uint32_t>(node, node.rank, args.credit_offset) + peer;
+    may_send = wait_epoch(node, credit, args.epoch - 1, EP_PHASE_CREDIT, peer);
+  }
+  if (!__all_sync(kFullWarp, may_send)) return;
+
+  uint8_t* const slots =
+      node.memory[peer] + args.slot_offset +
+      static_cast<int64_t>(region_of(node.rank, peer, num_ranks)) * args.max_tokens * bytes;
+  uint64_t* const flags = in_memory_of<uint64_t>(node, peer, args.flag_offset) +
+                          static_cast<int64_t>(node.rank) * args.max_chunks;
+  const auto token = [&](int32_t i) {
+    return (warp + i / chunk_tokens * num_warps) * chunk_tokens + i % chunk_tokens;
+  };
+  const auto load = [&](int32_t i) {
+    if (lane == 0 && i < my_tokens && token(i) < args.num_tokens) {
+      load_own_token(args, stages, i, token(i), 0);
+    }
+  };
+  const auto raise = [&](const PushedChunk& pushed) {
+    if (!sends || pushed.chunk < 0) return;
+    ptx::fence_acq_rel_sys();
+    ptx::store_release_sys(&flags[pushed.chunk], pack_flag(args.epoch, pushed.first, pushed.count));
+  };
+
+  const int32_t ahead = stages.num_stages - 1;
+  for (int32_t i = 0; i < ahead; ++i) load(i);
+  PushedChunk current, landing;
+  for (int32_t i = 0; i < my_tokens; ++i) {
+    const int32_t t = token(i);
+    if (i % chunk_tokens == 0) {
+      landing = current;
+      current = PushedChunk{t / chunk_tokens, 0, 0};
+    }
+    if (t < args.num_tokens) {
+      const int32_t slot =
+          sends ? args.send_slot[static_cast<int64_t>(t) * num_ranks + peer] : -1;
+      stages.wait(i);
+      if (slot >= 0) {
+        if (current.count++ == 0) current.first = slot;
+        ptx::bulk_store(slots + slot * bytes, stages.stage(i), bytes);
+      }
+    }
+    ptx::bulk_commit();  // every lane, every token: one group each
+    if (i % chunk_tokens == kFlagLag && landing.chunk >= 0) {
+      ptx::bulk_wait_written<kFlagLag + 1>();
+      raise(landing);
+      landing.chunk = -1;
+    }
+    // The stage of token i - 1 is the next to be filled.
+    ptx::bulk_wait_read<1>();
+    __syncwarp();
+    load(i + ahead);
+  }
+  ptx::bulk_wait_written<0>();
+  raise(landing);
+  raise(current);
+}
+
+// ---- Expand -------------------------------------------------------------------------------------
+
+// Zero rows between the end of an expert's group and the next group, with probability 0, scale 1.
+__device__ void write_padding(const ep_dispatch_args& args, int32_t row_bytes, int32_t warp,
+                              int32_t num_warps) {
+  const int32_t lane = threadIdx.x % kWarpSize;
+  const uint4 zero = make_uint4(0, 0, 0, 0);
+  for (int32_t e = warp; e < args.num_local_experts; e += num_warps) {
+    const int32_t end = args.expert_first_row[e + 1];
+    for (int32_t row = args.expert_first_row[e] + args.num_tokens_per_expert[e]; row < end; ++row) {
+      auto* const out = reinterpret_cast<uint4*>(args.recv_x + static_cast<int64_t>(row) * row_bytes);
+      for (int32_t i = lane; i < row_bytes / 16; i += kWarpSize) out[i] = zero;
+      if (args.recv_scales != nullptr) {
+        const int32_t num_scales = args.scale_bytes / 4;
+        for (int32_t i = lane; i < num_scales; i += kWarpSize) {
+          args.recv_scales[static_cast<int64_t>(row) * num_scales + i] = 1.0f;
+        }
+      }
+      if (args.recv_weights != nullptr && lane == 0) args.recv_weights[row] = 0.0f;
+    }
+  }
+}
+
+__device__ inline float2 fp8x2_to_float2(uint16_t pair) {
+  const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3);
+  return __half22float2(__half2(raw));
+}
+
+// The row in `stage` times its scales, to one output row: one product and one rounding an element.
+template <typename Out>
+__device__ void store_dequantised(const ep_dispatch_args& args, const uint8_t* stage, Out* out) {
+  constexpr int kElements = 16 / sizeof(Out);  // of one 16-byte store
+  const auto* const scales = reinterpret_cast<const float*>(stage + args.row_bytes);
+  for (int32_t i = threadIdx.x % kWarpSize; i < args.row_bytes / kElements; i += kWarpSize) {
+    const float scale = scales[i * kElements / 128];
+    union {
+      uint4 bits;
+      Out values[kElements];
+    } packed;
+    const auto* const pairs = reinterpret_cast<const uint16_t*>(stage) + i * kElements / 2;
+#pragma unroll
+    for (int j = 0; j < kElements / 2; ++j) {
+      const float2 pair = fp8x2_to_float2(pairs[j]);
+      packed.values[2 * j] = static_cast<Out>(pair.x * scale);
+      packed.values[2 * j + 1] = static_cast<Out>(pair.y * scale);
+    }
+    reinterpret_cast<uint4*>(out)[i] = packed.bits;
+  }
+}
+
+// A run of received rows: bit j of `rows` says that there is a row j. Rows from other ranks stand in
+// slots first_slot + j; rows of this rank are tokens first_token + j.
+struct Unit {
+  int32_t source = 0;
+  int32_t first = 0;
+  uint32_t rows = 0;
+};
+
+__device__ void expand(const ep_dispatch_args& args, const Stages& stages, int32_t warp,
+                       int32_t num_warps) {
+  const ep_node& node = args.node;
+  const int32_t num_ranks = node.num_ranks, chunk_tokens = args.chunk_tokens;
+  const int32_t lane = threadIdx.x % kWarpSize;
+  const int64_t bytes = slot_bytes(args);
+  const int32_t pos_bytes = args.num_topk4 * 4;
+  const int32_t pos_offset = (static_cast<int32_t>(bytes) + 15) / 16 * 16;
+  const int32_t out_row_bytes = args.recv_kind == EP_RECV_BF16   ? args.row_bytes * 2
+                                : args.recv_kind == EP_RECV_FP32 ? args.row_bytes * 4
+                                                                 : args.row_bytes;
+  if (args.expert_major) write_padding(args, out_row_bytes, warp, num_warps);
+
+  int32_t num_chunks = 0;
+  for (int32_t r = 0; r < num_ranks; ++r) {
+    num_chunks = max(num_chunks, (args.source_tokens[r] + chunk_tokens - 1) / chunk_tokens);
+  }
+  const int32_t num_units = num_chunks * num_ranks;
+  const uint64_t* const flags = in_memory_of<uint64_t>(node, node.rank, args.flag_offset);
+
+  // True when the unit can be read; with `block`, waits for that, and false is a fault.
+  const auto open = [&](int32_t index, bool block, Unit* unit) {
+    const int32_t chunk = index / num_ranks;
+    const int32_t source = (node.rank + index) % num_ranks;
+    unit->source = source;
+    unit->rows = 0;
+    unit->first = chunk * chunk_tokens;
+    if (chunk * chunk_tokens >= args.source_tokens[source]) return true;
+    if (source == node.rank) {
+      const int32_t t = unit->first + lane;
+      const bool stays = lane < chunk_tokens && t < args.num_tokens &&
+                         args.send_slot[static_cast<int64_t>(t) * num_ranks + node.rank] >= 0;
+      unit->rows = __ballot_sync(kFullWarp, stays);
+      return true;
+    }
+    uint64_t flag = 0;
+    bool arrived = true;
+    if (lane == 0) {
+      const uint64_t* const mine = &flags[static_cast<int64_t>(source) * args.max_chunks + chunk];
+      const auto is_of_this_epoch = [&](uint64_t value) { return flag_is_of(value, args.epoch); };
+      if (block) {
+        arrived = wait_flag(node, mine, is_of_this_epoch, &flag, EP_PHASE_ROWS, source, args.epoch);
+      } else {
+        flag = ptx::load_acquire_sys(mine);
+        arrived = is_of_this_epoch(flag);
+      }
+      ptx::fence_proxy_async_global();  // the rows are read by bulk loads
+    }
+    if (!__shfl_sync(kFullWarp, arrived, 0)) return false;
+    flag = __shfl_sync(kFullWarp, flag, 0);
+    unit->first = flag_first(flag);
+    const int32_t count = flag_count(flag);
+    unit->rows = count == 0 ? 0 : 0xffffffffu >> (32 - count);
+    return true;
+  };
+
+  const auto load = [&](int32_t i, const Unit& unit, int32_t j) {
+    const bool own = unit.source == node.rank;
+    const int32_t slot = own ? args.send_slot[static_cast<int64_t>(unit.first + j) * num_ranks +
+                                              node.rank]
+                             : unit.first + j;
+    const int64_t n = static_cast<int64_t>(unit.source) * args.max_tokens + slot;
+    if (own) {
+      load_own_token(args, stages, i, unit.first + j, pos_bytes);
+    } else {
+      const int64_t region = region_of(unit.source, node.rank, num_ranks);
+      ptx::barrier_expect(stages.barrier(i), bytes + pos_bytes);
+      ptx::bulk_load(stages.stage(i),
+                     node.memory[node.rank] + args.slot_offset +
+                         (region * args.max_tokens + slot) * bytes,
+                     bytes, stages.barrier(i));
+    }
+    ptx::bulk_load(stages.stage(i) + pos_offset, args.row_of_k + n * args.num_topk4, pos_bytes,
+                   stages.barrier(i));
+    // Behind the output rows: which received row this is.
+    *reinterpret_cast<int64_t*>(stages.stage(i) + pos_offset + pos_bytes) = n;
+  };
+
+  const auto store = [&](int32_t i) {
+    const uint8_t* const stage = stages.stage(i);
+    const auto* const rows = reinterpret_cast<const int32_t*>(stage + pos_offset);
+    const auto* const weights =
+        reinterpret_cast<const float*>(stage + args.row_bytes + args.scale_bytes);
+    __syncwarp();  // the row's index was written by lane 0
+    stages.wait(i);
+    const int32_t row = lane < args.num_topk ? rows[lane] : -1;
+    if (args.recv_kind == EP_RECV_BYTES) {
+      if (row >= 0) {
+        ptx::bulk_store(args.recv_x + static_cast<int64_t>(row) * args.row_bytes, stage,
+                        args.row_bytes);
+        if (args.recv_scales != nullptr) {
+          ptx::bulk_store(reinterpret_cast<uint8_t*>(args.recv_scales) +
+                              static_cast<int64_t>(row) * args.scale_bytes,
+                          stage + args.row_bytes, args.scale_bytes);
+        }
+      }
+    } else {
+      for (int32_t k = 0; k < args.num_topk; ++k) {
+        const int64_t to = __shfl_sync(kFullWarp, row, k);
+        if (to < 0) continue;
+        uint8_t* const out = args.recv_x + to * out_row_bytes;
+        if (args.recv_kind == EP_RECV_BF16) {
+          store_dequantised(args, stage, reinterpret_cast<__nv_bfloat16*>(out));
+        } else {
+          store_dequantised(args, stage, reinterpret_cast<float*>(out));
+        }
+      }
+    }
+    ptx::bulk_commit();
+    if (args.recv_weights == nullptr) return;
+    if (args.expert_major) {
+      if (row >= 0) args.recv_weights[row] = weights[lane];
+    } else if (lane < args.num_topk) {
+      const int64_t n = *reinterpret_cast<const int64_t*>(stage + pos_offset + pos_bytes);
+      const bool local = args.recv_topk_idx[n * args.num_topk + lane] >= 0;
+      args.recv_weights[static_cast<int64_t>(rows[0]) * args.num_topk + lane] =
+          local ? weights[lane] : 0.0f;
+    }
+  };
+
+  Unit unit;
+  int32_t next_unit = warp, loaded = 0, stored = 0;
+  bool fine = true;
+  while (true) {
+    // One stage stays free: the one whose stores may still be reading.
+    while (loaded - stored < stages.num_stages - 1) {
+      if (unit.rows == 0) {
+        if (next_unit >= num_units || !fine) break;
+        const bool nothing_else_to_do = loaded == stored;
+        if (!open(next_unit, nothing_else_to_do, &unit)) {
+          unit.rows = 0;
+          fine = !nothing_else_to_do;
+          break;
+        }
+        next_unit += num_warps;
+        continue;
+      }
+      const int32_t j = __ffs(unit.rows) - 1;
+      unit.rows &= unit.rows - 1;
+      ptx::bulk_wait_read<1>();
+      __syncwarp();
+      if (lane == 0) load(loaded, unit, j);
+      ++loaded;
+    }
+    if (loaded == stored) break;  // nothing left, or a fault
+    store(stored++);
+  }
+  ptx::bulk_wait_written<0>();
+}
+
+__global__ void __launch_bounds__(kMaxWarps * kWarpSize)
+    dispatch_kernel(const __grid_constant__ ep_dispatch_args args, const Ring ring) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  const int32_t warp = threadIdx.x / kWarpSize;
+  const Stages stages(shared, ring, warp);
+  const int32_t block = blockIdx.x;
+  if (block < args.num_push_blocks) {
+    push(args, stages, block * ring.num_warps + warp, args.num_push_blocks * ring.num_warps);
+    return;
+  }
+  expand(args, stages, (block - args.num_push_blocks) * ring.num_warps + warp,
+         args.num_expand_blocks * ring.num_warps);
+  signal_when_all_blocks_are_done(args.node, args.counter, args.num_expand_blocks,
+                                  args.credit_offset, args.epoch);
+}
+
+Ring make_ring(const ep_dispatch_args& args) {
+  Ring ring{};
+  // The output rows, and the row's index behind them.
+  const int32_t wanted = (slot_bytes(args) + 15) / 16 * 16 + args.num_topk4 * 4 + 16;
+  ring.stage_bytes = (wanted + 127) / 128 * 128;
+  const int32_t fitting = (kMaxShared - 1024) / ring.stage_bytes;
+  ring.num_warps = std::min(kMaxWarps, fitting / 3);
+  if (ring.num_warps == 0) ring.num_warps = fitting / 2 > 0 ? 1 : 0;
+  if (ring.num_warps > 0) ring.num_stages = std::min(kMaxStages, fitting / ring.num_warps);
+  return ring;
+}
+
+}  // namespace
+
+namespace ep {
+
+int32_t load_dispatch_kernels() {
+  return check_cuda(cudaFuncSetAttribute(dispatch_kernel,
+                                         cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared),
+                    "dispatch kernel");
+}
+
+}  // namespace ep
+
+int32_t ep_dispatch(const ep_dispatch_args* args, void* stream) {
+  if (args->row_bytes % 16 || args->scale_bytes % 16 || args->weight_bytes % 16) {
+    return ep::fail(EP_ERR_ARGUMENT, "rows of %d, scales of %d and weights of %d bytes: all must be "
+                    "multiples of 16", args->row_bytes, args->scale_bytes, args->weight_bytes);
+  }
+  if (args->chunk_tokens <= kFlagLag || args->chunk_tokens > kMaxChunkTokens) {
+    return ep::fail(EP_ERR_ARGUMENT, "chunk_tokens = %d is not in [%d, %d]", args->chunk_tokens,
+                    kFlagLag + 1, kMaxChunkTokens);
+  }
+  if (args->num_topk > kWarpSize) {
+    return ep::fail(EP_ERR_ARGUMENT, "num_topk = %d is more than %d", args->num_topk, kWarpSize);
+  }
+  const Ring ring = make_ring(*args);
+  if (ring.num_warps == 0) {
+    return ep::fail(EP_ERR_ARGUMENT, "a row of %d bytes does not fit the stages of shared memory",
+                    args->row_bytes);
+  }
+  const int32_t blocks = args->num_push_blocks + args->num_expand_blocks;
+  if (blocks < 1) return ep::fail(EP_ERR_ARGUMENT, "no blocks to launch");
+  dispatch_kernel<<<blocks, ring.num_warps * kWarpSize, ring.shared_bytes(),
+                    static_cast<cudaStream_t>(stream)>>>(*args, ring);
+  return ep::check_cuda(cudaGetLastError(), "ep_dispatch");
+}

@@ -1,0 +1,87 @@
+// Waiting for other ranks of the node, with a bound, and saying whose fault it was.
+#pragma once
+
+#include "ep_comm.h"
+#include "ptx.cuh"
+
+namespace ep {
+
+__device__ inline bool aborted(const ep_node& node) {
+  return *static_cast<volatile const int32_t*>(node.abort) != 0;
+}
+
+// Keeps the first fault of this rank, and ends all its other waits.
+__device__ inline void raise_fault(const ep_node& node, int32_t code, int32_t phase, int32_t peer,
+                                   int32_t field, int64_t expected, int64_t seen) {
+  if (atomicExch(node.abort, 1) != 0) return;
+  volatile ep_fault* const fault = node.fault;
+  fault->phase = phase;
+  fault->peer = peer;
+  fault->field = field;
+  fault->expected = expected;
+  fault->seen = seen;
+  __threadfence_system();
+  fault->code = code;
+}
+
+// Spins until arrived(value of *flag); false after the timeout or a fault elsewhere.
+template <typename Flag, typename Arrived>
+__device__ inline bool wait_flag(const ep_node& node, const Flag* flag, const Arrived& arrived,
+                                 Flag* value, int32_t phase, int32_t peer, int64_t expected) {
+  constexpr int kSpinsBetweenChecks = 256;
+  *value = ptx::load_acquire_sys(flag);
+  if (arrived(*value)) return true;
+  const uint64_t start = ptx::global_timer_ns();
+  for (int spins = 1;; ++spins) {
+    *value = ptx::load_acquire_sys(flag);
+    if (arrived(*value)) return true;
+    if (spins % kSpinsBetweenChecks != 0) continue;
+    if (aborted(node)) return false;
+    if (ptx::global_timer_ns() - start > static_cast<uint64_t>(node.timeout_ns)) {
+      raise_fault(node, EP_FAULT_TIMEOUT, phase, peer, 0, expected, static_cast<int64_t>(*value));
+      return false;
+    }
+  }
+}
+
+// Epochs only grow; the difference is right across the wrap of 32 bits.
+__device__ inline bool wait_epoch(const ep_node& node, const uint32_t* flag, int32_t epoch,
+                                  int32_t phase, int32_t peer) {
+  uint32_t seen;
+  return wait_flag(
+      node, flag,
+      [epoch](uint32_t value) { return static_cast<int32_t>(value - static_cast<uint32_t>(epoch)) >= 0; },
+      &seen, phase, peer, epoch);
+}
+
+template <typename T>
+__device__ inline T* in_memory_of(const ep_node& node, int32_t rank, int64_t offset) {
+  return reinterpret_cast<T*>(node.memory[rank] + offset);
+}
+
+// Index of `source`'s region among the R - 1 that `owner` keeps for the others.
+__device__ inline int32_t region_of(int32_t source, int32_t owner, int32_t num_ranks) {
+  return (source - owner - 1 + num_ranks) % num_ranks;
+}
+
+// Tells every other rank that this one has read what they sent: called by all threads of the last
+// blocks to touch it. The last block to arrive signals.
+__device__ inline void signal_when_all_blocks_are_done(const ep_node& node, int32_t* counter,
+                                                       int32_t num_blocks, int64_t credit_offset,
+                                                       int32_t epoch) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(counter, 1) == num_blocks - 1;
+    if (last) *counter = 0;
+  }
+  __syncthreads();
+  if (last && static_cast<int32_t>(threadIdx.x) < node.num_ranks && !aborted(node)) {
+    ptx::fence_acq_rel_sys();
+    ptx::store_release_sys(
+        in_memory_of<uint32_t>(node, threadIdx.x, credit_offset) + node.rank, epoch);
+  }
+}
+
+}  // namespace ep

@@ -1,0 +1,238 @@
+"""Mirrors of the structs, enums and limits of csrc/ep_comm.h, which documents every field.
+
+The loader compares each mirror with the library field by field, and tests/test_native.py compares
+the numbers with the header.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+EP_OK = 0
+EP_ERR_ARGUMENT = 1
+EP_ERR_CUDA = 2
+EP_INPUT_TOPK_INT32 = 0
+EP_INPUT_TOPK_INT64 = 1
+EP_INPUT_ROUTING_MAP = 2
+EP_ROUTING_OK = 0
+EP_ROUTING_OUT_OF_RANGE = 1
+EP_ROUTING_DUPLICATE = 2
+EP_ROUTING_TOO_MANY = 3
+EP_MAX_TOPK = 32
+EP_MAX_EXPERTS = 4096
+EP_MAX_RANKS = 1024
+EP_MAX_NODE_RANKS = 8
+EP_SIGNATURE_FIELDS = 8
+EP_PHASE_CREDIT = 1
+EP_PHASE_PLAN = 2
+EP_PHASE_ROWS = 3
+EP_FAULT_NONE = 0
+EP_FAULT_TIMEOUT = 1
+EP_FAULT_MISMATCH = 2
+EP_RECV_BYTES = 0
+EP_RECV_BF16 = 1
+EP_RECV_FP32 = 2
+EP_BF16 = 0
+EP_FP32 = 1
+
+_POINTER = ctypes.c_void_p
+_INT32 = ctypes.c_int32
+_INT64 = ctypes.c_int64
+
+
+class LayoutArgs(ctypes.Structure):
+    """``ep_layout_args``: Routing layout."""
+
+    _fields_ = [
+        ("input", _POINTER),
+        ("topk_idx_out", _POINTER),
+        ("num_tokens_per_rank", _POINTER),
+        ("num_tokens_per_expert", _POINTER),
+        ("is_token_in_rank", _POINTER),
+        ("send_slot", _POINTER),
+        ("error", _POINTER),
+        ("workspace", _POINTER),
+        ("workspace_bytes", _INT64),
+        ("num_tokens", _INT64),
+        ("num_topk", _INT32),
+        ("num_experts", _INT32),
+        ("num_ranks", _INT32),
+        ("input_kind", _INT32),
+    ]
+
+
+class Fault(ctypes.Structure):
+    """``ep_fault``: What went wrong on the device."""
+
+    _fields_ = [
+        ("code", _INT32),
+        ("phase", _INT32),
+        ("peer", _INT32),
+        ("field", _INT32),
+        ("expected", _INT64),
+        ("seen", _INT64),
+    ]
+
+
+class Node(ctypes.Structure):
+    """``ep_node``: Whom a kernel talks to."""
+
+    _fields_ = [
+        ("memory", _POINTER * EP_MAX_NODE_RANKS),
+        ("fault", _POINTER),
+        ("abort", _POINTER),
+        ("timeout_ns", _INT64),
+        ("rank", _INT32),
+        ("num_ranks", _INT32),
+    ]
+
+
+class Mailbox(ctypes.Structure):
+    """``ep_mailbox``: Counts for the host."""
+
+    _fields_ = [
+        ("epoch", _INT32),
+        ("routing_error", _INT32 * 4),
+        ("num_sent_tokens", _INT32 * EP_MAX_NODE_RANKS),
+        ("num_recv_tokens", _INT32 * EP_MAX_NODE_RANKS),
+        ("num_tokens_per_expert", _INT32 * 1024),
+    ]
+
+
+class PlanArgs(ctypes.Structure):
+    """``ep_plan_args``: Exchange of the routing."""
+
+    _fields_ = [
+        ("node", Node),
+        ("topk_idx", _POINTER),
+        ("send_slot", _POINTER),
+        ("num_sent", _POINTER),
+        ("routing_error", _POINTER),
+        ("recv_topk_idx", _POINTER),
+        ("num_recv", _POINTER),
+        ("source_tokens", _POINTER),
+        ("counter", _POINTER),
+        ("flag_offset", _INT64),
+        ("credit_offset", _INT64),
+        ("header_offset", _INT64),
+        ("idx_offset", _INT64),
+        ("signature", _INT32 * EP_SIGNATURE_FIELDS),
+        ("epoch", _INT32),
+        ("num_tokens", _INT32),
+        ("num_topk", _INT32),
+        ("num_experts", _INT32),
+        ("max_tokens", _INT32),
+    ]
+
+
+class RowsArgs(ctypes.Structure):
+    """``ep_rows_args``: Where received rows stand."""
+
+    _fields_ = [
+        ("recv_topk_idx", _POINTER),
+        ("expert_slot", _POINTER),
+        ("num_tokens_per_expert", _POINTER),
+        ("num_sent", _POINTER),
+        ("num_recv", _POINTER),
+        ("routing_error", _POINTER),
+        ("row_of_k", _POINTER),
+        ("rows_ascending", _POINTER),
+        ("expert_first_row", _POINTER),
+        ("mailbox", _POINTER),
+        ("epoch", _INT32),
+        ("num_ranks", _INT32),
+        ("max_tokens", _INT32),
+        ("num_topk", _INT32),
+        ("num_topk4", _INT32),
+        ("num_local_experts", _INT32),
+        ("expert_alignment", _INT32),
+        ("expert_major", _INT32),
+    ]
+
+
+class DispatchArgs(ctypes.Structure):
+    """``ep_dispatch_args``: Dispatch."""
+
+    _fields_ = [
+        ("node", Node),
+        ("x", _POINTER),
+        ("scales", _POINTER),
+        ("weights", _POINTER),
+        ("send_slot", _POINTER),
+        ("recv_topk_idx", _POINTER),
+        ("row_of_k", _POINTER),
+        ("source_tokens", _POINTER),
+        ("num_tokens_per_expert", _POINTER),
+        ("expert_first_row", _POINTER),
+        ("recv_x", _POINTER),
+        ("recv_scales", _POINTER),
+        ("recv_weights", _POINTER),
+        ("counter", _POINTER),
+        ("flag_offset", _INT64),
+        ("credit_offset", _INT64),
+        ("slot_offset", _INT64),
+        ("epoch", _INT32),
+        ("num_tokens", _INT32),
+        ("num_topk", _INT32),
+        ("num_topk4", _INT32),
+        ("max_tokens", _INT32),
+        ("max_chunks", _INT32),
+        ("chunk_tokens", _INT32),
+        ("row_bytes", _INT32),
+        ("scale_bytes", _INT32),
+        ("weight_bytes", _INT32),
+        ("num_local_experts", _INT32),
+        ("expert_major", _INT32),
+        ("recv_kind", _INT32),
+        ("num_push_blocks", _INT32),
+        ("num_expand_blocks", _INT32),
+    ]
+
+
+class CombineArgs(ctypes.Structure):
+    """``ep_combine_args``: Combine."""
+
+    _fields_ = [
+        ("node", Node),
+        ("x", _POINTER),
+        ("weights", _POINTER),
+        ("topk_idx", _POINTER),
+        ("send_slot", _POINTER),
+        ("recv_topk_idx", _POINTER),
+        ("row_of_k", _POINTER),
+        ("rows_ascending", _POINTER),
+        ("num_recv", _POINTER),
+        ("combined_x", _POINTER),
+        ("combined_weights", _POINTER),
+        ("counter", _POINTER),
+        ("flag_offset", _INT64),
+        ("credit_offset", _INT64),
+        ("row_offset", _INT64),
+        ("weight_offset", _INT64),
+        ("epoch", _INT32),
+        ("num_tokens", _INT32),
+        ("num_topk", _INT32),
+        ("num_topk4", _INT32),
+        ("max_tokens", _INT32),
+        ("max_chunks", _INT32),
+        ("chunk_rows", _INT32),
+        ("row_bytes", _INT32),
+        ("dtype", _INT32),
+        ("num_local_experts", _INT32),
+        ("ranks_per_node", _INT32),
+        ("expert_major", _INT32),
+        ("num_push_blocks", _INT32),
+        ("num_sum_blocks", _INT32),
+    ]
+
+
+STRUCTS: dict[str, type[ctypes.Structure]] = {
+    "ep_layout_args": LayoutArgs,
+    "ep_fault": Fault,
+    "ep_node": Node,
+    "ep_mailbox": Mailbox,
+    "ep_plan_args": PlanArgs,
+    "ep_rows_args": RowsArgs,
+    "ep_dispatch_args": DispatchArgs,
+    "ep_combine_args": CombineArgs,
+}

@@ -1,0 +1,144 @@
+"""Memory that the ranks of a node write into each other's, and what the host reads of it."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+import torch.distributed as dist
+
+from ep_comm._native import structs
+from ep_comm.config import EPConfig
+from ep_comm.errors import EPError, EPMismatchError, EPTimeoutError
+
+_ALIGNMENT = 256
+_MIN_CHUNK_TOKENS = 4
+_MAX_CHUNK_TOKENS = 32
+_PHASES = {
+    structs.EP_PHASE_CREDIT: "credit",
+    structs.EP_PHASE_PLAN: "plan",
+    structs.EP_PHASE_ROWS: "rows",
+}
+_FIELDS = ("num_topk", "hidden", "num_experts", "expert-major layout", "expert_alignment")
+
+
+class Offsets:
+    """Where things are in every rank's symmetric memory; the same on all ranks.
+
+    With R ranks, S = max_tokens_per_rank, rows of B bytes and K = num_topk it is mostly
+    2 (R - 1) S B bytes of rows (dispatch and combine), and R S K 8 bytes of routing and weights.
+    """
+
+    def __init__(self, config: EPConfig, num_ranks: int) -> None:
+        self._end = 0
+        tokens, num_topk = config.max_tokens_per_rank, config.num_topk
+        row_bytes = config.hidden * config.dtype.itemsize
+        slot_bytes = row_bytes + 16 * -(-num_topk // 4)
+        self.max_chunks = -(-tokens // _MIN_CHUNK_TOKENS)
+        self.plan_flags = self._take(4 * num_ranks)
+        self.dispatch_credits = self._take(4 * num_ranks)
+        self.combine_credits = self._take(4 * num_ranks)
+        self.plan_headers = self._take(64 * num_ranks)
+        self.dispatch_flags = self._take(8 * num_ranks * self.max_chunks)
+        self.combine_flags = self._take(4 * num_ranks * self.max_chunks)
+        self.control_bytes = self._end  # zero before first use
+        self.plan_idx = self._take(4 * num_ranks * tokens * num_topk)
+        self.combine_weights = self._take(4 * num_ranks * tokens * num_topk)
+        self.dispatch_slots = self._take((num_ranks - 1) * tokens * slot_bytes)
+        self.combine_rows = self._take((num_ranks - 1) * tokens * row_bytes)
+        self.total = self._end
+
+    def _take(self, num_bytes: int) -> int:
+        start = self._end
+        self._end += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        return start
+
+    @staticmethod
+    def chunk_tokens(chunk_bytes: int, row_bytes: int) -> int:
+        """Rows of one flag: about `chunk_bytes`, and the same on every rank."""
+        return max(_MIN_CHUNK_TOKENS, min(_MAX_CHUNK_TOKENS, chunk_bytes // row_bytes))
+
+
+class NodeMemory:
+    """Symmetric memory of one buffer, its counters, and its mailbox and fault on the host.
+
+    Collective: made by all ranks of `group` at once.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, num_bytes: int, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self.rank = dist.get_rank(group)
+        num_ranks = dist.get_world_size(group)
+        device = torch.device("cuda", torch.cuda.current_device())
+        if num_ranks == 1:
+            self.tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+            self._rendezvous, addresses = None, [self.tensor.data_ptr()]
+        else:
+            import torch.distributed._symmetric_memory as symmetric_memory
+
+            self.tensor = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+            self._rendezvous = symmetric_memory.rendezvous(self.tensor, group)
+            addresses = list(self._rendezvous.buffer_ptrs)
+            self.tensor.zero_()
+        self.counters = torch.zeros(3, 64, dtype=torch.int32, device=device)
+        # Pinned host memory has one address for host and device.
+        self._host = torch.zeros(
+            ctypes.sizeof(structs.Mailbox) + 128, dtype=torch.uint8, pin_memory=True
+        )
+        self.fault_address = self._host.data_ptr()
+        self.mailbox_address = self.fault_address + 128
+        self._fault = structs.Fault.from_address(self.fault_address)
+        self.mailbox = structs.Mailbox.from_address(self.mailbox_address)
+        self._abort = torch.zeros(1, dtype=torch.int32, device=device)
+        self.node = structs.Node(
+            memory=(ctypes.c_void_p * structs.EP_MAX_NODE_RANKS)(*addresses),
+            fault=self.fault_address,
+            abort=self._abort.data_ptr(),
+            timeout_ns=int(timeout_s * 1e9),
+            rank=self.rank,
+            num_ranks=num_ranks,
+        )
+        # Everything is zero everywhere before anybody writes a flag.
+        torch.cuda.synchronize(device)
+        dist.barrier(group, device_ids=[device.index] if num_ranks > 1 else None)
+
+    def check_fault(self, op: str) -> None:
+        """Raise what a kernel reported, if one did.
+
+        Raises:
+            EPTimeoutError, EPMismatchError: By name of the rank.
+        """
+        if self._fault.code != structs.EP_FAULT_NONE:
+            raise self._error(op)
+
+    def _error(self, op: str) -> EPError:
+        fault = self._fault
+        if fault.code == structs.EP_FAULT_MISMATCH:
+            field = _FIELDS[fault.field] if fault.field < len(_FIELDS) else "signature"
+            return EPMismatchError(
+                f"ranks disagree: rank {self.rank} has {field}={fault.expected}; rank "
+                f"{fault.peer} has {field}={fault.seen}. Every rank of the group must make the "
+                "same calls, in the same order, with the same settings."
+            )
+        return self.timeout(op, _PHASES[fault.phase], (fault.peer,), int(fault.expected))
+
+    def timeout(
+        self, op: str, phase: str, late_ranks: tuple[int, ...], epoch: int
+    ) -> EPTimeoutError:
+        return EPTimeoutError(
+            op=op,
+            phase=phase,
+            rank=self.rank,
+            late_ranks=late_ranks,
+            epoch=epoch,
+            timeout_s=self._timeout_s,
+        )
+
+    def free(self) -> None:
+        """After a fault the memory is kept: a late peer may still write to it."""
+        torch.cuda.synchronize()
+        if self._fault.code != structs.EP_FAULT_NONE:
+            _leaked.append((self.tensor, self._rendezvous, self._host))
+
+
+_leaked: list = []
