@@ -59,20 +59,12 @@ constexpr int32_t kMailbox[] = {
 #define F(field) EP_OFFSET(ep_plan_args, field)
 constexpr int32_t kPlanArgs[] = {
     EP_SIZE(ep_plan_args),
-    F(node), F(topk_idx), F(send_slot), F(num_sent), F(routing_error), F(recv_topk_idx),
-    F(num_recv), F(source_tokens), F(counter), F(flag_offset), F(credit_offset),
-    F(header_offset), F(idx_offset), F(signature), F(epoch), F(num_tokens), F(num_topk),
-    F(num_experts), F(max_tokens),
-};
-#undef F
-
-#define F(field) EP_OFFSET(ep_rows_args, field)
-constexpr int32_t kRowsArgs[] = {
-    EP_SIZE(ep_rows_args),
-    F(recv_topk_idx), F(expert_slot), F(num_tokens_per_expert), F(num_sent), F(num_recv),
-    F(routing_error), F(row_of_k), F(rows_ascending), F(expert_first_row), F(mailbox), F(epoch),
-    F(num_ranks), F(max_tokens), F(num_topk), F(num_topk4), F(num_local_experts),
-    F(expert_alignment), F(expert_major),
+    F(node), F(input), F(topk_idx), F(send_slot), F(recv_topk_idx), F(row_of_k),
+    F(rows_ascending), F(num_sent), F(num_recv), F(source_tokens), F(expert_tokens),
+    F(expert_first_row), F(scratch), F(mailbox), F(counter), F(flag_offset), F(credit_offset),
+    F(header_offset), F(idx_offset), F(epoch), F(input_kind), F(num_tokens), F(num_topk),
+    F(num_topk4), F(num_experts), F(max_tokens), F(hidden), F(expert_alignment),
+    F(expert_major),
 };
 #undef F
 
@@ -80,7 +72,7 @@ constexpr int32_t kRowsArgs[] = {
 constexpr int32_t kDispatchArgs[] = {
     EP_SIZE(ep_dispatch_args),
     F(node), F(x), F(scales), F(weights), F(send_slot), F(recv_topk_idx), F(row_of_k),
-    F(source_tokens), F(num_tokens_per_expert), F(expert_first_row), F(recv_x), F(recv_scales),
+    F(source_tokens), F(expert_tokens), F(expert_first_row), F(recv_x), F(recv_scales),
     F(recv_weights), F(counter), F(flag_offset), F(credit_offset), F(slot_offset), F(epoch),
     F(num_tokens), F(num_topk), F(num_topk4), F(max_tokens), F(max_chunks), F(chunk_tokens),
     F(row_bytes), F(scale_bytes), F(weight_bytes), F(num_local_experts), F(expert_major),
@@ -113,7 +105,6 @@ constexpr StructLayout kStructs[] = {
     EP_STRUCT("ep_node", kNode),
     EP_STRUCT("ep_mailbox", kMailbox),
     EP_STRUCT("ep_plan_args", kPlanArgs),
-    EP_STRUCT("ep_rows_args", kRowsArgs),
     EP_STRUCT("ep_dispatch_args", kDispatchArgs),
     EP_STRUCT("ep_combine_args", kCombineArgs),
 };

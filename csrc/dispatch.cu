@@ -197,7 +197,7 @@ __device__ void write_padding(const ep_dispatch_args& args, int32_t row_bytes, i
   const uint4 zero = make_uint4(0, 0, 0, 0);
   for (int32_t e = warp; e < args.num_local_experts; e += num_warps) {
     const int32_t end = args.expert_first_row[e + 1];
-    for (int32_t row = args.expert_first_row[e] + args.num_tokens_per_expert[e]; row < end; ++row) {
+    for (int32_t row = args.expert_first_row[e] + args.expert_tokens[e]; row < end; ++row) {
       auto* const out = reinterpret_cast<uint4*>(args.recv_x + static_cast<int64_t>(row) * row_bytes);
       for (int32_t i = lane; i < row_bytes / 16; i += kWarpSize) out[i] = zero;
       if (args.recv_scales != nullptr) {

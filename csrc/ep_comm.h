@@ -110,13 +110,23 @@ enum {
   EP_FAULT_MISMATCH = 2 /* the peer plans something else */
 };
 
+/* What the ranks of one plan must agree on; ep_fault.field. */
+enum {
+  EP_FIELD_NUM_TOPK = 0,
+  EP_FIELD_HIDDEN = 1,
+  EP_FIELD_NUM_EXPERTS = 2,
+  EP_FIELD_EXPERT_MAJOR = 3,
+  EP_FIELD_EXPERT_ALIGNMENT = 4,
+  EP_NUM_FIELDS = 5
+};
+
 /* Written by the first kernel that fails, into host memory that the device sees. Every kernel that
  * finds it set ends its waits. */
 typedef struct ep_fault {
   int32_t code;     /* EP_FAULT_*; 0 = all is well */
   int32_t phase;    /* EP_PHASE_* */
   int32_t peer;     /* rank that was waited for, or that disagrees */
-  int32_t field;    /* EP_FAULT_MISMATCH: index into the plan's signature */
+  int32_t field;    /* EP_FAULT_MISMATCH: EP_FIELD_* */
   int64_t expected; /* epoch, or this rank's value of the field */
   int64_t seen;     /* epoch, or the peer's value */
 } ep_fault;
@@ -137,8 +147,6 @@ EP_API int32_t ep_load_kernels(void);
 
 /* ---- Plan: the routing of a dispatch reaches the ranks that it concerns ------------------------ */
 
-#define EP_SIGNATURE_FIELDS 8
-
 /* Counts that the host needs to allocate the outputs, in host memory that the device sees. */
 typedef struct ep_mailbox {
   int32_t epoch;                               /* written last */
@@ -149,55 +157,51 @@ typedef struct ep_mailbox {
 } ep_mailbox;
 
 /* S = max_tokens, the rows that each source rank has room for; N = num_ranks * S. A received row
- * has index source * S + slot. Offsets are into the symmetric memory of every rank. */
+ * has index source * S + slot. K4 is K rounded up to a multiple of 4: rows of 16 bytes.
+ * Offsets are into the symmetric memory of every rank. */
 typedef struct ep_plan_args {
   ep_node node;
-  const int32_t* topk_idx;      /* [T, K] global experts or -1 */
-  const int32_t* send_slot;     /* [T, R] */
-  const int32_t* num_sent;      /* [R] num_tokens_per_rank of the layout */
-  const int32_t* routing_error; /* [4] */
-  int32_t* recv_topk_idx;       /* [N, K] out: local experts, -1 elsewhere and in rows not sent */
-  int32_t* num_recv;            /* [R] out: rows from each rank */
-  int32_t* source_tokens;       /* [R] out: T of each rank */
-  int32_t* counter;             /* zero; left zero */
-  int64_t flag_offset;          /* uint32 [R] */
-  int64_t credit_offset;        /* uint32 [R] */
-  int64_t header_offset;        /* int32 [R, 16] */
-  int64_t idx_offset;           /* int32 [R, S, K] */
-  int32_t signature[EP_SIGNATURE_FIELDS]; /* must be equal on all ranks */
+  const void* input;          /* [T, K] or [T, E], see ep_layout_args */
+  int32_t* topk_idx;          /* [T, K] out: global experts or -1 */
+  int32_t* send_slot;         /* [T, R] out */
+  int32_t* recv_topk_idx;     /* [N, K] out: local experts, -1 elsewhere and in rows not sent */
+  int32_t* row_of_k;          /* [N, K4] out: output row of each entry, -1 where there is none */
+  int32_t* rows_ascending;    /* [N, K4] out: the same rows ascending, then -1 */
+  int32_t* num_sent;          /* [R] out: rows to each rank */
+  int32_t* num_recv;          /* [R] out: rows from each rank */
+  int32_t* source_tokens;     /* [R] out: T of each rank */
+  int32_t* expert_tokens;     /* [E_local] out: rows of each group, without padding */
+  int32_t* expert_first_row;  /* [E_local + 1] out: first row of each group, then the end */
+  void* scratch;              /* ep_plan_scratch_bytes(), 256-byte aligned */
+  ep_mailbox* mailbox;        /* host memory, mapped */
+  int32_t* counter;           /* zero; left zero */
+  int64_t flag_offset;        /* uint32 [R] */
+  int64_t credit_offset;      /* uint32 [R] */
+  int64_t header_offset;      /* int32 [R, 16] */
+  int64_t idx_offset;         /* int32 [R, S, K] */
   int32_t epoch;
+  int32_t input_kind;
   int32_t num_tokens;
   int32_t num_topk;
+  int32_t num_topk4;
   int32_t num_experts;
   int32_t max_tokens;
+  int32_t hidden;             /* only compared between ranks */
+  int32_t expert_alignment;
+  int32_t expert_major;       /* else rank-major: one row a token, in column 0 */
 } ep_plan_args;
 
-/* Sends topk_idx to the ranks that it concerns, and gathers what concerns this one. */
-EP_API int32_t ep_plan_exchange(const ep_plan_args* args, void* stream);
+/* Bytes of scratch that ep_plan needs, the same for every input up to these sizes; -1 if they are
+ * out of bounds. */
+EP_API int64_t ep_plan_scratch_bytes(int64_t max_tokens, int32_t num_experts, int32_t num_ranks);
 
-typedef struct ep_rows_args {
-  const int32_t* recv_topk_idx;         /* [N, K] */
-  const int32_t* expert_slot;           /* [N, E_local] index among the rows of the expert */
-  const int32_t* num_tokens_per_expert; /* [E_local] */
-  const int32_t* num_sent;              /* [R] */
-  const int32_t* num_recv;              /* [R] */
-  const int32_t* routing_error;         /* [4] */
-  int32_t* row_of_k;     /* [N, K4] out: output row of each entry, -1 where there is none */
-  int32_t* rows_ascending; /* [N, K4] out: the same rows ascending, then -1 */
-  int32_t* expert_first_row; /* [E_local + 1] out: first row of each group, then the end */
-  ep_mailbox* mailbox;   /* host memory, mapped */
-  int32_t epoch;
-  int32_t num_ranks;
-  int32_t max_tokens;
-  int32_t num_topk;
-  int32_t num_topk4;     /* K rounded up to a multiple of 4: rows of 16 bytes */
-  int32_t num_local_experts;
-  int32_t expert_alignment;
-  int32_t expert_major;  /* else rank-major: one row a token, in column 0 */
-} ep_rows_args;
+/* Computes the layout of this rank's tokens on `stream`; then, on `side_stream`, exchanges it, finds
+ * where every received row stands in the output, and tells the host the counts. So rows can be
+ * pushed on `stream` meanwhile. `event` is a cudaEvent_t to use. */
+EP_API int32_t ep_plan(const ep_plan_args* args, void* stream, void* side_stream, void* event);
 
-/* Where each received row stands in the output; tells the host the counts. */
-EP_API int32_t ep_plan_rows(const ep_rows_args* args, void* stream);
+/* `waiting` goes on when all that is on `other` now is done; `event` is a cudaEvent_t to use. */
+EP_API int32_t ep_stream_wait(void* waiting, void* other, void* event);
 
 /* Waits on the host for `mailbox->epoch`, at most timeout_ns. Returns 1 when it has come, 0 after
  * the timeout, 2 if `fault` was set, 3 if `stream` reports a CUDA error (see ep_last_error). */
@@ -222,8 +226,8 @@ typedef struct ep_dispatch_args {
   const int32_t* recv_topk_idx; /* [N, K] */
   const int32_t* row_of_k;      /* [N, K4] */
   const int32_t* source_tokens; /* [R] */
-  const int32_t* num_tokens_per_expert; /* [E_local] */
-  const int32_t* expert_first_row;      /* [E_local + 1] */
+  const int32_t* expert_tokens; /* [E_local] */
+  const int32_t* expert_first_row; /* [E_local + 1] */
   uint8_t* recv_x;              /* rows */
   float* recv_scales;           /* [rows, scale_bytes / 4], or NULL */
   float* recv_weights;          /* expert-major [rows], rank-major [rows, K]; or NULL */

@@ -1,13 +1,15 @@
 // The routing of a dispatch, from the ranks that send to the ranks that receive.
 //
+//   ep_layout       says which token goes where, and into which slot.
 //   send_kernel     writes each token's local experts into the memory of the ranks it goes to, then a
 //                   header with the counts, then a flag.
 //   gather_kernel   waits for the flags and copies the routing out of the staging memory, which the
 //                   next plan overwrites; rows that were not sent become -1.
-//   rows_kernel     with the slots that ep_layout gives each row within its experts (each local
-//                   expert taken for a rank), says where every row stands in the output.
+//   ep_layout       again, each local expert taken for a rank: the slot of a received row is then
+//                   its place in the expert's group.
+//   rows_kernel     says where every row stands in the output, and tells the host the counts.
 
-#include <climits>
+#include <algorithm>
 #include <ctime>
 
 #include "node.cuh"
@@ -20,7 +22,28 @@ using namespace ep;
 constexpr int kThreads = 256;
 constexpr int kSendBlocks = 32;
 constexpr int kGatherBlocks = 8;  // for each source
-constexpr int kHeaderInts = 16;   // rows sent, tokens, signature
+constexpr int kHeaderInts = 16;   // rows sent, tokens, fields that must agree
+
+// What ep_layout leaves for the later kernels, and its own workspace.
+struct Scratch {
+  int32_t* sent_error;     // [4]
+  int32_t* expert_slot;    // [N, E_local]
+  int32_t* placed_error;   // [4]
+  uint8_t* is_token_in_rank;
+  int32_t* num_tokens_per_expert;
+  void* workspace;
+  int64_t workspace_bytes;
+};
+
+__device__ inline int32_t field_of(const ep_plan_args& args, int32_t field) {
+  switch (field) {
+    case EP_FIELD_NUM_TOPK: return args.num_topk;
+    case EP_FIELD_HIDDEN: return args.hidden;
+    case EP_FIELD_NUM_EXPERTS: return args.num_experts;
+    case EP_FIELD_EXPERT_MAJOR: return args.expert_major;
+    default: return args.expert_alignment;
+  }
+}
 
 __global__ void __launch_bounds__(kThreads) send_kernel(const __grid_constant__ ep_plan_args args) {
   const ep_node& node = args.node;
@@ -63,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) send_kernel(const __grid_constant__ 
         in_memory_of<int32_t>(node, r, args.header_offset) + node.rank * kHeaderInts;
     header[0] = args.num_sent[r];
     header[1] = args.num_tokens;
-    for (int i = 0; i < EP_SIGNATURE_FIELDS; ++i) header[2 + i] = args.signature[i];
+    for (int i = 0; i < EP_NUM_FIELDS; ++i) header[2 + i] = field_of(args, i);
     ptx::fence_acq_rel_sys();
     ptx::store_release_sys(in_memory_of<uint32_t>(node, r, args.flag_offset) + node.rank, args.epoch);
   }
@@ -85,10 +108,10 @@ __global__ void __launch_bounds__(kThreads)
           in_memory_of<int32_t>(node, node.rank, args.header_offset) + source * kHeaderInts;
       num_rows = min(max(header[0], 0), args.max_tokens);
       num_tokens = min(max(header[1], 0), args.max_tokens);
-      for (int i = 0; i < EP_SIGNATURE_FIELDS; ++i) {
-        const int32_t theirs = header[2 + i];
-        if (theirs != args.signature[i]) {
-          raise_fault(node, EP_FAULT_MISMATCH, EP_PHASE_PLAN, source, i, args.signature[i], theirs);
+      for (int i = 0; i < EP_NUM_FIELDS; ++i) {
+        const int32_t ours = field_of(args, i), theirs = header[2 + i];
+        if (theirs != ours) {
+          raise_fault(node, EP_FAULT_MISMATCH, EP_PHASE_PLAN, source, i, ours, theirs);
           num_rows = 0;
           break;
         }
@@ -110,10 +133,13 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // One thread a received row.
-__global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ ep_rows_args args) {
+__global__ void __launch_bounds__(kThreads)
+    rows_kernel(const __grid_constant__ ep_plan_args args, const Scratch scratch) {
+  const int32_t num_ranks = args.node.num_ranks;
+  const int32_t num_local_experts = args.num_experts / num_ranks;
   __shared__ int32_t first_row[1024 + 1];  // of each expert's group, or of each source rank
-  const int32_t groups = args.expert_major ? args.num_local_experts : args.num_ranks;
-  const int32_t* const sizes = args.expert_major ? args.num_tokens_per_expert : args.num_recv;
+  const int32_t groups = args.expert_major ? num_local_experts : num_ranks;
+  const int32_t* const sizes = args.expert_major ? args.expert_tokens : args.num_recv;
   const int32_t alignment = args.expert_major ? args.expert_alignment : 1;
   for (int32_t g = threadIdx.x; g < groups; g += kThreads) {
     first_row[g] = (sizes[g] + alignment - 1) / alignment * alignment;
@@ -130,7 +156,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
   }
   __syncthreads();
 
-  const int32_t num_rows = args.num_ranks * args.max_tokens;
+  const int32_t num_rows = num_ranks * args.max_tokens;
   for (int32_t n = blockIdx.x * kThreads + threadIdx.x; n < num_rows; n += gridDim.x * kThreads) {
     int32_t* const row_of_k = args.row_of_k + static_cast<int64_t>(n) * args.num_topk4;
     int32_t* const ascending = args.rows_ascending + static_cast<int64_t>(n) * args.num_topk4;
@@ -142,7 +168,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
     }
     const int32_t* const experts = args.recv_topk_idx + static_cast<int64_t>(n) * args.num_topk;
     const int32_t* const slots =
-        args.expert_slot + static_cast<int64_t>(n) * args.num_local_experts;
+        scratch.expert_slot + static_cast<int64_t>(n) * num_local_experts;
     for (int32_t k = 0; k < args.num_topk; ++k) {
       const int32_t expert = experts[k];
       if (expert < 0) continue;
@@ -158,24 +184,50 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
   }
 
   if (blockIdx.x != 0) return;
-  for (int32_t e = threadIdx.x; e < args.num_local_experts; e += kThreads) {
-    args.mailbox->num_tokens_per_expert[e] = args.num_tokens_per_expert[e];
+  for (int32_t e = threadIdx.x; e < num_local_experts; e += kThreads) {
+    args.mailbox->num_tokens_per_expert[e] = args.expert_tokens[e];
     if (args.expert_major) args.expert_first_row[e] = first_row[e];
   }
   if (threadIdx.x < EP_MAX_NODE_RANKS) {
     const int32_t r = threadIdx.x;
-    args.mailbox->num_sent_tokens[r] = r < args.num_ranks ? args.num_sent[r] : 0;
-    args.mailbox->num_recv_tokens[r] = r < args.num_ranks ? args.num_recv[r] : 0;
+    args.mailbox->num_sent_tokens[r] = r < num_ranks ? args.num_sent[r] : 0;
+    args.mailbox->num_recv_tokens[r] = r < num_ranks ? args.num_recv[r] : 0;
   }
-  if (threadIdx.x < 4) args.mailbox->routing_error[threadIdx.x] = args.routing_error[threadIdx.x];
+  if (threadIdx.x < 4) args.mailbox->routing_error[threadIdx.x] = scratch.sent_error[threadIdx.x];
   __threadfence_system();
   __syncthreads();
   if (threadIdx.x == 0) {
     if (args.expert_major) {
-      args.expert_first_row[args.num_local_experts] = first_row[args.num_local_experts];
+      args.expert_first_row[num_local_experts] = first_row[num_local_experts];
     }
     ptx::store_release_sys(reinterpret_cast<uint32_t*>(&args.mailbox->epoch), args.epoch);
   }
+}
+
+// Cuts the scratch at address `base` up and returns the bytes that it takes.
+int64_t cut_scratch(int64_t max_tokens, int32_t num_experts, int32_t num_ranks, uintptr_t base,
+                    Scratch* scratch) {
+  const int64_t num_rows = max_tokens * num_ranks;
+  const int32_t num_local_experts = num_experts / num_ranks;
+  const int64_t own_workspace = ep_layout_workspace_bytes(max_tokens, num_experts, num_ranks);
+  const int64_t placing_workspace =
+      ep_layout_workspace_bytes(num_rows, num_local_experts, num_local_experts);
+  uintptr_t next = base;
+  const auto take = [&next](int64_t bytes) {
+    const uintptr_t start = next;
+    next += (bytes + 255) / 256 * 256;
+    return start;
+  };
+  scratch->sent_error = reinterpret_cast<int32_t*>(take(16));
+  scratch->placed_error = reinterpret_cast<int32_t*>(take(16));
+  scratch->expert_slot = reinterpret_cast<int32_t*>(take(4 * num_rows * num_local_experts));
+  scratch->num_tokens_per_expert = reinterpret_cast<int32_t*>(take(4 * num_experts));
+  // Neither layout's bitmap nor its counts by expert are read.
+  scratch->is_token_in_rank = reinterpret_cast<uint8_t*>(
+      take(std::max(max_tokens * num_ranks, num_rows * num_local_experts)));
+  scratch->workspace_bytes = std::max(own_workspace, placing_workspace);
+  scratch->workspace = reinterpret_cast<void*>(take(scratch->workspace_bytes));
+  return static_cast<int64_t>(next - base);
 }
 
 int64_t now_ns() {
@@ -201,30 +253,77 @@ int32_t load_plan_kernels() {
 
 }  // namespace ep
 
-int32_t ep_plan_exchange(const ep_plan_args* args, void* stream_pointer) {
-  const auto stream = static_cast<cudaStream_t>(stream_pointer);
-  const int32_t num_ranks = args->node.num_ranks;
-  if (num_ranks < 1 || num_ranks > EP_MAX_NODE_RANKS) {
-    return ep::fail(EP_ERR_ARGUMENT, "num_ranks = %d is not in [1, %d]", num_ranks,
-                    EP_MAX_NODE_RANKS);
-  }
-  send_kernel<<<kSendBlocks, kThreads, 0, stream>>>(*args);
-  const int32_t status = ep::check_cuda(cudaGetLastError(), "ep_plan_exchange: send_kernel");
-  if (status != EP_OK) return status;
-  gather_kernel<<<dim3(kGatherBlocks, num_ranks), kThreads, 0, stream>>>(*args);
-  return ep::check_cuda(cudaGetLastError(), "ep_plan_exchange: gather_kernel");
+int64_t ep_plan_scratch_bytes(int64_t max_tokens, int32_t num_experts, int32_t num_ranks) {
+  if (num_ranks < 1 || num_ranks > EP_MAX_NODE_RANKS || num_experts % num_ranks != 0) return -1;
+  Scratch scratch;
+  return cut_scratch(max_tokens, num_experts, num_ranks, 0, &scratch);
 }
 
-int32_t ep_plan_rows(const ep_rows_args* args, void* stream_pointer) {
-  if (args->num_local_experts < 1 || args->num_local_experts > 1024) {
+int32_t ep_plan(const ep_plan_args* args, void* main_stream, void* side_stream, void* event) {
+  const auto stream = static_cast<cudaStream_t>(side_stream);
+  const int32_t num_ranks = args->node.num_ranks;
+  const int32_t num_local_experts = args->num_experts / num_ranks;
+  if (num_local_experts < 1 || num_local_experts > 1024) {
     return ep::fail(EP_ERR_ARGUMENT, "num_local_experts = %d is not in [1, 1024]",
-                    args->num_local_experts);
+                    num_local_experts);
   }
-  const int32_t num_rows = args->num_ranks * args->max_tokens;
+  Scratch scratch;
+  cut_scratch(args->max_tokens, args->num_experts, num_ranks,
+              reinterpret_cast<uintptr_t>(args->scratch), &scratch);
+
+  ep_layout_args sent{};
+  sent.input = args->input;
+  sent.topk_idx_out = args->topk_idx;
+  sent.num_tokens_per_rank = args->num_sent;
+  sent.num_tokens_per_expert = scratch.num_tokens_per_expert;
+  sent.is_token_in_rank = scratch.is_token_in_rank;
+  sent.send_slot = args->send_slot;
+  sent.error = scratch.sent_error;
+  sent.workspace = scratch.workspace;
+  sent.workspace_bytes = scratch.workspace_bytes;
+  sent.num_tokens = args->num_tokens;
+  sent.num_topk = args->num_topk;
+  sent.num_experts = args->num_experts;
+  sent.num_ranks = num_ranks;
+  sent.input_kind = args->input_kind;
+  int32_t status = ep_layout(&sent, main_stream);
+  if (status != EP_OK) return status;
+  status = ep_stream_wait(side_stream, main_stream, event);
+  if (status != EP_OK) return status;
+
+  send_kernel<<<kSendBlocks, kThreads, 0, stream>>>(*args);
+  status = ep::check_cuda(cudaGetLastError(), "ep_plan: send_kernel");
+  if (status != EP_OK) return status;
+  gather_kernel<<<dim3(kGatherBlocks, num_ranks), kThreads, 0, stream>>>(*args);
+  status = ep::check_cuda(cudaGetLastError(), "ep_plan: gather_kernel");
+  if (status != EP_OK) return status;
+
+  ep_layout_args placed = sent;
+  placed.input = args->recv_topk_idx;
+  placed.topk_idx_out = args->recv_topk_idx;  // the same values
+  placed.num_tokens_per_rank = args->expert_tokens;
+  placed.send_slot = scratch.expert_slot;
+  placed.error = scratch.placed_error;
+  placed.num_tokens = static_cast<int64_t>(num_ranks) * args->max_tokens;
+  placed.num_experts = num_local_experts;
+  placed.num_ranks = num_local_experts;
+  placed.input_kind = EP_INPUT_TOPK_INT32;
+  status = ep_layout(&placed, side_stream);
+  if (status != EP_OK) return status;
+
+  const int32_t num_rows = num_ranks * args->max_tokens;
   const int32_t blocks = (num_rows + kThreads - 1) / kThreads;
-  rows_kernel<<<blocks < 64 ? blocks : 64, kThreads, 0,
-                static_cast<cudaStream_t>(stream_pointer)>>>(*args);
-  return ep::check_cuda(cudaGetLastError(), "ep_plan_rows: rows_kernel");
+  rows_kernel<<<blocks < 64 ? blocks : 64, kThreads, 0, stream>>>(*args, scratch);
+  return ep::check_cuda(cudaGetLastError(), "ep_plan: rows_kernel");
+}
+
+int32_t ep_stream_wait(void* waiting, void* other, void* event) {
+  const auto done = static_cast<cudaEvent_t>(event);
+  const int32_t status = ep::check_cuda(cudaEventRecord(done, static_cast<cudaStream_t>(other)),
+                                        "ep_stream_wait: cudaEventRecord");
+  if (status != EP_OK) return status;
+  return ep::check_cuda(cudaStreamWaitEvent(static_cast<cudaStream_t>(waiting), done, 0),
+                        "ep_stream_wait: cudaStreamWaitEvent");
 }
 
 int32_t ep_mailbox_wait(const ep_mailbox* mailbox, const ep_fault* fault, int32_t epoch,

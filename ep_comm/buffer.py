@@ -89,7 +89,8 @@ class Buffer:
 
         Args:
             x: [T, hidden] BF16 or FP32 (no wider than ``config.dtype``), contiguous; or FP8 rows
-                with their scales (``float8_e4m3fn`` [T, hidden], FP32 [T, hidden / 128]), see `ep_comm.fp8`.
+                with their scales, (``float8_e4m3fn`` [T, hidden], FP32 [T, hidden / 128]), see
+                `ep_comm.fp8`.
             topk_idx: [T, K] int32 or int64, K at most ``config.num_topk``; -1 drops the entry.
             topk_weights: FP32 probabilities to send along: [T, K], or [T, num_experts] with
                 `routing_map`. They arrive with the rows, and their gradients come back.
@@ -107,8 +108,8 @@ class Buffer:
             recv_dtype: Type of the received rows; None is x's own. With FP8 on the wire:
                 ``float8_e4m3fn`` gives (rows, scales) as they came, BF16 or FP32 dequantises.
             previous_event: The operation starts after this event.
-            async_finish: Return before the operation is complete on the current stream; wait for
-                the returned event. The reference backend completes on the current stream anyway.
+            async_finish: Run on the communication stream; wait for the returned event before
+                touching the outputs, or freeing them. No effect with the reference backend.
             allocate_on_comm_stream: Outputs belong to the communication stream; needs
                 `previous_event` and `async_finish`. No effect with the reference backend.
             during_backward: Called in this dispatch's backward while its combine is in flight:
@@ -130,6 +131,7 @@ class Buffer:
         rows, scales = payload_tensors(x)
         checks.check_device("x", rows, self._device_types)
         wire, recv = checks.wire_and_recv_dtype(x, wire_dtype, recv_dtype, self.config.hidden)
+        self._backend.check_wire_dtype(wire)
         if previous_event is not None:
             previous_event.current_stream_wait()
         idx_dtype = torch.int32 if topk_idx is None else topk_idx.dtype
@@ -146,7 +148,7 @@ class Buffer:
         handle.during_backward = during_backward
 
         recv_x, recv_scales, recv_weights = ops.dispatch(
-            rows, scales, topk_weights, wire, recv, handle.id
+            rows, scales, topk_weights, wire, recv, async_finish, handle.id
         )
         return DispatchOutput(
             recv_x=recv_x if recv_x.dtype in checks.ROW_DTYPES else (recv_x, recv_scales),
@@ -154,7 +156,7 @@ class Buffer:
             recv_topk_weights=None if topk_weights is None else recv_weights,
             num_recv_tokens_per_expert_list=handle.padded_tokens_per_expert.tolist(),
             handle=handle,
-            event=EventOverlap.record(rows.device),
+            event=handle.event if async_finish else EventOverlap(),
         )
 
     def combine(
@@ -199,11 +201,11 @@ class Buffer:
         checks.check_weights(topk_weights, weights_shape, x.device)
         if previous_event is not None:
             previous_event.current_stream_wait()
-        combined_x, combined_weights = ops.combine(x, topk_weights, handle.id)
+        combined_x, combined_weights = ops.combine(x, topk_weights, async_finish, handle.id)
         return CombineOutput(
             combined_x,
             None if topk_weights is None else combined_weights,
-            EventOverlap.record(x.device),
+            handle.event if async_finish else EventOverlap(),
         )
 
     @staticmethod

@@ -18,8 +18,9 @@ class EventOverlap:
             independent_work()
     """
 
-    def __init__(self, event: torch.cuda.Event | None = None) -> None:
+    def __init__(self, event: torch.cuda.Event | None = None, keep: tuple = ()) -> None:
         self.event = event
+        self._keep = keep  # tensors that the operation still uses
 
     @classmethod
     def record(cls, device: torch.device) -> EventOverlap:
@@ -34,6 +35,7 @@ class EventOverlap:
         """Make the current stream wait for the operation; the host does not block."""
         if self.event is not None:
             torch.cuda.current_stream().wait_event(self.event)
+            self._keep = ()
 
     def __enter__(self) -> EventOverlap:
         return self

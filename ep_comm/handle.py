@@ -69,6 +69,7 @@ class DispatchHandle:
         expert_alignment: Rows of each local expert are padded to a multiple of this.
         routing: What the backend keeps of it.
         during_backward: See `Buffer.dispatch`; of the last dispatch with this handle.
+        event: Completion of the last asynchronous operation with this handle.
     """
 
     buffer: Buffer
@@ -77,6 +78,7 @@ class DispatchHandle:
     routing: Any = field(repr=False)
     id: int = field(default_factory=lambda: next(_next_id))
     during_backward: Callable[[], None] | None = field(default=None, repr=False)
+    event: EventOverlap = field(default_factory=EventOverlap, repr=False)
 
     def __post_init__(self) -> None:
         _handles[self.id] = self

@@ -231,7 +231,7 @@ def _reference_layout(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) 
 
 # ---- CUDA kernels --------------------------------------------------------------------------------
 
-_INPUT_KINDS = {
+INPUT_KINDS = {
     torch.int32: structs.EP_INPUT_TOPK_INT32,
     torch.int64: structs.EP_INPUT_TOPK_INT64,
     torch.bool: structs.EP_INPUT_ROUTING_MAP,
@@ -282,7 +282,7 @@ def launch_layout(
         num_topk=num_topk,
         num_experts=num_experts,
         num_ranks=num_ranks,
-        input_kind=_INPUT_KINDS[source.dtype],
+        input_kind=INPUT_KINDS[source.dtype],
     )
     with torch.cuda.device(source.device):
         native.launch("ep_layout", args, torch.cuda.current_stream().cuda_stream)

@@ -1,8 +1,9 @@
 """Dispatch and combine as torch library ops that are each other's backward.
 
-    ep_comm::dispatch(x, scales?, topk_weights?, wire_dtype, recv_dtype, handle)
+    ep_comm::dispatch(x, scales?, topk_weights?, wire_dtype, recv_dtype, asynchronous, handle)
         -> (recv_x, recv_scales, recv_topk_weights)
-    ep_comm::combine(x, topk_weights?, handle) -> (combined_x, combined_topk_weights)
+    ep_comm::combine(x, topk_weights?, asynchronous, handle)
+        -> (combined_x, combined_topk_weights)
 
 Optional results that do not exist come back as empty tensors. `Buffer` is the way to call them:
 it checks arguments and holds the handle, which the ops know by its id. FP8 on the wire is
@@ -16,14 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ep_comm.backends.base import Pending, Result
 from ep_comm.handle import DispatchHandle, handle_by_id
 
 _library = torch.library.Library("ep_comm", "DEF")
 _library.define(
     "dispatch(Tensor x, Tensor? scales, Tensor? topk_weights, ScalarType wire_dtype, "
-    "ScalarType recv_dtype, int handle) -> (Tensor, Tensor, Tensor)"
+    "ScalarType recv_dtype, bool asynchronous, int handle) -> (Tensor, Tensor, Tensor)"
 )
-_library.define("combine(Tensor x, Tensor? topk_weights, int handle) -> (Tensor, Tensor)")
+_library.define(
+    "combine(Tensor x, Tensor? topk_weights, bool asynchronous, int handle) -> (Tensor, Tensor)"
+)
 
 dispatch = torch.ops.ep_comm.dispatch.default
 combine = torch.ops.ep_comm.combine.default
@@ -35,19 +39,34 @@ def _dispatch(
     topk_weights: Tensor | None,
     wire_dtype: torch.dtype,
     recv_dtype: torch.dtype,
+    asynchronous: bool,
     handle_id: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     handle = handle_by_id(handle_id)
     with handle.buffer.guard() as backend:
-        received = backend.dispatch(handle, x, scales, topk_weights, wire_dtype, recv_dtype).wait()
+        pending = backend.dispatch(
+            handle, x, scales, topk_weights, wire_dtype, recv_dtype, asynchronous
+        )
+        received = _result(pending, handle, asynchronous)
     return received.x, _or_empty(received.scales, x), _or_empty(received.topk_weights, x)
 
 
-def _combine(x: Tensor, topk_weights: Tensor | None, handle_id: int) -> tuple[Tensor, Tensor]:
+def _combine(
+    x: Tensor, topk_weights: Tensor | None, asynchronous: bool, handle_id: int
+) -> tuple[Tensor, Tensor]:
     handle = handle_by_id(handle_id)
     with handle.buffer.guard() as backend:
-        combined = backend.combine(handle, x, topk_weights).wait()
+        pending = backend.combine(handle, x, topk_weights, asynchronous)
+        combined = _result(pending, handle, asynchronous)
     return combined.x, _or_empty(combined.topk_weights, x)
+
+
+def _result(pending: Pending[Result], handle: DispatchHandle, asynchronous: bool) -> Result:
+    """The result, complete on the current stream, or else at ``handle.event``."""
+    if not asynchronous:
+        return pending.wait()
+    handle.event = pending.event
+    return pending.result
 
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -55,7 +74,7 @@ def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _dispatch_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, _, topk_weights, _, _, handle_id = inputs
+    x, _, topk_weights, *_, handle_id = inputs
     ctx.handle = handle_by_id(handle_id)
     ctx.during_backward = ctx.handle.during_backward
     ctx.grad_dtype = x.dtype
@@ -75,15 +94,20 @@ def _dispatch_backward(
     if not ctx.has_weights:
         grad_weights = None
     with handle.buffer.guard() as backend:
-        pending = backend.combine(handle, grad_x.contiguous(), _contiguous(grad_weights))
+        pending = backend.combine(
+            handle,
+            grad_x.contiguous(),
+            _contiguous(grad_weights),
+            asynchronous=ctx.during_backward is not None,
+        )
         if ctx.during_backward is not None:
             ctx.during_backward()
         combined = pending.wait()
-    return combined.x, None, combined.topk_weights, None, None, None
+    return combined.x, None, combined.topk_weights, None, None, None, None
 
 
 def _combine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, topk_weights, handle_id = inputs
+    x, topk_weights, _, handle_id = inputs
     ctx.handle = handle_by_id(handle_id)
     ctx.has_weights = topk_weights is not None
     ctx.grad_dtype = x.dtype
@@ -106,8 +130,9 @@ def _combine_backward(ctx: Any, grad_x: Tensor | None, grad_weights: Tensor | No
             _contiguous(grad_weights),
             ctx.grad_dtype,
             ctx.grad_dtype,
+            asynchronous=False,
         ).wait()
-    return received.x, received.topk_weights, None
+    return received.x, received.topk_weights, None, None
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -42,8 +43,8 @@ class OpRecord:
 
     @property
     def seconds(self) -> float:
-        """From the call to the completed result; waits for the operation where it still runs."""
-        return self._span.seconds if self._span else 0.0
+        """From the call to the completed result, waiting for it; NaN if it was not timed."""
+        return self._span.seconds if self._span else math.nan
 
     @property
     def slowest_rank(self) -> int | None:
@@ -79,9 +80,15 @@ class _Span:
 
 
 class Recorder:
-    """The last `RING_LENGTH` records of a buffer, and totals over its whole life."""
+    """The last `RING_LENGTH` records of a buffer, and totals over its whole life.
 
-    def __init__(self) -> None:
+    Attributes:
+        timed: Whether operations from now on get their `OpRecord.seconds`: on a GPU that costs two
+            events each.
+    """
+
+    def __init__(self, timed: bool = True) -> None:
+        self.timed = timed
         self._ring: deque[OpRecord] = deque(maxlen=RING_LENGTH)
         self.num_operations = 0
         self.wire_bytes = 0
@@ -96,11 +103,13 @@ class Recorder:
     def start(self, op: str, device: torch.device) -> OpRecord:
         """Open the record of the next operation."""
         self.num_operations += 1
-        return OpRecord(op=op, epoch=self.num_operations, _span=_Span(device))
+        span = _Span(device) if self.timed else None
+        return OpRecord(op=op, epoch=self.num_operations, _span=span)
 
     def finish(self, record: OpRecord) -> None:
         """Close `record`, once its result is complete or enqueued on the current stream."""
-        record._span.stop()
+        if record._span is not None:
+            record._span.stop()
         self.wire_bytes += record.wire_bytes
         self._ring.append(record)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -16,12 +18,12 @@ CASE = Case(tokens=(6, 0, 9), hidden=256, num_topk=5, experts_per_rank=3, alignm
 
 def dispatch_all_ways(rank: int, case: Case) -> dict[str, np.ndarray]:
     buffer = Buffer(None, case.config())
-    topk = torch.from_numpy(case.topk_idx(rank))
-    x = to_torch(case.rows(rank, case.tokens[rank], salt=2)).requires_grad_()
+    topk = to_torch(case.topk_idx(rank), case.device)
+    x = to_torch(case.rows(rank, case.tokens[rank], salt=2), case.device).requires_grad_()
     on_the_way = buffer.dispatch(
         x, topk, layout=case.layout, expert_alignment=case.alignment, wire_dtype=fp8.FP8_DTYPE
     )
-    wire_bytes = list(buffer.records)[-1].wire_bytes_to_rank
+    record = list(buffer.records)[-1]
     given = fp8.quantize(x.detach())
     handle = on_the_way.handle
     as_fp8, as_fp8_scales = buffer.dispatch(given, handle=handle).recv_x
@@ -29,27 +31,41 @@ def dispatch_all_ways(rank: int, case: Case) -> dict[str, np.ndarray]:
     quantised, quantised_scales = buffer.dispatch(
         x.detach(), handle=handle, wire_dtype=fp8.FP8_DTYPE, recv_dtype=fp8.FP8_DTYPE
     ).recv_x
-    grad = to_torch(case.rows(rank, handle.num_rows, salt=5))
+    grad = to_torch(case.rows(rank, handle.num_rows, salt=5), case.device)
     on_the_way.recv_x.backward(grad)
     bf16_grad = buffer.combine(grad, handle).combined_x
     return dict(
         on_the_way=to_numpy(on_the_way.recv_x),
         dequantised=to_numpy(dequantised),
-        data=as_fp8.view(torch.uint8).numpy(),
-        scales=as_fp8_scales.numpy(),
-        quantised=quantised.view(torch.uint8).numpy(),
-        quantised_scales=quantised_scales.numpy(),
+        data=to_numpy(as_fp8.view(torch.uint8)),
+        scales=to_numpy(as_fp8_scales),
+        quantised=to_numpy(quantised.view(torch.uint8)),
+        quantised_scales=to_numpy(quantised_scales),
         grad=to_numpy(x.grad),
         bf16_grad=to_numpy(bf16_grad),
-        wire_bytes=wire_bytes,
-        rows_to_rank=list(buffer.records)[1].rows_to_rank,
+        wire_bytes=record.wire_bytes_to_rank,
+        rows_to_rank=record.rows_to_rank,
     )
 
 
 @pytest.mark.parametrize("layout", ["expert", "rank"])
 def test_fp8_payload(layout):
-    case = Case(**{**CASE.__dict__, "layout": layout})
-    results = run_ranks(case.num_ranks, dispatch_all_ways, case)
+    check_fp8(dataclasses.replace(CASE, layout=layout))
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("backend", ["reference", "nvlink"])
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_fp8_payload_on_gpus(layout, backend):
+    case = dataclasses.replace(
+        CASE, layout=layout, backend=backend, device="cuda", tokens=(90, 41), hidden=1024
+    )
+    check_fp8(case)
+
+
+def check_fp8(case: Case) -> None:
+    backend = "gloo" if case.device == "cpu" else "nccl"
+    results = run_ranks(case.num_ranks, dispatch_all_ways, case, backend=backend)
     topk_idx = [case.topk_idx(r) for r in range(case.num_ranks)]
     quantised = [
         fp8.quantize(to_torch(case.rows(r, case.tokens[r], salt=2))) for r in range(case.num_ranks)
@@ -61,7 +77,7 @@ def test_fp8_payload(layout):
         for peer, rows in enumerate(got["rows_to_rank"]):
             row_bytes = case.hidden + 4 * case.hidden // fp8.BLOCK
             assert got["wire_bytes"][peer] == (0 if peer == rank else rows * row_bytes)
-        if layout == "rank":
+        if case.layout == "rank":
             continue
         rows, _ = expert_rows(topk_idx, rank, case.experts_per_rank, case.alignment)
         assert any(row is None for row in rows), "the case lost its padding"

@@ -45,8 +45,15 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
     ),
     "ep_layout": _launch(structs.LayoutArgs),
     "ep_load_kernels": (ctypes.c_int32, []),
-    "ep_plan_exchange": _launch(structs.PlanArgs),
-    "ep_plan_rows": _launch(structs.RowsArgs),
+    "ep_plan_scratch_bytes": (
+        ctypes.c_int64,
+        [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32],
+    ),
+    "ep_plan": (
+        ctypes.c_int32,
+        [ctypes.POINTER(structs.PlanArgs), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p],
+    ),
+    "ep_stream_wait": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]),
     "ep_mailbox_wait": (
         ctypes.c_int32,
         [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p],
@@ -150,6 +157,25 @@ class NativeLibrary:
     def load_kernels(self) -> None:
         """Load every kernel on the current device, before any of them may spin."""
         self.check(self._dll.ep_load_kernels())
+
+    def plan_scratch_bytes(self, max_tokens: int, num_experts: int, num_ranks: int) -> int:
+        """Bytes of device memory that plans of up to these sizes need.
+
+        Raises:
+            EPArgumentError: A size is out of bounds.
+        """
+        num_bytes = self._dll.ep_plan_scratch_bytes(max_tokens, num_experts, num_ranks)
+        if num_bytes < 0:
+            self.check(EP_ERR_ARGUMENT)
+        return num_bytes
+
+    def plan(self, args: structs.PlanArgs, stream: int, side_stream: int, event: int) -> None:
+        """Launch a plan: its layout on `stream`, the rest on `side_stream`, behind `event`."""
+        self.check(self._dll.ep_plan(args, stream, side_stream, event))
+
+    def stream_wait(self, waiting: int, other: int, event: int) -> None:
+        """Order `waiting` behind all that is on stream `other` now, through `event`."""
+        self.check(self._dll.ep_stream_wait(waiting, other, event))
 
     def mailbox_wait(
         self, mailbox: int, fault: int, epoch: int, timeout_s: float, stream: int

@@ -11,6 +11,9 @@ import ctypes
 EP_OK = 0
 EP_ERR_ARGUMENT = 1
 EP_ERR_CUDA = 2
+EP_MAX_TOPK = 32
+EP_MAX_EXPERTS = 4096
+EP_MAX_RANKS = 1024
 EP_INPUT_TOPK_INT32 = 0
 EP_INPUT_TOPK_INT64 = 1
 EP_INPUT_ROUTING_MAP = 2
@@ -18,17 +21,19 @@ EP_ROUTING_OK = 0
 EP_ROUTING_OUT_OF_RANGE = 1
 EP_ROUTING_DUPLICATE = 2
 EP_ROUTING_TOO_MANY = 3
-EP_MAX_TOPK = 32
-EP_MAX_EXPERTS = 4096
-EP_MAX_RANKS = 1024
 EP_MAX_NODE_RANKS = 8
-EP_SIGNATURE_FIELDS = 8
 EP_PHASE_CREDIT = 1
 EP_PHASE_PLAN = 2
 EP_PHASE_ROWS = 3
 EP_FAULT_NONE = 0
 EP_FAULT_TIMEOUT = 1
 EP_FAULT_MISMATCH = 2
+EP_FIELD_NUM_TOPK = 0
+EP_FIELD_HIDDEN = 1
+EP_FIELD_NUM_EXPERTS = 2
+EP_FIELD_EXPERT_MAJOR = 3
+EP_FIELD_EXPERT_ALIGNMENT = 4
+EP_NUM_FIELDS = 5
 EP_RECV_BYTES = 0
 EP_RECV_BF16 = 1
 EP_RECV_FP32 = 2
@@ -41,7 +46,7 @@ _INT64 = ctypes.c_int64
 
 
 class LayoutArgs(ctypes.Structure):
-    """``ep_layout_args``: Routing layout."""
+    """``ep_layout_args``: routing layout."""
 
     _fields_ = [
         ("input", _POINTER),
@@ -62,7 +67,7 @@ class LayoutArgs(ctypes.Structure):
 
 
 class Fault(ctypes.Structure):
-    """``ep_fault``: What went wrong on the device."""
+    """``ep_fault``: what went wrong on the device."""
 
     _fields_ = [
         ("code", _INT32),
@@ -75,7 +80,7 @@ class Fault(ctypes.Structure):
 
 
 class Node(ctypes.Structure):
-    """``ep_node``: Whom a kernel talks to."""
+    """``ep_node``: whom a kernel talks to."""
 
     _fields_ = [
         ("memory", _POINTER * EP_MAX_NODE_RANKS),
@@ -88,7 +93,7 @@ class Node(ctypes.Structure):
 
 
 class Mailbox(ctypes.Structure):
-    """``ep_mailbox``: Counts for the host."""
+    """``ep_mailbox``: counts for the host."""
 
     _fields_ = [
         ("epoch", _INT32),
@@ -100,58 +105,43 @@ class Mailbox(ctypes.Structure):
 
 
 class PlanArgs(ctypes.Structure):
-    """``ep_plan_args``: Exchange of the routing."""
+    """``ep_plan_args``: plan of a dispatch."""
 
     _fields_ = [
         ("node", Node),
+        ("input", _POINTER),
         ("topk_idx", _POINTER),
         ("send_slot", _POINTER),
-        ("num_sent", _POINTER),
-        ("routing_error", _POINTER),
         ("recv_topk_idx", _POINTER),
+        ("row_of_k", _POINTER),
+        ("rows_ascending", _POINTER),
+        ("num_sent", _POINTER),
         ("num_recv", _POINTER),
         ("source_tokens", _POINTER),
+        ("expert_tokens", _POINTER),
+        ("expert_first_row", _POINTER),
+        ("scratch", _POINTER),
+        ("mailbox", _POINTER),
         ("counter", _POINTER),
         ("flag_offset", _INT64),
         ("credit_offset", _INT64),
         ("header_offset", _INT64),
         ("idx_offset", _INT64),
-        ("signature", _INT32 * EP_SIGNATURE_FIELDS),
         ("epoch", _INT32),
+        ("input_kind", _INT32),
         ("num_tokens", _INT32),
         ("num_topk", _INT32),
+        ("num_topk4", _INT32),
         ("num_experts", _INT32),
         ("max_tokens", _INT32),
-    ]
-
-
-class RowsArgs(ctypes.Structure):
-    """``ep_rows_args``: Where received rows stand."""
-
-    _fields_ = [
-        ("recv_topk_idx", _POINTER),
-        ("expert_slot", _POINTER),
-        ("num_tokens_per_expert", _POINTER),
-        ("num_sent", _POINTER),
-        ("num_recv", _POINTER),
-        ("routing_error", _POINTER),
-        ("row_of_k", _POINTER),
-        ("rows_ascending", _POINTER),
-        ("expert_first_row", _POINTER),
-        ("mailbox", _POINTER),
-        ("epoch", _INT32),
-        ("num_ranks", _INT32),
-        ("max_tokens", _INT32),
-        ("num_topk", _INT32),
-        ("num_topk4", _INT32),
-        ("num_local_experts", _INT32),
+        ("hidden", _INT32),
         ("expert_alignment", _INT32),
         ("expert_major", _INT32),
     ]
 
 
 class DispatchArgs(ctypes.Structure):
-    """``ep_dispatch_args``: Dispatch."""
+    """``ep_dispatch_args``: dispatch."""
 
     _fields_ = [
         ("node", Node),
@@ -162,7 +152,7 @@ class DispatchArgs(ctypes.Structure):
         ("recv_topk_idx", _POINTER),
         ("row_of_k", _POINTER),
         ("source_tokens", _POINTER),
-        ("num_tokens_per_expert", _POINTER),
+        ("expert_tokens", _POINTER),
         ("expert_first_row", _POINTER),
         ("recv_x", _POINTER),
         ("recv_scales", _POINTER),
@@ -190,7 +180,7 @@ class DispatchArgs(ctypes.Structure):
 
 
 class CombineArgs(ctypes.Structure):
-    """``ep_combine_args``: Combine."""
+    """``ep_combine_args``: combine."""
 
     _fields_ = [
         ("node", Node),
@@ -232,7 +222,6 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "ep_node": Node,
     "ep_mailbox": Mailbox,
     "ep_plan_args": PlanArgs,
-    "ep_rows_args": RowsArgs,
     "ep_dispatch_args": DispatchArgs,
     "ep_combine_args": CombineArgs,
 }

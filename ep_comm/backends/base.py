@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_comm.config import EPConfig
+from ep_comm.events import EventOverlap
 from ep_comm.handle import DispatchHandle, Routing, RowLayout
 from ep_comm.records import Recorder
 
@@ -17,13 +18,36 @@ Result = TypeVar("Result")
 
 
 class Pending(Generic[Result]):
-    """An operation that was started. `wait` gives its result, complete on the current stream."""
+    """An operation that was started.
 
-    def __init__(self, finish: Callable[[], Result]) -> None:
+    Args:
+        result: Its result, which may be read after `event`.
+        event: Its completion.
+        finish: What the host has still to do; gives the result. None: nothing.
+    """
+
+    def __init__(
+        self,
+        result: Result | None = None,
+        event: EventOverlap | None = None,
+        finish: Callable[[], Result] | None = None,
+    ) -> None:
+        self._result = result
         self._finish = finish
+        self.event = event or EventOverlap()
+
+    @property
+    def result(self) -> Result:
+        """The result; on a GPU it may be incomplete until `event`."""
+        if self._finish is not None:
+            self._result, self._finish = self._finish(), None
+        return self._result
 
     def wait(self) -> Result:
-        return self._finish()
+        """The result, complete on the current stream."""
+        result = self.result
+        self.event.current_stream_wait()
+        return result
 
 
 class Received(NamedTuple):
@@ -67,6 +91,9 @@ class Backend(Protocol):
     def describe(self) -> str:
         """The backend and its transport in a few words, for the start-up line."""
 
+    def check_wire_dtype(self, wire_dtype: torch.dtype) -> None:
+        """Raise `EPArgumentError` where rows of the buffer cannot travel as `wire_dtype`."""
+
     def plan(
         self,
         topk_idx: Tensor | None,
@@ -90,15 +117,18 @@ class Backend(Protocol):
         topk_weights: Tensor | None,
         wire_dtype: torch.dtype,
         recv_dtype: torch.dtype,
+        asynchronous: bool,
     ) -> Pending[Received]:
         """Send rows along the handle's routing.
+
+        An asynchronous operation leaves the current stream free, where the backend can.
 
         `x` is [T, H]; with `scales` it is FP8 already, else it is quantised where `wire_dtype` is
         FP8. `recv_dtype` FP8 leaves rows and scales as they arrived; anything else dequantises.
         """
 
     def combine(
-        self, handle: DispatchHandle, x: Tensor, topk_weights: Tensor | None
+        self, handle: DispatchHandle, x: Tensor, topk_weights: Tensor | None, asynchronous: bool
     ) -> Pending[Combined]:
         """Sum rows back to their tokens' owners, and scatter probabilities."""
 

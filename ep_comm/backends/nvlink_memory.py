@@ -19,6 +19,7 @@ _PHASES = {
     structs.EP_PHASE_PLAN: "plan",
     structs.EP_PHASE_ROWS: "rows",
 }
+# In the order of EP_FIELD_*.
 _FIELDS = ("num_topk", "hidden", "num_experts", "expert-major layout", "expert_alignment")
 
 
@@ -114,7 +115,7 @@ class NodeMemory:
     def _error(self, op: str) -> EPError:
         fault = self._fault
         if fault.code == structs.EP_FAULT_MISMATCH:
-            field = _FIELDS[fault.field] if fault.field < len(_FIELDS) else "signature"
+            field = _FIELDS[fault.field]
             return EPMismatchError(
                 f"ranks disagree: rank {self.rank} has {field}={fault.expected}; rank "
                 f"{fault.peer} has {field}={fault.seen}. Every rank of the group must make the "

@@ -84,6 +84,9 @@ class ReferenceBackend:
     def destroy(self) -> None:
         pass
 
+    def check_wire_dtype(self, wire_dtype: torch.dtype) -> None:
+        pass
+
     # --- routing -------------------------------------------------------------------------------
 
     def plan(
@@ -149,6 +152,7 @@ class ReferenceBackend:
         topk_weights: Tensor | None,
         wire_dtype: torch.dtype,
         recv_dtype: torch.dtype,
+        asynchronous: bool,
     ) -> Pending[Received]:
         routing: ReferenceRouting = handle.routing
         record = self.recorder.start("dispatch", x.device)
@@ -192,12 +196,12 @@ class ReferenceBackend:
             self.recorder.finish(record)
             return received
 
-        return Pending(finish)
+        return Pending(finish=finish)
 
     # --- combine -------------------------------------------------------------------------------
 
     def combine(
-        self, handle: DispatchHandle, x: Tensor, topk_weights: Tensor | None
+        self, handle: DispatchHandle, x: Tensor, topk_weights: Tensor | None, asynchronous: bool
     ) -> Pending[Combined]:
         routing: ReferenceRouting = handle.routing
         record = self.recorder.start("combine", x.device)
@@ -238,7 +242,7 @@ class ReferenceBackend:
             self.recorder.finish(record)
             return Combined(combined, scattered)
 
-        return Pending(finish)
+        return Pending(finish=finish)
 
     def _sum_over_ranks(self, handle: DispatchHandle, partials: tuple[Tensor, ...]) -> Tensor:
         """Levels 2 and 3 of combine: over a node's ranks, rounded, then over nodes, rounded."""
