@@ -36,6 +36,18 @@ _DISPATCH_CHUNK_BYTES = 96 * 1024
 _COMBINE_CHUNK_BYTES = 64 * 1024
 
 
+def split_dispatch(num_sms: int, num_ranks: int) -> tuple[int, int]:
+    """SMs that push and SMs that expand. One block an SM: the stages fill its shared memory."""
+    push = 0 if num_ranks == 1 else max(1, min(24, num_sms // 3))
+    return push, max(1, num_sms - push)
+
+
+def split_combine(num_sms: int) -> tuple[int, int]:
+    """SMs that push partial rows and SMs that sum them."""
+    push = max(1, num_sms * 96 // 132)
+    return push, max(1, num_sms - push)
+
+
 def _raw_stream(device_index: int) -> int:
     """The current ``cudaStream_t``; `torch.cuda.current_stream` costs 6 µs, this a fraction."""
     return torch._C._cuda_getCurrentRawStream(device_index)
@@ -317,8 +329,7 @@ class NVLinkBackend:
         if not is_new:
             self._dispatch_epoch += 1
         args.epoch = self._dispatch_epoch
-        push_blocks = 0 if self.num_ranks == 1 else max(2, min(24, self.num_sms // 3))
-        expand_blocks = max(1, self.num_sms - push_blocks)
+        push_blocks, expand_blocks = split_dispatch(self.num_sms, self.num_ranks)
         stream = expand_stream = self._stream(asynchronous)
         args.num_push_blocks, args.num_expand_blocks = push_blocks, expand_blocks
         if is_new:
@@ -428,9 +439,9 @@ class NVLinkBackend:
         args.dtype = structs.EP_BF16 if x.dtype == torch.bfloat16 else structs.EP_FP32
         args.expert_major = routing.expert_major
         blocks_per_sm = self.native.combine_blocks_per_sm(row_bytes)
-        push_sms = max(1, self.num_sms * 96 // 132)
+        push_sms, sum_sms = split_combine(self.num_sms)
         args.num_push_blocks = push_sms * blocks_per_sm
-        args.num_sum_blocks = max(1, self.num_sms - push_sms) * blocks_per_sm
+        args.num_sum_blocks = sum_sms * blocks_per_sm
         self.native.launch("ep_combine", args, self._stream(asynchronous))
         self._finish_record(record, routing.sizes.received, row_bytes)
         return self._pending(Combined(combined, weights), asynchronous, (x, topk_weights))

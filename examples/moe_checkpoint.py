@@ -1,0 +1,201 @@
+"""Checkpoints that a run resumes from exactly, through Megatron's dist_checkpointing.
+
+A folder of checkpoints looks like Megatron-LM's::
+
+    iter_0000100/                          one checkpoint
+    latest_checkpointed_iteration.txt      100
+
+A checkpoint is written under another name, then renamed, then named in the text file. A run that
+is killed meanwhile leaves the text file pointing at the previous, complete one.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from moe_config import PretrainConfig
+from moe_launch import UserError, on_rank_0
+from moe_model import Trainee
+
+LATEST = "latest_checkpointed_iteration.txt"
+
+# Keys that a resumed run may change; with any other one changed it would not be the same run.
+FREE_KEYS = {
+    *("train_iters", "moe_token_dispatcher", "moe_grouped_gemm", "moe_permute_fusion"),
+    *("ep_fp8_dispatch", "ep_overlap_wgrad", "ep_expert_alignment", "ep_timeout_s"),
+    *("recompute_granularity", "recompute_modules", "overlap_grad_reduce"),
+    *("eval_interval", "eval_iters", "save", "save_interval", "load", "run_dir", "log_interval"),
+    *("wandb_project", "wandb_exp_name", "wandb_entity", "wandb_save_dir", "data_cache_path"),
+}
+
+# The format of the distributed optimizer's state: without communication, for as many ranks as
+# wrote it. Other optimizers ignore it.
+_METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
+
+
+def check_paths(config: PretrainConfig) -> None:
+    """Refuse paths that would fail, or overwrite another run's checkpoints, hours later.
+
+    Raises:
+        UserError: There is no checkpoint to load, or there is one in the way of saving.
+    """
+    on_rank_0(lambda: _check_paths(config))
+
+
+def save(
+    trainee: Trainee, config: PretrainConfig, *, iteration: int, consumed_samples: int
+) -> None:
+    """Write the checkpoint of `iteration` into ``config.save``; call it on all ranks."""
+    folder = config.save / f"iter_{iteration:07d}"
+    temporary = folder.with_suffix(".tmp")
+    if dist.get_rank() == 0:
+        for leftover in (temporary, folder):  # of a run that was killed before it named `folder`
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    state = {
+        **_sharded_state(trainee, is_loading=False),
+        "iteration": iteration,
+        "consumed_samples": consumed_samples,
+        "scheduler": trainee.scheduler.state_dict(),
+        "fingerprint": _fingerprint(config),
+    }
+    dist_checkpointing.save(state, str(temporary))
+    if dist.get_rank() == 0:
+        temporary.rename(folder)
+        latest = config.save / (LATEST + ".tmp")
+        latest.write_text(f"{iteration}\n")
+        os.replace(latest, config.save / LATEST)
+    dist.barrier()
+
+
+@torch.no_grad()
+def load(trainee: Trainee, config: PretrainConfig) -> tuple[int, int]:
+    """Restore the latest checkpoint in ``config.load``; call it on all ranks.
+
+    Returns:
+        Iteration and number of samples that the checkpoint was written after.
+
+    Raises:
+        UserError: There is none, or it belongs to another model or run.
+    """
+    folder = on_rank_0(lambda: _latest(config.load))
+    on_rank_0(lambda: _check_fingerprint(folder, config))
+    _give_torch_optimizers_state(trainee)
+    state = dist_checkpointing.load(_sharded_state(trainee, is_loading=True), str(folder))
+    trainee.model.module.load_state_dict(state["model"])
+    trainee.optimizer.load_state_dict(state["optimizer"])
+    _set_torch_optimizer_steps(trainee)
+    trainee.scheduler.load_state_dict(state["scheduler"])
+    _set_rng_state(state["rng_state"])
+    return state["iteration"], state["consumed_samples"]
+
+
+def _sharded_state(trainee: Trainee, *, is_loading: bool) -> dict[str, Any]:
+    """The part of a checkpoint that differs between ranks."""
+    model = trainee.model.module.sharded_state_dict(metadata=_METADATA)
+    optimizer = trainee.optimizer.sharded_state_dict(
+        model, is_loading=is_loading, metadata=_METADATA
+    )
+    rng_state = ShardedObject(
+        "rng_state", _rng_state(), (dist.get_world_size(),), (dist.get_rank(),)
+    )
+    return {"model": model, "optimizer": optimizer, "rng_state": rng_state}
+
+
+def _torch_optimizers(trainee: Trainee) -> list[DistributedOptimizer]:
+    """Distributed optimizers around torch's AdamW, which Megatron takes where TE is missing."""
+    chained = getattr(trainee.optimizer, "chained_optimizers", [trainee.optimizer])
+    return [
+        optimizer
+        for optimizer in chained
+        if isinstance(optimizer, DistributedOptimizer)
+        and isinstance(optimizer.optimizer, torch.optim.AdamW)
+    ]
+
+
+def _give_torch_optimizers_state(trainee: Trainee) -> None:
+    """Megatron loads into such an optimizer only if it has state, which a first step creates."""
+    for optimizer in _torch_optimizers(trainee):
+        optimizer._init_optimizer_states_with_dummy_values()
+
+
+def _set_torch_optimizer_steps(trainee: Trainee) -> None:
+    """Megatron restores the step count of their groups; torch goes by each parameter's own."""
+    for optimizer in _torch_optimizers(trainee):
+        for group in optimizer.optimizer.param_groups:
+            for param in group["params"]:
+                optimizer.optimizer.state[param]["step"] = torch.tensor(float(group["step"]))
+
+
+def _rng_state() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+def _check_paths(config: PretrainConfig) -> None:
+    if config.load:
+        _check_fingerprint(_latest(config.load), config)
+    if config.save and not (config.load and config.save.resolve() == config.load.resolve()):
+        existing = config.save / LATEST
+        if existing.exists():
+            raise UserError(
+                f"--save {config.save} already holds checkpoints, the latest of iteration "
+                f"{existing.read_text().strip()}: add --load {config.save} to go on from it, or "
+                f"choose another folder"
+            )
+
+
+def _latest(folder: Path) -> Path:
+    try:
+        iteration = int((folder / LATEST).read_text())
+    except (OSError, ValueError):
+        raise UserError(
+            f"--load {folder} holds no checkpoint: {folder / LATEST} is missing or no number"
+        ) from None
+    checkpoint = folder / f"iter_{iteration:07d}"
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(checkpoint)):
+        raise UserError(f"--load {folder}: {checkpoint} is missing or incomplete")
+    return checkpoint
+
+
+def _fingerprint(config: PretrainConfig) -> dict[str, Any]:
+    """What has to be equal for a run to be continued exactly."""
+    keys = config.model_dump(mode="json", exclude=FREE_KEYS)
+    keys["lr_decay_iters"] = config.decay_iters
+    return {**keys, "processes": dist.get_world_size()}
+
+
+def _check_fingerprint(folder: Path, config: PretrainConfig) -> None:
+    there = dist_checkpointing.load_common_state_dict(str(folder)).get("fingerprint", {})
+    here = _fingerprint(config)
+    differences = [
+        f"{key} is {there.get(key)} there and {here.get(key)} here"
+        for key in here | there
+        if here.get(key) != there.get(key)
+    ]
+    if differences:
+        raise UserError(f"checkpoint {folder} is of another run: {'; '.join(differences)}")

@@ -1,0 +1,154 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from moe_checkpoint import check_paths, load, save
+from moe_config import PretrainConfig
+from moe_data import load_datasets, microbatches
+from moe_launch import UserError
+from moe_log import RunLog
+from moe_model import Trainee, build, have_transformer_engine
+
+import ep_comm
+from ep_comm import megatron as ep_megatron
+
+Batches = Iterator[dict[str, torch.Tensor]]
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Train as `config` says; call it on all ranks.
+
+    Raises:
+        UserError: Something is asked for that cannot be done. Nothing has been overwritten.
+    """
+    # Whatever can be wrong with the request comes first, before anything is written.
+    num_microbatches = config.num_microbatches(dist.get_world_size())
+    check_paths(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    corpus, train_data, valid_data = load_datasets(config)
+    trainee = build(config, corpus.vocab_size, device)
+    iteration, consumed_samples = load(trainee, config) if config.load else (0, 0)
+
+    meter = ep_megatron.MoEMeter([trainee.model])
+    log = RunLog(config, _versions(), first_iteration=iteration)
+    batches = partial(microbatches, config=config, device=device)
+    train_batches = batches(train_data, first_sample=consumed_samples)
+
+    while iteration < config.train_iters:
+        start = time.perf_counter()
+        learning_rate = trainee.optimizer.param_groups[0]["lr"]
+        loss, grad_norm = _train_step(trainee, train_batches, config, num_microbatches)
+        duration = time.perf_counter() - start
+        trainee.scheduler.step(increment=config.global_batch_size)
+        iteration += 1
+        consumed_samples += config.global_batch_size
+        log.train(
+            iteration,
+            {
+                "lm loss": loss,
+                "grad-norm": grad_norm,
+                "learning-rate": learning_rate,
+                "iteration-time": duration,
+                "throughput": config.global_batch_size * config.seq_length / duration,
+                **meter.step(),
+            },
+        )
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {iteration}; a lower --lr may help")
+
+        last = iteration == config.train_iters
+        if valid_data and (last or iteration % config.eval_interval == 0):
+            valid_batches = batches(valid_data, first_sample=0)
+            log.valid(iteration, _validate(trainee, valid_batches, config, num_microbatches))
+            meter.step()  # what validation dispatched belongs to no step
+        due = config.save_interval and iteration % config.save_interval == 0
+        if config.save and (last or due):
+            save(trainee, config, iteration=iteration, consumed_samples=consumed_samples)
+            log.message(f"step {iteration}: checkpoint in {config.save}")
+    log.close()
+    dist.destroy_process_group()
+
+
+def _train_step(
+    trainee: Trainee, batches: Batches, config: PretrainConfig, num_microbatches: int
+) -> tuple[float, float]:
+    """One optimizer step; returns the loss before it, and the gradient norm before clipping."""
+    trainee.model.zero_grad_buffer()
+    trainee.optimizer.zero_grad()
+    loss = _forward_backward(trainee, batches, config, num_microbatches, forward_only=False)
+    ep_megatron.check_weight_gradients([trainee.model])
+    _, grad_norm, _ = trainee.optimizer.step()
+    return loss, float(grad_norm)
+
+
+@torch.no_grad()
+def _validate(
+    trainee: Trainee, batches: Batches, config: PretrainConfig, num_microbatches: int
+) -> float:
+    """Loss over the first `eval_iters` global batches, the same ones each time."""
+    trainee.model.eval()
+    losses = [
+        _forward_backward(trainee, batches, config, num_microbatches, forward_only=True)
+        for _ in range(config.eval_iters)
+    ]
+    trainee.model.train()
+    return sum(losses) / len(losses)
+
+
+def _forward_backward(
+    trainee: Trainee,
+    batches: Batches,
+    config: PretrainConfig,
+    num_microbatches: int,
+    *,
+    forward_only: bool,
+) -> float:
+    """Run one global batch; returns its loss, averaged over microbatches and ranks."""
+    results = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=batches,
+        model=[trainee.model],
+        num_microbatches=num_microbatches,
+        seq_length=config.seq_length,
+        micro_batch_size=config.micro_batch_size,
+        forward_only=forward_only,
+    )
+    loss = torch.stack([result["lm loss"] for result in results]).mean()
+    dist.all_reduce(loss)
+    return loss.item() / dist.get_world_size()
+
+
+def _forward_step(batches: Batches, model: torch.nn.Module) -> tuple[torch.Tensor, partial]:
+    """What Megatron's schedules call for one microbatch."""
+    batch = next(batches)
+    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return losses, partial(_mean_loss, batch["loss_mask"])
+
+
+def _mean_loss(
+    mask: torch.Tensor, losses: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    loss = (losses.float() * mask).sum() / mask.sum()
+    return loss, {"lm loss": loss.detach().clone()}
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on, for its log."""
+    packages = ["torch", "megatron-core"]
+    if have_transformer_engine():
+        packages.append("transformer-engine")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {
+        "ep_comm": ep_comm.__version__,
+        **{package: importlib.metadata.version(package) for package in packages},
+        "device": device,
+    }

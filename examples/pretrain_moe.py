@@ -1,0 +1,47 @@
+"""Pretrain a Megatron-Core mixture-of-experts model through ep_comm.
+
+    torchrun --nproc_per_node=2 examples/pretrain_moe.py --config configs/tiny-cpu.yaml
+
+``--moe-token-dispatcher alltoall`` or ``allgather`` runs the same with Megatron's own dispatcher,
+``--help`` lists everything else. With no ``--data-path`` it trains on the source of Python's
+standard library, byte by byte.
+
+This file starts the processes' work; `moe_train` is the training loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+from moe_config import parse_args
+from moe_launch import UserError, agree, init_process_group, user_errors_exit
+
+from ep_comm.megatron import cpu
+
+
+def main() -> None:
+    """Entry point of every process."""
+    with user_errors_exit():
+        if "RANK" not in os.environ:
+            parse_args()  # --help, and mistakes, without torchrun
+            raise UserError("start it with torchrun --nproc_per_node=N examples/pretrain_moe.py")
+        # Megatron's overlap of communication and computation counts on this order of launches.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        init_process_group()
+        config = agree(parse_args)
+
+        # Each rank would warn of each optional package that Megatron misses, and of each torch
+        # function that it should no longer use.
+        warnings.filterwarnings("ignore", module="megatron")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        logging.getLogger("megatron").setLevel(logging.ERROR)
+        cpu.enable()
+        from moe_train import pretrain  # imports Megatron: only now
+
+        pretrain(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+# Set up and activate .venv with ep_comm and the given extras; run from the repository root:
+#
+#   source scripts/setup_venv.sh megatron,wandb
+#
+# An installed torch (with its CUDA, and Transformer Engine if it is there) is used as it is and
+# never replaced. Nothing is installed again as long as the package's own files stay the same.
+# PYTHON chooses the interpreter of a new .venv.
+
+setup_venv() {
+    local extras=$1 python=${PYTHON:-python3} constraints=.venv/constraints.txt torch_dir
+    if [ ! -e .venv/bin/activate ]; then
+        if torch_dir=$("$python" -c 'import os, torch; print(os.path.dirname(torch.__path__[0]))' \
+            2>/dev/null); then
+            echo "== creating .venv on top of the torch in $torch_dir"
+            "$python" -m venv --system-site-packages .venv
+            # A torch inside another virtual environment is no system package: name its folder.
+            .venv/bin/python -c 'import torch' 2>/dev/null ||
+                echo "$torch_dir" >"$(.venv/bin/python -c \
+                    'import sysconfig; print(sysconfig.get_path("purelib"))')/reuse_torch.pth"
+        else
+            echo "== creating .venv"
+            "$python" -m venv .venv
+        fi
+    fi
+    # shellcheck disable=SC1091
+    source .venv/bin/activate
+
+    local stamp
+    stamp="$extras $(cat pyproject.toml setup.py csrc/* 2>/dev/null | cksum)"
+    if [ "$(cat .venv/installed.txt 2>/dev/null)" = "$stamp" ]; then
+        return
+    fi
+    if ! python -c 'import torch' 2>/dev/null; then
+        if nvidia-smi -L >/dev/null 2>&1; then
+            echo "== installing torch"
+            pip install -qq torch
+        else
+            # The exact version is the one that has a CPU build next to it here; plain torch would
+            # pull gigabytes of CUDA libraries for a machine without a GPU.
+            echo "== installing torch for CPU"
+            pip install -qq torch==2.13.0
+        fi
+    fi
+    python -c 'import torch; print(f"torch=={torch.__version__}")' >"$constraints"
+    echo "== installing ep_comm[$extras]"
+    pip install -qq --constraint "$constraints" --editable ".[$extras]"
+    echo "$stamp" >.venv/installed.txt
+}
+
+setup_venv "$1"
