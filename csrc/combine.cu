@@ -20,7 +20,9 @@ using namespace ep;
 
 constexpr int kMaxThreads = 448;
 constexpr int kBlocksPerSm = 4;
-constexpr int kGroupTokens = 4;  // tokens that a sum block takes at a time
+constexpr int kGroupTokens = 2;  // tokens that a sum block takes at a time
+constexpr int kMaxChunkRows = 32;
+constexpr int kLoadsInFlight = 2;
 
 // 16 bytes of a row as FP32 numbers.
 template <typename T>
@@ -87,23 +89,24 @@ struct RunningSum {
   }
 };
 
-// Level 1: 16 bytes of a token's partial row, from its rows in ascending order. There is at least
-// one. Two loads in flight: the sums wait for memory, not the other way round.
+// Level 1: 16 bytes of a token's partial row, from its rows in ascending order; there is at least
+// one. Several loads before the first addition: what takes time is memory's latency.
 template <typename T>
 __device__ inline uint4 sum_expert_rows(const uint4* x, const int32_t* rows, int32_t num_topk4,
                                         int32_t vectors_per_row, int32_t column) {
-  const auto at = [&](int32_t row) {
-    return x + static_cast<int64_t>(row) * vectors_per_row + column;
+  const uint4* const at_column = x + column;
+  const auto load = [&](int32_t row) {
+    return ptx::load_read_only(at_column + static_cast<int64_t>(row) * vectors_per_row);
   };
-  Vector<T> sum(ptx::load_read_only(at(rows[0])));
-  int32_t k = 1;
-  for (; k + 1 < num_topk4 && rows[k + 1] >= 0; k += 2) {
-    const uint4 a = ptx::load_read_only(at(rows[k]));
-    const uint4 b = ptx::load_read_only(at(rows[k + 1]));
-    sum.add(a);
-    sum.add(b);
-  }
-  if (k < num_topk4 && rows[k] >= 0) sum.add(ptx::load_read_only(at(rows[k])));
+  const int32_t second = rows[1], third = rows[2];
+  const uint4 a = load(rows[0]);
+  uint4 b, c;
+  if (second >= 0) b = load(second);
+  if (third >= 0) c = load(third);
+  Vector<T> sum(a);
+  if (second >= 0) sum.add(b);
+  if (third >= 0) sum.add(c);
+  for (int32_t k = 3; k < num_topk4 && rows[k] >= 0; ++k) sum.add(load(rows[k]));
   return sum.rounded();
 }
 
@@ -132,6 +135,8 @@ __device__ void push(const ep_combine_args& args) {
   }
   if (!__syncthreads_and(may_send)) return;
 
+  // Output rows of the chunk's received rows: read once, not once a row and thread.
+  __shared__ int32_t rows_of_chunk[kMaxChunkRows * EP_MAX_TOPK];
   const int32_t num_units = args.max_chunks * num_peers;
   for (int32_t unit = blockIdx.x; unit < num_units; unit += args.num_push_blocks) {
     const int32_t chunk = unit / num_peers;
@@ -143,9 +148,13 @@ __device__ void push(const ep_combine_args& args) {
         static_cast<int64_t>(region_of(node.rank, owner, num_ranks)) * args.max_tokens;
     auto* const partials = in_memory_of<uint4>(node, owner, args.row_offset);
     auto* const partial_weights = in_memory_of<float>(node, owner, args.weight_offset);
+    const int64_t first_n = static_cast<int64_t>(owner) * args.max_tokens + begin;
+    for (int32_t i = threadIdx.x; i < (end - begin) * args.num_topk4; i += blockDim.x) {
+      rows_of_chunk[i] = args.rows_ascending[first_n * args.num_topk4 + i];
+    }
+    __syncthreads();
     for (int32_t slot = begin; slot < end; ++slot) {
-      const int64_t n = static_cast<int64_t>(owner) * args.max_tokens + slot;
-      const int32_t* const rows = args.rows_ascending + n * args.num_topk4;
+      const int32_t* const rows = rows_of_chunk + (slot - begin) * args.num_topk4;
       for (int32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
         partials[(region + slot) * vectors + i] =
             sum_expert_rows<T>(x, rows, args.num_topk4, vectors, i);
@@ -153,7 +162,7 @@ __device__ void push(const ep_combine_args& args) {
       const int32_t k = threadIdx.x;
       if (args.weights != nullptr && k < args.num_topk) {
         const int64_t place = static_cast<int64_t>(node.rank) * args.max_tokens + slot;
-        partial_weights[place * args.num_topk + k] = weight_of(args, n, k);
+        partial_weights[place * args.num_topk + k] = weight_of(args, first_n + slot - begin, k);
       }
     }
     __syncthreads();
@@ -187,33 +196,46 @@ __device__ bool partials_are_there(const ep_combine_args& args, int32_t begin, i
   return __syncthreads_and(fine);
 }
 
+// The slots of one token at every rank, and the output rows of its own rank's slot.
+struct Places {
+  int32_t slot[EP_MAX_NODE_RANKS];
+  int32_t own_rows[EP_MAX_TOPK];
+};
+
 // Levels 2 and 3 for 16 bytes of a token's row. Partial rows were written by other GPUs while this
 // kernel ran: ordinary loads only. The usual single node needs no sum of its own for level 3.
 template <typename T, bool kOneNode>
-__device__ inline uint4 sum_partials(const ep_combine_args& args, const int32_t* slots,
+__device__ inline uint4 sum_partials(const ep_combine_args& args, const Places& places,
                                      int32_t vectors, int32_t column) {
   const ep_node& node = args.node;
   const int32_t num_ranks = node.num_ranks;
   const auto* const x = reinterpret_cast<const uint4*>(args.x);
   const auto* const partials = in_memory_of<const uint4>(node, node.rank, args.row_offset);
+  uint4 own;
+  if (places.slot[node.rank] >= 0) {
+    own = sum_expert_rows<T>(x, places.own_rows, args.num_topk4, vectors, column);
+  }
   RunningSum<T> node_sum, overall;
-  for (int32_t r = 0; r < num_ranks; ++r) {
-    const int32_t slot = slots[r];
-    if (slot >= 0) {
-      uint4 bits;
-      if (r == node.rank) {
-        const int64_t n = static_cast<int64_t>(r) * args.max_tokens + slot;
-        bits = sum_expert_rows<T>(x, args.rows_ascending + n * args.num_topk4, args.num_topk4,
-                                  vectors, column);
-      } else {
-        const int64_t region = region_of(r, node.rank, num_ranks);
-        bits = partials[(region * args.max_tokens + slot) * vectors + column];
-      }
-      node_sum.add(bits);
+  for (int32_t first = 0; first < num_ranks; first += kLoadsInFlight) {
+    uint4 bits[kLoadsInFlight];
+#pragma unroll
+    for (int i = 0; i < kLoadsInFlight; ++i) {
+      const int32_t r = first + i;
+      if (r >= num_ranks || places.slot[r] < 0) continue;
+      const int64_t region = region_of(r, node.rank, num_ranks);
+      bits[i] = r == node.rank
+                    ? own
+                    : partials[(region * args.max_tokens + places.slot[r]) * vectors + column];
     }
-    if (!kOneNode && (r + 1) % args.ranks_per_node == 0 && node_sum.any) {
-      overall.add(node_sum.sum.rounded());
-      node_sum.any = false;
+#pragma unroll
+    for (int i = 0; i < kLoadsInFlight; ++i) {
+      const int32_t r = first + i;
+      if (r >= num_ranks) continue;
+      if (places.slot[r] >= 0) node_sum.add(bits[i]);
+      if (!kOneNode && (r + 1) % args.ranks_per_node == 0 && node_sum.any) {
+        overall.add(node_sum.sum.rounded());
+        node_sum.any = false;
+      }
     }
   }
   return kOneNode ? node_sum.sum.rounded() : overall.sum.rounded();
@@ -227,15 +249,28 @@ __device__ void sum(const ep_combine_args& args) {
   const int32_t experts_per_rank = args.num_local_experts;
   const int32_t num_groups = (args.num_tokens + kGroupTokens - 1) / kGroupTokens;
   auto* const out = reinterpret_cast<uint4*>(args.combined_x);
+  __shared__ Places places[kGroupTokens];
   for (int32_t group = blockIdx.x - args.num_push_blocks; group < num_groups;
        group += args.num_sum_blocks) {
     const int32_t begin = group * kGroupTokens;
     const int32_t end = min(begin + kGroupTokens, args.num_tokens);
     if (!partials_are_there(args, begin, end)) return;
+    if (static_cast<int32_t>(threadIdx.x) < (end - begin) * num_ranks) {
+      const int32_t t = begin + threadIdx.x / num_ranks, r = threadIdx.x % num_ranks;
+      places[t - begin].slot[r] = args.send_slot[static_cast<int64_t>(t) * num_ranks + r];
+    }
+    __syncthreads();
+    for (int32_t i = threadIdx.x; i < (end - begin) * args.num_topk4; i += blockDim.x) {
+      Places& place = places[i / args.num_topk4];
+      const int32_t slot = place.slot[node.rank], k = i % args.num_topk4;
+      const int64_t n = static_cast<int64_t>(node.rank) * args.max_tokens + max(slot, 0);
+      place.own_rows[k] = args.rows_ascending[n * args.num_topk4 + k];
+    }
+    __syncthreads();
     for (int32_t t = begin; t < end; ++t) {
-      const int32_t* const slots = args.send_slot + static_cast<int64_t>(t) * num_ranks;
+      const Places& place = places[t - begin];
       for (int32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
-        out[static_cast<int64_t>(t) * vectors + i] = sum_partials<T, kOneNode>(args, slots, vectors, i);
+        out[static_cast<int64_t>(t) * vectors + i] = sum_partials<T, kOneNode>(args, place, vectors, i);
       }
       const int32_t k = threadIdx.x;
       if (args.combined_weights != nullptr && k < args.num_topk) {
@@ -243,7 +278,7 @@ __device__ void sum(const ep_combine_args& args) {
         float weight = 0.0f;
         if (expert >= 0) {
           const int32_t r = expert / experts_per_rank;
-          const int64_t n = static_cast<int64_t>(r) * args.max_tokens + slots[r];
+          const int64_t n = static_cast<int64_t>(r) * args.max_tokens + place.slot[r];
           const volatile float* const staged =
               in_memory_of<float>(node, node.rank, args.weight_offset);
           weight = r == node.rank ? weight_of(args, n, k) : staged[n * args.num_topk + k];
@@ -270,7 +305,7 @@ int32_t threads_for(int32_t row_bytes) {
   const int32_t vectors = row_bytes / 16;
   const int32_t passes = std::max(1, (vectors + kMaxThreads - 1) / kMaxThreads);
   const int32_t threads = (vectors + passes - 1) / passes;
-  return std::max(64, (threads + 31) / 32 * 32);
+  return std::max(64, (threads + 31) / 32 * 32);  // at least one for each entry of a token
 }
 
 using Kernel = void (*)(const ep_combine_args);
@@ -311,7 +346,7 @@ int32_t ep_load_kernels(void) {
 
 int32_t ep_combine_blocks_per_sm(int32_t row_bytes) {
   return std::max<int32_t>(kBlocksPerSm,
-                           std::min<int32_t>(2048, kBlocksPerSm * kMaxThreads) / threads_for(row_bytes));
+                           kBlocksPerSm * kMaxThreads / threads_for(row_bytes));
 }
 
 int32_t ep_combine(const ep_combine_args* args, void* stream) {
@@ -319,6 +354,10 @@ int32_t ep_combine(const ep_combine_args* args, void* stream) {
     return ep::fail(EP_ERR_ARGUMENT, "rows of %d bytes are not a multiple of 16", args->row_bytes);
   }
   const int32_t blocks = args->num_push_blocks + args->num_sum_blocks;
+  if (args->chunk_rows > kMaxChunkRows || args->num_topk4 > EP_MAX_TOPK) {
+    return ep::fail(EP_ERR_ARGUMENT, "chunk_rows = %d, num_topk4 = %d: at most %d and %d",
+                    args->chunk_rows, args->num_topk4, kMaxChunkRows, EP_MAX_TOPK);
+  }
   if (args->num_push_blocks < 1 || args->num_sum_blocks < 1) {
     return ep::fail(EP_ERR_ARGUMENT, "%d push and %d sum blocks: both are needed",
                     args->num_push_blocks, args->num_sum_blocks);

@@ -234,7 +234,8 @@ typedef struct ep_dispatch_args {
   int32_t* counter;             /* zero; left zero */
   int64_t flag_offset;          /* uint64 [R, chunks] */
   int64_t credit_offset;        /* uint32 [R] */
-  int64_t slot_offset;          /* [R - 1, S, slot bytes], the next rank's rows first */
+  int64_t slot_offset;          /* [R - 1, S, slot], the next rank's rows first; slots of whole
+                                   128-byte lines */
   int32_t epoch;
   int32_t num_tokens;
   int32_t num_topk;

@@ -32,8 +32,7 @@ from ep_comm.layout import INPUT_KINDS, checked_source, raise_if_bad
 from ep_comm.records import OpRecord, Recorder
 
 _RECV_KINDS = {torch.bfloat16: structs.EP_RECV_BF16, torch.float32: structs.EP_RECV_FP32}
-_DISPATCH_CHUNK_BYTES = 96 * 1024
-_COMBINE_CHUNK_BYTES = 64 * 1024
+_DISPATCH_CHUNK_BYTES = 48 * 1024
 
 
 def split_dispatch(num_sms: int, num_ranks: int) -> tuple[int, int]:
@@ -44,8 +43,13 @@ def split_dispatch(num_sms: int, num_ranks: int) -> tuple[int, int]:
 
 def split_combine(num_sms: int) -> tuple[int, int]:
     """SMs that push partial rows and SMs that sum them."""
-    push = max(1, num_sms * 96 // 132)
+    push = max(1, num_sms // 2)
     return push, max(1, num_sms - push)
+
+
+def combine_chunk_bytes(num_sms: int) -> int:
+    """Partial rows of one flag. A flag holds its block up: with few blocks, few flags."""
+    return (32 if num_sms >= 64 else 256) * 1024
 
 
 def _raw_stream(device_index: int) -> int:
@@ -435,7 +439,7 @@ class NVLinkBackend:
         args.num_topk = routing.num_topk
         args.num_topk4 = -(-routing.num_topk // 4) * 4
         args.row_bytes = row_bytes = hidden * x.element_size()
-        args.chunk_rows = self.offsets.chunk_tokens(_COMBINE_CHUNK_BYTES, row_bytes)
+        args.chunk_rows = self.offsets.chunk_tokens(combine_chunk_bytes(self.num_sms), row_bytes)
         args.dtype = structs.EP_BF16 if x.dtype == torch.bfloat16 else structs.EP_FP32
         args.expert_major = routing.expert_major
         blocks_per_sm = self.native.combine_blocks_per_sm(row_bytes)

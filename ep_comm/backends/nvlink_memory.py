@@ -34,7 +34,7 @@ class Offsets:
         self._end = 0
         tokens, num_topk = config.max_tokens_per_rank, config.num_topk
         row_bytes = config.hidden * config.dtype.itemsize
-        slot_bytes = row_bytes + 16 * -(-num_topk // 4)
+        slot_bytes = -(-(row_bytes + 16 * -(-num_topk // 4)) // 128) * 128
         self.max_chunks = -(-tokens // _MIN_CHUNK_TOKENS)
         self.plan_flags = self._take(4 * num_ranks)
         self.dispatch_credits = self._take(4 * num_ranks)
