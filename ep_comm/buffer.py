@@ -214,6 +214,20 @@ class Buffer:
         on_gpu = torch.cuda.is_available()
         return EventOverlap.record(torch.device("cuda" if on_gpu else "cpu"))
 
+    def set_num_sms(self, num_sms: int | None) -> None:
+        """Limit the SMs that an operation's kernels occupy, all of them counted.
+
+        Fewer leave more to computation running beside; about 24 keep close to the fastest. Results
+        do not depend on it. No effect with the reference backend.
+
+        Args:
+            num_sms: At least 2; None is all of the GPU's.
+
+        Raises:
+            EPArgumentError: The GPU has fewer.
+        """
+        self._backend.set_num_sms(num_sms)
+
     # --- state -----------------------------------------------------------------------------------
 
     @property

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from oracle import combine, expert_rows, local_experts, rank_rows
 from ranks import run_ranks
 
-from ep_comm import Buffer
+from ep_comm import Buffer, EPConfig
 
 CASES = [
     Case(tokens=(7,)),
@@ -308,3 +308,44 @@ def cases(draw) -> Case:
 def test_any_case(case):
     print(f"case: {case}")
     check_case(case)
+
+
+def many_changing_operations(rank: int, num_operations: int) -> None:
+    """Shapes that change with every operation, no reset between, each against the reference."""
+    hidden, experts, topk_max, tokens_max = 64, 16, 4, 96
+    sizes = dict(
+        num_experts=experts, hidden=hidden, max_tokens_per_rank=tokens_max, num_topk=topk_max
+    )
+    ours = Buffer(None, EPConfig(**sizes, backend="nvlink", timeout_s=20))
+    reference = Buffer(None, EPConfig(**sizes, backend="reference", timeout_s=20))
+    shared, own = np.random.default_rng(1), np.random.default_rng([2, rank])
+    sms = ours._backend.num_sms
+    for i in range(num_operations):
+        settings = dict(
+            layout=str(shared.choice(["expert", "rank"])),
+            expert_alignment=int(shared.choice([1, 16])),
+        )
+        num_topk = int(shared.integers(1, topk_max + 1))
+        ours.set_num_sms(int(shared.choice([2, 5, 16, 24, sms])))
+        num_tokens = int(own.choice([0, 1, 17, tokens_max]))
+        x = torch.from_numpy(own.standard_normal((num_tokens, hidden))).cuda().bfloat16()
+        topk = np.array([own.permutation(experts)[:num_topk] for _ in range(num_tokens)])
+        topk = torch.from_numpy(topk.reshape(num_tokens, num_topk)).int().cuda()
+        mine = ours.dispatch(x, topk, **settings, async_finish=bool(i % 3 == 0))
+        mine.event.current_stream_wait()
+        theirs = reference.dispatch(x, topk, **settings)
+        assert torch.equal(mine.recv_x, theirs.recv_x), f"dispatch {i}"
+        y = torch.randn_like(theirs.recv_x)
+        # A combine and a cached dispatch in flight together, on two streams.
+        one = ours.combine(y, mine.handle, async_finish=True)
+        again = ours.dispatch(x, handle=mine.handle)
+        one.event.current_stream_wait()
+        assert torch.equal(again.recv_x, theirs.recv_x), f"cached dispatch {i}"
+        two = reference.combine(y, theirs.handle).combined_x
+        assert torch.equal(one.combined_x, two), f"combine {i}"
+
+
+@pytest.mark.multi_gpu
+def test_a_thousand_changing_operations():
+    num_ranks = torch.cuda.device_count()
+    run_ranks(num_ranks, many_changing_operations, 340, backend="nccl", timeout_s=240)

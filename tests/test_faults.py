@@ -10,7 +10,15 @@ import torch
 import torch.distributed as dist
 from ranks import RankFailure, run_ranks
 
-from ep_comm import Buffer, EPConfig, EPError, EPMismatchError, EPStateError, EPTimeoutError
+from ep_comm import (
+    Buffer,
+    EPConfig,
+    EPError,
+    EPMismatchError,
+    EPRoutingError,
+    EPStateError,
+    EPTimeoutError,
+)
 
 SIZES = dict(num_experts=12, hidden=16, max_tokens_per_rank=8, num_topk=2, dtype=torch.float32)
 X = torch.ones(5, 16)
@@ -52,6 +60,88 @@ def test_two_absent_ranks_are_both_named():
     messages = run_ranks(4, some_ranks_stay_away, (1, 3), 2.0, fresh=True)
     for rank in (0, 2):
         assert "for rank 1, 3" in messages[rank]
+
+
+def a_gpu_stays_away(rank: int, cached: bool, timeout_s: float) -> str | None:
+    """The same over NVLink: kernels give up by themselves, and the next host call raises."""
+    absent = dist.get_world_size() - 1
+    x, topk = X.cuda(), TOPK.cuda()
+    buffer = Buffer(None, EPConfig(**SIZES, timeout_s=timeout_s, backend="nvlink"))
+    out = buffer.dispatch(x, topk)
+    torch.cuda.synchronize()
+    dist.barrier()
+    if rank == absent:
+        time.sleep(timeout_s + 8)
+        return None
+    start = time.monotonic()
+    with pytest.raises(EPTimeoutError) as caught:
+        if cached:
+            buffer.dispatch(x, handle=out.handle)
+            torch.cuda.synchronize()
+            buffer.combine(out.recv_x, out.handle)
+        else:
+            buffer.dispatch(x, topk)
+    assert time.monotonic() - start < timeout_s + 5
+    assert caught.value.phase == ("rows" if cached else "plan")
+    with pytest.raises(EPStateError, match="waited"):
+        buffer.combine(out.recv_x, out.handle)
+    torch.cuda.synchronize()  # no trap: the process and its GPU go on
+
+    group = dist.new_group(list(range(absent)), use_local_synchronization=True)
+    fresh = Buffer(group, EPConfig(**SIZES, timeout_s=20, backend="nvlink"))
+    out = fresh.dispatch(x, topk)
+    valid = (topk >= 0).sum(1)[:, None]
+    assert torch.equal(fresh.combine(out.recv_x, out.handle).combined_x, valid * x)
+    return str(caught.value)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("cached", [False, True])
+def test_absent_gpu_is_named_and_the_others_go_on(cached):
+    num_ranks = 3 if torch.cuda.device_count() >= 3 else 2
+    messages = run_ranks(num_ranks, a_gpu_stays_away, cached, 2.0, fresh=True, backend="nccl")
+    for rank in range(num_ranks - 1):
+        assert f"rank {rank} waited 2 s for rank {num_ranks - 1}" in messages[rank]
+
+
+def gpus_disagree(rank: int) -> str:
+    x, topk = X.cuda(), TOPK.cuda()
+    buffer = Buffer(None, EPConfig(**SIZES, timeout_s=10, backend="nvlink"))
+    with pytest.raises(EPMismatchError) as caught:
+        buffer.dispatch(x, topk, expert_alignment=16 if rank else 8)
+    return str(caught.value)
+
+
+@pytest.mark.multi_gpu
+def test_disagreement_is_raised_on_all_gpus():
+    for rank, message in enumerate(run_ranks(2, gpus_disagree, fresh=True, backend="nccl")):
+        mine, theirs = ("16", "8") if rank else ("8", "16")
+        assert f"rank {rank} has expert_alignment={mine}" in message
+        assert f"rank {1 - rank} has expert_alignment={theirs}" in message
+
+
+def bad_routing_on_a_gpu(rank: int) -> str | None:
+    """Found by a kernel: the rank that made the mistake raises, and nobody is left waiting."""
+    x, topk = X.cuda(), TOPK.cuda()
+    buffer = Buffer(None, EPConfig(**SIZES, timeout_s=10, backend="nvlink"))
+    bad = torch.where(topk == 4, 12, topk)
+    message = None
+    if rank == 0:
+        with pytest.raises(EPRoutingError) as caught:
+            buffer.dispatch(x, bad)
+        message = str(caught.value)
+    else:
+        buffer.dispatch(x, topk)
+    out = buffer.dispatch(x, topk)
+    valid = (topk >= 0).sum(1)[:, None]
+    assert torch.equal(buffer.combine(out.recv_x, out.handle).combined_x, valid * x)
+    return message
+
+
+@pytest.mark.multi_gpu
+def test_bad_routing_on_a_gpu_is_raised_there():
+    message, _ = run_ranks(2, bad_routing_on_a_gpu, backend="nccl")
+    assert "token 1, k 0 is 12" in message
 
 
 def one_rank_dies(rank: int) -> str:

@@ -91,6 +91,9 @@ class Backend(Protocol):
     def describe(self) -> str:
         """The backend and its transport in a few words, for the start-up line."""
 
+    def set_num_sms(self, num_sms: int | None) -> None:
+        """Limit the SMs of an operation, where the backend has kernels of its own."""
+
     def check_wire_dtype(self, wire_dtype: torch.dtype) -> None:
         """Raise `EPArgumentError` where rows of the buffer cannot travel as `wire_dtype`."""
 

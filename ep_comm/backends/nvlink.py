@@ -175,7 +175,7 @@ class NVLinkBackend:
         self._comm_stream = torch.cuda.Stream(priority=-1)
         self._fork_event = torch.cuda.Event()
         self._fork_event.record()  # torch makes the CUDA event at the first use
-        self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.set_num_sms(None)
         self._dispatch_epoch = self._combine_epoch = 0
         self._last_stream = _raw_stream(self.device.index)
         self._dispatch_args = structs.DispatchArgs(
@@ -223,6 +223,12 @@ class NVLinkBackend:
 
     def destroy(self) -> None:
         self.memory.free()
+
+    def set_num_sms(self, num_sms: int | None) -> None:
+        available = torch.cuda.get_device_properties(self.device).multi_processor_count
+        if num_sms is not None and not 2 <= num_sms <= available:
+            raise EPArgumentError(f"num_sms must be 2 to {available}, or None, got {num_sms}")
+        self.num_sms = num_sms or available
 
     def check_wire_dtype(self, wire_dtype: torch.dtype) -> None:
         # Bulk copies move multiples of 16 bytes, so the FP32 scales of a row must be that.

@@ -84,6 +84,9 @@ class ReferenceBackend:
     def destroy(self) -> None:
         pass
 
+    def set_num_sms(self, num_sms: int | None) -> None:
+        pass
+
     def check_wire_dtype(self, wire_dtype: torch.dtype) -> None:
         pass
 
