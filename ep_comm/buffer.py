@@ -23,7 +23,6 @@ from ep_comm.handle import (
     RowLayout,
     payload_tensors,
 )
-from ep_comm.layout import checked_source
 from ep_comm.records import Recorder
 
 
@@ -154,7 +153,7 @@ class Buffer:
             recv_x=recv_x if recv_x.dtype in checks.ROW_DTYPES else (recv_x, recv_scales),
             recv_topk_idx=(handle.recv_topk_idx.to(idx_dtype) if handle.layout == "rank" else None),
             recv_topk_weights=None if topk_weights is None else recv_weights,
-            num_recv_tokens_per_expert_list=handle.padded_tokens_per_expert.tolist(),
+            num_recv_tokens_per_expert_list=list(handle.routing.sizes.padded_expert_rows),
             handle=handle,
             event=handle.event if async_finish else EventOverlap(),
         )
@@ -301,8 +300,6 @@ class Buffer:
                 f"num_topk {config.num_topk}"
             )
         checks.check_weights(topk_weights, tuple(routing_tensor.shape), x.device)
-        num_topk = config.num_topk if routing_map is not None else None
-        checked_source(topk_idx, routing_map, num_topk, config.num_experts, self.num_ranks)
         with self.guard() as backend:
             routing = backend.plan(
                 topk_idx, routing_map, layout, expert_alignment, topk_weights is not None

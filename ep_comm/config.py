@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -73,7 +73,3 @@ class EPConfig:
                 f"the group's {num_ranks} ranks are not divisible by ranks_per_node "
                 f"{self.ranks_per_node}"
             )
-
-    def describe(self) -> str:
-        """The configuration as ``name=value`` pairs in one line."""
-        return " ".join(f"{name}={value}" for name, value in asdict(self).items())

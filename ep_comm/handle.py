@@ -6,6 +6,7 @@ import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -25,20 +26,35 @@ _next_id = itertools.count(1)
 _handles: weakref.WeakValueDictionary[int, DispatchHandle] = weakref.WeakValueDictionary()
 
 
-class RoutingSizes(NamedTuple):
+@dataclass(frozen=True)
+class RoutingSizes:
     """Counts of one routing that the host knows.
 
     Attributes:
         sent: Rows sent to each rank; the own entry counts rows that stay.
         received: Rows received from each rank.
-        tokens_per_expert: [E_local] int64 on the CPU, received tokens before padding.
-        padded_tokens_per_expert: [E_local] int64 on the CPU, rows of each expert's group.
+        expert_rows: Received tokens of each local expert, without padding.
+        alignment: Rows of each group are padded to a multiple of this.
     """
 
     sent: tuple[int, ...]
     received: tuple[int, ...]
-    tokens_per_expert: Tensor
-    padded_tokens_per_expert: Tensor
+    expert_rows: tuple[int, ...]
+    alignment: int
+
+    @cached_property
+    def padded_expert_rows(self) -> tuple[int, ...]:
+        """Rows of each local expert's group."""
+        return tuple(-(-rows // self.alignment) * self.alignment for rows in self.expert_rows)
+
+    @cached_property
+    def num_received(self) -> int:
+        return sum(self.received)
+
+    @cached_property
+    def num_expert_rows(self) -> int:
+        """Rows of the expert-major output."""
+        return sum(self.padded_expert_rows)
 
 
 class Routing(Protocol):
@@ -101,12 +117,12 @@ class DispatchHandle:
     @property
     def tokens_per_expert(self) -> Tensor:
         """[E_local] int64 on the CPU, received tokens before padding."""
-        return self.routing.sizes.tokens_per_expert
+        return torch.tensor(self.routing.sizes.expert_rows)
 
     @property
     def padded_tokens_per_expert(self) -> Tensor:
         """[E_local] int64 on the CPU, rows of each expert's group in the output."""
-        return self.routing.sizes.padded_tokens_per_expert
+        return torch.tensor(self.routing.sizes.padded_expert_rows)
 
     @property
     def num_tokens(self) -> int:
@@ -121,14 +137,13 @@ class DispatchHandle:
     @property
     def num_recv_tokens(self) -> int:
         """N: copies of tokens that this rank received, one per (token, destination rank)."""
-        return sum(self.num_recv_tokens_per_rank)
+        return self.routing.sizes.num_received
 
     @property
     def num_rows(self) -> int:
         """Rows of dispatch's output and of combine's input."""
-        if self.layout == "rank":
-            return self.num_recv_tokens
-        return int(self.padded_tokens_per_expert.sum())
+        sizes = self.routing.sizes
+        return sizes.num_received if self.layout == "rank" else sizes.num_expert_rows
 
 
 def handle_by_id(handle_id: int) -> DispatchHandle:

@@ -29,8 +29,25 @@ _library.define(
     "combine(Tensor x, Tensor? topk_weights, bool asynchronous, int handle) -> (Tensor, Tensor)"
 )
 
-dispatch = torch.ops.ep_comm.dispatch.default
-combine = torch.ops.ep_comm.combine.default
+
+def dispatch(x: Tensor, scales: Tensor | None, topk_weights: Tensor | None, *args: Any) -> Any:
+    """The op; without gradients to record, straight to the backend: torch's way costs 15 µs."""
+    if _needs_grad(x, topk_weights):
+        return torch.ops.ep_comm.dispatch.default(x, scales, topk_weights, *args)
+    return _dispatch(x, scales, topk_weights, *args)
+
+
+def combine(x: Tensor, topk_weights: Tensor | None, *args: Any) -> Any:
+    """As `dispatch`."""
+    if _needs_grad(x, topk_weights):
+        return torch.ops.ep_comm.combine.default(x, topk_weights, *args)
+    return _combine(x, topk_weights, *args)
+
+
+def _needs_grad(x: Tensor, topk_weights: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad or (topk_weights is not None and topk_weights.requires_grad)
+    )
 
 
 def _dispatch(

@@ -301,16 +301,11 @@ class NVLinkBackend:
         self.memory.check_fault("dispatch")
         if not arrived:
             raise self.memory.timeout("dispatch", "plan", (), routing.epoch)
-        counts = torch.tensor(
-            mailbox.num_tokens_per_expert[: self.num_local_experts], dtype=torch.int64
-        )
-        alignment = routing.expert_alignment
-        padded = counts if alignment == 1 else (counts + (alignment - 1)) // alignment * alignment
         return RoutingSizes(
             sent=tuple(mailbox.num_sent_tokens[: self.num_ranks]),
             received=tuple(mailbox.num_recv_tokens[: self.num_ranks]),
-            tokens_per_expert=counts,
-            padded_tokens_per_expert=padded,
+            expert_rows=tuple(mailbox.num_tokens_per_expert[: self.num_local_experts]),
+            alignment=routing.expert_alignment,
         )
 
     # --- dispatch --------------------------------------------------------------------------------

@@ -131,14 +131,12 @@ class ReferenceBackend:
         self._send_rows(record, send, recv_topk_idx, recv_rows, "routing").wait()
         record.metadata_bytes += remote_bytes(send, self.transport.rank)
 
-        tokens_per_expert, padded, expert_row_NK = expert_rows(
-            recv_topk_idx, self.num_local_experts, expert_alignment
-        )
+        counts, expert_row_NK = expert_rows(recv_topk_idx, self.num_local_experts, expert_alignment)
         record.rows_to_rank = rows_to_rank
         self.recorder.finish(record)
         return ReferenceRouting(
             topk_idx=routing.topk_idx,
-            sizes=RoutingSizes(rows_to_rank, recv_rows, tokens_per_expert, padded),
+            sizes=RoutingSizes(rows_to_rank, recv_rows, counts, expert_alignment),
             recv_topk_idx=recv_topk_idx,
             epoch=record.epoch,
             sent_tokens=sent_tokens,

@@ -39,15 +39,15 @@ def unpack(rows: Tensor, hidden: int, wire_dtype: torch.dtype, recv_dtype: torch
 
 def expert_rows(
     recv_topk_idx: Tensor, num_local_experts: int, alignment: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[tuple[int, ...], Tensor]:
     """Positions of received tokens in the expert-major output.
 
     Inside an expert's group tokens stand by source rank, then by token index, which is the order
     of received rows; groups stand in expert order, each padded to `alignment` rows.
 
     Returns:
-        Tokens per expert and padded tokens per expert, both [E_local] int64 on the CPU, and the
-        rows [N, K] int64 of each received token, -1 where the expert is not local.
+        Tokens of each expert, and the rows [N, K] int64 of each received token, -1 where the
+        expert is not local.
     """
     experts = torch.arange(num_local_experts, device=recv_topk_idx.device)
     hits_KNE = recv_topk_idx.t().unsqueeze(-1) == experts  # one [N, E_local] bool a top-k column
@@ -58,7 +58,7 @@ def expert_rows(
     row_NE = first_row + hits_NE.cumsum(0) - 1
     local = recv_topk_idx >= 0
     expert_row_NK = torch.where(local, row_NE.gather(1, recv_topk_idx.clamp(min=0).long()), -1)
-    return counts.cpu(), padded.cpu(), expert_row_NK
+    return tuple(counts.tolist()), expert_row_NK
 
 
 def expand(received: Received, handle: DispatchHandle) -> Received:
