@@ -37,14 +37,14 @@ constexpr int32_t kLayoutArgs[] = {
 #define F(field) EP_OFFSET(ep_fault, field)
 constexpr int32_t kFault[] = {
     EP_SIZE(ep_fault),
-    F(code), F(phase), F(peer), F(field), F(expected), F(seen),
+    F(code), F(op), F(phase), F(peer), F(field), F(expected), F(seen),
 };
 #undef F
 
 #define F(field) EP_OFFSET(ep_node, field)
 constexpr int32_t kNode[] = {
     EP_SIZE(ep_node),
-    F(memory), F(fault), F(abort), F(timeout_ns), F(rank), F(num_ranks),
+    F(memory), F(fault), F(abort), F(timeout_ns), F(op), F(rank), F(num_ranks),
 };
 #undef F
 
@@ -74,9 +74,9 @@ constexpr int32_t kDispatchArgs[] = {
     F(node), F(x), F(scales), F(weights), F(send_slot), F(recv_topk_idx), F(row_of_k),
     F(source_tokens), F(expert_tokens), F(expert_first_row), F(recv_x), F(recv_scales),
     F(recv_weights), F(counter), F(flag_offset), F(credit_offset), F(slot_offset), F(epoch),
-    F(num_tokens), F(num_topk), F(num_topk4), F(max_tokens), F(max_chunks), F(chunk_tokens),
-    F(row_bytes), F(scale_bytes), F(weight_bytes), F(num_local_experts), F(expert_major),
-    F(recv_kind), F(num_push_blocks), F(num_expand_blocks),
+    F(tag), F(num_tokens), F(num_topk), F(num_topk4), F(max_tokens), F(max_chunks),
+    F(chunk_tokens), F(row_bytes), F(scale_bytes), F(weight_bytes), F(num_local_experts),
+    F(expert_major), F(recv_kind), F(num_push_blocks), F(num_expand_blocks),
 };
 #undef F
 
@@ -85,10 +85,17 @@ constexpr int32_t kCombineArgs[] = {
     EP_SIZE(ep_combine_args),
     F(node), F(x), F(weights), F(topk_idx), F(send_slot), F(recv_topk_idx), F(row_of_k),
     F(rows_ascending), F(num_recv), F(combined_x), F(combined_weights), F(counter),
-    F(flag_offset), F(credit_offset), F(row_offset), F(weight_offset), F(epoch), F(num_tokens),
-    F(num_topk), F(num_topk4), F(max_tokens), F(max_chunks), F(chunk_rows), F(row_bytes),
-    F(dtype), F(num_local_experts), F(ranks_per_node), F(expert_major), F(num_push_blocks),
-    F(num_sum_blocks),
+    F(flag_offset), F(credit_offset), F(row_offset), F(weight_offset), F(epoch), F(tag),
+    F(num_tokens), F(num_topk), F(num_topk4), F(max_tokens), F(max_chunks), F(chunk_rows),
+    F(chunks_per_unit), F(row_bytes), F(dtype), F(num_local_experts), F(ranks_per_node),
+    F(expert_major), F(num_push_blocks), F(num_sum_blocks),
+};
+#undef F
+
+#define F(field) EP_OFFSET(ep_probe_args, field)
+constexpr int32_t kProbeArgs[] = {
+    EP_SIZE(ep_probe_args),
+    F(node), F(source), F(num_rows), F(num_blocks),
 };
 #undef F
 
@@ -107,6 +114,7 @@ constexpr StructLayout kStructs[] = {
     EP_STRUCT("ep_plan_args", kPlanArgs),
     EP_STRUCT("ep_dispatch_args", kDispatchArgs),
     EP_STRUCT("ep_combine_args", kCombineArgs),
+    EP_STRUCT("ep_probe_args", kProbeArgs),
 };
 
 }  // namespace

@@ -2,9 +2,9 @@
 // token's own rank. The order of every sum is fixed (docs/architecture.md, "Numerics").
 //
 // One kernel with two kinds of blocks, one row a block at a time, each thread 16 bytes of it.
-//   push blocks  take (chunk of received rows, owner) units: add each row's expert rows in
-//                ascending expert order, round, store the partial row in the owner's memory; then flag
-//                the chunk there. Owners rotate. Rows of this rank's own tokens need no slot.
+//   push blocks  take (run of received rows, owner) units: add each row's expert rows in ascending
+//                expert order, round, store the partial row in the owner's memory; then flag the
+//                unit's chunks there. Owners rotate. Rows of this rank's own tokens need no slot.
 //   sum blocks   take groups of this rank's tokens, wait for the chunks that hold their partial rows,
 //                and add those in ascending rank order, rounding once a node and once over the nodes.
 
@@ -21,7 +21,7 @@ using namespace ep;
 constexpr int kMaxThreads = 448;
 constexpr int kBlocksPerSm = 4;
 constexpr int kGroupTokens = 2;  // tokens that a sum block takes at a time
-constexpr int kMaxChunkRows = 32;
+constexpr int kMaxUnitRows = 32;
 constexpr int kLoadsInFlight = 2;
 
 // 16 bytes of a row as FP32 numbers.
@@ -126,8 +126,8 @@ __device__ void push(const ep_combine_args& args) {
   const int32_t vectors = args.row_bytes / 16;
   const auto* const x = reinterpret_cast<const uint4*>(args.x);
 
-  bool may_send = true;
-  if (static_cast<int32_t>(threadIdx.x) < num_peers) {
+  bool may_send = !aborted(node);  // after a fault elsewhere the input may be garbage
+  if (may_send && static_cast<int32_t>(threadIdx.x) < num_peers) {
     const int32_t peer = (node.rank + 1 + threadIdx.x) % num_ranks;
     const uint32_t* const credit =
         in_memory_of<uint32_t>(node, node.rank, args.credit_offset) + peer;
@@ -135,14 +135,14 @@ __device__ void push(const ep_combine_args& args) {
   }
   if (!__syncthreads_and(may_send)) return;
 
-  // Output rows of the chunk's received rows: read once, not once a row and thread.
-  __shared__ int32_t rows_of_chunk[kMaxChunkRows * EP_MAX_TOPK];
-  const int32_t num_units = args.max_chunks * num_peers;
+  // Output rows of the unit's received rows: read once, not once a row and thread.
+  __shared__ int32_t rows_of_unit[kMaxUnitRows * EP_MAX_TOPK];
+  const int32_t unit_rows = args.chunk_rows * args.chunks_per_unit;
+  const int32_t num_units = (args.max_tokens + unit_rows - 1) / unit_rows * num_peers;
   for (int32_t unit = blockIdx.x; unit < num_units; unit += args.num_push_blocks) {
-    const int32_t chunk = unit / num_peers;
     const int32_t owner = (node.rank + 1 + unit % num_peers) % num_ranks;
-    const int32_t begin = chunk * args.chunk_rows;
-    const int32_t end = min(begin + args.chunk_rows, args.num_recv[owner]);
+    const int32_t begin = unit / num_peers * unit_rows;
+    const int32_t end = min(begin + unit_rows, args.num_recv[owner]);
     if (begin >= end) continue;  // and nobody waits for it
     const int64_t region =
         static_cast<int64_t>(region_of(node.rank, owner, num_ranks)) * args.max_tokens;
@@ -150,11 +150,11 @@ __device__ void push(const ep_combine_args& args) {
     auto* const partial_weights = in_memory_of<float>(node, owner, args.weight_offset);
     const int64_t first_n = static_cast<int64_t>(owner) * args.max_tokens + begin;
     for (int32_t i = threadIdx.x; i < (end - begin) * args.num_topk4; i += blockDim.x) {
-      rows_of_chunk[i] = args.rows_ascending[first_n * args.num_topk4 + i];
+      rows_of_unit[i] = args.rows_ascending[first_n * args.num_topk4 + i];
     }
     __syncthreads();
     for (int32_t slot = begin; slot < end; ++slot) {
-      const int32_t* const rows = rows_of_chunk + (slot - begin) * args.num_topk4;
+      const int32_t* const rows = rows_of_unit + (slot - begin) * args.num_topk4;
       for (int32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
         partials[(region + slot) * vectors + i] =
             sum_expert_rows<T>(x, rows, args.num_topk4, vectors, i);
@@ -166,11 +166,12 @@ __device__ void push(const ep_combine_args& args) {
       }
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
+    const int32_t chunk = begin / args.chunk_rows + threadIdx.x;
+    if (chunk * args.chunk_rows < end) {
       ptx::fence_acq_rel_sys();
       ptx::store_release_sys(in_memory_of<uint32_t>(node, owner, args.flag_offset) +
                                  static_cast<int64_t>(node.rank) * args.max_chunks + chunk,
-                             args.epoch);
+                             chunk_stamp(args.epoch, args.tag));
     }
   }
 }
@@ -189,7 +190,12 @@ __device__ bool partials_are_there(const ep_combine_args& args, int32_t begin, i
       const int32_t slot = args.send_slot[static_cast<int64_t>(t) * num_ranks + r];
       const int32_t chunk = slot < 0 ? -1 : slot / args.chunk_rows;
       if (chunk <= known) continue;
-      fine = wait_epoch(node, &flags[chunk], args.epoch, EP_PHASE_ROWS, r);
+      const uint32_t stamp = chunk_stamp(args.epoch, args.tag);
+      const auto is_of_this_epoch = [stamp](uint32_t value) { return value >> 8 == stamp >> 8; };
+      uint32_t seen;
+      fine = wait_flag(node, &flags[chunk], is_of_this_epoch, &seen, EP_PHASE_ROWS, r,
+                       args.epoch) &&
+             same_call(node, stamp, seen, r);
       known = chunk;
     }
   }
@@ -332,13 +338,15 @@ int32_t load_combine_kernels() {
   return EP_OK;
 }
 
+int32_t load_layout_kernels();
 int32_t load_plan_kernels();
 int32_t load_dispatch_kernels();
 
 }  // namespace ep
 
 int32_t ep_load_kernels(void) {
-  int32_t status = ep::load_plan_kernels();
+  int32_t status = ep::load_layout_kernels();
+  if (status == EP_OK) status = ep::load_plan_kernels();
   if (status == EP_OK) status = ep::load_dispatch_kernels();
   if (status == EP_OK) status = ep::load_combine_kernels();
   return status;
@@ -354,9 +362,10 @@ int32_t ep_combine(const ep_combine_args* args, void* stream) {
     return ep::fail(EP_ERR_ARGUMENT, "rows of %d bytes are not a multiple of 16", args->row_bytes);
   }
   const int32_t blocks = args->num_push_blocks + args->num_sum_blocks;
-  if (args->chunk_rows > kMaxChunkRows || args->num_topk4 > EP_MAX_TOPK) {
-    return ep::fail(EP_ERR_ARGUMENT, "chunk_rows = %d, num_topk4 = %d: at most %d and %d",
-                    args->chunk_rows, args->num_topk4, kMaxChunkRows, EP_MAX_TOPK);
+  const int32_t unit_rows = args->chunk_rows * args->chunks_per_unit;
+  if (unit_rows < 1 || unit_rows > kMaxUnitRows || args->num_topk4 > EP_MAX_TOPK) {
+    return ep::fail(EP_ERR_ARGUMENT, "%d rows a unit, num_topk4 = %d: at most %d and %d",
+                    unit_rows, args->num_topk4, kMaxUnitRows, EP_MAX_TOPK);
   }
   if (args->num_push_blocks < 1 || args->num_sum_blocks < 1) {
     return ep::fail(EP_ERR_ARGUMENT, "%d push and %d sum blocks: both are needed",

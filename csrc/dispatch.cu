@@ -55,15 +55,13 @@ __device__ inline int64_t slot_stride(const ep_dispatch_args& args) {
   return (slot_bytes(args) + 127) / 128 * 128;
 }
 
-// A flag says for which dispatch it is, and which slots the chunk fills: epoch | first | count.
-__device__ inline uint64_t pack_flag(int32_t epoch, int32_t first, int32_t count) {
-  return static_cast<uint64_t>(static_cast<uint32_t>(epoch)) << 32 |
+// A flag says for which dispatch it is, and which slots the chunk fills: stamp | first | count.
+__device__ inline uint64_t pack_flag(uint32_t stamp, int32_t first, int32_t count) {
+  return static_cast<uint64_t>(stamp) << 32 |
          static_cast<uint64_t>(static_cast<uint32_t>(first)) << 6 |
          static_cast<uint64_t>(static_cast<uint32_t>(count));
 }
-__device__ inline bool flag_is_of(uint64_t flag, int32_t epoch) {
-  return static_cast<uint32_t>(flag >> 32) == static_cast<uint32_t>(epoch);
-}
+__device__ inline uint32_t flag_stamp(uint64_t flag) { return static_cast<uint32_t>(flag >> 32); }
 __device__ inline int32_t flag_first(uint64_t flag) {
   return static_cast<int32_t>(flag >> 6) & 0x3ffffff;
 }
@@ -133,11 +131,12 @@ __device__ void push(const ep_dispatch_args& args, const Stages& stages, int32_t
   const int32_t bytes = slot_bytes(args);
   const int64_t stride = slot_stride(args);
 
-  bool may_send = true;
-  if (sends) {
+  bool may_send = !aborted(node);  // after a fault elsewhere the input may be garbage
+  if (may_send && sends) {
     const uint32_t* const credit =
         in_memory_of<uint32_t>(node, node.rank, args.credit_offset) + peer;
     may_send = wait_epoch(node, credit, args.epoch - 1, EP_PHASE_CREDIT, peer);
+    ptx::fence_proxy_async_global();  // the slots are written by bulk stores
   }
   if (!__all_sync(kFullWarp, may_send)) return;
 
@@ -157,7 +156,8 @@ __device__ void push(const ep_dispatch_args& args, const Stages& stages, int32_t
   const auto raise = [&](const PushedChunk& pushed) {
     if (!sends || pushed.chunk < 0) return;
     ptx::fence_acq_rel_sys();
-    ptx::store_release_sys(&flags[pushed.chunk], pack_flag(args.epoch, pushed.first, pushed.count));
+    const uint32_t stamp = chunk_stamp(args.epoch, args.tag);
+    ptx::store_release_sys(&flags[pushed.chunk], pack_flag(stamp, pushed.first, pushed.count));
   };
 
   const int32_t ahead = stages.num_stages - 1;
@@ -292,13 +292,17 @@ __device__ void expand(const ep_dispatch_args& args, const Stages& stages, int32
     bool arrived = true;
     if (lane == 0) {
       const uint64_t* const mine = &flags[static_cast<int64_t>(source) * args.max_chunks + chunk];
-      const auto is_of_this_epoch = [&](uint64_t value) { return flag_is_of(value, args.epoch); };
+      const uint32_t stamp = chunk_stamp(args.epoch, args.tag);
+      const auto is_of_this_epoch = [stamp](uint64_t value) {
+        return flag_stamp(value) >> 8 == stamp >> 8;
+      };
       if (block) {
         arrived = wait_flag(node, mine, is_of_this_epoch, &flag, EP_PHASE_ROWS, source, args.epoch);
       } else {
         flag = ptx::load_acquire_sys(mine);
         arrived = is_of_this_epoch(flag);
       }
+      if (arrived && !same_call(node, stamp, flag_stamp(flag), source)) arrived = false;
       ptx::fence_proxy_async_global();  // the rows are read by bulk loads
     }
     if (!__shfl_sync(kFullWarp, arrived, 0)) return false;

@@ -117,13 +117,21 @@ enum {
   EP_FIELD_NUM_EXPERTS = 2,
   EP_FIELD_EXPERT_MAJOR = 3,
   EP_FIELD_EXPERT_ALIGNMENT = 4,
-  EP_NUM_FIELDS = 5
+  EP_NUM_FIELDS = 5,     /* of a plan's header */
+  EP_FIELD_CALL = 5      /* tag of a dispatch or combine: expected and seen are tags */
+};
+
+/* Operations of a node; ep_fault.op. */
+enum {
+  EP_OP_DISPATCH = 1,
+  EP_OP_COMBINE = 2
 };
 
 /* Written by the first kernel that fails, into host memory that the device sees. Every kernel that
  * finds it set ends its waits. */
 typedef struct ep_fault {
   int32_t code;     /* EP_FAULT_*; 0 = all is well */
+  int32_t op;       /* EP_OP_* */
   int32_t phase;    /* EP_PHASE_* */
   int32_t peer;     /* rank that was waited for, or that disagrees */
   int32_t field;    /* EP_FAULT_MISMATCH: EP_FIELD_* */
@@ -137,6 +145,7 @@ typedef struct ep_node {
   ep_fault* fault;                    /* host memory, mapped */
   int32_t* abort;                     /* device memory: set together with the fault */
   int64_t timeout_ns;                 /* bound of every wait */
+  int32_t op;                         /* EP_OP_* that the kernel is part of */
   int32_t rank;
   int32_t num_ranks;
 } ep_node;
@@ -237,6 +246,7 @@ typedef struct ep_dispatch_args {
   int64_t slot_offset;          /* [R - 1, S, slot], the next rank's rows first; slots of whole
                                    128-byte lines */
   int32_t epoch;
+  int32_t tag;                  /* 0 .. 255, equal on ranks that make the same call */
   int32_t num_tokens;
   int32_t num_topk;
   int32_t num_topk4;
@@ -281,12 +291,14 @@ typedef struct ep_combine_args {
   int64_t row_offset;             /* [R - 1, S, row_bytes], the next rank's rows first */
   int64_t weight_offset;          /* float [R, S, K] */
   int32_t epoch;
+  int32_t tag;                    /* 0 .. 255, equal on ranks that make the same call */
   int32_t num_tokens;
   int32_t num_topk;
   int32_t num_topk4;
   int32_t max_tokens;
   int32_t max_chunks;
-  int32_t chunk_rows;
+  int32_t chunk_rows;             /* rows of a flag: equal on all ranks */
+  int32_t chunks_per_unit;        /* chunks that a block pushes before it raises their flags */
   int32_t row_bytes;
   int32_t dtype;                  /* EP_BF16 or EP_FP32 */
   int32_t num_local_experts;
@@ -301,6 +313,20 @@ EP_API int32_t ep_combine(const ep_combine_args* args, void* stream);
 
 /* Blocks of ep_combine that fit on one SM for rows of that size, and threads of a block. */
 EP_API int32_t ep_combine_blocks_per_sm(int32_t row_bytes);
+
+/* ---- Probe: what the links carry --------------------------------------------------------------- */
+
+#define EP_PROBE_ROW_BYTES 14336
+
+typedef struct ep_probe_args {
+  ep_node node;          /* memory: [R - 1, num_rows, EP_PROBE_ROW_BYTES] at each; no waits */
+  const uint8_t* source; /* [num_rows, EP_PROBE_ROW_BYTES] of this GPU */
+  int64_t num_rows;
+  int32_t num_blocks;    /* one an SM */
+} ep_probe_args;
+
+/* Pushes every row of the source to every other rank. */
+EP_API int32_t ep_probe(const ep_probe_args* args, void* stream);
 
 #ifdef __cplusplus
 }

@@ -106,6 +106,22 @@ int64_t ep_layout_workspace_bytes(int64_t num_tokens, int32_t num_experts, int32
   return cut_workspace(make_shape(num_tokens, 1, num_experts, num_ranks), 0, &workspace);
 }
 
+namespace ep {
+
+int32_t load_layout_kernels() {
+  cudaFuncAttributes attributes;
+  for (const void* kernel : {reinterpret_cast<const void*>(count_kernel<TopkInput<int32_t>>),
+                             reinterpret_cast<const void*>(count_kernel<TopkInput<int64_t>>),
+                             reinterpret_cast<const void*>(count_kernel<RoutingMapInput>),
+                             reinterpret_cast<const void*>(finish_kernel)}) {
+    const int32_t status = check_cuda(cudaFuncGetAttributes(&attributes, kernel), "layout kernels");
+    if (status != EP_OK) return status;
+  }
+  return EP_OK;
+}
+
+}  // namespace ep
+
 int32_t ep_layout(const ep_layout_args* args, void* stream_pointer) {
   int32_t status = check_sizes(args->num_tokens, args->num_experts, args->num_ranks);
   if (status != EP_OK) return status;

@@ -15,6 +15,7 @@ __device__ inline void raise_fault(const ep_node& node, int32_t code, int32_t ph
                                    int32_t field, int64_t expected, int64_t seen) {
   if (atomicExch(node.abort, 1) != 0) return;
   volatile ep_fault* const fault = node.fault;
+  fault->op = node.op;
   fault->phase = phase;
   fault->peer = peer;
   fault->field = field;
@@ -54,6 +55,20 @@ __device__ inline bool wait_epoch(const ep_node& node, const uint32_t* flag, int
       &seen, phase, peer, epoch);
 }
 
+// The flag of a chunk of rows: which operation it belongs to, in 24 bits of epoch (credits keep ranks
+// within one of each other), and the tag of the call.
+__device__ inline uint32_t chunk_stamp(int32_t epoch, int32_t tag) {
+  return static_cast<uint32_t>(epoch) << 8 | static_cast<uint32_t>(tag & 0xff);
+}
+
+// False, and a fault, where the peer's call of the same epoch is another one.
+__device__ inline bool same_call(const ep_node& node, uint32_t expected, uint32_t seen,
+                                 int32_t peer) {
+  if (expected == seen) return true;
+  raise_fault(node, EP_FAULT_MISMATCH, EP_PHASE_ROWS, peer, EP_FIELD_CALL, expected, seen);
+  return false;
+}
+
 template <typename T>
 __device__ inline T* in_memory_of(const ep_node& node, int32_t rank, int64_t offset) {
   return reinterpret_cast<T*>(node.memory[rank] + offset);
@@ -64,19 +79,26 @@ __device__ inline int32_t region_of(int32_t source, int32_t owner, int32_t num_r
   return (source - owner - 1 + num_ranks) % num_ranks;
 }
 
-// Tells every other rank that this one has read what they sent: called by all threads of the last
-// blocks to touch it. The last block to arrive signals.
-__device__ inline void signal_when_all_blocks_are_done(const ep_node& node, int32_t* counter,
-                                                       int32_t num_blocks, int64_t credit_offset,
-                                                       int32_t epoch) {
+// True in all threads of the last of `num_blocks` blocks to come here; it then knows of everything
+// that the others did before. Leaves the counter zero.
+__device__ inline bool is_last_block(int32_t* counter, int32_t num_blocks) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
+    ptx::fence_acq_rel_sys();
     last = atomicAdd(counter, 1) == num_blocks - 1;
     if (last) *counter = 0;
+    ptx::fence_acq_rel_sys();
   }
   __syncthreads();
+  return last;
+}
+
+// Tells every other rank that this one has read what they sent, once all blocks have come here.
+__device__ inline void signal_when_all_blocks_are_done(const ep_node& node, int32_t* counter,
+                                                       int32_t num_blocks, int64_t credit_offset,
+                                                       int32_t epoch) {
+  const bool last = is_last_block(counter, num_blocks);
   if (last && static_cast<int32_t>(threadIdx.x) < node.num_ranks && !aborted(node)) {
     ptx::fence_acq_rel_sys();
     ptx::store_release_sys(

@@ -49,10 +49,8 @@ __global__ void __launch_bounds__(kThreads) send_kernel(const __grid_constant__ 
   const ep_node& node = args.node;
   const int32_t num_ranks = node.num_ranks, num_topk = args.num_topk;
   const int32_t experts_per_rank = args.num_experts / num_ranks;
-  __shared__ bool last;
-
-  bool may_send = true;
-  if (static_cast<int32_t>(threadIdx.x) < num_ranks) {
+  bool may_send = !aborted(node);
+  if (may_send && static_cast<int32_t>(threadIdx.x) < num_ranks) {
     const uint32_t* const credit =
         in_memory_of<uint32_t>(node, node.rank, args.credit_offset) + threadIdx.x;
     may_send = wait_epoch(node, credit, args.epoch - 1, EP_PHASE_CREDIT, threadIdx.x);
@@ -73,13 +71,7 @@ __global__ void __launch_bounds__(kThreads) send_kernel(const __grid_constant__ 
         local >= 0 && local < experts_per_rank ? local : -1;
   }
 
-  __threadfence_system();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    last = atomicAdd(args.counter, 1) == static_cast<int32_t>(gridDim.x) - 1;
-    if (last) *args.counter = 0;
-  }
-  __syncthreads();
+  const bool last = is_last_block(args.counter, gridDim.x);
   if (last && static_cast<int32_t>(threadIdx.x) < num_ranks) {
     const int32_t r = threadIdx.x;
     int32_t* const header =

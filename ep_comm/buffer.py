@@ -13,7 +13,7 @@ from ep_comm import checks, ops
 from ep_comm.backends import make_backend
 from ep_comm.backends.base import Backend
 from ep_comm.config import EPConfig
-from ep_comm.errors import EPArgumentError, EPError, EPStateError
+from ep_comm.errors import EPArgumentError, EPError, EPRoutingError, EPStateError
 from ep_comm.events import EventOverlap
 from ep_comm.handle import (
     CombineOutput,
@@ -135,20 +135,28 @@ class Buffer:
             previous_event.current_stream_wait()
         idx_dtype = torch.int32 if topk_idx is None else topk_idx.dtype
         if handle is None:
-            handle, topk_weights = self._plan(
-                rows, topk_idx, topk_weights, routing_map, layout, expert_alignment
-            )
+            self._check_routing(rows, topk_idx, topk_weights, routing_map, layout, expert_alignment)
         else:
             checks.check_handle(handle, self)
             if topk_idx is not None or routing_map is not None:
                 raise EPArgumentError("pass topk_idx, routing_map or a handle, not two of them")
             checks.check_rows("x", rows, handle.num_tokens, self.config.hidden)
             checks.check_weights(topk_weights, tuple(handle.topk_idx.shape), rows.device)
-        handle.during_backward = during_backward
 
-        recv_x, recv_scales, recv_weights = ops.dispatch(
-            rows, scales, topk_weights, wire, recv, async_finish, handle.id
-        )
+        with self.guard() as backend:
+            if handle is None:
+                routing = backend.plan(
+                    topk_idx, routing_map, layout, expert_alignment, topk_weights is not None
+                )
+                handle = DispatchHandle(
+                    buffer=self, layout=layout, expert_alignment=expert_alignment, routing=routing
+                )
+                if routing_map is not None and topk_weights is not None:
+                    topk_weights = _select_probabilities(topk_weights, handle.topk_idx)
+            handle.during_backward = during_backward
+            recv_x, recv_scales, recv_weights = ops.dispatch(
+                rows, scales, topk_weights, wire, recv, async_finish, handle.id
+            )
         return DispatchOutput(
             recv_x=recv_x if recv_x.dtype in checks.ROW_DTYPES else (recv_x, recv_scales),
             recv_topk_idx=(handle.recv_topk_idx.to(idx_dtype) if handle.layout == "rank" else None),
@@ -216,8 +224,10 @@ class Buffer:
     def set_num_sms(self, num_sms: int | None) -> None:
         """Limit the SMs that an operation's kernels occupy, all of them counted.
 
-        Fewer leave more to computation running beside; about 24 keep close to the fastest. Results
-        do not depend on it. No effect with the reference backend.
+        Fewer leave more to computation running beside; 24 keep a dispatch within 1.2 of the
+        fastest. Results do not depend on it, and ranks may differ. Combine's blocks take the room
+        of that many SMs, though the GPU may spread them over more. No effect with the reference
+        backend.
 
         Args:
             num_sms: At least 2; None is all of the GPU's.
@@ -253,14 +263,17 @@ class Buffer:
         """The backend, for one operation; an error in it makes the buffer unusable.
 
         After a timeout or a mismatch messages of the failed operation may still be on their way,
-        and nothing on this buffer could be trusted. Wrong arguments leave it as it was.
+        and nothing on this buffer could be trusted. Wrong arguments leave it as it was, as long as
+        no other rank waits for what they should have started.
         """
         self._check_usable()
+        started = self._backend.num_started
         try:
             yield self._backend
-        except EPArgumentError:
-            raise
         except BaseException as error:
+            is_harmless = isinstance(error, EPRoutingError) or self._backend.num_started == started
+            if isinstance(error, EPArgumentError) and is_harmless:
+                raise
             reason = str(error) if isinstance(error, EPError) else repr(error)
             self._unusable = f"an earlier operation failed: {reason}"
             raise
@@ -269,7 +282,7 @@ class Buffer:
         if self._unusable is not None:
             raise EPStateError(f"the buffer can no longer be used: {self._unusable}")
 
-    def _plan(
+    def _check_routing(
         self,
         x: Tensor,
         topk_idx: Tensor | None,
@@ -277,12 +290,8 @@ class Buffer:
         routing_map: Tensor | None,
         layout: RowLayout,
         expert_alignment: int,
-    ) -> tuple[DispatchHandle, Tensor | None]:
-        """Check the routing of a new dispatch and exchange it.
-
-        Returns:
-            The handle, and the probabilities as [T, K] of its ``topk_idx``.
-        """
+    ) -> None:
+        """Everything about the routing of a new dispatch that the host can see."""
         config = self.config
         checks.check_layout(layout, expert_alignment)
         routing_tensor = topk_idx if topk_idx is not None else routing_map
@@ -300,16 +309,6 @@ class Buffer:
                 f"num_topk {config.num_topk}"
             )
         checks.check_weights(topk_weights, tuple(routing_tensor.shape), x.device)
-        with self.guard() as backend:
-            routing = backend.plan(
-                topk_idx, routing_map, layout, expert_alignment, topk_weights is not None
-            )
-        handle = DispatchHandle(
-            buffer=self, layout=layout, expert_alignment=expert_alignment, routing=routing
-        )
-        if routing_map is not None and topk_weights is not None:
-            topk_weights = _select_probabilities(topk_weights, handle.topk_idx)
-        return handle, topk_weights
 
 
 def _select_probabilities(probs_TE: Tensor, topk_idx_TK: Tensor) -> Tensor:

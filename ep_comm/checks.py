@@ -11,6 +11,7 @@ from ep_comm.errors import EPArgumentError
 from ep_comm.handle import DispatchHandle, Payload, RowLayout, payload_tensors
 
 ROW_DTYPES = (torch.bfloat16, torch.float32)
+_MAX_ALIGNMENT = 4096
 
 
 def check_device(name: str, tensor: Tensor, device_types: tuple[str, ...]) -> None:
@@ -110,8 +111,10 @@ def check_weights(
 def check_layout(layout: RowLayout, expert_alignment: int) -> None:
     if layout not in ("rank", "expert"):
         raise EPArgumentError(f"layout must be 'rank' or 'expert', got {layout!r}")
-    if expert_alignment < 1:
-        raise EPArgumentError(f"expert_alignment must be at least 1, got {expert_alignment}")
+    if not 1 <= expert_alignment <= _MAX_ALIGNMENT:
+        raise EPArgumentError(
+            f"expert_alignment must be 1 to {_MAX_ALIGNMENT}, got {expert_alignment}"
+        )
 
 
 def check_handle(handle: object, buffer: object) -> DispatchHandle:

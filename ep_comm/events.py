@@ -32,7 +32,10 @@ class EventOverlap:
         return cls(event)
 
     def current_stream_wait(self) -> None:
-        """Make the current stream wait for the operation; the host does not block."""
+        """Make the current stream wait for the operation; the host does not block.
+
+        Call it on the stream that the operation's inputs belong to: afterwards they may be freed.
+        """
         if self.event is not None:
             torch.cuda.current_stream().wait_event(self.event)
             self._keep = ()

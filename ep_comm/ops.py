@@ -113,8 +113,8 @@ def _dispatch_backward(
     with handle.buffer.guard() as backend:
         pending = backend.combine(
             handle,
-            grad_x.contiguous(),
-            _contiguous(grad_weights),
+            _packed(grad_x),
+            _packed(grad_weights),
             asynchronous=ctx.during_backward is not None,
         )
         if ctx.during_backward is not None:
@@ -142,9 +142,9 @@ def _combine_backward(ctx: Any, grad_x: Tensor | None, grad_weights: Tensor | No
     with handle.buffer.guard() as backend:
         received = backend.dispatch(
             handle,
-            grad_x.contiguous(),
+            _packed(grad_x),
             None,
-            _contiguous(grad_weights),
+            _packed(grad_weights),
             ctx.grad_dtype,
             ctx.grad_dtype,
             asynchronous=False,
@@ -152,8 +152,11 @@ def _combine_backward(ctx: Any, grad_x: Tensor | None, grad_weights: Tensor | No
     return received.x, received.topk_weights, None, None
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _packed(tensor: Tensor | None) -> Tensor | None:
+    """A gradient as the backends need it: contiguous, and at an address that bulk copies take."""
+    if tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 _library.impl("dispatch", _dispatch, "CompositeExplicitAutograd")

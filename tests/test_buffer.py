@@ -326,7 +326,7 @@ def many_changing_operations(rank: int, num_operations: int) -> None:
             expert_alignment=int(shared.choice([1, 16])),
         )
         num_topk = int(shared.integers(1, topk_max + 1))
-        ours.set_num_sms(int(shared.choice([2, 5, 16, 24, sms])))
+        ours.set_num_sms(int(own.choice([2, 5, 16, 24, sms])))
         num_tokens = int(own.choice([0, 1, 17, tokens_max]))
         x = torch.from_numpy(own.standard_normal((num_tokens, hidden))).cuda().bfloat16()
         topk = np.array([own.permutation(experts)[:num_topk] for _ in range(num_tokens)])
@@ -336,7 +336,7 @@ def many_changing_operations(rank: int, num_operations: int) -> None:
         theirs = reference.dispatch(x, topk, **settings)
         assert torch.equal(mine.recv_x, theirs.recv_x), f"dispatch {i}"
         y = torch.randn_like(theirs.recv_x)
-        # A combine and a cached dispatch in flight together, on two streams.
+        # A dispatch is started before the combine on the other stream has been waited for.
         one = ours.combine(y, mine.handle, async_finish=True)
         again = ours.dispatch(x, handle=mine.handle)
         one.event.current_stream_wait()

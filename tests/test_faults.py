@@ -120,6 +120,32 @@ def test_disagreement_is_raised_on_all_gpus():
         assert f"rank {1 - rank} has expert_alignment={theirs}" in message
 
 
+def gpus_make_different_calls(rank: int, what: str) -> str:
+    x, topk = X.cuda(), TOPK.cuda()
+    buffer = Buffer(None, EPConfig(**SIZES, timeout_s=10, backend="nvlink"))
+    one, two = buffer.dispatch(x, topk), buffer.dispatch(x, topk)
+    with pytest.raises(EPMismatchError) as caught:
+        if what == "handle":
+            buffer.combine(one.recv_x, (two if rank else one).handle)
+        elif what == "dtype":
+            buffer.dispatch(x.bfloat16() if rank else x, handle=one.handle)
+        else:
+            weights = torch.ones(topk.shape, device="cuda") if rank else None
+            buffer.dispatch(x, topk_weights=weights, handle=one.handle)
+        torch.cuda.synchronize()
+        buffer.dispatch(x, topk)
+    return str(caught.value)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("what", ["handle", "dtype", "weights"])
+def test_different_calls_are_raised_on_all_gpus(what):
+    messages = run_ranks(2, gpus_make_different_calls, what, fresh=True, backend="nccl")
+    op = "combine" if what == "handle" else "dispatch"
+    for rank, message in enumerate(messages):
+        assert f"rank {rank} and rank {1 - rank} made different {op} calls" in message
+
+
 def bad_routing_on_a_gpu(rank: int) -> str | None:
     """Found by a kernel: the rank that made the mistake raises, and nobody is left waiting."""
     x, topk = X.cuda(), TOPK.cuda()

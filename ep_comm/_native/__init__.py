@@ -61,6 +61,7 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
     "ep_dispatch": _launch(structs.DispatchArgs),
     "ep_combine_blocks_per_sm": (ctypes.c_int32, [ctypes.c_int32]),
     "ep_combine": _launch(structs.CombineArgs),
+    "ep_probe": _launch(structs.ProbeArgs),
 }
 
 

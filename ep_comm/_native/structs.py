@@ -34,11 +34,15 @@ EP_FIELD_NUM_EXPERTS = 2
 EP_FIELD_EXPERT_MAJOR = 3
 EP_FIELD_EXPERT_ALIGNMENT = 4
 EP_NUM_FIELDS = 5
+EP_FIELD_CALL = 5
+EP_OP_DISPATCH = 1
+EP_OP_COMBINE = 2
 EP_RECV_BYTES = 0
 EP_RECV_BF16 = 1
 EP_RECV_FP32 = 2
 EP_BF16 = 0
 EP_FP32 = 1
+EP_PROBE_ROW_BYTES = 14336
 
 _POINTER = ctypes.c_void_p
 _INT32 = ctypes.c_int32
@@ -71,6 +75,7 @@ class Fault(ctypes.Structure):
 
     _fields_ = [
         ("code", _INT32),
+        ("op", _INT32),
         ("phase", _INT32),
         ("peer", _INT32),
         ("field", _INT32),
@@ -87,6 +92,7 @@ class Node(ctypes.Structure):
         ("fault", _POINTER),
         ("abort", _POINTER),
         ("timeout_ns", _INT64),
+        ("op", _INT32),
         ("rank", _INT32),
         ("num_ranks", _INT32),
     ]
@@ -162,6 +168,7 @@ class DispatchArgs(ctypes.Structure):
         ("credit_offset", _INT64),
         ("slot_offset", _INT64),
         ("epoch", _INT32),
+        ("tag", _INT32),
         ("num_tokens", _INT32),
         ("num_topk", _INT32),
         ("num_topk4", _INT32),
@@ -200,12 +207,14 @@ class CombineArgs(ctypes.Structure):
         ("row_offset", _INT64),
         ("weight_offset", _INT64),
         ("epoch", _INT32),
+        ("tag", _INT32),
         ("num_tokens", _INT32),
         ("num_topk", _INT32),
         ("num_topk4", _INT32),
         ("max_tokens", _INT32),
         ("max_chunks", _INT32),
         ("chunk_rows", _INT32),
+        ("chunks_per_unit", _INT32),
         ("row_bytes", _INT32),
         ("dtype", _INT32),
         ("num_local_experts", _INT32),
@@ -213,6 +222,17 @@ class CombineArgs(ctypes.Structure):
         ("expert_major", _INT32),
         ("num_push_blocks", _INT32),
         ("num_sum_blocks", _INT32),
+    ]
+
+
+class ProbeArgs(ctypes.Structure):
+    """``ep_probe_args``: probe of NVLink."""
+
+    _fields_ = [
+        ("node", Node),
+        ("source", _POINTER),
+        ("num_rows", _INT64),
+        ("num_blocks", _INT32),
     ]
 
 
@@ -224,4 +244,5 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "ep_plan_args": PlanArgs,
     "ep_dispatch_args": DispatchArgs,
     "ep_combine_args": CombineArgs,
+    "ep_probe_args": ProbeArgs,
 }

@@ -88,6 +88,10 @@ class Backend(Protocol):
     def buffer_bytes(self) -> int:
         """Device memory held beyond the outputs of operations."""
 
+    @property
+    def num_started(self) -> int:
+        """Operations started, which other ranks may be waiting for."""
+
     def describe(self) -> str:
         """The backend and its transport in a few words, for the start-up line."""
 

@@ -12,6 +12,7 @@ while the other one pushes.
 from __future__ import annotations
 
 import socket
+import zlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -25,7 +26,7 @@ from ep_comm._native import structs
 from ep_comm.backends.base import Combined, Pending, Received
 from ep_comm.backends.nvlink_memory import NodeMemory, Offsets
 from ep_comm.config import EPConfig
-from ep_comm.errors import EPArgumentError
+from ep_comm.errors import EPArgumentError, EPMismatchError, EPUnsupportedError
 from ep_comm.events import EventOverlap
 from ep_comm.handle import DispatchHandle, RoutingSizes, RowLayout
 from ep_comm.layout import INPUT_KINDS, checked_source, raise_if_bad
@@ -33,6 +34,15 @@ from ep_comm.records import OpRecord, Recorder
 
 _RECV_KINDS = {torch.bfloat16: structs.EP_RECV_BF16, torch.float32: structs.EP_RECV_FP32}
 _DISPATCH_CHUNK_BYTES = 48 * 1024
+_COMBINE_CHUNK_BYTES = 32 * 1024
+_MAX_UNIT_ROWS = 32
+_FEW_SMS_UNIT_BYTES = 256 * 1024
+_MAX_ROW_BYTES = 112_000
+
+
+def _tag(*call: int) -> int:
+    """0 to 255, the same for the same call on every rank: chunks carry it."""
+    return zlib.crc32(repr(tuple(map(int, call))).encode()) & 0xFF
 
 
 def split_dispatch(num_sms: int, num_ranks: int) -> tuple[int, int]:
@@ -47,9 +57,14 @@ def split_combine(num_sms: int) -> tuple[int, int]:
     return push, max(1, num_sms - push)
 
 
-def combine_chunk_bytes(num_sms: int) -> int:
-    """Partial rows of one flag. A flag holds its block up: with few blocks, few flags."""
-    return (32 if num_sms >= 64 else 256) * 1024
+def combine_chunks_per_unit(num_sms: int, chunk_rows: int, row_bytes: int) -> int:
+    """Chunks whose flags a push block raises at once. That holds it up: with few blocks, seldom.
+
+    A chunk itself is the same on all ranks, whatever their SMs.
+    """
+    if num_sms >= 64:
+        return 1
+    return max(1, min(_MAX_UNIT_ROWS, _FEW_SMS_UNIT_BYTES // row_bytes) // chunk_rows)
 
 
 def _raw_stream(device_index: int) -> int:
@@ -129,13 +144,19 @@ class NVLinkBackend:
     def unavailable_reason(cls, group: dist.ProcessGroup, config: EPConfig) -> str | None:
         if "cuda:nccl" not in dist.get_backend_config(group):
             return f"the group has no NCCL backend ({dist.get_backend_config(group)})"
-        mine = (socket.gethostname(), cls._reason_here(dist.get_world_size(group), config))
+        mine = (socket.gethostname(), cls._reason_here(dist.get_world_size(group), config), config)
         answers: list = [None] * dist.get_world_size(group)
         dist.all_gather_object(answers, mine, group=group)
-        hosts = {host for host, _ in answers}
+        for rank, (_, _, theirs) in enumerate(answers):
+            if theirs != config:
+                raise EPMismatchError(
+                    f"ranks disagree: rank {dist.get_rank(group)} has {config}; rank {rank} has "
+                    f"{theirs}"
+                )
+        hosts = {host for host, _, _ in answers}
         if len(hosts) > 1:
             return f"the group spans {len(hosts)} hosts"
-        for rank, (_, reason) in enumerate(answers):
+        for rank, (_, reason, _) in enumerate(answers):
             if reason is not None:
                 return f"rank {rank}: {reason}"
         return None
@@ -149,6 +170,10 @@ class NVLinkBackend:
         row_bytes = config.hidden * 2
         if row_bytes % 16:
             return f"rows of {row_bytes} bytes are not a multiple of 16"
+        if config.hidden * config.dtype.itemsize > _MAX_ROW_BYTES:
+            return f"rows of more than {_MAX_ROW_BYTES} bytes do not fit shared memory twice"
+        if config.max_tokens_per_rank * num_ranks * config.num_topk >= 2**31:
+            return "max_tokens_per_rank x ranks x num_topk is not below 2^31"
         if config.num_experts // num_ranks > 1024:
             return f"{config.num_experts // num_ranks} experts a rank, at most 1024"
         return None
@@ -171,7 +196,8 @@ class NVLinkBackend:
             dtype=torch.uint8,
             device=self.device,
         )
-        self._side_stream = torch.cuda.Stream(priority=-1)
+        # The side stream's expand waits for other ranks' pushes: it must never run before one.
+        self._side_stream = torch.cuda.Stream()
         self._comm_stream = torch.cuda.Stream(priority=-1)
         self._fork_event = torch.cuda.Event()
         self._fork_event.record()  # torch makes the CUDA event at the first use
@@ -179,7 +205,7 @@ class NVLinkBackend:
         self._dispatch_epoch = self._combine_epoch = 0
         self._last_stream = _raw_stream(self.device.index)
         self._dispatch_args = structs.DispatchArgs(
-            node=self.memory.node,
+            node=self.memory.node(structs.EP_OP_DISPATCH),
             counter=self.memory.counters[0].data_ptr(),
             flag_offset=self.offsets.dispatch_flags,
             credit_offset=self.offsets.dispatch_credits,
@@ -189,7 +215,7 @@ class NVLinkBackend:
             num_local_experts=self.num_local_experts,
         )
         self._combine_args = structs.CombineArgs(
-            node=self.memory.node,
+            node=self.memory.node(structs.EP_OP_COMBINE),
             counter=self.memory.counters[1].data_ptr(),
             flag_offset=self.offsets.combine_flags,
             credit_offset=self.offsets.combine_credits,
@@ -201,7 +227,7 @@ class NVLinkBackend:
             ranks_per_node=config.ranks_per_node or self.num_ranks,
         )
         self._plan_args = structs.PlanArgs(
-            node=self.memory.node,
+            node=self.memory.node(structs.EP_OP_DISPATCH),
             scratch=self._scratch.data_ptr(),
             mailbox=self.memory.mailbox_address,
             counter=self.memory.counters[2].data_ptr(),
@@ -221,8 +247,12 @@ class NVLinkBackend:
     def describe(self) -> str:
         return f"nvlink ({self.num_ranks} GPUs of one host, {self.num_sms} SMs)"
 
+    @property
+    def num_started(self) -> int:
+        return self._dispatch_epoch + self._combine_epoch
+
     def destroy(self) -> None:
-        self.memory.free()
+        torch.cuda.synchronize()
 
     def set_num_sms(self, num_sms: int | None) -> None:
         available = torch.cuda.get_device_properties(self.device).multi_processor_count
@@ -247,7 +277,7 @@ class NVLinkBackend:
         expert_alignment: int,
         has_weights: bool,
     ) -> NVLinkRouting:
-        self.memory.check_fault("dispatch")
+        self.memory.check_fault()
         config = self.config
         source, num_topk = checked_source(
             topk_idx,
@@ -295,10 +325,11 @@ class NVLinkBackend:
             self.memory.mailbox_address,
             self.memory.fault_address,
             routing.epoch,
-            self.config.timeout_s + 1,  # a rank that is late is found by the kernels first
+            # The kernels' own bound names the late rank; it begins when they start.
+            10 * self.config.timeout_s,
             self._side_stream.cuda_stream,
         )
-        self.memory.check_fault("dispatch")
+        self.memory.check_fault()
         if not arrived:
             raise self.memory.timeout("dispatch", "plan", (), routing.epoch)
         return RoutingSizes(
@@ -320,7 +351,7 @@ class NVLinkBackend:
         recv_dtype: torch.dtype,
         asynchronous: bool,
     ) -> Pending[Received]:
-        self.memory.check_fault("dispatch")
+        self.memory.check_fault()
         routing: NVLinkRouting = handle.routing
         record = self.recorder.start("dispatch", self.device)
         if wire_dtype == fp8.FP8_DTYPE and scales is None:
@@ -328,12 +359,15 @@ class NVLinkBackend:
         weights = topk_weights
         if weights is not None and weights.shape[1] % 4:
             weights = F.pad(weights, (0, -weights.shape[1] % 4))
+        elif weights is not None and weights.data_ptr() % 16:
+            weights = weights.clone()
         args = self._dispatch_args
         self._describe_rows(args, routing, x, scales, weights, recv_dtype)
         is_new, routing.is_new = routing.is_new, False
         if not is_new:
             self._dispatch_epoch += 1
-        args.epoch = self._dispatch_epoch
+        args.epoch = routing.epoch if is_new else self._dispatch_epoch
+        args.tag = _tag(routing.epoch, is_new, args.row_bytes, args.scale_bytes, args.weight_bytes)
         push_blocks, expand_blocks = split_dispatch(self.num_sms, self.num_ranks)
         stream = expand_stream = self._stream(asynchronous)
         args.num_push_blocks, args.num_expand_blocks = push_blocks, expand_blocks
@@ -344,25 +378,28 @@ class NVLinkBackend:
                 args.num_expand_blocks = 0
                 self.native.launch("ep_dispatch", args, stream)
                 args.num_push_blocks, args.num_expand_blocks = 0, expand_blocks
-        num_rows = handle.num_rows  # waits for the plan
-        received = self._allocate(num_rows, handle, topk_weights is not None, recv_dtype)
-        args.recv_x = received.x.data_ptr()
-        args.recv_scales = None if received.scales is None else received.scales.data_ptr()
-        args.recv_weights = (
-            None if received.topk_weights is None else received.topk_weights.data_ptr()
-        )
-        self.native.launch("ep_dispatch", args, expand_stream)
-        if is_new:
-            self.native.stream_wait(stream, expand_stream, event)
-        self._finish_record(record, routing.sizes.sent, args.row_bytes + args.scale_bytes)
-        if is_new:
-            raise_if_bad(
-                list(self.memory.mailbox.routing_error),
-                routing.source,
-                routing.num_topk,
-                self.config.num_experts,
+        try:
+            num_rows = handle.num_rows  # waits for the plan
+            received = self._allocate(num_rows, handle, topk_weights is not None, recv_dtype)
+            args.recv_x = received.x.data_ptr()
+            args.recv_scales = None if received.scales is None else received.scales.data_ptr()
+            args.recv_weights = (
+                None if received.topk_weights is None else received.topk_weights.data_ptr()
             )
-        return self._pending(received, asynchronous, (x, scales, weights))
+            self.native.launch("ep_dispatch", args, expand_stream)
+            if is_new:
+                self.native.stream_wait(stream, expand_stream, event)
+                raise_if_bad(
+                    list(self.memory.mailbox.routing_error),
+                    routing.source,
+                    routing.num_topk,
+                    self.config.num_experts,
+                )
+        except BaseException:
+            self._wait_for_all_streams()  # what they still use is about to be freed
+            raise
+        self._finish_record(record, routing.sizes.sent, args.row_bytes + args.scale_bytes)
+        return self._pending(received, asynchronous, (x, scales, weights, routing.arena))
 
     def _describe_rows(
         self,
@@ -417,7 +454,7 @@ class NVLinkBackend:
         topk_weights: Tensor | None,
         asynchronous: bool,
     ) -> Pending[Combined]:
-        self.memory.check_fault("combine")
+        self.memory.check_fault()
         routing: NVLinkRouting = handle.routing
         record = self.recorder.start("combine", self.device)
         self._combine_epoch += 1
@@ -436,11 +473,13 @@ class NVLinkBackend:
         args.combined_x = combined.data_ptr()
         args.combined_weights = None if weights is None else weights.data_ptr()
         args.epoch = self._combine_epoch
+        args.tag = _tag(routing.epoch, hidden * x.element_size(), weights is not None)
         args.num_tokens = num_tokens
         args.num_topk = routing.num_topk
         args.num_topk4 = -(-routing.num_topk // 4) * 4
         args.row_bytes = row_bytes = hidden * x.element_size()
-        args.chunk_rows = self.offsets.chunk_tokens(combine_chunk_bytes(self.num_sms), row_bytes)
+        args.chunk_rows = self.offsets.chunk_tokens(_COMBINE_CHUNK_BYTES, row_bytes)
+        args.chunks_per_unit = combine_chunks_per_unit(self.num_sms, args.chunk_rows, row_bytes)
         args.dtype = structs.EP_BF16 if x.dtype == torch.bfloat16 else structs.EP_FP32
         args.expert_major = routing.expert_major
         blocks_per_sm = self.native.combine_blocks_per_sm(row_bytes)
@@ -449,12 +488,15 @@ class NVLinkBackend:
         args.num_sum_blocks = sum_sms * blocks_per_sm
         self.native.launch("ep_combine", args, self._stream(asynchronous))
         self._finish_record(record, routing.sizes.received, row_bytes)
-        return self._pending(Combined(combined, weights), asynchronous, (x, topk_weights))
+        keep = (x, topk_weights, routing.arena)
+        return self._pending(Combined(combined, weights), asynchronous, keep)
 
     # --- streams ---------------------------------------------------------------------------------
 
     def _stream(self, asynchronous: bool) -> int:
         """The stream of the next operation, ordered behind the last one and the caller's."""
+        if torch.cuda.is_current_stream_capturing():
+            raise EPUnsupportedError("CUDA graph capture of dispatch and combine is not supported")
         current = _raw_stream(self.device.index)
         stream = self._comm_stream.cuda_stream if asynchronous else current
         if stream != current:
@@ -463,6 +505,11 @@ class NVLinkBackend:
             self.native.stream_wait(stream, self._last_stream, self._fork_event.cuda_event)
         self._last_stream = stream
         return stream
+
+    def _wait_for_all_streams(self) -> None:
+        current = _raw_stream(self.device.index)
+        for stream in (self._side_stream, self._comm_stream):
+            self.native.stream_wait(current, stream.cuda_stream, self._fork_event.cuda_event)
 
     def _pending(self, result, asynchronous: bool, keep: tuple) -> Pending:
         """`keep` is what the kernels read: held until the caller's stream has waited."""

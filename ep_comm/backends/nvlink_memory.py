@@ -19,6 +19,7 @@ _PHASES = {
     structs.EP_PHASE_PLAN: "plan",
     structs.EP_PHASE_ROWS: "rows",
 }
+_OPS = {structs.EP_OP_DISPATCH: "dispatch", structs.EP_OP_COMBINE: "combine"}
 # In the order of EP_FIELD_*.
 _FIELDS = ("num_topk", "hidden", "num_experts", "expert-major layout", "expert_alignment")
 
@@ -91,7 +92,7 @@ class NodeMemory:
         self._fault = structs.Fault.from_address(self.fault_address)
         self.mailbox = structs.Mailbox.from_address(self.mailbox_address)
         self._abort = torch.zeros(1, dtype=torch.int32, device=device)
-        self.node = structs.Node(
+        self._node = dict(
             memory=(ctypes.c_void_p * structs.EP_MAX_NODE_RANKS)(*addresses),
             fault=self.fault_address,
             abort=self._abort.data_ptr(),
@@ -103,17 +104,29 @@ class NodeMemory:
         torch.cuda.synchronize(device)
         dist.barrier(group, device_ids=[device.index] if num_ranks > 1 else None)
 
-    def check_fault(self, op: str) -> None:
+    def node(self, op: int) -> structs.Node:
+        """What the kernels of an operation (EP_OP_*) need to know of the others."""
+        return structs.Node(op=op, **self._node)
+
+    def check_fault(self) -> None:
         """Raise what a kernel reported, if one did.
 
         Raises:
             EPTimeoutError, EPMismatchError: By name of the rank.
         """
         if self._fault.code != structs.EP_FAULT_NONE:
-            raise self._error(op)
+            raise self._error()
 
-    def _error(self, op: str) -> EPError:
+    def _error(self) -> EPError:
         fault = self._fault
+        op = _OPS[fault.op]
+        if fault.field == structs.EP_FIELD_CALL:
+            return EPMismatchError(
+                f"ranks disagree: rank {self.rank} and rank {fault.peer} made different {op} "
+                "calls: handles of different dispatches, a new dispatch and a cached one, or "
+                "another dtype, FP8 or probabilities on one side only. Every rank of the group "
+                "must make the same calls, in the same order, with the same settings."
+            )
         if fault.code == structs.EP_FAULT_MISMATCH:
             field = _FIELDS[fault.field]
             return EPMismatchError(
@@ -121,7 +134,9 @@ class NodeMemory:
                 f"{fault.peer} has {field}={fault.seen}. Every rank of the group must make the "
                 "same calls, in the same order, with the same settings."
             )
-        return self.timeout(op, _PHASES[fault.phase], (fault.peer,), int(fault.expected))
+        # A credit is for the operation before.
+        epoch = int(fault.expected) + (fault.phase == structs.EP_PHASE_CREDIT)
+        return self.timeout(op, _PHASES[fault.phase], (fault.peer,), epoch)
 
     def timeout(
         self, op: str, phase: str, late_ranks: tuple[int, ...], epoch: int
@@ -135,11 +150,10 @@ class NodeMemory:
             timeout_s=self._timeout_s,
         )
 
-    def free(self) -> None:
-        """After a fault the memory is kept: a late peer may still write to it."""
-        torch.cuda.synchronize()
-        if self._fault.code != structs.EP_FAULT_NONE:
-            _leaked.append((self.tensor, self._rendezvous, self._host))
+    def __del__(self) -> None:
+        """After a fault the memory is never freed: a late peer may still write to it."""
+        if getattr(self, "_fault", None) is not None and self._fault.code != structs.EP_FAULT_NONE:
+            _leaked.append((self.tensor, self._rendezvous, self._host, self._abort, self.counters))
 
 
 _leaked: list = []

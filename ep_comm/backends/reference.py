@@ -78,6 +78,10 @@ class ReferenceBackend:
     def buffer_bytes(self) -> int:
         return 0
 
+    @property
+    def num_started(self) -> int:
+        return self.recorder.num_operations
+
     def describe(self) -> str:
         return f"reference over {'/'.join(sorted(set(self.transport.backends.values())))}"
 

@@ -1,0 +1,75 @@
+// What the links between the GPUs of a node carry: plain bulk pushes, with nothing to wait for.
+//
+// The rate that every figure of `ep-comm bench` is compared with. Each warp has a ring of stages in
+// shared memory; its first lane fills them from this GPU's memory and stores each row into every
+// other rank's. Destinations rotate (rank r begins with r + 1), so no link is asked by all at once.
+
+#include "node.cuh"
+#include "status.cuh"
+
+namespace {
+
+using namespace ep;
+
+constexpr int kWarpSize = 32;
+constexpr int kWarps = 4;
+constexpr int kStages = 3;  // of a warp
+constexpr int kRowBytes = EP_PROBE_ROW_BYTES;
+constexpr int kBarrierBytes = 128;  // keeps the stages behind it on whole lines
+constexpr int kSharedBytes = kBarrierBytes + kWarps * kStages * kRowBytes;
+static_assert(kWarps * kStages * sizeof(uint64_t) <= kBarrierBytes, "barriers overlap the stages");
+
+__global__ void __launch_bounds__(kWarps * kWarpSize)
+    probe_kernel(const __grid_constant__ ep_probe_args args) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  if (threadIdx.x % kWarpSize != 0) return;
+
+  const ep_node& node = args.node;
+  const int32_t warp = threadIdx.x / kWarpSize;
+  uint64_t* const barriers = reinterpret_cast<uint64_t*>(shared) + warp * kStages;
+  uint8_t* const stages = shared + kBarrierBytes + warp * kStages * kRowBytes;
+  for (int s = 0; s < kStages; ++s) ptx::barrier_init(&barriers[s], 1);
+  ptx::fence_barrier_init();
+  ptx::fence_proxy_async_shared();
+
+  const auto row_of = [&](int64_t i) {
+    return i * gridDim.x * kWarps + blockIdx.x * kWarps + warp;
+  };
+  const auto load = [&](int64_t i) {
+    if (row_of(i) >= args.num_rows) return;
+    const int32_t s = i % kStages;
+    ptx::barrier_expect(&barriers[s], kRowBytes);
+    ptx::bulk_load(stages + s * kRowBytes, args.source + row_of(i) * kRowBytes, kRowBytes,
+                   &barriers[s]);
+  };
+
+  for (int i = 0; i < kStages - 1; ++i) load(i);
+  for (int64_t i = 0; row_of(i) < args.num_rows; ++i) {
+    const int32_t s = i % kStages;
+    ptx::barrier_wait(&barriers[s], i / kStages & 1);
+    for (int32_t r = 1; r < node.num_ranks; ++r) {
+      const int32_t peer = (node.rank + r) % node.num_ranks;
+      const int64_t region = region_of(node.rank, peer, node.num_ranks);
+      ptx::bulk_store(node.memory[peer] + (region * args.num_rows + row_of(i)) * kRowBytes,
+                      stages + s * kRowBytes, kRowBytes);
+    }
+    ptx::bulk_commit();
+    ptx::bulk_wait_read<1>();  // the stage of row i - 1 is the next to be filled
+    load(i + kStages - 1);
+  }
+  ptx::bulk_wait_written<0>();
+}
+
+}  // namespace
+
+int32_t ep_probe(const ep_probe_args* args, void* stream) {
+  if (args->num_blocks < 1) return ep::fail(EP_ERR_ARGUMENT, "no blocks to launch");
+  // Here and not in ep_load_kernels: it costs other users nothing, and nothing spins beside it.
+  const int32_t status = ep::check_cuda(
+      cudaFuncSetAttribute(probe_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+      "probe kernel");
+  if (status != EP_OK) return status;
+  probe_kernel<<<args->num_blocks, kWarps * kWarpSize, kSharedBytes,
+                 static_cast<cudaStream_t>(stream)>>>(*args);
+  return ep::check_cuda(cudaGetLastError(), "ep_probe");
+}

@@ -1,0 +1,174 @@
+"""The calls that are measured: each a function of the number of the call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ep_comm import Buffer, fp8
+from ep_comm.bench.alltoall import AllToAll
+from ep_comm.bench.routing import make_routing
+from ep_comm.bench.settings import Settings
+
+NUM_SETS = 3  # rotated, so that no input is in L2 when its turn comes again
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSet:
+    """What one rank sends in one call.
+
+    Attributes:
+        x: [T, hidden] BF16.
+        x_fp8: The same as FP8 rows and scales, where they are asked for.
+        topk_idx: [T, K] int64.
+        topk_weights: [T, K] FP32.
+    """
+
+    x: Tensor
+    x_fp8: tuple[Tensor, Tensor] | None
+    topk_idx: Tensor
+    topk_weights: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One operation to measure.
+
+    Attributes:
+        name: In the tables.
+        call: The i-th call, on set i modulo `NUM_SETS`.
+        waits_for_device: Whether the host waits for the GPU in it.
+        wire_bytes_to_rank: Payload and scale bytes that the last call sent to each rank, 0 to its
+            own.
+        logical_bytes: Of one rank: a row for each expert of each token.
+    """
+
+    name: str
+    call: Callable[[int], object]
+    waits_for_device: bool
+    wire_bytes_to_rank: Callable[[], Sequence[int]]
+    logical_bytes: int
+
+
+def make_inputs(settings: Settings, rank: int, device: torch.device) -> list[InputSet]:
+    """`NUM_SETS` sets of this rank's inputs, each with rows and routing of its own."""
+    tokens, hidden, experts, topk = settings.shape
+    sets = []
+    for i in range(NUM_SETS):
+        seed = rank * NUM_SETS + i
+        topk_idx, topk_weights = make_routing(settings.routing, tokens, experts, topk, seed)
+        generator = torch.Generator(device).manual_seed(seed)
+        x = torch.randn(tokens, hidden, generator=generator, device=device).bfloat16()
+        sets.append(
+            InputSet(
+                x=x,
+                x_fp8=fp8.quantize(x) if settings.fp8 else None,
+                topk_idx=topk_idx.to(device),
+                topk_weights=topk_weights.to(device),
+            )
+        )
+    return sets
+
+
+def buffer_cases(buffer: Buffer, inputs: list[InputSet], settings: Settings) -> list[Case]:
+    """Dispatch and combine of `buffer`. Collective."""
+    layout = settings.layout
+    tokens, hidden, _, topk = settings.shape
+    bf16_bytes = tokens * topk * hidden * 2
+    fp8_bytes = tokens * topk * (hidden + hidden // fp8.BLOCK * 4)
+    dispatched = [buffer.dispatch(s.x, s.topk_idx, s.topk_weights, layout=layout) for s in inputs]
+
+    def last_call() -> Sequence[int]:
+        records = buffer.records
+        return records.since(records.num_operations - 1)[-1].wire_bytes_to_rank
+
+    def fresh(i: int, quantized: bool = False, **dtypes: torch.dtype) -> object:
+        s = inputs[i % NUM_SETS]
+        x = s.x_fp8 if quantized else s.x
+        return buffer.dispatch(x, s.topk_idx, s.topk_weights, layout=layout, **dtypes)
+
+    def cached(i: int) -> object:
+        s = inputs[i % NUM_SETS]
+        handle = dispatched[i % NUM_SETS].handle
+        return buffer.dispatch(s.x, topk_weights=s.topk_weights, handle=handle)
+
+    def combine(i: int) -> object:
+        out = dispatched[i % NUM_SETS]
+        return buffer.combine(out.recv_x, out.handle)
+
+    def case(
+        name: str,
+        call: Callable[[int], object],
+        logical_bytes: int = bf16_bytes,
+        waits_for_device: bool = False,
+    ) -> Case:
+        return Case(
+            name=name,
+            call=call,
+            waits_for_device=waits_for_device,
+            wire_bytes_to_rank=last_call,
+            logical_bytes=logical_bytes,
+        )
+
+    def fresh_fp8(name: str, **how) -> Case:
+        return case(name, lambda i: fresh(i, **how), fp8_bytes, waits_for_device=True)
+
+    cases = [
+        case("dispatch, fresh", fresh, waits_for_device=True),
+        case("dispatch, cached", cached),
+        case("combine", combine),
+    ]
+    if settings.fp8:
+        both = dict(wire_dtype=fp8.FP8_DTYPE, recv_dtype=fp8.FP8_DTYPE)
+        cases += [
+            fresh_fp8("FP8 dispatch, fresh", quantized=True),
+            fresh_fp8("FP8 dispatch to BF16, fresh", quantized=True, recv_dtype=torch.bfloat16),
+            fresh_fp8("FP8 dispatch, quantising, fresh", **both),
+        ]
+    return cases
+
+
+def alltoall_cases(alltoall: AllToAll, inputs: list[InputSet], settings: Settings) -> list[Case]:
+    """The same by NCCL, as Megatron's alltoall dispatcher does it. Collective."""
+    tokens, hidden, experts, topk = settings.shape
+    row_bytes = hidden * 2
+    # As Megatron's router gives them.
+    maps = [s.x.new_zeros(tokens, experts, dtype=torch.bool) for s in inputs]
+    probs = [s.topk_weights.new_zeros(tokens, experts) for s in inputs]
+    for s, map_TE, probs_TE in zip(inputs, maps, probs, strict=True):
+        map_TE.scatter_(1, s.topk_idx, True)
+        probs_TE.scatter_(1, s.topk_idx, s.topk_weights)
+    last_rows: list[int] = []
+
+    def dispatch(i: int) -> tuple:
+        j = i % NUM_SETS
+        out = alltoall.dispatch(inputs[j].x, maps[j], probs[j])
+        last_rows[:] = out[2].sent
+        return out
+
+    dispatched = [dispatch(i) for i in range(NUM_SETS)]
+
+    def combine(i: int) -> object:
+        rows, _, permutation = dispatched[i % NUM_SETS]
+        last_rows[:] = permutation.received
+        return alltoall.combine(rows, permutation)
+
+    def last_call() -> Sequence[int]:
+        return [0 if r == alltoall.rank else rows * row_bytes for r, rows in enumerate(last_rows)]
+
+    return [
+        Case(
+            name=name,
+            call=call,
+            waits_for_device=waits_for_device,
+            wire_bytes_to_rank=last_call,
+            logical_bytes=tokens * topk * row_bytes,
+        )
+        for name, call, waits_for_device in (
+            ("NCCL alltoall dispatch", dispatch, True),
+            ("NCCL alltoall combine", combine, False),
+        )
+    ]

@@ -1,0 +1,144 @@
+"""How a call is timed: on the GPU, with all ranks at once, taking the slowest."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+UNALIGNED_CALLS = 20
+_UNALIGNED_REPEATS = 5
+# About 2 ms: more than the host needs to launch any of the measured calls.
+_SPIN_CYCLES = 4_000_000
+
+Mark = float | torch.cuda.Event
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Times of one call in µs, each the slowest rank's.
+
+    Attributes:
+        call: Public call: everything between the call and the complete result, the ranks aligned
+            just before.
+        host: Until the call returned to the host; of the same calls.
+        kernel: The same on the GPU, with launches far ahead; empty for a call that waits for the
+            GPU itself, where nothing can run ahead.
+        unaligned: One call of `UNALIGNED_CALLS` back to back.
+    """
+
+    call: tuple[float, ...]
+    host: tuple[float, ...]
+    kernel: tuple[float, ...]
+    unaligned: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Median, least, and 90th percentile (the least sample that 90 % do not exceed)."""
+
+    median: float
+    min: float
+    p90: float
+
+
+def summarize(samples: tuple[float, ...]) -> Summary | None:
+    """The summary of at least one sample; None of none."""
+    if not samples:
+        return None
+    ascending = sorted(samples)
+    return Summary(
+        median=statistics.median(ascending),
+        min=ascending[0],
+        p90=ascending[math.ceil(0.9 * len(ascending)) - 1],
+    )
+
+
+class Stopwatch:
+    """Times calls on the current stream of a GPU (on a CPU: by the host's clock). Collective.
+
+    Args:
+        device: Where the calls run.
+        iters: Samples of each time.
+    """
+
+    def __init__(self, device: torch.device, iters: int) -> None:
+        self.device = device
+        self._iters = iters
+        self._token = torch.zeros(1, device=device)
+
+    def measure(self, call: Callable[[int], object], *, waits_for_device: bool) -> Samples:
+        """Time ``call(i)`` for i = 0, 1, ...; it has to be warm.
+
+        Args:
+            call: One operation on the i-th inputs.
+            waits_for_device: The host waits for the GPU in it.
+        """
+        aligned = [self._call(call, i) for i in range(self._iters)]
+        ahead = [] if waits_for_device else [self._kernel(call, i) for i in range(self._iters)]
+        in_a_row = [self.back_to_back(call, UNALIGNED_CALLS) for _ in range(_UNALIGNED_REPEATS)]
+        return Samples(
+            call=self.slowest([self._us(start, end) for start, end, _ in aligned]),
+            host=self.slowest([host_us for _, _, host_us in aligned]),
+            kernel=self.slowest([self._us(*marks) for marks in ahead]),
+            unaligned=self.slowest(in_a_row),
+        )
+
+    def back_to_back(self, call: Callable[[int], object], count: int) -> float:
+        """µs of one of `count` calls without anything between them, on this rank."""
+        self._align()
+        start = self._mark()
+        for i in range(count):
+            call(i)
+        return self._us(start, self._mark()) / count
+
+    def slowest(self, samples_us: list[float]) -> tuple[float, ...]:
+        """Each sample as the rank took for which it was longest."""
+        samples = torch.tensor(samples_us, dtype=torch.float64, device=self.device)
+        if samples_us:
+            dist.all_reduce(samples, op=dist.ReduceOp.MAX)
+        return tuple(samples.tolist())
+
+    def _call(self, call: Callable[[int], object], i: int) -> tuple[Mark, Mark, float]:
+        self._align()
+        start = self._mark()
+        begin = time.perf_counter()
+        call(i)
+        host_us = (time.perf_counter() - begin) * 1e6
+        return start, self._mark(), host_us
+
+    def _kernel(self, call: Callable[[int], object], i: int) -> tuple[Mark, Mark]:
+        self._synchronize()
+        if self.device.type == "cuda":
+            torch.cuda._sleep(_SPIN_CYCLES)
+        # Behind the spin: the GPUs leave it one by one, and the reduction together.
+        dist.all_reduce(self._token)
+        start = self._mark()
+        call(i)
+        return start, self._mark()
+
+    def _align(self) -> None:
+        self._synchronize()
+        dist.all_reduce(self._token)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _mark(self) -> Mark:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _us(self, start: Mark, end: Mark) -> float:
+        if isinstance(start, float):
+            return (end - start) * 1e6
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3
