@@ -12,6 +12,7 @@ from torch import Tensor
 from ep_comm import checks, ops
 from ep_comm.backends import make_backend
 from ep_comm.backends.base import Backend
+from ep_comm.backends.transport import backend_by_device_type
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPError, EPRoutingError, EPStateError
 from ep_comm.events import EventOverlap
@@ -29,25 +30,39 @@ from ep_comm.records import Recorder
 class Buffer:
     """Expert-parallel communication of one process group.
 
-    Names and meaning follow DeepEP's ``Buffer`` wherever the same thing exists. All methods but
-    the properties are collective: every rank of the group calls them, in the same order.
+    Names and meaning follow DeepEP's ``Buffer`` wherever the same thing exists. The constructor,
+    `dispatch`, `combine` and `destroy` are collective: every rank of the group calls them, in the
+    same order.
 
     Args:
         group: Ranks that share the experts; None is the default group.
         config: Sizes and settings, equal on all ranks.
 
+    Attributes:
+        group, config: As passed.
+        rank, num_ranks: Of this process in the group, and of the group.
+        num_local_experts: Experts that each rank owns.
+        passed_over: Why each faster backend than the chosen one was not taken, by name.
+
     Raises:
+        EPStateError: torch.distributed is not initialised.
         EPArgumentError: `config` does not fit the group.
         EPMismatchError: Ranks passed different configs.
         EPTimeoutError: A rank did not arrive.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, config: EPConfig) -> None:
+        if not isinstance(config, EPConfig):
+            raise EPArgumentError(f"config must be an EPConfig, got {type(config).__name__}")
         if not dist.is_initialized():
             raise EPStateError(
                 "torch.distributed is not initialised: call init_process_group before Buffer"
             )
         self.group = dist.group.WORLD if group is None else group
+        if not isinstance(self.group, dist.ProcessGroup):
+            raise EPArgumentError(
+                f"group must be a ProcessGroup or None, got {type(group).__name__}"
+            )
         self.config = config
         self.rank = dist.get_rank(self.group)
         if self.rank < 0:
@@ -90,7 +105,8 @@ class Buffer:
             x: [T, hidden] BF16 or FP32 (no wider than ``config.dtype``), contiguous; or FP8 rows
                 with their scales, (``float8_e4m3fn`` [T, hidden], FP32 [T, hidden / 128]), see
                 `ep_comm.fp8`.
-            topk_idx: [T, K] int32 or int64, K at most ``config.num_topk``; -1 drops the entry.
+            topk_idx: [T, K] int32 or int64, K at most ``config.num_topk``: distinct experts of
+                each token; -1 drops an entry.
             topk_weights: FP32 probabilities to send along: [T, K], or [T, num_experts] with
                 `routing_map`. They arrive with the rows, and their gradients come back.
             routing_map: [T, num_experts] bool, Megatron's form of the same; at most
@@ -113,7 +129,7 @@ class Buffer:
                 `previous_event` and `async_finish`. No effect with the reference backend.
             during_backward: Called in this dispatch's backward while its combine is in flight:
                 the place for work that does not need the combined gradient, such as weight
-                gradients.
+                gradients. Not called where neither `x` nor `topk_weights` requires grad.
 
         Returns:
             See `DispatchOutput`.
@@ -123,17 +139,21 @@ class Buffer:
             EPMismatchError: Another rank called something else.
             EPTimeoutError: A rank did not arrive within ``config.timeout_s``.
             EPStateError: The buffer failed earlier or was destroyed.
+            EPUnsupportedError: FP8 with scales that are no powers of two; CUDA graph capture.
         """
         self._check_usable()
         checks.check_stream_arguments(previous_event, async_finish, allocate_on_comm_stream)
         checks.check_payload(x, self.config)
+        if during_backward is not None and not callable(during_backward):
+            raise EPArgumentError(
+                f"during_backward must be callable, got {type(during_backward).__name__}"
+            )
         rows, scales = payload_tensors(x)
         checks.check_device("x", rows, self._device_types)
         wire, recv = checks.wire_and_recv_dtype(x, wire_dtype, recv_dtype, self.config.hidden)
         self._backend.check_wire_dtype(wire)
         if previous_event is not None:
             previous_event.current_stream_wait()
-        idx_dtype = torch.int32 if topk_idx is None else topk_idx.dtype
         if handle is None:
             self._check_routing(rows, topk_idx, topk_weights, routing_map, layout, expert_alignment)
         else:
@@ -143,6 +163,7 @@ class Buffer:
             checks.check_rows("x", rows, handle.num_tokens, self.config.hidden)
             checks.check_weights(topk_weights, tuple(handle.topk_idx.shape), rows.device)
 
+        idx_dtype = torch.int32 if topk_idx is None else topk_idx.dtype
         with self.guard() as backend:
             if handle is None:
                 routing = backend.plan(
@@ -199,6 +220,7 @@ class Buffer:
         self._check_usable()
         checks.check_stream_arguments(previous_event, async_finish, allocate_on_comm_stream)
         checks.check_handle(handle, self)
+        checks.check_tensor("x", x)
         checks.check_rows("x", x, handle.num_rows, self.config.hidden)
         checks.check_device("x", x, self._device_types)
         checks.check_row_dtype("x", x, self.config)
@@ -233,8 +255,12 @@ class Buffer:
             num_sms: At least 2; None is all of the GPU's.
 
         Raises:
-            EPArgumentError: The GPU has fewer.
+            EPArgumentError: It is less than 2, or the GPU has fewer.
         """
+        self._check_usable()
+        is_int = isinstance(num_sms, int) and not isinstance(num_sms, bool)
+        if num_sms is not None and (not is_int or num_sms < 2):
+            raise EPArgumentError(f"num_sms must be at least 2, or None, got {num_sms!r}")
         self._backend.set_num_sms(num_sms)
 
     # --- state -----------------------------------------------------------------------------------
@@ -243,6 +269,11 @@ class Buffer:
     def records(self) -> Recorder:
         """What each operation moved, how long it took and whom it waited for."""
         return self._backend.recorder
+
+    @property
+    def is_usable(self) -> bool:
+        """False after `destroy` and after an operation that failed."""
+        return self._unusable is None
 
     @property
     def buffer_bytes(self) -> int:
@@ -294,6 +325,9 @@ class Buffer:
         """Everything about the routing of a new dispatch that the host can see."""
         config = self.config
         checks.check_layout(layout, expert_alignment)
+        for name, value in (("topk_idx", topk_idx), ("routing_map", routing_map)):
+            if value is not None:
+                checks.check_tensor(name, value)
         routing_tensor = topk_idx if topk_idx is not None else routing_map
         if routing_tensor is None or (topk_idx is not None and routing_map is not None):
             raise EPArgumentError("pass exactly one of topk_idx, routing_map and handle")
@@ -321,6 +355,9 @@ def _select_probabilities(probs_TE: Tensor, topk_idx_TK: Tensor) -> Tensor:
 
 def _device_types(group: dist.ProcessGroup) -> tuple[str, ...]:
     """Kinds of device that the group can move tensors on and this machine has."""
-    names = dist.get_backend_config(group)
     has_cuda = torch.cuda.is_available()
-    return tuple(kind for kind in ("cpu", "cuda") if kind in names and (kind == "cpu" or has_cuda))
+    return tuple(
+        kind
+        for kind in backend_by_device_type(group)
+        if kind == "cpu" or (kind == "cuda" and has_cuda)
+    )

@@ -8,10 +8,16 @@ from torch import Tensor
 from ep_comm import fp8
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError
+from ep_comm.events import EventOverlap
 from ep_comm.handle import DispatchHandle, Payload, RowLayout, payload_tensors
 
 ROW_DTYPES = (torch.bfloat16, torch.float32)
 _MAX_ALIGNMENT = 4096
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise EPArgumentError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
 def check_device(name: str, tensor: Tensor, device_types: tuple[str, ...]) -> None:
@@ -41,19 +47,25 @@ def check_row_dtype(name: str, x: Tensor, config: EPConfig) -> None:
         raise EPArgumentError(f"{name} must be bfloat16 or float32, got {x.dtype}")
     if x.dtype.itemsize > config.dtype.itemsize:
         raise EPArgumentError(
-            f"{name} is {x.dtype}, wider than the {config.dtype} (dtype) that the buffer was made "
-            "for"
+            f"{name} is {x.dtype}, wider than the {config.dtype} that the buffer was made for: "
+            f"pass dtype={x.dtype} to EPConfig"
         )
 
 
 def check_payload(x: Payload, config: EPConfig) -> None:
     """Rows to dispatch: BF16 or FP32 [T, hidden], or FP8 with scales [T, hidden / 128]."""
+    if isinstance(x, tuple) and len(x) == 2:
+        check_tensor("x[0]", x[0])
+        check_tensor("x[1]", x[1])
+    else:
+        check_tensor("x", x)
     rows, scales = payload_tensors(x)
     check_rows("x", rows, None, config.hidden)
     if rows.shape[0] > config.max_tokens_per_rank:
         raise EPArgumentError(
             f"x has {rows.shape[0]} tokens, more than the {config.max_tokens_per_rank} "
-            "(max_tokens_per_rank) that the buffer was made for"
+            "(max_tokens_per_rank, in Megatron EPOptions.max_tokens_per_rank) that the buffer was "
+            "made for"
         )
     if scales is None:
         check_row_dtype("x", rows, config)
@@ -92,12 +104,12 @@ def wire_and_recv_dtype(
     return wire, recv
 
 
-def check_weights(
-    weights: Tensor | None, shape: tuple[int, ...], device: torch.device, name: str = "topk_weights"
-) -> None:
+def check_weights(weights: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
     """Probabilities: FP32 of that shape, contiguous, on that device."""
+    name = "topk_weights"
     if weights is None:
         return
+    check_tensor(name, weights)
     if weights.dtype != torch.float32:
         raise EPArgumentError(f"{name} must be float32, got {weights.dtype}")
     if tuple(weights.shape) != shape:
@@ -108,26 +120,35 @@ def check_weights(
         raise EPArgumentError(f"{name} must be contiguous, got strides {list(weights.stride())}")
 
 
-def check_layout(layout: RowLayout, expert_alignment: int) -> None:
-    if layout not in ("rank", "expert"):
-        raise EPArgumentError(f"layout must be 'rank' or 'expert', got {layout!r}")
-    if not 1 <= expert_alignment <= _MAX_ALIGNMENT:
+def check_alignment(expert_alignment: object) -> None:
+    is_int = isinstance(expert_alignment, int) and not isinstance(expert_alignment, bool)
+    if not is_int or not 1 <= expert_alignment <= _MAX_ALIGNMENT:
         raise EPArgumentError(
-            f"expert_alignment must be 1 to {_MAX_ALIGNMENT}, got {expert_alignment}"
+            f"expert_alignment must be an integer from 1 to {_MAX_ALIGNMENT}, got "
+            f"{expert_alignment!r}"
         )
 
 
-def check_handle(handle: object, buffer: object) -> DispatchHandle:
+def check_layout(layout: RowLayout, expert_alignment: int) -> None:
+    if layout not in ("rank", "expert"):
+        raise EPArgumentError(f"layout must be 'rank' or 'expert', got {layout!r}")
+    check_alignment(expert_alignment)
+
+
+def check_handle(handle: object, buffer: object) -> None:
     if not isinstance(handle, DispatchHandle):
         raise EPArgumentError(f"handle must be a DispatchHandle, got {type(handle).__name__}")
     if handle.buffer is not buffer:
         raise EPArgumentError("the handle belongs to another buffer")
-    return handle
 
 
 def check_stream_arguments(
     previous_event: object, async_finish: bool, allocate_on_comm_stream: bool
 ) -> None:
+    if not isinstance(previous_event, (EventOverlap, type(None))):
+        raise EPArgumentError(
+            f"previous_event must be an EventOverlap, got {type(previous_event).__name__}"
+        )
     if allocate_on_comm_stream and (previous_event is None or not async_finish):
         raise EPArgumentError(
             "allocate_on_comm_stream needs previous_event and async_finish=True: only then is "

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from ep_comm._native.structs import EP_MAX_EXPERTS, EP_MAX_TOPK
 from ep_comm.errors import EPArgumentError
 
 BackendName = Literal["auto", "nvlink", "reference"]
+
+
+def check_timeout(timeout_s: object) -> None:
+    """A bound of waits is a positive, finite number of seconds."""
+    is_number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
+    if not is_number or not 0 < timeout_s < math.inf:
+        raise EPArgumentError(f"timeout_s must be a positive number of seconds, got {timeout_s!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,15 +26,15 @@ class EPConfig:
     """Sizes and settings of one `Buffer`; must be equal on every rank of the group.
 
     Attributes:
-        num_experts: Experts over all ranks. Rank r owns experts
+        num_experts: Experts over all ranks, at most 4096. Rank r owns experts
             ``[r * num_experts / ranks, (r + 1) * num_experts / ranks)``.
         hidden: Elements of one token row.
         max_tokens_per_rank: Most tokens that a rank passes to one dispatch.
-        num_topk: Most experts that a token selects.
+        num_topk: Most experts that a token selects, at most 32.
         dtype: Widest type of the rows, ``torch.bfloat16`` or ``torch.float32``.
         ranks_per_node: Consecutive ranks whose partial sums combine adds and rounds before the
-            sums of different nodes meet (DESIGN: three-level combine). None means that the whole
-            group is one node.
+            sums of different nodes meet (docs/architecture.md, "Numerics"). None means that the
+            whole group is one node.
         backend: "auto" takes the fastest backend that this machine has.
         timeout_s: Bound of every wait, in seconds.
 
@@ -43,24 +52,27 @@ class EPConfig:
     timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "hidden", "max_tokens_per_rank", "num_topk"):
+        names = ["num_experts", "hidden", "max_tokens_per_rank", "num_topk"]
+        if self.ranks_per_node is not None:
+            names.append("ranks_per_node")
+        for name in names:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise EPArgumentError(f"{name} must be a positive integer, got {value!r}")
+        for name, maximum in (("num_experts", EP_MAX_EXPERTS), ("num_topk", EP_MAX_TOPK)):
+            if getattr(self, name) > maximum:
+                raise EPArgumentError(f"{name} is at most {maximum}, got {getattr(self, name)}")
         if self.num_topk > self.num_experts:
             raise EPArgumentError(
                 f"num_topk {self.num_topk} is more than num_experts {self.num_experts}"
             )
         if self.dtype not in (torch.bfloat16, torch.float32):
             raise EPArgumentError(f"dtype must be bfloat16 or float32, got {self.dtype!r}")
-        if self.ranks_per_node is not None and self.ranks_per_node < 1:
-            raise EPArgumentError(f"ranks_per_node must be positive, got {self.ranks_per_node}")
         if self.backend not in BackendName.__args__:
             raise EPArgumentError(
                 f"backend must be one of {', '.join(BackendName.__args__)}, got {self.backend!r}"
             )
-        if not self.timeout_s > 0:
-            raise EPArgumentError(f"timeout_s must be positive, got {self.timeout_s}")
+        check_timeout(self.timeout_s)
 
     def check_group(self, num_ranks: int) -> None:
         """Raise `EPArgumentError` where these sizes do not fit a group of `num_ranks`."""

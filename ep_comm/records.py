@@ -19,7 +19,8 @@ class OpRecord:
     """One dispatch or combine on one rank. Tuples are indexed by group rank.
 
     Attributes:
-        op: "dispatch" or "combine".
+        op: "dispatch" or "combine"; of the reference backend also "plan", the exchange of a new
+            dispatch's routing, which has a number of its own.
         epoch: Number of the operation on its buffer, from 1.
         rows_to_rank: Token rows sent; the entry of the own rank counts rows that stayed.
         wire_bytes_to_rank: Payload and FP8 scale bytes that left this rank; own entry 0.
@@ -83,6 +84,8 @@ class Recorder:
     """The last `RING_LENGTH` records of a buffer, and totals over its whole life.
 
     Attributes:
+        num_operations: Operations so far.
+        wire_bytes: Payload and scale bytes that left this rank so far.
         timed: Whether operations from now on get their `OpRecord.seconds`: on a GPU that costs two
             events each.
     """

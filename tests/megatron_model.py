@@ -39,22 +39,12 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
 
     from megatron.core import parallel_state as ps
     from megatron.core.distributed import finalize_model_grads
-    from megatron.core.num_microbatches_calculator import (
-        init_num_microbatches_calculator,
-        unset_num_microbatches_calculator,
-    )
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from ep_comm.megatron import EPOptions, MoEMeter, check_model, check_weight_gradients
 
-    ps.destroy_model_parallel()
-    ps.initialize_model_parallel(expert_model_parallel_size=setup.ep)
-    unset_num_microbatches_calculator()
-    init_num_microbatches_calculator(0, None, setup.microbatches * BATCH, BATCH, 1)
-    torch.manual_seed(5)
-    model_parallel_cuda_manual_seed(5)
+    parallel_state(setup)
     options = EPOptions(**dict(setup.options))
     config = make_config(setup, finalize_model_grads)
     model = make_model(setup, config, options)
@@ -112,6 +102,26 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
         gradients={name: grad.float().numpy() for name, grad in gradients.items()},
         metrics=metrics,
     )
+
+
+def parallel_state(setup: Setup) -> None:
+    """Megatron's process groups, micro-batches and seeds."""
+    from megatron.core import parallel_state as ps
+    from megatron.core.num_microbatches_calculator import (
+        init_num_microbatches_calculator,
+        unset_num_microbatches_calculator,
+    )
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from ep_comm.megatron import destroy_buffers
+
+    destroy_buffers()
+    ps.destroy_model_parallel()
+    ps.initialize_model_parallel(expert_model_parallel_size=setup.ep)
+    unset_num_microbatches_calculator()
+    init_num_microbatches_calculator(0, None, setup.microbatches * BATCH, BATCH, 1)
+    torch.manual_seed(5)
+    model_parallel_cuda_manual_seed(5)
 
 
 def make_config(setup: Setup, finalize_model_grads):

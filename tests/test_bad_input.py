@@ -29,6 +29,12 @@ BAD_DISPATCH = {
     "dtype": (dict(x=X.half(), topk_idx=TOPK), "bfloat16 or float32.*float16"),
     "not_contiguous": (dict(x=torch.ones(32, 4).t(), topk_idx=TOPK), "contiguous.*strides"),
     "too_many_tokens": (dict(x=torch.ones(7, 32), topk_idx=TOPK), "7 tokens.*6.*max_tokens"),
+    "x_list": (dict(x=X.tolist(), topk_idx=TOPK), "x must be a torch.Tensor, got list"),
+    "x_none": (dict(x=None, topk_idx=TOPK), "x must be a torch.Tensor, got NoneType"),
+    "scales_none": (dict(x=(X, None), topk_idx=TOPK), r"x\[1\] must be a torch.Tensor"),
+    "topk_list": (dict(x=X, topk_idx=TOPK.tolist()), "topk_idx must be a torch.Tensor, got list"),
+    "weights_list": (dict(x=X, topk_idx=TOPK, topk_weights=[1.0]), "topk_weights.*got list"),
+    "wider": (dict(x=X.double(), topk_idx=TOPK), "bfloat16 or float32, got torch.float64"),
     "no_routing": (dict(x=X), "exactly one of"),
     "two_routings": (dict(x=X, topk_idx=TOPK, routing_map=MAP), "exactly one of"),
     "token_count": (dict(x=X, topk_idx=TOPK[:3]), "3 tokens, x has 4"),
@@ -44,6 +50,9 @@ BAD_DISPATCH = {
     "weights_shape": (dict(x=X, topk_idx=TOPK, topk_weights=torch.ones(4, 2)), r"\[4, 3\].*2"),
     "layout": (dict(x=X, topk_idx=TOPK, layout="row"), "'row'"),
     "alignment": (dict(x=X, topk_idx=TOPK, expert_alignment=0), "expert_alignment.*0"),
+    "alignment_type": (dict(x=X, topk_idx=TOPK, expert_alignment=2.5), "integer.*got 2.5"),
+    "event_type": (dict(x=X, topk_idx=TOPK, previous_event=3), "EventOverlap, got int"),
+    "callback_type": (dict(x=X, topk_idx=TOPK, during_backward=3), "callable, got int"),
     "wire_dtype": (dict(x=X, topk_idx=TOPK, wire_dtype=torch.bfloat16), "wire_dtype.*bfloat16"),
     "fp8_hidden": (dict(x=X, topk_idx=TOPK, wire_dtype=fp8.FP8_DTYPE), "hidden 32"),
     "recv_dtype": (dict(x=X, topk_idx=TOPK, recv_dtype=torch.bfloat16), "needs FP8 on the wire"),
@@ -86,6 +95,8 @@ def try_combine(rank: int) -> dict[str, str]:
         "cached on another buffer": lambda: other.dispatch(X, handle=handle),
         "must be [": lambda: buffer.combine(rows[1:], handle),
         "float16": lambda: buffer.combine(rows.half(), handle),
+        "x must be a torch.Tensor, got list": lambda: buffer.combine(rows.tolist(), handle),
+        "num_sms must be at least 2": lambda: buffer.set_num_sms(1),
         "topk_weights must be [": lambda: buffer.combine(rows, handle, torch.ones(1)),
         "x must be [4, 32]": lambda: buffer.dispatch(X[1:], handle=handle),
         "not two of them": lambda: buffer.dispatch(X, TOPK, handle=handle),
@@ -96,8 +107,9 @@ def try_combine(rank: int) -> dict[str, str]:
             call()
         messages[name] = str(caught.value)
     buffer.destroy()
-    with pytest.raises(EPStateError, match="destroyed"):
-        buffer.dispatch(X, TOPK)
+    for call in (lambda: buffer.dispatch(X, TOPK), lambda: buffer.set_num_sms(None)):
+        with pytest.raises(EPStateError, match="destroyed"):
+            call()
     return messages
 
 
@@ -114,10 +126,15 @@ def test_bad_combine_arguments_are_named():
         (dict(num_experts=0), "num_experts must be a positive integer, got 0"),
         (dict(hidden=2.5), "hidden must be a positive integer, got 2.5"),
         (dict(num_topk=9), "num_topk 9 is more than num_experts 8"),
-        (dict(ranks_per_node=0), "ranks_per_node must be positive, got 0"),
+        (dict(ranks_per_node=0), "ranks_per_node must be a positive integer, got 0"),
         (dict(backend="nccl"), "auto, nvlink, reference, got 'nccl'"),
         (dict(dtype=torch.float16), "dtype must be bfloat16 or float32, got torch.float16"),
-        (dict(timeout_s=0), "timeout_s must be positive, got 0"),
+        (dict(ranks_per_node=1.5), "ranks_per_node must be a positive integer, got 1.5"),
+        (dict(num_topk=33, num_experts=64), "num_topk is at most 32, got 33"),
+        (dict(num_experts=8192), "num_experts is at most 4096, got 8192"),
+        (dict(timeout_s=0), "timeout_s must be a positive number of seconds, got 0"),
+        (dict(timeout_s="30"), "timeout_s must be a positive number of seconds, got '30'"),
+        (dict(timeout_s=float("inf")), "timeout_s must be a positive number of seconds, got inf"),
     ],
 )
 def test_bad_config_is_named(change, pattern):
@@ -126,6 +143,13 @@ def test_bad_config_is_named(change, pattern):
 
 
 def try_groups(rank: int) -> None:
+    with pytest.raises(EPArgumentError, match="config must be an EPConfig, got dict"):
+        Buffer(None, SIZES)
+    with pytest.raises(EPArgumentError, match="group must be a ProcessGroup or None, got str"):
+        Buffer("world", EPConfig(**SIZES))
+    bf16 = Buffer(None, EPConfig(**{**SIZES, "dtype": torch.bfloat16}))
+    with pytest.raises(EPArgumentError, match="pass dtype=torch.float32 to EPConfig"):
+        bf16.dispatch(X, TOPK)
     with pytest.raises(EPArgumentError, match="num_experts 7 is not divisible by the group's 2"):
         Buffer(None, EPConfig(**{**SIZES, "num_experts": 7}))
     with pytest.raises(EPArgumentError, match="2 ranks are not divisible by ranks_per_node 3"):

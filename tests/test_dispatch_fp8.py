@@ -8,11 +8,26 @@ import numpy as np
 import pytest
 import torch
 from cases import Case, assert_same, to_numpy, to_torch
-from oracle import expert_rows
+from oracle import expert_rows, fp32_to_bf16, rank_rows
 from ranks import run_ranks
 
 from ep_comm import Buffer, fp8
 
+# The value of each byte: sign, 4 bits of exponent, 3 of mantissa.
+E4M3 = np.array(
+    [
+        (-1.0 if byte & 0x80 else 1.0)
+        * (
+            np.nan
+            if byte & 0x7F == 0x7F
+            else (byte & 7) * 2.0**-9
+            if not byte & 0x78
+            else (8 + (byte & 7)) * 2.0 ** ((byte >> 3 & 15) - 10)
+        )
+        for byte in range(256)
+    ],
+    np.float32,
+)
 CASE = Case(tokens=(6, 0, 9), hidden=256, num_topk=5, experts_per_rank=3, alignment=16)
 
 
@@ -78,9 +93,11 @@ def check_fp8(case: Case) -> None:
             row_bytes = case.hidden + 4 * case.hidden // fp8.BLOCK
             assert got["wire_bytes"][peer] == (0 if peer == rank else rows * row_bytes)
         if case.layout == "rank":
-            continue
-        rows, _ = expert_rows(topk_idx, rank, case.experts_per_rank, case.alignment)
-        assert any(row is None for row in rows), "the case lost its padding"
+            rows = rank_rows(topk_idx, rank, case.experts_per_rank)
+        else:
+            rows, _ = expert_rows(topk_idx, rank, case.experts_per_rank, case.alignment)
+            assert any(row is None for row in rows), "the case lost its padding"
+        assert len(got["data"]) == len(rows)
         for i, row in enumerate(rows):
             if row is None:  # padding: byte 0, scale 1, so that any GEMM reads zeros
                 assert not got["data"][i].any() and (got["scales"][i] == 1).all()
@@ -89,3 +106,5 @@ def check_fp8(case: Case) -> None:
             data, scales = quantised[row.source]
             assert_same(got["data"][i], data.view(torch.uint8)[row.token].numpy(), "FP8 bytes")
             assert_same(got["scales"][i], scales[row.token].numpy(), "scales")
+            values = E4M3[got["data"][i]] * np.repeat(got["scales"][i], fp8.BLOCK)
+            assert_same(got["dequantised"][i], fp32_to_bf16(values), "dequantised row")

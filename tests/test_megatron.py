@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from megatron_model import Setup, make_config, train
+import torch
+from megatron_model import Setup, make_config, make_model, parallel_state, train
 from ranks import RankFailure, run_ranks
 
 pytest.importorskip("megatron.core")
@@ -144,6 +145,11 @@ def test_install_reaches_every_layer():
         ({"tensor_model_parallel_size": 2}, {}, "--tensor-model-parallel-size"),
         ({"pipeline_model_parallel_size": 2}, {}, "--pipeline-model-parallel-size"),
         ({"context_parallel_size": 2}, {}, "--context-parallel-size"),
+        ({"overlap_moe_expert_parallel_comm": True}, {}, "the 1F1B overlap"),
+        ({"overlap_dispatch_backward_with_experts_wgrad": True}, {}, "experts-wgrad"),
+        ({"moe_latent_size": 16}, {}, "--moe-latent-size"),
+        ({"fp4": "e2m1"}, {}, "--fp4-format"),
+        ({"transformer_impl": "inference_optimized"}, {}, "inference_optimized"),
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_refused_by_name(config, options, message):
@@ -185,3 +191,44 @@ def train_with_plain_ddp(rank: int) -> None:
 
     DistributedDataParallelConfig.__init__ = forget
     train(rank, Setup(options=(("overlap_wgrad", True),)))
+
+
+def models_that_are_not_right(rank: int) -> None:
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from ep_comm.errors import EPArgumentError, EPStateError, EPUnsupportedError
+    from ep_comm.megatron import EPOptions, check_model, check_weight_gradients, use_ep_comm
+    from ep_comm.megatron.wgrad import delay_weight_gradients
+
+    with pytest.raises(EPArgumentError, match="no MoE layer"):
+        use_ep_comm(get_gpt_layer_local_spec())
+    with pytest.raises(EPStateError, match="no MoE layer"):
+        check_model([torch.nn.Linear(2, 2)])
+    with pytest.raises(EPUnsupportedError, match="Linear: nothing delays .* parameter weight"):
+        delay_weight_gradients(torch.nn.Linear(2, 2))
+    for bad in (dict(timeout_s=-1), dict(expert_alignment=0), dict(max_tokens_per_rank=-5)):
+        with pytest.raises(EPArgumentError, match=next(iter(bad))):
+            EPOptions(**bad)
+
+    parallel_state(Setup())
+    stock = make_model(Setup(dispatcher="alltoall"), make_config(Setup(), None), EPOptions())
+    with pytest.raises(EPStateError, match=r"decoder.layers.0.mlp \(MoEAlltoAllTokenDispatcher\)"):
+        check_model([stock])
+
+    options = EPOptions(overlap_wgrad=True)
+    ours = make_model(Setup(), make_config(Setup(), None), options)
+    assert check_model([ours]) == 2
+    linear = next(m for m in ours.modules() if hasattr(m, "ep_comm_wgrad"))
+    x = torch.ones(3, linear.weight.shape[1], requires_grad=True)
+    linear(x)[0].sum().backward()
+    with pytest.raises(EPStateError, match="never computed: .*linear_fc1 \\(1\\)"):
+        check_weight_gradients([ours])
+    linear.backward_dw()
+    check_weight_gradients([ours])
+
+
+def test_what_is_wrong_with_a_model_is_named():
+    run_ranks(2, models_that_are_not_right, pool="megatron", timeout_s=120)

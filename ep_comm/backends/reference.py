@@ -37,6 +37,7 @@ from ep_comm.records import OpRecord, Recorder
 _DTYPES = (torch.bfloat16, torch.float32, fp8.FP8_DTYPE)
 _OPS = ("create", "plan", "dispatch", "combine")
 _LAYOUTS = ("rank", "expert")
+_HEADER_INTS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,8 +325,10 @@ class ReferenceBackend:
             for rows in rows_to_rank
         ]
         # Other operations have other fields: room for the longest, sent at full length.
-        send = [torch.nn.functional.pad(header, (0, 12 - header.numel())) for header in send]
-        recv = torch.empty(len(send), 12, dtype=torch.int64, device=device)
+        send = [
+            torch.nn.functional.pad(header, (0, _HEADER_INTS - header.numel())) for header in send
+        ]
+        recv = torch.empty(len(send), _HEADER_INTS, dtype=torch.int64, device=device)
         waited = self.transport.exchange(send, recv.unbind(), operation, "header").wait()
         record.wait_s_by_rank = waited
         record.metadata_bytes += remote_bytes(send, self.transport.rank)
@@ -348,8 +351,9 @@ class ReferenceBackend:
             num_topk=config.num_topk,
             dtype=_DTYPES.index(config.dtype),
             ranks_per_node=config.ranks_per_node or self.transport.num_ranks,
+            timeout_ms=int(1e3 * config.timeout_s),
         )
-        self.recorder.num_operations = 0  # epochs count the caller's operations
+        self.recorder.num_operations = 0
 
 
 def _mismatch(

@@ -33,7 +33,7 @@ class Transport:
         self.rank = dist.get_rank(group)
         self.num_ranks = dist.get_world_size(group)
         self.timeout_s = timeout_s
-        self.backends = _backend_by_device_type(group)
+        self.backends = backend_by_device_type(group)
         on_cpu = "cpu" in self.backends
         self.host_device = torch.device("cpu" if on_cpu else f"cuda:{torch.cuda.current_device()}")
 
@@ -170,7 +170,7 @@ class Exchange:
         )
 
 
-def _backend_by_device_type(group: dist.ProcessGroup) -> dict[str, str]:
+def backend_by_device_type(group: dist.ProcessGroup) -> dict[str, str]:
     """Such as {"cpu": "gloo", "cuda": "nccl"}."""
     pairs = dist.get_backend_config(group).split(",")
     return dict(pair.split(":", 1) for pair in pairs)

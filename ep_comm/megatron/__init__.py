@@ -5,7 +5,8 @@ Own training loops::
     from ep_comm.megatron import EPOptions, check_model, use_ep_comm
 
     spec = use_ep_comm(get_gpt_layer_local_spec(...), EPOptions())
-    model = GPTModel(config, spec, ...)      # config.moe_token_dispatcher_type stays "alltoall"
+    config = TransformerConfig(..., moe_token_dispatcher_type="alltoall")
+    model = GPTModel(config, spec, ...)
     check_model([model])
 
 Frameworks with an entry point of their own call ``install(EPOptions())`` before they build the
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ep_comm.megatron.options import EPOptions
 
 if TYPE_CHECKING:
-    from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
+    from ep_comm.megatron.dispatcher import EPCommTokenDispatcher, destroy_buffers
     from ep_comm.megatron.layer import EPCommMoELayer, check_model, install, use_ep_comm
     from ep_comm.megatron.meter import MoEMeter
     from ep_comm.megatron.wgrad import check_weight_gradients
@@ -32,6 +33,7 @@ _LAZY = {
     "MoEMeter": "meter",
     "check_model": "layer",
     "check_weight_gradients": "wgrad",
+    "destroy_buffers": "dispatcher",
     "install": "layer",
     "use_ep_comm": "layer",
 }
@@ -43,6 +45,7 @@ __all__ = [
     "MoEMeter",
     "check_model",
     "check_weight_gradients",
+    "destroy_buffers",
     "install",
     "use_ep_comm",
 ]

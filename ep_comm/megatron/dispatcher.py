@@ -27,6 +27,16 @@ from ep_comm.megatron.options import EPOptions, check_supported
 _buffers: dict[tuple, Buffer] = {}
 
 
+def destroy_buffers() -> None:
+    """Destroy the buffers of all models in this process, before their process groups. Collective.
+
+    A dispatcher that is used again makes a new one.
+    """
+    for buffer in _buffers.values():
+        buffer.destroy()
+    _buffers.clear()
+
+
 class EPCommTokenDispatcher(MoETokenDispatcher):
     """Moves tokens with an `ep_comm.Buffer`.
 
@@ -55,7 +65,9 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         self.local_expert_indices = local_expert_indices
         self.options = options
         self.during_backward = during_backward
-        self.expert_alignment = options.expert_alignment or _quantisation_alignment(config)
+        self.expert_alignment = options.expert_alignment
+        if self.expert_alignment is None:
+            self.expert_alignment = _quantisation_alignment(config)
         self.buffer: Buffer | None = None
         self.handle: DispatchHandle | None = None
 
@@ -75,7 +87,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """[T, H] and [T, E] to expert-major rows [M, H] and their probabilities [M]."""
-        if self.buffer is None:
+        if self.buffer is None or not self.buffer.is_usable:
             self.buffer = self._shared_buffer(hidden_states)
         out = self.buffer.dispatch(
             hidden_states,
@@ -130,7 +142,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             config.moe_router_topk,
             options,
         )
-        if key not in _buffers:
+        if key not in _buffers or not _buffers[key].is_usable:
             max_tokens = options.max_tokens_per_rank
             if max_tokens is None:
                 most = torch.tensor([hidden_states.shape[0]], device=hidden_states.device)

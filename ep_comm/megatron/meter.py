@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
+from ep_comm.errors import EPStateError
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
 from ep_comm.megatron.layer import moe_layers
 from ep_comm.records import timed
@@ -29,13 +30,13 @@ class MoEMeter:
     wherever a dispatcher does them. On a GPU they are taken by events on the current stream.
 
     Raises:
-        ValueError: The model has no MoE layer.
+        EPStateError: The model has no MoE layer.
     """
 
     def __init__(self, model_chunks: Iterable[nn.Module]) -> None:
         self._layers = [layer for _, layer in moe_layers(model_chunks)]
         if not self._layers:
-            raise ValueError("the model has no MoE layer to measure")
+            raise EPStateError("the model has no MoE layer to measure")
         self._group = self._layers[0].ep_group
         self._spans: dict[str, list] = {"dispatch": [], "combine": [], "expert": []}
         self._tokens: dict[MoELayer, Tensor] = {}

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from ep_comm import fp8
+from ep_comm.checks import check_alignment
+from ep_comm.config import check_timeout
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 
 if TYPE_CHECKING:
@@ -23,7 +27,7 @@ class EPOptions:
             in flight. Needs ``DistributedDataParallelConfig(delay_wgrad_compute=True)``, which
             `install` sets itself.
         expert_alignment: Rows of each expert's group are padded to a multiple of this; None
-            takes what Megatron's quantisation needs, and no padding without quantisation.
+            takes what Megatron's quantisation needs, and 1, no padding, without quantisation.
         max_tokens_per_rank: Most tokens of one micro-batch on one rank; None takes the first
             micro-batch's, over all ranks.
         timeout_s: Bound of every wait for another rank, in seconds.
@@ -34,6 +38,14 @@ class EPOptions:
     expert_alignment: int | None = None
     max_tokens_per_rank: int | None = None
     timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        check_timeout(self.timeout_s)
+        if self.expert_alignment is not None:
+            check_alignment(self.expert_alignment)
+        tokens = self.max_tokens_per_rank
+        if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+            raise EPArgumentError(f"max_tokens_per_rank must be a positive integer, got {tokens!r}")
 
 
 def check_supported(config: TransformerConfig, options: EPOptions) -> None:
@@ -50,12 +62,17 @@ def check_supported(config: TransformerConfig, options: EPOptions) -> None:
             )
     if config.moe_token_dispatcher_type != "alltoall":
         raise EPArgumentError(
-            "keep moe_token_dispatcher_type='alltoall' in the TransformerConfig (Megatron "
+            "set moe_token_dispatcher_type='alltoall' in the TransformerConfig (Megatron "
             "validates other features against it, and ep_comm then replaces the dispatcher); "
             f"got {config.moe_token_dispatcher_type!r}"
         )
     if options.fp8_dispatch:
         fp8.check_hidden(config.hidden_size)
+        if torch.cuda.is_available() and config.hidden_size % 512:
+            raise EPArgumentError(
+                "FP8 dispatch over NVLink needs hidden_size to be a multiple of 512, got "
+                f"{config.hidden_size}"
+            )
 
 
 def _refused(config: TransformerConfig) -> list[tuple[str, object, str]]:
