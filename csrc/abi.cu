@@ -68,6 +68,13 @@ constexpr int32_t kPlanArgs[] = {
 };
 #undef F
 
+#define F(field) EP_OFFSET(ep_quantize_args, field)
+constexpr int32_t kQuantizeArgs[] = {
+    EP_SIZE(ep_quantize_args),
+    F(x), F(data), F(scales), F(num_blocks), F(dtype),
+};
+#undef F
+
 #define F(field) EP_OFFSET(ep_dispatch_args, field)
 constexpr int32_t kDispatchArgs[] = {
     EP_SIZE(ep_dispatch_args),
@@ -112,6 +119,7 @@ constexpr StructLayout kStructs[] = {
     EP_STRUCT("ep_node", kNode),
     EP_STRUCT("ep_mailbox", kMailbox),
     EP_STRUCT("ep_plan_args", kPlanArgs),
+    EP_STRUCT("ep_quantize_args", kQuantizeArgs),
     EP_STRUCT("ep_dispatch_args", kDispatchArgs),
     EP_STRUCT("ep_combine_args", kCombineArgs),
     EP_STRUCT("ep_probe_args", kProbeArgs),

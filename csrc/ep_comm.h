@@ -204,9 +204,10 @@ typedef struct ep_plan_args {
  * out of bounds. */
 EP_API int64_t ep_plan_scratch_bytes(int64_t max_tokens, int32_t num_experts, int32_t num_ranks);
 
-/* Computes the layout of this rank's tokens on `stream`; then, on `side_stream`, exchanges it, finds
- * where every received row stands in the output, and tells the host the counts. So rows can be
- * pushed on `stream` meanwhile. `event` is a cudaEvent_t to use. */
+/* Computes the layout of this rank's tokens on `stream`; then, on `side_stream`, sends it, gathers the
+ * others', finds where every received row stands in the output, and tells the host the counts.
+ * `stream` goes on once this rank's part is sent, so that rows can be pushed on it meanwhile.
+ * `event` is a cudaEvent_t to use. */
 EP_API int32_t ep_plan(const ep_plan_args* args, void* stream, void* side_stream, void* event);
 
 /* `waiting` goes on when all that is on `other` now is done; `event` is a cudaEvent_t to use. */
@@ -216,6 +217,19 @@ EP_API int32_t ep_stream_wait(void* waiting, void* other, void* event);
  * the timeout, 2 if `fault` was set, 3 if `stream` reports a CUDA error (see ep_last_error). */
 EP_API int32_t ep_mailbox_wait(const ep_mailbox* mailbox, const ep_fault* fault, int32_t epoch,
                                int64_t timeout_ns, void* stream);
+
+/* ---- FP8 --------------------------------------------------------------------------------------- */
+
+/* Quantises rows [T, H] to E4M3 in blocks of 128 with power-of-two scales; see ep_comm/fp8.py. */
+typedef struct ep_quantize_args {
+  const void* x;    /* [T, H], 16-byte aligned */
+  uint8_t* data;    /* [T, H] out */
+  float* scales;    /* [T, H / 128] out: what a byte is multiplied with to give the value back */
+  int64_t num_blocks; /* T * H / 128 */
+  int32_t dtype;    /* EP_BF16 or EP_FP32 */
+} ep_quantize_args;
+
+EP_API int32_t ep_quantize(const ep_quantize_args* args, void* stream);
 
 /* ---- Dispatch --------------------------------------------------------------------------------- */
 

@@ -286,6 +286,9 @@ int32_t ep_plan(const ep_plan_args* args, void* main_stream, void* side_stream, 
   send_kernel<<<kSendBlocks, kThreads, 0, stream>>>(*args);
   status = ep::check_cuda(cudaGetLastError(), "ep_plan: send_kernel");
   if (status != EP_OK) return status;
+  // What follows on the main stream fills the links: the routing goes first, it is waited for.
+  status = ep_stream_wait(main_stream, side_stream, event);
+  if (status != EP_OK) return status;
   gather_kernel<<<dim3(kGatherBlocks, num_ranks), kThreads, 0, stream>>>(*args);
   status = ep::check_cuda(cudaGetLastError(), "ep_plan: gather_kernel");
   if (status != EP_OK) return status;

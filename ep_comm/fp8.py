@@ -12,12 +12,15 @@ import os
 import torch
 from torch import Tensor
 
+from ep_comm import _native
+from ep_comm._native import structs
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 
 BLOCK = 128
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = 448.0
 
+_NATIVE_DTYPES = {torch.bfloat16: structs.EP_BF16, torch.float32: structs.EP_FP32}
 _EXPONENT_BITS = 0x7F800000
 _TWO_POW_127_BITS = 0x7F000000
 
@@ -50,11 +53,30 @@ def quantize(x_TH: Tensor) -> tuple[Tensor, Tensor]:
     """
     num_tokens, hidden = x_TH.shape
     check_hidden(hidden)
+    native = _native.load() if x_TH.is_cuda else None
+    if native is not None and x_TH.dtype in _NATIVE_DTYPES:
+        return _native_quantize(native, x_TH.contiguous())
     blocks = x_TH.float().view(num_tokens, hidden // BLOCK, BLOCK)
     scale = _power_of_two_scale(blocks.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=-1))
     # Clamped before the cast, which turns overflow into NaN; NaN itself passes the clamp.
     scaled = (blocks * scale.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX)
     return scaled.to(FP8_DTYPE).view(num_tokens, hidden), scale.reciprocal()
+
+
+def _native_quantize(native: _native.NativeLibrary, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+    num_tokens, hidden = x_TH.shape
+    data = torch.empty(num_tokens, hidden, dtype=FP8_DTYPE, device=x_TH.device)
+    scales = torch.empty(num_tokens, hidden // BLOCK, dtype=torch.float32, device=x_TH.device)
+    args = structs.QuantizeArgs(
+        x=x_TH.data_ptr(),
+        data=data.data_ptr(),
+        scales=scales.data_ptr(),
+        num_blocks=scales.numel(),
+        dtype=_NATIVE_DTYPES[x_TH.dtype],
+    )
+    with torch.cuda.device(x_TH.device):
+        native.launch("ep_quantize", args, torch.cuda.current_stream().cuda_stream)
+    return data, scales
 
 
 def dequantize(x_fp8_TH: Tensor, scale_TB: Tensor, dtype: torch.dtype) -> Tensor:

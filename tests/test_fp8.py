@@ -25,12 +25,23 @@ def assert_same_bits(actual: torch.Tensor, expected: np.ndarray) -> None:
     assert bool((same | both_nan).all()), f"{int((~(same | both_nan)).sum())} elements differ"
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_quantize_gives_transformer_engines_bits(dtype):
+def test_quantize_gives_transformer_engines_bits(dtype, device):
     x = golden_input() if dtype == "bf16" else golden_input().float()
-    data, scale = fp8.quantize(x)
+    data, scale = fp8.quantize(x.to(device))
+    data, scale = data.cpu(), scale.cpu()
     assert_same_bits(data, GOLDEN[f"{dtype}_rowwise_data"])
     assert_same_bits(scale.t(), GOLDEN[f"{dtype}_rowwise_scale_inv"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, 4096])
+def test_kernel_gives_the_reference_bits(num_tokens):
+    generator = torch.Generator().manual_seed(num_tokens)
+    x = torch.randn(num_tokens, 1536, generator=generator).bfloat16()
+    for want, got in zip(fp8.quantize(x), fp8.quantize(x.cuda()), strict=True):
+        assert torch.equal(want.view(torch.uint8), got.cpu().view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

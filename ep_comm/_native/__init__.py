@@ -58,6 +58,7 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
         ctypes.c_int32,
         [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p],
     ),
+    "ep_quantize": _launch(structs.QuantizeArgs),
     "ep_dispatch": _launch(structs.DispatchArgs),
     "ep_combine_blocks_per_sm": (ctypes.c_int32, [ctypes.c_int32]),
     "ep_combine": _launch(structs.CombineArgs),

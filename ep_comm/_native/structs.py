@@ -146,6 +146,18 @@ class PlanArgs(ctypes.Structure):
     ]
 
 
+class QuantizeArgs(ctypes.Structure):
+    """``ep_quantize_args``: quantisation to FP8."""
+
+    _fields_ = [
+        ("x", _POINTER),
+        ("data", _POINTER),
+        ("scales", _POINTER),
+        ("num_blocks", _INT64),
+        ("dtype", _INT32),
+    ]
+
+
 class DispatchArgs(ctypes.Structure):
     """``ep_dispatch_args``: dispatch."""
 
@@ -242,6 +254,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "ep_node": Node,
     "ep_mailbox": Mailbox,
     "ep_plan_args": PlanArgs,
+    "ep_quantize_args": QuantizeArgs,
     "ep_dispatch_args": DispatchArgs,
     "ep_combine_args": CombineArgs,
     "ep_probe_args": ProbeArgs,

@@ -1,0 +1,96 @@
+// Quantisation to FP8 E4M3 in blocks of 128 with power-of-two scales: Transformer Engine's bits.
+
+#include <algorithm>
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+
+#include "ep_comm.h"
+#include "status.cuh"
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kBlockElements = 128;
+constexpr int kLanes = 16;                               // of one block of elements
+constexpr int kPerLane = kBlockElements / kLanes;        // 8: one 8-byte store
+constexpr float kFp8Max = 448.0f;
+constexpr uint32_t kExponentBits = 0x7f800000u;
+constexpr uint32_t kTwoPow127Bits = 0x7f000000u;
+
+__device__ inline void load(const __nv_bfloat16* x, float* out) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(x);
+  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[2 * i] = __uint_as_float(words[i] << 16);
+    out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+  }
+}
+
+__device__ inline void load(const float* x, float* out) {
+  const float4 a = reinterpret_cast<const float4*>(x)[0], b = reinterpret_cast<const float4*>(x)[1];
+  out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
+  out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+}
+
+// min(2^floor(log2(448 / amax)), 2^127); 1 where amax is 0 or infinite.
+__device__ inline float power_of_two_scale(float amax) {
+  if (amax == 0.0f || isinf(amax)) return 1.0f;
+  const uint32_t exponent = __float_as_uint(kFp8Max / amax) & kExponentBits;
+  return __uint_as_float(min(exponent, kTwoPow127Bits));
+}
+
+// 16 lanes a block of 128 elements; blocks of neighbouring lanes are neighbours in memory.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) quantize_kernel(const ep_quantize_args args) {
+  const auto* const x = static_cast<const T*>(args.x);
+  const int64_t num_lanes = args.num_blocks * kLanes;
+  // Whole warps take part in the shuffles, also beyond the end.
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads; first < num_lanes;
+       first += stride) {
+    const int64_t i = first + threadIdx.x;
+    const bool inside = i < num_lanes;
+    float values[kPerLane] = {};
+    if (inside) load(x + i * kPerLane, values);
+    float amax = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) amax = fmaxf(amax, fabsf(values[j]));  // passes over NaN
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+      amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, offset));
+    }
+    const float scale = power_of_two_scale(amax);
+    union {
+      uint2 bits;
+      __nv_fp8x2_storage_t pairs[kPerLane / 2];
+    } packed;
+#pragma unroll
+    for (int j = 0; j < kPerLane / 2; ++j) {
+      packed.pairs[j] = __nv_cvt_float2_to_fp8x2(
+          make_float2(values[2 * j] * scale, values[2 * j + 1] * scale), __NV_SATFINITE,
+          __NV_E4M3);
+    }
+    if (!inside) continue;
+    reinterpret_cast<uint2*>(args.data)[i] = packed.bits;
+    if (i % kLanes == 0) args.scales[i / kLanes] = 1.0f / scale;
+  }
+}
+
+}  // namespace
+
+int32_t ep_quantize(const ep_quantize_args* args, void* stream_pointer) {
+  constexpr int64_t kMaxGrid = 132 * 16;
+  const auto stream = static_cast<cudaStream_t>(stream_pointer);
+  const int64_t wanted = (args->num_blocks * kLanes + kThreads - 1) / kThreads;
+  const auto grid = static_cast<unsigned>(std::min(wanted, kMaxGrid));
+  if (grid == 0) return EP_OK;
+  if (args->dtype == EP_BF16) {
+    quantize_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(*args);
+  } else if (args->dtype == EP_FP32) {
+    quantize_kernel<float><<<grid, kThreads, 0, stream>>>(*args);
+  } else {
+    return ep::fail(EP_ERR_ARGUMENT, "dtype = %d is not one of EP_BF16, EP_FP32", args->dtype);
+  }
+  return ep::check_cuda(cudaGetLastError(), "ep_quantize");
+}
