@@ -14,8 +14,9 @@ from __future__ import annotations
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,32 +25,41 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from moe_config import PretrainConfig
-from moe_launch import UserError, on_rank_0
+from moe_launch import UserError, agree, on_rank_0
 from moe_model import Trainee
+from torch.distributed.checkpoint.api import CheckpointException
+
+T = TypeVar("T")
 
 LATEST = "latest_checkpointed_iteration.txt"
 
 # Keys that a resumed run may change; with any other one changed it would not be the same run.
-FREE_KEYS = {
-    *("train_iters", "moe_token_dispatcher", "moe_grouped_gemm", "moe_permute_fusion"),
-    *("ep_fp8_dispatch", "ep_overlap_wgrad", "ep_expert_alignment", "ep_timeout_s"),
-    *("recompute_granularity", "recompute_modules", "overlap_grad_reduce"),
-    *("eval_interval", "eval_iters", "save", "save_interval", "load", "run_dir", "log_interval"),
-    *("wandb_project", "wandb_exp_name", "wandb_entity", "wandb_save_dir", "data_cache_path"),
-}
+FREE_KEYS = set(
+    """
+    train_iters moe_token_dispatcher moe_grouped_gemm moe_permute_fusion
+    ep_fp8_dispatch ep_overlap_wgrad ep_expert_alignment ep_timeout_s
+    recompute_granularity recompute_modules overlap_grad_reduce
+    eval_interval eval_iters save save_interval load run_dir log_interval
+    wandb_project wandb_exp_name wandb_entity wandb_save_dir data_cache_path
+    """.split()
+)
 
 # The format of the distributed optimizer's state: without communication, for as many ranks as
 # wrote it. Other optimizers ignore it.
 _METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
 
 
-def check_paths(config: PretrainConfig) -> None:
+def check_paths(config: PretrainConfig) -> Path | None:
     """Refuse paths that would fail, or overwrite another run's checkpoints, hours later.
 
+    Returns:
+        The checkpoint to load, if any: the latest one in ``config.load``.
+
     Raises:
-        UserError: There is no checkpoint to load, or there is one in the way of saving.
+        UserError: There is no checkpoint to load, it belongs to another model or run, or there is
+            one in the way of saving.
     """
-    on_rank_0(lambda: _check_paths(config))
+    return on_rank_0(lambda: _check_paths(config))
 
 
 def save(
@@ -80,19 +90,21 @@ def save(
 
 
 @torch.no_grad()
-def load(trainee: Trainee, config: PretrainConfig) -> tuple[int, int]:
-    """Restore the latest checkpoint in ``config.load``; call it on all ranks.
+def load(trainee: Trainee, checkpoint: Path) -> tuple[int, int]:
+    """Restore what `check_paths` returned; call it on all ranks.
 
     Returns:
         Iteration and number of samples that the checkpoint was written after.
 
     Raises:
-        UserError: There is none, or it belongs to another model or run.
+        UserError: The checkpoint is damaged.
     """
-    folder = on_rank_0(lambda: _latest(config.load))
-    on_rank_0(lambda: _check_fingerprint(folder, config))
     _give_torch_optimizers_state(trainee)
-    state = dist_checkpointing.load(_sharded_state(trainee, is_loading=True), str(folder))
+    state = _sharded_state(trainee, is_loading=True)
+    # It communicates, inside `agree`: torch reports a shard that one rank cannot read on all.
+    state = agree(
+        lambda: _readable(checkpoint, lambda: dist_checkpointing.load(state, str(checkpoint)))
+    )
     trainee.model.module.load_state_dict(state["model"])
     trainee.optimizer.load_state_dict(state["optimizer"])
     _set_torch_optimizer_steps(trainee)
@@ -156,9 +168,10 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
 
 
-def _check_paths(config: PretrainConfig) -> None:
-    if config.load:
-        _check_fingerprint(_latest(config.load), config)
+def _check_paths(config: PretrainConfig) -> Path | None:
+    checkpoint = _latest(config.load) if config.load else None
+    if checkpoint:
+        _check_fingerprint(checkpoint, config)
     if config.save and not (config.load and config.save.resolve() == config.load.resolve()):
         existing = config.save / LATEST
         if existing.exists():
@@ -167,6 +180,7 @@ def _check_paths(config: PretrainConfig) -> None:
                 f"{existing.read_text().strip()}: add --load {config.save} to go on from it, or "
                 f"choose another folder"
             )
+    return checkpoint
 
 
 def _latest(folder: Path) -> Path:
@@ -177,9 +191,21 @@ def _latest(folder: Path) -> Path:
             f"--load {folder} holds no checkpoint: {folder / LATEST} is missing or no number"
         ) from None
     checkpoint = folder / f"iter_{iteration:07d}"
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(checkpoint)):
+    is_checkpoint = dist_checkpointing.check_is_distributed_checkpoint
+    if not _readable(checkpoint, lambda: is_checkpoint(str(checkpoint))):
         raise UserError(f"--load {folder}: {checkpoint} is missing or incomplete")
     return checkpoint
+
+
+def _readable(checkpoint: Path, action: Callable[[], T]) -> T:
+    """The result of `action`, or a `UserError` about `checkpoint` for whatever it fails with."""
+    try:
+        return action()
+    except (Exception, CheckpointException) as error:  # torch's is a BaseException
+        if isinstance(error, CheckpointException):
+            error, _ = next(iter(error.failures.values()))  # one rank's is enough
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"checkpoint {checkpoint} cannot be read: {text}") from None
 
 
 def _fingerprint(config: PretrainConfig) -> dict[str, Any]:
@@ -190,7 +216,8 @@ def _fingerprint(config: PretrainConfig) -> dict[str, Any]:
 
 
 def _check_fingerprint(folder: Path, config: PretrainConfig) -> None:
-    there = dist_checkpointing.load_common_state_dict(str(folder)).get("fingerprint", {})
+    common = _readable(folder, lambda: dist_checkpointing.load_common_state_dict(str(folder)))
+    there = common.get("fingerprint", {})
     here = _fingerprint(config)
     differences = [
         f"{key} is {there.get(key)} there and {here.get(key)} here"

@@ -167,6 +167,11 @@ class PretrainConfig(Model, MixtureOfExperts, Dispatch, Training, Data, Output):
                 f"moe_router_topk {self.moe_router_topk} is more than "
                 f"num_experts {self.num_experts}"
             )
+        if self.num_query_groups and self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_query_groups {self.num_query_groups}"
+            )
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is more than lr {self.lr}")
         if self.lr_warmup_iters >= self.decay_iters:

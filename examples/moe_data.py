@@ -10,6 +10,7 @@ import glob
 import hashlib
 import os
 import shutil
+import struct
 import sysconfig
 import tempfile
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import (
-    IndexedDataset,
     IndexedDatasetBuilder,
+    _IndexReader,
     get_bin_path,
     get_idx_path,
 )
@@ -64,7 +65,7 @@ def load_datasets(config: PretrainConfig) -> tuple[Corpus, GPTDataset, GPTDatase
     """Corpus, training data and (if validation is on) validation data; call it on all ranks.
 
     Raises:
-        UserError: The data cannot be read, or is not enough for one sequence.
+        UserError: The data cannot be read, is damaged, or is not enough for one sequence.
     """
     corpus = on_rank_0(lambda: _checked_corpus(config))
     agree(lambda: _check_visible(corpus))
@@ -122,7 +123,7 @@ def _checked_corpus(config: PretrainConfig) -> Corpus:
             f"{error.filename}: {error.strerror}; the data cache is {cache}, "
             f"--data-cache-path chooses another"
         ) from None
-    _check_size(corpus, config)
+    _check(corpus, config)
     return corpus
 
 
@@ -213,15 +214,9 @@ def _megatron_pair(prefix: str, config: PretrainConfig, cache: Path) -> Corpus:
     )
 
 
-def _check_size(corpus: Corpus, config: PretrainConfig) -> None:
-    """Refuse what GPTDataset would fail on after the ranks have parted ways."""
-    try:
-        data = IndexedDataset(corpus.prefix)
-    except AssertionError as error:
-        raise UserError(
-            f"{get_idx_path(corpus.prefix)} is no Megatron index file: {error}"
-        ) from None
-    lengths = data.sequence_lengths
+def _check(corpus: Corpus, config: PretrainConfig) -> None:
+    """Refuse what GPTDataset, or the model, would fail on after the ranks have parted ways."""
+    lengths, token_size = _read_index(corpus.prefix)
     shares = [float(share) for share in config.split.split(",")]
     boundary = round(shares[0] / sum(shares) * len(lengths)) if sum(shares) else 0
     parts = {"training": lengths[:boundary]}
@@ -235,12 +230,37 @@ def _check_size(corpus: Corpus, config: PretrainConfig) -> None:
                 f", or a smaller --seq-length"
                 + (", or --eval-iters 0" if use == "validation" else "")
             )
-    highest = int(data.get(0).max())
+    # Read as unsigned, a negative token is a very high one: one pass finds both kinds of mistake.
+    tokens = np.memmap(get_bin_path(corpus.prefix), dtype=f"u{token_size}", mode="r")
+    highest = int(tokens.max())
     if highest >= corpus.vocab_size:
         raise UserError(
             f"{get_bin_path(corpus.prefix)} holds token {highest}: "
             f"--vocab-size {corpus.vocab_size} is too small"
         )
+
+
+def _read_index(prefix: str) -> tuple[np.ndarray, int]:
+    """Lengths of the sequences of a ``.bin/.idx`` pair, and bytes of a token, if both are whole."""
+    index_file, data_file = Path(get_idx_path(prefix)), Path(get_bin_path(prefix))
+    try:
+        # Not IndexedDataset: when that cannot be built, its __del__ prints a stack trace.
+        index = _IndexReader(str(index_file), multimodal=False)
+        lengths = index.sequence_lengths.copy()  # the index unmaps its memory when it goes
+        sequences, token_size = index.document_indices[-1], np.dtype(index.dtype).itemsize
+    except (AssertionError, IndexError, OverflowError, ValueError, struct.error) as error:
+        raise UserError(f"{index_file} is no Megatron index file, or damaged: {error}") from None
+    if sequences != len(lengths):
+        raise UserError(
+            f"{index_file} is damaged: {len(lengths)} sequences, documents of {sequences}"
+        )
+    expected, size = int(lengths.sum()) * token_size, data_file.stat().st_size
+    if size != expected:
+        raise UserError(
+            f"{data_file} has {size} bytes, but {index_file} tells of {expected}: one of them "
+            f"is incomplete, or they do not belong together"
+        )
+    return lengths, token_size
 
 
 def _check_visible(corpus: Corpus) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -77,10 +78,14 @@ def user_errors_exit() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        # Before the group exists, other machines may know nothing of this: the first rank of each.
+        speaker = os.environ.get("RANK" if dist.is_initialized() else "LOCAL_RANK", "0") == "0"
+        if speaker:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        # torchrun kills the others as soon as one rank ends: that one has to speak first.
         if dist.is_initialized():
-            # torchrun kills the others as soon as one rank ends: rank 0 has to speak first.
             dist.barrier()
             dist.destroy_process_group()
+        elif not speaker:
+            time.sleep(10)  # torchrun does not let it last that long
         sys.exit(2)

@@ -29,7 +29,10 @@ LOG_FILE = "log.jsonl"
 
 
 class RunLog:
-    """Takes the same numbers on every rank; rank 0 prints and writes, the last rank runs W&B."""
+    """Takes the same numbers on every rank; rank 0 prints and writes, the last rank runs W&B.
+
+    Use it in a ``with`` statement: it finishes all outputs, also those of a run that fails.
+    """
 
     def __init__(
         self, config: PretrainConfig, versions: dict[str, str], *, first_iteration: int
@@ -73,15 +76,17 @@ class RunLog:
         if self._wandb:
             self._wandb.log(iteration, scalars)
 
-    def close(self) -> None:
-        """Finish all outputs, and say where they are."""
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         self.message(f"log: {self._config.run_dir / LOG_FILE}")
         if self._screen:
             self._screen.close()
         if self._file:
             self._file.close()
         if self._wandb:
-            self._wandb.close()
+            self._wandb.close(failed=error_type is not None)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._file:
@@ -208,8 +213,8 @@ class _WandB:
     def log(self, iteration: int, scalars: dict[str, float]) -> None:
         self._call(lambda: self._run.log(scalars, step=iteration))
 
-    def close(self) -> None:
-        self._call(lambda: self._run.finish())
+    def close(self, *, failed: bool) -> None:
+        self._call(lambda: self._run.finish(exit_code=int(failed)))
 
     def _call(self, action: Any) -> None:
         if self._run is None:

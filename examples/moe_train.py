@@ -32,49 +32,52 @@ def pretrain(config: PretrainConfig) -> None:
     """
     # Whatever can be wrong with the request comes first, before anything is written.
     num_microbatches = config.num_microbatches(dist.get_world_size())
-    check_paths(config)
+    checkpoint = check_paths(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     corpus, train_data, valid_data = load_datasets(config)
     trainee = build(config, corpus.vocab_size, device)
-    iteration, consumed_samples = load(trainee, config) if config.load else (0, 0)
+    iteration, consumed_samples = load(trainee, checkpoint) if checkpoint else (0, 0)
 
-    meter = ep_megatron.MoEMeter([trainee.model])
-    log = RunLog(config, _versions(), first_iteration=iteration)
-    batches = partial(microbatches, config=config, device=device)
-    train_batches = batches(train_data, first_sample=consumed_samples)
+    with RunLog(config, _versions(), first_iteration=iteration) as log:
+        if checkpoint:
+            log.message(f"resumed at step {iteration} from {checkpoint}")
+        if iteration >= config.train_iters:
+            log.message(f"already at step {iteration} of {config.train_iters}: nothing to do")
+        meter = ep_megatron.MoEMeter([trainee.model])
+        batches = partial(microbatches, config=config, device=device)
+        train_batches = batches(train_data, first_sample=consumed_samples)
 
-    while iteration < config.train_iters:
-        start = time.perf_counter()
-        learning_rate = trainee.optimizer.param_groups[0]["lr"]
-        loss, grad_norm = _train_step(trainee, train_batches, config, num_microbatches)
-        duration = time.perf_counter() - start
-        trainee.scheduler.step(increment=config.global_batch_size)
-        iteration += 1
-        consumed_samples += config.global_batch_size
-        log.train(
-            iteration,
-            {
-                "lm loss": loss,
-                "grad-norm": grad_norm,
-                "learning-rate": learning_rate,
-                "iteration-time": duration,
-                "throughput": config.global_batch_size * config.seq_length / duration,
-                **meter.step(),
-            },
-        )
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {iteration}; a lower --lr may help")
+        while iteration < config.train_iters:
+            start = time.perf_counter()
+            learning_rate = trainee.optimizer.param_groups[0]["lr"]
+            loss, grad_norm = _train_step(trainee, train_batches, config, num_microbatches)
+            duration = time.perf_counter() - start
+            trainee.scheduler.step(increment=config.global_batch_size)
+            iteration += 1
+            consumed_samples += config.global_batch_size
+            log.train(
+                iteration,
+                {
+                    "lm loss": loss,
+                    "grad-norm": grad_norm,
+                    "learning-rate": learning_rate,
+                    "iteration-time": duration,
+                    "throughput": config.global_batch_size * config.seq_length / duration,
+                    **meter.step(),
+                },
+            )
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} at step {iteration}; a lower --lr may help")
 
-        last = iteration == config.train_iters
-        if valid_data and (last or iteration % config.eval_interval == 0):
-            valid_batches = batches(valid_data, first_sample=0)
-            log.valid(iteration, _validate(trainee, valid_batches, config, num_microbatches))
-            meter.step()  # what validation dispatched belongs to no step
-        due = config.save_interval and iteration % config.save_interval == 0
-        if config.save and (last or due):
-            save(trainee, config, iteration=iteration, consumed_samples=consumed_samples)
-            log.message(f"step {iteration}: checkpoint in {config.save}")
-    log.close()
+            last = iteration == config.train_iters
+            if valid_data and (last or iteration % config.eval_interval == 0):
+                valid_batches = batches(valid_data, first_sample=0)
+                log.valid(iteration, _validate(trainee, valid_batches, config, num_microbatches))
+                meter.step()  # what validation dispatched belongs to no step
+            due = config.save_interval and iteration % config.save_interval == 0
+            if config.save and (last or due):
+                save(trainee, config, iteration=iteration, consumed_samples=consumed_samples)
+                log.message(f"step {iteration}: checkpoint in {config.save}")
     dist.destroy_process_group()
 
 

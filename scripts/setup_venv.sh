@@ -35,8 +35,8 @@ setup_venv() {
             echo "== installing torch"
             pip install -qq torch
         else
-            # The exact version is the one that has a CPU build next to it here; plain torch would
-            # pull gigabytes of CUDA libraries for a machine without a GPU.
+            # A CPU build where pip is pointed at one (the exact version lets it be found), else
+            # the default build: it works without a GPU too, but brings gigabytes of CUDA libraries.
             echo "== installing torch for CPU"
             pip install -qq torch==2.13.0
         fi

@@ -1,16 +1,10 @@
-"""examples/pretrain_moe.py, as users start it: torchrun, two processes, no GPU."""
+"""examples/pretrain_moe.py: what it learns, resuming, logs."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import signal
 import struct
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,66 +15,20 @@ import pytest
 pytest.importorskip("megatron.core")
 pytest.importorskip("pydantic")
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "configs"
-sys.path.insert(0, str(ROOT / "examples"))
-
-from moe_config import PretrainConfig, parse_args  # noqa: E402
-from moe_launch import UserError  # noqa: E402
+from example_runs import (  # noqa: E402
+    SMALL,
+    TINY,
+    assert_refused,
+    contents,
+    losses,
+    records,
+    torchrun,
+    train,
+)
+from moe_config import PretrainConfig  # noqa: E402
 from moe_log import LOG_FILE, read_log  # noqa: E402
 
-TINY = ["--config", str(CONFIGS / "tiny-cpu.yaml")]
 LATEST = "latest_checkpointed_iteration.txt"
-# Smaller still, for tests that do not look at tiny-cpu's own losses. The decay is fixed, so that
-# runs of different length share their first steps.
-SMALL = [*TINY, "--num-layers", "1", "--seq-length", "64", "--micro-batch-size", "2"]
-SMALL += ["--global-batch-size", "8", "--lr-decay-iters", "20", "--eval-iters", "1"]
-
-
-def environment() -> dict[str, str]:
-    """No GPU, and no W&B settings of whoever runs the tests."""
-    return {
-        **{key: value for key, value in os.environ.items() if not key.startswith("WANDB")},
-        "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
-
-
-def torchrun(*flags: object, processes: int = 2, timeout: float = 120) -> SimpleNamespace:
-    """Run the example; returns its exit code, output and duration."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(processes), str(ROOT / "examples" / "pretrain_moe.py")]
-    start = time.monotonic()
-    process = subprocess.Popen(
-        [*command, *map(str, flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(),
-        start_new_session=True,  # so that a hanging run can be ended with all its processes
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return SimpleNamespace(code=process.returncode, output=output, seconds=time.monotonic() - start)
-
-
-def train(run_dir: Path, *flags: object) -> dict[int, float]:
-    """Run the example to its end; returns the loss of each step."""
-    result = torchrun(*flags, "--run-dir", run_dir)
-    assert result.code == 0, result.output
-    return losses(run_dir)
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    return {r["iteration"]: r["lm loss"] for r in records(run_dir, "train")}
-
-
-def records(run_dir: Path, kind: str) -> list[dict]:
-    return [r for r in read_log(run_dir / LOG_FILE) if r["type"] == kind]
 
 
 def largest_difference(a: dict[int, float], b: dict[int, float], *, steps: int) -> float:
@@ -196,6 +144,38 @@ def test_resumed_run_repeats_the_uninterrupted_one(checkpointed, tmp_path, flags
     assert names == ["iter_0000003", "iter_0000006", LATEST]
 
 
+def test_checkpoint_of_another_model(checkpointed):
+    run = checkpointed(*DISTRIBUTED)
+    folder = run.checkpoints.parent
+    before = contents(folder)
+    flags = [*run.flags, "--run-dir", run.run_dir, "--load", run.checkpoints]
+    assert_refused(
+        torchrun(*flags, "--num-experts", "4"), "another run", "num_experts is 8 there and 4 here"
+    )
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("damaged", ["common.pt", "__0_0.distcp"])
+def test_damaged_checkpoint(checkpointed, tmp_path, damaged):
+    run = checkpointed(*DISTRIBUTED)
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(run.checkpoints, checkpoints)
+    path = checkpoints / "iter_0000006" / damaged
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    result = torchrun(*run.flags, "--run-dir", tmp_path / "run", "--load", checkpoints)
+    assert_refused(result, f"checkpoint {path.parent} cannot be read: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_finished_run_has_nothing_to_do(checkpointed, tmp_path):
+    run = checkpointed(*DISTRIBUTED)
+    result = torchrun(*run.flags, "--run-dir", tmp_path, "--load", run.checkpoints)
+    assert result.code == 0, result.output
+    assert f"resumed at step 6 from {run.checkpoints / 'iter_0000006'}\n" in result.output
+    assert "already at step 6 of 6: nothing to do\n" in result.output
+    assert losses(tmp_path) == {}
+
+
 # ---------------------------------------------------------------------------------------- its logs
 
 
@@ -242,6 +222,16 @@ def test_wandb_without_a_key_writes_an_offline_run(tiny_runs):
     assert {"grad-norm", "learning-rate", "iteration-time", "throughput"} <= history.keys()
 
 
+def test_failed_run_ends_its_logs(tmp_path):
+    pytest.importorskip("wandb")
+    flags = ["--lr", "1e30", "--clip-grad", "0", "--wandb-project", "ep_comm-test"]
+    result = torchrun(*SMALL, *flags, "--run-dir", tmp_path)
+    assert_refused(result, "the loss is nan at step", "a lower --lr may help")
+    assert f"log: {tmp_path / LOG_FILE}\n" in result.output
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert [r.exit.exit_code for r in wandb_records(path) if r.HasField("exit")] == [1]
+
+
 def wandb_records(path: Path) -> Iterator[Any]:
     """Records of a W&B file: a 7-byte header, then protobufs framed as in a LevelDB log."""
     from wandb.proto.wandb_internal_pb2 import Record
@@ -257,134 +247,3 @@ def wandb_records(path: Path) -> Iterator[Any]:
         if kind in (1, 4):  # the only chunk, or the last one, of a record
             yield Record.FromString(parts)
             parts = b""
-
-
-# ------------------------------------------------------------------------------------- bad requests
-
-
-def assert_refused(result: SimpleNamespace, *words: str) -> None:
-    """One line that says what is wrong, a nonzero exit code, soon, and no stack trace of ours."""
-    assert result.code != 0
-    errors = re.findall(r"^error: .*$", result.output, flags=re.MULTILINE)
-    assert len(errors) == 1, result.output
-    for word in words:
-        assert word in errors[0]
-    assert str(ROOT) + "/examples/moe_" not in result.output  # no frame of a stack trace
-    assert re.search(r"exitcode\s*: 2\b", result.output), result.output
-    assert result.seconds < 60
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--moe-token-dispatcher", "deepeep"], ["deepeep", "deepep", "alltoall", "allgather"]),
-        (["--num-experts", "9"], ["num_experts 9", "expert_model_parallel_size 2"]),
-        (["--num-exprts", "8"], ["--num-exprts", "--num-experts"]),
-        (["--lr", "fast"], ["lr", "number", "fast"]),
-        (["--moe-router-topk", "9"], ["moe_router_topk 9", "num_experts 8"]),
-        (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
-    ],
-    ids=lambda value: " ".join(value[:2]),
-)
-def test_bad_flags(flags, words):
-    with pytest.raises(UserError) as error:
-        parse_args([*TINY, *flags])
-    assert all(word in str(error.value) for word in words), error.value
-
-
-def test_unknown_config_key(tmp_path):
-    config = tmp_path / "typo.yaml"
-    config.write_text((CONFIGS / "tiny-cpu.yaml").read_text() + "moe_router_top_k: 2\n")
-    result = torchrun("--config", config, "--run-dir", tmp_path / "run")
-    assert_refused(result, "moe_router_top_k", str(config), "moe_router_topk")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--expert-model-parallel-size", "4"], ["2 processes", "expert_model_parallel_size 4"]),
-        (["--global-batch-size", "6"], ["global_batch_size 6", "2 processes"]),
-    ],
-    ids=["experts", "batch"],
-)
-def test_world_size_that_does_not_fit(flags, words):
-    config = parse_args([*TINY, "--micro-batch-size", "2", *flags])
-    with pytest.raises(UserError) as error:
-        config.num_microbatches(world_size=2)
-    assert all(word in str(error.value) for word in words), error.value
-
-
-def test_all_ranks_stop_when_only_rank_0_can_see_why(tmp_path):
-    flags = ["--data-path", tmp_path / "missing.txt", "--run-dir", tmp_path / "run"]
-    assert_refused(torchrun(*TINY, *flags), "missing.txt", "no such file")
-    assert not (tmp_path / "run").exists()
-
-
-def test_checkpoint_of_another_model(checkpointed):
-    run = checkpointed(*DISTRIBUTED)
-    folder = run.checkpoints.parent
-    before = contents(folder)
-    flags = [*run.flags, "--run-dir", run.run_dir, "--load", run.checkpoints]
-    assert_refused(
-        torchrun(*flags, "--num-experts", "4"), "another run", "num_experts is 8 there and 4 here"
-    )
-    assert contents(folder) == before
-
-
-def test_bad_data_and_folders(checkpointed, tmp_path):
-    """Refused before anything is built or written; one process sees all of these in turn."""
-    checkpoints = checkpointed(*DISTRIBUTED).checkpoints
-    (tmp_path / "empty.txt").touch()
-    (tmp_path / "short.txt").write_text("short")
-    (tmp_path / "one.txt").write_text("a line\n" * 100)
-    (tmp_path / "broken.bin").write_text("x")
-    (tmp_path / "broken.idx").write_text("this is no index file")
-    (tmp_path / "half.bin").write_text("x")
-    cases = {
-        "--data-path empty.txt": ["empty.txt", "is empty"],
-        "--data-path nothing-*.txt": ["nothing-*.txt", "no such file"],
-        "--data-path short.txt": ["of 6 tokens", "seq_length + 1 = 65", "--seq-length"],
-        "--data-path one.txt": ["0 of 701 tokens are for validation", "--eval-iters 0"],
-        "--data-path broken": ["broken", "--vocab-size"],
-        "--data-path broken --vocab-size 9": ["broken.idx", "no Megatron index"],
-        "--data-path half": ["half.idx", "missing"],
-        "--load nowhere": ["nowhere", "no checkpoint"],
-        f"--save {checkpoints}": ["already holds checkpoints", "iteration 6", "--load"],
-    }
-    before = contents(tmp_path), contents(checkpoints)
-    code = """if True:
-        import sys
-        import torch.distributed as dist
-        from ep_comm.megatron import cpu
-        cpu.enable()
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        from moe_config import parse_args
-        from moe_launch import UserError
-        from moe_train import pretrain
-        for line in sys.stdin:
-            try:
-                pretrain(parse_args(line.split()))
-            except UserError as error:
-                print("error:", error, flush=True)
-    """
-    common = [*SMALL, "--expert-model-parallel-size", "1"]
-    common += ["--data-cache-path", str(tmp_path.parent / "cache")]
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        input="".join(f"{' '.join(common)} {case}\n" for case in cases),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=tmp_path,
-        env={**environment(), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}"},
-    )
-    errors = [line for line in result.stdout.splitlines() if line.startswith("error: ")]
-    assert len(errors) == len(cases), result.stdout + result.stderr
-    for error, (case, words) in zip(errors, cases.items(), strict=True):
-        assert all(word in error for word in words), (case, error)
-    assert (contents(tmp_path), contents(checkpoints)) == before
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

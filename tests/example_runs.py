@@ -1,0 +1,100 @@
+"""Runs of examples/pretrain_moe.py, as users start it: torchrun, two processes, no GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+CONFIGS = ROOT / "configs"
+sys.path.insert(0, str(EXAMPLES))
+
+from moe_log import LOG_FILE, read_log  # noqa: E402
+
+TINY = ["--config", str(CONFIGS / "tiny-cpu.yaml")]
+# Smaller still, for tests that do not look at tiny-cpu's own losses. The decay is fixed, so that
+# runs of different length share their first steps.
+SMALL = [*TINY, "--num-layers", "1", "--seq-length", "64", "--micro-batch-size", "2"]
+SMALL += ["--global-batch-size", "8", "--lr-decay-iters", "20", "--eval-iters", "1"]
+
+
+def environment() -> dict[str, str]:
+    """No GPU, and no W&B settings of whoever runs the tests."""
+    return {
+        **{key: value for key, value in os.environ.items() if not key.startswith("WANDB")},
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def torchrun(
+    *flags: object,
+    processes: int = 2,
+    timeout: float = 120,
+    script: Path = EXAMPLES / "pretrain_moe.py",
+) -> SimpleNamespace:
+    """Run the example; returns its exit code, output and duration."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(processes), str(script)]
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [*command, *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+        start_new_session=True,  # so that a hanging run can be ended with all its processes
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return SimpleNamespace(code=process.returncode, output=output, seconds=time.monotonic() - start)
+
+
+def train(run_dir: Path, *flags: object) -> dict[int, float]:
+    """Run the example to its end; returns the loss of each step."""
+    result = torchrun(*flags, "--run-dir", run_dir)
+    assert result.code == 0, result.output
+    return losses(run_dir)
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return {r["iteration"]: r["lm loss"] for r in records(run_dir, "train")}
+
+
+def records(run_dir: Path, kind: str) -> list[dict]:
+    return [r for r in read_log(run_dir / LOG_FILE) if r["type"] == kind]
+
+
+def assert_refused(result: SimpleNamespace, *words: str) -> None:
+    """One line that says what is wrong, exit code 2, soon, and no stack trace of ours.
+
+    torchrun's own report of the failed ranks, which ends in a stack trace, may only follow.
+    """
+    assert result.code != 0
+    ours, report = re.split(r"^.*failed \(exitcode", result.output, maxsplit=1, flags=re.MULTILINE)
+    errors = re.findall(r"^error: .*$", ours, flags=re.MULTILINE)
+    assert len(errors) == 1, result.output
+    for word in words:
+        assert word in errors[0]
+    assert "Traceback" not in ours, result.output
+    assert not re.search(r"^error: ", report, flags=re.MULTILINE), result.output
+    assert str(EXAMPLES / "moe_") not in result.output  # no frame of a stack trace
+    # torchrun lists the rank that ended first last, and ends those still running (-15, SIGTERM).
+    *others, first = re.findall(r"exitcode\s*: (-?\d+)", report)
+    assert first == "2" and set(others) <= {"2", "-15"}, result.output
+    assert result.seconds < 60
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

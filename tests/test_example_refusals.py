@@ -1,0 +1,174 @@
+"""examples/pretrain_moe.py: requests that it refuses, with one line that says why."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("megatron.core")
+pytest.importorskip("pydantic")
+
+from example_runs import (  # noqa: E402
+    CONFIGS,
+    EXAMPLES,
+    ROOT,
+    SMALL,
+    TINY,
+    assert_refused,
+    contents,
+    environment,
+    torchrun,
+)
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
+from moe_config import parse_args  # noqa: E402
+from moe_launch import UserError  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--moe-token-dispatcher", "deepeep"], ["deepeep", "deepep", "alltoall", "allgather"]),
+        (["--num-experts", "9"], ["num_experts 9", "expert_model_parallel_size 2"]),
+        (["--num-exprts", "8"], ["--num-exprts", "--num-experts"]),
+        (["--lr", "fast"], ["lr", "number", "fast"]),
+        (["--moe-router-topk", "9"], ["moe_router_topk 9", "num_experts 8"]),
+        (["--num-query-groups", "3"], ["num_attention_heads 4", "num_query_groups 3"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+    ],
+    ids=lambda value: " ".join(value[:2]),
+)
+def test_bad_flags(flags, words):
+    with pytest.raises(UserError) as error:
+        parse_args([*TINY, *flags])
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_unknown_config_key(tmp_path):
+    config = tmp_path / "typo.yaml"
+    config.write_text((CONFIGS / "tiny-cpu.yaml").read_text() + "moe_router_top_k: 2\n")
+    result = torchrun("--config", config, "--run-dir", tmp_path / "run")
+    assert_refused(result, "moe_router_top_k", str(config), "moe_router_topk")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--expert-model-parallel-size", "4"], ["2 processes", "expert_model_parallel_size 4"]),
+        (["--global-batch-size", "6"], ["global_batch_size 6", "2 processes"]),
+    ],
+    ids=["experts", "batch"],
+)
+def test_world_size_that_does_not_fit(flags, words):
+    config = parse_args([*TINY, "--micro-batch-size", "2", *flags])
+    with pytest.raises(UserError) as error:
+        config.num_microbatches(world_size=2)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_processes_that_form_no_groups_of_experts(tmp_path):
+    result = torchrun(*TINY, "--run-dir", tmp_path / "run", processes=3)
+    assert_refused(result, "3 processes", "expert_model_parallel_size 2")
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_processes_than_gpus(tmp_path):
+    """Refused before the ranks can wait for each other; rank 0 is the slowest one here."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""if True:
+        import os, sys, time
+        import torch
+        sys.path.insert(0, {str(EXAMPLES)!r})
+        from moe_launch import init_process_group, user_errors_exit
+        torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+        time.sleep(2 * (os.environ["RANK"] == "0"))
+        with user_errors_exit():
+            init_process_group()
+    """)
+    assert_refused(torchrun(script=script), "2 processes for 1 GPUs", "--nproc_per_node=1")
+
+
+def test_all_ranks_stop_when_only_rank_0_can_see_why(tmp_path):
+    flags = ["--data-path", tmp_path / "missing.txt", "--run-dir", tmp_path / "run"]
+    assert_refused(torchrun(*TINY, *flags), "missing.txt", "no such file")
+    assert not (tmp_path / "run").exists()
+
+
+def write_pair(prefix: Path) -> None:
+    """A sound ``.bin/.idx`` pair: 20 sequences of 100 tokens up to 99; the 18th has a 300."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for sequence in range(20):
+        tokens = np.arange(100)
+        tokens[50] = 300 if sequence == 17 else 50
+        builder.add_document(tokens, [100])
+    builder.finalize(f"{prefix}.idx")
+
+
+def test_bad_data_and_folders(tmp_path):
+    """Refused before anything is built or written; one process sees all of these in turn."""
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "latest_checkpointed_iteration.txt").write_text("6\n")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "one.txt").write_text("a line\n" * 100)
+    (tmp_path / "broken.bin").write_text("x")
+    (tmp_path / "broken.idx").write_text("this is no index file")
+    (tmp_path / "half.bin").write_text("x")
+    for name, suffix in (("high", None), ("cut-idx", ".idx"), ("cut-bin", ".bin")):
+        write_pair(tmp_path / name)
+        if suffix:
+            path = tmp_path / (name + suffix)
+            path.write_bytes(path.read_bytes()[:-100])
+    cases = {
+        "--data-path empty.txt": ["empty.txt", "is empty"],
+        "--data-path nothing-*.txt": ["nothing-*.txt", "no such file"],
+        "--data-path short.txt": ["of 6 tokens", "seq_length + 1 = 65", "--seq-length"],
+        "--data-path one.txt": ["0 of 701 tokens are for validation", "--eval-iters 0"],
+        "--data-path broken": ["broken", "--vocab-size"],
+        "--data-path broken --vocab-size 9": ["broken.idx", "no Megatron index"],
+        "--data-path half": ["half.idx", "missing"],
+        "--data-path high --vocab-size 300": ["high.bin", "token 300", "--vocab-size 300"],
+        "--data-path cut-idx --vocab-size 301": ["cut-idx.idx", "damaged"],
+        "--data-path cut-bin --vocab-size 301": ["cut-bin.bin has 3900 bytes", "tells of 4000"],
+        "--load nowhere": ["nowhere", "no checkpoint"],
+        "--save taken": ["already holds checkpoints", "iteration 6", "--load"],
+    }
+    before = contents(tmp_path)
+    code = """if True:
+        import sys
+        import torch.distributed as dist
+        from ep_comm.megatron import cpu
+        cpu.enable()
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        from moe_config import parse_args
+        from moe_launch import UserError
+        from moe_train import pretrain
+        for line in sys.stdin:
+            try:
+                pretrain(parse_args(line.split()))
+            except UserError as error:
+                print("error:", error, flush=True)
+    """
+    common = [*SMALL, "--expert-model-parallel-size", "1"]
+    common += ["--data-cache-path", str(tmp_path.parent / "cache")]
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        input="".join(f"{' '.join(common)} {case}\n" for case in cases),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env={**environment(), "PYTHONPATH": f"{ROOT}{os.pathsep}{EXAMPLES}"},
+    )
+    errors = [line for line in result.stdout.splitlines() if line.startswith("error: ")]
+    assert len(errors) == len(cases), result.stdout + result.stderr
+    assert "Traceback" not in result.stderr, result.stderr  # not even one that Python ignores
+    for error, (case, words) in zip(errors, cases.items(), strict=True):
+        assert all(word in error for word in words), (case, error)
+    assert contents(tmp_path) == before
