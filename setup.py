@@ -29,7 +29,8 @@ DEFAULT_CUDA_HOME = "/usr/local/cuda"
 LIBRARY = Extension(
     name="ep_comm._native.libep_comm",
     sources=[
-        f"csrc/{name}.cu" for name in ("abi", "combine", "dispatch", "layout", "plan", "probe", "quantize")
+        f"csrc/{name}.cu"
+        for name in ("abi", "combine", "dispatch", "layout", "plan", "probe", "quantize")
     ],
     depends=sorted(f"csrc/{header.name}" for header in (ROOT / "csrc").glob("*h")),  # .h, .cuh
 )
