@@ -343,6 +343,10 @@ def many_changing_operations(rank: int, num_operations: int) -> None:
         assert torch.equal(again.recv_x, theirs.recv_x), f"cached dispatch {i}"
         two = reference.combine(y, theirs.handle).combined_x
         assert torch.equal(one.combined_x, two), f"combine {i}"
+    ours.destroy()
+    again = Buffer(None, EPConfig(**sizes, backend="nvlink", timeout_s=20))
+    assert torch.equal(again.dispatch(x, topk, **settings).recv_x, theirs.recv_x)
+    again.destroy()
 
 
 @pytest.mark.multi_gpu

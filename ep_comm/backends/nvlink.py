@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import socket
 import zlib
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
 
 import torch
 import torch.distributed as dist
@@ -25,6 +23,14 @@ from ep_comm import _native, fp8
 from ep_comm._native import structs
 from ep_comm.backends.base import Combined, Pending, Received
 from ep_comm.backends.nvlink_memory import NodeMemory, Offsets
+from ep_comm.backends.nvlink_routing import NVLinkRouting, arena_places
+from ep_comm.backends.nvlink_tuning import (
+    COMBINE_CHUNK_BYTES,
+    DISPATCH_CHUNK_BYTES,
+    combine_chunks_per_unit,
+    split_combine,
+    split_dispatch,
+)
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPMismatchError, EPUnsupportedError
 from ep_comm.events import EventOverlap
@@ -33,10 +39,6 @@ from ep_comm.layout import INPUT_KINDS, checked_source, raise_if_bad
 from ep_comm.records import OpRecord, Recorder
 
 _RECV_KINDS = {torch.bfloat16: structs.EP_RECV_BF16, torch.float32: structs.EP_RECV_FP32}
-_DISPATCH_CHUNK_BYTES = 48 * 1024
-_COMBINE_CHUNK_BYTES = 32 * 1024
-_MAX_UNIT_ROWS = 32
-_FEW_SMS_UNIT_BYTES = 256 * 1024
 _MAX_ROW_BYTES = 112_000
 
 
@@ -45,94 +47,9 @@ def _tag(*call: int) -> int:
     return zlib.crc32(repr(tuple(map(int, call))).encode()) & 0xFF
 
 
-def split_dispatch(num_sms: int, num_ranks: int) -> tuple[int, int]:
-    """SMs that push and SMs that expand. One block an SM: the stages fill its shared memory."""
-    push = 0 if num_ranks == 1 else max(1, min(24, num_sms // 3))
-    return push, max(1, num_sms - push)
-
-
-def split_combine(num_sms: int) -> tuple[int, int]:
-    """SMs that push partial rows and SMs that sum them."""
-    push = max(1, num_sms // 2)
-    return push, max(1, num_sms - push)
-
-
-def combine_chunks_per_unit(num_sms: int, chunk_rows: int, row_bytes: int) -> int:
-    """Chunks whose flags a push block raises at once. That holds it up: with few blocks, seldom.
-
-    A chunk itself is the same on all ranks, whatever their SMs.
-    """
-    if num_sms >= 64:
-        return 1
-    return max(1, min(_MAX_UNIT_ROWS, _FEW_SMS_UNIT_BYTES // row_bytes) // chunk_rows)
-
-
 def _raw_stream(device_index: int) -> int:
     """The current ``cudaStream_t``; `torch.cuda.current_stream` costs 6 µs, this a fraction."""
     return torch._C._cuda_getCurrentRawStream(device_index)
-
-
-@lru_cache(maxsize=64)
-def _arena(
-    num_tokens: int, num_topk: int, num_rows: int, num_ranks: int, num_local_experts: int
-) -> tuple[dict[str, tuple[int, int]], int]:
-    """(first int32, count) of each index array of one routing, and their total."""
-    num_topk4 = -(-num_topk // 4) * 4
-    counts = {
-        "topk_idx": num_tokens * num_topk,
-        "send_slot": num_tokens * num_ranks,
-        "recv_topk_idx": num_rows * num_topk,
-        "row_of_k": num_rows * num_topk4,
-        "rows_ascending": num_rows * num_topk4,
-        "num_sent": num_ranks,
-        "num_recv": num_ranks,
-        "source_tokens": num_ranks,
-        "expert_tokens": num_local_experts,
-        "expert_first_row": num_local_experts + 1,
-    }
-    places, total = {}, 0
-    for name, count in counts.items():
-        places[name] = (total, count)
-        total += -(-count // 4) * 4  # each begins on a multiple of 16 bytes
-    return places, total
-
-
-@dataclass(kw_only=True, eq=False)
-class NVLinkRouting:
-    """See `ep_comm.handle.Routing`. The index arrays of csrc/ep_comm.h's ``ep_plan_args``, in one
-    allocation: row ``source * max_tokens_per_rank + slot`` is a received row.
-    """
-
-    backend: NVLinkBackend
-    epoch: int
-    expert_major: bool
-    expert_alignment: int
-    num_tokens: int
-    num_topk: int
-    source: Tensor
-    arena: Tensor
-    places: dict[str, tuple[int, int]]
-    is_new: bool = True
-
-    def address(self, name: str) -> int:
-        return self.arena.data_ptr() + 4 * self.places[name][0]
-
-    @cached_property
-    def topk_idx(self) -> Tensor:
-        return self._array("topk_idx").view(self.num_tokens, self.num_topk)
-
-    @cached_property
-    def sizes(self) -> RoutingSizes:
-        return self.backend.wait_for_sizes(self)
-
-    @cached_property
-    def recv_topk_idx(self) -> Tensor:
-        rows = self._array("recv_topk_idx").view(self.backend.num_ranks, -1, self.num_topk)
-        return torch.cat([rows[r, :count] for r, count in enumerate(self.sizes.received)])
-
-    def _array(self, name: str) -> Tensor:
-        first, count = self.places[name]
-        return self.arena[first : first + count]
 
 
 class NVLinkBackend:
@@ -252,7 +169,7 @@ class NVLinkBackend:
         return self._dispatch_epoch + self._combine_epoch
 
     def destroy(self) -> None:
-        torch.cuda.synchronize()
+        self.memory.free()
 
     def set_num_sms(self, num_sms: int | None) -> None:
         available = torch.cuda.get_device_properties(self.device).multi_processor_count
@@ -288,7 +205,7 @@ class NVLinkBackend:
         )
         num_tokens = source.shape[0]
         num_rows = self.num_ranks * config.max_tokens_per_rank
-        places, total = _arena(
+        places, total = arena_places(
             num_tokens, num_topk, num_rows, self.num_ranks, self.num_local_experts
         )
         self._dispatch_epoch += 1
@@ -425,7 +342,7 @@ class NVLinkBackend:
         args.row_bytes = row_bytes = x.shape[1] * x.element_size()
         args.scale_bytes = 0 if scales is None else scales.shape[1] * 4
         args.weight_bytes = 0 if weights is None else args.num_topk4 * 4
-        args.chunk_tokens = self.offsets.chunk_tokens(_DISPATCH_CHUNK_BYTES, row_bytes)
+        args.chunk_tokens = self.offsets.chunk_tokens(DISPATCH_CHUNK_BYTES, row_bytes)
         args.recv_kind = structs.EP_RECV_BYTES
         if scales is not None and recv_dtype != fp8.FP8_DTYPE:
             args.recv_kind = _RECV_KINDS[recv_dtype]
@@ -478,7 +395,7 @@ class NVLinkBackend:
         args.num_topk = routing.num_topk
         args.num_topk4 = -(-routing.num_topk // 4) * 4
         args.row_bytes = row_bytes = hidden * x.element_size()
-        args.chunk_rows = self.offsets.chunk_tokens(_COMBINE_CHUNK_BYTES, row_bytes)
+        args.chunk_rows = self.offsets.chunk_tokens(COMBINE_CHUNK_BYTES, row_bytes)
         args.chunks_per_unit = combine_chunks_per_unit(self.num_sms, args.chunk_rows, row_bytes)
         args.dtype = structs.EP_BF16 if x.dtype == torch.bfloat16 else structs.EP_FP32
         args.expert_major = routing.expert_major

@@ -69,6 +69,7 @@ class NodeMemory:
 
     def __init__(self, group: dist.ProcessGroup, num_bytes: int, timeout_s: float) -> None:
         self._timeout_s = timeout_s
+        self._group = group
         self.rank = dist.get_rank(group)
         num_ranks = dist.get_world_size(group)
         device = torch.device("cuda", torch.cuda.current_device())
@@ -101,8 +102,11 @@ class NodeMemory:
             num_ranks=num_ranks,
         )
         # Everything is zero everywhere before anybody writes a flag.
-        torch.cuda.synchronize(device)
-        dist.barrier(group, device_ids=[device.index] if num_ranks > 1 else None)
+        self._wait_for_all()
+
+    def _wait_for_all(self) -> None:
+        torch.cuda.synchronize()
+        dist.barrier(self._group, device_ids=[torch.cuda.current_device()])
 
     def node(self, op: int) -> structs.Node:
         """What the kernels of an operation (EP_OP_*) need to know of the others."""
@@ -149,6 +153,15 @@ class NodeMemory:
             epoch=epoch,
             timeout_s=self._timeout_s,
         )
+
+    def free(self) -> None:
+        """Give the memory back, once no rank writes to it any more. Collective.
+
+        After a fault nobody is waited for, and nothing is given back.
+        """
+        if self._fault.code == structs.EP_FAULT_NONE:
+            self._wait_for_all()
+            self.tensor = self._rendezvous = None
 
     def __del__(self) -> None:
         """After a fault the memory is never freed: a late peer may still write to it."""
