@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 
 import numpy as np
 import pytest
 import torch
 from megatron_model import Setup, make_config, make_model, parallel_state, train
 from ranks import RankFailure, run_ranks
+
+import ep_comm
 
 pytest.importorskip("megatron.core")
 
@@ -232,3 +236,26 @@ def models_that_are_not_right(rank: int) -> None:
 
 def test_what_is_wrong_with_a_model_is_named():
     run_ranks(2, models_that_are_not_right, pool="megatron", timeout_s=120)
+
+
+def printed_while_training(rank: int) -> str:
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        train(rank, Setup(steps=2))
+    return output.getvalue()
+
+
+def test_one_line_at_start_up_says_what_is_used():
+    first, other = run_ranks(2, printed_while_training, pool="megatron", timeout_s=120)
+    assert other == ""
+    (line,) = first.splitlines()
+    assert line.startswith(f"ep_comm {ep_comm.__version__}: reference over gloo, EP 2, 8 experts")
+    for part in (
+        "32 tokens of 32 a rank",
+        "wire float32 out, float32 back",
+        "buffer 0 bytes",
+        "off: nvlink backend (the group has no NCCL backend",
+        "FP8 dispatch (not asked for)",
+        "wgrad overlap (not asked for)",
+    ):
+        assert part in line
