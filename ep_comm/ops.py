@@ -103,19 +103,12 @@ def _dispatch_backward(
     ctx: Any, grad_x: Tensor | None, _: Tensor | None, grad_weights: Tensor | None
 ) -> tuple:
     handle: DispatchHandle = ctx.handle
-    if grad_x is None:  # only the probabilities were used
-        reference = grad_weights if grad_weights is not None else handle.topk_idx
-        grad_x = reference.new_zeros(
-            handle.num_rows, handle.buffer.config.hidden, dtype=ctx.grad_dtype
-        )
-    if not ctx.has_weights:
-        grad_weights = None
+    in_experts = handle.layout == "expert"
+    weights_shape = (handle.num_rows,) if in_experts else handle.recv_topk_idx.shape
+    grad_x, grad_weights = _gradients(ctx, grad_x, grad_weights, handle.num_rows, weights_shape)
     with handle.buffer.guard() as backend:
         pending = backend.combine(
-            handle,
-            _packed(grad_x),
-            _packed(grad_weights),
-            asynchronous=ctx.during_backward is not None,
+            handle, grad_x, grad_weights, asynchronous=ctx.during_backward is not None
         )
         if ctx.during_backward is not None:
             ctx.during_backward()
@@ -133,28 +126,38 @@ def _combine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _combine_backward(ctx: Any, grad_x: Tensor | None, grad_weights: Tensor | None) -> tuple:
     handle: DispatchHandle = ctx.handle
-    if grad_x is None:  # only the probabilities were used
-        grad_x = grad_weights.new_zeros(
-            handle.num_tokens, handle.buffer.config.hidden, dtype=ctx.grad_dtype
-        )
-    if not ctx.has_weights:
-        grad_weights = None
+    grad_x, grad_weights = _gradients(
+        ctx, grad_x, grad_weights, handle.num_tokens, handle.topk_idx.shape
+    )
+    dtype = ctx.grad_dtype
     with handle.buffer.guard() as backend:
         received = backend.dispatch(
-            handle,
-            _packed(grad_x),
-            None,
-            _packed(grad_weights),
-            ctx.grad_dtype,
-            ctx.grad_dtype,
-            asynchronous=False,
+            handle, grad_x, None, grad_weights, dtype, dtype, asynchronous=False
         ).wait()
     return received.x, received.topk_weights, None, None
 
 
-def _packed(tensor: Tensor | None) -> Tensor | None:
-    """A gradient as the backends need it: contiguous, and at an address that bulk copies take."""
-    if tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0):
+def _gradients(
+    ctx: Any,
+    grad_x: Tensor | None,
+    grad_weights: Tensor | None,
+    num_rows: int,
+    weights_shape: tuple[int, ...],
+) -> tuple[Tensor, Tensor | None]:
+    """What to send back: zeros for an output that this rank did not use, for others may have."""
+    topk_idx, hidden = ctx.handle.topk_idx, ctx.handle.buffer.config.hidden
+    if grad_x is None:
+        grad_x = topk_idx.new_zeros(num_rows, hidden, dtype=ctx.grad_dtype)
+    if not ctx.has_weights:
+        return _packed(grad_x), None
+    if grad_weights is None:
+        grad_weights = topk_idx.new_zeros(weights_shape, dtype=torch.float32)
+    return _packed(grad_x), _packed(grad_weights)
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    """As the backends need it: contiguous, and at an address that bulk copies take."""
+    if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 

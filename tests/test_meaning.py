@@ -112,6 +112,15 @@ def only_probabilities_or_only_rows(rank: int) -> None:
     out.recv_x.sum().backward()
     assert torch.equal(x.grad, (topk >= 0).sum(1)[:, None].expand_as(x).float())
 
+    # Each rank uses another output: backward is one operation for all the same.
+    x.grad = probs.grad = None
+    out = buffer.dispatch(x, topk, probs)
+    (out.recv_topk_weights if rank else out.recv_x).sum().backward()
+    local = EXPERTS // buffer.num_ranks
+    from_rank_0 = ((topk >= 0) & (topk < local)).sum(1)[:, None].expand_as(x)
+    assert torch.equal(x.grad, from_rank_0.float())
+    assert torch.equal(probs.grad, (topk >= local).float())
+
 
 def test_unused_outputs_give_zero_gradients():
     run_ranks(2, only_probabilities_or_only_rows)
