@@ -4,7 +4,7 @@
 # GPUs if there are two.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/setup_venv.sh megatron,wandb
+source scripts/setup_venv.sh megatron,wandb,cli
 
 if [ "$(nvidia-smi -L 2>/dev/null | wc -l)" -lt 2 ]; then
     export CUDA_VISIBLE_DEVICES=
