@@ -13,6 +13,8 @@ import ep_comm.megatron.cpu
 
 VOCAB, SEQ, BATCH = 64, 16, 2
 
+_expert_parallel_size: int | None = None  # what this process's groups are for
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
@@ -115,9 +117,12 @@ def parallel_state(setup: Setup) -> None:
 
     from ep_comm.megatron import destroy_buffers
 
-    destroy_buffers()
-    ps.destroy_model_parallel()
-    ps.initialize_model_parallel(expert_model_parallel_size=setup.ep)
+    global _expert_parallel_size
+    if setup.ep != _expert_parallel_size:  # each new set of gloo groups leaves its threads behind
+        destroy_buffers()
+        ps.destroy_model_parallel()
+        ps.initialize_model_parallel(expert_model_parallel_size=setup.ep)
+        _expert_parallel_size = setup.ep
     unset_num_microbatches_calculator()
     init_num_microbatches_calculator(0, None, setup.microbatches * BATCH, BATCH, 1)
     torch.manual_seed(5)

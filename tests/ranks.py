@@ -110,6 +110,12 @@ def run_ranks(
         raise
 
 
+def stop_pool(pool: str) -> None:
+    """End the processes of `pool`; a later `run_ranks` starts new ones."""
+    for key in [key for key in _groups if key[1] == pool]:
+        _groups.pop(key).stop()
+
+
 def _serve(
     rank: int,
     num_ranks: int,

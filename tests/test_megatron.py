@@ -10,11 +10,19 @@ import numpy as np
 import pytest
 import torch
 from megatron_model import Setup, make_config, make_model, parallel_state, train
-from ranks import RankFailure, run_ranks
+from ranks import RankFailure, run_ranks, stop_pool
 
 import ep_comm
 
 pytest.importorskip("megatron.core")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def megatron_processes():
+    """Megatron's many groups have threads that poll: not beside the tests of other modules."""
+    yield
+    stop_pool("megatron")
+
 
 SHARED = (("moe_shared_expert_intermediate_size", 40),)
 FEATURES = {
@@ -239,6 +247,10 @@ def test_what_is_wrong_with_a_model_is_named():
 
 
 def printed_while_training(rank: int) -> str:
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    ep_comm.megatron.destroy_buffers()  # of earlier tests: a new one prints the line
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         train(rank, Setup(steps=2))
