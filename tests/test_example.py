@@ -161,6 +161,8 @@ def test_damaged_checkpoint(checkpointed, tmp_path, damaged):
     checkpoints = tmp_path / "checkpoints"
     shutil.copytree(run.checkpoints, checkpoints)
     path = checkpoints / "iter_0000006" / damaged
+    if not path.exists():
+        pytest.skip(f"this Megatron-Core's checkpoints have no {damaged}")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     result = torchrun(*run.flags, "--run-dir", tmp_path / "run", "--load", checkpoints)
     assert_refused(result, f"checkpoint {path.parent} cannot be read: ")
