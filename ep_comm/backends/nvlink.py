@@ -228,7 +228,7 @@ class NVLinkBackend:
         args.input_kind = INPUT_KINDS[source.dtype]
         args.num_tokens = num_tokens
         args.num_topk = num_topk
-        args.num_topk4 = -(-num_topk // 4) * 4
+        args.num_topk4 = routing.num_topk4
         args.expert_alignment = expert_alignment
         args.expert_major = routing.expert_major
         side_stream, event = self._side_stream.cuda_stream, self._fork_event.cuda_event
@@ -337,7 +337,7 @@ class NVLinkBackend:
             setattr(args, name, routing.address(name))
         args.num_tokens = routing.num_tokens
         args.num_topk = routing.num_topk
-        args.num_topk4 = -(-routing.num_topk // 4) * 4
+        args.num_topk4 = routing.num_topk4
         args.expert_major = routing.expert_major
         args.row_bytes = row_bytes = x.shape[1] * x.element_size()
         args.scale_bytes = 0 if scales is None else scales.shape[1] * 4
@@ -393,7 +393,7 @@ class NVLinkBackend:
         args.tag = _tag(routing.epoch, hidden * x.element_size(), weights is not None)
         args.num_tokens = num_tokens
         args.num_topk = routing.num_topk
-        args.num_topk4 = -(-routing.num_topk // 4) * 4
+        args.num_topk4 = routing.num_topk4
         args.row_bytes = row_bytes = hidden * x.element_size()
         args.chunk_rows = self.offsets.chunk_tokens(COMBINE_CHUNK_BYTES, row_bytes)
         args.chunks_per_unit = combine_chunks_per_unit(self.num_sms, args.chunk_rows, row_bytes)

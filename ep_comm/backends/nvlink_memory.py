@@ -43,7 +43,6 @@ class Offsets:
         self.plan_headers = self._take(64 * num_ranks)
         self.dispatch_flags = self._take(8 * num_ranks * self.max_chunks)
         self.combine_flags = self._take(4 * num_ranks * self.max_chunks)
-        self.control_bytes = self._end  # zero before first use
         self.plan_idx = self._take(4 * num_ranks * tokens * num_topk)
         self.combine_weights = self._take(4 * num_ranks * tokens * num_topk)
         self.dispatch_slots = self._take((num_ranks - 1) * tokens * slot_bytes)

@@ -15,12 +15,17 @@ if TYPE_CHECKING:
     from ep_comm.backends.nvlink import NVLinkBackend
 
 
+def whole_vectors(num_topk: int) -> int:
+    """K4: `num_topk` rounded up to rows of 16 bytes."""
+    return -(-num_topk // 4) * 4
+
+
 @lru_cache(maxsize=64)
 def arena_places(
     num_tokens: int, num_topk: int, num_rows: int, num_ranks: int, num_local_experts: int
 ) -> tuple[dict[str, tuple[int, int]], int]:
     """(first int32, count) of each index array of one routing, and their total."""
-    num_topk4 = -(-num_topk // 4) * 4
+    num_topk4 = whole_vectors(num_topk)
     counts = {
         "topk_idx": num_tokens * num_topk,
         "send_slot": num_tokens * num_ranks,
@@ -56,6 +61,10 @@ class NVLinkRouting:
     arena: Tensor
     places: dict[str, tuple[int, int]]
     is_new: bool = True
+
+    @property
+    def num_topk4(self) -> int:
+        return whole_vectors(self.num_topk)
 
     def address(self, name: str) -> int:
         return self.arena.data_ptr() + 4 * self.places[name][0]
