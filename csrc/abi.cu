@@ -41,18 +41,33 @@ constexpr int32_t kFault[] = {
 };
 #undef F
 
+#define F(field) EP_OFFSET(ep_record, field)
+constexpr int32_t kRecord[] = {
+    EP_SIZE(ep_record),
+    F(begin_ns), F(end_ns), F(longest_wait_ns), F(num_rows),
+};
+#undef F
+
 #define F(field) EP_OFFSET(ep_node, field)
 constexpr int32_t kNode[] = {
     EP_SIZE(ep_node),
-    F(memory), F(fault), F(abort), F(timeout_ns), F(op), F(rank), F(num_ranks),
+    F(memory), F(fault), F(abort), F(epoch), F(longest_wait_ns), F(record), F(wire_bytes),
+    F(timeout_ns), F(delay_ns), F(op), F(rank), F(num_ranks),
 };
 #undef F
 
 #define F(field) EP_OFFSET(ep_mailbox, field)
 constexpr int32_t kMailbox[] = {
     EP_SIZE(ep_mailbox),
-    F(epoch), F(routing_error), F(num_sent_tokens), F(num_recv_tokens),
+    F(ticket), F(routing_error), F(num_sent_tokens), F(num_recv_tokens),
     F(num_tokens_per_expert),
+};
+#undef F
+
+#define F(field) EP_OFFSET(ep_notice, field)
+constexpr int32_t kNotice[] = {
+    EP_SIZE(ep_notice),
+    F(code), F(routing_error), F(num_rows), F(capacity),
 };
 #undef F
 
@@ -61,10 +76,10 @@ constexpr int32_t kPlanArgs[] = {
     EP_SIZE(ep_plan_args),
     F(node), F(input), F(topk_idx), F(send_slot), F(recv_topk_idx), F(row_of_k),
     F(rows_ascending), F(num_sent), F(num_recv), F(source_tokens), F(expert_tokens),
-    F(expert_first_row), F(scratch), F(mailbox), F(counter), F(flag_offset), F(credit_offset),
-    F(header_offset), F(idx_offset), F(epoch), F(input_kind), F(num_tokens), F(num_topk),
-    F(num_topk4), F(num_experts), F(max_tokens), F(hidden), F(expert_alignment),
-    F(expert_major),
+    F(expert_first_row), F(scratch), F(mailbox), F(notice), F(counters), F(flag_offset),
+    F(credit_offset), F(header_offset), F(idx_offset), F(ticket), F(capacity), F(input_kind),
+    F(num_tokens), F(num_topk), F(num_topk4), F(num_experts), F(max_tokens), F(hidden),
+    F(expert_alignment), F(expert_major), F(num_send_blocks), F(num_receive_blocks),
 };
 #undef F
 
@@ -79,11 +94,12 @@ constexpr int32_t kQuantizeArgs[] = {
 constexpr int32_t kDispatchArgs[] = {
     EP_SIZE(ep_dispatch_args),
     F(node), F(x), F(scales), F(weights), F(send_slot), F(recv_topk_idx), F(row_of_k),
-    F(source_tokens), F(expert_tokens), F(expert_first_row), F(recv_x), F(recv_scales),
-    F(recv_weights), F(counter), F(flag_offset), F(credit_offset), F(slot_offset), F(epoch),
-    F(tag), F(num_tokens), F(num_topk), F(num_topk4), F(max_tokens), F(max_chunks),
-    F(chunk_tokens), F(row_bytes), F(scale_bytes), F(weight_bytes), F(num_local_experts),
-    F(expert_major), F(recv_kind), F(num_push_blocks), F(num_expand_blocks),
+    F(num_sent), F(source_tokens), F(expert_tokens), F(expert_first_row), F(recv_x),
+    F(recv_scales), F(recv_weights), F(counter), F(flag_offset), F(credit_offset),
+    F(slot_offset), F(tag), F(num_tokens), F(num_topk), F(num_topk4), F(max_tokens),
+    F(max_chunks), F(chunk_tokens), F(row_bytes), F(scale_bytes), F(weight_bytes),
+    F(num_local_experts), F(expert_major), F(recv_kind), F(num_rows), F(is_planned),
+    F(num_push_blocks), F(num_expand_blocks), F(num_blocks),
 };
 #undef F
 
@@ -92,10 +108,10 @@ constexpr int32_t kCombineArgs[] = {
     EP_SIZE(ep_combine_args),
     F(node), F(x), F(weights), F(topk_idx), F(send_slot), F(recv_topk_idx), F(row_of_k),
     F(rows_ascending), F(num_recv), F(combined_x), F(combined_weights), F(counter),
-    F(flag_offset), F(credit_offset), F(row_offset), F(weight_offset), F(epoch), F(tag),
-    F(num_tokens), F(num_topk), F(num_topk4), F(max_tokens), F(max_chunks), F(chunk_rows),
-    F(chunks_per_unit), F(row_bytes), F(dtype), F(num_local_experts), F(ranks_per_node),
-    F(expert_major), F(num_push_blocks), F(num_sum_blocks),
+    F(flag_offset), F(credit_offset), F(row_offset), F(weight_offset), F(tag), F(num_tokens),
+    F(num_topk), F(num_topk4), F(max_tokens), F(max_chunks), F(chunk_rows), F(chunks_per_unit),
+    F(row_bytes), F(dtype), F(num_local_experts), F(ranks_per_node), F(expert_major),
+    F(num_push_blocks), F(num_sum_blocks),
 };
 #undef F
 
@@ -116,8 +132,10 @@ struct StructLayout {
 constexpr StructLayout kStructs[] = {
     EP_STRUCT("ep_layout_args", kLayoutArgs),
     EP_STRUCT("ep_fault", kFault),
+    EP_STRUCT("ep_record", kRecord),
     EP_STRUCT("ep_node", kNode),
     EP_STRUCT("ep_mailbox", kMailbox),
+    EP_STRUCT("ep_notice", kNotice),
     EP_STRUCT("ep_plan_args", kPlanArgs),
     EP_STRUCT("ep_quantize_args", kQuantizeArgs),
     EP_STRUCT("ep_dispatch_args", kDispatchArgs),

@@ -19,7 +19,8 @@ namespace {
 using namespace ep;
 
 constexpr int kMaxThreads = 448;
-constexpr int kBlocksPerSm = 4;
+constexpr int kBlocksPerSm = 4;  // of the largest blocks
+constexpr int kMaxBlocksPerSm = 8;
 constexpr int kGroupTokens = 2;  // tokens that a sum block takes at a time
 constexpr int kMaxUnitRows = 32;
 constexpr int kLoadsInFlight = 2;
@@ -89,8 +90,9 @@ struct RunningSum {
   }
 };
 
-// Level 1: 16 bytes of a token's partial row, from its rows in ascending order; there is at least
-// one. Several loads before the first addition: what takes time is memory's latency.
+// Level 1: 16 bytes of a token's partial row, from its rows in ascending order; +0 where none of them
+// fitted into the output. Several loads before the first addition: what takes time is memory's
+// latency.
 template <typename T>
 __device__ inline uint4 sum_expert_rows(const uint4* x, const int32_t* rows, int32_t num_topk4,
                                         int32_t vectors_per_row, int32_t column) {
@@ -98,8 +100,9 @@ __device__ inline uint4 sum_expert_rows(const uint4* x, const int32_t* rows, int
   const auto load = [&](int32_t row) {
     return ptx::load_read_only(at_column + static_cast<int64_t>(row) * vectors_per_row);
   };
-  const int32_t second = rows[1], third = rows[2];
-  const uint4 a = load(rows[0]);
+  const int32_t first = rows[0], second = rows[1], third = rows[2];
+  if (first < 0) return make_uint4(0, 0, 0, 0);
+  const uint4 a = load(first);
   uint4 b, c;
   if (second >= 0) b = load(second);
   if (third >= 0) c = load(third);
@@ -113,10 +116,10 @@ __device__ inline uint4 sum_expert_rows(const uint4* x, const int32_t* rows, int
 // Probability gradient of entry k of received row n.
 __device__ inline float weight_of(const ep_combine_args& args, int64_t n, int32_t k) {
   if (args.recv_topk_idx[n * args.num_topk + k] < 0) return 0.0f;
-  const int32_t* const rows = args.row_of_k + n * args.num_topk4;
-  return args.expert_major
-             ? args.weights[rows[k]]
-             : args.weights[static_cast<int64_t>(rows[0]) * args.num_topk + k];
+  const int32_t row = args.row_of_k[n * args.num_topk4 + (args.expert_major ? k : 0)];
+  if (row < 0) return 0.0f;
+  return args.expert_major ? args.weights[row]
+                           : args.weights[static_cast<int64_t>(row) * args.num_topk + k];
 }
 
 template <typename T>
@@ -131,12 +134,12 @@ __device__ void push(const ep_combine_args& args) {
     const int32_t peer = (node.rank + 1 + threadIdx.x) % num_ranks;
     const uint32_t* const credit =
         in_memory_of<uint32_t>(node, node.rank, args.credit_offset) + peer;
-    may_send = wait_epoch(node, credit, args.epoch - 1, EP_PHASE_CREDIT, peer);
+    may_send = wait_epoch(node, credit, epoch_of(node) - 1, EP_PHASE_CREDIT, peer);
   }
   if (!__syncthreads_and(may_send)) return;
 
   // Output rows of the unit's received rows: read once, not once a row and thread.
-  __shared__ int32_t rows_of_unit[kMaxUnitRows * EP_MAX_TOPK];
+  extern __shared__ int32_t rows_of_unit[];
   const int32_t unit_rows = args.chunk_rows * args.chunks_per_unit;
   const int32_t num_units = (args.max_tokens + unit_rows - 1) / unit_rows * num_peers;
   for (int32_t unit = blockIdx.x; unit < num_units; unit += args.num_push_blocks) {
@@ -168,10 +171,10 @@ __device__ void push(const ep_combine_args& args) {
     __syncthreads();
     const int32_t chunk = begin / args.chunk_rows + threadIdx.x;
     if (chunk * args.chunk_rows < end) {
-      ptx::fence_acq_rel_sys();
-      ptx::store_release_sys(in_memory_of<uint32_t>(node, owner, args.flag_offset) +
-                                 static_cast<int64_t>(node.rank) * args.max_chunks + chunk,
-                             chunk_stamp(args.epoch, args.tag));
+      signal(node,
+             in_memory_of<uint32_t>(node, owner, args.flag_offset) +
+                 static_cast<int64_t>(node.rank) * args.max_chunks + chunk,
+             chunk_stamp(epoch_of(node), args.tag));
     }
   }
 }
@@ -190,11 +193,12 @@ __device__ bool partials_are_there(const ep_combine_args& args, int32_t begin, i
       const int32_t slot = args.send_slot[static_cast<int64_t>(t) * num_ranks + r];
       const int32_t chunk = slot < 0 ? -1 : slot / args.chunk_rows;
       if (chunk <= known) continue;
-      const uint32_t stamp = chunk_stamp(args.epoch, args.tag);
+      const int32_t epoch = epoch_of(node);
+      const uint32_t stamp = chunk_stamp(epoch, args.tag);
       const auto is_of_this_epoch = [stamp](uint32_t value) { return value >> 8 == stamp >> 8; };
       uint32_t seen;
       fine = wait_flag(node, &flags[chunk], is_of_this_epoch, &seen, EP_PHASE_ROWS, r,
-                       args.epoch) &&
+                       epoch) &&
              same_call(node, stamp, seen, r);
       known = chunk;
     }
@@ -298,13 +302,14 @@ __device__ void sum(const ep_combine_args& args) {
 template <typename T, bool kOneNode>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm)
     combine_kernel(const __grid_constant__ ep_combine_args args) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) begin_operation(args.node);
   if (static_cast<int32_t>(blockIdx.x) < args.num_push_blocks) {
     push<T>(args);
-    return;
+  } else {
+    sum<T, kOneNode>(args);
   }
-  sum<T, kOneNode>(args);
-  signal_when_all_blocks_are_done(args.node, args.counter, args.num_sum_blocks, args.credit_offset,
-                                  args.epoch);
+  end_operation(args.node, args.counter, args.num_push_blocks + args.num_sum_blocks,
+                args.credit_offset, args.num_recv, args.row_bytes);
 }
 
 int32_t threads_for(int32_t row_bytes) {
@@ -329,9 +334,8 @@ namespace ep {
 int32_t load_combine_kernels() {
   for (const auto& of_dtype : kKernels) {
     for (const Kernel kernel : of_dtype) {
-      cudaFuncAttributes attributes;
       const int32_t status =
-          check_cuda(cudaFuncGetAttributes(&attributes, kernel), "combine kernels");
+          load_beside_dispatch(reinterpret_cast<const void*>(kernel), "combine kernels");
       if (status != EP_OK) return status;
     }
   }
@@ -353,7 +357,7 @@ int32_t ep_load_kernels(void) {
 }
 
 int32_t ep_combine_blocks_per_sm(int32_t row_bytes) {
-  return std::max<int32_t>(kBlocksPerSm,
+  return std::min<int32_t>(kMaxBlocksPerSm,
                            kBlocksPerSm * kMaxThreads / threads_for(row_bytes));
 }
 
@@ -377,6 +381,7 @@ int32_t ep_combine(const ep_combine_args* args, void* stream) {
     return ep::fail(EP_ERR_ARGUMENT, "dtype = %d is not one of EP_BF16, EP_FP32", args->dtype);
   }
   const bool one_node = args->ranks_per_node >= args->node.num_ranks;
-  kKernels[args->dtype][one_node]<<<blocks, threads, 0, on>>>(*args);
+  const int32_t shared_bytes = unit_rows * args->num_topk4 * static_cast<int32_t>(sizeof(int32_t));
+  kKernels[args->dtype][one_node]<<<blocks, threads, shared_bytes, on>>>(*args);
   return ep::check_cuda(cudaGetLastError(), "ep_combine");
 }

@@ -9,7 +9,8 @@
 //                 its own stores and raise its own flags.
 //   expand warps  take (chunk, source) units, wait for the unit's flag, and copy each row from its
 //                 slot to its output rows; lane k issues the store for the token's k-th expert. Rows
-//                 that stay on this rank are read from the input, without a slot.
+//                 that stay on this rank are read from the input, without a slot. FP8 rows that are
+//                 to be BF16 or FP32 are converted once, into shared memory, and copied from there.
 // A push waits for nothing but the ranks' having read what the last dispatch sent them.
 
 #include <algorithm>
@@ -26,7 +27,8 @@ using namespace ep;
 constexpr int kWarpSize = 32;
 constexpr int kMaxWarps = 8;
 constexpr int kMaxStages = 16;
-constexpr int kMaxShared = 226 * 1024;
+// The blocks of a combine, at most eight an SM, fit beside it: the two may run at once.
+constexpr int kMaxShared = 184 * 1024;
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kMaxChunkTokens = 32;  // a unit's rows are bits of one word
 // Tokens pushed after a chunk before its flag is raised: by then its stores have mostly landed.
@@ -36,10 +38,14 @@ constexpr int kFlagLag = 2;
 struct Ring {
   int32_t num_warps;
   int32_t num_stages;
-  int32_t stage_bytes;  // slot, then the row's K4 output rows
+  int32_t stage_bytes;      // slot, then the row's K4 output rows
+  int32_t converted_bytes;  // one row as it is given out, where that is not as it came
 
+  __host__ __device__ int32_t warp_bytes() const {
+    return num_stages * stage_bytes + converted_bytes;
+  }
   __host__ __device__ int32_t shared_bytes() const {
-    return num_warps * num_stages * stage_bytes + barrier_bytes();
+    return num_warps * warp_bytes() + barrier_bytes();
   }
   __host__ __device__ int32_t barrier_bytes() const {
     return (num_warps * num_stages * 8 + 127) / 128 * 128;
@@ -48,6 +54,12 @@ struct Ring {
 
 __host__ __device__ inline int32_t slot_bytes(const ep_dispatch_args& args) {
   return args.row_bytes + args.scale_bytes + args.weight_bytes;
+}
+
+__host__ __device__ inline int32_t out_row_bytes(const ep_dispatch_args& args) {
+  return args.recv_kind == EP_RECV_BF16   ? args.row_bytes * 2
+         : args.recv_kind == EP_RECV_FP32 ? args.row_bytes * 4
+                                          : args.row_bytes;
 }
 
 // Slots begin on whole 128-byte lines: a row across lines that others share costs NVLink 8 %.
@@ -75,7 +87,7 @@ struct Stages {
   int32_t stage_bytes;
 
   __device__ Stages(uint8_t* shared, const Ring& ring, int32_t warp)
-      : memory(shared + ring.barrier_bytes() + warp * ring.num_stages * ring.stage_bytes),
+      : memory(shared + ring.barrier_bytes() + warp * ring.warp_bytes()),
         barriers(reinterpret_cast<uint64_t*>(shared) + warp * ring.num_stages),
         num_stages(ring.num_stages),
         stage_bytes(ring.stage_bytes) {
@@ -86,6 +98,7 @@ struct Stages {
     __syncwarp();
   }
   __device__ uint8_t* stage(int32_t i) const { return memory + i % num_stages * stage_bytes; }
+  __device__ uint8_t* converted() const { return memory + num_stages * stage_bytes; }
   __device__ uint64_t* barrier(int32_t i) const { return &barriers[i % num_stages]; }
   __device__ void wait(int32_t i) const { ptx::barrier_wait(barrier(i), i / num_stages & 1); }
 };
@@ -118,8 +131,8 @@ struct PushedChunk {
   int32_t count = 0;
 };
 
-__device__ void push(const ep_dispatch_args& args, const Stages& stages, int32_t warp,
-                     int32_t num_warps) {
+__device__ void push(const ep_dispatch_args& args, const Stages& stages, int32_t epoch,
+                     int32_t warp, int32_t num_warps) {
   const ep_node& node = args.node;
   const int32_t num_ranks = node.num_ranks, chunk_tokens = args.chunk_tokens;
   const int32_t lane = threadIdx.x % kWarpSize;
@@ -135,7 +148,7 @@ __device__ void push(const ep_dispatch_args& args, const Stages& stages, int32_t
   if (may_send && sends) {
     const uint32_t* const credit =
         in_memory_of<uint32_t>(node, node.rank, args.credit_offset) + peer;
-    may_send = wait_epoch(node, credit, args.epoch - 1, EP_PHASE_CREDIT, peer);
+    may_send = wait_epoch(node, credit, epoch - 1, EP_PHASE_CREDIT, peer);
     ptx::fence_proxy_async_global();  // the slots are written by bulk stores
   }
   if (!__all_sync(kFullWarp, may_send)) return;
@@ -155,9 +168,8 @@ __device__ void push(const ep_dispatch_args& args, const Stages& stages, int32_t
   };
   const auto raise = [&](const PushedChunk& pushed) {
     if (!sends || pushed.chunk < 0) return;
-    ptx::fence_acq_rel_sys();
-    const uint32_t stamp = chunk_stamp(args.epoch, args.tag);
-    ptx::store_release_sys(&flags[pushed.chunk], pack_flag(stamp, pushed.first, pushed.count));
+    const uint32_t stamp = chunk_stamp(epoch, args.tag);
+    signal(node, &flags[pushed.chunk], pack_flag(stamp, pushed.first, pushed.count));
   };
 
   const int32_t ahead = stages.num_stages - 1;
@@ -196,24 +208,46 @@ __device__ void push(const ep_dispatch_args& args, const Stages& stages, int32_t
 
 // ---- Expand -------------------------------------------------------------------------------------
 
-// Zero rows between the end of an expert's group and the next group, with probability 0, scale 1.
-__device__ void write_padding(const ep_dispatch_args& args, int32_t row_bytes, int32_t warp,
-                              int32_t num_warps) {
-  const int32_t lane = threadIdx.x % kWarpSize;
-  const uint4 zero = make_uint4(0, 0, 0, 0);
-  for (int32_t e = warp; e < args.num_local_experts; e += num_warps) {
-    const int32_t end = args.expert_first_row[e + 1];
-    for (int32_t row = args.expert_first_row[e] + args.expert_tokens[e]; row < end; ++row) {
-      auto* const out = reinterpret_cast<uint4*>(args.recv_x + static_cast<int64_t>(row) * row_bytes);
-      for (int32_t i = lane; i < row_bytes / 16; i += kWarpSize) out[i] = zero;
-      if (args.recv_scales != nullptr) {
-        const int32_t num_scales = args.scale_bytes / 4;
-        for (int32_t i = lane; i < num_scales; i += kWarpSize) {
-          args.recv_scales[static_cast<int64_t>(row) * num_scales + i] = 1.0f;
+// Where scale b of output row `row` of local expert e stands.
+__device__ inline int64_t scale_place(const ep_dispatch_args& args, int32_t e, int32_t row,
+                                      int32_t b) {
+  const int32_t first = args.expert_first_row[e];
+  const int64_t group_rows = args.expert_first_row[e + 1] - first;
+  return static_cast<int64_t>(first) * (args.scale_bytes / 4) + b * group_rows + (row - first);
+}
+
+// One row of zeros, with probability 0.
+__device__ inline void write_zero_row(const ep_dispatch_args& args, int32_t row) {
+  const int32_t lane = threadIdx.x % kWarpSize, row_bytes = out_row_bytes(args);
+  auto* const out = reinterpret_cast<uint4*>(args.recv_x + static_cast<int64_t>(row) * row_bytes);
+  for (int32_t i = lane; i < row_bytes / 16; i += kWarpSize) out[i] = make_uint4(0, 0, 0, 0);
+  if (args.recv_weights == nullptr) return;
+  const int32_t width = args.expert_major ? 1 : args.num_topk;
+  if (lane < width) args.recv_weights[static_cast<int64_t>(row) * width + lane] = 0.0f;
+}
+
+// Rows between the end of an expert's group and the next group, and those behind all groups where
+// the output has more: zeros, with scale 1.
+__device__ void write_padding(const ep_dispatch_args& args, int32_t warp, int32_t num_warps) {
+  const int32_t lane = threadIdx.x % kWarpSize, num_scales = args.scale_bytes / 4;
+  if (args.expert_major) {
+    for (int32_t e = warp; e < args.num_local_experts; e += num_warps) {
+      const int32_t end = args.expert_first_row[e + 1];
+      for (int32_t row = args.expert_first_row[e] + args.expert_tokens[e]; row < end; ++row) {
+        write_zero_row(args, row);
+        if (args.recv_scales == nullptr) continue;
+        for (int32_t b = lane; b < num_scales; b += kWarpSize) {
+          args.recv_scales[scale_place(args, e, row, b)] = 1.0f;
         }
       }
-      if (args.recv_weights != nullptr && lane == 0) args.recv_weights[row] = 0.0f;
     }
+  }
+  const int32_t end = args.expert_first_row[args.num_local_experts];
+  for (int32_t row = end + warp; row < args.num_rows; row += num_warps) {
+    write_zero_row(args, row);
+    if (args.recv_scales == nullptr) continue;
+    float* const scales = args.recv_scales + static_cast<int64_t>(row) * num_scales;
+    for (int32_t b = lane; b < num_scales; b += kWarpSize) scales[b] = 1.0f;
   }
 }
 
@@ -222,9 +256,9 @@ __device__ inline float2 fp8x2_to_float2(uint16_t pair) {
   return __half22float2(__half2(raw));
 }
 
-// The row in `stage` times its scales, to one output row: one product and one rounding an element.
+// The row in `stage` times its scales, into shared memory: one product and one rounding an element.
 template <typename Out>
-__device__ void store_dequantised(const ep_dispatch_args& args, const uint8_t* stage, Out* out) {
+__device__ void convert(const ep_dispatch_args& args, const uint8_t* stage, Out* out) {
   constexpr int kElements = 16 / sizeof(Out);  // of one 16-byte store
   const auto* const scales = reinterpret_cast<const float*>(stage + args.row_bytes);
   for (int32_t i = threadIdx.x % kWarpSize; i < args.row_bytes / kElements; i += kWarpSize) {
@@ -252,8 +286,8 @@ struct Unit {
   uint32_t rows = 0;
 };
 
-__device__ void expand(const ep_dispatch_args& args, const Stages& stages, int32_t warp,
-                       int32_t num_warps) {
+__device__ void expand(const ep_dispatch_args& args, const Stages& stages, int32_t epoch,
+                       int32_t warp, int32_t num_warps) {
   const ep_node& node = args.node;
   const int32_t num_ranks = node.num_ranks, chunk_tokens = args.chunk_tokens;
   const int32_t lane = threadIdx.x % kWarpSize;
@@ -261,10 +295,8 @@ __device__ void expand(const ep_dispatch_args& args, const Stages& stages, int32
   const int64_t stride = slot_stride(args);
   const int32_t pos_bytes = args.num_topk4 * 4;
   const int32_t pos_offset = bytes;
-  const int32_t out_row_bytes = args.recv_kind == EP_RECV_BF16   ? args.row_bytes * 2
-                                : args.recv_kind == EP_RECV_FP32 ? args.row_bytes * 4
-                                                                 : args.row_bytes;
-  if (args.expert_major) write_padding(args, out_row_bytes, warp, num_warps);
+  const int32_t out_bytes = out_row_bytes(args);
+  write_padding(args, warp, num_warps);
 
   int32_t num_chunks = 0;
   for (int32_t r = 0; r < num_ranks; ++r) {
@@ -292,12 +324,12 @@ __device__ void expand(const ep_dispatch_args& args, const Stages& stages, int32
     bool arrived = true;
     if (lane == 0) {
       const uint64_t* const mine = &flags[static_cast<int64_t>(source) * args.max_chunks + chunk];
-      const uint32_t stamp = chunk_stamp(args.epoch, args.tag);
+      const uint32_t stamp = chunk_stamp(epoch, args.tag);
       const auto is_of_this_epoch = [stamp](uint64_t value) {
         return flag_stamp(value) >> 8 == stamp >> 8;
       };
       if (block) {
-        arrived = wait_flag(node, mine, is_of_this_epoch, &flag, EP_PHASE_ROWS, source, args.epoch);
+        arrived = wait_flag(node, mine, is_of_this_epoch, &flag, EP_PHASE_ROWS, source, epoch);
       } else {
         flag = ptx::load_acquire_sys(mine);
         arrived = is_of_this_epoch(flag);
@@ -334,6 +366,31 @@ __device__ void expand(const ep_dispatch_args& args, const Stages& stages, int32
     // Behind the output rows: which received row this is.
     *reinterpret_cast<int64_t*>(stages.stage(i) + pos_offset + pos_bytes) = n;
   };
+  const auto received_row = [&](const uint8_t* stage) {
+    return *reinterpret_cast<const int64_t*>(stage + pos_offset + pos_bytes);
+  };
+
+  // Scales of the row in `stage`, for lane k's output row.
+  const auto store_scales = [&](const uint8_t* stage, int32_t row) {
+    const uint8_t* const scales = stage + args.row_bytes;
+    if (!args.expert_major) {
+      if (row >= 0) {
+        ptx::bulk_store(reinterpret_cast<uint8_t*>(args.recv_scales) +
+                            static_cast<int64_t>(row) * args.scale_bytes,
+                        scales, args.scale_bytes);
+      }
+      return;
+    }
+    const int64_t n = received_row(stage);
+    for (int32_t k = 0; k < args.num_topk; ++k) {
+      const int32_t to = __shfl_sync(kFullWarp, row, k);
+      if (to < 0) continue;
+      const int32_t e = args.recv_topk_idx[n * args.num_topk + k];
+      for (int32_t b = lane; b < args.scale_bytes / 4; b += kWarpSize) {
+        args.recv_scales[scale_place(args, e, to, b)] = reinterpret_cast<const float*>(scales)[b];
+      }
+    }
+  };
 
   const auto store = [&](int32_t i) {
     const uint8_t* const stage = stages.stage(i);
@@ -343,35 +400,29 @@ __device__ void expand(const ep_dispatch_args& args, const Stages& stages, int32
     __syncwarp();  // the row's index was written by lane 0
     stages.wait(i);
     const int32_t row = lane < args.num_topk ? rows[lane] : -1;
-    if (args.recv_kind == EP_RECV_BYTES) {
-      if (row >= 0) {
-        ptx::bulk_store(args.recv_x + static_cast<int64_t>(row) * args.row_bytes, stage,
-                        args.row_bytes);
-        if (args.recv_scales != nullptr) {
-          ptx::bulk_store(reinterpret_cast<uint8_t*>(args.recv_scales) +
-                              static_cast<int64_t>(row) * args.scale_bytes,
-                          stage + args.row_bytes, args.scale_bytes);
-        }
+    const uint8_t* out = stage;
+    if (args.recv_kind != EP_RECV_BYTES) {
+      out = stages.converted();
+      ptx::bulk_wait_read<0>();  // the row before may still be read from there
+      __syncwarp();
+      if (args.recv_kind == EP_RECV_BF16) {
+        convert(args, stage, reinterpret_cast<__nv_bfloat16*>(stages.converted()));
+      } else {
+        convert(args, stage, reinterpret_cast<float*>(stages.converted()));
       }
-    } else {
-      for (int32_t k = 0; k < args.num_topk; ++k) {
-        const int64_t to = __shfl_sync(kFullWarp, row, k);
-        if (to < 0) continue;
-        uint8_t* const out = args.recv_x + to * out_row_bytes;
-        if (args.recv_kind == EP_RECV_BF16) {
-          store_dequantised(args, stage, reinterpret_cast<__nv_bfloat16*>(out));
-        } else {
-          store_dequantised(args, stage, reinterpret_cast<float*>(out));
-        }
-      }
+      ptx::fence_proxy_async_shared();
+      __syncwarp();
     }
+    if (row >= 0) {
+      ptx::bulk_store(args.recv_x + static_cast<int64_t>(row) * out_bytes, out, out_bytes);
+    }
+    if (args.recv_scales != nullptr) store_scales(stage, row);
     ptx::bulk_commit();
     if (args.recv_weights == nullptr) return;
     if (args.expert_major) {
       if (row >= 0) args.recv_weights[row] = weights[lane];
-    } else if (lane < args.num_topk) {
-      const int64_t n = *reinterpret_cast<const int64_t*>(stage + pos_offset + pos_bytes);
-      const bool local = args.recv_topk_idx[n * args.num_topk + lane] >= 0;
+    } else if (lane < args.num_topk && rows[0] >= 0) {
+      const bool local = args.recv_topk_idx[received_row(stage) * args.num_topk + lane] >= 0;
       args.recv_weights[static_cast<int64_t>(rows[0]) * args.num_topk + lane] =
           local ? weights[lane] : 0.0f;
     }
@@ -412,15 +463,16 @@ __global__ void __launch_bounds__(kMaxWarps * kWarpSize)
   extern __shared__ __align__(128) uint8_t shared[];
   const int32_t warp = threadIdx.x / kWarpSize;
   const Stages stages(shared, ring, warp);
-  const int32_t block = blockIdx.x;
+  const int32_t block = blockIdx.x, epoch = epoch_of(args.node);
+  if (block == 0 && threadIdx.x == 0 && !args.is_planned) begin_operation(args.node);
   if (block < args.num_push_blocks) {
-    push(args, stages, block * ring.num_warps + warp, args.num_push_blocks * ring.num_warps);
-    return;
+    push(args, stages, epoch, block * ring.num_warps + warp, args.num_push_blocks * ring.num_warps);
+  } else {
+    expand(args, stages, epoch, (block - args.num_push_blocks) * ring.num_warps + warp,
+           args.num_expand_blocks * ring.num_warps);
   }
-  expand(args, stages, (block - args.num_push_blocks) * ring.num_warps + warp,
-         args.num_expand_blocks * ring.num_warps);
-  signal_when_all_blocks_are_done(args.node, args.counter, args.num_expand_blocks,
-                                  args.credit_offset, args.epoch);
+  end_operation(args.node, args.counter, args.num_blocks, args.credit_offset, args.num_sent,
+                args.row_bytes + args.scale_bytes);
 }
 
 Ring make_ring(const ep_dispatch_args& args) {
@@ -428,10 +480,19 @@ Ring make_ring(const ep_dispatch_args& args) {
   // The output rows, and the row's index behind them.
   const int32_t wanted = slot_bytes(args) + args.num_topk4 * 4 + 16;
   ring.stage_bytes = (wanted + 127) / 128 * 128;
-  const int32_t fitting = (kMaxShared - 1024) / ring.stage_bytes;
-  ring.num_warps = std::min(kMaxWarps, fitting / 3);
-  if (ring.num_warps == 0) ring.num_warps = fitting / 2 > 0 ? 1 : 0;
-  if (ring.num_warps > 0) ring.num_stages = std::min(kMaxStages, fitting / ring.num_warps);
+  ring.converted_bytes = args.recv_kind == EP_RECV_BYTES || args.num_expand_blocks == 0
+                             ? 0
+                             : (out_row_bytes(args) + 127) / 128 * 128;
+  constexpr int32_t kRoom = kMaxShared - 1024;
+  // Three stages a warp, or two where a row is so long that not even one warp has three.
+  for (int32_t stages = 3; stages >= 2 && ring.num_warps == 0; --stages) {
+    ring.num_warps = std::min(kMaxWarps, kRoom / (stages * ring.stage_bytes + ring.converted_bytes));
+    if (stages == 2) ring.num_warps = std::min(ring.num_warps, 1);
+  }
+  if (ring.num_warps > 0) {
+    ring.num_stages = std::min(
+        kMaxStages, (kRoom / ring.num_warps - ring.converted_bytes) / ring.stage_bytes);
+  }
   return ring;
 }
 

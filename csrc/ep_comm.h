@@ -18,7 +18,7 @@ extern "C" {
 #define EP_API __attribute__((visibility("default")))
 
 /* Raise it with every change that an older caller would not survive; ep_comm/_native mirrors it. */
-#define EP_ABI_VERSION 2
+#define EP_ABI_VERSION 3
 
 /* What a function that returns a status may answer. ep_last_error() has the text. */
 enum {
@@ -139,12 +139,27 @@ typedef struct ep_fault {
   int64_t seen;     /* epoch, or the peer's value */
 } ep_fault;
 
+/* What an operation did, written at its end; device memory. Times are of %globaltimer. */
+typedef struct ep_record {
+  int64_t begin_ns;
+  int64_t end_ns;
+  int64_t longest_wait_ns[EP_MAX_NODE_RANKS]; /* for each rank, of any thread of the operation */
+  int32_t num_rows[EP_MAX_NODE_RANKS];        /* sent to each rank, or back to it */
+} ep_record;
+
 /* Whom a kernel talks to. */
 typedef struct ep_node {
   uint8_t* memory[EP_MAX_NODE_RANKS]; /* each rank's symmetric memory, as mapped here */
   ep_fault* fault;                    /* host memory, mapped */
   int32_t* abort;                     /* device memory: set together with the fault */
+  uint32_t* epoch;                    /* device memory: operations of this kind that have ended, so
+                                         that a captured graph counts on when it is replayed */
+  int64_t* longest_wait_ns;           /* device memory [R], zero between operations */
+  ep_record* record;                  /* of this operation */
+  int64_t* wire_bytes;                /* device memory: rows and scales sent so far, in bytes */
   int64_t timeout_ns;                 /* bound of every wait */
+  int64_t delay_ns;                   /* for tests: every wait and every signal comes up to this
+                                         much later, at random; 0 is none */
   int32_t op;                         /* EP_OP_* that the kernel is part of */
   int32_t rank;
   int32_t num_ranks;
@@ -158,12 +173,27 @@ EP_API int32_t ep_load_kernels(void);
 
 /* Counts that the host needs to allocate the outputs, in host memory that the device sees. */
 typedef struct ep_mailbox {
-  int32_t epoch;                               /* written last */
+  int32_t ticket;                              /* of the plan; written last */
   int32_t routing_error[4];                    /* of this rank's own input; as ep_layout_args */
   int32_t num_sent_tokens[EP_MAX_NODE_RANKS];  /* rows to each rank */
   int32_t num_recv_tokens[EP_MAX_NODE_RANKS];  /* rows from each rank */
   int32_t num_tokens_per_expert[1024];         /* [E_local] before padding */
 } ep_mailbox;
+
+/* What a plan that no host waits for has to say; host memory that the device sees. The first one
+ * stays until the host has cleared it. */
+typedef struct ep_notice {
+  int32_t code;              /* EP_NOTICE_*, written last */
+  int32_t routing_error[4];  /* EP_NOTICE_ROUTING: as ep_layout_args.error */
+  int32_t num_rows;          /* EP_NOTICE_OVERFLOW: rows that the output would have needed */
+  int32_t capacity;          /* rows that it has */
+} ep_notice;
+
+enum {
+  EP_NOTICE_NONE = 0,
+  EP_NOTICE_ROUTING = 1,
+  EP_NOTICE_OVERFLOW = 2
+};
 
 /* S = max_tokens, the rows that each source rank has room for; N = num_ranks * S. A received row
  * has index source * S + slot. K4 is K rounded up to a multiple of 4: rows of 16 bytes.
@@ -180,15 +210,19 @@ typedef struct ep_plan_args {
   int32_t* num_recv;          /* [R] out: rows from each rank */
   int32_t* source_tokens;     /* [R] out: T of each rank */
   int32_t* expert_tokens;     /* [E_local] out: rows of each group, without padding */
-  int32_t* expert_first_row;  /* [E_local + 1] out: first row of each group, then the end */
+  int32_t* expert_first_row;  /* [E_local + 1] out: first row of each group, then the end; of
+                                 rank-major rows only the end */
   void* scratch;              /* ep_plan_scratch_bytes(), 256-byte aligned */
   ep_mailbox* mailbox;        /* host memory, mapped */
-  int32_t* counter;           /* zero; left zero */
+  ep_notice* notice;          /* host memory, mapped */
+  int32_t* counters;          /* [4] zero; left zero */
   int64_t flag_offset;        /* uint32 [R] */
   int64_t credit_offset;      /* uint32 [R] */
   int64_t header_offset;      /* int32 [R, 16] */
   int64_t idx_offset;         /* int32 [R, S, K] */
-  int32_t epoch;
+  int32_t ticket;             /* for the mailbox; 0: nobody waits, and `notice` is used */
+  int32_t capacity;           /* rows of the output: what does not fit is dropped, and none of the
+                                 outputs above names it */
   int32_t input_kind;
   int32_t num_tokens;
   int32_t num_topk;
@@ -198,24 +232,25 @@ typedef struct ep_plan_args {
   int32_t hidden;             /* only compared between ranks */
   int32_t expert_alignment;
   int32_t expert_major;       /* else rank-major: one row a token, in column 0 */
+  int32_t num_send_blocks;    /* of the two kernels; all of one must fit on the GPU at once */
+  int32_t num_receive_blocks;
 } ep_plan_args;
 
 /* Bytes of scratch that ep_plan needs, the same for every input up to these sizes; -1 if they are
  * out of bounds. */
 EP_API int64_t ep_plan_scratch_bytes(int64_t max_tokens, int32_t num_experts, int32_t num_ranks);
 
-/* Computes the layout of this rank's tokens on `stream`; then, on `side_stream`, sends it, gathers the
- * others', finds where every received row stands in the output, and tells the host the counts.
- * `stream` goes on once this rank's part is sent, so that rows can be pushed on it meanwhile.
- * `event` is a cudaEvent_t to use. */
+/* On `stream`, computes the layout of this rank's tokens and sends it; on `side_stream`, which follows,
+ * gathers the others', finds where every received row stands in the output, and tells the host the
+ * counts. Rows can be pushed on `stream` meanwhile. `event` is a cudaEvent_t to use. */
 EP_API int32_t ep_plan(const ep_plan_args* args, void* stream, void* side_stream, void* event);
 
 /* `waiting` goes on when all that is on `other` now is done; `event` is a cudaEvent_t to use. */
 EP_API int32_t ep_stream_wait(void* waiting, void* other, void* event);
 
-/* Waits on the host for `mailbox->epoch`, at most timeout_ns. Returns 1 when it has come, 0 after
+/* Waits on the host for `mailbox->ticket`, at most timeout_ns. Returns 1 when it has come, 0 after
  * the timeout, 2 if `fault` was set, 3 if `stream` reports a CUDA error (see ep_last_error). */
-EP_API int32_t ep_mailbox_wait(const ep_mailbox* mailbox, const ep_fault* fault, int32_t epoch,
+EP_API int32_t ep_mailbox_wait(const ep_mailbox* mailbox, const ep_fault* fault, int32_t ticket,
                                int64_t timeout_ns, void* stream);
 
 /* ---- FP8 --------------------------------------------------------------------------------------- */
@@ -248,18 +283,19 @@ typedef struct ep_dispatch_args {
   const int32_t* send_slot;     /* [T, R] */
   const int32_t* recv_topk_idx; /* [N, K] */
   const int32_t* row_of_k;      /* [N, K4] */
+  const int32_t* num_sent;      /* [R] */
   const int32_t* source_tokens; /* [R] */
   const int32_t* expert_tokens; /* [E_local] */
   const int32_t* expert_first_row; /* [E_local + 1] */
-  uint8_t* recv_x;              /* rows */
-  float* recv_scales;           /* [rows, scale_bytes / 4], or NULL */
+  uint8_t* recv_x;              /* [num_rows] */
+  float* recv_scales;           /* B = scale_bytes / 4 scales a row, or NULL. Rank-major [rows, B];
+                                   expert-major for each expert [B, rows of its group] */
   float* recv_weights;          /* expert-major [rows], rank-major [rows, K]; or NULL */
   int32_t* counter;             /* zero; left zero */
   int64_t flag_offset;          /* uint64 [R, chunks] */
   int64_t credit_offset;        /* uint32 [R] */
   int64_t slot_offset;          /* [R - 1, S, slot], the next rank's rows first; slots of whole
                                    128-byte lines */
-  int32_t epoch;
   int32_t tag;                  /* 0 .. 255, equal on ranks that make the same call */
   int32_t num_tokens;
   int32_t num_topk;
@@ -273,8 +309,11 @@ typedef struct ep_dispatch_args {
   int32_t num_local_experts;
   int32_t expert_major;
   int32_t recv_kind;
+  int32_t num_rows;             /* of the output; those behind the last group become padding */
+  int32_t is_planned;           /* ep_plan has begun this operation: else it begins here */
   int32_t num_push_blocks;      /* either may be 0: the other half is launched on its own */
   int32_t num_expand_blocks;
+  int32_t num_blocks;           /* of the operation, both halves */
 } ep_dispatch_args;
 
 /* Pushes this rank's rows into the others' memory, and moves arrived rows to where they belong. */
@@ -304,7 +343,6 @@ typedef struct ep_combine_args {
   int64_t credit_offset;          /* uint32 [R] */
   int64_t row_offset;             /* [R - 1, S, row_bytes], the next rank's rows first */
   int64_t weight_offset;          /* float [R, S, K] */
-  int32_t epoch;
   int32_t tag;                    /* 0 .. 255, equal on ranks that make the same call */
   int32_t num_tokens;
   int32_t num_topk;

@@ -1,26 +1,30 @@
-// ep_layout(): checks arguments, cuts up the workspace, launches layout_kernels.cuh.
+// ep_layout(): checks arguments, cuts up the workspace, launches the steps of layout.cuh.
 
 #include <algorithm>
 #include <climits>
-#include <type_traits>
 
-#include "layout_kernels.cuh"
+#include "layout.cuh"
 #include "status.cuh"
 
 namespace {
 
 using namespace ep::layout;
 
-size_t count_shared_bytes(const Shape& shape) {
-  return sizeof(int32_t) *
-         (kChunkTokens * shape.num_topk + 2 * shape.num_ranks + shape.num_experts);
+template <typename Input>
+__global__ void __launch_bounds__(kThreads)
+    count_kernel(Input input, Shape shape, Workspace workspace, int32_t* topk_idx_out) {
+  extern __shared__ int32_t shared[];
+  count_tokens(input, shape, workspace, topk_idx_out, shared);
 }
 
-static_assert(sizeof(int32_t) * (kChunkTokens * EP_MAX_TOPK + 2 * EP_MAX_RANKS + EP_MAX_EXPERTS) <=
-                  40 * 1024,
-              "shared memory must fit at the limits without an opt-in");
-
-int32_t ceil_div(int32_t a, int32_t b) { return a / b + (a % b != 0); }
+__global__ void __launch_bounds__(kThreads)
+    place_kernel(Shape shape, Workspace workspace, int32_t* num_tokens_per_rank,
+                 int32_t* num_tokens_per_expert, uint8_t* is_token_in_rank, int32_t* send_slot,
+                 int32_t* error) {
+  place_tokens(shape, workspace, num_tokens_per_rank, is_token_in_rank, send_slot);
+  sum_expert_counts(shape, workspace.expert_count, num_tokens_per_expert);
+  if (blockIdx.x == 0) pick_first_error(shape, workspace.first_error, error);
+}
 
 int32_t check_sizes(int64_t num_tokens, int32_t num_experts, int32_t num_ranks) {
   if (num_tokens < 0 || num_tokens > INT_MAX) {
@@ -36,32 +40,6 @@ int32_t check_sizes(int64_t num_tokens, int32_t num_experts, int32_t num_ranks) 
                     num_experts, EP_MAX_EXPERTS, num_ranks);
   }
   return EP_OK;
-}
-
-Shape make_shape(int64_t num_tokens, int32_t num_topk, int32_t num_experts, int32_t num_ranks) {
-  Shape shape{};
-  shape.num_tokens = static_cast<int32_t>(num_tokens);
-  shape.num_topk = num_topk;
-  shape.num_experts = num_experts;
-  shape.num_ranks = num_ranks;
-  shape.num_chunks = ceil_div(shape.num_tokens, kChunkTokens);
-  shape.chunks_per_block = std::max(1, ceil_div(shape.num_chunks, kMaxBlocks));
-  shape.num_blocks = ceil_div(shape.num_chunks, shape.chunks_per_block);
-  return shape;
-}
-
-// Cuts the workspace at address `base` up and returns the bytes that it takes.
-int64_t cut_workspace(const Shape& shape, uintptr_t base, Workspace* workspace) {
-  uintptr_t next = base;
-  const auto take = [&next](auto*& pointer, int64_t count) {
-    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);
-    next += count * sizeof(*pointer);
-  };
-  take(workspace->first_error, shape.num_blocks);
-  take(workspace->rank_count, static_cast<int64_t>(shape.num_blocks) * shape.num_ranks);
-  take(workspace->expert_count, static_cast<int64_t>(shape.num_blocks) * shape.num_experts);
-  take(workspace->chunk_tokens, static_cast<int64_t>(shape.num_chunks) * shape.num_ranks);
-  return static_cast<int64_t>(next - base);
 }
 
 int32_t check_pointers(const ep_layout_args& args) {
@@ -103,7 +81,7 @@ void launch_count(const Input& input, const Shape& shape, const Workspace& works
 int64_t ep_layout_workspace_bytes(int64_t num_tokens, int32_t num_experts, int32_t num_ranks) {
   if (check_sizes(num_tokens, num_experts, num_ranks) != EP_OK) return -1;
   Workspace workspace;
-  return cut_workspace(make_shape(num_tokens, 1, num_experts, num_ranks), 0, &workspace);
+  return cut_workspace(make_shape(num_tokens, 1, num_experts, num_ranks, kMaxBlocks), 0, &workspace);
 }
 
 namespace ep {
@@ -113,7 +91,7 @@ int32_t load_layout_kernels() {
   for (const void* kernel : {reinterpret_cast<const void*>(count_kernel<TopkInput<int32_t>>),
                              reinterpret_cast<const void*>(count_kernel<TopkInput<int64_t>>),
                              reinterpret_cast<const void*>(count_kernel<RoutingMapInput>),
-                             reinterpret_cast<const void*>(finish_kernel)}) {
+                             reinterpret_cast<const void*>(place_kernel)}) {
     const int32_t status = check_cuda(cudaFuncGetAttributes(&attributes, kernel), "layout kernels");
     if (status != EP_OK) return status;
   }
@@ -136,7 +114,7 @@ int32_t ep_layout(const ep_layout_args* args, void* stream_pointer) {
   if (status != EP_OK) return status;
 
   const Shape shape =
-      make_shape(args->num_tokens, args->num_topk, args->num_experts, args->num_ranks);
+      make_shape(args->num_tokens, args->num_topk, args->num_experts, args->num_ranks, kMaxBlocks);
   Workspace workspace;
   const int64_t needed =
       cut_workspace(shape, reinterpret_cast<uintptr_t>(args->workspace), &workspace);
@@ -164,8 +142,8 @@ int32_t ep_layout(const ep_layout_args* args, void* stream_pointer) {
     status = ep::check_cuda(cudaGetLastError(), "ep_layout: count_kernel");
     if (status != EP_OK) return status;
   }
-  finish_kernel<<<std::max(1, shape.num_blocks), kThreads, 0, stream>>>(
+  place_kernel<<<std::max(1, shape.num_blocks), kThreads, 0, stream>>>(
       shape, workspace, args->num_tokens_per_rank, args->num_tokens_per_expert,
       args->is_token_in_rank, args->send_slot, args->error);
-  return ep::check_cuda(cudaGetLastError(), "ep_layout: finish_kernel");
+  return ep::check_cuda(cudaGetLastError(), "ep_layout: place_kernel");
 }

@@ -25,17 +25,57 @@ __device__ inline void raise_fault(const ep_node& node, int32_t code, int32_t ph
   fault->code = code;
 }
 
+// The epoch of the operation that the kernel is part of. All of its blocks read it before the last
+// one ends the operation.
+__device__ inline int32_t epoch_of(const ep_node& node) {
+  return static_cast<int32_t>(*static_cast<volatile const uint32_t*>(node.epoch) + 1);
+}
+
+// Called at the start of an operation by one thread.
+__device__ inline void begin_operation(const ep_node& node) {
+  node.record->begin_ns = static_cast<int64_t>(ptx::global_timer_ns());
+}
+
+// For tests, see ep_node.delay_ns.
+__device__ __noinline__ inline void delay_for_up_to(int64_t max_ns) {
+  const uint64_t start = ptx::global_timer_ns();
+  uint64_t random = start ^ (static_cast<uint64_t>(blockIdx.x) << 40) ^
+                    (static_cast<uint64_t>(threadIdx.x) << 24) ^ clock64();
+  random *= 0x9e3779b97f4a7c15ull;
+  random ^= random >> 29;
+  const uint64_t nanoseconds = random % static_cast<uint64_t>(max_ns);
+  while (ptx::global_timer_ns() - start < nanoseconds) {
+  }
+}
+
+__device__ inline void delay(const ep_node& node) {
+  if (node.delay_ns != 0) delay_for_up_to(node.delay_ns);
+}
+
+// Raises a flag of another rank.
+template <typename Flag>
+__device__ inline void signal(const ep_node& node, Flag* flag, Flag value) {
+  delay(node);
+  ptx::fence_acq_rel_sys();
+  ptx::store_release_sys(flag, value);
+}
+
 // Spins until arrived(value of *flag); false after the timeout or a fault elsewhere.
 template <typename Flag, typename Arrived>
 __device__ inline bool wait_flag(const ep_node& node, const Flag* flag, const Arrived& arrived,
                                  Flag* value, int32_t phase, int32_t peer, int64_t expected) {
   constexpr int kSpinsBetweenChecks = 256;
+  delay(node);
   *value = ptx::load_acquire_sys(flag);
   if (arrived(*value)) return true;
   const uint64_t start = ptx::global_timer_ns();
   for (int spins = 1;; ++spins) {
     *value = ptx::load_acquire_sys(flag);
-    if (arrived(*value)) return true;
+    if (arrived(*value)) {
+      atomicMax(reinterpret_cast<long long*>(&node.longest_wait_ns[peer]),
+                static_cast<long long>(ptx::global_timer_ns() - start));
+      return true;
+    }
     if (spins % kSpinsBetweenChecks != 0) continue;
     if (aborted(node)) return false;
     if (ptx::global_timer_ns() - start > static_cast<uint64_t>(node.timeout_ns)) {
@@ -94,15 +134,47 @@ __device__ inline bool is_last_block(int32_t* counter, int32_t num_blocks) {
   return last;
 }
 
-// Tells every other rank that this one has read what they sent, once all blocks have come here.
-__device__ inline void signal_when_all_blocks_are_done(const ep_node& node, int32_t* counter,
-                                                       int32_t num_blocks, int64_t credit_offset,
-                                                       int32_t epoch) {
-  const bool last = is_last_block(counter, num_blocks);
-  if (last && static_cast<int32_t>(threadIdx.x) < node.num_ranks && !aborted(node)) {
+// All threads of all `num_blocks` blocks wait here for one another; false on a fault. The blocks are
+// all on the GPU or on their way to it: see ep_plan_args. `count` is left for a later reset.
+__device__ inline bool grid_barrier(const ep_node& node, uint32_t* count, int32_t num_blocks) {
+  __syncthreads();
+  bool fine = true;
+  if (threadIdx.x == 0) {
     ptx::fence_acq_rel_sys();
-    ptx::store_release_sys(
-        in_memory_of<uint32_t>(node, threadIdx.x, credit_offset) + node.rank, epoch);
+    atomicAdd(count, 1);
+    const auto are_all_here = [num_blocks](uint32_t value) {
+      return value >= static_cast<uint32_t>(num_blocks);
+    };
+    uint32_t seen;
+    fine = wait_flag(node, count, are_all_here, &seen, EP_PHASE_PLAN, node.rank, num_blocks);
+    ptx::fence_acq_rel_sys();
+  }
+  return __syncthreads_and(fine);
+}
+
+// Called by all of an operation's blocks: the last one tells every other rank that this one has read
+// what they sent, writes the record, and counts the operation. rows_to is [R]; a row has row_bytes.
+__device__ inline void end_operation(const ep_node& node, int32_t* counter, int32_t num_blocks,
+                                     int64_t credit_offset, const int32_t* rows_to,
+                                     int32_t row_bytes) {
+  const int32_t epoch = epoch_of(node);
+  const bool last = is_last_block(counter, num_blocks);
+  if (!last || aborted(node)) return;
+  const int32_t r = threadIdx.x;
+  if (r < node.num_ranks) {
+    signal(node, in_memory_of<uint32_t>(node, r, credit_offset) + node.rank,
+           static_cast<uint32_t>(epoch));
+    node.record->num_rows[r] = rows_to[r];
+    if (r != node.rank) {
+      atomicAdd(reinterpret_cast<unsigned long long*>(node.wire_bytes),
+                static_cast<unsigned long long>(rows_to[r]) * row_bytes);
+    }
+    node.record->longest_wait_ns[r] = node.longest_wait_ns[r];
+    node.longest_wait_ns[r] = 0;
+  }
+  if (r == 0) {
+    node.record->end_ns = static_cast<int64_t>(ptx::global_timer_ns());
+    *node.epoch = static_cast<uint32_t>(epoch);
   }
 }
 

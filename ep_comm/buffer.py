@@ -9,12 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_comm import checks, ops
+from ep_comm import checks, fp8, ops
 from ep_comm.backends import make_backend
 from ep_comm.backends.base import Backend
 from ep_comm.backends.transport import backend_by_device_type
 from ep_comm.config import EPConfig
-from ep_comm.errors import EPArgumentError, EPError, EPRoutingError, EPStateError
+from ep_comm.errors import (
+    EPArgumentError,
+    EPError,
+    EPOverflowError,
+    EPRoutingError,
+    EPStateError,
+    EPUnsupportedError,
+)
 from ep_comm.events import EventOverlap
 from ep_comm.handle import (
     CombineOutput,
@@ -24,7 +31,7 @@ from ep_comm.handle import (
     RowLayout,
     payload_tensors,
 )
-from ep_comm.records import Recorder
+from ep_comm.records import Records
 
 
 class Buffer:
@@ -89,6 +96,8 @@ class Buffer:
         expert_alignment: int = 16,
         wire_dtype: torch.dtype | None = None,
         recv_dtype: torch.dtype | None = None,
+        num_worst_tokens: int | None = None,
+        num_sms: int | None = None,
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
@@ -122,6 +131,12 @@ class Buffer:
                 FP32 rows for the way.
             recv_dtype: Type of the received rows; None is x's own. With FP8 on the wire:
                 ``float8_e4m3fn`` gives (rows, scales) as they came, BF16 or FP32 dequantises.
+            num_worst_tokens: Rows of the output, padding included. The host then waits for
+                nothing, so that the call can be captured in a CUDA graph; counts are on the
+                device (`DispatchHandle.device_tokens_per_expert`), and rows behind the last group
+                are padding. Rows for which there is no room are dropped, and the next call raises
+                `EPOverflowError`. A cached dispatch takes it from its handle.
+            num_sms: SMs that the kernels occupy; None is what `set_num_sms` says.
             previous_event: The operation starts after this event.
             async_finish: Run on the communication stream; wait for the returned event before
                 touching the outputs, or freeing them. No effect with the reference backend.
@@ -139,7 +154,10 @@ class Buffer:
             EPMismatchError: Another rank called something else.
             EPTimeoutError: A rank did not arrive within ``config.timeout_s``.
             EPStateError: The buffer failed earlier or was destroyed.
-            EPUnsupportedError: FP8 with scales that are no powers of two; CUDA graph capture.
+            EPUnsupportedError: FP8 with scales that are no powers of two; capture in a CUDA graph
+                without `num_worst_tokens`.
+            EPOverflowError: Of an earlier dispatch, see `num_worst_tokens`; said before anything is
+                started, and once.
         """
         self._check_usable()
         checks.check_stream_arguments(previous_event, async_finish, allocate_on_comm_stream)
@@ -152,22 +170,39 @@ class Buffer:
         checks.check_device("x", rows, self._device_types)
         wire, recv = checks.wire_and_recv_dtype(x, wire_dtype, recv_dtype, self.config.hidden)
         self._backend.check_wire_dtype(wire)
+        checks.check_num_sms(num_sms)
         if previous_event is not None:
             previous_event.current_stream_wait()
         if handle is None:
             self._check_routing(rows, topk_idx, topk_weights, routing_map, layout, expert_alignment)
+            checks.check_num_worst_tokens(num_worst_tokens)
         else:
             checks.check_handle(handle, self)
             if topk_idx is not None or routing_map is not None:
                 raise EPArgumentError("pass topk_idx, routing_map or a handle, not two of them")
+            if num_worst_tokens is not None:
+                raise EPArgumentError("num_worst_tokens is that of the handle: leave it out")
+            layout, expert_alignment = handle.layout, handle.expert_alignment
             checks.check_rows("x", rows, handle.num_tokens, self.config.hidden)
             checks.check_weights(topk_weights, tuple(handle.topk_idx.shape), rows.device)
 
+        if recv == fp8.FP8_DTYPE and layout == "expert" and expert_alignment % 4:
+            raise EPArgumentError(
+                "FP8 rows with scales in the expert layout need expert_alignment to be a multiple "
+                f"of 4, got {expert_alignment}"
+            )
         idx_dtype = torch.int32 if topk_idx is None else topk_idx.dtype
         with self.guard() as backend:
             if handle is None:
                 routing = backend.plan(
-                    topk_idx, routing_map, layout, expert_alignment, topk_weights is not None
+                    topk_idx,
+                    routing_map,
+                    layout,
+                    expert_alignment,
+                    topk_weights is not None,
+                    num_worst_tokens,
+                    async_finish,
+                    num_sms,
                 )
                 handle = DispatchHandle(
                     buffer=self, layout=layout, expert_alignment=expert_alignment, routing=routing
@@ -176,13 +211,17 @@ class Buffer:
                     topk_weights = _select_probabilities(topk_weights, handle.topk_idx)
             handle.during_backward = during_backward
             recv_x, recv_scales, recv_weights = ops.dispatch(
-                rows, scales, topk_weights, wire, recv, async_finish, handle.id
+                rows, scales, topk_weights, wire, recv, async_finish, num_sms, handle.id
             )
         return DispatchOutput(
             recv_x=recv_x if recv_x.dtype in checks.ROW_DTYPES else (recv_x, recv_scales),
             recv_topk_idx=(handle.recv_topk_idx.to(idx_dtype) if handle.layout == "rank" else None),
             recv_topk_weights=None if topk_weights is None else recv_weights,
-            num_recv_tokens_per_expert_list=list(handle.routing.sizes.padded_expert_rows),
+            num_recv_tokens_per_expert_list=(
+                list(handle.routing.sizes.padded_expert_rows)
+                if handle.routing.capacity is None
+                else []
+            ),
             handle=handle,
             event=handle.event if async_finish else EventOverlap(),
         )
@@ -193,6 +232,7 @@ class Buffer:
         handle: DispatchHandle,
         topk_weights: Tensor | None = None,
         *,
+        num_sms: int | None = None,
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
@@ -209,7 +249,7 @@ class Buffer:
             handle: What the dispatch returned.
             topk_weights: FP32, as the dispatch gave them ([M] or [N, K]): scattered back to
                 [T, K] without any sum. With their gradients this is the backward of dispatch.
-            previous_event, async_finish, allocate_on_comm_stream: As in `dispatch`.
+            num_sms, previous_event, async_finish, allocate_on_comm_stream: As in `dispatch`.
 
         Returns:
             See `CombineOutput`.
@@ -225,12 +265,15 @@ class Buffer:
         checks.check_device("x", x, self._device_types)
         checks.check_row_dtype("x", x, self.config)
         weights_shape = (
-            (handle.num_rows,) if handle.layout == "expert" else tuple(handle.recv_topk_idx.shape)
+            (handle.num_rows,) if handle.layout == "expert" else (handle.num_rows, handle.num_topk)
         )
         checks.check_weights(topk_weights, weights_shape, x.device)
+        checks.check_num_sms(num_sms)
         if previous_event is not None:
             previous_event.current_stream_wait()
-        combined_x, combined_weights = ops.combine(x, topk_weights, async_finish, handle.id)
+        combined_x, combined_weights = ops.combine(
+            x, topk_weights, async_finish, num_sms, handle.id
+        )
         return CombineOutput(
             combined_x,
             None if topk_weights is None else combined_weights,
@@ -247,27 +290,27 @@ class Buffer:
         """Limit the SMs that an operation's kernels occupy, all of them counted.
 
         Fewer leave more to computation running beside; 24 keep a dispatch within 1.2 of the
-        fastest. Results do not depend on it, and ranks may differ. Combine's blocks take the room
-        of that many SMs, though the GPU may spread them over more. No effect with the reference
-        backend.
+        fastest. Two operations run at once, on two streams, where both fit on the GPU. Results do
+        not depend on it, and ranks may differ. Combine's blocks take the room of that many SMs,
+        though the GPU may spread them over more. No effect with the reference backend.
 
         Args:
-            num_sms: At least 2; None is all of the GPU's.
+            num_sms: At least 2; None is all of the GPU's, and 24 of an operation that runs beside
+                computation (`async_finish`, `during_backward`).
 
         Raises:
             EPArgumentError: It is less than 2, or the GPU has fewer.
         """
         self._check_usable()
-        is_int = isinstance(num_sms, int) and not isinstance(num_sms, bool)
-        if num_sms is not None and (not is_int or num_sms < 2):
-            raise EPArgumentError(f"num_sms must be at least 2, or None, got {num_sms!r}")
+        checks.check_num_sms(num_sms)
         self._backend.set_num_sms(num_sms)
 
     # --- state -----------------------------------------------------------------------------------
 
     @property
-    def records(self) -> Recorder:
-        """What each operation moved, how long it took and whom it waited for."""
+    def records(self) -> Records:
+        """What each operation moved, how long it took and whom it waited for. Free until it is
+        read; reading waits for the GPU."""
         return self._backend.recorder
 
     @property
@@ -303,7 +346,9 @@ class Buffer:
             yield self._backend
         except BaseException as error:
             is_harmless = isinstance(error, EPRoutingError) or self._backend.num_started == started
-            if isinstance(error, EPArgumentError) and is_harmless:
+            if isinstance(error, EPOverflowError):
+                raise
+            if isinstance(error, (EPArgumentError, EPUnsupportedError)) and is_harmless:
                 raise
             reason = str(error) if isinstance(error, EPError) else repr(error)
             self._unusable = f"an earlier operation failed: {reason}"

@@ -28,6 +28,22 @@ def check_device(name: str, tensor: Tensor, device_types: tuple[str, ...]) -> No
         )
 
 
+def check_num_sms(num_sms: object) -> None:
+    """A number of SMs, or None."""
+    is_int = isinstance(num_sms, int) and not isinstance(num_sms, bool)
+    if num_sms is not None and (not is_int or num_sms < 2):
+        raise EPArgumentError(f"num_sms must be at least 2, or None, got {num_sms!r}")
+
+
+def check_num_worst_tokens(num_worst_tokens: object) -> None:
+    """A number of rows that an int32 can count, or None."""
+    is_int = isinstance(num_worst_tokens, int) and not isinstance(num_worst_tokens, bool)
+    if num_worst_tokens is not None and (not is_int or not 0 < num_worst_tokens < 2**31):
+        raise EPArgumentError(
+            f"num_worst_tokens must be a positive number of rows, or None, got {num_worst_tokens!r}"
+        )
+
+
 def check_rows(name: str, x: Tensor, num_rows: int | None, hidden: int) -> None:
     """`x` is [num_rows, hidden], contiguous."""
     if x.dim() != 2 or x.shape[1] != hidden or num_rows not in (None, x.shape[0]):

@@ -35,6 +35,26 @@ class EPStateError(EPError, RuntimeError):
 
 
 @dataclass
+class EPOverflowError(EPError, RuntimeError):
+    """More rows came than the output of a dispatch with ``num_worst_tokens`` has; the rest was
+    dropped. The buffer stays usable; what was computed from the output is wrong.
+
+    Attributes:
+        num_rows: Rows that the output would have needed, padding included.
+        capacity: Rows that it had.
+    """
+
+    num_rows: int
+    capacity: int
+
+    def __str__(self) -> str:
+        return (
+            f"a dispatch with num_worst_tokens={self.capacity} received {self.num_rows} rows, "
+            "padding included; those beyond were dropped. Give it more, or less uneven routing."
+        )
+
+
+@dataclass
 class EPTimeoutError(EPError, RuntimeError):
     """A bounded wait ran out. Names who waited for whom, and for what.
 

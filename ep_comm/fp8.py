@@ -7,6 +7,7 @@ vectors made by Transformer Engine 2.20.2 on an H200: ``tests/data/te_block_fp8_
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import torch
@@ -84,6 +85,35 @@ def dequantize(x_fp8_TH: Tensor, scale_TB: Tensor, dtype: torch.dtype) -> Tensor
     num_tokens, hidden = x_fp8_TH.shape
     blocks = x_fp8_TH.float().view(num_tokens, hidden // BLOCK, BLOCK)
     return (blocks * scale_TB.unsqueeze(-1)).view(num_tokens, hidden).to(dtype)
+
+
+def split_scales(scales: Tensor, expert_offsets: list[int], hidden: int) -> list[Tensor]:
+    """The scales of each expert, as Transformer Engine's block-scaled GEMMs take them.
+
+    Args:
+        scales: FP32 [M * B] as dispatch gives them in the expert layout, B = hidden / 128.
+        hidden: Elements of a row.
+        expert_offsets: E_local + 1 rows: where each expert's group begins, and where the last ends
+            (``handle.device_expert_offsets.tolist()``); groups are multiples of 4 rows.
+
+    Returns:
+        For each expert a view [B, rows]: block-major, rows contiguous. Behind the last group stand
+        the scales, all 1, of rows that `num_worst_tokens` has room for.
+    """
+    blocks = hidden // BLOCK
+    return [
+        scales[first * blocks : end * blocks].view(blocks, end - first)
+        for first, end in itertools.pairwise(expert_offsets)
+    ]
+
+
+def join_scales(scales_MB: Tensor, expert_offsets: list[int]) -> Tensor:
+    """Scales a row [M, B] to the form that `split_scales` takes: the reference of the kernels."""
+    joined = scales_MB.flatten().clone()
+    blocks = scales_MB.shape[1]
+    for first, end in itertools.pairwise(expert_offsets):
+        joined[first * blocks : end * blocks] = scales_MB[first:end].t().flatten()
+    return joined
 
 
 def _power_of_two_scale(amax: Tensor) -> Tensor:

@@ -64,9 +64,14 @@ class Routing(Protocol):
         topk_idx: [T, K] int32, the experts of this rank's own tokens; -1 is dropped.
         sizes: May wait for the device, bounded, when it is first asked for.
         recv_topk_idx: [N, K] int32, local expert indices of the received rows; -1 elsewhere.
+        capacity: Rows of the output, where the caller said how many; else None.
+        device_tokens_per_expert, device_expert_offsets: See `DispatchHandle`.
     """
 
     topk_idx: Tensor
+    capacity: int | None
+    device_tokens_per_expert: Tensor
+    device_expert_offsets: Tensor
 
     @property
     def sizes(self) -> RoutingSizes: ...
@@ -116,13 +121,26 @@ class DispatchHandle:
 
     @property
     def tokens_per_expert(self) -> Tensor:
-        """[E_local] int64 on the CPU, received tokens before padding."""
+        """[E_local] int64 on the CPU, received tokens before padding. After a dispatch with
+        ``num_worst_tokens`` reading it waits for the GPU."""
         return torch.tensor(self.routing.sizes.expert_rows)
 
     @property
     def padded_tokens_per_expert(self) -> Tensor:
         """[E_local] int64 on the CPU, rows of each expert's group in the output."""
         return torch.tensor(self.routing.sizes.padded_expert_rows)
+
+    @property
+    def device_tokens_per_expert(self) -> Tensor:
+        """[E_local] int32 on the buffer's device: tokens in each group, padding not counted. Expert
+        layout only."""
+        return self.routing.device_tokens_per_expert
+
+    @property
+    def device_expert_offsets(self) -> Tensor:
+        """[E_local + 1] int32 on the buffer's device: first row of each group, then the end of the
+        last. Expert layout only."""
+        return self.routing.device_expert_offsets
 
     @property
     def num_tokens(self) -> int:
@@ -142,6 +160,8 @@ class DispatchHandle:
     @property
     def num_rows(self) -> int:
         """Rows of dispatch's output and of combine's input."""
+        if self.routing.capacity is not None:
+            return self.routing.capacity
         sizes = self.routing.sizes
         return sizes.num_received if self.layout == "rank" else sizes.num_expert_rows
 
@@ -156,12 +176,15 @@ class DispatchOutput(NamedTuple):
 
     Attributes:
         recv_x: Rows, or (FP8 rows, scales). [N, H] in the rank layout, [M, H] in the expert
-            layout, where M counts padding.
+            layout, where M counts padding; `num_worst_tokens` rows where that was given. Scales of
+            the rank layout are [N, H / 128]; for those of the expert layout see
+            `ep_comm.fp8.split_scales`.
         recv_topk_idx: Rank layout: [N, K] local expert indices, -1 where another rank owns the
             expert, in the dtype of ``topk_idx``. Expert layout: None.
         recv_topk_weights: FP32; [N, K] in the rank layout, [M] in the expert layout (the
             probability of each row, 0 in padding); None where none were sent.
-        num_recv_tokens_per_expert_list: Rows of each local expert's group, padding included.
+        num_recv_tokens_per_expert_list: Rows of each local expert's group, padding included; []
+            with `num_worst_tokens`: see `DispatchHandle.device_expert_offsets`.
         handle: Pass it to `Buffer.combine`, or to `Buffer.dispatch` to repeat the routing.
         event: Completion of the operation.
     """

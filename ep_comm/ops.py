@@ -1,8 +1,9 @@
 """Dispatch and combine as torch library ops that are each other's backward.
 
-    ep_comm::dispatch(x, scales?, topk_weights?, wire_dtype, recv_dtype, asynchronous, handle)
+    ep_comm::dispatch(x, scales?, topk_weights?, wire_dtype, recv_dtype, asynchronous, num_sms?,
+                      handle)
         -> (recv_x, recv_scales, recv_topk_weights)
-    ep_comm::combine(x, topk_weights?, asynchronous, handle)
+    ep_comm::combine(x, topk_weights?, asynchronous, num_sms?, handle)
         -> (combined_x, combined_topk_weights)
 
 Optional results that do not exist come back as empty tensors. `Buffer` is the way to call them:
@@ -23,10 +24,12 @@ from ep_comm.handle import DispatchHandle, handle_by_id
 _library = torch.library.Library("ep_comm", "DEF")
 _library.define(
     "dispatch(Tensor x, Tensor? scales, Tensor? topk_weights, ScalarType wire_dtype, "
-    "ScalarType recv_dtype, bool asynchronous, int handle) -> (Tensor, Tensor, Tensor)"
+    "ScalarType recv_dtype, bool asynchronous, int? num_sms, int handle)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "combine(Tensor x, Tensor? topk_weights, bool asynchronous, int handle) -> (Tensor, Tensor)"
+    "combine(Tensor x, Tensor? topk_weights, bool asynchronous, int? num_sms, int handle)"
+    " -> (Tensor, Tensor)"
 )
 
 
@@ -57,23 +60,28 @@ def _dispatch(
     wire_dtype: torch.dtype,
     recv_dtype: torch.dtype,
     asynchronous: bool,
+    num_sms: int | None,
     handle_id: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     handle = handle_by_id(handle_id)
     with handle.buffer.guard() as backend:
         pending = backend.dispatch(
-            handle, x, scales, topk_weights, wire_dtype, recv_dtype, asynchronous
+            handle, x, scales, topk_weights, wire_dtype, recv_dtype, asynchronous, num_sms
         )
         received = _result(pending, handle, asynchronous)
     return received.x, _or_empty(received.scales, x), _or_empty(received.topk_weights, x)
 
 
 def _combine(
-    x: Tensor, topk_weights: Tensor | None, asynchronous: bool, handle_id: int
+    x: Tensor,
+    topk_weights: Tensor | None,
+    asynchronous: bool,
+    num_sms: int | None,
+    handle_id: int,
 ) -> tuple[Tensor, Tensor]:
     handle = handle_by_id(handle_id)
     with handle.buffer.guard() as backend:
-        pending = backend.combine(handle, x, topk_weights, asynchronous)
+        pending = backend.combine(handle, x, topk_weights, asynchronous, num_sms)
         combined = _result(pending, handle, asynchronous)
     return combined.x, _or_empty(combined.topk_weights, x)
 
@@ -104,20 +112,21 @@ def _dispatch_backward(
 ) -> tuple:
     handle: DispatchHandle = ctx.handle
     in_experts = handle.layout == "expert"
-    weights_shape = (handle.num_rows,) if in_experts else handle.recv_topk_idx.shape
+    weights_shape = (handle.num_rows,) if in_experts else (handle.num_rows, handle.num_topk)
     grad_x, grad_weights = _gradients(ctx, grad_x, grad_weights, handle.num_rows, weights_shape)
     with handle.buffer.guard() as backend:
+        is_overlapped = ctx.during_backward is not None
         pending = backend.combine(
-            handle, grad_x, grad_weights, asynchronous=ctx.during_backward is not None
+            handle, grad_x, grad_weights, asynchronous=is_overlapped, num_sms=None
         )
-        if ctx.during_backward is not None:
+        if is_overlapped:
             ctx.during_backward()
         combined = pending.wait()
-    return combined.x, None, combined.topk_weights, None, None, None, None
+    return combined.x, None, combined.topk_weights, None, None, None, None, None
 
 
 def _combine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, topk_weights, _, handle_id = inputs
+    x, topk_weights, *_, handle_id = inputs
     ctx.handle = handle_by_id(handle_id)
     ctx.has_weights = topk_weights is not None
     ctx.grad_dtype = x.dtype
@@ -132,9 +141,9 @@ def _combine_backward(ctx: Any, grad_x: Tensor | None, grad_weights: Tensor | No
     dtype = ctx.grad_dtype
     with handle.buffer.guard() as backend:
         received = backend.dispatch(
-            handle, grad_x, None, grad_weights, dtype, dtype, asynchronous=False
+            handle, grad_x, None, grad_weights, dtype, dtype, asynchronous=False, num_sms=None
         ).wait()
-    return received.x, received.topk_weights, None, None
+    return received.x, received.topk_weights, None, None, None
 
 
 def _gradients(

@@ -8,10 +8,37 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
 RING_LENGTH = 4096
+
+
+class Records(Protocol):
+    """The last operations of a buffer, and totals over its whole life.
+
+    Attributes:
+        num_operations: Operations so far.
+        wire_bytes: Payload and scale bytes that left this rank so far.
+    """
+
+    num_operations: int
+
+    @property
+    def wire_bytes(self) -> int: ...
+
+    def __iter__(self) -> Iterator[OpRecord]: ...
+
+    def since(self, epoch: int) -> list[OpRecord]:
+        """Records of operations after number `epoch`, oldest first."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A known time."""
+
+    seconds: float
 
 
 @dataclass(kw_only=True)
@@ -25,8 +52,9 @@ class OpRecord:
         rows_to_rank: Token rows sent; the entry of the own rank counts rows that stayed.
         wire_bytes_to_rank: Payload and FP8 scale bytes that left this rank; own entry 0.
         metadata_bytes: Headers, routing and probabilities that left this rank.
-        wait_s_by_rank: Host seconds until each rank's header was there, waited for in rank order;
-            empty where the transport is asynchronous to the host.
+        wait_s_by_rank: Seconds that were waited for each rank. Reference backend: of the host
+            until the rank's header was there, in rank order; empty where the transport is
+            asynchronous to the host. NVLink: the longest wait of any thread on the GPU.
     """
 
     op: str
@@ -35,7 +63,7 @@ class OpRecord:
     wire_bytes_to_rank: tuple[int, ...] = ()
     metadata_bytes: int = 0
     wait_s_by_rank: tuple[float, ...] = ()
-    _span: _Span | None = field(default=None, repr=False)
+    span: _Span | Interval | None = field(default=None, repr=False)
 
     @property
     def wire_bytes(self) -> int:
@@ -44,8 +72,8 @@ class OpRecord:
 
     @property
     def seconds(self) -> float:
-        """From the call to the completed result, waiting for it; NaN if it was not timed."""
-        return self._span.seconds if self._span else math.nan
+        """From the call (NVLink: from its first kernel) to the completed result, waiting for it."""
+        return self.span.seconds if self.span else math.nan
 
     @property
     def slowest_rank(self) -> int | None:
@@ -81,17 +109,9 @@ class _Span:
 
 
 class Recorder:
-    """The last `RING_LENGTH` records of a buffer, and totals over its whole life.
+    """`Records` that the host writes."""
 
-    Attributes:
-        num_operations: Operations so far.
-        wire_bytes: Payload and scale bytes that left this rank so far.
-        timed: Whether operations from now on get their `OpRecord.seconds`: on a GPU that costs two
-            events each.
-    """
-
-    def __init__(self, timed: bool = True) -> None:
-        self.timed = timed
+    def __init__(self) -> None:
         self._ring: deque[OpRecord] = deque(maxlen=RING_LENGTH)
         self.num_operations = 0
         self.wire_bytes = 0
@@ -100,19 +120,16 @@ class Recorder:
         return iter(self._ring)
 
     def since(self, epoch: int) -> list[OpRecord]:
-        """Records of operations after number `epoch`, oldest first."""
         return [record for record in self._ring if record.epoch > epoch]
 
     def start(self, op: str, device: torch.device) -> OpRecord:
         """Open the record of the next operation."""
         self.num_operations += 1
-        span = _Span(device) if self.timed else None
-        return OpRecord(op=op, epoch=self.num_operations, _span=span)
+        return OpRecord(op=op, epoch=self.num_operations, span=_Span(device))
 
     def finish(self, record: OpRecord) -> None:
         """Close `record`, once its result is complete or enqueued on the current stream."""
-        if record._span is not None:
-            record._span.stop()
+        record.span.stop()
         self.wire_bytes += record.wire_bytes
         self._ring.append(record)
 

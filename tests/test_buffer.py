@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from cases import Case, assert_same, to_numpy, to_torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -32,9 +33,11 @@ CASES = [
 ]
 
 
-def run_case(rank: int, case: Case) -> dict[str, np.ndarray | list[int] | int]:
+def run_case(
+    rank: int, case: Case, buffer: Buffer | None = None
+) -> dict[str, np.ndarray | list[int] | int]:
     """Everything that one rank gets from one routing, forward and backward."""
-    buffer = Buffer(None, case.config())
+    buffer = buffer or Buffer(None, case.config())
     device = case.device
     topk = to_torch(case.topk_idx(rank), device).to(getattr(torch, case.idx_dtype))
     x = to_torch(case.rows(rank, case.tokens[rank], salt=2), device).requires_grad_()
@@ -95,7 +98,11 @@ def as_routing_map(case: Case, topk: torch.Tensor, probs: torch.Tensor) -> dict:
 
 def check_case(case: Case) -> None:
     backend = "gloo" if case.device == "cpu" else "nccl"
-    results = run_ranks(case.num_ranks, run_case, case, backend=backend)
+    check_results(case, run_ranks(case.num_ranks, run_case, case, backend=backend))
+
+
+def check_results(case: Case, results: list[dict]) -> None:
+    """Against the oracle."""
     ranks = range(case.num_ranks)
     topk_idx = [case.topk_idx(r) for r in ranks]
     x = [case.rows(r, case.tokens[r], salt=2) for r in ranks]
@@ -250,12 +257,11 @@ def test_named_cases_on_gpus(case, backend):
     check_case(on_gpus(case, backend))
 
 
-@pytest.mark.multi_gpu
-@pytest.mark.parametrize("seed", range(40))
-def test_random_cases_on_gpus(seed):
+def random_case(seed: int, num_ranks: int | tuple[int, int]) -> Case:
     """Sizes that cross chunks, stages and blocks."""
     rng = np.random.default_rng(seed)
-    num_ranks = int(rng.integers(2, torch.cuda.device_count() + 1))
+    if not isinstance(num_ranks, int):
+        num_ranks = int(rng.integers(num_ranks[0], num_ranks[1] + 1))
     experts_per_rank = int(rng.choice([1, 3, 8, 32]))
     case = Case(
         tokens=tuple(int(n) for n in rng.choice([0, 1, 31, 70, 300], num_ranks)),
@@ -273,7 +279,13 @@ def test_random_cases_on_gpus(seed):
         seed=seed,
     )
     print(f"case: {case}")
-    check_case(on_gpus(case, "nvlink"))
+    return on_gpus(case, "nvlink")
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("seed", range(40))
+def test_random_cases_on_gpus(seed):
+    check_case(random_case(seed, (2, torch.cuda.device_count())))
 
 
 @st.composite
@@ -310,8 +322,11 @@ def test_any_case(case):
     check_case(case)
 
 
-def many_changing_operations(rank: int, num_operations: int) -> None:
-    """Shapes that change with every operation, no reset between, each against the reference."""
+def many_changing_operations(
+    rank: int, num_operations: int, delay_us: int = 0, beside_nccl: bool = False
+) -> None:
+    """Shapes that change with every operation, no reset between, each against the reference; if
+    asked for, with every wait and signal late, and with NCCL at work on a stream of its own."""
     hidden, experts, topk_max, tokens_max = 64, 16, 4, 96
     sizes = dict(
         num_experts=experts, hidden=hidden, max_tokens_per_rank=tokens_max, num_topk=topk_max
@@ -319,7 +334,10 @@ def many_changing_operations(rank: int, num_operations: int) -> None:
     ours = Buffer(None, EPConfig(**sizes, backend="nvlink", timeout_s=20))
     reference = Buffer(None, EPConfig(**sizes, backend="reference", timeout_s=20))
     shared, own = np.random.default_rng(1), np.random.default_rng([2, rank])
-    sms = ours._backend.num_sms
+    sms = torch.cuda.get_device_properties(rank).multi_processor_count
+    ours._backend.inject_delays(1000 * delay_us)
+    traffic, nccl_stream = torch.ones(2**20, device="cuda"), torch.cuda.Stream()
+    nccl_group = dist.new_group(backend="nccl") if beside_nccl else None
     for i in range(num_operations):
         settings = dict(
             layout=str(shared.choice(["expert", "rank"])),
@@ -331,6 +349,9 @@ def many_changing_operations(rank: int, num_operations: int) -> None:
         x = torch.from_numpy(own.standard_normal((num_tokens, hidden))).cuda().bfloat16()
         topk = np.array([own.permutation(experts)[:num_topk] for _ in range(num_tokens)])
         topk = torch.from_numpy(topk.reshape(num_tokens, num_topk)).int().cuda()
+        if beside_nccl:
+            with torch.cuda.stream(nccl_stream):
+                dist.all_reduce(traffic, op=dist.ReduceOp.MAX, group=nccl_group)
         mine = ours.dispatch(x, topk, **settings, async_finish=bool(i % 3 == 0))
         mine.event.current_stream_wait()
         theirs = reference.dispatch(x, topk, **settings)
@@ -353,3 +374,16 @@ def many_changing_operations(rank: int, num_operations: int) -> None:
 def test_a_thousand_changing_operations():
     num_ranks = torch.cuda.device_count()
     run_ranks(num_ranks, many_changing_operations, 340, backend="nccl", timeout_s=240)
+
+
+@pytest.mark.multi_gpu
+def test_changing_operations_with_delays():
+    num_ranks = torch.cuda.device_count()
+    run_ranks(num_ranks, many_changing_operations, 60, 200, backend="nccl", timeout_s=240)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("connections", [1, 8, 32])
+def test_changing_operations_beside_nccl(connections, monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", str(connections))
+    run_ranks(2, many_changing_operations, 60, 50, True, backend="nccl", fresh=True, timeout_s=240)

@@ -11,7 +11,7 @@ from cases import Case, assert_same, to_numpy, to_torch
 from oracle import expert_rows, fp32_to_bf16, rank_rows
 from ranks import run_ranks
 
-from ep_comm import Buffer, fp8
+from ep_comm import Buffer, DispatchHandle, fp8
 
 # The value of each byte: sign, 4 bits of exponent, 3 of mantissa.
 E4M3 = np.array(
@@ -31,8 +31,8 @@ E4M3 = np.array(
 CASE = Case(tokens=(6, 0, 9), hidden=256, num_topk=5, experts_per_rank=3, alignment=16)
 
 
-def dispatch_all_ways(rank: int, case: Case) -> dict[str, np.ndarray]:
-    buffer = Buffer(None, case.config())
+def dispatch_all_ways(rank: int, case: Case, buffer: Buffer | None = None) -> dict[str, np.ndarray]:
+    buffer = buffer or Buffer(None, case.config())
     topk = to_torch(case.topk_idx(rank), case.device)
     x = to_torch(case.rows(rank, case.tokens[rank], salt=2), case.device).requires_grad_()
     on_the_way = buffer.dispatch(
@@ -46,6 +46,9 @@ def dispatch_all_ways(rank: int, case: Case) -> dict[str, np.ndarray]:
     quantised, quantised_scales = buffer.dispatch(
         x.detach(), handle=handle, wire_dtype=fp8.FP8_DTYPE, recv_dtype=fp8.FP8_DTYPE
     ).recv_x
+    if case.layout == "expert":
+        as_fp8_scales = scales_a_row(as_fp8_scales, handle, case)
+        quantised_scales = scales_a_row(quantised_scales, handle, case)
     grad = to_torch(case.rows(rank, handle.num_rows, salt=5), case.device)
     on_the_way.recv_x.backward(grad)
     bf16_grad = buffer.combine(grad, handle).combined_x
@@ -61,6 +64,16 @@ def dispatch_all_ways(rank: int, case: Case) -> dict[str, np.ndarray]:
         wire_bytes=record.wire_bytes_to_rank,
         rows_to_rank=record.rows_to_rank,
     )
+
+
+def scales_a_row(scales: torch.Tensor, handle: DispatchHandle, case: Case) -> torch.Tensor:
+    """[M, B] from each expert's block as Transformer Engine takes it."""
+    offsets = handle.device_expert_offsets.tolist()
+    experts = fp8.split_scales(scales, offsets, case.hidden)
+    assert [tuple(block.shape) for block in experts] == [
+        (case.hidden // fp8.BLOCK, rows) for rows in handle.padded_tokens_per_expert.tolist()
+    ]
+    return torch.cat([block.t() for block in experts])
 
 
 @pytest.mark.parametrize("layout", ["expert", "rank"])
@@ -80,7 +93,10 @@ def test_fp8_payload_on_gpus(layout, backend):
 
 def check_fp8(case: Case) -> None:
     backend = "gloo" if case.device == "cpu" else "nccl"
-    results = run_ranks(case.num_ranks, dispatch_all_ways, case, backend=backend)
+    check_fp8_results(case, run_ranks(case.num_ranks, dispatch_all_ways, case, backend=backend))
+
+
+def check_fp8_results(case: Case, results: list[dict]) -> None:
     topk_idx = [case.topk_idx(r) for r in range(case.num_ranks)]
     quantised = [
         fp8.quantize(to_torch(case.rows(r, case.tokens[r], salt=2))) for r in range(case.num_ranks)

@@ -167,7 +167,7 @@ def test_reports_cuda_failures(library):
         num_experts=1,
         num_ranks=1,
     )
-    with pytest.raises(EPStateError, match=r"ep_layout: finish_kernel: .* \(cudaError\w+\)"):
+    with pytest.raises(EPStateError, match=r"ep_layout: place_kernel: .* \(cudaError\w+\)"):
         library.launch("ep_layout", args, 0)
 
 

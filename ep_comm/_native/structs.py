@@ -37,6 +37,9 @@ EP_NUM_FIELDS = 5
 EP_FIELD_CALL = 5
 EP_OP_DISPATCH = 1
 EP_OP_COMBINE = 2
+EP_NOTICE_NONE = 0
+EP_NOTICE_ROUTING = 1
+EP_NOTICE_OVERFLOW = 2
 EP_RECV_BYTES = 0
 EP_RECV_BF16 = 1
 EP_RECV_FP32 = 2
@@ -84,6 +87,17 @@ class Fault(ctypes.Structure):
     ]
 
 
+class Record(ctypes.Structure):
+    """``ep_record``: what an operation did."""
+
+    _fields_ = [
+        ("begin_ns", _INT64),
+        ("end_ns", _INT64),
+        ("longest_wait_ns", _INT64 * EP_MAX_NODE_RANKS),
+        ("num_rows", _INT32 * EP_MAX_NODE_RANKS),
+    ]
+
+
 class Node(ctypes.Structure):
     """``ep_node``: whom a kernel talks to."""
 
@@ -91,7 +105,12 @@ class Node(ctypes.Structure):
         ("memory", _POINTER * EP_MAX_NODE_RANKS),
         ("fault", _POINTER),
         ("abort", _POINTER),
+        ("epoch", _POINTER),
+        ("longest_wait_ns", _POINTER),
+        ("record", _POINTER),
+        ("wire_bytes", _POINTER),
         ("timeout_ns", _INT64),
+        ("delay_ns", _INT64),
         ("op", _INT32),
         ("rank", _INT32),
         ("num_ranks", _INT32),
@@ -102,11 +121,22 @@ class Mailbox(ctypes.Structure):
     """``ep_mailbox``: counts for the host."""
 
     _fields_ = [
-        ("epoch", _INT32),
+        ("ticket", _INT32),
         ("routing_error", _INT32 * 4),
         ("num_sent_tokens", _INT32 * EP_MAX_NODE_RANKS),
         ("num_recv_tokens", _INT32 * EP_MAX_NODE_RANKS),
         ("num_tokens_per_expert", _INT32 * 1024),
+    ]
+
+
+class Notice(ctypes.Structure):
+    """``ep_notice``: what nobody waited to hear."""
+
+    _fields_ = [
+        ("code", _INT32),
+        ("routing_error", _INT32 * 4),
+        ("num_rows", _INT32),
+        ("capacity", _INT32),
     ]
 
 
@@ -128,12 +158,14 @@ class PlanArgs(ctypes.Structure):
         ("expert_first_row", _POINTER),
         ("scratch", _POINTER),
         ("mailbox", _POINTER),
-        ("counter", _POINTER),
+        ("notice", _POINTER),
+        ("counters", _POINTER),
         ("flag_offset", _INT64),
         ("credit_offset", _INT64),
         ("header_offset", _INT64),
         ("idx_offset", _INT64),
-        ("epoch", _INT32),
+        ("ticket", _INT32),
+        ("capacity", _INT32),
         ("input_kind", _INT32),
         ("num_tokens", _INT32),
         ("num_topk", _INT32),
@@ -143,6 +175,8 @@ class PlanArgs(ctypes.Structure):
         ("hidden", _INT32),
         ("expert_alignment", _INT32),
         ("expert_major", _INT32),
+        ("num_send_blocks", _INT32),
+        ("num_receive_blocks", _INT32),
     ]
 
 
@@ -169,6 +203,7 @@ class DispatchArgs(ctypes.Structure):
         ("send_slot", _POINTER),
         ("recv_topk_idx", _POINTER),
         ("row_of_k", _POINTER),
+        ("num_sent", _POINTER),
         ("source_tokens", _POINTER),
         ("expert_tokens", _POINTER),
         ("expert_first_row", _POINTER),
@@ -179,7 +214,6 @@ class DispatchArgs(ctypes.Structure):
         ("flag_offset", _INT64),
         ("credit_offset", _INT64),
         ("slot_offset", _INT64),
-        ("epoch", _INT32),
         ("tag", _INT32),
         ("num_tokens", _INT32),
         ("num_topk", _INT32),
@@ -193,8 +227,11 @@ class DispatchArgs(ctypes.Structure):
         ("num_local_experts", _INT32),
         ("expert_major", _INT32),
         ("recv_kind", _INT32),
+        ("num_rows", _INT32),
+        ("is_planned", _INT32),
         ("num_push_blocks", _INT32),
         ("num_expand_blocks", _INT32),
+        ("num_blocks", _INT32),
     ]
 
 
@@ -218,7 +255,6 @@ class CombineArgs(ctypes.Structure):
         ("credit_offset", _INT64),
         ("row_offset", _INT64),
         ("weight_offset", _INT64),
-        ("epoch", _INT32),
         ("tag", _INT32),
         ("num_tokens", _INT32),
         ("num_topk", _INT32),
@@ -251,8 +287,10 @@ class ProbeArgs(ctypes.Structure):
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "ep_layout_args": LayoutArgs,
     "ep_fault": Fault,
+    "ep_record": Record,
     "ep_node": Node,
     "ep_mailbox": Mailbox,
+    "ep_notice": Notice,
     "ep_plan_args": PlanArgs,
     "ep_quantize_args": QuantizeArgs,
     "ep_dispatch_args": DispatchArgs,

@@ -29,7 +29,7 @@ def make_backend(group: dist.ProcessGroup, config: EPConfig) -> tuple[Backend, d
             continue
         reason = backend.unavailable_reason(group, config)
         if reason is None:
-            return backend(group, config), passed_over
+            return backend.create(group, config), passed_over
         passed_over[backend.name] = reason
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
     raise EPArgumentError(f"no backend for this group: {reasons}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,10 @@ from torch import Tensor
 from ep_comm.config import EPConfig
 from ep_comm.events import EventOverlap
 from ep_comm.handle import DispatchHandle, Routing, RowLayout
-from ep_comm.records import Recorder
+from ep_comm.records import Records
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Result = TypeVar("Result")
 
@@ -73,7 +76,7 @@ class Backend(Protocol):
     """
 
     name: str
-    recorder: Recorder
+    recorder: Records
 
     @classmethod
     def unavailable_reason(cls, group: dist.ProcessGroup, config: EPConfig) -> str | None:
@@ -82,7 +85,9 @@ class Backend(Protocol):
         Collective, and the same answer on all ranks.
         """
 
-    def __init__(self, group: dist.ProcessGroup, config: EPConfig) -> None: ...
+    @classmethod
+    def create(cls, group: dist.ProcessGroup, config: EPConfig) -> Self:
+        """The backend of one buffer. Collective."""
 
     @property
     def buffer_bytes(self) -> int:
@@ -108,12 +113,16 @@ class Backend(Protocol):
         layout: RowLayout,
         expert_alignment: int,
         has_weights: bool,
+        capacity: int | None,
+        asynchronous: bool,
+        num_sms: int | None,
     ) -> Routing:
         """Exchange the routing of a new dispatch, from exactly one of `topk_idx`, `routing_map`.
 
         A dispatch with the routing follows at once. Bad content of the routing raises here, or,
         where the device has to find it, in that dispatch, once the other ranks have what they
-        wait for.
+        wait for. `capacity` is the output's rows, where the host is not to wait for their number;
+        `asynchronous` and `num_sms` are those of the dispatch.
         """
 
     def dispatch(
@@ -125,17 +134,25 @@ class Backend(Protocol):
         wire_dtype: torch.dtype,
         recv_dtype: torch.dtype,
         asynchronous: bool,
+        num_sms: int | None,
     ) -> Pending[Received]:
         """Send rows along the handle's routing.
 
-        An asynchronous operation leaves the current stream free, where the backend can.
+        An asynchronous operation leaves the current stream free, where the backend can. `num_sms`
+        as in `set_num_sms`; None takes that setting.
 
         `x` is [T, H]; with `scales` it is FP8 already, else it is quantised where `wire_dtype` is
         FP8. `recv_dtype` FP8 leaves rows and scales as they arrived; anything else dequantises.
+        Scales of the expert layout come as `ep_comm.fp8.split_scales` takes them.
         """
 
     def combine(
-        self, handle: DispatchHandle, x: Tensor, topk_weights: Tensor | None, asynchronous: bool
+        self,
+        handle: DispatchHandle,
+        x: Tensor,
+        topk_weights: Tensor | None,
+        asynchronous: bool,
+        num_sms: int | None,
     ) -> Pending[Combined]:
         """Sum rows back to their tokens' owners, and scatter probabilities."""
 

@@ -2,16 +2,17 @@
 
 A rank writes into the others' memory (torch symmetric memory); nothing is read across NVLink. The
 host waits once in a new dispatch, for the counts that the outputs are allocated by, while the rows
-are already on their way (csrc/plan.cu, dispatch.cu, combine.cu).
+are already on their way (csrc/plan.cu, dispatch.cu, combine.cu). It waits for nothing where the
+caller says how many rows the output has; epochs are counted on the device, so that all of it can be
+captured in a CUDA graph.
 
 Operations run on the caller's stream, asynchronous ones on the communication stream. Beside them a
-new dispatch uses a side stream: it exchanges the routing and moves arrived rows to their places
-while the other one pushes.
+new dispatch uses a side stream: it takes the routing in and moves arrived rows to their places
+while the other one pushes. Two operations run at once where both find room (nvlink_streams.py).
 """
 
 from __future__ import annotations
 
-import socket
 import zlib
 
 import torch
@@ -21,25 +22,30 @@ from torch import Tensor
 
 from ep_comm import _native, fp8
 from ep_comm._native import structs
+from ep_comm.backends import nvlink_support
 from ep_comm.backends.base import Combined, Pending, Received
 from ep_comm.backends.nvlink_memory import NodeMemory, Offsets
-from ep_comm.backends.nvlink_routing import NVLinkRouting, arena_places
+from ep_comm.backends.nvlink_records import DeviceRecorder
+from ep_comm.backends.nvlink_routing import FirstDispatch, NVLinkRouting, arena_places
+from ep_comm.backends.nvlink_streams import in_flight
 from ep_comm.backends.nvlink_tuning import (
     COMBINE_CHUNK_BYTES,
     DISPATCH_CHUNK_BYTES,
+    chunk_tokens,
     combine_chunks_per_unit,
+    default_sms,
     split_combine,
     split_dispatch,
+    split_plan,
 )
 from ep_comm.config import EPConfig
-from ep_comm.errors import EPArgumentError, EPMismatchError, EPUnsupportedError
+from ep_comm.errors import EPArgumentError, EPUnsupportedError
 from ep_comm.events import EventOverlap
 from ep_comm.handle import DispatchHandle, RoutingSizes, RowLayout
 from ep_comm.layout import INPUT_KINDS, checked_source, raise_if_bad
-from ep_comm.records import OpRecord, Recorder
 
 _RECV_KINDS = {torch.bfloat16: structs.EP_RECV_BF16, torch.float32: structs.EP_RECV_FP32}
-_MAX_ROW_BYTES = 112_000
+_MAX_ROWS = 2**31 - 1
 
 
 def _tag(*call: int) -> int:
@@ -59,53 +65,23 @@ class NVLinkBackend:
 
     @classmethod
     def unavailable_reason(cls, group: dist.ProcessGroup, config: EPConfig) -> str | None:
-        if "cuda:nccl" not in dist.get_backend_config(group):
-            return f"the group has no NCCL backend ({dist.get_backend_config(group)})"
-        mine = (socket.gethostname(), cls._reason_here(dist.get_world_size(group), config), config)
-        answers: list = [None] * dist.get_world_size(group)
-        dist.all_gather_object(answers, mine, group=group)
-        for rank, (_, _, theirs) in enumerate(answers):
-            if theirs != config:
-                raise EPMismatchError(
-                    f"ranks disagree: rank {dist.get_rank(group)} has {config}; rank {rank} has "
-                    f"{theirs}"
-                )
-        hosts = {host for host, _, _ in answers}
-        if len(hosts) > 1:
-            return f"the group spans {len(hosts)} hosts"
-        for rank, (_, reason, _) in enumerate(answers):
-            if reason is not None:
-                return f"rank {rank}: {reason}"
-        return None
+        return nvlink_support.unavailable_reason(group, config)
 
     @classmethod
-    def _reason_here(cls, num_ranks: int, config: EPConfig) -> str | None:
-        if _native.load() is None:
-            return _native.status()
-        if num_ranks > structs.EP_MAX_NODE_RANKS:
-            return f"{num_ranks} ranks, at most {structs.EP_MAX_NODE_RANKS} of one host"
-        row_bytes = config.hidden * 2
-        if row_bytes % 16:
-            return f"rows of {row_bytes} bytes are not a multiple of 16"
-        if config.hidden * config.dtype.itemsize > _MAX_ROW_BYTES:
-            return f"rows of more than {_MAX_ROW_BYTES} bytes do not fit shared memory twice"
-        if config.max_tokens_per_rank * num_ranks * config.num_topk >= 2**31:
-            return "max_tokens_per_rank x ranks x num_topk is not below 2^31"
-        if config.num_experts // num_ranks > 1024:
-            return f"{config.num_experts // num_ranks} experts a rank, at most 1024"
-        return None
+    def create(cls, group: dist.ProcessGroup, config: EPConfig) -> NVLinkBackend:
+        num_bytes = Offsets(config, dist.get_world_size(group)).total
+        return cls(NodeMemory.of_group(group, num_bytes, config.timeout_s), config)
 
-    def __init__(self, group: dist.ProcessGroup, config: EPConfig) -> None:
+    def __init__(self, memory: NodeMemory, config: EPConfig) -> None:
         self.config = config
-        self.recorder = Recorder(timed=False)
-        self.rank = dist.get_rank(group)
-        self.num_ranks = dist.get_world_size(group)
+        self.memory = memory
+        self.rank, self.num_ranks = memory.rank, memory.num_ranks
         self.num_local_experts = config.num_experts // self.num_ranks
         self.native = _native.load()
         self.native.load_kernels()
         self.device = torch.device("cuda", torch.cuda.current_device())
+        self.recorder = DeviceRecorder(self.rank, self.num_ranks, self.device, self.synchronize)
         self.offsets = Offsets(config, self.num_ranks)
-        self.memory = NodeMemory(group, self.offsets.total, config.timeout_s)
         self._scratch = torch.empty(
             self.native.plan_scratch_bytes(
                 config.max_tokens_per_rank, config.num_experts, self.num_ranks
@@ -114,44 +90,59 @@ class NVLinkBackend:
             device=self.device,
         )
         # The side stream's expand waits for other ranks' pushes: it must never run before one.
-        self._side_stream = torch.cuda.Stream()
-        self._comm_stream = torch.cuda.Stream(priority=-1)
+        self._side_stream = self._new_stream(priority=0)
+        self._comm_stream = self._new_stream(priority=-1)
         self._fork_event = torch.cuda.Event()
         self._fork_event.record()  # torch makes the CUDA event at the first use
-        self.set_num_sms(None)
-        self._dispatch_epoch = self._combine_epoch = 0
-        self._last_stream = _raw_stream(self.device.index)
-        self._dispatch_args = structs.DispatchArgs(
-            node=self.memory.node(structs.EP_OP_DISPATCH),
-            counter=self.memory.counters[0].data_ptr(),
-            flag_offset=self.offsets.dispatch_flags,
-            credit_offset=self.offsets.dispatch_credits,
-            slot_offset=self.offsets.dispatch_slots,
+        properties = torch.cuda.get_device_properties(self.device)
+        self._available_sms: int = properties.multi_processor_count
+        self._num_sms: int | None = None
+        self._in_flight = in_flight(self.device.index)
+        self._num_plans = 0
+        self._make_args()
+
+    @staticmethod
+    def _new_stream(priority: int) -> torch.cuda.Stream:
+        return torch.cuda.Stream(priority=priority)
+
+    def _make_args(self) -> None:
+        """The arguments that stay the same from call to call."""
+        config, memory, offsets = self.config, self.memory, self.offsets
+        wire_bytes = self.recorder.wire_bytes_address
+        dispatch_node = memory.node(structs.EP_OP_DISPATCH, wire_bytes)
+        sizes = dict(
             max_tokens=config.max_tokens_per_rank,
-            max_chunks=self.offsets.max_chunks,
+            max_chunks=offsets.max_chunks,
             num_local_experts=self.num_local_experts,
+        )
+        self._dispatch_args = structs.DispatchArgs(
+            node=dispatch_node,
+            counter=memory.counters[0].data_ptr(),
+            flag_offset=offsets.dispatch_flags,
+            credit_offset=offsets.dispatch_credits,
+            slot_offset=offsets.dispatch_slots,
+            **sizes,
         )
         self._combine_args = structs.CombineArgs(
-            node=self.memory.node(structs.EP_OP_COMBINE),
-            counter=self.memory.counters[1].data_ptr(),
-            flag_offset=self.offsets.combine_flags,
-            credit_offset=self.offsets.combine_credits,
-            row_offset=self.offsets.combine_rows,
-            weight_offset=self.offsets.combine_weights,
-            max_tokens=config.max_tokens_per_rank,
-            max_chunks=self.offsets.max_chunks,
-            num_local_experts=self.num_local_experts,
+            node=memory.node(structs.EP_OP_COMBINE, wire_bytes),
+            counter=memory.counters[1].data_ptr(),
+            flag_offset=offsets.combine_flags,
+            credit_offset=offsets.combine_credits,
+            row_offset=offsets.combine_rows,
+            weight_offset=offsets.combine_weights,
             ranks_per_node=config.ranks_per_node or self.num_ranks,
+            **sizes,
         )
         self._plan_args = structs.PlanArgs(
-            node=self.memory.node(structs.EP_OP_DISPATCH),
+            node=dispatch_node,
             scratch=self._scratch.data_ptr(),
-            mailbox=self.memory.mailbox_address,
-            counter=self.memory.counters[2].data_ptr(),
-            flag_offset=self.offsets.plan_flags,
-            credit_offset=self.offsets.dispatch_credits,
-            header_offset=self.offsets.plan_headers,
-            idx_offset=self.offsets.plan_idx,
+            mailbox=memory.mailbox_address,
+            notice=memory.notice_address,
+            counters=memory.counters[2].data_ptr(),
+            flag_offset=offsets.plan_flags,
+            credit_offset=offsets.dispatch_credits,
+            header_offset=offsets.plan_headers,
+            idx_offset=offsets.plan_idx,
             num_experts=config.num_experts,
             max_tokens=config.max_tokens_per_rank,
             hidden=config.hidden,
@@ -159,23 +150,34 @@ class NVLinkBackend:
 
     @property
     def buffer_bytes(self) -> int:
-        return self.offsets.total + self._scratch.numel()
+        return self.offsets.total + self._scratch.numel() + self.recorder.num_bytes
 
     def describe(self) -> str:
-        return f"nvlink ({self.num_ranks} GPUs of one host, {self.num_sms} SMs)"
+        sms = self._num_sms or self._available_sms
+        return f"nvlink ({self.num_ranks} GPUs of one host, {sms} SMs)"
 
     @property
     def num_started(self) -> int:
-        return self._dispatch_epoch + self._combine_epoch
+        return self.recorder.num_operations
 
     def destroy(self) -> None:
+        for op in (structs.EP_OP_DISPATCH, structs.EP_OP_COMBINE):
+            self._in_flight.forget((id(self), op))
         self.memory.free()
 
     def set_num_sms(self, num_sms: int | None) -> None:
-        available = torch.cuda.get_device_properties(self.device).multi_processor_count
-        if num_sms is not None and not 2 <= num_sms <= available:
-            raise EPArgumentError(f"num_sms must be 2 to {available}, or None, got {num_sms}")
-        self.num_sms = num_sms or available
+        self._check_num_sms(num_sms)
+        self._num_sms = num_sms
+
+    def _check_num_sms(self, num_sms: int | None) -> None:
+        if num_sms is not None and not 2 <= num_sms <= self._available_sms:
+            raise EPArgumentError(
+                f"num_sms must be 2 to {self._available_sms}, or None, got {num_sms}"
+            )
+
+    def _sms(self, num_sms: int | None, asynchronous: bool) -> int:
+        self._check_num_sms(num_sms)
+        return num_sms or self._num_sms or default_sms(self._available_sms, asynchronous)
 
     def check_wire_dtype(self, wire_dtype: torch.dtype) -> None:
         # Bulk copies move multiples of 16 bytes, so the FP32 scales of a row must be that.
@@ -183,6 +185,16 @@ class NVLinkBackend:
             raise EPArgumentError(
                 f"FP8 over NVLink needs hidden to be a multiple of 512, got {self.config.hidden}"
             )
+
+    def inject_delays(self, up_to_ns: int) -> None:
+        """For tests: every wait and every signal of later operations is late, at random."""
+        for args in (self._plan_args, self._dispatch_args, self._combine_args):
+            args.node.delay_ns = up_to_ns
+
+    def synchronize(self) -> None:
+        """Wait on the host for the operations that were started."""
+        torch.cuda.current_stream().synchronize()
+        self._comm_stream.synchronize()
 
     # --- plan ------------------------------------------------------------------------------------
 
@@ -193,8 +205,16 @@ class NVLinkBackend:
         layout: RowLayout,
         expert_alignment: int,
         has_weights: bool,
+        capacity: int | None,
+        asynchronous: bool,
+        num_sms: int | None,
     ) -> NVLinkRouting:
         self.memory.check_fault()
+        if capacity is None and torch.cuda.is_current_stream_capturing():
+            raise EPUnsupportedError(
+                "a new dispatch waits for the counts of its routing, which no CUDA graph can hold: "
+                "pass num_worst_tokens, or capture a cached dispatch"
+            )
         config = self.config
         source, num_topk = checked_source(
             topk_idx,
@@ -208,31 +228,40 @@ class NVLinkBackend:
         places, total = arena_places(
             num_tokens, num_topk, num_rows, self.num_ranks, self.num_local_experts
         )
-        self._dispatch_epoch += 1
+        sms = self._sms(num_sms, asynchronous)
+        stream = self._begin(structs.EP_OP_DISPATCH, asynchronous, sms)
+        record = self.recorder.start("dispatch", 0)
+        self._num_plans += 1
         routing = NVLinkRouting(
             backend=self,
-            epoch=self._dispatch_epoch,
+            number=self._num_plans,
             expert_major=layout == "expert",
             expert_alignment=expert_alignment,
+            capacity=capacity,
             num_tokens=num_tokens,
             num_topk=num_topk,
             source=source,
             arena=torch.empty(total, dtype=torch.int32, device=self.device),
             places=places,
+            first=FirstDispatch(stream=stream, num_sms=sms, record=record),
         )
         args = self._plan_args
+        args.node.record = record
         args.input = source.data_ptr()
         for name in places:
             setattr(args, name, routing.address(name))
-        args.epoch = routing.epoch
+        args.ticket = 0 if capacity is not None else routing.number
+        args.capacity = _MAX_ROWS if capacity is None else capacity
         args.input_kind = INPUT_KINDS[source.dtype]
         args.num_tokens = num_tokens
         args.num_topk = num_topk
         args.num_topk4 = routing.num_topk4
         args.expert_alignment = expert_alignment
         args.expert_major = routing.expert_major
+        _, expand_sms = split_dispatch(sms, self.num_ranks)
+        args.num_send_blocks, args.num_receive_blocks = split_plan(sms, expand_sms)
         side_stream, event = self._side_stream.cuda_stream, self._fork_event.cuda_event
-        self.native.plan(args, self._stream(asynchronous=False), side_stream, event)
+        self.native.plan(args, stream, side_stream, event)
         return routing
 
     def wait_for_sizes(self, routing: NVLinkRouting) -> RoutingSizes:
@@ -241,14 +270,14 @@ class NVLinkBackend:
         arrived = self.native.mailbox_wait(
             self.memory.mailbox_address,
             self.memory.fault_address,
-            routing.epoch,
+            routing.number,
             # The kernels' own bound names the late rank; it begins when they start.
             10 * self.config.timeout_s,
             self._side_stream.cuda_stream,
         )
         self.memory.check_fault()
         if not arrived:
-            raise self.memory.timeout("dispatch", "plan", (), routing.epoch)
+            raise self.memory.timeout("dispatch", "plan", (), routing.number)
         return RoutingSizes(
             sent=tuple(mailbox.num_sent_tokens[: self.num_ranks]),
             received=tuple(mailbox.num_recv_tokens[: self.num_ranks]),
@@ -267,10 +296,11 @@ class NVLinkBackend:
         wire_dtype: torch.dtype,
         recv_dtype: torch.dtype,
         asynchronous: bool,
+        num_sms: int | None,
     ) -> Pending[Received]:
         self.memory.check_fault()
         routing: NVLinkRouting = handle.routing
-        record = self.recorder.start("dispatch", self.device)
+        first, routing.first = routing.first, None
         if wire_dtype == fp8.FP8_DTYPE and scales is None:
             x, scales = fp8.quantize(x)
         weights = topk_weights
@@ -278,34 +308,69 @@ class NVLinkBackend:
             weights = F.pad(weights, (0, -weights.shape[1] % 4))
         elif weights is not None and weights.data_ptr() % 16:
             weights = weights.clone()
+        has_weights = weights is not None
         args = self._dispatch_args
         self._describe_rows(args, routing, x, scales, weights, recv_dtype)
-        is_new, routing.is_new = routing.is_new, False
-        if not is_new:
-            self._dispatch_epoch += 1
-        args.epoch = routing.epoch if is_new else self._dispatch_epoch
-        args.tag = _tag(routing.epoch, is_new, args.row_bytes, args.scale_bytes, args.weight_bytes)
-        push_blocks, expand_blocks = split_dispatch(self.num_sms, self.num_ranks)
-        stream = expand_stream = self._stream(asynchronous)
+        args.tag = _tag(
+            routing.number, first is not None, args.row_bytes, args.scale_bytes, args.weight_bytes
+        )
+        if first is None:
+            sms = self._sms(num_sms, asynchronous)
+            received = self._repeat(args, handle, has_weights, recv_dtype, asynchronous, sms)
+        else:
+            received = self._first(args, handle, has_weights, recv_dtype, asynchronous, first)
+        return self._pending(received, asynchronous, (x, scales, weights, routing.arena))
+
+    def _repeat(
+        self,
+        args: structs.DispatchArgs,
+        handle: DispatchHandle,
+        has_weights: bool,
+        recv_dtype: torch.dtype,
+        asynchronous: bool,
+        sms: int,
+    ) -> Received:
+        """A dispatch whose routing is known: one kernel."""
+        received = self._allocate(args, handle, has_weights, recv_dtype)
+        stream = self._begin(structs.EP_OP_DISPATCH, asynchronous, sms)
+        args.node.record = self.recorder.start("dispatch", args.row_bytes + args.scale_bytes)
+        args.is_planned = False
+        push_blocks, expand_blocks = split_dispatch(sms, self.num_ranks)
         args.num_push_blocks, args.num_expand_blocks = push_blocks, expand_blocks
-        if is_new:
-            expand_stream, event = self._side_stream.cuda_stream, self._fork_event.cuda_event
-            self.native.stream_wait(expand_stream, stream, event)  # the input is ready
-            if push_blocks:
-                args.num_expand_blocks = 0
-                self.native.launch("ep_dispatch", args, stream)
-                args.num_push_blocks, args.num_expand_blocks = 0, expand_blocks
+        args.num_blocks = push_blocks + expand_blocks
+        self.native.launch("ep_dispatch", args, stream)
+        return received
+
+    def _first(
+        self,
+        args: structs.DispatchArgs,
+        handle: DispatchHandle,
+        has_weights: bool,
+        recv_dtype: torch.dtype,
+        asynchronous: bool,
+        first: FirstDispatch,
+    ) -> Received:
+        """The dispatch after its plan: it pushes while the plan and the host go on."""
+        stream, side_stream = first.stream, self._side_stream.cuda_stream
+        event = self._fork_event.cuda_event
+        self.recorder.set_row_bytes(args.row_bytes + args.scale_bytes)
+        if asynchronous:  # rows may have been quantised since the plan
+            self.native.stream_wait(stream, _raw_stream(self.device.index), event)
+        self.native.stream_wait(side_stream, stream, event)  # the input is ready
+        args.node.record = first.record
+        args.is_planned = True
+        push_blocks, expand_blocks = split_dispatch(first.num_sms, self.num_ranks)
+        args.num_blocks = push_blocks + expand_blocks
+        args.num_push_blocks, args.num_expand_blocks = push_blocks, 0
         try:
-            num_rows = handle.num_rows  # waits for the plan
-            received = self._allocate(num_rows, handle, topk_weights is not None, recv_dtype)
-            args.recv_x = received.x.data_ptr()
-            args.recv_scales = None if received.scales is None else received.scales.data_ptr()
-            args.recv_weights = (
-                None if received.topk_weights is None else received.topk_weights.data_ptr()
-            )
-            self.native.launch("ep_dispatch", args, expand_stream)
-            if is_new:
-                self.native.stream_wait(stream, expand_stream, event)
+            if push_blocks:
+                self.native.launch("ep_dispatch", args, stream)
+            args.num_push_blocks, args.num_expand_blocks = 0, expand_blocks
+            received = self._allocate(args, handle, has_weights, recv_dtype)  # waits for the plan
+            self.native.launch("ep_dispatch", args, side_stream)
+            self.native.stream_wait(stream, side_stream, event)
+            routing: NVLinkRouting = handle.routing
+            if routing.capacity is None:
                 raise_if_bad(
                     list(self.memory.mailbox.routing_error),
                     routing.source,
@@ -315,8 +380,7 @@ class NVLinkBackend:
         except BaseException:
             self._wait_for_all_streams()  # what they still use is about to be freed
             raise
-        self._finish_record(record, routing.sizes.sent, args.row_bytes + args.scale_bytes)
-        return self._pending(received, asynchronous, (x, scales, weights, routing.arena))
+        return received
 
     def _describe_rows(
         self,
@@ -331,7 +395,7 @@ class NVLinkBackend:
         args.scales = None if scales is None else scales.data_ptr()
         args.weights = None if weights is None else weights.data_ptr()
         for name in (
-            "send_slot", "recv_topk_idx", "row_of_k", "source_tokens", "expert_tokens",
+            "send_slot", "recv_topk_idx", "row_of_k", "num_sent", "source_tokens", "expert_tokens",
             "expert_first_row",
         ):  # fmt: skip
             setattr(args, name, routing.address(name))
@@ -342,25 +406,36 @@ class NVLinkBackend:
         args.row_bytes = row_bytes = x.shape[1] * x.element_size()
         args.scale_bytes = 0 if scales is None else scales.shape[1] * 4
         args.weight_bytes = 0 if weights is None else args.num_topk4 * 4
-        args.chunk_tokens = self.offsets.chunk_tokens(DISPATCH_CHUNK_BYTES, row_bytes)
+        args.chunk_tokens = chunk_tokens(DISPATCH_CHUNK_BYTES, row_bytes)
         args.recv_kind = structs.EP_RECV_BYTES
         if scales is not None and recv_dtype != fp8.FP8_DTYPE:
             args.recv_kind = _RECV_KINDS[recv_dtype]
 
     def _allocate(
-        self, num_rows: int, handle: DispatchHandle, has_weights: bool, recv_dtype: torch.dtype
+        self,
+        args: structs.DispatchArgs,
+        handle: DispatchHandle,
+        has_weights: bool,
+        recv_dtype: torch.dtype,
     ) -> Received:
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=self.device)
 
-        hidden = self.config.hidden
-        recv_scales = recv_weights = None
+        num_rows, hidden = handle.num_rows, self.config.hidden
+        scales = weights = None
         if recv_dtype == fp8.FP8_DTYPE:
-            recv_scales = empty(num_rows, hidden // fp8.BLOCK)
+            blocks = hidden // fp8.BLOCK
+            flat = handle.layout == "expert"
+            scales = empty(num_rows * blocks) if flat else empty(num_rows, blocks)
         if has_weights:
             shape = (num_rows,) if handle.layout == "expert" else (num_rows, handle.num_topk)
-            recv_weights = empty(*shape)
-        return Received(empty(num_rows, hidden, dtype=recv_dtype), recv_scales, recv_weights)
+            weights = empty(*shape)
+        x = empty(num_rows, hidden, dtype=recv_dtype)
+        args.num_rows = num_rows
+        args.recv_x = x.data_ptr()
+        args.recv_scales = None if scales is None else scales.data_ptr()
+        args.recv_weights = None if weights is None else weights.data_ptr()
+        return Received(x, scales, weights)
 
     # --- combine ---------------------------------------------------------------------------------
 
@@ -370,11 +445,10 @@ class NVLinkBackend:
         x: Tensor,
         topk_weights: Tensor | None,
         asynchronous: bool,
+        num_sms: int | None,
     ) -> Pending[Combined]:
         self.memory.check_fault()
         routing: NVLinkRouting = handle.routing
-        record = self.recorder.start("combine", self.device)
-        self._combine_epoch += 1
         num_tokens, hidden = routing.num_tokens, x.shape[1]
         combined = torch.empty(num_tokens, hidden, dtype=x.dtype, device=self.device)
         weights = None
@@ -389,38 +463,41 @@ class NVLinkBackend:
             setattr(args, name, routing.address(name))
         args.combined_x = combined.data_ptr()
         args.combined_weights = None if weights is None else weights.data_ptr()
-        args.epoch = self._combine_epoch
-        args.tag = _tag(routing.epoch, hidden * x.element_size(), weights is not None)
+        args.tag = _tag(routing.number, hidden * x.element_size(), weights is not None)
         args.num_tokens = num_tokens
         args.num_topk = routing.num_topk
         args.num_topk4 = routing.num_topk4
         args.row_bytes = row_bytes = hidden * x.element_size()
-        args.chunk_rows = self.offsets.chunk_tokens(COMBINE_CHUNK_BYTES, row_bytes)
-        args.chunks_per_unit = combine_chunks_per_unit(self.num_sms, args.chunk_rows, row_bytes)
+        args.chunk_rows = chunk_tokens(COMBINE_CHUNK_BYTES, row_bytes)
+        sms = self._sms(num_sms, asynchronous)
+        args.chunks_per_unit = combine_chunks_per_unit(sms, args.chunk_rows, row_bytes)
         args.dtype = structs.EP_BF16 if x.dtype == torch.bfloat16 else structs.EP_FP32
         args.expert_major = routing.expert_major
         blocks_per_sm = self.native.combine_blocks_per_sm(row_bytes)
-        push_sms, sum_sms = split_combine(self.num_sms)
+        push_sms, sum_sms = split_combine(sms)
         args.num_push_blocks = push_sms * blocks_per_sm
         args.num_sum_blocks = sum_sms * blocks_per_sm
-        self.native.launch("ep_combine", args, self._stream(asynchronous))
-        self._finish_record(record, routing.sizes.received, row_bytes)
+        stream = self._begin(structs.EP_OP_COMBINE, asynchronous, sms)
+        args.node.record = self.recorder.start("combine", row_bytes)
+        self.native.launch("ep_combine", args, stream)
         keep = (x, topk_weights, routing.arena)
         return self._pending(Combined(combined, weights), asynchronous, keep)
 
     # --- streams ---------------------------------------------------------------------------------
 
-    def _stream(self, asynchronous: bool) -> int:
-        """The stream of the next operation, ordered behind the last one and the caller's."""
-        if torch.cuda.is_current_stream_capturing():
-            raise EPUnsupportedError("CUDA graph capture of dispatch and combine is not supported")
+    def _begin(self, op: int, asynchronous: bool, num_sms: int) -> int:
+        """The stream of the next operation, behind the caller's and all that it must not meet."""
         current = _raw_stream(self.device.index)
         stream = self._comm_stream.cuda_stream if asynchronous else current
+        event = self._fork_event.cuda_event
         if stream != current:
-            self.native.stream_wait(stream, current, self._fork_event.cuda_event)
-        if self._last_stream not in (stream, current):
-            self.native.stream_wait(stream, self._last_stream, self._fork_event.cuda_event)
-        self._last_stream = stream
+            self.native.stream_wait(stream, current, event)
+        behind = self._in_flight.start((id(self), op), stream, num_sms)
+        # A graph waits for nothing outside of it: where it is replayed is the caller's business.
+        if behind and not torch.cuda.is_current_stream_capturing():
+            for other in behind:
+                if other != current:
+                    self.native.stream_wait(stream, other, event)
         return stream
 
     def _wait_for_all_streams(self) -> None:
@@ -433,10 +510,3 @@ class NVLinkBackend:
         if not asynchronous:
             return Pending(result, EventOverlap())
         return Pending(result, EventOverlap(self._comm_stream.record_event(), keep))
-
-    def _finish_record(self, record: OpRecord, rows: tuple[int, ...], row_bytes: int) -> None:
-        record.rows_to_rank = rows
-        record.wire_bytes_to_rank = tuple(
-            0 if r == self.rank else count * row_bytes for r, count in enumerate(rows)
-        )
-        self.recorder.finish(record)

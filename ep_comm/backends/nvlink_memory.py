@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ep_comm._native import structs
+from ep_comm.backends.nvlink_tuning import MIN_CHUNK_TOKENS
 from ep_comm.config import EPConfig
-from ep_comm.errors import EPError, EPMismatchError, EPTimeoutError
+from ep_comm.errors import (
+    EPError,
+    EPMismatchError,
+    EPOverflowError,
+    EPRoutingError,
+    EPTimeoutError,
+)
 
 _ALIGNMENT = 256
-_MIN_CHUNK_TOKENS = 4
-_MAX_CHUNK_TOKENS = 32
 _PHASES = {
     structs.EP_PHASE_CREDIT: "credit",
     structs.EP_PHASE_PLAN: "plan",
     structs.EP_PHASE_ROWS: "rows",
 }
+_ROUTING_PROBLEMS = {
+    structs.EP_ROUTING_OUT_OF_RANGE: "no expert has number",
+    structs.EP_ROUTING_DUPLICATE: "a second time expert",
+    structs.EP_ROUTING_TOO_MANY: "one selected expert too many of",
+}
+_HOST_STRIDE = 128  # bytes between what the device writes
 _OPS = {structs.EP_OP_DISPATCH: "dispatch", structs.EP_OP_COMBINE: "combine"}
 # In the order of EP_FIELD_*.
 _FIELDS = ("num_topk", "hidden", "num_experts", "expert-major layout", "expert_alignment")
@@ -36,7 +49,7 @@ class Offsets:
         tokens, num_topk = config.max_tokens_per_rank, config.num_topk
         row_bytes = config.hidden * config.dtype.itemsize
         slot_bytes = -(-(row_bytes + 16 * -(-num_topk // 4)) // 128) * 128
-        self.max_chunks = -(-tokens // _MIN_CHUNK_TOKENS)
+        self.max_chunks = -(-tokens // MIN_CHUNK_TOKENS)
         self.plan_flags = self._take(4 * num_ranks)
         self.dispatch_credits = self._take(4 * num_ranks)
         self.combine_credits = self._take(4 * num_ranks)
@@ -54,71 +67,119 @@ class Offsets:
         self._end += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         return start
 
-    @staticmethod
-    def chunk_tokens(chunk_bytes: int, row_bytes: int) -> int:
-        """Rows of one flag: about `chunk_bytes`, and the same on every rank."""
-        return max(_MIN_CHUNK_TOKENS, min(_MAX_CHUNK_TOKENS, chunk_bytes // row_bytes))
-
 
 class NodeMemory:
-    """Symmetric memory of one buffer, its counters, and its mailbox and fault on the host.
+    """One rank's view of the symmetric memory of a buffer, with its counters on the device, and its
+    mailbox, fault and notice on the host.
 
-    Collective: made by all ranks of `group` at once.
+    Args:
+        rank: Of this GPU.
+        tensor: This rank's memory, all zero.
+        addresses: Of every rank's memory, as mapped here.
+        timeout_s: Bound of every wait.
+        keep: What has to live as long as the mapping.
+        wait_for_all: Ends when every rank has come to it and its GPU is idle.
     """
 
-    def __init__(self, group: dist.ProcessGroup, num_bytes: int, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._group = group
-        self.rank = dist.get_rank(group)
-        num_ranks = dist.get_world_size(group)
+    @classmethod
+    def of_group(cls, group: dist.ProcessGroup, num_bytes: int, timeout_s: float) -> NodeMemory:
+        """`num_bytes` at each rank of a group. Collective."""
         device = torch.device("cuda", torch.cuda.current_device())
-        if num_ranks == 1:
-            self.tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-            self._rendezvous, addresses = None, [self.tensor.data_ptr()]
+        if dist.get_world_size(group) == 1:
+            tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+            rendezvous, addresses = None, [tensor.data_ptr()]
         else:
             import torch.distributed._symmetric_memory as symmetric_memory
 
-            self.tensor = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
-            self._rendezvous = symmetric_memory.rendezvous(self.tensor, group)
-            addresses = list(self._rendezvous.buffer_ptrs)
-            self.tensor.zero_()
-        self.counters = torch.zeros(3, 64, dtype=torch.int32, device=device)
+            tensor = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+            rendezvous = symmetric_memory.rendezvous(tensor, group)
+            addresses = list(rendezvous.buffer_ptrs)
+            tensor.zero_()
+
+        def wait_for_all() -> None:
+            torch.cuda.synchronize()
+            dist.barrier(group, device_ids=[torch.cuda.current_device()])
+
+        # Everything is zero everywhere before anybody writes a flag.
+        wait_for_all()
+        return cls(dist.get_rank(group), tensor, addresses, timeout_s, rendezvous, wait_for_all)
+
+    def __init__(
+        self,
+        rank: int,
+        tensor: Tensor,
+        addresses: Sequence[int],
+        timeout_s: float,
+        keep: object,
+        wait_for_all: Callable[[], None],
+    ) -> None:
+        self.rank = rank
+        self.num_ranks = len(addresses)
+        self.tensor: Tensor | None = tensor
+        self._timeout_s = timeout_s
+        self._keep = keep
+        self._wait_for_all = wait_for_all
+        self._addresses = (ctypes.c_void_p * structs.EP_MAX_NODE_RANKS)(*addresses)
+        # A row each for dispatch, combine and plan, so that they share no cache line.
+        self.counters = torch.zeros(3, 64, dtype=torch.int32, device=tensor.device)
+        self._epochs = torch.zeros(3, 64, dtype=torch.int32, device=tensor.device)
+        self._waits = torch.zeros(3, structs.EP_MAX_NODE_RANKS, dtype=torch.int64).to(tensor.device)
+        self.abort = torch.zeros(1, dtype=torch.int32, device=tensor.device)
         # Pinned host memory has one address for host and device.
+        sizes = [ctypes.sizeof(struct) for struct in (structs.Fault, structs.Notice)]
+        assert max(sizes) <= _HOST_STRIDE
         self._host = torch.zeros(
-            ctypes.sizeof(structs.Mailbox) + 128, dtype=torch.uint8, pin_memory=True
+            2 * _HOST_STRIDE + ctypes.sizeof(structs.Mailbox), dtype=torch.uint8, pin_memory=True
         )
         self.fault_address = self._host.data_ptr()
-        self.mailbox_address = self.fault_address + 128
+        self.notice_address = self.fault_address + _HOST_STRIDE
+        self.mailbox_address = self.notice_address + _HOST_STRIDE
         self._fault = structs.Fault.from_address(self.fault_address)
+        self._notice = structs.Notice.from_address(self.notice_address)
         self.mailbox = structs.Mailbox.from_address(self.mailbox_address)
-        self._abort = torch.zeros(1, dtype=torch.int32, device=device)
-        self._node = dict(
-            memory=(ctypes.c_void_p * structs.EP_MAX_NODE_RANKS)(*addresses),
-            fault=self.fault_address,
-            abort=self._abort.data_ptr(),
-            timeout_ns=int(timeout_s * 1e9),
-            rank=self.rank,
-            num_ranks=num_ranks,
-        )
-        # Everything is zero everywhere before anybody writes a flag.
-        self._wait_for_all()
-
-    def _wait_for_all(self) -> None:
         torch.cuda.synchronize()
-        dist.barrier(self._group, device_ids=[torch.cuda.current_device()])
 
-    def node(self, op: int) -> structs.Node:
-        """What the kernels of an operation (EP_OP_*) need to know of the others."""
-        return structs.Node(op=op, **self._node)
+    def node(self, op: int, wire_bytes: int) -> structs.Node:
+        """What the kernels of an operation (EP_OP_*) need to know of the others; they count what
+        they send at the address `wire_bytes`."""
+        return structs.Node(
+            memory=self._addresses,
+            fault=self.fault_address,
+            abort=self.abort.data_ptr(),
+            epoch=self._epochs[op].data_ptr(),
+            longest_wait_ns=self._waits[op].data_ptr(),
+            wire_bytes=wire_bytes,
+            timeout_ns=int(self._timeout_s * 1e9),
+            op=op,
+            rank=self.rank,
+            num_ranks=self.num_ranks,
+        )
 
     def check_fault(self) -> None:
         """Raise what a kernel reported, if one did.
 
         Raises:
             EPTimeoutError, EPMismatchError: By name of the rank.
+            EPOverflowError, EPRoutingError: Of an earlier dispatch that no host waited for; said
+                once.
         """
         if self._fault.code != structs.EP_FAULT_NONE:
             raise self._error()
+        if self._notice.code != structs.EP_NOTICE_NONE:
+            raise self._take_notice()
+
+    def _take_notice(self) -> EPError:
+        notice = self._notice
+        code, routing_error = notice.code, list(notice.routing_error)
+        overflow = EPOverflowError(num_rows=notice.num_rows, capacity=notice.capacity)
+        notice.code = structs.EP_NOTICE_NONE
+        if code == structs.EP_NOTICE_OVERFLOW:
+            return overflow
+        kind, token, place, value = routing_error
+        return EPRoutingError(
+            f"an earlier dispatch with num_worst_tokens got a bad routing: token {token}, entry "
+            f"{place}, {_ROUTING_PROBLEMS[kind]} {value}. What was wrong counted as dropped."
+        )
 
     def _error(self) -> EPError:
         fault = self._fault
@@ -160,12 +221,13 @@ class NodeMemory:
         """
         if self._fault.code == structs.EP_FAULT_NONE:
             self._wait_for_all()
-            self.tensor = self._rendezvous = None
+            self.tensor = self._keep = None
 
     def __del__(self) -> None:
         """After a fault the memory is never freed: a late peer may still write to it."""
         if getattr(self, "_fault", None) is not None and self._fault.code != structs.EP_FAULT_NONE:
-            _leaked.append((self.tensor, self._rendezvous, self._host, self._abort, self.counters))
+            device = (self.counters, self._epochs, self._waits, self.abort)
+            _leaked.append((self.tensor, self._keep, self._host, device))
 
 
 _leaked: list = []

@@ -49,18 +49,23 @@ def arena_places(
 class NVLinkRouting:
     """See `ep_comm.handle.Routing`. The index arrays of csrc/ep_comm.h's ``ep_plan_args``, in one
     allocation: row ``source * max_tokens_per_rank + slot`` is a received row.
+
+    Attributes:
+        number: Of the plan, from 1; the ticket of its counts.
+        first: What the plan leaves to the dispatch that follows it; None afterwards.
     """
 
     backend: NVLinkBackend
-    epoch: int
+    number: int
     expert_major: bool
     expert_alignment: int
+    capacity: int | None
     num_tokens: int
     num_topk: int
     source: Tensor
     arena: Tensor
     places: dict[str, tuple[int, int]]
-    is_new: bool = True
+    first: FirstDispatch | None
 
     @property
     def num_topk4(self) -> int:
@@ -69,19 +74,54 @@ class NVLinkRouting:
     def address(self, name: str) -> int:
         return self.arena.data_ptr() + 4 * self.places[name][0]
 
+    def array(self, name: str) -> Tensor:
+        first, count = self.places[name]
+        return self.arena[first : first + count]
+
     @cached_property
     def topk_idx(self) -> Tensor:
-        return self._array("topk_idx").view(self.num_tokens, self.num_topk)
+        return self.array("topk_idx").view(self.num_tokens, self.num_topk)
 
     @cached_property
     def sizes(self) -> RoutingSizes:
-        return self.backend.wait_for_sizes(self)
+        if self.capacity is None:
+            return self.backend.wait_for_sizes(self)
+        counts = (self.array(n).tolist() for n in ("num_sent", "num_recv", "expert_tokens"))
+        return RoutingSizes(*map(tuple, counts), self.expert_alignment)
+
+    @property
+    def device_tokens_per_expert(self) -> Tensor:
+        return self.array("expert_tokens")
+
+    @property
+    def device_expert_offsets(self) -> Tensor:
+        return self.array("expert_first_row")
 
     @cached_property
     def recv_topk_idx(self) -> Tensor:
-        rows = self._array("recv_topk_idx").view(self.backend.num_ranks, -1, self.num_topk)
-        return torch.cat([rows[r, :count] for r, count in enumerate(self.sizes.received)])
+        rows = self.array("recv_topk_idx").view(self.backend.num_ranks, -1, self.num_topk)
+        if self.capacity is None:
+            return torch.cat([rows[r, :count] for r, count in enumerate(self.sizes.received)])
+        # Without the host: output row i is row i - (rows of the sources before) of its source.
+        received = self.array("num_recv").long()
+        ends = received.cumsum(0)
+        row = torch.arange(self.capacity, device=rows.device)
+        source = torch.searchsorted(ends, row, right=True).clamp(max=len(rows) - 1)
+        slot = row - (ends - received)[source]
+        there = row < ends[-1]
+        return torch.where(there[:, None], rows[source, torch.where(there, slot, 0)], -1)
 
-    def _array(self, name: str) -> Tensor:
-        first, count = self.places[name]
-        return self.arena[first : first + count]
+
+@dataclass(frozen=True, kw_only=True)
+class FirstDispatch:
+    """What belongs to both a plan and the dispatch that follows it.
+
+    Attributes:
+        stream: Where they run.
+        num_sms: That they occupy.
+        record: Address of their record.
+    """
+
+    stream: int
+    num_sms: int
+    record: int

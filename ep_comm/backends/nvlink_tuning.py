@@ -4,8 +4,19 @@ from __future__ import annotations
 
 DISPATCH_CHUNK_BYTES = 48 * 1024
 COMBINE_CHUNK_BYTES = 32 * 1024
+MIN_CHUNK_TOKENS = 4
+MAX_CHUNK_TOKENS = 32
 _MAX_UNIT_ROWS = 32
+_FEW_SMS = 64
 _FEW_SMS_UNIT_BYTES = 256 * 1024
+_MAX_PLAN_BLOCKS = 64
+# Of an asynchronous operation, which is there to run beside computation.
+_OVERLAPPED_SMS = 24
+
+
+def default_sms(available: int, asynchronous: bool) -> int:
+    """SMs of an operation that nobody set them for: all, or few of an asynchronous one."""
+    return min(_OVERLAPPED_SMS, available) if asynchronous else available
 
 
 def split_dispatch(num_sms: int, num_ranks: int) -> tuple[int, int]:
@@ -14,10 +25,21 @@ def split_dispatch(num_sms: int, num_ranks: int) -> tuple[int, int]:
     return push, max(1, num_sms - push)
 
 
+def split_plan(num_sms: int, expand_sms: int) -> tuple[int, int]:
+    """Blocks of the two kernels of a plan: the second one runs beside the push."""
+    return min(_MAX_PLAN_BLOCKS, num_sms), min(_MAX_PLAN_BLOCKS, expand_sms)
+
+
 def split_combine(num_sms: int) -> tuple[int, int]:
-    """SMs that push partial rows and SMs that sum them."""
-    push = max(1, num_sms // 2)
+    """SMs that push partial rows and SMs that sum them. With few the pushing half is the slow one:
+    it reads every expert's row."""
+    push = max(1, num_sms // 2 if num_sms >= _FEW_SMS else 3 * num_sms // 4)
     return push, max(1, num_sms - push)
+
+
+def chunk_tokens(chunk_bytes: int, row_bytes: int) -> int:
+    """Rows of one flag: about `chunk_bytes`, and the same on every rank."""
+    return max(MIN_CHUNK_TOKENS, min(MAX_CHUNK_TOKENS, chunk_bytes // row_bytes))
 
 
 def combine_chunks_per_unit(num_sms: int, chunk_rows: int, row_bytes: int) -> int:
@@ -25,6 +47,6 @@ def combine_chunks_per_unit(num_sms: int, chunk_rows: int, row_bytes: int) -> in
 
     A chunk itself is the same on all ranks, whatever their SMs.
     """
-    if num_sms >= 64:
+    if num_sms >= _FEW_SMS:
         return 1
     return max(1, min(_MAX_UNIT_ROWS, _FEW_SMS_UNIT_BYTES // row_bytes) // chunk_rows)

@@ -21,6 +21,8 @@ from ep_comm.backends.rows import (
     collapse_weights,
     expand,
     expert_rows,
+    fit,
+    fit_received,
     remote_bytes,
     sum_expert_rows,
     sum_in_order,
@@ -29,7 +31,7 @@ from ep_comm.backends.rows import (
 )
 from ep_comm.backends.transport import Exchange, Operation, Transport
 from ep_comm.config import EPConfig
-from ep_comm.errors import EPMismatchError
+from ep_comm.errors import EPMismatchError, EPOverflowError
 from ep_comm.handle import DispatchHandle, RoutingSizes, RowLayout
 from ep_comm.layout import routing_layout
 from ep_comm.records import OpRecord, Recorder
@@ -48,7 +50,8 @@ class ReferenceRouting:
         epoch: Operation that exchanged the routing; tells handles of different dispatches apart.
         sent_tokens: For each rank r, the tokens [n_r] int64 that went there, ascending.
         expert_row_NK: [N, K] int64, for each received row its rows in the expert-major output,
-            in the order of ``recv_topk_idx``; -1 where the expert is not local.
+            in the order of ``recv_topk_idx``; -1 where the expert is not local, or the output has
+            no such row.
     """
 
     topk_idx: Tensor
@@ -57,12 +60,30 @@ class ReferenceRouting:
     epoch: int
     sent_tokens: tuple[Tensor, ...]
     expert_row_NK: Tensor
+    capacity: int | None
+
+    @property
+    def device_tokens_per_expert(self) -> Tensor:
+        offsets = self.device_expert_offsets
+        tokens = torch.tensor(self.sizes.expert_rows, dtype=torch.int32, device=offsets.device)
+        return torch.minimum(tokens, offsets.diff()) if self.capacity is not None else tokens
+
+    @property
+    def device_expert_offsets(self) -> Tensor:
+        ends = torch.tensor((0, *self.sizes.padded_expert_rows)).cumsum(0)
+        if self.capacity is not None:
+            ends = ends.clamp(max=self.capacity)
+        return ends.to(self.topk_idx.device, torch.int32)
 
 
 class ReferenceBackend:
     """See `ep_comm.backends.base.Backend`, whose methods these are."""
 
     name = "reference"
+
+    @classmethod
+    def create(cls, group: dist.ProcessGroup, config: EPConfig) -> ReferenceBackend:
+        return cls(group, config)
 
     @classmethod
     def unavailable_reason(cls, group: dist.ProcessGroup, config: EPConfig) -> str | None:
@@ -73,6 +94,7 @@ class ReferenceBackend:
         self.recorder = Recorder()
         self.transport = Transport(group, config.timeout_s)
         self.num_local_experts = config.num_experts // self.transport.num_ranks
+        self._overflow: EPOverflowError | None = None
         self._check_config_is_equal_everywhere()
 
     @property
@@ -104,7 +126,11 @@ class ReferenceBackend:
         layout: RowLayout,
         expert_alignment: int,
         has_weights: bool,
+        capacity: int | None,
+        asynchronous: bool,
+        num_sms: int | None,
     ) -> ReferenceRouting:
+        self._say_overflow()
         routing = routing_layout(
             topk_idx,
             routing_map=routing_map,
@@ -137,6 +163,9 @@ class ReferenceBackend:
         record.metadata_bytes += remote_bytes(send, self.transport.rank)
 
         counts, expert_row_NK = expert_rows(recv_topk_idx, self.num_local_experts, expert_alignment)
+        if capacity is not None:
+            expert_row_NK = torch.where(expert_row_NK < capacity, expert_row_NK, -1)
+            recv_topk_idx = fit(recv_topk_idx, capacity, -1)
         record.rows_to_rank = rows_to_rank
         self.recorder.finish(record)
         return ReferenceRouting(
@@ -146,6 +175,7 @@ class ReferenceBackend:
             epoch=record.epoch,
             sent_tokens=sent_tokens,
             expert_row_NK=expert_row_NK,
+            capacity=capacity,
         )
 
     # --- dispatch ------------------------------------------------------------------------------
@@ -159,7 +189,9 @@ class ReferenceBackend:
         wire_dtype: torch.dtype,
         recv_dtype: torch.dtype,
         asynchronous: bool,
+        num_sms: int | None,
     ) -> Pending[Received]:
+        self._say_overflow()
         routing: ReferenceRouting = handle.routing
         record = self.recorder.start("dispatch", x.device)
         self._exchange_headers(
@@ -184,7 +216,7 @@ class ReferenceBackend:
                 torch.where(owner_TK[tokens] == r, topk_weights[tokens], 0.0)
                 for r, tokens in enumerate(routing.sent_tokens)
             ]
-            recv_weights = topk_weights.new_empty(handle.recv_topk_idx.shape)
+            recv_weights = topk_weights.new_empty(handle.num_recv_tokens, handle.num_topk)
             exchanges.append(
                 self._send_rows(
                     record, send_weights, recv_weights, handle.num_recv_tokens_per_rank, "weights"
@@ -199,6 +231,9 @@ class ReferenceBackend:
             received = received._replace(topk_weights=recv_weights)
             if handle.layout == "expert":
                 received = expand(received, handle)
+            elif routing.capacity is not None:
+                received = fit_received(received, routing.capacity)
+            self._note_overflow(handle)
             self.recorder.finish(record)
             return received
 
@@ -207,8 +242,14 @@ class ReferenceBackend:
     # --- combine -------------------------------------------------------------------------------
 
     def combine(
-        self, handle: DispatchHandle, x: Tensor, topk_weights: Tensor | None, asynchronous: bool
+        self,
+        handle: DispatchHandle,
+        x: Tensor,
+        topk_weights: Tensor | None,
+        asynchronous: bool,
+        num_sms: int | None,
     ) -> Pending[Combined]:
+        self._say_overflow()
         routing: ReferenceRouting = handle.routing
         record = self.recorder.start("combine", x.device)
         sent_rows = [len(tokens) for tokens in routing.sent_tokens]  # and as many come back
@@ -223,6 +264,10 @@ class ReferenceBackend:
             x = sum_expert_rows(x, handle)
             if topk_weights is not None:
                 topk_weights = collapse_weights(topk_weights, routing.expert_row_NK)
+        elif routing.capacity is not None:
+            x = fit(x, handle.num_recv_tokens)
+            if topk_weights is not None:
+                topk_weights = fit(topk_weights, handle.num_recv_tokens)
         recv_rows = handle.num_recv_tokens_per_rank
         send = to_bytes(x).split(recv_rows)
         recv = x.new_empty(sum(sent_rows), x.shape[1])
@@ -274,6 +319,18 @@ class ReferenceBackend:
         for r, (tokens, rows) in enumerate(zip(handle.routing.sent_tokens, received, strict=True)):
             out[tokens] = torch.where(owner_TK[tokens] == r, rows, out[tokens])
         return out
+
+    def _note_overflow(self, handle: DispatchHandle) -> None:
+        """As on a GPU: a dispatch that drops rows says so at the next call."""
+        capacity, sizes = handle.routing.capacity, handle.routing.sizes
+        needed = sizes.num_received if handle.layout == "rank" else sizes.num_expert_rows
+        if capacity is not None and needed > capacity:
+            self._overflow = EPOverflowError(num_rows=needed, capacity=capacity)
+
+    def _say_overflow(self) -> None:
+        overflow, self._overflow = self._overflow, None
+        if overflow is not None:
+            raise overflow
 
     # --- messages ------------------------------------------------------------------------------
 

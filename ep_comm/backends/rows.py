@@ -61,6 +61,26 @@ def expert_rows(
     return tuple(counts.tolist()), expert_row_NK
 
 
+def fit(rows: Tensor, num_rows: int, value: float = 0) -> Tensor:
+    """The first `num_rows` rows, filled up with rows of `value`."""
+    fitted = rows.new_full((num_rows, *rows.shape[1:]), value)
+    fitted[: len(rows)] = rows[:num_rows]
+    return fitted
+
+
+def fit_received(received: Received, num_rows: int) -> Received:
+    """Rank-major rows cut, or filled up with padding."""
+    like = received.x
+    x = torch.zeros(num_rows, like.shape[1], dtype=like.dtype, device=like.device)
+    to_bytes(x)[: len(received.x)] = to_bytes(received.x)[:num_rows]
+    scales, weights = received.scales, received.topk_weights
+    return Received(
+        x,
+        None if scales is None else fit(scales, num_rows, 1),
+        None if weights is None else fit(weights, num_rows),
+    )
+
+
 def expand(received: Received, handle: DispatchHandle) -> Received:
     """Rank-major rows to padded expert-major rows; padding is 0, with FP8 scale 1."""
     n, k = (handle.routing.expert_row_NK >= 0).nonzero(as_tuple=True)
@@ -73,6 +93,7 @@ def expand(received: Received, handle: DispatchHandle) -> Received:
     if received.scales is not None:
         scales = received.scales.new_ones(handle.num_rows, received.scales.shape[1])
         scales[row] = received.scales[n]
+        scales = fp8.join_scales(scales, handle.device_expert_offsets.tolist())
     if received.topk_weights is not None:
         weights = received.topk_weights.new_zeros(handle.num_rows)
         weights[row] = received.topk_weights[n, k]

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ep_comm import EPConfig, _native
 from ep_comm._native import structs
-from ep_comm.backends.nvlink import NVLinkBackend
+from ep_comm.backends import nvlink_support
 from ep_comm.bench.environment import versions
 
 # What changes how the links, the queues and the network are used.
@@ -60,7 +60,7 @@ def backend_choice(num_gpus: int) -> str:
         return "reference, over gloo: this torch has no NCCL"
     num_ranks = min(num_gpus, structs.EP_MAX_NODE_RANKS)
     sizes = EPConfig(num_experts=num_ranks, hidden=1024, max_tokens_per_rank=1, num_topk=1)
-    reason = NVLinkBackend._reason_here(num_ranks, sizes)
+    reason = nvlink_support.reason_here(num_ranks, sizes)
     if reason is not None:
         return f"reference, over NCCL: {reason}"
     strangers = [

@@ -1,18 +1,21 @@
-// The kernels of the routing layout: who sends what where, from topk_idx or a routing map.
+// The routing layout: who sends what where, from topk_idx or a routing map.
 //
-// Two launches, no global atomics. Tokens are cut into chunks of 32; each block owns a contiguous
-// run of chunks.
-//   count_kernel   finds the experts of each token, and per chunk and rank one 32-bit word whose
+// Two steps, no global atomics; all blocks end the first before any begins the second. Tokens are
+// cut into chunks of 32; each block owns a contiguous run of chunks.
+//   count_tokens   finds the experts of each token, and per chunk and rank one 32-bit word whose
 //                  bit t says that token t of the chunk goes to the rank. Per block: tokens per
 //                  rank, copies per expert, first error.
-//   finish_kernel  adds up the counts of the blocks before its own; a token's slot is that, plus
+//   place_tokens   adds up the counts of the blocks before its own; a token's slot is that, plus
 //                  the chunks before its own, plus the set bits below its own.
+// ep_layout launches a kernel for each; plan.cu has both in one.
 // Integer sums do not depend on their order, so neither the shared-memory atomics nor the cut into
 // blocks shows in the result.
 #pragma once
 
+#include <algorithm>
 #include <climits>
 #include <cstdint>
+#include <type_traits>
 
 #include "ep_comm.h"
 
@@ -22,11 +25,11 @@ constexpr int kChunkTokens = 32;
 constexpr int kWarpSize = 32;
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarpSize;
-// Four blocks an SM of about 132. More would lengthen finish_kernel's sum over the blocks before.
+// Four blocks an SM of about 132. More would lengthen place_tokens' sum over the blocks before.
 constexpr int kMaxBlocks = 512;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-static_assert(kMaxBlocks <= kThreads, "finish_kernel looks at one block's error a thread");
+static_assert(kMaxBlocks <= kThreads, "pick_first_error looks at one block's error a thread");
 
 struct Shape {
   int32_t num_tokens;
@@ -49,6 +52,45 @@ struct Workspace {
   int32_t* expert_count;   // [B, E]
   uint32_t* chunk_tokens;  // [C, R] bit t: token t of the chunk goes to the rank
 };
+
+inline int32_t ceil_div(int32_t a, int32_t b) { return a / b + (a % b != 0); }
+
+inline Shape make_shape(int64_t num_tokens, int32_t num_topk, int32_t num_experts,
+                        int32_t num_ranks, int32_t max_blocks) {
+  Shape shape{};
+  shape.num_tokens = static_cast<int32_t>(num_tokens);
+  shape.num_topk = num_topk;
+  shape.num_experts = num_experts;
+  shape.num_ranks = num_ranks;
+  shape.num_chunks = ceil_div(shape.num_tokens, kChunkTokens);
+  shape.chunks_per_block = std::max(1, ceil_div(shape.num_chunks, max_blocks));
+  shape.num_blocks = ceil_div(shape.num_chunks, shape.chunks_per_block);
+  return shape;
+}
+
+// Cuts the workspace at address `base` up and returns the bytes that it takes.
+inline int64_t cut_workspace(const Shape& shape, uintptr_t base, Workspace* workspace) {
+  uintptr_t next = base;
+  const auto take = [&next](auto*& pointer, int64_t count) {
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);
+    next += count * sizeof(*pointer);
+  };
+  take(workspace->first_error, shape.num_blocks);
+  take(workspace->rank_count, static_cast<int64_t>(shape.num_blocks) * shape.num_ranks);
+  take(workspace->expert_count, static_cast<int64_t>(shape.num_blocks) * shape.num_experts);
+  take(workspace->chunk_tokens, static_cast<int64_t>(shape.num_chunks) * shape.num_ranks);
+  return static_cast<int64_t>(next - base);
+}
+
+// Shared memory of count_tokens.
+inline int32_t count_shared_bytes(const Shape& shape) {
+  return static_cast<int32_t>(sizeof(int32_t)) *
+         (kChunkTokens * shape.num_topk + 2 * shape.num_ranks + shape.num_experts);
+}
+
+static_assert(sizeof(int32_t) * (kChunkTokens * EP_MAX_TOPK + 2 * EP_MAX_RANKS + EP_MAX_EXPERTS) <=
+                  40 * 1024,
+              "shared memory must fit at the limits without an opt-in");
 
 // ---- First offending entry of a block ----------------------------------------------------------
 //
@@ -141,7 +183,7 @@ struct RoutingMapInput {
 
 static_assert(EP_MAX_TOPK <= kWarpSize, "a token's lanes fill up its row of experts");
 
-// ---- Kernels -----------------------------------------------------------------------------------
+// ---- Steps -----------------------------------------------------------------------------------
 
 __device__ inline bool repeats_earlier(const int32_t* token_experts, int32_t k) {
   for (int32_t earlier = 0; earlier < k; ++earlier) {
@@ -151,9 +193,9 @@ __device__ inline bool repeats_earlier(const int32_t* token_experts, int32_t k) 
 }
 
 template <typename Input>
-__global__ void __launch_bounds__(kThreads)
-    count_kernel(Input input, Shape shape, Workspace workspace, int32_t* topk_idx_out) {
-  extern __shared__ int32_t shared[];
+__device__ inline void count_tokens(const Input& input, const Shape& shape,
+                                    const Workspace& workspace, int32_t* topk_idx_out,
+                                    int32_t* shared) {
   int32_t* const experts = shared;  // [kChunkTokens, K]
   int32_t* const rank_count = experts + kChunkTokens * shape.num_topk;                    // [R]
   int32_t* const expert_count = rank_count + shape.num_ranks;                             // [E]
@@ -281,10 +323,11 @@ __device__ inline void pick_first_error(const Shape& shape, const int4* first_er
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    finish_kernel(Shape shape, Workspace workspace, int32_t* num_tokens_per_rank,
-                  int32_t* num_tokens_per_expert, uint8_t* is_token_in_rank, int32_t* send_slot,
-                  int32_t* error) {
+// Slots of the block's tokens, and in the last block's all tokens of each rank.
+// is_token_in_rank may be NULL.
+__device__ inline void place_tokens(const Shape& shape, const Workspace& workspace,
+                                    int32_t* num_tokens_per_rank, uint8_t* is_token_in_rank,
+                                    int32_t* send_slot) {
   __shared__ int32_t next_slot[EP_MAX_RANKS];
   const int32_t num_ranks = shape.num_ranks;
   for (int32_t r = threadIdx.x; r < num_ranks; r += kThreads) next_slot[r] = 0;
@@ -305,7 +348,7 @@ __global__ void __launch_bounds__(kThreads)
       const int32_t r = i % num_ranks;
       const uint32_t tokens = chunk_tokens[r];
       const bool sent = (tokens >> t & 1) != 0;
-      is_token_in_rank[first_entry + i] = sent;
+      if (is_token_in_rank != nullptr) is_token_in_rank[first_entry + i] = sent;
       send_slot[first_entry + i] = sent ? next_slot[r] + __popc(tokens & ((1u << t) - 1)) : -1;
     }
     __syncthreads();
@@ -320,8 +363,6 @@ __global__ void __launch_bounds__(kThreads)
       num_tokens_per_rank[r] = next_slot[r];
     }
   }
-  sum_expert_counts(shape, workspace.expert_count, num_tokens_per_expert);
-  if (blockIdx.x == 0) pick_first_error(shape, workspace.first_error, error);
 }
 
 }  // namespace ep::layout

@@ -1,0 +1,58 @@
+"""Where the NVLink backend can work."""
+
+from __future__ import annotations
+
+import socket
+
+import torch.distributed as dist
+
+from ep_comm import _native
+from ep_comm._native import structs
+from ep_comm.config import EPConfig
+from ep_comm.errors import EPMismatchError
+
+_MAX_ROW_BYTES = 92_000
+
+
+def unavailable_reason(group: dist.ProcessGroup, config: EPConfig) -> str | None:
+    """Why NVLink cannot serve `group`, or None where it can. Collective.
+
+    Raises:
+        EPMismatchError: Ranks have different configs.
+    """
+    if "cuda:nccl" not in dist.get_backend_config(group):
+        return f"the group has no NCCL backend ({dist.get_backend_config(group)})"
+    mine = (socket.gethostname(), reason_here(dist.get_world_size(group), config), config)
+    answers: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(answers, mine, group=group)
+    for rank, (_, _, theirs) in enumerate(answers):
+        if theirs != config:
+            raise EPMismatchError(
+                f"ranks disagree: rank {dist.get_rank(group)} has {config}; rank {rank} has "
+                f"{theirs}"
+            )
+    hosts = {host for host, _, _ in answers}
+    if len(hosts) > 1:
+        return f"the group spans {len(hosts)} hosts"
+    for rank, (_, reason, _) in enumerate(answers):
+        if reason is not None:
+            return f"rank {rank}: {reason}"
+    return None
+
+
+def reason_here(num_ranks: int, config: EPConfig) -> str | None:
+    """Why this process cannot be one of `num_ranks` ranks of a node, or None where it can."""
+    if _native.load() is None:
+        return _native.status()
+    if num_ranks > structs.EP_MAX_NODE_RANKS:
+        return f"{num_ranks} ranks, at most {structs.EP_MAX_NODE_RANKS} of one host"
+    row_bytes = config.hidden * 2
+    if row_bytes % 16:
+        return f"rows of {row_bytes} bytes are not a multiple of 16"
+    if config.hidden * config.dtype.itemsize > _MAX_ROW_BYTES:
+        return f"rows of more than {_MAX_ROW_BYTES} bytes do not fit shared memory twice"
+    if config.max_tokens_per_rank * num_ranks * config.num_topk >= 2**31:
+        return "max_tokens_per_rank x ranks x num_topk is not below 2^31"
+    if config.num_experts // num_ranks > 1024:
+        return f"{config.num_experts // num_ranks} experts a rank, at most 1024"
+    return None

@@ -1,0 +1,213 @@
+"""Dispatch with `num_worst_tokens`: an output of given size, counts on the device, no host wait."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cases import Case, assert_same, to_numpy, to_torch
+from ranks import run_ranks
+from virtual_ranks import run_virtual_ranks
+
+from ep_comm import Buffer, EPArgumentError, EPOverflowError, fp8
+
+CASES = [
+    Case(tokens=(9, 0, 12), hidden=128, num_topk=3, alignment=8, drop=0.2),
+    Case(tokens=(9, 4), hidden=128, num_topk=3, layout="rank", dtype="fp32"),
+    Case(tokens=(20, 11), hidden=128, num_topk=4, alignment=16, routing="zipf"),
+]
+
+
+def exact_and_roomy(rank: int, case: Case, buffer: Buffer | None = None) -> None:
+    """Everything is as without it, but for zero rows behind."""
+    buffer = buffer or Buffer(None, case.config())
+    x, topk, probs, how = inputs_of(case, rank)
+    usual = buffer.dispatch(x, topk, probs, **how)
+    y = to_torch(case.rows(rank, usual.handle.num_rows, salt=4), case.device)
+    grad_probs = torch.rand_like(usual.recv_topk_weights)
+    usual_sum = buffer.combine(y, usual.handle, grad_probs)
+    for room in (0, 40):
+        rows = max(usual.handle.num_rows + room, 1)
+        out = buffer.dispatch(x, topk, probs, **how, num_worst_tokens=rows)
+        assert out.num_recv_tokens_per_expert_list == []
+        assert out.recv_x.shape[0] == out.handle.num_rows == rows
+        for got, want in (
+            (out.recv_x, usual.recv_x),
+            (out.recv_topk_weights, usual.recv_topk_weights),
+        ):
+            assert_same(to_numpy(got[: len(want)]), to_numpy(want), "rows")
+            assert not got[len(want) :].any(), "rows behind the last group are not zero"
+        if case.layout == "rank":
+            count = usual.handle.num_rows
+            assert torch.equal(out.recv_topk_idx[:count], usual.recv_topk_idx)
+            assert (out.recv_topk_idx[count:] == -1).all()
+        else:
+            tokens = out.handle.device_tokens_per_expert.cpu()
+            assert torch.equal(tokens.long(), usual.handle.tokens_per_expert)
+            ends = usual.handle.padded_tokens_per_expert.cumsum(0)
+            assert torch.equal(out.handle.device_expert_offsets[1:].cpu().long(), ends)
+            assert torch.equal(out.handle.tokens_per_expert, usual.handle.tokens_per_expert)
+        padded_y = torch.nan * torch.ones(rows, case.hidden, dtype=y.dtype, device=y.device)
+        padded_y[: len(y)] = y
+        padded_grad = torch.full((rows, *grad_probs.shape[1:]), torch.nan, device=y.device)
+        padded_grad[: len(y)] = grad_probs
+        summed = buffer.combine(padded_y, out.handle, padded_grad)
+        assert_same(to_numpy(summed.combined_x), to_numpy(usual_sum.combined_x), "combined")
+        assert torch.equal(summed.combined_topk_weights, usual_sum.combined_topk_weights)
+        again = buffer.dispatch(x, topk_weights=probs, handle=out.handle)
+        assert_same(to_numpy(again.recv_x), to_numpy(out.recv_x), "cached dispatch")
+
+
+def too_small(rank: int, case: Case, buffer: Buffer | None = None) -> dict[str, np.ndarray]:
+    """Rows beyond are dropped, said once, and the buffer goes on."""
+    buffer = buffer or Buffer(None, case.config())
+    x, topk, probs, how = inputs_of(case, rank)
+    usual = buffer.dispatch(x, topk, probs, **how)
+    needed = usual.handle.num_rows
+    capacity = max(needed // 2, 1)
+    out = buffer.dispatch(x, topk, probs, **how, num_worst_tokens=capacity)
+    if case.device == "cuda":
+        torch.cuda.current_stream().synchronize()
+    if needed > capacity:
+        with pytest.raises(EPOverflowError) as caught:
+            buffer.combine(out.recv_x, out.handle)
+        assert (caught.value.num_rows, caught.value.capacity) == (needed, capacity)
+        assert_same(to_numpy(out.recv_x), to_numpy(usual.recv_x[:capacity]), "what fitted")
+    summed = buffer.combine(out.recv_x, out.handle, out.recv_topk_weights)
+    after = buffer.dispatch(x, topk, probs, **how)
+    assert_same(to_numpy(after.recv_x), to_numpy(usual.recv_x), "the dispatch after it")
+    return dict(
+        rows=to_numpy(out.recv_x),
+        probs=to_numpy(out.recv_topk_weights),
+        combined=to_numpy(summed.combined_x),
+        combined_probs=to_numpy(summed.combined_topk_weights),
+        tokens=to_numpy(out.handle.device_tokens_per_expert) if case.layout == "expert" else None,
+    )
+
+
+def inputs_of(case: Case, rank: int) -> tuple:
+    x = to_torch(case.rows(rank, case.tokens[rank], salt=2), case.device)
+    topk = to_torch(case.topk_idx(rank), case.device)
+    probs = to_torch(case.probabilities(rank, tuple(topk.shape), salt=3), case.device)
+    return x, topk, probs, dict(layout=case.layout, expert_alignment=case.alignment)
+
+
+def on_gpu(case: Case) -> Case:
+    return Case(**{**vars(case), "device": "cuda", "backend": "nvlink"})
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_room_for_all(case):
+    run_ranks(case.num_ranks, exact_and_roomy, case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_overflow_is_said_once(case):
+    run_ranks(case.num_ranks, too_small, case)
+
+
+def on_buffer(rank: int, buffer: Buffer, function, case: Case):
+    return function(rank, case, buffer)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_room_for_all_on_a_gpu(case):
+    case = on_gpu(case)
+    run_virtual_ranks(case.num_ranks, on_buffer, case.config(), exact_and_roomy, case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_overflow_on_a_gpu_is_as_on_cpu(case):
+    expected = run_ranks(case.num_ranks, too_small, case)
+    gpu = on_gpu(case)
+    results = run_virtual_ranks(case.num_ranks, on_buffer, gpu.config(), too_small, gpu)
+    for rank, (got, want) in enumerate(zip(results, expected, strict=True)):
+        for name in got:
+            if want[name] is not None:
+                assert_same(got[name], want[name], f"{name} on rank {rank}")
+
+
+def captured(rank: int, buffer: Buffer | None, case: Case) -> None:
+    """Dispatch, a stand-in for experts and combine as a graph, replayed on fresh inputs."""
+    buffer = buffer or Buffer(None, case.config())
+    x, topk, probs, how = inputs_of(case, rank)
+    rows = sum(case.tokens) * case.num_topk + case.num_experts * case.alignment
+
+    def layer(x, topk, probs):
+        out = buffer.dispatch(x, topk, probs, **how, num_worst_tokens=rows)
+        y = out.recv_x.float() * (out.recv_topk_weights[:, None] + 1)
+        back = buffer.combine(y.to(x.dtype), out.handle)
+        return out, back.combined_x
+
+    def both_types(x, topk, probs):
+        out, combined = layer(x, topk, probs)
+        cached = buffer.dispatch(x, handle=out.handle, wire_dtype=fp8.FP8_DTYPE)
+        return combined, cached.recv_x, buffer.combine(cached.recv_x, out.handle).combined_x
+
+    both_types(x, topk, probs)  # loads kernels
+    torch.cuda.current_stream().synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="relaxed"):
+        in_graph = both_types(x, topk, probs)
+    operations = buffer.records.num_operations
+    for seed in range(1, 6):
+        other = Case(**{**vars(case), "seed": seed})
+        for static, fresh in zip((x, topk, probs), inputs_of(other, rank)[:3], strict=True):
+            static.copy_(fresh)
+        graph.replay()
+        torch.cuda.current_stream().synchronize()
+        got = [to_numpy(tensor) for tensor in in_graph]
+        eager = both_types(x, topk, probs)
+        for a, b in zip(got, eager, strict=True):
+            assert_same(a, to_numpy(b), f"replay {seed}")
+    # The graph's own records are those of its last replay.
+    recorded = buffer.records.since(operations - 4)[:4]
+    assert [r.op for r in recorded] == ["dispatch", "combine", "dispatch", "combine"]
+    again = buffer.records.since(buffer.records.num_operations - 4)
+    assert [r.rows_to_rank for r in recorded] == [r.rows_to_rank for r in again]
+
+
+GRAPH_CASE = Case(
+    tokens=(40, 25), hidden=512, num_topk=3, alignment=16, device="cuda", backend="nvlink"
+)
+
+
+def captured_on_a_gpu_each(rank: int, case: Case) -> None:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        captured(rank, None, case)
+
+
+@pytest.mark.gpu
+def test_graph_on_one_gpu():
+    case = Case(**{**vars(GRAPH_CASE), "tokens": (40,)})
+    run_ranks(1, captured_on_a_gpu_each, case, backend="nccl")
+
+
+@pytest.mark.multi_gpu
+def test_graph_on_gpus():
+    run_ranks(2, captured_on_a_gpu_each, GRAPH_CASE, backend="nccl")
+
+
+def refusals(rank: int) -> None:
+    case = CASES[0]
+    buffer = Buffer(None, case.config())
+    x, topk, _, _ = inputs_of(case, rank)
+    for bad in (0, -3, 1.5, True, 2**31):
+        with pytest.raises(EPArgumentError, match="num_worst_tokens must be"):
+            buffer.dispatch(x, topk, num_worst_tokens=bad)
+    handle = buffer.dispatch(x, topk).handle
+    with pytest.raises(EPArgumentError, match="num_worst_tokens is that of the handle"):
+        buffer.dispatch(x, handle=handle, num_worst_tokens=100)
+    with pytest.raises(EPArgumentError, match="multiple of 4, got 2"):
+        buffer.dispatch(
+            x, topk, expert_alignment=2, wire_dtype=fp8.FP8_DTYPE, recv_dtype=fp8.FP8_DTYPE
+        )
+    for bad in (1, 2.0, True):
+        with pytest.raises(EPArgumentError, match="num_sms must be at least 2"):
+            buffer.dispatch(x, topk, num_sms=bad)
+
+
+def test_refusals():
+    run_ranks(3, refusals)
