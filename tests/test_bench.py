@@ -209,6 +209,7 @@ def test_run_measures_every_case(layout):
         waits = "fresh" in result.case or result.case == "NCCL alltoall dispatch"
         assert len(result.samples.call) == len(result.samples.host) == 3
         assert len(result.samples.kernel) == (0 if waits else 3)
+        assert len(result.samples.idle) == 3 and min(result.samples.idle) > 0
         assert min(result.samples.call) > 0 and min(result.samples.unaligned) > 0
     # 16 tokens; with 3 of 8 experts nearly all go to the other rank, once each.
     bf16, fp8, nccl = (
@@ -251,6 +252,7 @@ def made_up_run(limit: Limit) -> Run:
             samples=Samples(
                 call=(call_us, call_us + 1, call_us - 1),
                 host=(40.0, 41.0, 42.0),
+                idle=(call_us + 60,) * 3,
                 kernel=(call_us - 20,) * 3 if kernel else (),
                 unaligned=(call_us + 5,) * 3,
             ),
@@ -290,7 +292,7 @@ def test_table():
     fresh = next(line for line in text.splitlines() if "dispatch, fresh" in line)
     cells = [cell.strip() for cell in fresh.strip("│ ").split("│")]
     assert cells == [
-        "dispatch, fresh", "all", "-", "120", "119", "121", "125", "41", "278", "555", "1.20",
+        "dispatch, fresh", "all", "-", "120", "119", "121", "125", "180", "41", "278", "555", "1.20",
     ]  # fmt: skip
     assert "1.010 of tokens a rank, 1.200 an expert" in text and "1024 MiB" in text
 

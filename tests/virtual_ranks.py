@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import BrokenBarrierError
 from typing import Any
+from unittest import mock
 
 import torch
 from ranks import run_ranks
@@ -50,13 +51,22 @@ def run_virtual_ranks(
 
     With `delay_us` every wait and every signal is late by up to that.
     """
-    (results,) = run_ranks(
-        1, _all_ranks, num_ranks, function, config, args, delay_us, pool="virtual",
-        timeout_s=timeout_s,
-    )  # fmt: skip
+    with mock.patch.dict(os.environ, _ENVIRONMENT):
+        (results,) = run_ranks(
+            1, _all_ranks, num_ranks, function, config, args, delay_us, pool="virtual",
+            timeout_s=timeout_s,
+        )  # fmt: skip
     return results
 
 
+# For the driver, which reads it when the process starts to use CUDA.
+_ENVIRONMENT = {
+    # A rank's kernel must not queue up behind another rank's that waits for it.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+    # Loading a kernel waits for those that run, and they may wait for the one who loads.
+    "CUDA_MODULE_LOADING": "EAGER",
+}
+_RESERVE = [2**19] * 32 + [2**26]
 _own_streams: list[torch.cuda.Stream] = []
 
 
@@ -78,10 +88,6 @@ def _all_ranks(
     args: tuple,
     delay_us: int,
 ) -> list[Any]:
-    # A rank's kernel must not queue up behind another rank's that waits for it.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-    # Loading a kernel waits for those that run, and they may wait for the one who loads.
-    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     torch.zeros(1, device="cuda")
     from ep_comm.backends.nvlink import NVLinkBackend
     from ep_comm.backends.nvlink_memory import NodeMemory, Offsets
@@ -105,6 +111,9 @@ def _all_ranks(
                 node = NodeMemory(
                     rank, memory[rank], addresses, config.timeout_s, memory, barrier.wait
                 )
+                # From here on nothing may be allocated anew: that too waits for kernels that run.
+                reserve = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in _RESERVE]
+                del reserve
                 backend = VirtualBackend(node, config)
                 backend.inject_delays(1000 * delay_us)
                 buffer = VirtualBuffer(backend, config)
@@ -112,7 +121,7 @@ def _all_ranks(
                 barrier.wait()
                 result = function(rank, buffer, *args)
                 torch.cuda.current_stream().synchronize()
-                barrier.wait()
+                buffer.destroy()
                 return result
         except BaseException:
             barrier.abort()

@@ -13,6 +13,7 @@ while the other one pushes. Two operations run at once where both find room (nvl
 
 from __future__ import annotations
 
+import weakref
 import zlib
 
 import torch
@@ -98,6 +99,8 @@ class NVLinkBackend:
         self._available_sms: int = properties.multi_processor_count
         self._num_sms: int | None = None
         self._in_flight = in_flight(self.device.index)
+        for op in (structs.EP_OP_DISPATCH, structs.EP_OP_COMBINE):
+            weakref.finalize(self, self._in_flight.forget, (id(self), op))
         self._num_plans = 0
         self._make_args()
 
@@ -161,9 +164,9 @@ class NVLinkBackend:
         return self.recorder.num_operations
 
     def destroy(self) -> None:
+        self.memory.free()
         for op in (structs.EP_OP_DISPATCH, structs.EP_OP_COMBINE):
             self._in_flight.forget((id(self), op))
-        self.memory.free()
 
     def set_num_sms(self, num_sms: int | None) -> None:
         self._check_num_sms(num_sms)
@@ -209,7 +212,7 @@ class NVLinkBackend:
         asynchronous: bool,
         num_sms: int | None,
     ) -> NVLinkRouting:
-        self.memory.check_fault()
+        self.memory.check()
         if capacity is None and torch.cuda.is_current_stream_capturing():
             raise EPUnsupportedError(
                 "a new dispatch waits for the counts of its routing, which no CUDA graph can hold: "
@@ -298,9 +301,10 @@ class NVLinkBackend:
         asynchronous: bool,
         num_sms: int | None,
     ) -> Pending[Received]:
-        self.memory.check_fault()
         routing: NVLinkRouting = handle.routing
         first, routing.first = routing.first, None
+        if first is None:
+            self.memory.check()
         if wire_dtype == fp8.FP8_DTYPE and scales is None:
             x, scales = fp8.quantize(x)
         weights = topk_weights
@@ -447,7 +451,7 @@ class NVLinkBackend:
         asynchronous: bool,
         num_sms: int | None,
     ) -> Pending[Combined]:
-        self.memory.check_fault()
+        self.memory.check()
         routing: NVLinkRouting = handle.routing
         num_tokens, hidden = routing.num_tokens, x.shape[1]
         combined = torch.empty(num_tokens, hidden, dtype=x.dtype, device=self.device)

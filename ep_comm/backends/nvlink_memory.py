@@ -160,11 +160,19 @@ class NodeMemory:
 
         Raises:
             EPTimeoutError, EPMismatchError: By name of the rank.
-            EPOverflowError, EPRoutingError: Of an earlier dispatch that no host waited for; said
-                once.
         """
         if self._fault.code != structs.EP_FAULT_NONE:
             raise self._error()
+
+    def check(self) -> None:
+        """Raise what kernels reported, before an operation begins.
+
+        Raises:
+            EPTimeoutError, EPMismatchError: As `check_fault`.
+            EPOverflowError, EPRoutingError: Of an earlier dispatch that no host waited for; said
+                once.
+        """
+        self.check_fault()
         if self._notice.code != structs.EP_NOTICE_NONE:
             raise self._take_notice()
 

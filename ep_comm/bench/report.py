@@ -20,8 +20,8 @@ from ep_comm.bench.timing import UNALIGNED_CALLS, summarize
 
 _NOTES = f"""\
 times in µs, the slowest rank's median. call: public call, aligned ranks, with its min and p90
-kernel: the same with launches far ahead; unaligned: one of {UNALIGNED_CALLS} calls back to back; \
-host: until the call returns
+kernel: with launches far ahead; unaligned: one of {UNALIGNED_CALLS} calls back to back; idle: the \
+call after host and GPU were idle; host: until the call returns
 wire: remote payload and scales, busiest link; logical: a row for each expert of each token
 x limit: call against the time in which the limit carries one copy of a row a rank"""
 
@@ -61,8 +61,8 @@ def render(run: Run) -> Group:
     table = Table(title=headline(run), title_style="bold red" if run.limit.is_void else "bold")
     table.add_column("case", no_wrap=True)
     for name in (
-        "SMs", "kernel", "call", "min", "p90", "unaligned", "host", "wire GB/s", "logical GB/s",
-        "x limit",
+        "SMs", "kernel", "call", "min", "p90", "unaligned", "idle", "host", "wire GB/s",
+        "logical GB/s", "x limit",
     ):  # fmt: skip
         table.add_column(name, justify="right", no_wrap=True)
     for result in run.results:
@@ -144,10 +144,13 @@ def write_plot(run: Run, available_sms: int, path: Path) -> None:
 def _cells(run: Run, result: Result) -> list[str]:
     samples = result.samples
     call = summarize(samples.call)
-    times = [
-        summarize(samples.kernel), call, summarize(samples.unaligned), summarize(samples.host)
-    ]  # fmt: skip
-    kernel, median, unaligned, host = ("-" if t is None else f"{t.median:.0f}" for t in times)
+    medians = (
+        "-" if times is None else f"{times.median:.0f}"
+        for times in map(
+            summarize, (samples.kernel, samples.call, samples.unaligned, samples.idle, samples.host)
+        )
+    )
+    kernel, median, unaligned, idle, host = medians
     sms = {None: "-", 0: "all"}.get(result.num_sms, str(result.num_sms))
     return [
         sms,
@@ -156,6 +159,7 @@ def _cells(run: Run, result: Result) -> list[str]:
         f"{call.min:.0f}",
         f"{call.p90:.0f}",
         unaligned,
+        idle,
         host,
         f"{gb_per_s(result.wire_bytes, call.median):.0f}",
         f"{gb_per_s(result.logical_bytes, call.median):.0f}",

@@ -24,16 +24,20 @@ class Samples:
     """Times of one call in µs, each the slowest rank's.
 
     Attributes:
-        call: Public call: everything between the call and the complete result, the ranks aligned
-            just before.
+        call: Public call: everything between the call and the complete result. The GPUs are
+            aligned by a reduction just before, behind which the host launches ahead where it can,
+            as in training.
         host: Until the call returned to the host; of the same calls.
-        kernel: The same on the GPU, with launches far ahead; empty for a call that waits for the
-            GPU itself, where nothing can run ahead.
+        idle: The same call after host and GPU were idle: the host's time until its first launch is
+            in it, and the wait for the rank whose host was slowest.
+        kernel: On the GPU, with launches far ahead; empty for a call that waits for the GPU itself,
+            where nothing can run ahead.
         unaligned: One call of `UNALIGNED_CALLS` back to back.
     """
 
     call: tuple[float, ...]
     host: tuple[float, ...]
+    idle: tuple[float, ...]
     kernel: tuple[float, ...]
     unaligned: tuple[float, ...]
 
@@ -79,12 +83,15 @@ class Stopwatch:
             call: One operation on the i-th inputs.
             waits_for_device: The host waits for the GPU in it.
         """
+        self._synchronize()
         aligned = [self._call(call, i) for i in range(self._iters)]
+        from_idle = [self._from_idle(call, i) for i in range(self._iters)]
         ahead = [] if waits_for_device else [self._kernel(call, i) for i in range(self._iters)]
         in_a_row = [self.back_to_back(call, UNALIGNED_CALLS) for _ in range(_UNALIGNED_REPEATS)]
         return Samples(
             call=self.slowest([self._us(start, end) for start, end, _ in aligned]),
             host=self.slowest([host_us for _, _, host_us in aligned]),
+            idle=self.slowest([self._us(start, end) for start, end, _ in from_idle]),
             kernel=self.slowest([self._us(*marks) for marks in ahead]),
             unaligned=self.slowest(in_a_row),
         )
@@ -104,8 +111,12 @@ class Stopwatch:
             dist.all_reduce(samples, op=dist.ReduceOp.MAX)
         return tuple(samples.tolist())
 
+    def _from_idle(self, call: Callable[[int], object], i: int) -> tuple[Mark, Mark, float]:
+        self._synchronize()
+        return self._call(call, i)
+
     def _call(self, call: Callable[[int], object], i: int) -> tuple[Mark, Mark, float]:
-        self._align()
+        dist.all_reduce(self._token)
         start = self._mark()
         begin = time.perf_counter()
         call(i)
