@@ -292,7 +292,8 @@ def test_table():
     fresh = next(line for line in text.splitlines() if "dispatch, fresh" in line)
     cells = [cell.strip() for cell in fresh.strip("│ ").split("│")]
     assert cells == [
-        "dispatch, fresh", "all", "-", "120", "119", "121", "125", "180", "41", "278", "555", "1.20",
+        "dispatch, fresh", "all", "-", "120", "119", "121", "125", "180", "41", "278", "555",
+        "1.20",
     ]  # fmt: skip
     assert "1.010 of tokens a rank, 1.200 an expert" in text and "1024 MiB" in text
 
