@@ -105,13 +105,22 @@ class Case:
 
 
 def to_torch(rows: np.ndarray, device: str = "cpu") -> torch.Tensor:
+    if device == "cuda":
+        torch.cuda.current_stream().synchronize()  # as in `finished`
     if rows.dtype == np.uint16:
         return torch.from_numpy(rows.view(np.int16).copy()).to(device).view(torch.bfloat16)
     return torch.from_numpy(rows.copy()).to(device)
 
 
+def finished(rows: torch.Tensor) -> torch.Tensor:
+    """The tensor, complete. Not left to the copy: that would hold up the other virtual ranks."""
+    if rows.is_cuda:
+        torch.cuda.current_stream().synchronize()
+    return rows
+
+
 def to_numpy(rows: torch.Tensor) -> np.ndarray:
-    rows = rows.detach().cpu()
+    rows = finished(rows).detach().cpu()
     if rows.dtype == torch.bfloat16:
         return rows.view(torch.int16).numpy().view(np.uint16)
     return rows.numpy()

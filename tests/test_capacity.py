@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import Case, assert_same, to_numpy, to_torch
+from cases import Case, assert_same, finished, to_numpy, to_torch
 from ranks import run_ranks
 from virtual_ranks import run_virtual_ranks
 
@@ -26,9 +26,11 @@ def exact_and_roomy(rank: int, case: Case, buffer: Buffer | None = None) -> None
     y = to_torch(case.rows(rank, usual.handle.num_rows, salt=4), case.device)
     grad_probs = torch.rand_like(usual.recv_topk_weights)
     usual_sum = buffer.combine(y, usual.handle, grad_probs)
+    finished(usual_sum.combined_x)
     for room in (0, 40):
         rows = max(usual.handle.num_rows + room, 1)
         out = buffer.dispatch(x, topk, probs, **how, num_worst_tokens=rows)
+        finished(out.recv_x)
         assert out.num_recv_tokens_per_expert_list == []
         assert out.recv_x.shape[0] == out.handle.num_rows == rows
         for got, want in (
@@ -52,6 +54,7 @@ def exact_and_roomy(rank: int, case: Case, buffer: Buffer | None = None) -> None
         padded_grad = torch.full((rows, *grad_probs.shape[1:]), torch.nan, device=y.device)
         padded_grad[: len(y)] = grad_probs
         summed = buffer.combine(padded_y, out.handle, padded_grad)
+        finished(summed.combined_x)
         assert_same(to_numpy(summed.combined_x), to_numpy(usual_sum.combined_x), "combined")
         assert torch.equal(summed.combined_topk_weights, usual_sum.combined_topk_weights)
         again = buffer.dispatch(x, topk_weights=probs, handle=out.handle)
@@ -66,8 +69,7 @@ def too_small(rank: int, case: Case, buffer: Buffer | None = None) -> dict[str, 
     needed = usual.handle.num_rows
     capacity = max(needed // 2, 1)
     out = buffer.dispatch(x, topk, probs, **how, num_worst_tokens=capacity)
-    if case.device == "cuda":
-        torch.cuda.current_stream().synchronize()
+    finished(out.recv_x)
     if needed > capacity:
         with pytest.raises(EPOverflowError) as caught:
             buffer.combine(out.recv_x, out.handle)

@@ -478,7 +478,7 @@ class NVLinkBackend:
         args.dtype = structs.EP_BF16 if x.dtype == torch.bfloat16 else structs.EP_FP32
         args.expert_major = routing.expert_major
         blocks_per_sm = self.native.combine_blocks_per_sm(row_bytes)
-        push_sms, sum_sms = split_combine(sms)
+        push_sms, sum_sms = split_combine(sms, self.num_ranks, routing.num_topk)
         args.num_push_blocks = push_sms * blocks_per_sm
         args.num_sum_blocks = sum_sms * blocks_per_sm
         stream = self._begin(structs.EP_OP_COMBINE, asynchronous, sms)

@@ -30,11 +30,18 @@ def split_plan(num_sms: int, expand_sms: int) -> tuple[int, int]:
     return min(_MAX_PLAN_BLOCKS, num_sms), min(_MAX_PLAN_BLOCKS, expand_sms)
 
 
-def split_combine(num_sms: int) -> tuple[int, int]:
-    """SMs that push partial rows and SMs that sum them. With few the pushing half is the slow one:
-    it reads every expert's row."""
-    push = max(1, num_sms // 2 if num_sms >= _FEW_SMS else 3 * num_sms // 4)
-    return push, max(1, num_sms - push)
+def split_combine(num_sms: int, num_ranks: int, num_topk: int) -> tuple[int, int]:
+    """SMs that push partial rows and SMs that sum them.
+
+    With few SMs by the rows that each half moves for a token of every rank: one that goes to other
+    ranks is `copies` rows read and one written at each of them; at home it is its own `copies` and
+    the others' partial rows, and the result. With many the links decide, not the SMs.
+    """
+    copies = max(1.0, num_topk / num_ranks)
+    pushed = (num_ranks - 1) * (copies + 1)
+    share = 0.5 if num_sms >= _FEW_SMS else pushed / (pushed + copies + num_ranks)
+    push = min(max(1, round(num_sms * share)), num_sms - 1)
+    return push, num_sms - push
 
 
 def chunk_tokens(chunk_bytes: int, row_bytes: int) -> int:

@@ -23,6 +23,7 @@ from ep_comm.bench.probe import Limit, measure_limit
 from ep_comm.bench.routing import imbalance, tokens_per_expert, tokens_per_rank
 from ep_comm.bench.settings import Settings
 from ep_comm.bench.timing import Samples, Stopwatch
+from ep_comm.records import Records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,12 @@ def run(
     buffer = Buffer(None, settings.buffer_config(device))
     results: list[Result] = []
 
-    def measure(cases: list[Case], num_sms: int | None, floors: Sequence[float] = ()) -> None:
+    def measure(
+        cases: list[Case],
+        num_sms: int | None,
+        records: Records | None = None,
+        floors: Sequence[float] = (),
+    ) -> None:
         for i, case in enumerate(cases):
             sms = {None: "", 0: ", all SMs"}.get(num_sms, f", {num_sms} SMs")
             progress(case.name + sms)
@@ -105,7 +111,7 @@ def run(
                 Result(
                     case=case.name,
                     num_sms=num_sms,
-                    samples=watch.measure(case.call, waits_for_device=case.waits_for_device),
+                    samples=watch.measure(case.call, records),
                     wire_bytes=wire_bytes,
                     floor_bytes=floors[i] if floors else wire_bytes,
                     logical_bytes=case.logical_bytes,
@@ -115,14 +121,14 @@ def run(
     cases = buffer_cases(buffer, inputs, settings)
     for num_sms in settings.sms:
         buffer.set_num_sms(num_sms or None)
-        measure(cases, num_sms)
+        measure(cases, num_sms, buffer.records)
     backend, buffer_bytes = buffer.describe(), buffer.buffer_bytes
     del cases  # and with them the buffer's outputs
     # NCCL sends a copy for each expert, but need not have: the floor of its work is the same.
     by_name = {result.case: result.wire_bytes for result in results}
     floors = by_name["dispatch, fresh"], by_name["combine"]
     alltoall = AllToAll(dist.group.WORLD, settings.shape.experts, settings.shape.topk)
-    measure(alltoall_cases(alltoall, inputs, settings), None, floors)
+    measure(alltoall_cases(alltoall, inputs, settings), None, floors=floors)
     buffer.destroy()
     return Run(
         settings=settings,

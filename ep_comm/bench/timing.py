@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from ep_comm.records import Records
+
 UNALIGNED_CALLS = 20
 _UNALIGNED_REPEATS = 5
-# About 2 ms: more than the host needs to launch any of the measured calls.
-_SPIN_CYCLES = 4_000_000
+# About half a millisecond: more than the host needs to launch any of the measured calls.
+_SPIN_CYCLES = 1_000_000
 
 Mark = float | torch.cuda.Event
 
@@ -25,13 +27,13 @@ class Samples:
 
     Attributes:
         call: Public call: everything between the call and the complete result. The GPUs are
-            aligned by a reduction just before, behind which the host launches ahead where it can,
-            as in training.
+            aligned by a reduction just before; the queue is filled, so that the host runs ahead
+            where it can, as in training.
         host: Until the call returned to the host; of the same calls.
         idle: The same call after host and GPU were idle: the host's time until its first launch is
             in it, and the wait for the rank whose host was slowest.
-        kernel: On the GPU, with launches far ahead; empty for a call that waits for the GPU itself,
-            where nothing can run ahead.
+        kernel: From the first kernel's begin to the last one's end, as the operation's record has
+            it; empty where there is none.
         unaligned: One call of `UNALIGNED_CALLS` back to back.
     """
 
@@ -76,23 +78,25 @@ class Stopwatch:
         self._iters = iters
         self._token = torch.zeros(1, device=device)
 
-    def measure(self, call: Callable[[int], object], *, waits_for_device: bool) -> Samples:
+    def measure(self, call: Callable[[int], object], records: Records | None = None) -> Samples:
         """Time ``call(i)`` for i = 0, 1, ...; it has to be warm.
 
         Args:
             call: One operation on the i-th inputs.
-            waits_for_device: The host waits for the GPU in it.
+            records: Of the buffer, if `call` is one operation of it.
         """
         self._synchronize()
-        aligned = [self._call(call, i) for i in range(self._iters)]
+        before = records.num_operations if records else 0
+        aligned = [self._aligned(call, i) for i in range(self._iters)]
+        # Of a new dispatch the reference backend has a record for its plan too.
+        ended = [r for r in records.since(before) if r.op != "plan"] if records else []
         from_idle = [self._from_idle(call, i) for i in range(self._iters)]
-        ahead = [] if waits_for_device else [self._kernel(call, i) for i in range(self._iters)]
         in_a_row = [self.back_to_back(call, UNALIGNED_CALLS) for _ in range(_UNALIGNED_REPEATS)]
         return Samples(
             call=self.slowest([self._us(start, end) for start, end, _ in aligned]),
             host=self.slowest([host_us for _, _, host_us in aligned]),
             idle=self.slowest([self._us(start, end) for start, end, _ in from_idle]),
-            kernel=self.slowest([self._us(*marks) for marks in ahead]),
+            kernel=self.slowest([1e6 * record.seconds for record in ended]),
             unaligned=self.slowest(in_a_row),
         )
 
@@ -111,27 +115,22 @@ class Stopwatch:
             dist.all_reduce(samples, op=dist.ReduceOp.MAX)
         return tuple(samples.tolist())
 
+    def _aligned(self, call: Callable[[int], object], i: int) -> tuple[Mark, Mark, float]:
+        if self.device.type == "cuda":
+            torch.cuda._sleep(_SPIN_CYCLES)
+        return self._call(call, i)
+
     def _from_idle(self, call: Callable[[int], object], i: int) -> tuple[Mark, Mark, float]:
         self._synchronize()
         return self._call(call, i)
 
     def _call(self, call: Callable[[int], object], i: int) -> tuple[Mark, Mark, float]:
-        dist.all_reduce(self._token)
+        dist.all_reduce(self._token)  # the GPUs come to it one by one, and leave it together
         start = self._mark()
         begin = time.perf_counter()
         call(i)
         host_us = (time.perf_counter() - begin) * 1e6
         return start, self._mark(), host_us
-
-    def _kernel(self, call: Callable[[int], object], i: int) -> tuple[Mark, Mark]:
-        self._synchronize()
-        if self.device.type == "cuda":
-            torch.cuda._sleep(_SPIN_CYCLES)
-        # Behind the spin: the GPUs leave it one by one, and the reduction together.
-        dist.all_reduce(self._token)
-        start = self._mark()
-        call(i)
-        return start, self._mark()
 
     def _align(self) -> None:
         self._synchronize()
