@@ -20,8 +20,8 @@ from ep_comm.bench.timing import UNALIGNED_CALLS, summarize
 
 _NOTES = f"""\
 times in µs, the slowest rank's median. call: public call, aligned ranks, with its min and p90
-kernel: from the first kernel's begin to the last one's end; unaligned: one of {UNALIGNED_CALLS} calls back to back; idle: the \
-call after host and GPU were idle; host: until the call returns
+kernel: from the first kernel's begin to the last one's end; unaligned: one of {UNALIGNED_CALLS} \
+calls back to back; idle: the call after host and GPU were idle; host: until the call returns
 wire: remote payload and scales, busiest link; logical: a row for each expert of each token
 x limit: call against the time in which the limit carries one copy of a row a rank"""
 
