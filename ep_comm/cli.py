@@ -1,7 +1,9 @@
-"""The ``ep-comm`` command: ``ep-comm bench`` and ``ep-comm doctor``."""
+"""The ``ep-comm`` command: ``ep-comm bench``, ``ep-comm compare`` and ``ep-comm doctor``."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +17,8 @@ VOID_EXIT_CODE = 4
 _TABLE_WIDTH = 140  # where the output is no terminal
 
 app = typer.Typer(
-    help="Measure ep_comm's dispatch and combine, and say what this machine has for them.",
+    help="Measure dispatch and combine, compare trainings with other dispatchers, and say what "
+    "this machine has for them.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -91,6 +94,66 @@ def bench(
         on_rank_0(report)
     if result.limit.is_void:
         raise typer.Exit(VOID_EXIT_CODE)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def compare(
+    context: typer.Context,
+    config: Annotated[Path, typer.Option(help="YAML file of the training script.")],
+    steps: Annotated[int | None, typer.Option(help="Steps; default: train_iters.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the report; default: runs/compare-CONFIG.")
+    ] = None,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(help="Processes; default: expert_model_parallel_size.")
+    ] = None,
+    variants: Annotated[
+        str, typer.Option(help="What to train; alltoall is what the others are compared with.")
+    ] = "alltoall,alltoall-seed2,deepep,deepep-fp8",
+    tolerance_noise: Annotated[
+        float, typer.Option(help="Allowed of deepep, in units of the two-seed noise.")
+    ] = 1.0,
+    tolerance_fp8: Annotated[
+        float, typer.Option(help="Allowed of deepep-fp8, relative to the loss without FP8.")
+    ] = 0.005,
+    wandb_project: Annotated[
+        str | None, typer.Option(help="W&B project; all runs go into one group of it.")
+    ] = None,
+    script: Annotated[
+        Path | None, typer.Option(help="Default: examples/pretrain_moe.py of CONFIG's checkout.")
+    ] = None,
+) -> None:
+    """Train the same model with several dispatchers, and report how far the losses differ.
+
+    Any other --key value goes to the training script. Interrupted, the same command goes on where
+    it was. Exits with 1 if a training fails, 2 if it cannot be done, 3 if a difference is outside
+    of its tolerance.
+    """
+    from ep_comm.compare import command
+    from ep_comm.compare.plan import CompareError, make_plan
+    from ep_comm.compare.statistics import Tolerances
+
+    try:
+        plan = make_plan(
+            config=config,
+            steps=steps,
+            processes=nproc_per_node,
+            variants=variants,
+            script=script,
+            wandb_project=wandb_project,
+            extra=context.args,
+        )
+        code = command.compare(
+            plan,
+            out or Path("runs", f"compare-{config.stem}"),
+            Tolerances(noise=tolerance_noise, fp8=tolerance_fp8),
+            Console(),
+            command=shlex.join(["ep-comm", *sys.argv[1:]]),
+        )
+    except CompareError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = command.USER_ERROR
+    raise typer.Exit(code)
 
 
 @app.command()

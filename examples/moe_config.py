@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,6 +105,7 @@ class Training(_Group):
     adam_beta1: NonNegativeFloat = _key(0.9, "decay of AdamW's first moment")
     adam_beta2: NonNegativeFloat = _key(0.95, "decay of AdamW's second moment")
     seed: PositiveInt = _key(1234, "seed of weights, data order and dropout")
+    data_seed: PositiveInt | None = _key(None, "seed of the data order; none: seed")
     bf16: bool = _key(False, "BF16 weights and activations, FP32 gradients and master weights")
     use_distributed_optimizer: bool = _key(False, "share the optimizer state between ranks")
     overlap_grad_reduce: bool = _key(False, "reduce gradients during the backward pass")
@@ -210,11 +212,13 @@ class PretrainConfig(Model, MixtureOfExperts, Dispatch, Training, Data, Output):
 def parse_args(argv: list[str] | None = None) -> PretrainConfig:
     """Read the YAML file named by ``--config``, then the flags, which win.
 
+    ``--print-config`` ends the process with the result as JSON, as ``--help`` does with the flags.
+
     Raises:
         UserError: A key, a flag or a value is wrong.
     """
     flags = vars(_parser().parse_args(argv))
-    path = flags.pop("config", None)
+    path, print_config = flags.pop("config", None), flags.pop("print_config", False)
     values = _read_yaml(path) if path else {}
     name = Path(path).stem if path else "pretrain"
     try:
@@ -222,12 +226,21 @@ def parse_args(argv: list[str] | None = None) -> PretrainConfig:
     except ValidationError as error:
         raise UserError(_describe(error, path)) from None
     run_dir = config.run_dir or Path("runs") / f"{name}-{config.moe_token_dispatcher}"
-    return config.model_copy(update={"run_dir": run_dir})
+    config = config.model_copy(update={"run_dir": run_dir})
+    if print_config:
+        if _is_first():
+            print(config.model_dump_json(indent=1))
+        sys.exit()
+    return config
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 class _Parser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
-        if os.environ.get("RANK", "0") == "0":
+        if _is_first():
             super().print_help(file)
 
     def error(self, message: str) -> None:
@@ -248,6 +261,9 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file, such as configs/tiny-cpu.yaml")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print every key's value as JSON, and exit"
+    )
     for group_type in (Model, MixtureOfExperts, Dispatch, Training, Data, Output):
         group = parser.add_argument_group(group_type.__doc__)
         for key, field in group_type.model_fields.items():

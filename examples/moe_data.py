@@ -73,7 +73,7 @@ def load_datasets(config: PretrainConfig) -> tuple[Corpus, GPTDataset, GPTDatase
     # index files that the next run trusts: make them anew for each run.
     indices = on_rank_0(lambda: tempfile.mkdtemp(prefix="indices-", dir=corpus.cache))
     dataset_config = GPTDatasetConfig(
-        random_seed=config.seed,
+        random_seed=config.data_seed or config.seed,
         sequence_length=config.seq_length,
         blend=([corpus.prefix], None),
         split=config.split,

@@ -1,31 +1,24 @@
 """Where a run's numbers go: the screen, ``log.jsonl``, and Weights & Biases if asked for.
 
-``log.jsonl`` has one JSON object a line, floats in full precision:
-
-- ``{"type": "start", "iteration": i, "config": ..., "versions": ..., ...}`` whenever the run is
-  started or resumed after step i; it makes any earlier records beyond step i void;
-- ``{"type": "train", "iteration": i, "lm loss": ..., ...}`` for each step;
-- ``{"type": "valid", "iteration": i, "lm loss validation": ...}`` for each validation.
-
-Names are Megatron-LM's. ``throughput`` is tokens per second over all ranks (Megatron's is TFLOP/s
-per GPU), ``iteration-time`` seconds, ``ep/*`` what `ep_comm.megatron.MoEMeter` says.
+`ep_comm.compare.log` describes and reads ``log.jsonl``.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from moe_config import PretrainConfig
-from moe_launch import UserError, on_rank_0
+from moe_launch import UserError, agree, on_rank_0
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-LOG_FILE = "log.jsonl"
+from ep_comm.compare.log import LOG_FILE, TRAIN_LOSS, VALID_LOSS, read_log
 
 
 class RunLog:
@@ -47,12 +40,14 @@ class RunLog:
             "versions": versions,
             "config": config.model_dump(mode="json"),
         }
+        if config.wandb_project:
+            start["wandb_run_id"] = on_rank_0(lambda: _wandb_run_id(config, first_iteration))
         self._file = self._screen = self._wandb = None
         if dist.get_rank() == 0:
             self._file = _open_log(config.run_dir / LOG_FILE)
             self._screen = _Screen(config, first_iteration)
             self._write(start)
-        if config.wandb_project and dist.get_rank() == dist.get_world_size() - 1:
+        if config.wandb_project and _is_last_rank():
             self._wandb = _WandB(config, start)
 
     def message(self, text: str) -> None:
@@ -70,7 +65,7 @@ class RunLog:
 
     def valid(self, iteration: int, loss: float) -> None:
         """Record one validation."""
-        scalars = {"lm loss validation": loss}
+        scalars = {VALID_LOSS: loss}
         self._write({"type": "valid", "iteration": iteration, **scalars})
         self.message(f"step {iteration}: validation loss {loss:.6f}")
         if self._wandb:
@@ -93,24 +88,53 @@ class RunLog:
             self._file.write(json.dumps(record) + "\n")
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The valid records of a ``log.jsonl``, in order of their steps.
+def check_wandb(config: PretrainConfig) -> None:
+    """Refuse W&B logging that cannot work; call it on all ranks.
 
     Raises:
-        OSError: It cannot be read.
+        UserError: The client is not installed, or its folder cannot be written.
     """
-    records: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the run was killed while it wrote this line
-        if record["type"] == "start":
-            records = [r for r in records if r["iteration"] <= record["iteration"]]
-            if record["iteration"] == 0:
-                records = []
-        records.append(record)
-    return records
+    if config.wandb_project:
+        agree(lambda: _check_wandb(config) if _is_last_rank() else None)
+
+
+def _check_wandb(config: PretrainConfig) -> None:
+    try:
+        from wandb import init  # noqa: F401  (a folder ./wandb of old runs can be imported too)
+    except ImportError:
+        raise UserError(
+            "--wandb-project needs the W&B client: pip install 'ep_comm[wandb]', or leave "
+            "--wandb-project out"
+        ) from None
+    # Where it cannot write, the client would log to a temporary folder.
+    folder = _wandb_dir(config) / "wandb"
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        problem = "cannot be written" if existing.is_dir() else "is no folder"
+        raise UserError(
+            f"W&B's folder {folder} cannot be used: {existing} {problem}; "
+            f"--wandb-save-dir chooses another"
+        )
+
+
+def _wandb_dir(config: PretrainConfig) -> Path:
+    return config.wandb_save_dir or config.run_dir
+
+
+def _wandb_run_id(config: PretrainConfig, first_iteration: int) -> str:
+    """The W&B run that a resumed run goes on with, if its log tells of one; else a new one."""
+    if "WANDB_RUN_ID" in os.environ:
+        return os.environ["WANDB_RUN_ID"]
+    log = config.run_dir / LOG_FILE
+    if first_iteration and log.exists():
+        for record in reversed(read_log(log)):
+            if "wandb_run_id" in record:
+                return record["wandb_run_id"]
+    return secrets.token_hex(4)
+
+
+def _is_last_rank() -> bool:
+    return dist.get_rank() == dist.get_world_size() - 1
 
 
 def _make_run_dir(run_dir: Path) -> None:
@@ -152,7 +176,7 @@ class _Screen:
         self._console.print(text, markup=False)
 
     def step(self, iteration: int, scalars: dict[str, float]) -> None:
-        loss, rate = scalars["lm loss"], scalars["throughput"]
+        loss, rate = scalars[TRAIN_LOSS], scalars["throughput"]
         status = f"loss {loss:.4f}  {rate:,.0f} tokens/s"
         self._progress.update(self._task, completed=iteration, status=status)
         if iteration % self._config.log_interval and iteration != self._config.train_iters:
@@ -187,7 +211,7 @@ class _WandB:
         """A run that is online if a key is configured and the server answers, else offline."""
         import wandb
 
-        folder = config.wandb_save_dir or config.run_dir
+        folder = _wandb_dir(config)
         folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("WANDB_SILENT", "true")
 
@@ -196,8 +220,15 @@ class _WandB:
                 project=config.wandb_project,
                 name=config.wandb_exp_name or config.run_dir.name,
                 entity=config.wandb_entity,
+                id=start["wandb_run_id"],
+                resume="allow",
                 dir=folder,
-                config=start,
+                # As Megatron-LM has it: every argument a key of its own.
+                config={
+                    **start["config"],
+                    "world_size": start["processes"],
+                    "versions": start["versions"],
+                },
                 mode=mode,
                 settings=wandb.Settings(init_timeout=30),
             )
@@ -214,7 +245,10 @@ class _WandB:
         self._call(lambda: self._run.log(scalars, step=iteration))
 
     def close(self, *, failed: bool) -> None:
-        self._call(lambda: self._run.finish(exit_code=int(failed)))
+        run = self._run
+        self._call(lambda: run.finish(exit_code=int(failed)))
+        if run is not None and run.offline:
+            print(f"W&B run, offline; to upload it: wandb sync {Path(run.dir).parent}", flush=True)
 
     def _call(self, action: Any) -> None:
         if self._run is None:

@@ -15,7 +15,7 @@ from moe_checkpoint import check_paths, load, save
 from moe_config import PretrainConfig
 from moe_data import load_datasets, microbatches
 from moe_launch import UserError
-from moe_log import RunLog
+from moe_log import RunLog, check_wandb
 from moe_model import Trainee, build, have_transformer_engine
 
 import ep_comm
@@ -32,6 +32,7 @@ def pretrain(config: PretrainConfig) -> None:
     """
     # Whatever can be wrong with the request comes first, before anything is written.
     num_microbatches = config.num_microbatches(dist.get_world_size())
+    check_wandb(config)
     checkpoint = check_paths(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     corpus, train_data, valid_data = load_datasets(config)

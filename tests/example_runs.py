@@ -16,7 +16,7 @@ EXAMPLES = ROOT / "examples"
 CONFIGS = ROOT / "configs"
 sys.path.insert(0, str(EXAMPLES))
 
-from moe_log import LOG_FILE, read_log  # noqa: E402
+from ep_comm.compare.log import LOG_FILE, read_log  # noqa: E402
 
 TINY = ["--config", str(CONFIGS / "tiny-cpu.yaml")]
 # Smaller still, for tests that do not look at tiny-cpu's own losses. The decay is fixed, so that

@@ -26,7 +26,8 @@ from example_runs import (  # noqa: E402
     train,
 )
 from moe_config import PretrainConfig  # noqa: E402
-from moe_log import LOG_FILE, read_log  # noqa: E402
+
+from ep_comm.compare.log import LOG_FILE, read_log  # noqa: E402
 
 LATEST = "latest_checkpointed_iteration.txt"
 

@@ -1,0 +1,119 @@
+"""What ``ep-comm compare`` does, from the checked plan to the exit code."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ep_comm.compare.directory import Directory, locked
+from ep_comm.compare.plan import Plan
+from ep_comm.compare.progress import Display
+from ep_comm.compare.report import write_report
+from ep_comm.compare.runs import (
+    Interrupted,
+    RunFailed,
+    interruptible,
+    is_finished,
+    last_step,
+    train,
+)
+from ep_comm.compare.statistics import Tolerances, read_run
+
+PASSED, RUN_FAILED, USER_ERROR, OUTSIDE_TOLERANCES = 0, 1, 2, 3
+
+
+def compare(
+    plan: Plan, out: Path, tolerances: Tolerances, console: Console, *, command: str
+) -> int:
+    """Train what is not trained yet, and report.
+
+    Args:
+        plan: What to compare.
+        out: Folder of the report, the logs and, until a run is finished, its checkpoints.
+        tolerances: What a variant may differ by.
+        console: Where progress and outcome are shown.
+        command: The command line that was given, for the report.
+
+    Returns:
+        Exit code: `PASSED`, `RUN_FAILED`, `OUTSIDE_TOLERANCES`, or 128 and the number of the
+        signal that interrupted it.
+
+    Raises:
+        CompareError: `out` is in use, or holds another comparison.
+    """
+    with locked(out) as lock:
+        directory = Directory(out, plan)
+        for name, reason in plan.skipped.items():
+            console.print(f"{name} is skipped: {reason}", highlight=False, soft_wrap=True)
+        try:
+            with interruptible(), Display(console, plan) as display:
+                for variant in plan.variants:
+                    _train_if_needed(plan, directory, variant, lock, display)
+        except Interrupted as interrupt:
+            console.print(f"interrupted ({interrupt}): the same command goes on from here")
+            return 128 + interrupt.signum
+        except RunFailed as failure:
+            console.print(f"error: {variant} {failure}", markup=False, highlight=False)
+            return RUN_FAILED
+        runs = {name: read_run(directory.log(name), plan.steps) for name in plan.variants}
+        document = write_report(plan, directory, runs, tolerances, command)
+    console.print(_table(document))
+    _say_where(plan, directory, console)
+    return PASSED if document["passed"] else OUTSIDE_TOLERANCES
+
+
+def _train_if_needed(
+    plan: Plan, directory: Directory, variant: str, lock: int, display: Display
+) -> None:
+    records = directory.log(variant)
+    finished = is_finished(records, plan)
+    if not finished:
+        display.begin(variant, last_step(records))
+        train(plan, directory, variant, lock, lambda r: display.follow(variant, r))
+    display.finish(variant, before=finished)
+
+
+def _table(document: dict[str, Any]) -> Table:
+    table = Table(title=document["title"], box=box.SIMPLE_HEAD)  # fits into 80 columns
+    table.add_column("variant", no_wrap=True)
+    for name in ("train\nloss", "valid.\nloss", "largest\n|Δ|", "mean\n|Δ|", "tokens/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", min_width=10)
+    for name, variant in document["variants"].items():
+        found, valid = variant["difference"], variant["final_valid_loss"]
+        table.add_row(
+            name,
+            f"{variant['final_train_loss']:.4f}",
+            "–" if valid is None else f"{valid:.4f}",
+            "–" if found is None else f"{found['largest']:.2e}",
+            "–" if found is None else f"{found['mean']:.2e}",
+            f"{variant['tokens_per_s']:,.0f}",
+            variant["verdict"],
+        )
+    return table
+
+
+def _say_where(plan: Plan, directory: Directory, console: Console) -> None:
+    """Where the report is, and how its W&B runs are uploaded."""
+    say = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
+    say(f"report: {directory.path / 'report.md'}")
+    if not plan.settings["wandb_project"]:
+        return
+    offline = [folder for name in plan.variants for folder in _offline_runs(plan, directory, name)]
+    if offline:
+        say("W&B runs, offline; to upload them:")
+        say(f"wandb sync {shlex.join(map(str, offline))}")
+    else:
+        say(f"W&B: project {plan.settings['wandb_project']}, group {directory.group}")
+
+
+def _offline_runs(plan: Plan, directory: Directory, variant: str) -> list[Path]:
+    """Folders of a variant's offline W&B run, one for each time that it was started."""
+    ids = {r["wandb_run_id"] for r in directory.log(variant) if "wandb_run_id" in r}
+    parent = Path(plan.settings["wandb_save_dir"] or directory.run_dir(variant)) / "wandb"
+    return sorted(path for each in ids for path in parent.glob(f"offline-run-*-{each}"))

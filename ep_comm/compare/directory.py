@@ -1,0 +1,121 @@
+"""The folder of a comparison: what it was begun with, and that only one command uses it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ep_comm.compare.log import LOG_FILE, read_log
+from ep_comm.compare.plan import VARIANTS, CompareError, Plan
+
+PLAN_FILE = "plan.json"
+_LOCK_FILE = "lock"
+
+
+class Directory:
+    """Paths of a comparison.
+
+    Attributes:
+        path: The folder.
+        group: W&B group of its runs.
+    """
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        """Begin a comparison here, or go on with it; hold `locked` meanwhile.
+
+        Raises:
+            CompareError: Another comparison was begun here.
+        """
+        self.path = path
+        here = {"processes": plan.processes, "script": str(plan.script), **plan.settings}
+        there = self._read_plan()
+        if there is not None and self._has_losses():
+            differences = [
+                f"{key} is {there['begun_with'].get(key)} there and {here.get(key)} here"
+                for key in here | there["begun_with"]
+                if here.get(key) != there["begun_with"].get(key)
+            ]
+            if differences:
+                raise CompareError(
+                    f"{path} holds another comparison: {'; '.join(differences)}. Choose another "
+                    f"--out, or delete it"
+                )
+            self.group = there["group"]
+            return
+        date = datetime.now().strftime("%Y%m%d-%H%M%S")
+        name = f"compare-{plan.config.stem}-{date}"
+        self.group = os.environ.get("WANDB_RUN_GROUP", name)
+        text = json.dumps({"group": self.group, "begun_with": here}, indent=1)
+        write_text(path / PLAN_FILE, text + "\n")
+
+    def run_dir(self, variant: str) -> Path:
+        """Folder of one run's logs and checkpoints."""
+        return self.path / variant
+
+    def log(self, variant: str) -> list[dict[str, Any]]:
+        """Records of one run so far; none if it was not begun."""
+        path = self.run_dir(variant) / LOG_FILE
+        return read_log(path) if path.exists() else []
+
+    def _has_losses(self) -> bool:
+        return any(r["type"] == "train" for name in VARIANTS for r in self.log(name))
+
+    def _read_plan(self) -> dict[str, Any] | None:
+        path = self.path / PLAN_FILE
+        try:
+            plan = json.loads(path.read_text())
+            plan["begun_with"], plan["group"]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CompareError(f"{path} cannot be read: {error}") from None
+        return plan
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """Make the folder if need be, and be the only one to use it.
+
+    Yields:
+        A file descriptor. Processes that inherit it keep the folder locked too.
+
+    Raises:
+        CompareError: It cannot be used: it is in use, holds other things or cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        strangers = [file.name for file in path.iterdir() if file.name != _LOCK_FILE]
+        if strangers and not (path / PLAN_FILE).exists():
+            raise CompareError(f"--out {path} holds other things ({min(strangers)})")
+        lock = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise CompareError(f"--out {path} cannot be used: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(lock, 100).decode(errors="replace").strip()
+            raise CompareError(f"--out {path} is in use by {holder}") from None
+        tell_holder(lock, f"process {os.getpid()}")
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def tell_holder(lock: int, holder: str) -> None:
+    """Note in the lock file who holds it, for the message of who is refused."""
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, holder.encode(), 0)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

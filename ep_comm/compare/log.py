@@ -1,0 +1,47 @@
+"""Reading ``log.jsonl``, what a run of ``examples/pretrain_moe.py`` leaves behind.
+
+One JSON object a line, floats in full precision:
+
+- ``{"type": "start", "iteration": i, "config": ..., "versions": ..., ...}`` whenever the run is
+  started or resumed after step i; it makes any earlier records beyond step i void;
+- ``{"type": "train", "iteration": i, "lm loss": ..., ...}`` for each step;
+- ``{"type": "valid", "iteration": i, "lm loss validation": ...}`` for each validation.
+
+Names are Megatron-LM's. ``throughput`` is tokens per second over all ranks (Megatron's is TFLOP/s
+per GPU), ``iteration-time`` seconds, ``ep/*`` what `ep_comm.megatron.MoEMeter` says.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+LOG_FILE = "log.jsonl"
+TRAIN_LOSS = "lm loss"
+VALID_LOSS = "lm loss validation"
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The valid records of a ``log.jsonl``, in order of their steps.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    records: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the run was killed while it wrote this line
+        if record["type"] == "start":
+            records = [r for r in records if r["iteration"] <= record["iteration"]]
+            if record["iteration"] == 0:
+                records = []
+        records.append(record)
+    return records
+
+
+def scalars(records: list[dict[str, Any]], kind: str, name: str) -> dict[int, float]:
+    """The value of `name` at each step, of the records of type `kind`."""
+    return {r["iteration"]: r[name] for r in records if r["type"] == kind}

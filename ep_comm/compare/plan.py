@@ -1,0 +1,216 @@
+"""What is compared: the variants, and the flags that each is trained with."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REFERENCE = "alltoall"
+NOISE = "alltoall-seed2"
+DEEPEP = "deepep"
+FP8 = "deepep-fp8"
+
+# Flags of each variant. NOISE has another seed besides.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    REFERENCE: ("--moe-token-dispatcher", "alltoall"),
+    NOISE: ("--moe-token-dispatcher", "alltoall"),
+    DEEPEP: ("--moe-token-dispatcher", "deepep"),
+    FP8: ("--moe-token-dispatcher", "deepep", "--ep-fp8-dispatch"),
+}
+
+# What a comparison decides itself, by flag, with what to use instead.
+_OWN_FLAGS = {
+    **dict.fromkeys(("--moe-token-dispatcher", "--ep-fp8-dispatch"), "--variants"),
+    "--no-ep-fp8-dispatch": "--variants",
+    "--train-iters": "--steps",
+    **dict.fromkeys(("--run-dir", "--save", "--load"), "--out"),
+    "--wandb-exp-name": "--wandb-project; runs are named after their variant",
+}
+_CHECKPOINTS = 10  # of a run, where the configuration does not say how many
+_NEEDED_SETTINGS = """
+    train_iters eval_iters save_interval seed data_seed hidden_size expert_model_parallel_size
+    wandb_project wandb_save_dir
+""".split()
+_SCRIPT = Path("examples", "pretrain_moe.py")
+
+
+class CompareError(Exception):
+    """What was asked for cannot be done; nothing was trained and nothing overwritten."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A comparison, checked.
+
+    Attributes:
+        script: The training script.
+        config: YAML file that it reads.
+        flags: Further flags of every run.
+        settings: The script's configuration: every key, but those that a variant decides.
+        processes: Processes of a run, all on this machine.
+        variants: Names of what is trained, in order; the first is `REFERENCE`.
+        skipped: What was asked for and cannot be trained, with the reason.
+    """
+
+    script: Path
+    config: Path
+    flags: tuple[str, ...]
+    settings: dict[str, Any] = field(repr=False)
+    processes: int
+    variants: tuple[str, ...]
+    skipped: dict[str, str]
+
+    @property
+    def steps(self) -> int:
+        """Training steps of every run."""
+        return self.settings["train_iters"]
+
+    def seed(self, variant: str) -> int:
+        """Seed of the weights of a variant."""
+        return self.settings["seed"] + (variant == NOISE)
+
+    @property
+    def data_seed(self) -> int:
+        """Seed of the data order of every variant."""
+        return self.settings["data_seed"] or self.settings["seed"]
+
+    def command(self, variant: str, run_dir: Path, *, resume: bool) -> list[str]:
+        """The command that trains `variant`, from its latest checkpoint if it is to resume."""
+        checkpoints = str(run_dir / "checkpoints")
+        interval = self.settings["save_interval"] or math.ceil(self.steps / _CHECKPOINTS)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", str(self.processes), str(self.script)]
+        command += ["--config", str(self.config), *self.flags, *VARIANTS[variant]]
+        command += ["--seed", str(self.seed(variant)), "--data-seed", str(self.data_seed)]
+        command += ["--run-dir", str(run_dir)]
+        command += ["--save", checkpoints, "--save-interval", str(interval)]
+        if resume:
+            command += ["--load", checkpoints]
+        if self.settings["wandb_project"]:
+            command += ["--wandb-exp-name", f"{self.config.stem}-{variant}"]
+        return command
+
+
+def make_plan(
+    *,
+    config: Path,
+    steps: int | None,
+    processes: int | None,
+    variants: str,
+    script: Path | None,
+    wandb_project: str | None,
+    extra: Sequence[str],
+) -> Plan:
+    """Check what the user asked for.
+
+    Args:
+        config: YAML file of the training script.
+        steps: Steps of each run; None: as the file says.
+        processes: Processes of each run; None: as many as share the experts of a layer.
+        variants: Comma-separated names out of `VARIANTS`.
+        script: The training script; None: the one in the checkout that holds `config`, or here.
+        wandb_project: W&B project; None: no W&B.
+        extra: Further flags of the training script.
+
+    Raises:
+        CompareError: Something of it is wrong.
+    """
+    names = _parse_variants(variants)
+    if not config.is_file():
+        raise CompareError(f"--config {config}: no such file")
+    script = _find_script(config) if script is None else script
+    if not script.is_file():
+        raise CompareError(f"--script {script}: no such file")
+    for flag in (argument.split("=")[0] for argument in extra):
+        if flag in _OWN_FLAGS:
+            raise CompareError(f"{flag} is what is compared: use {_OWN_FLAGS[flag]}")
+    flags = list(extra)
+    if steps is not None:
+        flags += ["--train-iters", str(steps)]
+    if wandb_project is not None:
+        flags += ["--wandb-project", wandb_project]
+    settings = _settings(script, config, flags)
+    processes = settings["expert_model_parallel_size"] if processes is None else processes
+    if processes < 1 or processes % settings["expert_model_parallel_size"]:
+        raise CompareError(
+            f"--nproc-per-node {processes} is no multiple of expert_model_parallel_size "
+            f"{settings['expert_model_parallel_size']}"
+        )
+    skipped = {}
+    reason = _no_fp8_reason(settings["hidden_size"])
+    if FP8 in names and reason:
+        skipped[FP8] = reason
+    return Plan(
+        script=script.resolve(),
+        config=config,
+        flags=tuple(flags),
+        settings=settings,
+        processes=processes,
+        variants=tuple(name for name in names if name not in skipped),
+        skipped=skipped,
+    )
+
+
+def _parse_variants(text: str) -> list[str]:
+    asked = [name.strip() for name in text.split(",")]
+    for name in asked:
+        if name not in VARIANTS:
+            raise CompareError(f"--variants {name!r} is none of {', '.join(VARIANTS)}")
+    if REFERENCE not in asked or len(set(asked)) < 2:
+        raise CompareError(
+            f"--variants {text}: give {REFERENCE}, which the others are compared with, and at "
+            f"least one other of {', '.join(list(VARIANTS)[1:])}"
+        )
+    return [name for name in VARIANTS if name in asked]
+
+
+def _find_script(config: Path) -> Path:
+    checkouts = [*config.resolve().parents, Path.cwd()]
+    for folder in checkouts:
+        if (folder / _SCRIPT).is_file():
+            return folder / _SCRIPT
+    raise CompareError(
+        f"no {_SCRIPT} beside or above {config} or in {Path.cwd()}: name it with --script"
+    )
+
+
+def _settings(script: Path, config: Path, flags: Sequence[str]) -> dict[str, Any]:
+    """What the script makes of its flags, or its complaint."""
+    result = subprocess.run(
+        [sys.executable, str(script), "--config", str(config), *flags, "--print-config"],
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode:
+        lines = (result.stderr.strip() or result.stdout.strip() or "no output").splitlines()
+        error = next((line for line in lines if line.startswith("error: ")), lines[-1])
+        hint = ""
+        if error.startswith("ModuleNotFoundError"):
+            hint = "; the training script needs pip install 'ep_comm[megatron]'"
+        raise CompareError(error.removeprefix("error: ") + hint)
+    try:
+        settings = json.loads(result.stdout)
+        missing = [key for key in _NEEDED_SETTINGS if key not in settings]
+    except (json.JSONDecodeError, TypeError):
+        raise CompareError(
+            f"{script} --print-config must print its configuration as JSON"
+        ) from None
+    if missing:
+        raise CompareError(f"{script} --print-config tells nothing of {', '.join(missing)}")
+    variant_keys = {"run_dir", "moe_token_dispatcher", "ep_fp8_dispatch", "wandb_exp_name"}
+    return {key: value for key, value in settings.items() if key not in variant_keys}
+
+
+def _no_fp8_reason(hidden: int) -> str | None:
+    multiple = 512 if torch.cuda.is_available() else 128  # NVLink kernels; reference backend
+    if hidden % multiple == 0:
+        return None
+    return f"FP8 dispatch needs hidden_size to be a multiple of {multiple} here, got {hidden}"

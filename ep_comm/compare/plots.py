@@ -1,0 +1,84 @@
+"""The losses, and their differences from the reference, as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ep_comm.compare.plan import DEEPEP, FP8, NOISE, REFERENCE
+from ep_comm.compare.statistics import Run
+
+_STYLES = {
+    REFERENCE: {"color": "black", "linestyle": "-", "linewidth": 2.2},
+    NOISE: {"color": "0.55", "linestyle": "-", "linewidth": 1.6},
+    DEEPEP: {"color": "tab:blue", "linestyle": "--", "linewidth": 1.6},
+    FP8: {"color": "tab:red", "linestyle": ":", "linewidth": 2.0},
+}
+_RAW = {"linestyle": "-", "linewidth": 0.7, "alpha": 0.25}
+_SMALLEST = 1e-9  # what a difference of zero is drawn as, on a logarithmic axis
+
+
+def plot_losses(runs: Mapping[str, Run], window: int, title: str, path: Path) -> None:
+    """Training losses, smoothed and as they are, and validation losses."""
+    figure, axes = _figure(title, rows=1)
+    for name, run in runs.items():
+        steps = np.arange(1, len(run.train) + 1)
+        axes[0].plot(steps, run.train, color=_STYLES[name]["color"], **_RAW)
+        axes[0].plot(steps, run.smoothed, label=name, **_STYLES[name])
+        axes[0].plot(
+            list(run.valid), list(run.valid.values()), "o", mfc="none", ms=7,
+            color=_STYLES[name]["color"],
+        )  # fmt: skip
+    axes[0].set_ylabel("loss")
+    note = f"lines: mean of the last {window} steps\nfaint: each step\ncircles: validation"
+    _finish(axes, note)
+    _save(figure, path)
+
+
+def plot_differences(runs: Mapping[str, Run], window: int, title: str, path: Path) -> None:
+    """Differences from the reference: as they are, and their size on a logarithmic axis."""
+    figure, (signed, size) = _figure(title, rows=2)
+    reference = runs[REFERENCE]
+    for name, run in runs.items():
+        if name == REFERENCE:
+            continue
+        label = f"{name} (two-seed noise)" if name == NOISE else name
+        steps = np.arange(1, len(run.train) + 1)
+        raw, smoothed = run.train - reference.train, run.smoothed - reference.smoothed
+        style = _STYLES[name]
+        for axes, shown in ((signed, lambda d: d), (size, lambda d: np.fmax(abs(d), _SMALLEST))):
+            axes.plot(steps, shown(raw), color=style["color"], **_RAW)
+            axes.plot(steps, shown(smoothed), label=label, **style)
+            both = [step for step in run.valid if step in reference.valid]
+            valid = np.array([run.valid[step] - reference.valid[step] for step in both])
+            axes.plot(both, shown(valid), "o", mfc="none", ms=7, color=style["color"])
+    signed.axhline(0, color="black", linewidth=0.8)
+    signed.set_ylabel(f"Δ loss from {REFERENCE}")
+    size.set_yscale("log")
+    size.set_ylabel("|Δ|, logarithmic")
+    note = f"lines: of the means of the last {window} steps; faint: each step; circles: validation"
+    _finish((signed, size), note)
+    _save(figure, path)
+
+
+def _figure(title: str, rows: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(9, 1.5 + 3.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    axes[0].set_title(title, fontsize=10)
+    return figure, list(axes)
+
+
+def _finish(axes: tuple[Axes, ...] | list[Axes], note: str) -> None:
+    for each in axes:
+        each.grid(alpha=0.3)
+        each.margins(x=0.01)
+    axes[0].legend(title=note, title_fontsize=8, fontsize=9, alignment="left")
+    axes[-1].set_xlabel("step")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=110)

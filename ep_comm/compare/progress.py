@@ -1,0 +1,80 @@
+"""How far the trainings are, for the user: bars on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ep_comm.compare.log import TRAIN_LOSS
+from ep_comm.compare.plan import Plan
+
+_LINES = 10  # of a run, where there is no terminal
+
+
+class Display:
+    """Use it in a ``with`` statement."""
+
+    def __init__(self, console: Console, plan: Plan) -> None:
+        self._console, self._steps = console, plan.steps
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks = {
+            name: self._progress.add_task(name, total=plan.steps, start=False, status="")
+            for name in plan.variants
+        }
+        self._printed = 0
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def line(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def begin(self, variant: str, step: int) -> None:
+        """A run starts, or goes on after `step`."""
+        self._progress.start_task(self._tasks[variant])
+        self._progress.update(self._tasks[variant], completed=step, status="starting")
+        self._printed = step
+        self.line(f"{variant}: " + (f"going on, it had reached step {step}" if step else "begins"))
+
+    def follow(self, variant: str, records: list[dict[str, Any]]) -> None:
+        """Show the latest training step."""
+        step = next((r for r in reversed(records) if r["type"] == "train"), None)
+        if step is None:
+            return
+        done = step["iteration"]
+        status = f"loss {step[TRAIN_LOSS]:.4f}  {step['throughput']:,.0f} tokens/s"
+        self._progress.update(self._tasks[variant], completed=done, status=status)
+        due = done - self._printed >= self._steps / _LINES or done == self._steps
+        if not self._console.is_terminal and due and done != self._printed:
+            self._printed = done
+            self.line(f"{variant}: step {done}/{self._steps}  {status}")
+
+    def finish(self, variant: str, *, before: bool) -> None:
+        """A run is finished, now or `before`."""
+        self._progress.update(self._tasks[variant], completed=self._steps, status="finished")
+        self._progress.stop_task(self._tasks[variant])
+        if before:
+            self.line(f"{variant}: finished before")

@@ -1,0 +1,197 @@
+"""The outcome of a comparison: one document, as JSON and as a page for a pull request."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime, timezone
+from typing import Any
+
+from ep_comm.bench.environment import commit, gpu_names, versions
+from ep_comm.compare.directory import Directory, write_text
+from ep_comm.compare.plan import DEEPEP, FP8, NOISE, REFERENCE, Plan
+from ep_comm.compare.plots import plot_differences, plot_losses
+from ep_comm.compare.statistics import Run, Tolerances, difference, judge, window_of
+
+LOSS_PLOT = "loss.png"
+DIFFERENCE_PLOT = "difference.png"
+
+
+def write_report(
+    plan: Plan, directory: Directory, runs: Mapping[str, Run], tolerances: Tolerances, command: str
+) -> dict[str, Any]:
+    """Write ``report.md``, ``report.json`` and the pictures; returns what the JSON says.
+
+    Args:
+        plan: What was compared.
+        directory: Where the report goes, and the logs are.
+        runs: The finished runs, by variant.
+        tolerances: What they may differ by.
+        command: The command line that repeats it.
+    """
+    document = make_document(plan, directory, runs, tolerances, command)
+    title, window = document["title"], document["window"]
+    plot_losses(runs, window, title, directory.path / LOSS_PLOT)
+    plot_differences(runs, window, title, directory.path / DIFFERENCE_PLOT)
+    write_text(directory.path / "report.json", json.dumps(document, indent=1) + "\n")
+    write_text(directory.path / "report.md", render(document))
+    return document
+
+
+def make_document(
+    plan: Plan, directory: Directory, runs: Mapping[str, Run], tolerances: Tolerances, command: str
+) -> dict[str, Any]:
+    """Everything that the report says, in plain types."""
+    reference, checks = runs[REFERENCE], judge(runs, tolerances)
+    starts = [r for name in runs for r in directory.log(name) if r["type"] == "start"]
+    trained_with = list(
+        {json.dumps(start["versions"]): start["versions"] for start in starts}.values()
+    )
+    return {
+        "title": f"{plan.config.stem}: {plan.steps} steps on {plan.processes} processes",
+        "passed": all(check.passed for found in checks.values() for check in found),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "commit": commit(),
+        "versions": versions(),
+        "trained_with": trained_with,
+        "gpus": gpu_names(),
+        "cpu_cores": os.cpu_count(),
+        "processes": plan.processes,
+        "steps": plan.steps,
+        "window": window_of(plan.steps),
+        "data_seed": plan.data_seed,
+        "wandb_group": directory.group if plan.settings["wandb_project"] else None,
+        "tolerances": asdict(tolerances),
+        "skipped": plan.skipped,
+        "variants": {
+            name: {
+                "seed": plan.seed(name),
+                "final_train_loss": run.final_train,
+                "final_valid_loss": run.final_valid,
+                "tokens_per_s": run.tokens_per_s,
+                "difference": None if name == REFERENCE else asdict(difference(run, reference)),
+                "checks": [
+                    {**asdict(check), "passed": check.passed} for check in checks.get(name, [])
+                ],
+                "verdict": _verdict(name, checks),
+            }
+            for name, run in runs.items()
+        },
+        "settings": plan.settings,
+    }
+
+
+def render(document: dict[str, Any]) -> str:
+    """The document as Markdown."""
+    variants = document["variants"]
+    noise = variants.get(NOISE, {}).get("difference")
+    failed = [name for name, variant in variants.items() if variant["verdict"] == "FAILED"]
+    judged = [name for name, variant in variants.items() if variant["checks"]]
+    outcome = "nothing was judged"
+    if judged:
+        outcome = f"{' and '.join(judged)} within tolerances"
+    if failed:
+        outcome = f"{' and '.join(failed)} OUTSIDE tolerances"
+    lines = [
+        f"## Convergence of {document['title']}",
+        "",
+        f"**{outcome[0].upper() + outcome[1:]}.** Same data order in all runs; |Δ| from "
+        f"{REFERENCE}, training losses smoothed over {document['window']} steps.",
+        "",
+        *_table(
+            ["variant", "seed", "final train loss", "final validation loss", "largest \\|Δ\\|",
+             "at step", "mean \\|Δ\\|", "mean \\|Δ\\| / noise", "final validation \\|Δ\\|",
+             "tokens/s, median", "verdict"],
+            [_row(name, variant, noise) for name, variant in variants.items()],
+        ),
+        "",
+        *[f"Skipped: {name}: {reason}." for name, reason in document["skipped"].items()],
+    ]  # fmt: skip
+    checks = [
+        [name, check["what"].replace("|", "\\|"), f"{check['value']:.3g}", f"{check['limit']:.3g}",
+         "yes" if check["passed"] else "**NO**"]
+        for name, variant in variants.items()
+        for check in variant["checks"]
+    ]  # fmt: skip
+    if checks:
+        lines += _table(["variant", "what", "found", "allowed", "within"], checks)
+        lines += ["", _explain(document)]
+    lines += [
+        "",
+        f"![losses]({LOSS_PLOT})",
+        f"![differences]({DIFFERENCE_PLOT})",
+        "",
+        *_surroundings(document),
+        "",
+        "```bash",
+        document["command"],
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(name: str, checks: Mapping[str, list]) -> str:
+    if name == REFERENCE:
+        return "reference"
+    if name == NOISE:
+        return "the noise"
+    if name not in checks:
+        return f"not judged: needs {NOISE}"
+    return "passed" if all(check.passed for check in checks[name]) else "FAILED"
+
+
+def _row(name: str, variant: dict[str, Any], noise: dict[str, Any] | None) -> list[str]:
+    found = variant["difference"]
+    cells = [name, str(variant["seed"]), f"{variant['final_train_loss']:.6f}"]
+    cells.append(_number(variant["final_valid_loss"], ".6f"))
+    if found is None:
+        cells += ["–"] * 5
+    else:
+        share = found["mean"] / noise["mean"] if noise and noise["mean"] else None
+        cells += [f"{found['largest']:.2e}", str(found["largest_step"]), f"{found['mean']:.2e}"]
+        cells += [_number(share, ".2g"), _number(found["final_valid"], ".2e")]
+    return [*cells, f"{variant['tokens_per_s']:,.0f}", variant["verdict"]]
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "–" if value is None else format(value, spec)
+
+
+def _explain(document: dict[str, Any]) -> str:
+    noise, fp8 = document["tolerances"]["noise"], document["tolerances"]["fp8"]
+    sentences = []
+    if document["variants"].get(DEEPEP, {}).get("checks"):
+        sentences.append(
+            f"{DEEPEP}: each |Δ| at most {noise:g} × that of {NOISE}, which differs from "
+            f"{REFERENCE} in the seed of the weights only; for the final validation the noise is "
+            f"taken as at least its mean."
+        )
+    if FP8 in document["variants"]:
+        wide = DEEPEP if DEEPEP in document["variants"] else REFERENCE
+        sentences.append(f"{FP8}: final losses within {fp8:.2%} of those of {wide}.")
+    return " ".join(sentences)
+
+
+def _surroundings(document: dict[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    gpus = document["gpus"]
+    devices = f"{len(gpus)} × {gpus[0]}" if gpus else f"CPU, {document['cpu_cores']} cores"
+    source = f"commit {document['commit']}" if document["commit"] else "no git repository"
+    lines = [f"{document['date']}; {devices}; {source}; {versions}."]
+    if len(document["trained_with"]) > 1:
+        lines.append(
+            "**The runs were not all trained with the same versions or devices:** "
+            + "; ".join(
+                ", ".join(f"{k} {v}" for k, v in each.items()) for each in document["trained_with"]
+            )
+            + "."
+        )
+    return lines
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    separator = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (header, separator, *rows)]

@@ -1,0 +1,190 @@
+"""How far a run's losses are from the reference's, and whether that is too far.
+
+Every difference is of losses at the same step, after the same data. Training losses are smoothed
+first: `smooth` takes the mean of the last `window` steps. The **two-seed noise** is the difference
+between two runs of the reference that differ in nothing but the seed of their weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from ep_comm.compare.log import TRAIN_LOSS, VALID_LOSS, scalars
+from ep_comm.compare.plan import DEEPEP, FP8, NOISE, REFERENCE
+
+# Relative, between the losses of step 1: the same weights and data must give the same loss.
+FIRST_STEP_TOLERANCE = 1e-3
+_WARM_UP_STEPS = 5  # without which the throughput is taken, if there are others
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerances:
+    """What a variant may differ by.
+
+    Attributes:
+        noise: Of deepep: each of its differences, in units of the same one of the two-seed noise.
+        fp8: Of deepep-fp8: its final losses, relative to those of the run without FP8.
+    """
+
+    noise: float = 1.0
+    fp8: float = 0.005
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The numbers of one variant.
+
+    Attributes:
+        train: Loss of each step, from step 1 on.
+        smoothed: The same, each the mean of the last steps up to it.
+        valid: Validation loss, by the step after which it was taken; may be empty.
+        tokens_per_s: Median over the steps, of all processes together.
+    """
+
+    train: np.ndarray
+    smoothed: np.ndarray
+    valid: dict[int, float]
+    tokens_per_s: float
+
+    @property
+    def final_train(self) -> float:
+        """Smoothed loss of the last step."""
+        return float(self.smoothed[-1])
+
+    @property
+    def final_valid(self) -> float | None:
+        """The last validation loss."""
+        return self.valid[max(self.valid)] if self.valid else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """|Δ| of a run from the reference. Of smoothed training losses where nothing else is said.
+
+    Attributes:
+        first: Of step 1, relative to the reference's loss.
+        largest: Over all steps.
+        largest_step: Where that was.
+        mean: Over all steps.
+        final_train: Of the last step.
+        final_valid: Of the last validation; None if there was none.
+    """
+
+    first: float
+    largest: float
+    largest_step: int
+    mean: float
+    final_train: float
+    final_valid: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One number that must not be above its limit."""
+
+    what: str
+    value: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.value <= self.limit  # NaN does not pass
+
+
+def window_of(steps: int) -> int:
+    """Steps that are averaged: a twentieth of the run, but at least 5 and at most 100."""
+    return min(max(steps // 20, 5), 100)
+
+
+def smooth(losses: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last `window` values up to each one, of all up to it where there are fewer."""
+    sums = np.cumsum(np.insert(losses, 0, 0.0))
+    ends = np.arange(1, len(losses) + 1)
+    begins = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[begins]) / (ends - begins)
+
+
+def read_run(records: list[dict[str, Any]], steps: int) -> Run:
+    """The numbers of a finished run of `steps` steps.
+
+    Raises:
+        ValueError: A step is missing.
+    """
+    losses = scalars(records, "train", TRAIN_LOSS)
+    missing = [step for step in range(1, steps + 1) if step not in losses]
+    if missing:
+        raise ValueError(f"step {missing[0]} is missing")
+    train = np.array([losses[step] for step in range(1, steps + 1)])
+    rates = list(scalars(records, "train", "throughput").values())
+    return Run(
+        train=train,
+        smoothed=smooth(train, window_of(steps)),
+        valid=scalars(records, "valid", VALID_LOSS),
+        tokens_per_s=median(islice(rates, min(_WARM_UP_STEPS, len(rates) - 1), None)),
+    )
+
+
+def difference(run: Run, reference: Run) -> Difference:
+    """How far `run` is from `reference`; both have the same steps."""
+    smoothed = np.abs(run.smoothed - reference.smoothed)
+    valid = None
+    if run.final_valid is not None and reference.final_valid is not None:
+        valid = abs(run.final_valid - reference.final_valid)
+    return Difference(
+        first=float(abs(run.train[0] - reference.train[0]) / reference.train[0]),
+        largest=float(smoothed.max()),
+        largest_step=int(smoothed.argmax()) + 1,
+        mean=float(smoothed.mean()),
+        final_train=float(smoothed[-1]),
+        final_valid=valid,
+    )
+
+
+def judge(runs: Mapping[str, Run], tolerances: Tolerances) -> dict[str, list[Check]]:
+    """The checks of each variant that can be judged.
+
+    deepep is judged where the two-seed noise is known, deepep-fp8 against the run without FP8:
+    deepep, or the reference where that was not asked for.
+    """
+    checks: dict[str, list[Check]] = {}
+    reference = runs[REFERENCE]
+    if DEEPEP in runs and NOISE in runs:
+        found = difference(runs[DEEPEP], reference)
+        noise = difference(runs[NOISE], reference)
+        checks[DEEPEP] = _within_noise(found, noise, tolerances.noise)
+    if FP8 in runs:
+        checks[FP8] = _within_share(runs[FP8], runs.get(DEEPEP, reference), tolerances.fp8)
+    return checks
+
+
+def _within_noise(found: Difference, noise: Difference, tolerance: float) -> list[Check]:
+    checks = [
+        Check(what="relative |Δ| of step 1", value=found.first, limit=FIRST_STEP_TOLERANCE),
+        Check(what="largest |Δ|", value=found.largest, limit=tolerance * noise.largest),
+        Check(what="mean |Δ|", value=found.mean, limit=tolerance * noise.mean),
+    ]
+    if found.final_valid is not None and noise.final_valid is not None:
+        # Two seeds may happen to end close to each other: the noise is not taken as smaller than
+        # it was on the whole way.
+        limit = tolerance * max(noise.final_valid, noise.mean)
+        checks.append(Check(what="final validation |Δ|", value=found.final_valid, limit=limit))
+    return checks
+
+
+def _within_share(run: Run, wide: Run, tolerance: float) -> list[Check]:
+    checks = []
+    for what, ours, theirs in (
+        ("final train loss, relative |Δ|", run.final_train, wide.final_train),
+        ("final validation loss, relative |Δ|", run.final_valid, wide.final_valid),
+    ):
+        if ours is not None and theirs is not None:
+            value = abs(ours - theirs) / theirs if theirs else math.inf
+            checks.append(Check(what=what, value=value, limit=tolerance))
+    return checks
