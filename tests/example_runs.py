@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,6 +76,22 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 def records(run_dir: Path, kind: str) -> list[dict]:
     return [r for r in read_log(run_dir / LOG_FILE) if r["type"] == kind]
+
+
+def wandb_records(folder: Path) -> dict[str, list[dict]]:
+    """Records of an offline W&B run by type, as the client's own reader prints them."""
+    (path,) = folder.glob("run-*.wandb")
+    output = subprocess.run(
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)],
+        env={**environment(), "WANDB_ERROR_REPORTING": "false"},
+        stdout=subprocess.PIPE,
+        check=True,
+    ).stdout
+    found: dict[str, list[dict]] = defaultdict(list)
+    for line in output.splitlines():
+        record = json.loads(line)
+        found[record["type"]].append(record[record["type"]])
+    return found
 
 
 def assert_refused(result: SimpleNamespace, *words: str) -> None:

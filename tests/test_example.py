@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -24,6 +21,7 @@ from example_runs import (  # noqa: E402
     records,
     torchrun,
     train,
+    wandb_records,
 )
 from moe_config import PretrainConfig  # noqa: E402
 
@@ -214,15 +212,29 @@ def test_log_of_a_restarted_run(tmp_path):
 
 def test_wandb_without_a_key_writes_an_offline_run(tiny_runs):
     pytest.importorskip("wandb")
-    (path,) = tiny_runs("alltoall").glob("wandb/offline-run-*/run-*.wandb")
-    history: dict[str, list[float]] = {}
-    for record in wandb_records(path):
-        for item in record.history.item:
-            name = item.key or ".".join(item.nested_key)
-            history.setdefault(name, []).append(json.loads(item.value_json))
-    assert history["lm loss"] == list(losses(tiny_runs("alltoall")).values())
-    assert len(history["lm loss validation"]) == 2
-    assert {"grad-norm", "learning-rate", "iteration-time", "throughput"} <= history.keys()
+    run_dir = tiny_runs("alltoall")
+    (folder,) = run_dir.glob("wandb/offline-run-*")
+    written = wandb_records(folder)
+    trained, validated = records(run_dir, "train"), records(run_dir, "valid")
+
+    history = {r["step"]["num"]: r["item"] for r in written["history"]}
+    assert list(history) == list(range(1, 61))
+    for record in [*trained, *validated]:
+        values = {key: value for key, value in record.items() if key not in ("type", "iteration")}
+        assert values and values.items() <= history[record["iteration"]].items()
+    summary = {key: value for r in written["summary"] for key, value in r["update"].items()}
+    assert summary["lm loss"] == trained[-1]["lm loss"]
+    assert summary["lm loss validation"] == validated[-1]["lm loss validation"]
+
+    (run,) = written["run"]
+    assert run["project"] == "ep_comm-test" and run["display_name"] == run_dir.name
+    start = records(run_dir, "start")[0]
+    assert run["run_id"] == start["wandb_run_id"]
+    config = run["config"]["update"]
+    assert start["config"].items() <= config.items() and config["world_size"] == 2
+    # The last rank logs: rank 0 is the one that prints.
+    assert not any("step 60/60" in r["line"] for r in written["output_raw"])
+    assert [r["exit_code"] for r in written["exit"]] == [0]
 
 
 def test_failed_run_ends_its_logs(tmp_path):
@@ -231,22 +243,5 @@ def test_failed_run_ends_its_logs(tmp_path):
     result = torchrun(*SMALL, *flags, "--run-dir", tmp_path)
     assert_refused(result, "the loss is nan at step", "a lower --lr may help")
     assert f"log: {tmp_path / LOG_FILE}\n" in result.output
-    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    assert [r.exit.exit_code for r in wandb_records(path) if r.HasField("exit")] == [1]
-
-
-def wandb_records(path: Path) -> Iterator[Any]:
-    """Records of a W&B file: a 7-byte header, then protobufs framed as in a LevelDB log."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, position, block, parts = path.read_bytes(), 7, 1 << 15, b""
-    while position + 7 <= len(data):
-        if block - position % block < 7:  # too little for a chunk's header: padding
-            position += block - position % block
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # the only chunk, or the last one, of a record
-            yield Record.FromString(parts)
-            parts = b""
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    assert [r["exit_code"] for r in wandb_records(folder)["exit"]] == [1]

@@ -136,6 +136,7 @@ def test_bad_data_and_folders(tmp_path):
         "--data-path high --vocab-size 300": ["high.bin", "token 300", "--vocab-size 300"],
         "--data-path cut-idx --vocab-size 301": ["cut-idx.idx", "damaged"],
         "--data-path cut-bin --vocab-size 301": ["cut-bin.bin has 3900 bytes", "tells of 4000"],
+        "--wandb-project p --wandb-save-dir one.txt/w": ["one.txt/w", "one.txt is no folder"],
         "--load nowhere": ["nowhere", "no checkpoint"],
         "--save taken": ["already holds checkpoints", "iteration 6", "--load"],
     }
@@ -172,3 +173,23 @@ def test_bad_data_and_folders(tmp_path):
     for error, (case, words) in zip(errors, cases.items(), strict=True):
         assert all(word in error for word in words), (case, error)
     assert contents(tmp_path) == before
+
+
+def test_wandb_is_not_installed(tmp_path):
+    code = """if True:
+        import sys
+        sys.modules["wandb"] = None  # what cannot be imported
+        import torch.distributed as dist
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        from moe_config import parse_args
+        from moe_log import check_wandb
+        check_wandb(parse_args(sys.argv[1:]))
+        check_wandb(parse_args([*sys.argv[1:], "--wandb-project", "p"]))
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", code, *SMALL, "--run-dir", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        env={**environment(), "PYTHONPATH": f"{ROOT}{os.pathsep}{EXAMPLES}"},
+    )
+    assert "UserError" in result.stderr and "pip install 'ep_comm[wandb]'" in result.stderr

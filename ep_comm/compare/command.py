@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def compare(
             console.print(f"interrupted ({interrupt}): the same command goes on from here")
             return 128 + interrupt.signum
         except RunFailed as failure:
-            console.print(f"error: {variant} {failure}", markup=False, highlight=False)
+            print(f"error: {variant} {failure}", file=sys.stderr)
             return RUN_FAILED
         runs = {name: read_run(directory.log(name), plan.steps) for name in plan.variants}
         document = write_report(plan, directory, runs, tolerances, command)

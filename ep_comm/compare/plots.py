@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ep_comm.compare.plan import DEEPEP, FP8, NOISE, REFERENCE
-from ep_comm.compare.statistics import Run
+from ep_comm.compare.statistics import Run, steps_skipped
 
 _STYLES = {
     REFERENCE: {"color": "black", "linestyle": "-", "linewidth": 2.2},
@@ -19,7 +19,6 @@ _STYLES = {
     FP8: {"color": "tab:red", "linestyle": ":", "linewidth": 2.0},
 }
 _RAW = {"linestyle": "-", "linewidth": 0.7, "alpha": 0.25}
-_SMALLEST = 1e-9  # what a difference of zero is drawn as, on a logarithmic axis
 
 
 def plot_losses(runs: Mapping[str, Run], window: int, title: str, path: Path) -> None:
@@ -50,7 +49,7 @@ def plot_differences(runs: Mapping[str, Run], window: int, title: str, path: Pat
         steps = np.arange(1, len(run.train) + 1)
         raw, smoothed = run.train - reference.train, run.smoothed - reference.smoothed
         style = _STYLES[name]
-        for axes, shown in ((signed, lambda d: d), (size, lambda d: np.fmax(abs(d), _SMALLEST))):
+        for axes, shown in ((signed, np.asarray), (size, _size)):
             axes.plot(steps, shown(raw), color=style["color"], **_RAW)
             axes.plot(steps, shown(smoothed), label=label, **style)
             both = [step for step in run.valid if step in reference.valid]
@@ -59,10 +58,20 @@ def plot_differences(runs: Mapping[str, Run], window: int, title: str, path: Pat
     signed.axhline(0, color="black", linewidth=0.8)
     signed.set_ylabel(f"Δ loss from {REFERENCE}")
     size.set_yscale("log")
-    size.set_ylabel("|Δ|, logarithmic")
-    note = f"lines: of the means of the last {window} steps; faint: each step; circles: validation"
+    size.set_ylabel("|Δ|, logarithmic (0: not drawn)")
+    for axes in (signed, size):
+        axes.axvspan(1, steps_skipped(len(reference.train)) + 1, color="0.93", zorder=0)
+    note = (
+        f"lines: of the means of the last {window} steps; faint: each step; circles: validation\n"
+        f"shaded: counts for no difference"
+    )
     _finish((signed, size), note)
     _save(figure, path)
+
+
+def _size(difference: np.ndarray) -> np.ndarray:
+    """For a logarithmic axis, on which equal losses have no place."""
+    return np.where(difference == 0, np.nan, np.abs(difference))
 
 
 def _figure(title: str, rows: int) -> tuple[Figure, list[Axes]]:

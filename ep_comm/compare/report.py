@@ -13,7 +13,7 @@ from ep_comm.bench.environment import commit, gpu_names, versions
 from ep_comm.compare.directory import Directory, write_text
 from ep_comm.compare.plan import DEEPEP, FP8, NOISE, REFERENCE, Plan
 from ep_comm.compare.plots import plot_differences, plot_losses
-from ep_comm.compare.statistics import Run, Tolerances, difference, judge, window_of
+from ep_comm.compare.statistics import Run, Tolerances, difference, judge, steps_skipped, window_of
 
 LOSS_PLOT = "loss.png"
 DIFFERENCE_PLOT = "difference.png"
@@ -62,6 +62,7 @@ def make_document(
         "processes": plan.processes,
         "steps": plan.steps,
         "window": window_of(plan.steps),
+        "steps_skipped": steps_skipped(plan.steps),
         "data_seed": plan.data_seed,
         "wandb_group": directory.group if plan.settings["wandb_project"] else None,
         "tolerances": asdict(tolerances),
@@ -90,16 +91,17 @@ def render(document: dict[str, Any]) -> str:
     noise = variants.get(NOISE, {}).get("difference")
     failed = [name for name, variant in variants.items() if variant["verdict"] == "FAILED"]
     judged = [name for name, variant in variants.items() if variant["checks"]]
-    outcome = "nothing was judged"
+    outcome = "Nothing was judged"
     if judged:
-        outcome = f"{' and '.join(judged)} within tolerances"
+        outcome = f"Within tolerances: {', '.join(judged)}"
     if failed:
-        outcome = f"{' and '.join(failed)} OUTSIDE tolerances"
+        outcome = f"OUTSIDE tolerances: {', '.join(failed)}"
     lines = [
         f"## Convergence of {document['title']}",
         "",
-        f"**{outcome[0].upper() + outcome[1:]}.** Same data order in all runs; |Δ| from "
-        f"{REFERENCE}, training losses smoothed over {document['window']} steps.",
+        f"**{outcome}.** Same data order in all runs; |Δ| from {REFERENCE}; training losses "
+        f"smoothed over {document['window']} steps; largest and mean from step "
+        f"{document['steps_skipped'] + 1} on.",
         "",
         *_table(
             ["variant", "seed", "final train loss", "final validation loss", "largest \\|Δ\\|",

@@ -2,7 +2,9 @@
 
 Every difference is of losses at the same step, after the same data. Training losses are smoothed
 first: `smooth` takes the mean of the last `window` steps. The **two-seed noise** is the difference
-between two runs of the reference that differ in nothing but the seed of their weights.
+between two runs of the reference that differ in nothing but the seed of their weights. It is
+largest before anything is learnt, where it says nothing of training: the first tenth of the steps
+counts for no difference, neither of the noise nor of a variant.
 """
 
 from __future__ import annotations
@@ -69,10 +71,10 @@ class Difference:
     """|Δ| of a run from the reference. Of smoothed training losses where nothing else is said.
 
     Attributes:
-        first: Of step 1, relative to the reference's loss.
-        largest: Over all steps.
+        first: Of step 1, not smoothed, relative to the reference's loss.
+        largest: Over all steps after the first tenth.
         largest_step: Where that was.
-        mean: Over all steps.
+        mean: Over all steps after the first tenth.
         final_train: Of the last step.
         final_valid: Of the last validation; None if there was none.
     """
@@ -101,6 +103,11 @@ class Check:
 def window_of(steps: int) -> int:
     """Steps that are averaged: a twentieth of the run, but at least 5 and at most 100."""
     return min(max(steps // 20, 5), 100)
+
+
+def steps_skipped(steps: int) -> int:
+    """Steps at the beginning that count for no difference."""
+    return steps // 10
 
 
 def smooth(losses: np.ndarray, window: int) -> np.ndarray:
@@ -133,14 +140,15 @@ def read_run(records: list[dict[str, Any]], steps: int) -> Run:
 
 def difference(run: Run, reference: Run) -> Difference:
     """How far `run` is from `reference`; both have the same steps."""
-    smoothed = np.abs(run.smoothed - reference.smoothed)
+    skipped = steps_skipped(len(run.train))
+    smoothed = np.abs(run.smoothed - reference.smoothed)[skipped:]
     valid = None
     if run.final_valid is not None and reference.final_valid is not None:
         valid = abs(run.final_valid - reference.final_valid)
     return Difference(
         first=float(abs(run.train[0] - reference.train[0]) / reference.train[0]),
         largest=float(smoothed.max()),
-        largest_step=int(smoothed.argmax()) + 1,
+        largest_step=int(smoothed.argmax()) + skipped + 1,
         mean=float(smoothed.mean()),
         final_train=float(smoothed[-1]),
         final_valid=valid,

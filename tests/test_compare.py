@@ -1,0 +1,348 @@
+"""``ep-comm compare``: differences, verdicts and refusals, on made-up logs. Nothing is trained."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from ep_comm.cli import app
+from ep_comm.compare.directory import Directory, locked
+from ep_comm.compare.log import LOG_FILE
+from ep_comm.compare.plan import CompareError, make_plan
+from ep_comm.compare.statistics import (
+    Run,
+    Tolerances,
+    difference,
+    judge,
+    read_run,
+    smooth,
+    steps_skipped,
+    window_of,
+)
+
+STEPS = 100
+VARIANTS = "alltoall,alltoall-seed2,deepep,deepep-fp8"
+
+# A training script as far as a plan needs one: it says what its flags amount to.
+SCRIPT = """if True:
+    import json, sys
+    settings = {
+        "train_iters": 50, "eval_iters": 1, "save_interval": None, "seed": 7, "data_seed": None,
+        "hidden_size": 512, "expert_model_parallel_size": 2, "lr": 0.1, "wandb_project": None,
+        "wandb_save_dir": None, "run_dir": "depends on the variant",
+    }
+    flags = sys.argv[1:]
+    for flag, value in zip(flags, flags[1:]):
+        key = flag.removeprefix("--").replace("-", "_")
+        if key in settings:
+            settings[key] = int(value) if value.isdigit() else value
+    if settings["lr"] == "fast":
+        print("noise\\nerror: lr must be a number, got 'fast'", file=sys.stderr)
+        sys.exit(2)
+    if "--print-config" in flags:
+        print(json.dumps(settings))
+    else:
+        print("step 1\\nerror: the sky fell")
+        sys.exit(2)
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration in a checkout of its own, with the made-up training script."""
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "pretrain_moe.py").write_text(SCRIPT)
+    path = tmp_path / "configs" / "small.yaml"
+    path.parent.mkdir()
+    path.write_text("")
+    return path
+
+
+def plan_of(config: Path, *extra: str, **changed: object):
+    asked = {"steps": STEPS, "processes": None, "variants": VARIANTS, "script": None}
+    asked |= {"wandb_project": None, **changed}
+    return make_plan(config=config, extra=extra, **asked)
+
+
+def losses(offset: float = 0.0, *, at_the_end: float = 0.0) -> np.ndarray:
+    """A curve that falls from 6 to 3, `offset` above itself, and `at_the_end` more in the end."""
+    steps = np.arange(1, STEPS + 1)
+    return 3 + 3 / steps + offset + at_the_end * steps / STEPS
+
+
+def write_log(run_dir: Path, train: np.ndarray, valid: float | None = None) -> None:
+    records = [{"type": "start", "iteration": 0, "versions": {"torch": "1"}}]
+    for step, loss in enumerate(train, start=1):
+        rate = 10.0 if step < 3 else 1000.0 + step
+        records.append({"type": "train", "iteration": step, "lm loss": loss, "throughput": rate})
+    if valid is None:
+        valid = train[-1] + 0.5
+    records.append({"type": "valid", "iteration": len(train), "lm loss validation": valid})
+    run_dir.mkdir(parents=True)
+    (run_dir / LOG_FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def run_of(train: np.ndarray, valid: float | None = None) -> Run:
+    return Run(
+        train=train,
+        smoothed=smooth(train, window_of(len(train))),
+        valid={} if valid is None else {len(train): valid},
+        tokens_per_s=1.0,
+    )
+
+
+def compare(config: Path, *flags: object):
+    command = ["compare", "--config", config, "--steps", STEPS, "--out", config.parent / "out"]
+    return CliRunner().invoke(app, [str(word) for word in (*command, *flags)])
+
+
+def begun(config: Path, curves: dict[str, np.ndarray], valid: dict[str, float] | None = None):
+    """A comparison whose runs have all been trained."""
+    out = config.parent / "out"
+    with locked(out):
+        directory = Directory(out, plan_of(config))
+    for name, curve in curves.items():
+        write_log(directory.run_dir(name), curve, (valid or {}).get(name))
+    return out
+
+
+# ------------------------------------------------------------------------------------- statistics
+
+
+def test_smoothing_is_the_mean_of_the_last_steps():
+    values = np.random.default_rng(0).normal(size=30)
+    expected = [values[max(0, i - 6) : i + 1].mean() for i in range(30)]
+    np.testing.assert_allclose(smooth(values, 7), expected, rtol=1e-12)
+
+
+def test_difference_leaves_out_the_beginning():
+    reference, run = losses(), losses()
+    run[: steps_skipped(STEPS) - window_of(STEPS) + 1] += 100  # gone from the mean when it counts
+    run[49] += 0.5
+    found = difference(run_of(run, 3.2), run_of(reference, 3.0))
+    assert found.first == pytest.approx(100 / reference[0])
+    assert found.largest == pytest.approx(0.5 / window_of(STEPS))
+    assert 50 <= found.largest_step < 50 + window_of(STEPS)
+    assert found.mean == pytest.approx(0.5 / (STEPS - steps_skipped(STEPS)))
+    assert found.final_train == pytest.approx(0, abs=1e-12)
+    assert found.final_valid == pytest.approx(0.2)
+
+
+def test_differences_of_both_signs_do_not_cancel():
+    run = losses()
+    run[20:50] += 0.1
+    run[60:90] -= 0.1
+    assert difference(run_of(run), run_of(losses())).mean == pytest.approx(6 / 90)
+
+
+def test_numbers_of_a_run(tmp_path):
+    from ep_comm.compare.log import read_log
+
+    write_log(tmp_path / "run", losses())
+    run = read_run(read_log(tmp_path / "run" / LOG_FILE), STEPS)
+    assert run.tokens_per_s == np.median(1000 + np.arange(6, STEPS + 1))
+    assert run.final_train == pytest.approx(losses()[-window_of(STEPS) :].mean())
+    assert run.final_valid == losses()[-1] + 0.5
+    with pytest.raises(ValueError, match="step 101 is missing"):
+        read_run(read_log(tmp_path / "run" / LOG_FILE), STEPS + 1)
+
+
+# --------------------------------------------------------------------------------------- verdicts
+
+SEED2 = losses(0.04)
+
+
+@pytest.mark.parametrize(
+    ("deepep", "valid", "failing"),
+    [
+        (losses(at_the_end=0.01), 4.0, []),
+        (losses(at_the_end=0.05), 4.0, ["largest |Δ|"]),
+        (losses(at_the_end=-0.09), 4.0, ["largest |Δ|", "mean |Δ|"]),
+        (losses(), 4.06, ["final validation |Δ|"]),
+        (losses(), 4.03, []),  # the second seed ended at 4.01, but was 0.04 off on the whole way
+        (losses(0.03), 4.0, ["relative |Δ| of step 1"]),
+        (np.append(losses()[:-1], np.nan), 4.0, ["largest |Δ|", "mean |Δ|"]),
+    ],
+)
+def test_deepep_is_judged_by_the_noise(deepep, valid, failing):
+    runs = {"alltoall": run_of(losses(), 4.0), "alltoall-seed2": run_of(SEED2, 4.01)}
+    runs["deepep"] = run_of(deepep, valid)
+    checks = judge(runs, Tolerances())["deepep"]
+    assert [check.what for check in checks if not check.passed] == failing
+    assert len(checks) == 4
+
+
+def test_tolerance_in_units_of_the_noise():
+    runs = {"alltoall": run_of(losses()), "alltoall-seed2": run_of(SEED2)}
+    runs["deepep"] = run_of(losses(at_the_end=0.05))
+    for tolerance, passed in ((1.0, False), (1.3, True)):
+        checks = judge(runs, Tolerances(noise=tolerance))["deepep"]
+        assert all(check.passed for check in checks) == passed
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "passed"),
+    [
+        (losses(at_the_end=0.01), 4.01, True),
+        (losses(at_the_end=-0.03), 4.01, False),
+        (losses(), 4.03, False),
+    ],
+)
+def test_fp8_is_judged_by_the_final_losses_without_it(train, valid, passed):
+    runs = {"alltoall": run_of(losses(1.0), 5.0), "deepep": run_of(losses(), 4.0)}
+    runs["deepep-fp8"] = run_of(train, valid)
+    checks = judge(runs, Tolerances())["deepep-fp8"]
+    assert all(check.passed for check in checks) == passed
+    assert len(checks) == 2
+
+
+# ------------------------------------------------------------------------------ command and report
+
+
+CURVES = {
+    "alltoall": losses(),
+    "alltoall-seed2": SEED2,
+    "deepep": losses(at_the_end=0.001),
+    "deepep-fp8": losses(at_the_end=0.002),
+}
+
+
+def test_report_of_finished_runs(config):
+    out = begun(config, CURVES)
+    result = compare(config)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("finished before") == 4
+    names = {path.name for path in out.iterdir() if path.is_file()}
+    assert names == {
+        *("plan.json", "lock", "report.md", "report.json", "loss.png", "difference.png")
+    }
+    document = json.loads((out / "report.json").read_text())
+    found = document["variants"]["deepep"]
+    assert document["passed"] and found["verdict"] == "passed"
+    expected = difference(run_of(CURVES["deepep"]), run_of(CURVES["alltoall"]))
+    assert found["difference"]["largest"] == expected.largest
+    assert [v["seed"] for v in document["variants"].values()] == [7, 8, 7, 7]
+    page = (out / "report.md").read_text()
+    assert "Within tolerances: deepep, deepep-fp8." in page
+    assert f"| deepep | 7 | {found['final_train_loss']:.6f} |" in page
+    assert document["command"] in page and "torch" in page
+    for name in ("loss.png", "difference.png"):
+        assert name in page
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("wrong", ["deepep", "deepep-fp8"])
+def test_outside_tolerances_ends_with_code_3(config, wrong):
+    out = begun(config, {**CURVES, wrong: losses(at_the_end=0.2)})
+    result = compare(config)
+    assert result.exit_code == 3, result.output
+    assert "FAILED" in result.output
+    assert not json.loads((out / "report.json").read_text())["passed"]
+    page = (out / "report.md").read_text()
+    assert "OUTSIDE tolerances:" in page and "**NO**" in page
+    result = compare(config, "--tolerance-noise", 10, "--tolerance-fp8", 0.2)
+    assert result.exit_code == 0, result.output
+
+
+def test_without_the_second_seed_nothing_is_said_of_deepep(config):
+    begun(config, {name: CURVES[name] for name in ("alltoall", "deepep")})
+    result = compare(config, "--variants", "deepep,alltoall")
+    assert result.exit_code == 0, result.output
+    assert "Nothing was judged" in (config.parent / "out" / "report.md").read_text()
+
+
+def test_runs_with_other_versions_are_pointed_out(config):
+    out = begun(config, CURVES)
+    log = out / "deepep" / LOG_FILE
+    log.write_text(log.read_text().replace('"torch": "1"', '"torch": "2"'))
+    assert compare(config).exit_code == 0
+    page = (out / "report.md").read_text()
+    assert "not all trained with the same versions" in page and "torch 1; torch 2" in page
+
+
+def test_a_failing_run_ends_with_code_1_and_its_own_words(config):
+    result = compare(config, "--variants", "alltoall,deepep")
+    assert result.exit_code == 1, result.output
+    output = config.parent / "out" / "alltoall" / "output.log"
+    assert f"error: alltoall ended with code 1; {output} has all it printed:\n" in result.stderr
+    assert result.stderr.endswith("error: the sky fell\n")
+    assert "step 1\n" in output.read_text()
+    # Nothing was trained yet, so that other settings are welcome.
+    plan = plan_of(config, "--lr", "3")
+    with locked(config.parent / "out"):
+        Directory(config.parent / "out", plan)
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--variants", "alltoall,depep"], ["'depep'", "deepep-fp8"]),
+        (["--variants", "deepep,deepep-fp8"], ["give alltoall"]),
+        (["--variants", "alltoall"], ["at least one other"]),
+        (["--nproc-per-node", "3"], ["3", "multiple of expert_model_parallel_size 2"]),
+        (["--script", "nowhere.py"], ["--script nowhere.py: no such file"]),
+        (["--config", "nowhere.yaml"], ["--config nowhere.yaml: no such file"]),
+        (["--lr", "fast"], ["lr must be a number, got 'fast'"]),
+        (["--run-dir", "x"], ["--run-dir", "use --out"]),
+        (["--moe-token-dispatcher=deepep"], ["--moe-token-dispatcher", "use --variants"]),
+        (["--out", sys.executable], [f"--out {sys.executable} cannot be used: File exists"]),
+    ],
+    ids=lambda value: " ".join(value[:2]),
+)
+def test_refusals(config, flags, words):
+    result = compare(config, *flags)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert all(word in result.stderr for word in words), result.stderr
+    assert not (config.parent / "out").exists()
+
+
+def test_no_training_script_in_sight(config, monkeypatch):
+    (config.parents[1] / "examples" / "pretrain_moe.py").unlink()
+    monkeypatch.chdir(config.parent)
+    with pytest.raises(CompareError, match="pretrain_moe.py .* name it with --script"):
+        plan_of(config)
+
+
+def test_fp8_is_skipped_where_it_cannot_work(config):
+    plan = plan_of(config, "--hidden-size", "96")
+    assert plan.variants == ("alltoall", "alltoall-seed2", "deepep")
+    assert "multiple of" in plan.skipped["deepep-fp8"] and "96" in plan.skipped["deepep-fp8"]
+
+
+def test_folder_of_something_else(config):
+    out = config.parent / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("")
+    result = compare(config)
+    assert result.exit_code == 2 and "holds other things (thesis.tex)" in result.stderr
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+
+
+def test_changed_configuration(config):
+    out = begun(config, CURVES)
+    before = (out / "plan.json").read_bytes()
+    result = compare(config, "--lr", "0.2", "--steps", "90", "--nproc-per-node", "4")
+    assert result.exit_code == 2
+    for change in (
+        *("lr is 0.1 there and 0.2 here", "train_iters is 100 there and 90 here"),
+        "processes is 2 there and 4 here",
+    ):
+        assert change in result.stderr
+    assert "hidden_size" not in result.stderr
+    assert (out / "plan.json").read_bytes() == before
+
+
+def test_two_at_once(config):
+    with locked(config.parent / "out"):
+        result = compare(config)
+    assert result.exit_code == 2
+    assert "is in use by process" in result.stderr

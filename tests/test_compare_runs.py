@@ -1,0 +1,116 @@
+"""``ep-comm compare`` as users start it: it trains, is interrupted, goes on."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("megatron.core")
+pytest.importorskip("pydantic")
+pytest.importorskip("wandb")
+
+from example_runs import (  # noqa: E402
+    SMALL,
+    environment,
+    losses,
+    records,
+    train,
+    wandb_records,
+)
+
+from ep_comm.compare.log import LOG_FILE  # noqa: E402
+
+STEPS, SAVE_INTERVAL = 40, 10
+FLAGS = [*SMALL, "--save-interval", str(SAVE_INTERVAL), "--eval-interval", "20"]
+
+
+def command(out: Path) -> list[str]:
+    return [
+        *(sys.executable, "-m", "ep_comm.cli", "compare", *FLAGS, "--steps", str(STEPS)),
+        *("--variants", "alltoall,deepep", "--out", str(out), "--wandb-project", "ep_comm-test"),
+    ]
+
+
+def wait_until(condition, process: subprocess.Popen, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_interrupted_comparison_goes_on(tmp_path):
+    out = tmp_path / "out"
+    run = out / "deepep"
+    first = subprocess.Popen(
+        command(out), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_until(
+        lambda: (
+            (run / LOG_FILE).exists()
+            and (run / "checkpoints" / "latest_checkpointed_iteration.txt").exists()
+            and max(losses(run), default=0) >= SAVE_INTERVAL + 2
+        ),
+        first,
+    )
+    first.send_signal(signal.SIGINT)
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 128 + signal.SIGINT, output
+    assert "interrupted (SIGINT): the same command goes on from here" in output
+    assert "Traceback" not in output
+    reached = max(losses(run))
+    assert reached < STEPS and not (out / "report.md").exists()
+    finished = (out / "alltoall" / LOG_FILE).read_bytes()
+    assert not (out / "alltoall" / "checkpoints").exists()
+
+    again = subprocess.run(command(out), env=environment(), capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "alltoall: finished before\n" in again.stdout
+    assert f"deepep: going on, it had reached step {reached}\n" in again.stdout
+    assert (out / "alltoall" / LOG_FILE).read_bytes() == finished
+    starts = [r["iteration"] for r in records(run, "start")]
+    assert starts[0] == 0 and SAVE_INTERVAL <= starts[1] <= reached and len(starts) == 2
+
+    # As if it had never been interrupted.
+    flags = [*FLAGS, "--train-iters", STEPS, "--moe-token-dispatcher", "deepep"]
+    assert losses(run) == train(tmp_path / "whole", *flags)
+    validations = [
+        {r["iteration"]: r["lm loss validation"] for r in records(folder, "valid")}
+        for folder in (run, tmp_path / "whole")
+    ]
+    assert validations[0] == validations[1] and list(validations[0]) == [20, 40]
+
+    document = json.loads((out / "report.json").read_text())
+    deepep = document["variants"]["deepep"]
+    assert deepep["difference"]["largest"] < 1e-4
+    assert deepep["final_valid_loss"] == validations[0][40]
+    check_wandb(out, again.stdout)
+
+
+def check_wandb(out: Path, output: str) -> None:
+    """One group; the interrupted run is one run, in two parts; the printed command has them all."""
+    (sync,) = (line for line in output.splitlines() if line.startswith("wandb sync "))
+    folders = [Path(word) for word in shlex.split(sync)[2:]]
+    assert sorted(folders) == sorted(out.glob("*/wandb/offline-run-*")) and len(folders) == 3
+    group = json.loads((out / "plan.json").read_text())["group"]
+    ids: dict[str, set[str]] = {"alltoall": set(), "deepep": set()}
+    steps: dict[str, set[int]] = {"alltoall": set(), "deepep": set()}
+    for folder in folders:
+        variant = folder.parents[1].name
+        written = wandb_records(folder)
+        (run,) = written["run"]
+        assert (run["run_group"], run["project"]) == (group, "ep_comm-test")
+        assert run["tags"] == ["compare", variant]
+        assert run["display_name"] == f"tiny-cpu-{variant}"
+        assert run["config"]["update"]["moe_token_dispatcher"] == variant
+        ids[variant].add(run["run_id"])
+        steps[variant] |= {r["step"]["num"] for r in written["history"]}
+    assert [len(found) for found in ids.values()] == [1, 1] and ids["alltoall"] != ids["deepep"]
+    assert steps == dict.fromkeys(ids, set(range(1, STEPS + 1)))
