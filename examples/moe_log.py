@@ -40,15 +40,17 @@ class RunLog:
             "versions": versions,
             "config": config.model_dump(mode="json"),
         }
+        earlier: list[dict[str, Any]] = []
         if config.wandb_project:
-            start["wandb_run_id"] = on_rank_0(lambda: _wandb_run_id(config, first_iteration))
+            earlier = on_rank_0(lambda: _earlier_records(config, first_iteration))
+            start["wandb_run_id"] = on_rank_0(lambda: _wandb_run_id(earlier))
         self._file = self._screen = self._wandb = None
         if dist.get_rank() == 0:
             self._file = _open_log(config.run_dir / LOG_FILE)
             self._screen = _Screen(config, first_iteration)
             self._write(start)
         if config.wandb_project and _is_last_rank():
-            self._wandb = _WandB(config, start)
+            self._wandb = _WandB(config, start, earlier)
 
     def message(self, text: str) -> None:
         """Print a line, on rank 0."""
@@ -121,16 +123,18 @@ def _wandb_dir(config: PretrainConfig) -> Path:
     return config.wandb_save_dir or config.run_dir
 
 
-def _wandb_run_id(config: PretrainConfig, first_iteration: int) -> str:
-    """The W&B run that a resumed run goes on with, if its log tells of one; else a new one."""
-    if "WANDB_RUN_ID" in os.environ:
-        return os.environ["WANDB_RUN_ID"]
+def _earlier_records(config: PretrainConfig, first_iteration: int) -> list[dict[str, Any]]:
+    """What the log tells of the run that is resumed after `first_iteration`."""
     log = config.run_dir / LOG_FILE
-    if first_iteration and log.exists():
-        for record in reversed(read_log(log)):
-            if "wandb_run_id" in record:
-                return record["wandb_run_id"]
-    return secrets.token_hex(4)
+    if first_iteration == 0 or not log.exists():
+        return []
+    return [record for record in read_log(log) if record["iteration"] <= first_iteration]
+
+
+def _wandb_run_id(earlier: list[dict[str, Any]]) -> str:
+    """The W&B run that a resumed run goes on with, if its log names one; else a new one."""
+    ids = [record["wandb_run_id"] for record in earlier if "wandb_run_id" in record]
+    return os.environ.get("WANDB_RUN_ID") or (ids[-1] if ids else secrets.token_hex(4))
 
 
 def _is_last_rank() -> bool:
@@ -197,14 +201,26 @@ class _Screen:
 
 
 class _WandB:
-    """Weights & Biases through its client; whatever fails there costs a warning, not the run."""
+    """Weights & Biases through its client; whatever fails there costs a warning, not the run.
 
-    def __init__(self, config: PretrainConfig, start: dict[str, Any]) -> None:
+    The client buffers: of a run that is killed, an offline file has little or nothing. So a
+    resumed run logs `earlier` steps again, those that W&B does not have, and the latest offline
+    file has the whole run.
+    """
+
+    def __init__(
+        self, config: PretrainConfig, start: dict[str, Any], earlier: list[dict[str, Any]]
+    ) -> None:
         self._run = None
         try:
             self._run = self._start(config, start)
         except Exception as error:  # the client's failures have no common type
             self._warn(error)
+            return
+        for record in earlier:
+            if record["type"] != "start":
+                values = {k: v for k, v in record.items() if k not in ("type", "iteration")}
+                self.log(record["iteration"], values)
 
     @staticmethod
     def _start(config: PretrainConfig, start: dict[str, Any]) -> Any:
@@ -242,7 +258,8 @@ class _WandB:
         return init("offline")
 
     def log(self, iteration: int, scalars: dict[str, float]) -> None:
-        self._call(lambda: self._run.log(scalars, step=iteration))
+        # A run that was resumed online has steps already, and takes none of them twice.
+        self._call(lambda: iteration >= self._run.step and self._run.log(scalars, step=iteration))
 
     def close(self, *, failed: bool) -> None:
         run = self._run

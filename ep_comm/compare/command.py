@@ -105,7 +105,7 @@ def _say_where(plan: Plan, directory: Directory, console: Console) -> None:
     say(f"report: {directory.path / 'report.md'}")
     if not plan.settings["wandb_project"]:
         return
-    offline = [folder for name in plan.variants for folder in _offline_runs(plan, directory, name)]
+    offline = [folder for name in plan.variants for folder in _offline_run(plan, directory, name)]
     if offline:
         say("W&B runs, offline; to upload them:")
         say(f"wandb sync {shlex.join(map(str, offline))}")
@@ -113,8 +113,8 @@ def _say_where(plan: Plan, directory: Directory, console: Console) -> None:
         say(f"W&B: project {plan.settings['wandb_project']}, group {directory.group}")
 
 
-def _offline_runs(plan: Plan, directory: Directory, variant: str) -> list[Path]:
-    """Folders of a variant's offline W&B run, one for each time that it was started."""
-    ids = {r["wandb_run_id"] for r in directory.log(variant) if "wandb_run_id" in r}
+def _offline_run(plan: Plan, directory: Directory, variant: str) -> list[Path]:
+    """Folder of a variant's W&B run if that is offline; the latest has all steps."""
+    ids = [r["wandb_run_id"] for r in directory.log(variant) if "wandb_run_id" in r]
     parent = Path(plan.settings["wandb_save_dir"] or directory.run_dir(variant)) / "wandb"
-    return sorted(path for each in ids for path in parent.glob(f"offline-run-*-{each}"))
+    return sorted(parent.glob(f"offline-run-*-{ids[-1]}"))[-1:] if ids else []

@@ -20,6 +20,7 @@ from typing import Any
 LOG_FILE = "log.jsonl"
 TRAIN_LOSS = "lm loss"
 VALID_LOSS = "lm loss validation"
+WIRE_MIB = "ep/wire-mib"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

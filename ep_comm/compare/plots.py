@@ -18,6 +18,7 @@ _STYLES = {
     DEEPEP: {"color": "tab:blue", "linestyle": "--", "linewidth": 1.6},
     FP8: {"color": "tab:red", "linestyle": ":", "linewidth": 2.0},
 }
+_RESOLUTION = 1e-7  # of a loss in FP32: a logarithmic axis goes no further, equal losses are 0
 _RAW = {"linestyle": "-", "linewidth": 0.7, "alpha": 0.25}
 
 
@@ -49,7 +50,7 @@ def plot_differences(runs: Mapping[str, Run], window: int, title: str, path: Pat
         steps = np.arange(1, len(run.train) + 1)
         raw, smoothed = run.train - reference.train, run.smoothed - reference.smoothed
         style = _STYLES[name]
-        for axes, shown in ((signed, np.asarray), (size, _size)):
+        for axes, shown in ((signed, np.asarray), (size, np.abs)):
             axes.plot(steps, shown(raw), color=style["color"], **_RAW)
             axes.plot(steps, shown(smoothed), label=label, **style)
             both = [step for step in run.valid if step in reference.valid]
@@ -57,10 +58,13 @@ def plot_differences(runs: Mapping[str, Run], window: int, title: str, path: Pat
             axes.plot(both, shown(valid), "o", mfc="none", ms=7, color=style["color"])
     signed.axhline(0, color="black", linewidth=0.8)
     signed.set_ylabel(f"Δ loss from {REFERENCE}")
-    size.set_yscale("log")
-    size.set_ylabel("|Δ|, logarithmic (0: not drawn)")
+    size.set_yscale("symlog", linthresh=_RESOLUTION)
+    size.set_ylim(bottom=-_RESOLUTION / 5)
+    size.set_ylabel(f"|Δ|, logarithmic above {_RESOLUTION:g}")
+    skipped = steps_skipped(len(reference.train))
     for axes in (signed, size):
-        axes.axvspan(1, steps_skipped(len(reference.train)) + 1, color="0.93", zorder=0)
+        axes.axvspan(1, skipped + 1, color="0.93", zorder=0)
+    _scale_to([run.train - reference.train for run in runs.values()], skipped, signed)
     note = (
         f"lines: of the means of the last {window} steps; faint: each step; circles: validation\n"
         f"shaded: counts for no difference"
@@ -69,9 +73,12 @@ def plot_differences(runs: Mapping[str, Run], window: int, title: str, path: Pat
     _save(figure, path)
 
 
-def _size(difference: np.ndarray) -> np.ndarray:
-    """For a logarithmic axis, on which equal losses have no place."""
-    return np.where(difference == 0, np.nan, np.abs(difference))
+def _scale_to(differences: list[np.ndarray], skipped: int, axes: Axes) -> None:
+    """Give the height to the steps that count, and leave room for the legend above."""
+    shown = np.concatenate([each[skipped:] for each in differences])
+    low, high = np.nanmin(shown), np.nanmax(shown)
+    margin = (high - low) / 20 or _RESOLUTION
+    axes.set_ylim(low - margin, high + 8 * margin)
 
 
 def _figure(title: str, rows: int) -> tuple[Figure, list[Axes]]:

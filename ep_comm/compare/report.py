@@ -73,6 +73,7 @@ def make_document(
                 "final_train_loss": run.final_train,
                 "final_valid_loss": run.final_valid,
                 "tokens_per_s": run.tokens_per_s,
+                "wire_mib": run.wire_mib,
                 "difference": None if name == REFERENCE else asdict(difference(run, reference)),
                 "checks": [
                     {**asdict(check), "passed": check.passed} for check in checks.get(name, [])
@@ -106,7 +107,7 @@ def render(document: dict[str, Any]) -> str:
         *_table(
             ["variant", "seed", "final train loss", "final validation loss", "largest \\|Δ\\|",
              "at step", "mean \\|Δ\\|", "mean \\|Δ\\| / noise", "final validation \\|Δ\\|",
-             "tokens/s, median", "verdict"],
+             "tokens/s, median", "MiB sent/step", "verdict"],
             [_row(name, variant, noise) for name, variant in variants.items()],
         ),
         "",
@@ -155,7 +156,8 @@ def _row(name: str, variant: dict[str, Any], noise: dict[str, Any] | None) -> li
         share = found["mean"] / noise["mean"] if noise and noise["mean"] else None
         cells += [f"{found['largest']:.2e}", str(found["largest_step"]), f"{found['mean']:.2e}"]
         cells += [_number(share, ".2g"), _number(found["final_valid"], ".2e")]
-    return [*cells, f"{variant['tokens_per_s']:,.0f}", variant["verdict"]]
+    cells += [f"{variant['tokens_per_s']:,.0f}", _number(variant["wire_mib"], ".2f")]
+    return [*cells, variant["verdict"]]
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -3,8 +3,8 @@
 Every difference is of losses at the same step, after the same data. Training losses are smoothed
 first: `smooth` takes the mean of the last `window` steps. The **two-seed noise** is the difference
 between two runs of the reference that differ in nothing but the seed of their weights. It is
-largest before anything is learnt, where it says nothing of training: the first tenth of the steps
-counts for no difference, neither of the noise nor of a variant.
+largest while the loss falls steeply, where one run is merely some steps ahead of the other: the
+first quarter of the steps counts for no difference, neither of the noise nor of a variant.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ep_comm.compare.log import TRAIN_LOSS, VALID_LOSS, scalars
+from ep_comm.compare.log import TRAIN_LOSS, VALID_LOSS, WIRE_MIB, scalars
 from ep_comm.compare.plan import DEEPEP, FP8, NOISE, REFERENCE
 
 # Relative, between the losses of step 1: the same weights and data must give the same loss.
@@ -48,12 +48,14 @@ class Run:
         smoothed: The same, each the mean of the last steps up to it.
         valid: Validation loss, by the step after which it was taken; may be empty.
         tokens_per_s: Median over the steps, of all processes together.
+        wire_mib: What rank 0 sent in a step, the median; None if the dispatcher does not count it.
     """
 
     train: np.ndarray
     smoothed: np.ndarray
     valid: dict[int, float]
     tokens_per_s: float
+    wire_mib: float | None = None
 
     @property
     def final_train(self) -> float:
@@ -72,9 +74,9 @@ class Difference:
 
     Attributes:
         first: Of step 1, not smoothed, relative to the reference's loss.
-        largest: Over all steps after the first tenth.
+        largest: Over all steps after the first quarter.
         largest_step: Where that was.
-        mean: Over all steps after the first tenth.
+        mean: Over all steps after the first quarter.
         final_train: Of the last step.
         final_valid: Of the last validation; None if there was none.
     """
@@ -107,7 +109,7 @@ def window_of(steps: int) -> int:
 
 def steps_skipped(steps: int) -> int:
     """Steps at the beginning that count for no difference."""
-    return steps // 10
+    return steps // 4
 
 
 def smooth(losses: np.ndarray, window: int) -> np.ndarray:
@@ -130,11 +132,13 @@ def read_run(records: list[dict[str, Any]], steps: int) -> Run:
         raise ValueError(f"step {missing[0]} is missing")
     train = np.array([losses[step] for step in range(1, steps + 1)])
     rates = list(scalars(records, "train", "throughput").values())
+    sent = [r[WIRE_MIB] for r in records if WIRE_MIB in r]
     return Run(
         train=train,
         smoothed=smooth(train, window_of(steps)),
         valid=scalars(records, "valid", VALID_LOSS),
         tokens_per_s=median(islice(rates, min(_WARM_UP_STEPS, len(rates) - 1), None)),
+        wire_mib=median(sent) if sent else None,
     )
 
 
