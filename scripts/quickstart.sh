@@ -12,14 +12,7 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun sets the same, but complains about it
 export WANDB_MODE=${WANDB_MODE:-offline}
 
-for dispatcher in alltoall deepep; do
-    echo "== training configs/tiny-cpu.yaml on 2 processes with $dispatcher"
-    torchrun --standalone --nproc_per_node=2 examples/pretrain_moe.py \
-        --config configs/tiny-cpu.yaml --moe-token-dispatcher "$dispatcher" \
-        --run-dir "runs/tiny-cpu-$dispatcher" --wandb-project ep_comm-quickstart
-done
-
-echo "== comparing"
-python examples/plot_runs.py runs/tiny-cpu-alltoall runs/tiny-cpu-deepep \
-    --out runs/quickstart.png
-echo "W&B run: $(ls -d runs/tiny-cpu-deepep/wandb/*run-* | tail -n 1)"
+rm -rf runs/quickstart # of an earlier quickstart: the trainings are to be seen
+echo "== training configs/tiny-cpu.yaml on 2 processes with alltoall and with deepep, and comparing"
+ep-comm compare --config configs/tiny-cpu.yaml --variants alltoall,deepep \
+    --out runs/quickstart --wandb-project ep_comm-quickstart

@@ -43,10 +43,10 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_help_names_both_commands():
+def test_help_names_all_commands():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    assert "bench" in result.output and "doctor" in result.output
+    assert all(name in result.output for name in ("bench", "compare", "doctor"))
 
 
 def test_bench_outside_of_torchrun(no_job, capfd):

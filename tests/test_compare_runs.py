@@ -27,8 +27,8 @@ from example_runs import (  # noqa: E402
 
 from ep_comm.compare.log import LOG_FILE  # noqa: E402
 
-STEPS, SAVE_INTERVAL = 40, 10
-FLAGS = [*SMALL, "--save-interval", str(SAVE_INTERVAL), "--eval-interval", "20"]
+STEPS, SAVE_INTERVAL = 30, 10
+FLAGS = [*SMALL, "--save-interval", str(SAVE_INTERVAL), "--eval-interval", "15"]
 
 
 def command(out: Path) -> list[str]:
@@ -85,12 +85,12 @@ def test_interrupted_comparison_goes_on(tmp_path):
         {r["iteration"]: r["lm loss validation"] for r in records(folder, "valid")}
         for folder in (run, tmp_path / "whole")
     ]
-    assert validations[0] == validations[1] and list(validations[0]) == [20, 40]
+    assert validations[0] == validations[1] and list(validations[0]) == [15, 30]
 
     document = json.loads((out / "report.json").read_text())
     deepep = document["variants"]["deepep"]
     assert deepep["difference"]["largest"] < 1e-4
-    assert deepep["final_valid_loss"] == validations[0][40]
+    assert deepep["final_valid_loss"] == validations[0][STEPS]
     check_wandb(out, again.stdout)
 
 

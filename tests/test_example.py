@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +16,13 @@ pytest.importorskip("megatron.core")
 pytest.importorskip("pydantic")
 
 from example_runs import (  # noqa: E402
+    EXAMPLES,
+    ROOT,
     SMALL,
     TINY,
     assert_refused,
     contents,
+    environment,
     losses,
     records,
     torchrun,
@@ -27,6 +33,7 @@ from moe_config import PretrainConfig  # noqa: E402
 
 from ep_comm.compare.log import LOG_FILE, read_log  # noqa: E402
 
+OF_EACH_RANK = ("iteration-time", "throughput")  # measured by the one that logs them
 LATEST = "latest_checkpointed_iteration.txt"
 
 
@@ -90,6 +97,29 @@ def test_gradient_accumulation_gives_the_same_step(tiny_runs, tmp_path):
         # Not exactly: the balancing loss is a product of means over a microbatch.
         assert many["lm loss"] == pytest.approx(one["lm loss"], rel=1e-3)
         assert many["grad-norm"] == pytest.approx(one["grad-norm"], rel=1e-2)
+
+
+def test_data_seed_alone_decides_the_order_of_the_data():
+    code = """if True:
+        import torch.distributed as dist
+        from ep_comm.megatron import cpu
+        cpu.enable()
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        import sys
+        from moe_config import parse_args
+        from moe_data import load_datasets
+        for seeds in (["--seed", "1"], ["--seed", "2"], ["--seed", "2", "--data-seed", "1"]):
+            _, train, valid = load_datasets(parse_args([*sys.argv[1:], *seeds]))
+            print(*(data[i]["tokens"].tolist() for data in (train, valid) for i in range(4)))
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", code, *SMALL, "--expert-model-parallel-size", "1"],
+        capture_output=True,
+        text=True,
+        env={**environment(), "PYTHONPATH": f"{ROOT}{os.pathsep}{EXAMPLES}"},
+    )
+    first, second, mixed = (x for x in result.stdout.splitlines() if x.startswith("["))
+    assert first != second and first == mixed
 
 
 # ------------------------------------------------------------------ repeating and resuming exactly
@@ -220,8 +250,10 @@ def test_wandb_without_a_key_writes_an_offline_run(tiny_runs):
     history = {r["step"]["num"]: r["item"] for r in written["history"]}
     assert list(history) == list(range(1, 61))
     for record in [*trained, *validated]:
-        values = {key: value for key, value in record.items() if key not in ("type", "iteration")}
-        assert values and values.items() <= history[record["iteration"]].items()
+        logged = history[record["iteration"]]
+        assert record.keys() - {"type", "iteration"} <= logged.keys()
+        for key in record.keys() - {"type", "iteration", *OF_EACH_RANK}:
+            assert record[key] == logged[key]
     summary = {key: value for r in written["summary"] for key, value in r["update"].items()}
     assert summary["lm loss"] == trained[-1]["lm loss"]
     assert summary["lm loss validation"] == validated[-1]["lm loss validation"]
