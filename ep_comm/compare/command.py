@@ -18,6 +18,7 @@ from ep_comm.compare.report import write_report
 from ep_comm.compare.runs import (
     Interrupted,
     RunFailed,
+    discard_checkpoints,
     interruptible,
     is_finished,
     last_step,
@@ -76,6 +77,7 @@ def _train_if_needed(
     if not finished:
         display.begin(variant, last_step(records))
         train(plan, directory, variant, lock, lambda r: display.follow(variant, r))
+    discard_checkpoints(directory, variant)
     display.finish(variant, before=finished)
 
 

@@ -127,7 +127,11 @@ def train(
     _follow(directory, variant, follow, size)
     if process.returncode or not is_finished(directory.log(variant), plan):
         raise RunFailed(_why(output, begin, process.returncode))
-    shutil.rmtree(checkpoints)
+
+
+def discard_checkpoints(directory: Directory, variant: str) -> None:
+    """Free the space that a finished run no longer needs."""
+    shutil.rmtree(directory.run_dir(variant) / "checkpoints", ignore_errors=True)
 
 
 def _follow(
