@@ -15,4 +15,4 @@ export WANDB_MODE=${WANDB_MODE:-offline}
 rm -rf runs/quickstart # of an earlier quickstart: the trainings are to be seen
 echo "== training configs/tiny-cpu.yaml on 2 processes with alltoall and with deepep, and comparing"
 ep-comm compare --config configs/tiny-cpu.yaml --variants alltoall,deepep \
-    --out runs/quickstart --wandb-project ep_comm-quickstart
+    --out runs/quickstart --wandb-project ep_comm-quickstart --save-interval 60

@@ -97,4 +97,4 @@ def _finish(axes: tuple[Axes, ...] | list[Axes], note: str) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
