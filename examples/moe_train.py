@@ -20,6 +20,7 @@ from moe_model import Trainee, build, have_transformer_engine
 
 import ep_comm
 from ep_comm import megatron as ep_megatron
+from ep_comm.bench.environment import commit
 
 Batches = Iterator[dict[str, torch.Tensor]]
 
@@ -146,7 +147,7 @@ def _mean_loss(
 
 
 def _versions() -> dict[str, str]:
-    """Versions of what a run's numbers depend on, for its log."""
+    """What a run's numbers depend on, for its log."""
     packages = ["torch", "megatron-core"]
     if have_transformer_engine():
         packages.append("transformer-engine")
@@ -155,4 +156,5 @@ def _versions() -> dict[str, str]:
         "ep_comm": ep_comm.__version__,
         **{package: importlib.metadata.version(package) for package in packages},
         "device": device,
+        "commit": commit() or "none",
     }

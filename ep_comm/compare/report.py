@@ -9,7 +9,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
-from ep_comm.bench.environment import commit, gpu_names, versions
+from ep_comm.bench.environment import gpu_names, versions
 from ep_comm.compare.directory import Directory, write_text
 from ep_comm.compare.plan import DEEPEP, FP8, NOISE, REFERENCE, Plan
 from ep_comm.compare.plots import plot_differences, plot_losses
@@ -54,7 +54,6 @@ def make_document(
         "passed": all(check.passed for found in checks.values() for check in found),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
-        "commit": commit(),
         "versions": versions(),
         "trained_with": trained_with,
         "gpus": gpu_names(),
@@ -183,7 +182,8 @@ def _surroundings(document: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     gpus = document["gpus"]
     devices = f"{len(gpus)} × {gpus[0]}" if gpus else f"CPU, {document['cpu_cores']} cores"
-    source = f"commit {document['commit']}" if document["commit"] else "no git repository"
+    commits = {each.get("commit", "none") for each in document["trained_with"]}
+    source = f"commit {', '.join(sorted(commits))}"
     lines = [f"{document['date']}; {devices}; {source}; {versions}."]
     if len(document["trained_with"]) > 1:
         lines.append(
