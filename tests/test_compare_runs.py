@@ -38,7 +38,7 @@ def command(out: Path) -> list[str]:
     ]
 
 
-def wait_until(condition, process: subprocess.Popen, timeout_s: float = 120) -> None:
+def wait_until(condition, process: subprocess.Popen, timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, process.communicate()[0]
