@@ -111,10 +111,10 @@ def compare(
         str, typer.Option(help="What to train; alltoall is what the others are compared with.")
     ] = "alltoall,alltoall-seed2,deepep,deepep-fp8",
     tolerance_noise: Annotated[
-        float, typer.Option(help="Allowed of deepep, in units of the two-seed noise.")
+        float, typer.Option(min=0, help="Allowed of deepep, in units of the two-seed noise.")
     ] = 1.0,
     tolerance_fp8: Annotated[
-        float, typer.Option(help="Allowed of deepep-fp8, relative to the loss without FP8.")
+        float, typer.Option(min=0, help="Allowed of deepep-fp8, relative to the loss without FP8.")
     ] = 0.005,
     wandb_project: Annotated[
         str | None, typer.Option(help="W&B project; all runs go into one group of it.")
