@@ -20,6 +20,7 @@ OUTPUT_FILE = "output.log"
 _POLL_S = 0.5
 _GRACE_S = 90  # for a checkpoint on the way out; torchrun gives its processes 30 s of it
 _LAST_LINES = 20
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Of whoever calls: they would make all runs one.
 _WANDB_OF_ONE_RUN = ("WANDB_RUN_ID", "WANDB_NAME", "WANDB_RESUME")
 
@@ -60,9 +61,6 @@ def interruptible() -> Iterator[None]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def last_step(records: list[Record]) -> int:
