@@ -53,7 +53,9 @@ def check_paths(config: PretrainConfig) -> Path | None:
     """Refuse paths that would fail, or overwrite another run's checkpoints, hours later.
 
     Returns:
-        The checkpoint to load, if any: the latest one in ``config.load``.
+        The checkpoint to load, if any: the latest one in ``config.load``. Where that is
+        ``config.save`` too, a run begins there if it is still without checkpoints: the same command
+        starts a run and goes on with it.
 
     Raises:
         UserError: There is no checkpoint to load, it belongs to another model or run, or there is
@@ -169,17 +171,18 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 
 
 def _check_paths(config: PretrainConfig) -> Path | None:
-    checkpoint = _latest(config.load) if config.load else None
-    if checkpoint:
-        _check_fingerprint(checkpoint, config)
-    if config.save and not (config.load and config.save.resolve() == config.load.resolve()):
-        existing = config.save / LATEST
-        if existing.exists():
-            raise UserError(
-                f"--save {config.save} already holds checkpoints, the latest of iteration "
-                f"{existing.read_text().strip()}: add --load {config.save} to go on from it, or "
-                f"choose another folder"
-            )
+    saved = config.save / LATEST if config.save else None
+    goes_on = config.save and config.load and config.save.resolve() == config.load.resolve()
+    if saved and saved.exists() and not goes_on:
+        raise UserError(
+            f"--save {config.save} already holds checkpoints, the latest of iteration "
+            f"{saved.read_text().strip()}: add --load {config.save} to go on from it, or "
+            f"choose another folder"
+        )
+    if not config.load or (goes_on and not saved.exists()):
+        return None
+    checkpoint = _latest(config.load)
+    _check_fingerprint(checkpoint, config)
     return checkpoint
 
 

@@ -145,7 +145,9 @@ class Output(_Group):
     save_interval: PositiveInt | None = _key(
         None, "steps between checkpoints; one more at the end; none: only that one"
     )
-    load: Path | None = _key(None, "folder of checkpoints to resume from, at the latest one")
+    load: Path | None = _key(
+        None, "folder of checkpoints to resume from, at the latest one; may be empty if it is save"
+    )
     run_dir: Path | None = _key(None, "folder of the logs; none: runs/CONFIG-DISPATCHER")
     log_interval: PositiveInt = _key(1, "steps between lines on the screen; log.jsonl has all")
     wandb_project: str | None = _key(None, "W&B project; none: no W&B")

@@ -7,6 +7,7 @@ and with one message. `agree` turns it into the same `UserError` everywhere.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ class UserError(Exception):
 
 
 def init_process_group() -> None:
-    """Join the job that torchrun started, over NCCL if there are GPUs and over gloo if not.
+    """Join the job that torchrun or srun started, over NCCL if there are GPUs, else over gloo.
 
     Raises:
         UserError: There are more processes on this machine than GPUs.
@@ -40,11 +41,37 @@ def init_process_group() -> None:
         if processes > gpus:
             raise UserError(
                 f"{processes} processes for {gpus} GPUs: start one for each "
-                f"(torchrun --nproc_per_node={gpus}), or hide the GPUs (CUDA_VISIBLE_DEVICES=)"
+                f"(torchrun --nproc_per_node={gpus}, srun --ntasks-per-node={gpus}), let each of "
+                f"them see all GPUs (srun --gpu-bind=none without --gpus-per-task), or hide the "
+                f"GPUs (CUDA_VISIBLE_DEVICES=)"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=10))
+
+
+def check_expert_groups(size: int) -> None:
+    """Refuse groups of `size` consecutive ranks that have GPUs on several hosts, on all ranks.
+
+    Raises:
+        UserError: There is such a group.
+    """
+    hosts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    if torch.cuda.is_available():
+        _check_hosts(hosts, size)
+
+
+def _check_hosts(hosts: list[str], size: int) -> None:
+    for first in range(0, len(hosts), size):
+        names = sorted(set(hosts[first : first + size]))
+        if len(names) > 1:
+            raise UserError(
+                f"--expert-model-parallel-size {size} puts ranks {first} to {first + size - 1} on "
+                f"{len(names)} hosts ({', '.join(names)}), and deepep works within a host so far: "
+                f"choose a size that divides the processes of a host, or "
+                f"--moe-token-dispatcher alltoall"
+            )
 
 
 def agree(action: Callable[[], T]) -> T:
@@ -79,7 +106,8 @@ def user_errors_exit() -> Iterator[None]:
         yield
     except UserError as error:
         # Before the group exists, other machines may know nothing of this: the first rank of each.
-        speaker = os.environ.get("RANK" if dist.is_initialized() else "LOCAL_RANK", "0") == "0"
+        names = ["RANK"] if dist.is_initialized() else ["LOCAL_RANK", "SLURM_LOCALID"]
+        speaker = all(os.environ.get(name, "0") == "0" for name in names)
         if speaker:
             print(f"error: {error}", file=sys.stderr, flush=True)
         # torchrun kills the others as soon as one rank ends: that one has to speak first.
@@ -87,5 +115,5 @@ def user_errors_exit() -> Iterator[None]:
             dist.barrier()
             dist.destroy_process_group()
         elif not speaker:
-            time.sleep(10)  # torchrun does not let it last that long
+            time.sleep(10)  # torchrun does not let it last that long, srun does
         sys.exit(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -14,9 +15,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from moe_checkpoint import check_paths, load, save
 from moe_config import PretrainConfig
 from moe_data import load_datasets, microbatches
-from moe_launch import UserError
+from moe_launch import UserError, check_expert_groups
 from moe_log import RunLog, check_wandb
-from moe_model import Trainee, build, have_transformer_engine
+from moe_model import DEEPEP, Trainee, build, have_transformer_engine
+from moe_stop import EXIT_CODE, StopRequest
 
 import ep_comm
 from ep_comm import megatron as ep_megatron
@@ -30,29 +32,38 @@ def pretrain(config: PretrainConfig) -> None:
 
     Raises:
         UserError: Something is asked for that cannot be done. Nothing has been overwritten.
+        SystemExit: SIGTERM came, on any rank (`moe_stop`).
     """
     # Whatever can be wrong with the request comes first, before anything is written.
     num_microbatches = config.num_microbatches(dist.get_world_size())
     check_wandb(config)
+    if config.moe_token_dispatcher == DEEPEP:
+        check_expert_groups(config.expert_model_parallel_size)
     checkpoint = check_paths(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     corpus, train_data, valid_data = load_datasets(config)
     trainee = build(config, corpus.vocab_size, device)
     iteration, consumed_samples = load(trainee, checkpoint) if checkpoint else (0, 0)
+    stop = StopRequest()
+    stopping = False
 
     with RunLog(config, _versions(), first_iteration=iteration) as log:
         if checkpoint:
             log.message(f"resumed at step {iteration} from {checkpoint}")
+        elif config.load:
+            log.message(f"no checkpoint in {config.load} yet: from the start")
         if iteration >= config.train_iters:
             log.message(f"already at step {iteration} of {config.train_iters}: nothing to do")
         meter = ep_megatron.MoEMeter([trainee.model])
         batches = partial(microbatches, config=config, device=device)
         train_batches = batches(train_data, first_sample=consumed_samples)
 
-        while iteration < config.train_iters:
+        while iteration < config.train_iters and not stopping:
             start = time.perf_counter()
             learning_rate = trainee.optimizer.param_groups[0]["lr"]
             loss, grad_norm = _train_step(trainee, train_batches, config, num_microbatches)
+            # One all-reduce for both: asking whether any rank is to stop costs four bytes.
+            loss, stopping = _mean_over_ranks(loss, loss.new_tensor(stop.received))
             duration = time.perf_counter() - start
             trainee.scheduler.step(increment=config.global_batch_size)
             iteration += 1
@@ -77,16 +88,21 @@ def pretrain(config: PretrainConfig) -> None:
                 log.valid(iteration, _validate(trainee, valid_batches, config, num_microbatches))
                 meter.step()  # what validation dispatched belongs to no step
             due = config.save_interval and iteration % config.save_interval == 0
-            if config.save and (last or due):
+            if config.save and (last or due or stopping):
                 save(trainee, config, iteration=iteration, consumed_samples=consumed_samples)
                 log.message(f"step {iteration}: checkpoint in {config.save}")
+        if iteration < config.train_iters:
+            log.message(_stopped(config, iteration))
+    dist.barrier()  # W&B may take a while on one rank; no other one shall look as if it had failed
     dist.destroy_process_group()
+    if iteration < config.train_iters:
+        sys.exit(EXIT_CODE)
 
 
 def _train_step(
     trainee: Trainee, batches: Batches, config: PretrainConfig, num_microbatches: int
-) -> tuple[float, float]:
-    """One optimizer step; returns the loss before it, and the gradient norm before clipping."""
+) -> tuple[torch.Tensor, float]:
+    """One optimizer step; returns this rank's loss, and the gradient norm before clipping."""
     trainee.model.zero_grad_buffer()
     trainee.optimizer.zero_grad()
     loss = _forward_backward(trainee, batches, config, num_microbatches, forward_only=False)
@@ -106,7 +122,7 @@ def _validate(
         for _ in range(config.eval_iters)
     ]
     trainee.model.train()
-    return sum(losses) / len(losses)
+    return sum(_mean_over_ranks(*losses)) / len(losses)
 
 
 def _forward_backward(
@@ -116,8 +132,8 @@ def _forward_backward(
     num_microbatches: int,
     *,
     forward_only: bool,
-) -> float:
-    """Run one global batch; returns its loss, averaged over microbatches and ranks."""
+) -> torch.Tensor:
+    """Run one global batch; returns this rank's loss, averaged over its microbatches."""
     results = get_forward_backward_func()(
         forward_step_func=_forward_step,
         data_iterator=batches,
@@ -127,9 +143,20 @@ def _forward_backward(
         micro_batch_size=config.micro_batch_size,
         forward_only=forward_only,
     )
-    loss = torch.stack([result["lm loss"] for result in results]).mean()
-    dist.all_reduce(loss)
-    return loss.item() / dist.get_world_size()
+    return torch.stack([result["lm loss"] for result in results]).mean()
+
+
+def _mean_over_ranks(*values: torch.Tensor) -> list[float]:
+    sums = torch.stack(values)
+    dist.all_reduce(sums)
+    return [total / dist.get_world_size() for total in sums.tolist()]
+
+
+def _stopped(config: PretrainConfig, iteration: int) -> str:
+    done = f"SIGTERM: stopped after step {iteration} of {config.train_iters}"
+    if config.save:
+        return f"{done}; --load {config.save} goes on from there"
+    return f"{done}; nothing is saved, there is no --save"
 
 
 def _forward_step(batches: Batches, model: torch.nn.Module) -> tuple[torch.Tensor, partial]:

@@ -2,9 +2,11 @@
 
     torchrun --nproc_per_node=2 examples/pretrain_moe.py --config configs/tiny-cpu.yaml
 
+or, in a SLURM job, by srun with one task for each process (``scripts/slurm/pretrain_moe.sbatch``).
 ``--moe-token-dispatcher alltoall`` or ``allgather`` runs the same with Megatron's own dispatcher,
 ``--help`` lists everything else. With no ``--data-path`` it trains on the source of Python's
-standard library, byte by byte.
+standard library, byte by byte. On SIGTERM it finishes the step, writes a checkpoint to ``--save``
+and exits with 75; ``--load`` goes on from there.
 
 This file starts the processes' work; `moe_train` is the training loop.
 """
@@ -17,6 +19,7 @@ import warnings
 
 from moe_config import parse_args
 from moe_launch import UserError, agree, init_process_group, user_errors_exit
+from moe_slurm import rank_variables
 
 from ep_comm.megatron import cpu
 
@@ -24,9 +27,13 @@ from ep_comm.megatron import cpu
 def main() -> None:
     """Entry point of every process."""
     with user_errors_exit():
+        os.environ.update(rank_variables(os.environ))
         if "RANK" not in os.environ:
             parse_args()  # --help, and mistakes, without torchrun
-            raise UserError("start it with torchrun --nproc_per_node=N examples/pretrain_moe.py")
+            raise UserError(
+                "start it with torchrun --nproc_per_node=N examples/pretrain_moe.py"
+                + (", or with srun" if "SLURM_JOB_ID" in os.environ else "")
+            )
         # Megatron's overlap of communication and computation counts on this order of launches.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         init_process_group()

@@ -1,0 +1,83 @@
+"""The SLURM environment: srun's variables where torchrun's are missing, and whether they agree."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from moe_launch import UserError
+
+# Ports below the range that Linux hands out to connections by itself.
+_FIRST_PORT, _NUM_PORTS = 20_000, 10_000
+
+
+def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """What torch.distributed needs and `environment` lacks, for a process that srun started.
+
+    Returns:
+        RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; empty for
+        processes that are no task of a SLURM job step, or that torchrun started.
+
+    Raises:
+        UserError: SLURM's variables contradict others, or do not say where rank 0 is.
+    """
+    if "SLURM_STEP_TASKS_PER_NODE" not in environment:
+        return {}
+    local_tasks = _tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])[
+        int(environment["SLURM_NODEID"])
+    ]
+    if "TORCHELASTIC_RUN_ID" in environment:
+        _check_torchrun(environment, local_tasks)
+        return {}
+    ours = {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(local_tasks),
+    }
+    for name, value in ours.items():
+        if environment.get(name, value) != value:
+            raise UserError(
+                f"{name} is {environment[name]}, but srun says {value} (it started "
+                f"{ours['WORLD_SIZE']} tasks, SLURM_PROCID {ours['RANK']}): unset {name}, or start "
+                f"as many tasks as processes are meant (srun --ntasks)"
+            )
+    return {**ours, **_rendezvous(environment)}
+
+
+def _check_torchrun(environment: Mapping[str, str], local_tasks: int) -> None:
+    if local_tasks > 1:
+        raise UserError(
+            f"srun started {local_tasks} torchruns on this node, each of them "
+            f"{environment['LOCAL_WORLD_SIZE']} processes: start torchrun with "
+            f"--ntasks-per-node=1, or this script without torchrun, one task for each GPU"
+        )
+    nodes, groups = environment["SLURM_STEP_NUM_NODES"], environment["GROUP_WORLD_SIZE"]
+    if nodes != groups:
+        raise UserError(
+            f"srun started torchrun on {nodes} nodes, but torchrun forms a job of {groups}: give "
+            f"it --nnodes={nodes} --rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:PORT, or start "
+            f"this script without torchrun, one task for each GPU"
+        )
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """Tasks of each node in SLURM's notation: ``"4(x2),1"`` is 4, 4, 1."""
+    counts: list[int] = []
+    for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(tasks)] * int(times or 1)
+    return counts
+
+
+def _rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
+    """Where rank 0 listens; what is set already stays."""
+    job, nodes = environment["SLURM_JOB_ID"], int(environment["SLURM_STEP_NUM_NODES"])
+    if "MASTER_ADDR" not in environment and nodes > 1:
+        raise UserError(
+            f"MASTER_ADDR is not set and the job step has {nodes} nodes: before srun, export "
+            f'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+        )
+    return {
+        "MASTER_ADDR": environment.get("MASTER_ADDR", "localhost"),
+        "MASTER_PORT": environment.get("MASTER_PORT", str(_FIRST_PORT + int(job) % _NUM_PORTS)),
+    }

@@ -1,0 +1,26 @@
+"""Stopping on SIGTERM: SLURM sends it before it takes a job's nodes away, torchrun passes it on.
+
+The step in progress is finished, a checkpoint is written, and the process exits with `EXIT_CODE`.
+"""
+
+from __future__ import annotations
+
+import signal
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
+
+
+class StopRequest:
+    """Whether SIGTERM has reached this process since this was made.
+
+    From then on SIGTERM does nothing else: SLURM and torchrun both send it, to each process of a
+    job and more than once, while the last checkpoint is being written. Until then it ends the
+    process, which has nothing to lose yet.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, *_: object) -> None:
+        self.received = True
