@@ -27,6 +27,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from moe_config import PretrainConfig
 from moe_launch import UserError, agree, on_rank_0
 from moe_model import Trainee
+from moe_stop import shielded_children
 from torch.distributed.checkpoint.api import CheckpointException
 
 T = TypeVar("T")
@@ -82,7 +83,8 @@ def save(
         "scheduler": trainee.scheduler.state_dict(),
         "fingerprint": _fingerprint(config),
     }
-    dist_checkpointing.save(state, str(temporary))
+    with shielded_children():  # Megatron keeps the processes that its first save starts
+        dist_checkpointing.save(state, str(temporary))
     if dist.get_rank() == 0:
         temporary.rename(folder)
         latest = config.save / (LATEST + ".tmp")

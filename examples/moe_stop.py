@@ -6,6 +6,9 @@ The step in progress is finished, a checkpoint is written, and the process exits
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
 
@@ -24,3 +27,19 @@ class StopRequest:
 
     def _receive(self, *_: object) -> None:
         self.received = True
+
+
+@contextmanager
+def shielded_children() -> Iterator[None]:
+    """Processes that are started inside never get SIGTERM, which SLURM sends to all of a job.
+
+    For those that the last checkpoint and the end of the logs need. They end with their parent.
+    """
+    # Started now, since on its start multiprocessing lets SIGTERM through again.
+    resource_tracker.ensure_running()
+    # Blocked and not ignored: one that comes meanwhile reaches this process afterwards.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

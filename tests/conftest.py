@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +15,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     num_gpus = torch.cuda.device_count()
+    # Debian puts daemons where not every user's PATH leads.
+    slurm = shutil.which("slurmctld", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     for item in items:
+        if "slurm" in item.keywords and slurm is None:
+            reason = "needs slurmctld (scripts/slurm/local_cluster.sh install)"
+            item.add_marker(pytest.mark.skip(reason=reason))
         needed = 2 if "multi_gpu" in item.keywords else 1 if "gpu" in item.keywords else 0
         if num_gpus < needed:
             item.add_marker(

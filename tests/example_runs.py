@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,8 +43,12 @@ def torchrun(
     processes: int = 2,
     timeout: float = 120,
     script: Path = EXAMPLES / "pretrain_moe.py",
+    meanwhile: Callable[[subprocess.Popen], object] = lambda process: None,
 ) -> SimpleNamespace:
-    """Run the example; returns its exit code, output and duration."""
+    """Run the example; returns its exit code, output and duration.
+
+    `meanwhile` is called with torchrun's process as soon as that has been started.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(processes), str(script)]
     start = time.monotonic()
@@ -56,8 +61,9 @@ def torchrun(
         start_new_session=True,  # so that a hanging run can be ended with all its processes
     )
     try:
+        meanwhile(process)
         output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
+    except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise
     return SimpleNamespace(code=process.returncode, output=output, seconds=time.monotonic() - start)
@@ -72,6 +78,14 @@ def train(run_dir: Path, *flags: object) -> dict[int, float]:
 
 def losses(run_dir: Path) -> dict[int, float]:
     return {r["iteration"]: r["lm loss"] for r in records(run_dir, "train")}
+
+
+def wait_for_step(run_dir: Path, step: int, *, timeout: float = 120) -> None:
+    """Wait until the run has logged `step`."""
+    end = time.monotonic() + timeout
+    while not (run_dir / LOG_FILE).exists() or max(losses(run_dir), default=0) < step:
+        assert time.monotonic() < end, f"no step {step} within {timeout} s"
+        time.sleep(0.02)
 
 
 def records(run_dir: Path, kind: str) -> list[dict]:
