@@ -4,7 +4,7 @@
 #
 #   scripts/slurm/local_cluster.sh start [FOLDER]    then: export SLURM_CONF=FOLDER/slurm.conf
 #   scripts/slurm/local_cluster.sh stop [FOLDER]     ends jobs and daemons, removes FOLDER
-#   scripts/slurm/local_cluster.sh install           Debian's packages, where root may apt-get
+#   scripts/slurm/local_cluster.sh install           Debian's packages, as root in a container
 #
 # FOLDER must be new; without one it is /tmp/ep-comm-slurm-USER. The cluster has one node, no GPUs
 # and two partitions: a job in "urgent" preempts those in "batch" (the default), which are requeued.
@@ -29,16 +29,17 @@ missing_programs() {
 
 install_packages() {
     [ -n "$(missing_programs)" ] || return 0
-    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-        die "install ${PACKAGES[*]} with your package manager"
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || [ -d /run/systemd/system ]; then
+        die "not root in a Debian container: install ${PACKAGES[*]} yourself"
     fi
-    export DEBIAN_FRONTEND=noninteractive
-    apt_install || { apt-get update -qq >/dev/null 2>&1 && apt_install; } ||
+    echo "installing ${PACKAGES[*]}"
+    export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 # 1: starts no service
+    apt_install || { timeout 60 apt-get update -qq >/dev/null 2>&1 && apt_install; } ||
         die "apt-get cannot install ${PACKAGES[*]}"
 }
 
 apt_install() {
-    apt-get install -qq -y --no-install-recommends "${PACKAGES[@]}" >/dev/null 2>&1
+    timeout 120 apt-get install -qq -y --no-install-recommends "${PACKAGES[@]}" >/dev/null 2>&1
 }
 
 free_port() { # from $1 on
