@@ -80,7 +80,7 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {r["iteration"]: r["lm loss"] for r in records(run_dir, "train")}
 
 
-def wait_for_step(run_dir: Path, step: int, *, timeout: float = 120) -> None:
+def wait_for_step(run_dir: Path, step: int, *, timeout: float = 300) -> None:
     """Wait until the run has logged `step`."""
     end = time.monotonic() + timeout
     while not (run_dir / LOG_FILE).exists() or max(losses(run_dir), default=0) < step:

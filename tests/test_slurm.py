@@ -249,7 +249,7 @@ def test_a_contradiction_ends_all_ranks_with_one_line(tmp_path):
 def test_scripts_are_sound(script):
     subprocess.run(["bash", "-n", script], check=True)
     if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", "-x", script.name], check=True, cwd=SCRIPTS)
+        subprocess.run(["shellcheck", "-x", script], check=True, cwd=ROOT)
 
 
 class Cluster:
@@ -280,7 +280,7 @@ class Cluster:
         fields = self.run("scontrol", "show", "job", "--oneliner", job).split()
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
-    def wait(self, job: str, *states: str, timeout: float = 120) -> dict[str, str]:
+    def wait(self, job: str, *states: str, timeout: float = 300) -> dict[str, str]:
         """Wait until `job` is in one of `states`, for good; returns what SLURM says of it."""
         end = time.monotonic() + timeout
         while (fields := self.job(job))["JobState"] not in states:
@@ -340,7 +340,7 @@ def test_a_preempted_job_goes_on_and_repeats_the_uninterrupted_run(
     assert "resumed at step" not in ranks[1]
 
 
-def wait_for_start(run_dir: Path, number: int, *, timeout: float = 120) -> int:
+def wait_for_start(run_dir: Path, number: int, *, timeout: float = 300) -> int:
     """Wait for the run's `number`-th start; returns the step after which it was."""
     end = time.monotonic() + timeout
     while len(starts(run_dir)) < number:

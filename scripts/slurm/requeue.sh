@@ -30,17 +30,21 @@ run_requeuable() {
     exit "$code"
 }
 
+# RUNNING unless SLURM is ending the job: preempted, it is COMPLETING until SLURM requeues it, and so
+# is a cancelled one, which must stay where it is.
+job_is_running() {
+    [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]
+}
+
 signal_tasks() {
-    scancel --signal=TERM "$SLURM_JOB_ID" 2>/dev/null || true # preempted: SLURM did it already
+    if job_is_running; then # else SLURM has signalled them, and scancel would try for a minute
+        scancel --signal=TERM "$SLURM_JOB_ID" || true
+    fi
 }
 
 requeue() {
-    local state
-    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) || state=unknown
-    # A preempted job is COMPLETING, and SLURM requeues it itself. So is a cancelled one, which must
-    # stay where it is.
-    if [ "$state" != RUNNING ]; then
-        echo "== stopped; the job is $state: SLURM decides whether it is started again"
+    if ! job_is_running; then
+        echo "== stopped; SLURM is ending the job, and decides whether it is started again"
     elif scontrol requeue "$SLURM_JOB_ID"; then
         echo "== stopped, requeued"
     else
