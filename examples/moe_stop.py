@@ -33,7 +33,8 @@ class StopRequest:
 def shielded_children() -> Iterator[None]:
     """Processes that are started inside never get SIGTERM, which SLURM sends to all of a job.
 
-    For those that the last checkpoint and the end of the logs need. They end with their parent.
+    For those that the last checkpoint needs. Programs that handle SIGTERM (W&B's service) get it
+    nevertheless.
     """
     # Started now, since on its start multiprocessing lets SIGTERM through again.
     resource_tracker.ensure_running()

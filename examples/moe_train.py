@@ -18,7 +18,7 @@ from moe_data import load_datasets, microbatches
 from moe_launch import UserError, check_expert_groups
 from moe_log import RunLog, check_wandb
 from moe_model import DEEPEP, Trainee, build, have_transformer_engine
-from moe_stop import EXIT_CODE, StopRequest, shielded_children
+from moe_stop import EXIT_CODE, StopRequest
 
 import ep_comm
 from ep_comm import megatron as ep_megatron
@@ -47,9 +47,7 @@ def pretrain(config: PretrainConfig) -> None:
     stop = StopRequest()
     stopping = False
 
-    with shielded_children():
-        log = RunLog(config, _versions(), first_iteration=iteration)
-    with log:
+    with RunLog(config, _versions(), first_iteration=iteration) as log:
         if checkpoint:
             log.message(f"resumed at step {iteration} from {checkpoint}")
         elif config.load:
