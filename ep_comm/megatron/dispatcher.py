@@ -21,7 +21,7 @@ from torch import Tensor
 
 import ep_comm
 from ep_comm import Buffer, DispatchHandle, EPConfig, fp8
-from ep_comm.megatron.options import EPOptions, check_supported
+from ep_comm.megatron.options import EPOptions, check_one_node, check_supported
 
 # One buffer a process group and configuration: all layers of a model share it.
 _buffers: dict[tuple, Buffer] = {}
@@ -61,6 +61,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         check_supported(config, options)
+        check_one_node(dist.get_process_group_ranks(self.ep_group))
         self.num_local_experts = num_local_experts
         self.local_expert_indices = local_expert_indices
         self.options = options
@@ -159,6 +160,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
                     timeout_s=options.timeout_s,
                 ),
             )
+            _buffers[key].set_num_sms(options.num_sms)
             if dist.get_rank() == 0:
                 print(self._startup_line(_buffers[key], hidden_states), flush=True)
         return _buffers[key]
@@ -172,6 +174,8 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             off.append("FP8 dispatch (not asked for)")
         if not options.overlap_wgrad:
             off.append("wgrad overlap (not asked for)")
+        if options.num_sms is not None and buffer.passed_over:
+            off.append(f"num_sms {options.num_sms} (the backend uses no SMs of its own)")
         return (
             f"ep_comm {ep_comm.__version__}: {buffer.describe()}, EP {buffer.num_ranks}, "
             f"{buffer.config.num_experts} experts top-{buffer.config.num_topk}, "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,8 @@ class EPOptions:
             takes what Megatron's quantisation needs, and 1, no padding, without quantisation.
         max_tokens_per_rank: Most tokens of one micro-batch on one rank; None takes the first
             micro-batch's, over all ranks.
+        num_sms: SMs that each operation's kernels may occupy; None is all of the GPU's. No effect
+            with the reference backend.
         timeout_s: Bound of every wait for another rank, in seconds.
     """
 
@@ -37,6 +41,7 @@ class EPOptions:
     overlap_wgrad: bool = False
     expert_alignment: int | None = None
     max_tokens_per_rank: int | None = None
+    num_sms: int | None = None
     timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
@@ -46,6 +51,8 @@ class EPOptions:
         tokens = self.max_tokens_per_rank
         if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
             raise EPArgumentError(f"max_tokens_per_rank must be a positive integer, got {tokens!r}")
+        if self.num_sms is not None and (not isinstance(self.num_sms, int) or self.num_sms < 2):
+            raise EPArgumentError(f"num_sms must be at least 2, or None, got {self.num_sms!r}")
 
 
 def check_supported(config: TransformerConfig, options: EPOptions) -> None:
@@ -73,6 +80,27 @@ def check_supported(config: TransformerConfig, options: EPOptions) -> None:
                 "FP8 dispatch over NVLink needs hidden_size to be a multiple of 512, got "
                 f"{config.hidden_size}"
             )
+
+
+def check_one_node(ranks: Sequence[int]) -> None:
+    """Raise where an expert-parallel group of GPUs leaves its node. `ranks` are global ones.
+
+    Nodes are known from LOCAL_WORLD_SIZE, which torchrun and our launcher set; without it nothing
+    is checked. On CPU the reference backend works anywhere.
+
+    Raises:
+        EPUnsupportedError: Names the flag.
+    """
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    if not ranks_per_node or not torch.cuda.is_available():
+        return
+    num_nodes = len({rank // ranks_per_node for rank in ranks})
+    if num_nodes > 1:
+        raise EPUnsupportedError(
+            f"--expert-model-parallel-size {len(ranks)} would span {num_nodes} nodes of "
+            f"{ranks_per_node} ranks, and expert parallelism between nodes is not there yet: the "
+            "ranks of one expert-parallel group must be on one node"
+        )
 
 
 def _refused(config: TransformerConfig) -> list[tuple[str, object, str]]:

@@ -1,0 +1,192 @@
+"""Run an unmodified Megatron-LM script with ``--moe-token-dispatcher deepep``.
+
+    torchrun --nproc_per_node=8 -m ep_comm.megatron.launch pretrain_gpt.py ARGS...
+
+The script runs as if Python had been given it directly, except that Megatron's argument parser
+knows our flags (`launch_flags`). Where they ask for our dispatcher, every MoE layer gets it, and
+the training loop checks and logs it (`launch_hooks`). Whatever is wrong with the request is one
+line that begins with ``error:``, and exit code 2, before the first step. docs/megatron.md is the
+user's guide.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+
+from ep_comm.errors import EPError
+from ep_comm.megatron import cpu, launch_env
+from ep_comm.megatron.launch_flags import LaunchError, add_flags, extend_parser, wants_ep_comm
+from ep_comm.megatron.versions import SUPPORTED, is_supported
+
+_SPEAKER_LEAD_S = 5.0
+
+
+def main() -> None:
+    """Entry point of every process: ``launch SCRIPT ARGS...``."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0].startswith("-"):
+        _help_parser().parse_args(arguments or ["--help"])
+        raise SystemExit(2)
+    training = None
+    try:
+        launch_env.from_slurm(os.environ)
+        script = _script(arguments[0])
+        _become(script, arguments)
+        version = _check_megatron(script)
+        training = _hook_megatron(version)
+        runpy.run_path(str(script), run_name="__main__")
+        if training.options is None and wants_ep_comm(arguments):
+            raise LaunchError(
+                f"{script} ended without calling Megatron's argument parser, so it never saw "
+                "--moe-token-dispatcher deepep: it is no script of Megatron-LM's"
+            )
+    except LaunchError as error:
+        _exit(error)
+    except EPError as error:
+        if training is None or training.started:
+            raise
+        _exit(error)
+
+
+def _script(name: str) -> Path:
+    script = Path(name).absolute()
+    if not script.is_file():
+        raise LaunchError(f"there is no script {name}; give Megatron's, such as pretrain_gpt.py")
+    try:
+        if _imports_megatron(script, set()):
+            return script
+    except SyntaxError as error:
+        raise LaunchError(f"{script} is no Python script: {error}") from None
+    raise LaunchError(
+        f"{script} is no script of Megatron-LM's: neither it nor what it imports from its folder "
+        "imports megatron"
+    )
+
+
+def _imports_megatron(source: Path, seen: set[Path]) -> bool:
+    """Whether a file, or one that it imports from its own folder, imports megatron."""
+    seen.add(source)
+    for node in ast.walk(ast.parse(source.read_bytes(), str(source))):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module or ""]
+        else:
+            continue
+        for module in modules:
+            top = module.partition(".")[0]
+            beside = source.with_name(f"{top}.py")
+            if top == "megatron":
+                return True
+            if beside not in seen and beside.is_file() and _imports_megatron(beside, seen):
+                return True
+    return False
+
+
+def _become(script: Path, arguments: list[str]) -> None:
+    """Give the process the path and the arguments that ``python SCRIPT ARGS...`` would have."""
+    sys.argv = arguments
+    module_folder_is_first = not getattr(sys.flags, "safe_path", False)  # of python -m: the cwd
+    sys.path[: int(module_folder_is_first)] = [str(script.parent)]
+
+
+def _check_megatron(script: Path) -> str:
+    """That the script will find one whole Megatron of a version that we support; its version."""
+    core, training = _folder("megatron.core"), _folder("megatron.training")
+    if core is None or training is None:
+        missing = "megatron.core" if core is None else "megatron.training"
+        raise LaunchError(
+            f"there is no {missing} next to {script} or on the path: run a script of a "
+            "Megatron-LM clone where it is, or name the clone in PYTHONPATH"
+        )
+    version = _version(core)
+    if not is_supported(version):
+        raise LaunchError(
+            f"Megatron {version} in {core.parent} is not supported: ep_comm works with "
+            f"megatron-core {SUPPORTED}"
+        )
+    if core.parent != training.parent:
+        raise LaunchError(
+            f"two copies of megatron are mixed: megatron.core comes from {core.parent}, "
+            f"megatron.training from {training.parent}. Run the script of a whole Megatron-LM "
+            "clone, and name no other one in PYTHONPATH"
+        )
+    for entry in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+        other = Path(entry).absolute() / "megatron"
+        if (other / "core").is_dir() and other.resolve() != core.parent.resolve():
+            raise LaunchError(
+                f"two copies of megatron: {script} uses the one in {core.parent}, but PYTHONPATH "
+                f"names {other.parent}. Take it out of PYTHONPATH, or run the script of that clone"
+            )
+    return version
+
+
+def _folder(package: str) -> Path | None:
+    """Where `package` would be imported from."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        return None
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def _version(core: Path) -> str:
+    """Version of a Megatron-Core, found without importing it: an unknown one may not import."""
+    try:
+        return runpy.run_path(str(core / "package_info.py"))["__version__"]
+    except (OSError, KeyError):
+        return "of unknown version"
+
+
+def _hook_megatron(version: str):
+    """Import Megatron's training and make it know us."""
+    try:
+        cpu.enable()
+        from ep_comm.megatron.launch_hooks import Training
+
+        arguments = importlib.import_module("megatron.training.arguments")
+        training = Training(importlib.import_module("megatron.training.training"), version)
+    except ImportError as error:
+        raise LaunchError(f"Megatron {version} cannot be imported: {error}") from error
+    extend_parser(arguments, training.use)
+    return training
+
+
+def _exit(error: Exception) -> None:
+    """End this process with code 2 and the error's one line.
+
+    The launcher of the processes (torchrun, srun) ends all of them when the first one ends. So the
+    first rank of the node speaks; others do, late, only if that one had nothing to say.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_SPEAKER_LEAD_S)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _help_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ep_comm.megatron.launch",
+        usage="torchrun --nproc_per_node=N -m ep_comm.megatron.launch SCRIPT ARGS...",
+        description="Run an unmodified Megatron-LM script, such as pretrain_gpt.py, with ep_comm's "
+        f"MoE token dispatcher. Works with megatron-core {SUPPORTED}. SCRIPT takes Megatron's own "
+        "arguments (SCRIPT --help lists them) and the following. Without --moe-token-dispatcher "
+        "deepep it runs as it is.",
+        epilog="Under SLURM: srun --ntasks-per-node=8 python -m ep_comm.megatron.launch SCRIPT "
+        "ARGS... More in docs/megatron.md.",
+        allow_abbrev=False,
+    )
+    add_flags(parser, ["deepep", "alltoall", "allgather", "flex"])
+    return parser
+
+
+if __name__ == "__main__":
+    main()
