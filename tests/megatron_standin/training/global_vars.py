@@ -1,0 +1,41 @@
+"""What the whole process shares: arguments, timers, writers."""
+
+from types import SimpleNamespace
+
+from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
+from megatron.core.timers import Timers
+
+_state = SimpleNamespace(args=None, timers=None, wandb=None)
+
+
+def set_global_variables(args):
+    init_num_microbatches_calculator(
+        args.rank, None, args.global_batch_size, args.micro_batch_size, args.world_size
+    )
+    _state.args, _state.timers = args, Timers(0, "minmax")
+    if args.wandb_project and args.rank == args.world_size - 1:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project,
+            name=args.wandb_exp_name,
+            dir=args.wandb_save_dir,
+            config=vars(args),
+        )
+        _state.wandb = wandb
+
+
+def get_args():
+    return _state.args
+
+
+def get_timers():
+    return _state.timers
+
+
+def get_wandb_writer():
+    return _state.wandb
+
+
+def get_tensorboard_writer():
+    return None
