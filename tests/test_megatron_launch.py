@@ -39,7 +39,7 @@ STEPS = 3
 FLAGS = f"""
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 48 --seq-length 16
     --max-position-embeddings 16 --position-embedding-type rope --vocab-size 63
-    --micro-batch-size 2 --global-batch-size 4 --train-iters {STEPS} --lr 1e-2
+    --micro-batch-size 2 --global-batch-size 4 --train-iters {STEPS} --lr 1e-2 --save-interval 100
     --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 48 --moe-router-dtype fp32
     --expert-model-parallel-size 2 --mtp-num-layers 1 --transformer-impl local
     --use-cpu-initialization --no-persist-layer-norm --no-gradient-accumulation-fusion

@@ -12,7 +12,7 @@ from .global_vars import set_global_variables
 _NUMBERS = """
     num-layers hidden-size num-attention-heads ffn-hidden-size moe-ffn-hidden-size seq-length
     max-position-embeddings micro-batch-size global-batch-size train-iters num-experts
-    moe-router-topk expert-model-parallel-size mtp-num-layers vocab-size
+    moe-router-topk expert-model-parallel-size mtp-num-layers vocab-size save-interval
 """
 _WORDS = """
     save moe-router-dtype transformer-impl tokenizer-type distributed-backend wandb-project
