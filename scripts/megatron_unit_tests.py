@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import itertools
 import os
 import sys
 from datetime import timedelta
@@ -60,23 +61,20 @@ def main() -> None:
 
     size = dist.get_world_size()
     layouts = {(1, size), (size, 1), (1, 1)} | ({(size // 2, 2)} if size >= 4 else set())
-    outcomes = []
-    for check, settings in _CHECKS.items():
-        for tp_size, ep_size in sorted(layouts):
-            outcome = _run(tests.MoEModelTestContainer, check, settings, tp_size, ep_size)
-            outcomes.append(outcome)
-            if dist.get_rank() == 0:
-                print(f"{check} TP {tp_size} EP {ep_size}: {outcome}", flush=True)
-    dist.barrier()
-    sys.exit(any(outcome.startswith("FAILS") for outcome in outcomes))
+    failed = False
+    for check, (tp_size, ep_size) in itertools.product(_CHECKS, sorted(layouts)):
+        outcome = _run(tests.MoEModelTestContainer, check, tp_size, ep_size)
+        failed |= outcome.startswith("FAILS")
+        if dist.get_rank() == 0:
+            print(f"{check} TP {tp_size} EP {ep_size}: {outcome}", flush=True)
+    sys.exit(failed)
 
 
-def _run(container: type, check: str, settings: dict, tp_size: int, ep_size: int) -> str:
+def _run(container: type, check: str, tp_size: int, ep_size: int) -> str:
     """One check on all ranks; the worst outcome of any."""
     from ep_comm.megatron import destroy_buffers
 
-    outcome = "passes"
-    built = None
+    outcome, built = "passes", None
     if "fp8" in check and importlib.util.find_spec("transformer_engine") is None:
         return "skipped: needs Transformer Engine, as in Megatron"
     try:
@@ -85,7 +83,7 @@ def _run(container: type, check: str, settings: dict, tp_size: int, ep_size: int
             ep_size=ep_size,
             pp_size=1,
             moe_token_dispatcher_type="alltoall",
-            **settings,
+            **_CHECKS[check],
         )
         getattr(built, check)()
     except EPUnsupportedError as error:

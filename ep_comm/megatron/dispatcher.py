@@ -21,7 +21,7 @@ from torch import Tensor
 
 import ep_comm
 from ep_comm import Buffer, DispatchHandle, EPConfig, fp8
-from ep_comm.megatron.options import EPOptions, check_one_node, check_supported
+from ep_comm.megatron.options import EPOptions, check_supported
 
 # One buffer a process group and configuration: all layers of a model share it.
 _buffers: dict[tuple, Buffer] = {}
@@ -61,7 +61,6 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         check_supported(config, options)
-        check_one_node(dist.get_process_group_ranks(self.ep_group))
         self.num_local_experts = num_local_experts
         self.local_expert_indices = local_expert_indices
         self.options = options

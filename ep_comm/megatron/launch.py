@@ -12,7 +12,7 @@ user's guide.
 from __future__ import annotations
 
 import argparse
-import ast
+import functools
 import importlib
 import importlib.util
 import os
@@ -20,6 +20,9 @@ import runpy
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ep_comm.errors import EPError
 from ep_comm.megatron import cpu, launch_env
@@ -33,8 +36,9 @@ def main() -> None:
     """Entry point of every process: ``launch SCRIPT ARGS...``."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0].startswith("-"):
-        _help_parser().parse_args(arguments or ["--help"])
-        raise SystemExit(2)
+        parser = _help_parser()
+        parser.parse_known_args(arguments or ["--help"])
+        parser.error("the script comes first, then its arguments")
     training = None
     try:
         launch_env.from_slurm(os.environ)
@@ -42,12 +46,12 @@ def main() -> None:
         _become(script, arguments)
         version = _check_megatron(script)
         training = _hook_megatron(version)
+        check_parsed = functools.partial(_check_parsed, script, training)
+        if wants_ep_comm(arguments):
+            register_optimizer_step_pre_hook(check_parsed)
         runpy.run_path(str(script), run_name="__main__")
-        if training.options is None and wants_ep_comm(arguments):
-            raise LaunchError(
-                f"{script} ended without calling Megatron's argument parser, so it never saw "
-                "--moe-token-dispatcher deepep: it is no script of Megatron-LM's"
-            )
+        if wants_ep_comm(arguments):
+            check_parsed()
     except LaunchError as error:
         _exit(error)
     except EPError as error:
@@ -60,35 +64,7 @@ def _script(name: str) -> Path:
     script = Path(name).absolute()
     if not script.is_file():
         raise LaunchError(f"there is no script {name}; give Megatron's, such as pretrain_gpt.py")
-    try:
-        if _imports_megatron(script, set()):
-            return script
-    except SyntaxError as error:
-        raise LaunchError(f"{script} is no Python script: {error}") from None
-    raise LaunchError(
-        f"{script} is no script of Megatron-LM's: neither it nor what it imports from its folder "
-        "imports megatron"
-    )
-
-
-def _imports_megatron(source: Path, seen: set[Path]) -> bool:
-    """Whether a file, or one that it imports from its own folder, imports megatron."""
-    seen.add(source)
-    for node in ast.walk(ast.parse(source.read_bytes(), str(source))):
-        if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            modules = [node.module or ""]
-        else:
-            continue
-        for module in modules:
-            top = module.partition(".")[0]
-            beside = source.with_name(f"{top}.py")
-            if top == "megatron":
-                return True
-            if beside not in seen and beside.is_file() and _imports_megatron(beside, seen):
-                return True
-    return False
+    return script
 
 
 def _become(script: Path, arguments: list[str]) -> None:
@@ -146,7 +122,7 @@ def _version(core: Path) -> str:
         return "of unknown version"
 
 
-def _hook_megatron(version: str):
+def _hook_megatron(version: str) -> Any:
     """Import Megatron's training and make it know us."""
     try:
         cpu.enable()
@@ -158,6 +134,15 @@ def _hook_megatron(version: str):
         raise LaunchError(f"Megatron {version} cannot be imported: {error}") from error
     extend_parser(arguments, training.use)
     return training
+
+
+def _check_parsed(script: Path, training: Any, *_: object) -> None:
+    """Before an optimizer's step and at the end: the flags have reached us."""
+    if training.options is None:
+        raise LaunchError(
+            f"{script} never called Megatron's argument parser, so it does not know "
+            "--moe-token-dispatcher deepep: it is no training script of Megatron-LM's"
+        )
 
 
 def _exit(error: Exception) -> None:

@@ -13,7 +13,7 @@ from megatron.training.global_vars import get_args, get_tensorboard_writer, get_
 from torch import nn
 
 import ep_comm
-from ep_comm.megatron.layer import check_model, install, moe_layers
+from ep_comm.megatron.layer import check_model, install
 from ep_comm.megatron.meter import MoEMeter
 from ep_comm.megatron.options import EPOptions
 from ep_comm.megatron.wgrad import check_weight_gradients
@@ -54,8 +54,10 @@ class Training:
         def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> tuple:
             model, optimizer, scheduler = original(*args, **kwargs)
             settings = get_args()
-            num_layers = self._check(model, settings)
-            if num_layers and (settings.tensorboard_dir or settings.wandb_project):
+            num_layers = check_model(model)
+            if dist.get_rank() == 0:
+                print(self._summary(num_layers), flush=True)
+            if settings.tensorboard_dir or settings.wandb_project:
                 self._meter = MoEMeter(model)
             if optimizer is not None and self.options.overlap_wgrad:
                 optimizer.step = _checking_gradients(optimizer.step, model)
@@ -90,23 +92,13 @@ class Training:
 
         return evaluate
 
-    def _check(self, model: list[nn.Module], settings: Any) -> int:
-        """Number of MoE layers on this rank, all with our dispatcher.
-
-        Raises:
-            EPStateError: One has another, or the model has none; a pipeline stage may have none.
-        """
-        is_stage = settings.pipeline_model_parallel_size > 1
-        num_layers = 0 if is_stage and not any(moe_layers(model)) else check_model(model)
-        if dist.get_rank() == 0:
-            folder = Path(self._training.__file__).parents[1]
-            where = " of this pipeline stage" if is_stage else ""
-            print(
-                f"ep_comm {ep_comm.__version__} in Megatron {self._version} ({folder}): "
-                f"{num_layers} MoE layers{where}, all with our dispatcher; {self.options}",
-                flush=True,
-            )
-        return num_layers
+    def _summary(self, num_layers: int) -> str:
+        """One line of rank 0's: which Megatron, how many layers, what settings."""
+        folder = Path(self._training.__file__).parents[1]
+        return (
+            f"ep_comm {ep_comm.__version__} in Megatron {self._version} ({folder}): {num_layers} "
+            f"MoE layers on rank 0, all with our dispatcher; {self.options}"
+        )
 
 
 def _checking_gradients(step: Any, model: list[nn.Module]) -> Any:

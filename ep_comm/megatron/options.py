@@ -83,8 +83,9 @@ def check_supported(config: TransformerConfig, options: EPOptions) -> None:
 
 
 def check_one_node(ranks: Sequence[int]) -> None:
-    """Raise where an expert-parallel group of GPUs leaves its node. `ranks` are global ones.
+    """Raise where the GPUs that share a layer's experts are not on one node.
 
+    `ranks` are the global ranks of the group.
     Nodes are known from LOCAL_WORLD_SIZE, which torchrun and our launcher set; without it nothing
     is checked. On CPU the reference backend works anywhere.
 
@@ -97,9 +98,9 @@ def check_one_node(ranks: Sequence[int]) -> None:
     num_nodes = len({rank // ranks_per_node for rank in ranks})
     if num_nodes > 1:
         raise EPUnsupportedError(
-            f"--expert-model-parallel-size {len(ranks)} would span {num_nodes} nodes of "
-            f"{ranks_per_node} ranks, and expert parallelism between nodes is not there yet: the "
-            "ranks of one expert-parallel group must be on one node"
+            f"--expert-model-parallel-size is too large: the {len(ranks)} ranks that share a "
+            f"layer's experts would span {num_nodes} nodes of {ranks_per_node} ranks, and ep_comm "
+            "does not work between nodes yet"
         )
 
 
