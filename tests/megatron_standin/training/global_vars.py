@@ -1,11 +1,13 @@
 """What the whole process shares: arguments, timers, writers."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 from megatron.core.timers import Timers
 
-_state = SimpleNamespace(args=None, timers=None, wandb=None)
+_state = SimpleNamespace(args=None, timers=None, wandb=None, tensorboard=None)
 
 
 def set_global_variables(args):
@@ -13,6 +15,8 @@ def set_global_variables(args):
         args.rank, None, args.global_batch_size, args.micro_batch_size, args.world_size
     )
     _state.args, _state.timers = args, Timers(0, "minmax")
+    if args.tensorboard_dir and args.rank == args.world_size - 1:
+        _state.tensorboard = _Writer(Path(args.tensorboard_dir))
     if args.wandb_project and args.rank == args.world_size - 1:
         import wandb
 
@@ -23,6 +27,17 @@ def set_global_variables(args):
             config=vars(args),
         )
         _state.wandb = wandb
+
+
+class _Writer:
+    """A TensorBoard writer as Megatron uses it; one JSON list a scalar in ``scalars.jsonl``."""
+
+    def __init__(self, folder):
+        folder.mkdir()
+        self._file = (folder / "scalars.jsonl").open("w", buffering=1)
+
+    def add_scalar(self, name, value, iteration):
+        self._file.write(json.dumps([name, value, iteration]) + "\n")
 
 
 def get_args():
@@ -38,4 +53,4 @@ def get_wandb_writer():
 
 
 def get_tensorboard_writer():
-    return None
+    return _state.tensorboard
