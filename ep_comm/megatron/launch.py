@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ep_comm.errors import EPError
@@ -29,7 +30,7 @@ from ep_comm.megatron import cpu, launch_env
 from ep_comm.megatron.launch_flags import LaunchError, add_flags, extend_parser, wants_ep_comm
 from ep_comm.megatron.versions import SUPPORTED, is_supported
 
-_SPEAKER_LEAD_S = 5.0
+_SPEAKER_LEAD_S = 10.0
 
 
 def main() -> None:
@@ -154,6 +155,9 @@ def _exit(error: Exception) -> None:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(_SPEAKER_LEAD_S)
     print(f"error: {error}", file=sys.stderr, flush=True)
+    if dist.is_initialized():  # leaving the groups in order could wait for ranks that do not leave
+        sys.stdout.flush()
+        os._exit(2)
     sys.exit(2)
 
 
