@@ -5,9 +5,8 @@
 Takes the test container of a Megatron-LM clone (tests/unit_tests/transformer/moe) and runs each of
 its checks in each layout that fits the number of processes: a round trip through identity experts,
 dropped tokens, padding to capacity, padding for FP8. `--stock` runs Megatron's alltoall instead, to
-tell a difference of ours from one of the machine. Works on GPUs (NCCL) and without (gloo).
-
-Prints one line a check; exits with 1 if one fails. What ep_comm refuses by name is no failure.
+tell a difference of ours from one of the machine. Works on GPUs (NCCL) and without (gloo). Prints
+one line a check; exits with 1 if one fails. What ep_comm refuses by name is no failure.
 """
 
 from __future__ import annotations
