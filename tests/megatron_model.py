@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import warnings
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,17 +17,26 @@ import ep_comm.megatron.cpu
 
 VOCAB, SEQ, BATCH = 64, 16, 2
 
-_expert_parallel_size: int | None = None  # what this process's groups are for
+_parallel_sizes: dict[str, int] = {}  # what this process's groups are for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """One training run; `config` overrides the TransformerConfig, `options` are EPOptions."""
+    """One training run; `config` overrides the TransformerConfig, `options` are EPOptions.
+
+    `tp` above 1 means sequence parallelism too, as Megatron wants it for MoE. `vpp` is the number
+    of model chunks a pipeline stage.
+    """
 
     dispatcher: str = "deepep"
     config: tuple[tuple[str, Any], ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
     ep: int = 2
+    tp: int = 1
+    etp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
     steps: int = 4
     microbatches: int = 1
     bf16: bool = False
@@ -34,10 +47,12 @@ class Setup:
 
 
 def train(rank: int, setup: Setup) -> dict[str, Any]:
-    """Train and return losses, the gradients of the last step, and what the meter saw."""
+    """Train and return losses, the gradients of the last step, and what the meter saw.
+
+    Losses are those of the last pipeline stage, and empty on the others.
+    """
     warnings.filterwarnings("ignore")
     ep_comm.megatron.cpu.enable()
-    from functools import partial
 
     from megatron.core import parallel_state as ps
     from megatron.core.distributed import finalize_model_grads
@@ -50,9 +65,8 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
     options = EPOptions(**dict(setup.options))
     config = make_config(setup, finalize_model_grads)
     model = make_model(setup, config, options)
-    if setup.dispatcher == "deepep":
-        check_model([model])
-    meter = MoEMeter([model])
+    num_moe_layers = check_model(model) if setup.dispatcher == "deepep" else None
+    meter = MoEMeter(model)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -62,48 +76,73 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
             params_dtype=config.params_dtype,
             use_distributed_optimizer=setup.dist_opt,
         ),
-        [model],
+        model,
     )
-    generator = torch.Generator().manual_seed(11 + ps.get_data_parallel_rank())
-    mask = torch.triu(torch.ones(1, 1, SEQ, SEQ, dtype=torch.bool), 1)
-    positions = torch.arange(SEQ)[None].expand(BATCH, SEQ)
+    if setup.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in model]
+        config.no_sync_func = no_sync if setup.vpp > 1 else no_sync[0]
 
-    def forward_step(_, chunk):
-        tokens = torch.randint(0, VOCAB, (BATCH, 1), generator=generator) + torch.arange(SEQ + 1)
-        tokens = tokens % VOCAB
-        output = chunk(tokens[:, :-1], positions, mask, labels=tokens[:, 1:].contiguous())
+    def forward_step(iterator, chunk):
+        output = chunk(*next(iterator))
 
         def loss_func(losses):
             loss = losses.float().mean()
             mean = loss.detach().clone()
-            dist.all_reduce(mean, group=ps.get_data_parallel_group())
-            return loss, {"loss": mean / ps.get_data_parallel_world_size()}
+            dist.all_reduce(mean, group=ps.get_data_parallel_group(with_context_parallel=True))
+            world = ps.get_data_parallel_world_size(with_context_parallel=True)
+            return loss, {"loss": mean / world}
 
         return output, partial(loss_func)
 
+    iterators = [batches(setup) for _ in model]
     losses, metrics = [], {}
     for _ in range(setup.steps):
-        model.zero_grad_buffer()
+        for chunk in model:
+            chunk.zero_grad_buffer()
         optimizer.zero_grad()
         results = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=None,
-            model=[model],
+            data_iterator=iterators if setup.vpp > 1 else iterators[0],
+            model=model,
             num_microbatches=setup.microbatches,
             seq_length=SEQ,
             micro_batch_size=BATCH,
             forward_only=False,
         )
-        losses.append(float(torch.stack([result["loss"] for result in results]).mean()))
-        check_weight_gradients([model])
-        gradients = {name: p.main_grad.clone() for name, p in model.named_parameters()}
+        if results:
+            losses.append(float(torch.stack([result["loss"] for result in results]).mean()))
+        check_weight_gradients(model)
+        gradients = {
+            f"{i}.{name}": p.main_grad.clone()
+            for i, chunk in enumerate(model)
+            for name, p in chunk.named_parameters()
+        }
         metrics = meter.step()
         optimizer.step()
     return dict(
         losses=losses,
         gradients={name: grad.float().numpy() for name, grad in gradients.items()},
         metrics=metrics,
+        num_moe_layers=num_moe_layers,
     )
+
+
+def batches(setup: Setup) -> Iterator[tuple]:
+    """(tokens, positions, attention mask, _, labels) of this rank, without end.
+
+    Equal on the ranks of a data-parallel replica, but for the part of the sequence that a
+    context-parallel rank has.
+    """
+    from megatron.core import parallel_state as ps
+
+    generator = torch.Generator().manual_seed(11 + ps.get_data_parallel_rank())
+    mine = torch.arange(SEQ).chunk(setup.cp)[ps.get_context_parallel_rank()]
+    masked = torch.arange(SEQ)[None] > mine[:, None]
+    for _ in itertools.count():
+        tokens = torch.randint(0, VOCAB, (BATCH, 1), generator=generator) + torch.arange(SEQ + 1)
+        tokens = tokens % VOCAB
+        labels = tokens[:, mine + 1].contiguous()
+        yield tokens[:, mine], mine[None].expand(BATCH, -1), masked[None, None], None, labels
 
 
 def parallel_state(setup: Setup) -> None:
@@ -117,12 +156,20 @@ def parallel_state(setup: Setup) -> None:
 
     from ep_comm.megatron import destroy_buffers
 
-    global _expert_parallel_size
-    if setup.ep != _expert_parallel_size:  # each new set of gloo groups leaves its threads behind
+    global _parallel_sizes
+    sizes = dict(
+        expert_model_parallel_size=setup.ep,
+        tensor_model_parallel_size=setup.tp,
+        expert_tensor_parallel_size=setup.etp,
+        pipeline_model_parallel_size=setup.pp,
+        virtual_pipeline_model_parallel_size=setup.vpp if setup.vpp > 1 else None,
+        context_parallel_size=setup.cp,
+    )
+    if sizes != _parallel_sizes:  # each new set of gloo groups leaves its threads behind
         destroy_buffers()
         ps.destroy_model_parallel()
-        ps.initialize_model_parallel(expert_model_parallel_size=setup.ep)
-        _expert_parallel_size = setup.ep
+        ps.initialize_model_parallel(**sizes)
+        _parallel_sizes = sizes
     unset_num_microbatches_calculator()
     init_num_microbatches_calculator(0, None, setup.microbatches * BATCH, BATCH, 1)
     torch.manual_seed(5)
@@ -130,7 +177,10 @@ def parallel_state(setup: Setup) -> None:
 
 
 def make_config(setup: Setup, finalize_model_grads):
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import (
+        MLATransformerConfig,
+        TransformerConfig,
+    )
 
     dtype = torch.bfloat16 if setup.bf16 else torch.float32
     settings = dict(
@@ -148,6 +198,12 @@ def make_config(setup: Setup, finalize_model_grads):
         moe_router_load_balancing_type="aux_loss",
         moe_aux_loss_coeff=1e-2,
         expert_model_parallel_size=setup.ep,
+        tensor_model_parallel_size=setup.tp,
+        sequence_parallel=setup.tp > 1,
+        expert_tensor_parallel_size=setup.etp,
+        pipeline_model_parallel_size=setup.pp,
+        virtual_pipeline_model_parallel_size=setup.vpp if setup.vpp > 1 else None,
+        context_parallel_size=setup.cp,
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
@@ -163,38 +219,116 @@ def make_config(setup: Setup, finalize_model_grads):
     )
     if setup.dense_first:
         settings["moe_layer_freq"] = [0, 1]
-    return TransformerConfig(**{**settings, **dict(setup.config)})
+    settings.update(setup.config)
+    config_class = MLATransformerConfig if "q_lora_rank" in settings else TransformerConfig
+    return config_class(**settings)
 
 
-def make_model(setup: Setup, config, options):
+def make_model(setup: Setup, config, options) -> list:
+    """The model chunks of this rank."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    from ep_comm.megatron import install
+
+    if setup.through_install:
+        install(options)
+    delay = options.overlap_wgrad and not setup.through_install
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=setup.dist_opt,
+        overlap_grad_reduce=setup.overlap_grad_reduce,
+        bucket_size=4096 if setup.overlap_grad_reduce else None,
+        delay_wgrad_compute=delay,
+    )
+    chunks = []
+    for i in range(setup.vpp):
+        chunk = gpt_model(setup, config, options, i if setup.vpp > 1 else None)
+        if setup.bf16:
+            chunk = chunk.bfloat16()
+        chunks.append(DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0))
+    return chunks
+
+
+def gpt_model(setup: Setup, config, options, vp_stage: int | None):
+    from megatron.core import parallel_state as ps
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_decoder_block_spec,
         get_gpt_layer_local_spec,
+        get_gpt_mtp_block_spec,
     )
 
-    from ep_comm.megatron import install, use_ep_comm
+    from ep_comm.megatron import use_ep_comm
 
+    if setup.tp > 1:
+        let_torch_norms_be_sequence_parallel()
     if setup.dense_first:
-        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage)
     else:
-        spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False)
-    if setup.through_install:
-        install(options)
-    elif setup.dispatcher == "deepep":
+        spec = get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=False,
+            multi_latent_attention=config.multi_latent_attention,
+        )
+    if setup.cp > 1:
+        spec.submodules.self_attention.submodules.core_attention = attention_over_all_keys()
+    if setup.dispatcher == "deepep" and not setup.through_install:
         spec = use_ep_comm(spec, options)
-    model = GPTModel(config, spec, VOCAB, SEQ, share_embeddings_and_output_weights=False)
-    if setup.bf16:
-        model = model.bfloat16()
-    delay = options.overlap_wgrad and not setup.through_install
-    return DistributedDataParallel(
+    mtp_block_spec = None
+    if config.mtp_num_layers:
+        mtp_block_spec = get_gpt_mtp_block_spec(
+            config, spec, use_transformer_engine=False, vp_stage=vp_stage
+        )
+    return GPTModel(
         config,
-        DistributedDataParallelConfig(
-            use_distributed_optimizer=setup.dist_opt,
-            overlap_grad_reduce=setup.overlap_grad_reduce,
-            bucket_size=4096 if setup.overlap_grad_reduce else None,
-            delay_wgrad_compute=delay,
-        ),
-        model,
+        spec,
+        VOCAB,
+        SEQ,
+        pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=False,
+        mtp_block_spec=mtp_block_spec,
+        vp_stage=vp_stage,
     )
+
+
+def let_torch_norms_be_sequence_parallel() -> None:
+    """Without Transformer Engine or Apex, Megatron has torch's norms, and refuses them there.
+
+    They lack one thing: the mark for the gradients that are to be summed over the TP ranks.
+    """
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    if hasattr(WrappedTorchNorm, "original_new"):
+        return
+    WrappedTorchNorm.original_new = original_new = WrappedTorchNorm.__new__
+
+    def new(cls, config, *args, **kwargs):
+        plain = copy.copy(config)
+        plain.sequence_parallel = False
+        norm = original_new(cls, plain, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    WrappedTorchNorm.__new__ = new
+
+
+def attention_over_all_keys() -> type:
+    """Context parallelism for Megatron's own attention, which has none: gather keys and values."""
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    class AttentionOverAllKeys(DotProductAttention):
+        def __init__(self, config, *args, pg_collection=None, cp_comm_type=None, **kwargs):
+            plain = copy.copy(config)
+            plain.context_parallel_size = 1
+            super().__init__(plain, *args, pg_collection=pg_collection, **kwargs)
+            self.cp_group = pg_collection.cp
+
+        def forward(self, query, key, value, attention_mask, **kwargs):
+            key, value = (
+                gather_from_sequence_parallel_region(t, group=self.cp_group) for t in (key, value)
+            )
+            return super().forward(query, key, value, attention_mask, **kwargs)
+
+    return AttentionOverAllKeys

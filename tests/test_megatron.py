@@ -228,18 +228,18 @@ def models_that_are_not_right(rank: int) -> None:
     parallel_state(Setup())
     stock = make_model(Setup(dispatcher="alltoall"), make_config(Setup(), None), EPOptions())
     with pytest.raises(EPStateError, match=r"decoder.layers.0.mlp \(MoEAlltoAllTokenDispatcher\)"):
-        check_model([stock])
+        check_model(stock)
 
     options = EPOptions(overlap_wgrad=True)
     ours = make_model(Setup(), make_config(Setup(), None), options)
-    assert check_model([ours]) == 2
-    linear = next(m for m in ours.modules() if hasattr(m, "ep_comm_wgrad"))
+    assert check_model(ours) == 2
+    linear = next(m for m in ours[0].modules() if hasattr(m, "ep_comm_wgrad"))
     x = torch.ones(3, linear.weight.shape[1], requires_grad=True)
     linear(x)[0].sum().backward()
     with pytest.raises(EPStateError, match="never computed: .*linear_fc1 \\(1\\)"):
-        check_weight_gradients([ours])
+        check_weight_gradients(ours)
     linear.backward_dw()
-    check_weight_gradients([ours])
+    check_weight_gradients(ours)
 
 
 def test_what_is_wrong_with_a_model_is_named():

@@ -7,6 +7,12 @@ Megatron calls six methods in order; the middle one of each half communicates::
 
 Rows arrive grouped by expert and padded, so there is no permutation on either side. The experts
 apply the probabilities; combine is an unweighted sum.
+
+With expert tensor parallelism (ETP) each expert is split over the ETP ranks, and all of them need
+its tokens. One dispatch over all ranks that hold experts brings them there: each shard counts as an
+expert of its own, and a token that selects an expert selects all its shards. Combine then sums the
+shards' partial outputs like those of different experts, in its own fixed order. So there is no
+gather before the experts and no reduction behind them, and backward sums the shards' gradients.
 """
 
 from __future__ import annotations
@@ -15,13 +21,14 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
 import ep_comm
 from ep_comm import Buffer, DispatchHandle, EPConfig, fp8
-from ep_comm.megatron.options import EPOptions, check_supported
+from ep_comm.megatron.options import EPOptions
 
 # One buffer a process group and configuration: all layers of a model share it.
 _buffers: dict[tuple, Buffer] = {}
@@ -45,8 +52,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         options: Settings of ep_comm.
         during_backward: Run while the backward combine is in flight (delayed weight gradients).
 
-    Raises:
-        EPUnsupportedError, EPArgumentError: See `ep_comm.megatron.options.check_supported`.
+    The configuration is one that `ep_comm.megatron.options.check_supported` accepts.
     """
 
     def __init__(
@@ -60,7 +66,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         during_backward: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
-        check_supported(config, options)
+        self._expert_dp_group = pg_collection.expt_dp
         self.num_local_experts = num_local_experts
         self.local_expert_indices = local_expert_indices
         self.options = options
@@ -76,17 +82,17 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """[S, B, H], bool [T, E] and [T, E] to [T, H] and FP32 [T, E]."""
+        """[S, B, H], bool [T, E] and [T, E] to [T, H] and FP32 [T, E * ETP]."""
         self._hidden_shape = hidden_states.shape
-        self._routing_map = routing_map
+        self._routing_map = self._for_shards(routing_map)
         self._probs_dtype = probs.dtype
         hidden_states = hidden_states.reshape(-1, self._hidden_shape[-1])
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states.view(self._hidden_shape))
-        return hidden_states, probs.float().contiguous()
+        return hidden_states, self._for_shards(probs.float()).contiguous()
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, H] and [T, E] to expert-major rows [M, H] and their probabilities [M]."""
+        """[T, H] and [T, E * ETP] to expert-major rows [M, H] and their probabilities [M]."""
         if self.buffer is None or not self.buffer.is_usable:
             self.buffer = self._shared_buffer(hidden_states)
         out = self.buffer.dispatch(
@@ -129,13 +135,27 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             output = output + self.shared_experts.get_output()
         return output
 
+    # --- expert tensor parallelism ---------------------------------------------------------------
+
+    def _for_shards(self, per_expert: Tensor) -> Tensor:
+        """[T, E] to [T, E * ETP]: an expert's column for each of its shards.
+
+        Columns go by rank of the group of all shards, in which the ETP ranks of the same experts
+        are neighbours.
+        """
+        if self.tp_size == 1:
+            return per_expert
+        columns = per_expert.view(-1, self.ep_size, 1, self.num_local_experts)
+        return columns.expand(-1, -1, self.tp_size, -1).flatten(1)
+
     # --- the buffer ------------------------------------------------------------------------------
 
     def _shared_buffer(self, hidden_states: Tensor) -> Buffer:
         """The buffer of this group, made by the first layer's first dispatch. Collective."""
         config, options = self.config, self.options
+        group = self.tp_ep_group
         key = (
-            self.ep_group,
+            group,
             config.num_moe_experts,
             hidden_states.shape[-1],
             hidden_states.dtype,
@@ -146,27 +166,33 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             max_tokens = options.max_tokens_per_rank
             if max_tokens is None:
                 most = torch.tensor([hidden_states.shape[0]], device=hidden_states.device)
-                dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.ep_group)
+                dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
                 max_tokens = max(int(most), 1)
             _buffers[key] = Buffer(
-                self.ep_group,
+                group,
                 EPConfig(
-                    num_experts=config.num_moe_experts,
+                    num_experts=config.num_moe_experts * self.tp_size,
                     hidden=hidden_states.shape[-1],
                     max_tokens_per_rank=max_tokens,
-                    num_topk=config.moe_router_topk,
+                    num_topk=config.moe_router_topk * self.tp_size,
                     dtype=hidden_states.dtype,
                     timeout_s=options.timeout_s,
                 ),
             )
             _buffers[key].set_num_sms(options.num_sms)
-            if dist.get_rank() == 0:
+            if dist.get_rank(group) == 0 and dist.get_rank(self._expert_dp_group) == 0:
                 print(self._startup_line(_buffers[key], hidden_states), flush=True)
         return _buffers[key]
 
     def _startup_line(self, buffer: Buffer, hidden_states: Tensor) -> str:
-        """Version, backend, wire format, memory, and what is off and why."""
-        options = self.options
+        """Version, backend, wire format, memory, and what is off and why; one a pipeline stage."""
+        config, options = self.config, self.options
+        sizes = f"EP {self.ep_size}"
+        if self.tp_size > 1:
+            sizes += f" x ETP {self.tp_size}"
+        if config.pipeline_model_parallel_size > 1:
+            stage = parallel_state.get_pipeline_model_parallel_rank()
+            sizes += f" (pipeline stage {stage} of {config.pipeline_model_parallel_size})"
         own = str(hidden_states.dtype).removeprefix("torch.")
         off = [f"{name} backend ({reason})" for name, reason in buffer.passed_over.items()]
         if not options.fp8_dispatch:
@@ -176,8 +202,8 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         if options.num_sms is not None and buffer.passed_over:
             off.append(f"num_sms {options.num_sms} (the backend uses no SMs of its own)")
         return (
-            f"ep_comm {ep_comm.__version__}: {buffer.describe()}, EP {buffer.num_ranks}, "
-            f"{buffer.config.num_experts} experts top-{buffer.config.num_topk}, "
+            f"ep_comm {ep_comm.__version__}: {buffer.describe()}, {sizes}, "
+            f"{config.num_moe_experts} experts top-{config.moe_router_topk}, "
             f"{buffer.config.max_tokens_per_rank} tokens of {buffer.config.hidden} a rank; "
             f"wire {'fp8 e4m3 1x128' if options.fp8_dispatch else own} out, {own} back; "
             f"buffer {buffer.buffer_bytes} bytes; off: {', '.join(off)}"

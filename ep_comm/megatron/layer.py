@@ -17,12 +17,13 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
-from ep_comm.errors import EPArgumentError, EPStateError
+from ep_comm.errors import EPArgumentError, EPStateError, EPUnsupportedError
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
 from ep_comm.megatron.options import EPOptions, check_one_node, check_supported
 from ep_comm.megatron.wgrad import delay_weight_gradients, with_delayed_wgrad
@@ -107,11 +108,20 @@ def install(options: EPOptions | None = None) -> None:
 
 
 def check_model(model_chunks: Iterable[nn.Module]) -> int:
-    """Assert that every MoE layer of the model has our dispatcher; gives their number.
+    """Assert that every MoE layer of this rank has our dispatcher; gives their number.
+
+    A pipeline stage may have none; a whole model must have some.
 
     Raises:
         EPStateError: Names the layers that do not, or says that there is none.
+        EPUnsupportedError: The model is wrapped in FSDP.
     """
+    model_chunks = list(model_chunks)
+    for chunk in model_chunks:
+        if isinstance(chunk, _BaseDataParallel) and not isinstance(chunk, DistributedDataParallel):
+            raise EPUnsupportedError(
+                f"--moe-token-dispatcher deepep does not support FSDP ({type(chunk).__name__}) yet"
+            )
     layers = list(moe_layers(model_chunks))
     others = [
         f"{name} ({type(layer.token_dispatcher).__name__})"
@@ -120,7 +130,7 @@ def check_model(model_chunks: Iterable[nn.Module]) -> int:
     ]
     if others:
         raise EPStateError(f"MoE layers without ep_comm's dispatcher: {', '.join(others)}")
-    if not layers:
+    if not layers and not is_pipelined(model_chunks):
         raise EPStateError("the model has no MoE layer")
     return len(layers)
 
@@ -131,6 +141,12 @@ def moe_layers(model_chunks: Iterable[nn.Module]) -> Iterable[tuple[str, MoELaye
         for name, module in chunk.named_modules():
             if isinstance(module, MoELayer):
                 yield name, module
+
+
+def is_pipelined(model_chunks: Iterable[nn.Module]) -> bool:
+    """Whether the chunks are one stage of a pipeline, rather than a whole model."""
+    configs = [getattr(chunk, "config", None) for chunk in model_chunks]
+    return any(getattr(config, "pipeline_model_parallel_size", 1) > 1 for config in configs)
 
 
 def _build(layer: MoELayer, options: EPOptions, args: tuple, kwargs: dict) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
 from ep_comm.errors import EPStateError
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
-from ep_comm.megatron.layer import moe_layers
+from ep_comm.megatron.layer import is_pipelined, moe_layers
 from ep_comm.records import timed
 
 _PHASES = {
@@ -29,15 +30,18 @@ class MoEMeter:
     dispatchers compare like with like: permutation and padding count as dispatch or combine,
     wherever a dispatcher does them. On a GPU they are taken by events on the current stream.
 
+    A pipeline stage may have no MoE layer, a whole model must.
+
     Raises:
         EPStateError: The model has no MoE layer.
     """
 
     def __init__(self, model_chunks: Iterable[nn.Module]) -> None:
+        model_chunks = list(model_chunks)
         self._layers = [layer for _, layer in moe_layers(model_chunks)]
-        if not self._layers:
+        if not self._layers and not is_pipelined(model_chunks):
             raise EPStateError("the model has no MoE layer to measure")
-        self._group = self._layers[0].ep_group
+        self._device = next(model_chunks[0].parameters()).device
         self._spans: dict[str, list] = {"dispatch": [], "combine": [], "expert": []}
         self._tokens: dict[MoELayer, Tensor] = {}
         self._wire_bytes = 0
@@ -45,47 +49,61 @@ class MoEMeter:
             self._attach(layer)
 
     def step(self) -> dict[str, float]:
-        """Everything since the last call. Collective over the expert-parallel group.
+        """Everything since the last call. Collective over the ranks that hold one model.
+
+        These are the expert-parallel ranks of all pipeline stages; all get the same values.
 
         Returns:
-            ``ep/dispatch-ms``, ``ep/combine-ms``, ``ep/expert-ms``: forward time summed over
-            layers and micro-batches, on the rank where it was longest.
+            ``ep/dispatch-ms``, ``ep/combine-ms``, ``ep/expert-ms``: forward time summed over a
+            rank's layers and micro-batches, on the rank where it was longest.
             ``ep/imbalance-rank``, ``ep/imbalance-expert``: tokens of the fullest rank (expert)
             over the mean, in the layer where that is worst; 1 is perfectly even.
-            ``ep/wire-mib``: payload that left this rank, forward and backward, in MiB; with our
-            dispatcher only.
+            ``ep/wire-mib``: payload that left a rank, forward and backward, in MiB, on the rank
+            where it was most; with our dispatcher only.
         """
-        milliseconds = [1e3 * sum(span.seconds for span in spans) for spans in self._spans.values()]
-        names = [f"ep/{phase}-ms" for phase in self._spans]
-        device = next(self._layers[0].parameters()).device
-        times = torch.tensor(milliseconds, dtype=torch.float64, device=device)
-        dist.all_reduce(times, op=dist.ReduceOp.MAX, group=self._group)
-        metrics = dict(zip(names, times.tolist(), strict=True))
-        metrics.update(self._imbalance(device))
-        buffers = {
-            layer.token_dispatcher.buffer
-            for layer in self._layers
-            if isinstance(layer.token_dispatcher, EPCommTokenDispatcher)
-        } - {None}
-        if buffers:
-            total = sum(buffer.records.wire_bytes for buffer in buffers)
-            metrics["ep/wire-mib"] = (total - self._wire_bytes) / 2**20
-            self._wire_bytes = total
+        mine = {
+            f"ep/{phase}-ms": 1e3 * sum(span.seconds for span in spans)
+            for phase, spans in self._spans.items()
+        }
+        mine.update(self._imbalance())
+        mine["ep/wire-mib"] = self._wire_mib()
+        values = torch.tensor(list(mine.values()), dtype=torch.float64, device=self._device)
+        group = parallel_state.get_expert_tensor_model_pipeline_parallel_group()
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
         for spans in self._spans.values():
             spans.clear()
         self._tokens.clear()
+        metrics = dict(zip(mine, values.tolist(), strict=True))
+        if metrics["ep/wire-mib"] < 0:
+            del metrics["ep/wire-mib"]
         return metrics
 
-    def _imbalance(self, device: torch.device) -> dict[str, float]:
+    def _imbalance(self) -> dict[str, float]:
+        if not self._layers:
+            return {"ep/imbalance-rank": 1.0, "ep/imbalance-expert": 1.0}
+        group = self._layers[0].ep_group
         zero = torch.zeros(self._layers[0].num_local_experts, dtype=torch.int64)
-        mine = torch.stack([self._tokens.get(layer, zero) for layer in self._layers]).to(device)
-        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather(parts, mine, group=self._group)
+        mine = torch.stack([self._tokens.get(layer, zero) for layer in self._layers])
+        mine = mine.to(self._device)
+        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, mine, group=group)
         tokens_LRE = torch.stack(parts, dim=1).double().cpu()
         return {
             "ep/imbalance-rank": _worst_max_over_mean(tokens_LRE.sum(-1)),
             "ep/imbalance-expert": _worst_max_over_mean(tokens_LRE.flatten(1)),
         }
+
+    def _wire_mib(self) -> float:
+        """What left this rank since the last call; -1 without our dispatcher."""
+        buffers = {
+            layer.token_dispatcher.buffer
+            for layer in self._layers
+            if isinstance(layer.token_dispatcher, EPCommTokenDispatcher)
+        } - {None}
+        if not buffers:
+            return -1.0
+        before, self._wire_bytes = self._wire_bytes, sum(b.records.wire_bytes for b in buffers)
+        return (self._wire_bytes - before) / 2**20
 
     def _attach(self, layer: MoELayer) -> None:
         dispatcher = layer.token_dispatcher

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ep_comm import fp8
+from ep_comm._native.structs import EP_MAX_EXPERTS, EP_MAX_TOPK
+from ep_comm.backends import nvlink
 from ep_comm.checks import check_alignment
 from ep_comm.config import check_timeout
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
@@ -75,11 +77,8 @@ def check_supported(config: TransformerConfig, options: EPOptions) -> None:
         )
     if options.fp8_dispatch:
         fp8.check_hidden(config.hidden_size)
-        if torch.cuda.is_available() and config.hidden_size % 512:
-            raise EPArgumentError(
-                "FP8 dispatch over NVLink needs hidden_size to be a multiple of 512, got "
-                f"{config.hidden_size}"
-            )
+        if torch.cuda.is_available():
+            nvlink.check_fp8_hidden(config.hidden_size)
 
 
 def check_one_node(ranks: Sequence[int]) -> None:
@@ -106,15 +105,18 @@ def check_one_node(ranks: Sequence[int]) -> None:
 
 def _refused(config: TransformerConfig) -> list[tuple[str, object, str]]:
     """(flag, whether it is set, reason). README lists the same."""
-    cuda_graph_scope = [str(scope) for scope in getattr(config, "cuda_graph_scope", None) or []]
+    shards = config.expert_tensor_parallel_size or 1
+    graphed = _graphed_modules(config)
     return [
         *(
-            (f"--{name.replace('_', '-')} > 1", (getattr(config, name) or 1) > 1, "")
-            for name in (
-                "tensor_model_parallel_size",
-                "expert_tensor_parallel_size",
-                "pipeline_model_parallel_size",
-                "context_parallel_size",
+            (
+                f"{flag} {value} with --expert-tensor-parallel-size {shards}",
+                value * shards > maximum,
+                f": their product is at most {maximum}",
+            )
+            for flag, value, maximum in (
+                ("--moe-router-topk", config.moe_router_topk, EP_MAX_TOPK),
+                ("--num-experts", config.num_moe_experts, EP_MAX_EXPERTS),
             )
         ),
         (
@@ -139,9 +141,13 @@ def _refused(config: TransformerConfig) -> list[tuple[str, object, str]]:
         ),
         (
             "CUDA graphs over the MoE layer",
-            getattr(config, "cuda_graph_impl", "none") != "none"
-            and (not cuda_graph_scope or any("moe" in scope for scope in cuda_graph_scope)),
-            ": token counts are host values",
+            graphed is not None and (not graphed or graphed & {"full_iteration", "moe"}),
+            ": token counts are host values; graphs of 'attn', 'mlp' and 'moe_router' work",
+        ),
+        (
+            "CUDA graphs of 'moe_preprocess'",
+            graphed is not None and "moe_preprocess" in graphed,
+            ": leave it out, and take cuda_graph_impl='transformer_engine' for 'moe_router' alone",
         ),
         ("--moe-latent-size", getattr(config, "moe_latent_size", None), ""),
         ("--fp4-format", getattr(config, "fp4", None), ""),
@@ -151,3 +157,11 @@ def _refused(config: TransformerConfig) -> list[tuple[str, object, str]]:
             "",
         ),
     ]
+
+
+def _graphed_modules(config: TransformerConfig) -> set[str] | None:
+    """Names of the modules under CUDA graphs; empty for all of the model, None without graphs."""
+    if getattr(config, "cuda_graph_impl", "none") == "none":
+        return None
+    modules = getattr(config, "cuda_graph_modules", None)  # megatron-core 0.19; before: scope
+    return {module.name for module in modules or getattr(config, "cuda_graph_scope", None) or ()}
