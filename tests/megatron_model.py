@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import warnings
@@ -10,6 +9,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import megatron_gaps
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -53,6 +54,7 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
     """
     warnings.filterwarnings("ignore")
     ep_comm.megatron.cpu.enable()
+    megatron_gaps.fill()
 
     from megatron.core import parallel_state as ps
     from megatron.core.distributed import finalize_model_grads
@@ -170,10 +172,21 @@ def parallel_state(setup: Setup) -> None:
         ps.destroy_model_parallel()
         ps.initialize_model_parallel(**sizes)
         _parallel_sizes = sizes
+    forget_logged_losses()
     unset_num_microbatches_calculator()
     init_num_microbatches_calculator(0, None, setup.microbatches * BATCH, BATCH, 1)
     torch.manual_seed(5)
     model_parallel_cuda_manual_seed(5)
+
+
+def forget_logged_losses() -> None:
+    """Megatron collects each layer's balancing loss, for as many layers as the first model had."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if hasattr(moe_utils, "get_moe_metrics_tracker"):  # 0.19
+        moe_utils.get_moe_metrics_tracker().metrics.clear()
+    else:
+        moe_utils.get_moe_layer_wise_logging_tracker().clear()
 
 
 def make_config(setup: Setup, finalize_model_grads):
@@ -259,8 +272,6 @@ def gpt_model(setup: Setup, config, options, vp_stage: int | None):
 
     from ep_comm.megatron import use_ep_comm
 
-    if setup.tp > 1:
-        let_torch_norms_be_sequence_parallel()
     if setup.dense_first:
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage)
     else:
@@ -269,8 +280,8 @@ def gpt_model(setup: Setup, config, options, vp_stage: int | None):
             moe_grouped_gemm=False,
             multi_latent_attention=config.multi_latent_attention,
         )
-    if setup.cp > 1:
-        spec.submodules.self_attention.submodules.core_attention = attention_over_all_keys()
+    if setup.cp > 1 or config.multi_latent_attention:
+        spec.submodules.self_attention.submodules.core_attention = megatron_gaps.attention()
     if setup.dispatcher == "deepep" and not setup.through_install:
         spec = use_ep_comm(spec, options)
     mtp_block_spec = None
@@ -291,44 +302,13 @@ def gpt_model(setup: Setup, config, options, vp_stage: int | None):
     )
 
 
-def let_torch_norms_be_sequence_parallel() -> None:
-    """Without Transformer Engine or Apex, Megatron has torch's norms, and refuses them there.
-
-    They lack one thing: the mark for the gradients that are to be summed over the TP ranks.
-    """
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    if hasattr(WrappedTorchNorm, "original_new"):
-        return
-    WrappedTorchNorm.original_new = original_new = WrappedTorchNorm.__new__
-
-    def new(cls, config, *args, **kwargs):
-        plain = copy.copy(config)
-        plain.sequence_parallel = False
-        norm = original_new(cls, plain, *args, **kwargs)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
-        return norm
-
-    WrappedTorchNorm.__new__ = new
-
-
-def attention_over_all_keys() -> type:
-    """Context parallelism for Megatron's own attention, which has none: gather keys and values."""
-    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-
-    class AttentionOverAllKeys(DotProductAttention):
-        def __init__(self, config, *args, pg_collection=None, cp_comm_type=None, **kwargs):
-            plain = copy.copy(config)
-            plain.context_parallel_size = 1
-            super().__init__(plain, *args, pg_collection=pg_collection, **kwargs)
-            self.cp_group = pg_collection.cp
-
-        def forward(self, query, key, value, attention_mask, **kwargs):
-            key, value = (
-                gather_from_sequence_parallel_region(t, group=self.cp_group) for t in (key, value)
+def assert_close_runs(ours: list[dict], stock: list[dict], tolerance: dict) -> None:
+    """Losses and gradients of all ranks; gradients relative to the largest of each parameter."""
+    for mine, theirs in zip(ours, stock, strict=True):
+        np.testing.assert_allclose(mine["losses"], theirs["losses"], **tolerance)
+        assert mine["gradients"].keys() == theirs["gradients"].keys()
+        for name, gradient in mine["gradients"].items():
+            scale = max(float(np.abs(theirs["gradients"][name]).max()), 1e-6)
+            np.testing.assert_allclose(
+                gradient / scale, theirs["gradients"][name] / scale, err_msg=name, **tolerance
             )
-            return super().forward(query, key, value, attention_mask, **kwargs)
-
-    return AttentionOverAllKeys

@@ -59,15 +59,15 @@ class RankGroup:
             ready = mp.connection.wait(waiting, timeout=timeout_s)
             if not ready:
                 missing = [r for r in range(len(self._pipes)) if r not in answers]
-                raise RankFailure(f"ranks {missing} did not finish within {timeout_s} s")
+                late = f"ranks {missing} did not finish within {timeout_s} s"
+                raise RankFailure("\n".join([late, *_failures(answers)]))
             for pipe in ready:
                 rank = self._pipes.index(pipe)
                 try:
                     answers[rank] = pipe.recv()
                 except EOFError:
                     answers[rank] = (False, "the process died")
-        failures = [f"rank {r}:\n{answers[r][1]}" for r in sorted(answers) if not answers[r][0]]
-        if failures:
+        if failures := _failures(answers):
             raise RankFailure("\n".join(failures))
         return [answers[r][1] for r in range(len(self._pipes))]
 
@@ -77,6 +77,10 @@ class RankGroup:
         for process in self._processes:
             process.join()
         self._rendezvous.cleanup()
+
+
+def _failures(answers: dict[int, tuple[bool, Any]]) -> list[str]:
+    return [f"rank {r}:\n{answers[r][1]}" for r in sorted(answers) if not answers[r][0]]
 
 
 def run_ranks(

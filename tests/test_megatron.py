@@ -9,7 +9,14 @@ import io
 import numpy as np
 import pytest
 import torch
-from megatron_model import Setup, make_config, make_model, parallel_state, train
+from megatron_model import (
+    Setup,
+    assert_close_runs,
+    make_config,
+    make_model,
+    parallel_state,
+    train,
+)
 from ranks import RankFailure, run_ranks, stop_pool
 
 import ep_comm
@@ -25,6 +32,11 @@ def megatron_processes():
 
 
 SHARED = (("moe_shared_expert_intermediate_size", 40),)
+RECOMPUTE_FULL = (
+    ("recompute_granularity", "full"),
+    ("recompute_method", "uniform"),
+    ("recompute_num_layers", 1),
+)
 FEATURES = {
     "aux_loss": Setup(),
     "allgather_too": Setup(),
@@ -46,16 +58,19 @@ FEATURES = {
     "recompute_moe": Setup(
         config=(("recompute_granularity", "selective"), ("recompute_modules", ["moe"]))
     ),
-    "recompute_full": Setup(
-        config=(
-            ("recompute_granularity", "full"),
-            ("recompute_method", "uniform"),
-            ("recompute_num_layers", 1),
-        )
-    ),
+    "recompute_full": Setup(config=RECOMPUTE_FULL),
     "gradient_accumulation": Setup(microbatches=3),
     "distributed_optimizer": Setup(dist_opt=True, overlap_grad_reduce=True),
     "dense_first_layer": Setup(dense_first=True),
+    "mla": Setup(
+        config=(
+            *(("q_lora_rank", 16), ("kv_lora_rank", 16), ("rope_type", "rope")),
+            *(("qk_head_dim", 8), ("qk_pos_emb_head_dim", 8), ("v_head_dim", 8)),
+            ("multi_latent_attention", True),
+        )
+    ),
+    "mtp": Setup(config=(("mtp_num_layers", 1),)),
+    "mtp_recomputed": Setup(config=(("mtp_num_layers", 1), *RECOMPUTE_FULL)),
     "fp8_aligned_padding": Setup(options=(("expert_alignment", 16),)),
     "ep_1": Setup(ep=1),
 }
@@ -65,17 +80,6 @@ CLOSE_BF16 = dict(rtol=5e-2, atol=5e-3)
 
 def run(setup: Setup, num_ranks: int = 2) -> list[dict]:
     return run_ranks(num_ranks, train, setup, timeout_s=120, pool="megatron")
-
-
-def assert_close_runs(ours: list[dict], stock: list[dict], tolerance: dict) -> None:
-    for mine, theirs in zip(ours, stock, strict=True):
-        np.testing.assert_allclose(mine["losses"], theirs["losses"], **tolerance)
-        assert mine["gradients"].keys() == theirs["gradients"].keys()
-        for name, gradient in mine["gradients"].items():
-            scale = max(float(np.abs(theirs["gradients"][name]).max()), 1e-6)
-            np.testing.assert_allclose(
-                gradient / scale, theirs["gradients"][name] / scale, err_msg=name, **tolerance
-            )
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -152,11 +156,7 @@ def test_install_reaches_every_layer():
         ({"moe_token_dispatcher_type": "allgather"}, {}, "moe_token_dispatcher_type='alltoall'"),
         ({}, {"fp8_dispatch": True}, "hidden 32 is not a multiple"),
         ({"delay_wgrad_compute": True}, {}, "--delay-wgrad-compute"),
-        ({"cuda_graph_impl": "local"}, {}, "CUDA graphs over the MoE layer"),
-        ({"expert_tensor_parallel_size": 2}, {}, "--expert-tensor-parallel-size"),
-        ({"tensor_model_parallel_size": 2}, {}, "--tensor-model-parallel-size"),
-        ({"pipeline_model_parallel_size": 2}, {}, "--pipeline-model-parallel-size"),
-        ({"context_parallel_size": 2}, {}, "--context-parallel-size"),
+        ({"expert_tensor_parallel_size": 32}, {}, "--moe-router-topk 2 with --expert-tensor"),
         ({"overlap_moe_expert_parallel_comm": True}, {}, "the 1F1B overlap"),
         ({"overlap_dispatch_backward_with_experts_wgrad": True}, {}, "experts-wgrad"),
         ({"moe_latent_size": 16}, {}, "--moe-latent-size"),

@@ -44,21 +44,23 @@ def use_ep_comm(spec: Any, options: EPOptions | None = None) -> Any:
 
     Args:
         spec: A layer's ``ModuleSpec``, or the ``TransformerBlockSubmodules`` (or its
-            ``ModuleSpec``) of a whole block. Left unchanged; dense layers stay as they are.
+            ``ModuleSpec``) of a block. Left unchanged; dense layers stay as they are, and the block
+            of a pipeline stage may have no others.
         options: Defaults to ``EPOptions()``.
 
     Returns:
         A copy of the spec.
 
     Raises:
-        EPArgumentError: The spec has no MoE layer.
+        EPArgumentError: The spec is of a layer without experts.
     """
     options = options or EPOptions()
     spec = copy.deepcopy(spec)
-    submodules = getattr(spec, "submodules", None)
-    layers = getattr(spec, "layer_specs", None) or getattr(submodules, "layer_specs", None)
-    changed = [_use_in_layer(layer, options) for layer in (layers or [spec])]
-    if not any(changed):
+    block = spec if hasattr(spec, "layer_specs") else spec.submodules
+    if hasattr(block, "layer_specs"):
+        for layer in block.layer_specs:
+            _use_in_layer(layer, options)
+    elif not _use_in_layer(spec, options):
         raise EPArgumentError(f"the spec has no MoE layer to put ep_comm into: {spec}")
     return spec
 
