@@ -7,6 +7,9 @@ A folder of checkpoints looks like Megatron-LM's::
 
 A checkpoint is written under another name, then renamed, then named in the text file. A run that
 is killed meanwhile leaves the text file pointing at the previous, complete one.
+
+It may be resumed with another dispatcher, number of processes and expert-parallel size. The losses
+are then those of the uninterrupted run, up to the rounding of sums in another order.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from moe_config import PretrainConfig
 from moe_launch import UserError, agree, on_rank_0
@@ -38,6 +42,7 @@ LATEST = "latest_checkpointed_iteration.txt"
 FREE_KEYS = set(
     """
     train_iters moe_token_dispatcher moe_grouped_gemm moe_permute_fusion
+    expert_model_parallel_size
     ep_fp8_dispatch ep_overlap_wgrad ep_expert_alignment ep_timeout_s
     recompute_granularity recompute_modules overlap_grad_reduce
     eval_interval eval_iters save save_interval load run_dir log_interval
@@ -45,9 +50,11 @@ FREE_KEYS = set(
     """.split()
 )
 
-# The format of the distributed optimizer's state: without communication, for as many ranks as
-# wrote it. Other optimizers ignore it.
-_METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
+# The formats of optimizer state that any number of ranks can read, with any expert-parallel size.
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
 
 
 def check_paths(config: PretrainConfig) -> Path | None:
@@ -82,6 +89,7 @@ def save(
         "consumed_samples": consumed_samples,
         "scheduler": trainee.scheduler.state_dict(),
         "fingerprint": _fingerprint(config),
+        "ranks": _ranks(trainee),
     }
     with shielded_children():  # Megatron keeps the processes that its first save starts
         dist_checkpointing.save(state, str(temporary))
@@ -104,17 +112,45 @@ def load(trainee: Trainee, checkpoint: Path) -> tuple[int, int]:
         UserError: The checkpoint is damaged.
     """
     _give_torch_optimizers_state(trainee)
-    state = _sharded_state(trainee, is_loading=True)
+    same_ranks = _common_state(checkpoint).get("ranks") == _ranks(trainee)
+    wanted = _sharded_state(trainee, is_loading=True)
+    if not same_ranks:
+        del wanted["rng_state"]  # each rank's own; nothing here is random after initialisation
     # It communicates, inside `agree`: torch reports a shard that one rank cannot read on all.
     state = agree(
-        lambda: _readable(checkpoint, lambda: dist_checkpointing.load(state, str(checkpoint)))
+        lambda: _readable(checkpoint, lambda: dist_checkpointing.load(wanted, str(checkpoint)))
     )
+    if not same_ranks:
+        wanted = _sharded_state(trainee, is_loading=True)
+        state["optimizer"] = _loaded_parts(wanted["optimizer"], state["optimizer"])
     trainee.model.module.load_state_dict(state["model"])
     trainee.optimizer.load_state_dict(state["optimizer"])
-    _set_torch_optimizer_steps(trainee)
+    _set_optimizer_steps(trainee, state["iteration"])
     trainee.scheduler.load_state_dict(state["scheduler"])
-    _set_rng_state(state["rng_state"])
+    if same_ranks:
+        _set_rng_state(state["rng_state"])
     return state["iteration"], state["consumed_samples"]
+
+
+def _ranks(trainee: Trainee) -> dict[str, int]:
+    """What the ranks' parts of a checkpoint depend on."""
+    return {
+        "processes": dist.get_world_size(),
+        "expert_model_parallel_size": trainee.config.expert_model_parallel_size,
+    }
+
+
+def _loaded_parts(wanted: Any, loaded: Any) -> Any:
+    """`wanted` with its sharded parts as loaded; the rest, hyperparameters, as it is.
+
+    With an expert-parallel size above 1 Megatron has an optimizer for the experts and one for all
+    else, each with hyperparameters of its own; those of another size do not fit.
+    """
+    if isinstance(wanted, ShardedBase):
+        return loaded
+    if isinstance(wanted, dict):
+        return {key: _loaded_parts(value, loaded.get(key)) for key, value in wanted.items()}
+    return wanted
 
 
 def _sharded_state(trainee: Trainee, *, is_loading: bool) -> dict[str, Any]:
@@ -129,29 +165,35 @@ def _sharded_state(trainee: Trainee, *, is_loading: bool) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer, "rng_state": rng_state}
 
 
-def _torch_optimizers(trainee: Trainee) -> list[DistributedOptimizer]:
-    """Distributed optimizers around torch's AdamW, which Megatron takes where TE is missing."""
-    chained = getattr(trainee.optimizer, "chained_optimizers", [trainee.optimizer])
-    return [
-        optimizer
-        for optimizer in chained
-        if isinstance(optimizer, DistributedOptimizer)
-        and isinstance(optimizer.optimizer, torch.optim.AdamW)
-    ]
+def _optimizers(trainee: Trainee) -> list[MegatronOptimizer]:
+    return getattr(trainee.optimizer, "chained_optimizers", [trainee.optimizer])
 
 
 def _give_torch_optimizers_state(trainee: Trainee) -> None:
-    """Megatron loads into such an optimizer only if it has state, which a first step creates."""
-    for optimizer in _torch_optimizers(trainee):
-        optimizer._init_optimizer_states_with_dummy_values()
+    """Megatron loads into torch's AdamW only if it has state, which a first step creates.
+
+    It takes torch's where Transformer Engine is missing.
+    """
+    for optimizer in _optimizers(trainee):
+        if isinstance(optimizer, DistributedOptimizer) and isinstance(
+            optimizer.optimizer, torch.optim.AdamW
+        ):
+            optimizer._init_optimizer_states_with_dummy_values()
 
 
-def _set_torch_optimizer_steps(trainee: Trainee) -> None:
-    """Megatron restores the step count of their groups; torch goes by each parameter's own."""
-    for optimizer in _torch_optimizers(trainee):
+def _set_optimizer_steps(trainee: Trainee, iteration: int) -> None:
+    """Megatron restores the step count of some optimizers' groups only; torch goes by parameters.
+
+    No step is ever skipped here: that is for FP16.
+    """
+    for optimizer in _optimizers(trainee):
         for group in optimizer.optimizer.param_groups:
+            if "step" in group:
+                group["step"] = iteration
             for param in group["params"]:
-                optimizer.optimizer.state[param]["step"] = torch.tensor(float(group["step"]))
+                state = optimizer.optimizer.state[param]
+                if "step" in state:
+                    state["step"] = torch.tensor(float(iteration))
 
 
 def _rng_state() -> dict[str, Any]:
@@ -213,16 +255,20 @@ def _readable(checkpoint: Path, action: Callable[[], T]) -> T:
         raise UserError(f"checkpoint {checkpoint} cannot be read: {text}") from None
 
 
+def _common_state(checkpoint: Path) -> dict[str, Any]:
+    """The part of a checkpoint that all ranks share."""
+    return _readable(checkpoint, lambda: dist_checkpointing.load_common_state_dict(str(checkpoint)))
+
+
 def _fingerprint(config: PretrainConfig) -> dict[str, Any]:
     """What has to be equal for a run to be continued exactly."""
     keys = config.model_dump(mode="json", exclude=FREE_KEYS)
     keys["lr_decay_iters"] = config.decay_iters
-    return {**keys, "processes": dist.get_world_size()}
+    return keys
 
 
 def _check_fingerprint(folder: Path, config: PretrainConfig) -> None:
-    common = _readable(folder, lambda: dist_checkpointing.load_common_state_dict(str(folder)))
-    there = common.get("fingerprint", {})
+    there = _common_state(folder).get("fingerprint", {})
     here = _fingerprint(config)
     differences = [
         f"{key} is {there.get(key)} there and {here.get(key)} here"

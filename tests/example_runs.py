@@ -69,9 +69,9 @@ def torchrun(
     return SimpleNamespace(code=process.returncode, output=output, seconds=time.monotonic() - start)
 
 
-def train(run_dir: Path, *flags: object) -> dict[int, float]:
+def train(run_dir: Path, *flags: object, processes: int = 2) -> dict[int, float]:
     """Run the example to its end; returns the loss of each step."""
-    result = torchrun(*flags, "--run-dir", run_dir)
+    result = torchrun(*flags, "--run-dir", run_dir, processes=processes)
     assert result.code == 0, result.output
     return losses(run_dir)
 

@@ -152,17 +152,21 @@ def checkpointed(tmp_path_factory: pytest.TempPathFactory):
 DISTRIBUTED = ("alltoall", "--use-distributed-optimizer", "--overlap-grad-reduce")
 
 
+def killed_while_it_saved(checkpoints: Path, folder: Path) -> Path:
+    """A copy of the checkpoints of steps 3 and 6 in which the later one is incomplete."""
+    copy = folder / "checkpoints"
+    shutil.copytree(checkpoints, copy)
+    (copy / "iter_0000006").rename(copy / "iter_0000006.tmp")
+    (copy / LATEST).write_text("3\n")
+    return copy
+
+
 @pytest.mark.parametrize(
     "flags", [DISTRIBUTED, ("deepep", "--bf16", "--ep-overlap-wgrad")], ids=" ".join
 )
 def test_resumed_run_repeats_the_uninterrupted_one(checkpointed, tmp_path, flags):
     whole = checkpointed(*flags)
-    # As if the run had been killed while it wrote the last checkpoint.
-    checkpoints = tmp_path / "checkpoints"
-    shutil.copytree(whole.checkpoints, checkpoints)
-    (checkpoints / "iter_0000006").rename(checkpoints / "iter_0000006.tmp")
-    (checkpoints / LATEST).write_text("3\n")
-
+    checkpoints = killed_while_it_saved(whole.checkpoints, tmp_path)
     save_and_load = ["--save", checkpoints, "--load", checkpoints]
     resumed = train(tmp_path / "run", *whole.flags, *save_and_load)
     assert resumed == {i: losses(whole.run_dir)[i] for i in (4, 5, 6)}
@@ -171,6 +175,42 @@ def test_resumed_run_repeats_the_uninterrupted_one(checkpointed, tmp_path, flags
     assert (checkpoints / LATEST).read_text() == "6\n"
     names = sorted(path.name for path in checkpoints.iterdir())
     assert names == ["iter_0000003", "iter_0000006", LATEST]
+
+
+@pytest.mark.parametrize(
+    ("flags", "other", "tolerance"),
+    [
+        (DISTRIBUTED, ("deepep", "--ep-overlap-wgrad"), 1e-5),
+        (("deepep", "--bf16", "--ep-overlap-wgrad"), ("alltoall", "--no-ep-overlap-wgrad"), 5e-3),
+    ],
+    ids=["alltoall to deepep", "deepep to alltoall"],
+)
+def test_resumed_with_another_dispatcher(checkpointed, tmp_path, flags, other, tolerance):
+    whole = checkpointed(*flags)
+    checkpoints = killed_while_it_saved(whole.checkpoints, tmp_path)
+    other_flags = ["--load", checkpoints, "--moe-token-dispatcher", *other]
+    assert_goes_on(train(tmp_path / "run", *whole.flags, *other_flags), whole, [4, 5, 6], tolerance)
+
+
+def test_resumed_with_other_expert_parallel_sizes(checkpointed, tmp_path):
+    """EP 2 on two processes, then EP 4 on four, then one process with all experts."""
+    whole = checkpointed(*DISTRIBUTED)
+    checkpoints = killed_while_it_saved(whole.checkpoints, tmp_path)
+    flags = [*whole.flags, "--save", checkpoints, "--load", checkpoints]
+    flags += ["--moe-token-dispatcher", "deepep", "--expert-model-parallel-size"]
+    ep4 = train(tmp_path / "ep4", *flags, 4, "--train-iters", 5, processes=4)
+    assert_goes_on(ep4, whole, [4, 5], 1e-5)
+    ep1 = train(tmp_path / "ep1", *flags, 1, processes=1)
+    assert_goes_on(ep1, whole, [6], 1e-5)
+
+
+def assert_goes_on(
+    resumed: dict[int, float], whole: SimpleNamespace, steps: list[int], tolerance: float
+) -> None:
+    """The resumed run did these steps, with the losses of the uninterrupted one."""
+    assert list(resumed) == steps
+    for step in steps:
+        assert resumed[step] == pytest.approx(losses(whole.run_dir)[step], rel=tolerance)
 
 
 def test_checkpoint_of_another_model(checkpointed):
