@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -111,7 +112,7 @@ def load(trainee: Trainee, checkpoint: Path) -> tuple[int, int]:
     Raises:
         UserError: The checkpoint is damaged.
     """
-    _give_torch_optimizers_state(trainee)
+    _prepare_torch_optimizers(trainee)
     same_ranks = _common_state(checkpoint).get("ranks") == _ranks(trainee)
     wanted = _sharded_state(trainee, is_loading=True)
     if not same_ranks:
@@ -149,6 +150,7 @@ def _loaded_parts(wanted: Any, loaded: Any) -> Any:
     if isinstance(wanted, ShardedBase):
         return loaded
     if isinstance(wanted, dict):
+        loaded = loaded or {}
         return {key: _loaded_parts(value, loaded.get(key)) for key, value in wanted.items()}
     return wanted
 
@@ -169,16 +171,24 @@ def _optimizers(trainee: Trainee) -> list[MegatronOptimizer]:
     return getattr(trainee.optimizer, "chained_optimizers", [trainee.optimizer])
 
 
-def _give_torch_optimizers_state(trainee: Trainee) -> None:
-    """Megatron loads into torch's AdamW only if it has state, which a first step creates.
+def _prepare_torch_optimizers(trainee: Trainee) -> None:
+    """What Megatron's distributed optimizer lacks to load into torch's AdamW.
 
-    It takes torch's where Transformer Engine is missing.
+    It takes torch's where Transformer Engine is missing. That one must have state, which a first
+    step creates, and looks for a step count among each parameter's tensors.
     """
     for optimizer in _optimizers(trainee):
         if isinstance(optimizer, DistributedOptimizer) and isinstance(
             optimizer.optimizer, torch.optim.AdamW
         ):
             optimizer._init_optimizer_states_with_dummy_values()
+            optimizer._set_main_param_and_optimizer_states = partial(
+                _set_with_step, optimizer._set_main_param_and_optimizer_states
+            )
+
+
+def _set_with_step(set_tensors: Callable, param: torch.Tensor, tensors: dict) -> None:
+    set_tensors(param, {"step": torch.tensor(0.0), **tensors})  # the count itself comes later
 
 
 def _set_optimizer_steps(trainee: Trainee, iteration: int) -> None:

@@ -198,10 +198,10 @@ def test_resumed_with_other_expert_parallel_sizes(checkpointed, tmp_path):
     checkpoints = killed_while_it_saved(whole.checkpoints, tmp_path)
     flags = [*whole.flags, "--save", checkpoints, "--load", checkpoints]
     flags += ["--moe-token-dispatcher", "deepep", "--expert-model-parallel-size"]
-    ep4 = train(tmp_path / "ep4", *flags, 4, "--train-iters", 5, processes=4)
-    assert_goes_on(ep4, whole, [4, 5], 1e-5)
+    ep4 = train(tmp_path / "ep4", *flags, 4, "--train-iters", 4, processes=4)
+    assert_goes_on(ep4, whole, [4], 1e-5)
     ep1 = train(tmp_path / "ep1", *flags, 1, processes=1)
-    assert_goes_on(ep1, whole, [6], 1e-5)
+    assert_goes_on(ep1, whole, [5, 6], 1e-5)
 
 
 def assert_goes_on(

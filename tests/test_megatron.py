@@ -157,6 +157,12 @@ def test_install_reaches_every_layer():
         ({}, {"fp8_dispatch": True}, "hidden 32 is not a multiple"),
         ({"delay_wgrad_compute": True}, {}, "--delay-wgrad-compute"),
         ({"expert_tensor_parallel_size": 32}, {}, "--moe-router-topk 2 with --expert-tensor"),
+        ({"cuda_graph_impl": "transformer_engine", "graphed": ["moe"]}, {}, "over the MoE layer"),
+        (
+            {"cuda_graph_impl": "transformer_engine", "graphed": ["moe_router", "moe_preprocess"]},
+            {},
+            "CUDA graphs of 'moe_preprocess'",
+        ),
         ({"overlap_moe_expert_parallel_comm": True}, {}, "the 1F1B overlap"),
         ({"overlap_dispatch_backward_with_experts_wgrad": True}, {}, "experts-wgrad"),
         ({"moe_latent_size": 16}, {}, "--moe-latent-size"),
@@ -178,11 +184,61 @@ def check_options(rank: int, config: dict, options: dict) -> str:
     from ep_comm.megatron.options import check_supported
 
     transformer_config = make_config(Setup(ep=1), None)
+    config = dict(config)
+    if "cuda_graph_impl" in config:
+        set_graphed_modules(transformer_config, config.pop("graphed", []))
     for name, value in config.items():  # after construction: Megatron refuses some by itself
         setattr(transformer_config, name, value)
     with pytest.raises(EPError) as caught:
         check_supported(transformer_config, EPOptions(**options))
     return str(caught.value)
+
+
+def set_graphed_modules(config, names: list[str]) -> None:
+    """``--cuda-graph-modules``, or ``--cuda-graph-scope`` up to megatron-core 0.18."""
+    from megatron.core.transformer import enums
+
+    if hasattr(config, "cuda_graph_modules"):
+        config.cuda_graph_modules = [enums.CudaGraphModule[name] for name in names]
+    else:
+        config.cuda_graph_scope = [enums.CudaGraphScope[name] for name in names]
+
+
+def resume_behind_graphed_router(rank: int) -> None:
+    """What Megatron does to replay a graph of the router, without the graph."""
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    from megatron.core.transformer.moe import moe_utils
+
+    from ep_comm.megatron import EPOptions
+    from ep_comm.megatron.layer import moe_layers
+    from ep_comm.megatron.options import check_supported
+
+    setup = Setup(config=SHARED)
+    parallel_state(setup)
+    config = make_config(setup, None)
+    _, layer = next(iter(moe_layers(make_model(setup, config, EPOptions()))))
+    hidden = torch.randn(16, 2, 32)
+    expected, _ = layer(hidden)
+
+    config.cuda_graph_impl = "transformer_engine"
+    set_graphed_modules(config, ["attn", "moe_router"])
+    check_supported(config, EPOptions())
+    is_capturing, moe_utils.is_graph_capturing = moe_utils.is_graph_capturing, lambda: True
+    try:
+        hidden, probs, routing_map, shared = layer(hidden)
+    finally:
+        moe_utils.is_graph_capturing = is_capturing
+    layer.cudagraph_tensor_store.set(
+        hidden_states=hidden, probs=probs, routing_map=routing_map, shared_expert_output=shared
+    )
+    output, _ = layer(hidden)
+    assert torch.equal(output, expected)
+
+
+def test_goes_on_behind_a_graphed_router():
+    run_ranks(2, resume_behind_graphed_router, pool="megatron")
 
 
 def test_overlap_without_ddps_part_is_refused():
