@@ -79,9 +79,7 @@ def test_split_experts_repeat_themselves_bitwise():
 
 
 @pytest.mark.parametrize("overlap_grad_reduce", [False, True])
-@pytest.mark.parametrize(
-    "feature", ["tp2_etp2_ep2", "tp2_pp2_ep2", "vpp2_pp2_ep2", "vpp2_pp2_ep2_mtp", "cp2_ep4"]
-)
+@pytest.mark.parametrize("feature", ["tp2_etp2_ep2", "tp2_pp2_ep2", "vpp2_pp2_ep2_mtp", "cp2_ep4"])
 def test_overlapped_weight_gradients_are_the_same_bits(feature, overlap_grad_reduce):
     setup = dataclasses.replace(SPLIT[feature], overlap_grad_reduce=overlap_grad_reduce)
     overlapped = dataclasses.replace(setup, options=(("overlap_wgrad", True),))
