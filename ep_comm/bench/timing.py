@@ -29,17 +29,17 @@ class Samples:
         call: Public call: everything between the call and the complete result. The GPUs are
             aligned by a reduction just before; the queue is filled, so that the host runs ahead
             where it can, as in training.
-        host: Until the call returned to the host; of the same calls.
         idle: The same call after host and GPU were idle: the host's time until its first launch is
             in it, and the wait for the rank whose host was slowest.
+        host: Until the call returned to the host; of the calls from idle.
         kernel: From the first kernel's begin to the last one's end, as the operation's record has
             it; empty where there is none.
         unaligned: One call of `UNALIGNED_CALLS` back to back.
     """
 
     call: tuple[float, ...]
-    host: tuple[float, ...]
     idle: tuple[float, ...]
+    host: tuple[float, ...]
     kernel: tuple[float, ...]
     unaligned: tuple[float, ...]
 
@@ -94,8 +94,8 @@ class Stopwatch:
         in_a_row = [self.back_to_back(call, UNALIGNED_CALLS) for _ in range(_UNALIGNED_REPEATS)]
         return Samples(
             call=self.slowest([self._us(start, end) for start, end, _ in aligned]),
-            host=self.slowest([host_us for _, _, host_us in aligned]),
             idle=self.slowest([self._us(start, end) for start, end, _ in from_idle]),
+            host=self.slowest([host_us for _, _, host_us in from_idle]),
             kernel=self.slowest([1e6 * record.seconds for record in ended]),
             unaligned=self.slowest(in_a_row),
         )
