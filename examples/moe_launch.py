@@ -7,7 +7,6 @@ and with one message. `agree` turns it into the same `UserError` everywhere.
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from ep_comm.errors import EPError
+from ep_comm.errors import EPArgumentError, EPError
 
 T = TypeVar("T")
 
@@ -50,30 +49,6 @@ def init_process_group() -> None:
     dist.init_process_group(backend, timeout=timedelta(minutes=10))
 
 
-def check_expert_groups(size: int) -> None:
-    """Refuse groups of `size` consecutive ranks that have GPUs on several hosts, on all ranks.
-
-    Raises:
-        UserError: There is such a group.
-    """
-    hosts: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(hosts, socket.gethostname())
-    if torch.cuda.is_available():
-        _check_hosts(hosts, size)
-
-
-def _check_hosts(hosts: list[str], size: int) -> None:
-    for first in range(0, len(hosts), size):
-        names = sorted(set(hosts[first : first + size]))
-        if len(names) > 1:
-            raise UserError(
-                f"--expert-model-parallel-size {size} puts ranks {first} to {first + size - 1} on "
-                f"{len(names)} hosts ({', '.join(names)}), and deepep works within a host so far: "
-                f"choose a size that divides the processes of a host, or "
-                f"--moe-token-dispatcher alltoall"
-            )
-
-
 def agree(action: Callable[[], T]) -> T:
     """Call `action` on every rank and return its result, or raise `UserError` on every rank.
 
@@ -101,10 +76,10 @@ def on_rank_0(action: Callable[[], T]) -> T:
 
 @contextmanager
 def user_errors_exit() -> Iterator[None]:
-    """End the process with one line and exit code 2, instead of a stack trace, on `UserError`."""
+    """End the process with one line and exit code 2, instead of a stack trace, on a user's error."""
     try:
         yield
-    except UserError as error:
+    except (UserError, EPArgumentError) as error:
         # Before the group exists, other machines may know nothing of this: the first rank of each.
         names = ["RANK"] if dist.is_initialized() else ["LOCAL_RANK", "SLURM_LOCALID"]
         speaker = all(os.environ.get(name, "0") == "0" for name in names)

@@ -15,9 +15,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from moe_checkpoint import check_paths, load, save
 from moe_config import PretrainConfig
 from moe_data import load_datasets, microbatches
-from moe_launch import UserError, check_expert_groups
+from moe_launch import UserError
 from moe_log import RunLog, check_wandb
-from moe_model import DEEPEP, Trainee, build, have_transformer_engine
+from moe_model import Trainee, build, have_transformer_engine
 from moe_stop import EXIT_CODE, StopRequest
 
 import ep_comm
@@ -37,8 +37,6 @@ def pretrain(config: PretrainConfig) -> None:
     # Whatever can be wrong with the request comes first, before anything is written.
     num_microbatches = config.num_microbatches(dist.get_world_size())
     check_wandb(config)
-    if config.moe_token_dispatcher == DEEPEP:
-        check_expert_groups(config.expert_model_parallel_size)
     checkpoint = check_paths(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     corpus, train_data, valid_data = load_datasets(config)

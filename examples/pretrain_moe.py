@@ -19,9 +19,9 @@ import warnings
 
 from moe_config import parse_args
 from moe_launch import UserError, agree, init_process_group, user_errors_exit
-from moe_slurm import rank_variables
 
 from ep_comm.megatron import cpu
+from ep_comm.slurm import rank_variables
 
 
 def main() -> None:

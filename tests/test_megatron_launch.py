@@ -26,7 +26,7 @@ from megatron_model import Setup, make_config, make_model, parallel_state, train
 from ranks import run_ranks, stop_pool
 
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
-from ep_comm.megatron import EPOptions, launch, launch_env
+from ep_comm.megatron import EPOptions, launch
 from ep_comm.megatron.launch_flags import LaunchError, extend_parser, wants_ep_comm
 from ep_comm.megatron.options import check_one_node
 from ep_comm.megatron.versions import SUPPORTED, is_supported
@@ -411,29 +411,6 @@ def test_the_script_comes_first(monkeypatch, capsys):
 
 
 # --- ranks and nodes -----------------------------------------------------------------------------
-
-
-def test_srun_is_enough():
-    environ = {
-        "SLURM_PROCID": "9",
-        "SLURM_LOCALID": "1",
-        "SLURM_NODEID": "2",
-        "SLURM_STEP_ID": "3",
-        "SLURM_STEP_NUM_TASKS": "12",
-        "SLURM_STEP_NODELIST": "gpu[07-08,11],cpu1",
-        "SLURM_STEP_TASKS_PER_NODE": "4(x2),2(x2)",
-        "SLURM_JOB_ID": "123456",
-    }
-    launch_env.from_slurm(environ)
-    assert {n: environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")} == {
-        "RANK": "9", "WORLD_SIZE": "12", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
-    }  # fmt: skip
-    assert environ["MASTER_ADDR"] == "gpu07" and 1024 < int(environ["MASTER_PORT"]) < 65536
-    assert launch_env.first_host("a-1") == "a-1" and launch_env.first_host("n[3,5]") == "n3"
-
-    under_torchrun = {**environ, "RANK": "0", "LOCAL_WORLD_SIZE": "8"}
-    launch_env.from_slurm(under_torchrun)
-    assert under_torchrun["RANK"] == "0" and under_torchrun["LOCAL_WORLD_SIZE"] == "8"
 
 
 def test_expert_parallelism_across_nodes_is_refused_on_gpus(monkeypatch):

@@ -25,8 +25,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from ep_comm import slurm
 from ep_comm.errors import EPError
-from ep_comm.megatron import cpu, launch_env
+from ep_comm.megatron import cpu
 from ep_comm.megatron.launch_flags import LaunchError, add_flags, extend_parser, wants_ep_comm
 from ep_comm.megatron.versions import SUPPORTED, is_supported
 
@@ -42,7 +43,7 @@ def main() -> None:
         parser.error("the script comes first, then its arguments")
     training = None
     try:
-        launch_env.from_slurm(os.environ)
+        os.environ.update(slurm.rank_variables(os.environ))
         script = _script(arguments[0])
         _become(script, arguments)
         version = _check_megatron(script)
@@ -56,7 +57,7 @@ def main() -> None:
     except LaunchError as error:
         _exit(error)
     except EPError as error:
-        if training is None or training.started:
+        if training is not None and training.started:
             raise
         _exit(error)
 
@@ -152,7 +153,7 @@ def _exit(error: Exception) -> None:
     The launcher of the processes (torchrun, srun) ends all of them when the first one ends. So the
     first rank of the node speaks; others do, late, only if that one had nothing to say.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
         time.sleep(_SPEAKER_LEAD_S)
     print(f"error: {error}", file=sys.stderr, flush=True)
     if dist.is_initialized():  # leaving the groups in order could wait for ranks that do not leave

@@ -1,11 +1,11 @@
-"""The SLURM environment: srun's variables where torchrun's are missing, and whether they agree."""
+"""Ranks of tasks that srun started: its variables where torchrun's are missing."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-from moe_launch import UserError
+from ep_comm.errors import EPArgumentError
 
 # Ports below the range that Linux hands out to connections by itself.
 _FIRST_PORT, _NUM_PORTS = 20_000, 10_000
@@ -16,10 +16,11 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
     Returns:
         RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; empty for
-        processes that are no task of a SLURM job step, or that torchrun started.
+        processes that are no task of a SLURM job step (a batch script, whatever the size of its
+        job), or that torchrun started.
 
     Raises:
-        UserError: SLURM's variables contradict others, or do not say where rank 0 is.
+        EPArgumentError: SLURM's variables contradict others.
     """
     if "SLURM_STEP_TASKS_PER_NODE" not in environment:
         return {}
@@ -37,24 +38,29 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     }
     for name, value in ours.items():
         if environment.get(name, value) != value:
-            raise UserError(
+            raise EPArgumentError(
                 f"{name} is {environment[name]}, but srun says {value} (it started "
                 f"{ours['WORLD_SIZE']} tasks, SLURM_PROCID {ours['RANK']}): unset {name}, or start "
                 f"as many tasks as processes are meant (srun --ntasks)"
             )
-    return {**ours, **_rendezvous(environment)}
+    port = _FIRST_PORT + int(environment["SLURM_JOB_ID"]) % _NUM_PORTS
+    return {
+        **ours,
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_host(environment),
+        "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
+    }
 
 
 def _check_torchrun(environment: Mapping[str, str], local_tasks: int) -> None:
     if local_tasks > 1:
-        raise UserError(
+        raise EPArgumentError(
             f"srun started {local_tasks} torchruns on this node, each of them "
             f"{environment['LOCAL_WORLD_SIZE']} processes: start torchrun with "
             f"--ntasks-per-node=1, or this script without torchrun, one task for each GPU"
         )
     nodes, groups = environment["SLURM_STEP_NUM_NODES"], environment["GROUP_WORLD_SIZE"]
     if nodes != groups:
-        raise UserError(
+        raise EPArgumentError(
             f"srun started torchrun on {nodes} nodes, but torchrun forms a job of {groups}: give "
             f"it --nnodes={nodes} --rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:PORT, or start "
             f"this script without torchrun, one task for each GPU"
@@ -69,15 +75,9 @@ def _tasks_per_node(text: str) -> list[int]:
     return counts
 
 
-def _rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
-    """Where rank 0 listens; what is set already stays."""
-    job, nodes = environment["SLURM_JOB_ID"], int(environment["SLURM_STEP_NUM_NODES"])
-    if "MASTER_ADDR" not in environment and nodes > 1:
-        raise UserError(
-            f"MASTER_ADDR is not set and the job step has {nodes} nodes: before srun, export "
-            f'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
-        )
-    return {
-        "MASTER_ADDR": environment.get("MASTER_ADDR", "localhost"),
-        "MASTER_PORT": environment.get("MASTER_PORT", str(_FIRST_PORT + int(job) % _NUM_PORTS)),
-    }
+def _first_host(environment: Mapping[str, str]) -> str:
+    """The step's first node: of ``"gpu[03-05,9],cpu1"`` that is gpu03."""
+    if int(environment["SLURM_STEP_NUM_NODES"]) == 1:
+        return "localhost"
+    nodes = environment["SLURM_STEP_NODELIST"]
+    return re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes).partition(",")[0]
