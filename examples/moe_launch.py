@@ -76,7 +76,7 @@ def on_rank_0(action: Callable[[], T]) -> T:
 
 @contextmanager
 def user_errors_exit() -> Iterator[None]:
-    """End the process with one line and exit code 2, instead of a stack trace, on a user's error."""
+    """End the process with one line and code 2 on a user's error, instead of a stack trace."""
     try:
         yield
     except (UserError, EPArgumentError) as error:
