@@ -260,6 +260,7 @@ __device__ void sum(const ep_combine_args& args) {
   const int32_t num_groups = (args.num_tokens + kGroupTokens - 1) / kGroupTokens;
   auto* const out = reinterpret_cast<uint4*>(args.combined_x);
   __shared__ Places places[kGroupTokens];
+  if (__syncthreads_or(aborted(node))) return;  // the plan may have left no indices
   for (int32_t group = blockIdx.x - args.num_push_blocks; group < num_groups;
        group += args.num_sum_blocks) {
     const int32_t begin = group * kGroupTokens;
@@ -345,6 +346,7 @@ int32_t load_combine_kernels() {
 int32_t load_layout_kernels();
 int32_t load_plan_kernels();
 int32_t load_dispatch_kernels();
+int32_t load_quantize_kernels();
 
 }  // namespace ep
 
@@ -353,6 +355,7 @@ int32_t ep_load_kernels(void) {
   if (status == EP_OK) status = ep::load_plan_kernels();
   if (status == EP_OK) status = ep::load_dispatch_kernels();
   if (status == EP_OK) status = ep::load_combine_kernels();
+  if (status == EP_OK) status = ep::load_quantize_kernels();
   return status;
 }
 

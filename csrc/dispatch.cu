@@ -296,6 +296,8 @@ __device__ void expand(const ep_dispatch_args& args, const Stages& stages, int32
   const int32_t pos_bytes = args.num_topk4 * 4;
   const int32_t pos_offset = bytes;
   const int32_t out_bytes = out_row_bytes(args);
+  // After a fault in the plan there are no indices: with a given number of rows nobody stopped this.
+  if (__any_sync(kFullWarp, aborted(node))) return;
   write_padding(args, warp, num_warps);
 
   int32_t num_chunks = 0;

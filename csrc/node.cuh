@@ -95,10 +95,10 @@ __device__ inline bool wait_epoch(const ep_node& node, const uint32_t* flag, int
       &seen, phase, peer, epoch);
 }
 
-// The flag of a chunk of rows: which operation it belongs to, in 24 bits of epoch (credits keep ranks
-// within one of each other), and the tag of the call.
+// The flag of a chunk of rows: which operation it belongs to, in 24 bits of epoch that are never all
+// zero (credits keep ranks within one of each other), and the tag of the call.
 __device__ inline uint32_t chunk_stamp(int32_t epoch, int32_t tag) {
-  return static_cast<uint32_t>(epoch) << 8 | static_cast<uint32_t>(tag & 0xff);
+  return (static_cast<uint32_t>(epoch) % 0xffffffu + 1) << 8 | static_cast<uint32_t>(tag & 0xff);
 }
 
 // False, and a fault, where the peer's call of the same epoch is another one.

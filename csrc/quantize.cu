@@ -79,6 +79,21 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const ep_quantize_ar
 
 }  // namespace
 
+namespace ep {
+
+int32_t load_quantize_kernels() {
+  cudaFuncAttributes attributes;
+  for (const void* kernel : {reinterpret_cast<const void*>(quantize_kernel<__nv_bfloat16>),
+                             reinterpret_cast<const void*>(quantize_kernel<float>)}) {
+    const int32_t status =
+        check_cuda(cudaFuncGetAttributes(&attributes, kernel), "quantisation kernels");
+    if (status != EP_OK) return status;
+  }
+  return EP_OK;
+}
+
+}  // namespace ep
+
 int32_t ep_quantize(const ep_quantize_args* args, void* stream_pointer) {
   constexpr int64_t kMaxGrid = 132 * 16;
   const auto stream = static_cast<cudaStream_t>(stream_pointer);

@@ -135,7 +135,7 @@ class Buffer:
                 nothing, so that the call can be captured in a CUDA graph; counts are on the
                 device (`DispatchHandle.device_tokens_per_expert`), and rows behind the last group
                 are padding. Rows for which there is no room are dropped, and the next call raises
-                `EPOverflowError`. A cached dispatch takes it from its handle.
+                `EPOverflowError` (one for all that overflowed before it). A cached dispatch takes it from its handle.
             num_sms: SMs that the kernels occupy; None is what `set_num_sms` says.
             previous_event: The operation starts after this event.
             async_finish: Run on the communication stream; wait for the returned event before
@@ -345,6 +345,8 @@ class Buffer:
         try:
             yield self._backend
         except BaseException as error:
+            if self._backend.num_started != started:
+                self._backend.abandon()
             is_harmless = isinstance(error, EPRoutingError) or self._backend.num_started == started
             if isinstance(error, EPOverflowError):
                 raise

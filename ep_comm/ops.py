@@ -119,9 +119,11 @@ def _dispatch_backward(
         pending = backend.combine(
             handle, grad_x, grad_weights, asynchronous=is_overlapped, num_sms=None
         )
-        if is_overlapped:
-            ctx.during_backward()
-        combined = pending.wait()
+        try:
+            if is_overlapped:
+                ctx.during_backward()
+        finally:
+            combined = pending.wait()
     return combined.x, None, combined.topk_weights, None, None, None, None, None
 
 

@@ -62,7 +62,7 @@ def test_two_absent_ranks_are_both_named():
         assert "for rank 1, 3" in messages[rank]
 
 
-def a_gpu_stays_away(rank: int, cached: bool, timeout_s: float) -> str | None:
+def a_gpu_stays_away(rank: int, how: str, timeout_s: float) -> str | None:
     """The same over NVLink: kernels give up by themselves, and the next host call raises."""
     absent = dist.get_world_size() - 1
     x, topk = X.cuda(), TOPK.cuda()
@@ -75,14 +75,19 @@ def a_gpu_stays_away(rank: int, cached: bool, timeout_s: float) -> str | None:
         return None
     start = time.monotonic()
     with pytest.raises(EPTimeoutError) as caught:
-        if cached:
+        if how == "cached":
             buffer.dispatch(x, handle=out.handle)
             torch.cuda.synchronize()
             buffer.combine(out.recv_x, out.handle)
+        elif how == "no host wait":  # the combine is launched before anybody knows
+            late = buffer.dispatch(x, topk, num_worst_tokens=100)
+            buffer.combine(late.recv_x, late.handle)
+            torch.cuda.synchronize()
+            buffer.combine(late.recv_x, late.handle)
         else:
             buffer.dispatch(x, topk)
     assert time.monotonic() - start < timeout_s + 5
-    assert caught.value.phase == ("rows" if cached else "plan")
+    assert caught.value.phase == ("rows" if how == "cached" else "plan")
     with pytest.raises(EPStateError, match="waited"):
         buffer.combine(out.recv_x, out.handle)
     torch.cuda.synchronize()  # no trap: the process and its GPU go on
@@ -96,10 +101,10 @@ def a_gpu_stays_away(rank: int, cached: bool, timeout_s: float) -> str | None:
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("cached", [False, True])
-def test_absent_gpu_is_named_and_the_others_go_on(cached):
+@pytest.mark.parametrize("how", ["new", "cached", "no host wait"])
+def test_absent_gpu_is_named_and_the_others_go_on(how):
     num_ranks = 3 if torch.cuda.device_count() >= 3 else 2
-    messages = run_ranks(num_ranks, a_gpu_stays_away, cached, 2.0, fresh=True, backend="nccl")
+    messages = run_ranks(num_ranks, a_gpu_stays_away, how, 2.0, fresh=True, backend="nccl")
     for rank in range(num_ranks - 1):
         assert f"rank {rank} waited 2 s for rank {num_ranks - 1}" in messages[rank]
 

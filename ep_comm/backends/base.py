@@ -156,5 +156,9 @@ class Backend(Protocol):
     ) -> Pending[Combined]:
         """Sum rows back to their tokens' owners, and scatter probabilities."""
 
+    def abandon(self) -> None:
+        """After an error: work of the current stream from now on waits for what was started, whose
+        memory is about to be freed."""
+
     def destroy(self) -> None:
         """Free what the backend holds. Collective."""

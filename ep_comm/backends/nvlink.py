@@ -269,6 +269,9 @@ class NVLinkBackend:
         args.num_send_blocks, args.num_receive_blocks = split_plan(sms, expand_sms)
         side_stream, event = self._side_stream.cuda_stream, self._fork_event.cuda_event
         self.native.plan(args, stream, side_stream, event)
+        if asynchronous and routing_map is not None and has_weights:
+            # The caller's stream selects the probabilities by the experts that the plan finds.
+            self.native.stream_wait(_raw_stream(self.device.index), stream, event)
         return routing
 
     def wait_for_sizes(self, routing: NVLinkRouting) -> RoutingSizes:
@@ -327,7 +330,9 @@ class NVLinkBackend:
             received = self._repeat(args, handle, has_weights, recv_dtype, asynchronous, sms)
         else:
             received = self._first(args, handle, has_weights, recv_dtype, asynchronous, first)
-        return self._pending(received, asynchronous, (x, scales, weights, routing.arena))
+        return self._pending(
+            received, asynchronous, (x, scales, weights, routing.source, routing.arena)
+        )
 
     def _repeat(
         self,
@@ -370,24 +375,20 @@ class NVLinkBackend:
         push_blocks, expand_blocks = split_dispatch(first.num_sms, self.num_ranks)
         args.num_blocks = push_blocks + expand_blocks
         args.num_push_blocks, args.num_expand_blocks = push_blocks, 0
-        try:
-            if push_blocks:
-                self.native.launch("ep_dispatch", args, stream)
-            args.num_push_blocks, args.num_expand_blocks = 0, expand_blocks
-            received = self._allocate(args, handle, has_weights, recv_dtype)  # waits for the plan
-            self.native.launch("ep_dispatch", args, side_stream)
-            self.native.stream_wait(stream, side_stream, event)
-            routing: NVLinkRouting = handle.routing
-            if routing.capacity is None:
-                raise_if_bad(
-                    list(self.memory.mailbox.routing_error),
-                    routing.source,
-                    routing.num_topk,
-                    self.config.num_experts,
-                )
-        except BaseException:
-            self._wait_for_all_streams()  # what they still use is about to be freed
-            raise
+        if push_blocks:
+            self.native.launch("ep_dispatch", args, stream)
+        args.num_push_blocks, args.num_expand_blocks = 0, expand_blocks
+        received = self._allocate(args, handle, has_weights, recv_dtype)  # waits for the plan
+        self.native.launch("ep_dispatch", args, side_stream)
+        self.native.stream_wait(stream, side_stream, event)
+        routing: NVLinkRouting = handle.routing
+        if routing.capacity is None:
+            raise_if_bad(
+                list(self.memory.mailbox.routing_error),
+                routing.source,
+                routing.num_topk,
+                self.config.num_experts,
+            )
         return received
 
     def _describe_rows(
@@ -501,14 +502,30 @@ class NVLinkBackend:
         if stream != current:
             self.native.stream_wait(stream, current, event)
         behind = self._in_flight.start((id(self), op), stream, num_sms)
-        # A graph waits for nothing outside of it: where it is replayed is the caller's business.
-        if behind and not torch.cuda.is_current_stream_capturing():
-            for other in behind:
-                if other != current:
-                    self.native.stream_wait(stream, other, event)
+        for other in behind:
+            # A graph waits for nothing outside of it: where it is replayed is the caller's business.
+            if other != current and self._is_within_reach(other):
+                self.native.stream_wait(stream, other, event)
         return stream
 
-    def _wait_for_all_streams(self) -> None:
+    @staticmethod
+    def _is_within_reach(other: int) -> bool:
+        """Whether the current stream can wait for `other`: one being captured only for its like."""
+        if not torch.cuda.is_current_stream_capturing():
+            return True
+        if other == 0:  # the default stream is never captured, and may not be asked meanwhile
+            return False
+        with torch.cuda.stream(torch.cuda.ExternalStream(other)):
+            return torch.cuda.is_current_stream_capturing()
+
+    def wait_for_plan(self) -> None:
+        """The current stream goes on when the newest plan is complete."""
+        current, event = _raw_stream(self.device.index), self._fork_event.cuda_event
+        self.native.stream_wait(current, self._side_stream.cuda_stream, event)
+
+    def abandon(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            return  # nothing runs, and the graph is void
         current = _raw_stream(self.device.index)
         for stream in (self._side_stream, self._comm_stream):
             self.native.stream_wait(current, stream.cuda_stream, self._fork_event.cuda_event)

@@ -108,6 +108,9 @@ class ReferenceBackend:
     def describe(self) -> str:
         return f"reference over {'/'.join(sorted(set(self.transport.backends.values())))}"
 
+    def abandon(self) -> None:
+        pass
+
     def destroy(self) -> None:
         pass
 
