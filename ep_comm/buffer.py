@@ -135,7 +135,8 @@ class Buffer:
                 nothing, so that the call can be captured in a CUDA graph; counts are on the
                 device (`DispatchHandle.device_tokens_per_expert`), and rows behind the last group
                 are padding. Rows for which there is no room are dropped, and the next call raises
-                `EPOverflowError` (one for all that overflowed before it). A cached dispatch takes it from its handle.
+                `EPOverflowError` (one for all that overflowed before it). A cached dispatch takes
+                it from its handle.
             num_sms: SMs that the kernels occupy; None is what `set_num_sms` says.
             previous_event: The operation starts after this event.
             async_finish: Run on the communication stream; wait for the returned event before

@@ -503,7 +503,7 @@ class NVLinkBackend:
             self.native.stream_wait(stream, current, event)
         behind = self._in_flight.start((id(self), op), stream, num_sms)
         for other in behind:
-            # A graph waits for nothing outside of it: where it is replayed is the caller's business.
+            # A graph waits for nothing outside of it: where it is replayed is up to the caller.
             if other != current and self._is_within_reach(other):
                 self.native.stream_wait(stream, other, event)
         return stream

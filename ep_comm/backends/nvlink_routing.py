@@ -103,7 +103,8 @@ class NVLinkRouting:
         rows = self.array("recv_topk_idx").view(self.backend.num_ranks, -1, self.num_topk)
         if self.capacity is None:
             return torch.cat([rows[r, :count] for r, count in enumerate(self.sizes.received)])
-        # Without the host, and maybe before the operation's event: output row i is row i - (rows of the sources before) of its source.
+        # Without the host, and maybe before the operation's event: output row i is row
+        # i - (rows of the sources before) of its source.
         self.backend.wait_for_plan()
         received = self.array("num_recv").long()
         ends = received.cumsum(0)
