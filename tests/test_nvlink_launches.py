@@ -1,0 +1,222 @@
+"""What the NVLink backend launches, in which order and with which arguments; no GPU is needed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+from ep_comm import EPConfig
+from ep_comm._native import structs
+from ep_comm.backends import nvlink
+from ep_comm.backends.nvlink import NVLinkBackend
+from ep_comm.backends.nvlink_memory import Offsets
+from ep_comm.backends.nvlink_records import DeviceRecorder
+from ep_comm.backends.nvlink_streams import InFlight
+from ep_comm.errors import EPArgumentError, EPRoutingError, EPUnsupportedError
+from ep_comm.handle import DispatchHandle
+
+CURRENT, SIDE, COMM = 5, 6, 7
+CONFIG = EPConfig(num_experts=8, hidden=512, max_tokens_per_rank=16, num_topk=2)
+X = torch.zeros(10, 512, dtype=torch.bfloat16)
+TOPK = torch.zeros(10, 2, dtype=torch.int64)
+
+
+class Launches:
+    """Stands for the native library: keeps what it is called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    def plan(self, args, stream, side_stream, event) -> None:
+        self.calls.append(("plan", type(args).from_buffer_copy(args), stream, side_stream))
+
+    def launch(self, name, args, stream) -> None:
+        self.calls.append((name, type(args).from_buffer_copy(args), stream))
+
+    def stream_wait(self, waiting, other, event) -> None:
+        self.calls.append(("wait", waiting, other))
+
+    def mailbox_wait(self, *_) -> bool:
+        self.calls.append(("mailbox",))
+        return True
+
+    def combine_blocks_per_sm(self, row_bytes) -> int:
+        return 4
+
+    def take(self) -> list[tuple]:
+        calls, self.calls = self.calls, []
+        return calls
+
+
+def make_backend() -> NVLinkBackend:
+    backend = object.__new__(NVLinkBackend)
+    backend.config, backend.rank, backend.num_ranks, backend.num_local_experts = CONFIG, 0, 2, 4
+    backend.native, backend.device = Launches(), torch.device("cpu", 0)
+    mailbox = structs.Mailbox()
+    mailbox.num_sent_tokens[0], mailbox.num_recv_tokens[1] = 10, 7
+    mailbox.num_tokens_per_expert[0] = 9
+    backend.memory = mock.Mock(
+        mailbox=mailbox, mailbox_address=0, fault_address=0, notice_address=0,
+        counters=torch.zeros(3, 64, dtype=torch.int32), node=lambda *_: structs.Node(),
+    )  # fmt: skip
+    backend.recorder = DeviceRecorder(0, 2, backend.device, lambda: None)
+    backend.offsets = Offsets(CONFIG, 2)
+    backend._scratch = torch.zeros(16, dtype=torch.uint8)
+    backend._side_stream = mock.Mock(cuda_stream=SIDE)
+    backend._comm_stream = mock.Mock(cuda_stream=COMM)
+    backend._fork_event = mock.Mock(cuda_event=1)
+    backend._available_sms, backend._num_sms, backend._num_plans = 132, None, 0
+    backend._in_flight = InFlight(132)
+    backend._make_args()
+    return backend
+
+
+@pytest.fixture
+def backend():
+    with (
+        mock.patch.object(nvlink, "_raw_stream", lambda _: CURRENT),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
+        mock.patch.object(nvlink, "EventOverlap", lambda *args: SimpleNamespace(args=args)),
+    ):
+        yield make_backend()
+
+
+def plan(backend: NVLinkBackend, capacity=None, asynchronous=False, num_sms=None, **changes):
+    routing = dict(topk_idx=TOPK, routing_map=None, layout="expert", has_weights=False)
+    settings = {**routing, **changes}
+    planned = backend.plan(
+        expert_alignment=16, capacity=capacity, asynchronous=asynchronous, num_sms=num_sms,
+        **settings,
+    )  # fmt: skip
+    return DispatchHandle(
+        buffer=None, layout=settings["layout"], expert_alignment=16, routing=planned
+    )
+
+
+def dispatch(backend: NVLinkBackend, handle, asynchronous=False, num_sms=None):
+    dtype = torch.bfloat16
+    return backend.dispatch(handle, X, None, None, dtype, dtype, asynchronous, num_sms)
+
+
+def test_a_new_dispatch_pushes_while_the_host_waits(backend):
+    received = dispatch(backend, plan(backend))
+    planned, ready, push, mailbox, expand, joined = backend.native.take()
+    assert planned[0] == "plan" and planned[2:] == (CURRENT, SIDE) and planned[1].ticket == 1
+    assert planned[1].capacity == 2**31 - 1
+    assert ready == ("wait", SIDE, CURRENT) and joined == ("wait", CURRENT, SIDE)
+    assert mailbox == ("mailbox",)
+    assert push[0] == expand[0] == "ep_dispatch" and (push[2], expand[2]) == (CURRENT, SIDE)
+    assert (push[1].num_push_blocks, push[1].num_expand_blocks) == (24, 0)
+    assert (expand[1].num_push_blocks, expand[1].num_expand_blocks) == (0, 108)
+    assert push[1].num_blocks == expand[1].num_blocks == 132
+    assert (
+        push[1].is_planned
+        and push[1].node.record == expand[1].node.record == planned[1].node.record
+    )
+    assert received.result.x.shape == (16, 512) == (expand[1].num_rows, 512)
+    assert planned[1].num_send_blocks == planned[1].num_receive_blocks == 64
+
+
+def test_a_given_number_of_rows_spares_the_wait(backend):
+    received = dispatch(backend, plan(backend, capacity=40))
+    calls = backend.native.take()
+    assert ("mailbox",) not in calls
+    assert calls[0][1].ticket == 0 and calls[0][1].capacity == 40
+    assert received.result.x.shape == (40, 512)
+
+
+def test_a_cached_dispatch_and_a_combine_are_one_launch_each(backend):
+    handle = plan(backend)
+    received = dispatch(backend, handle).result
+    backend.native.take()
+    dispatch(backend, handle)
+    backend.combine(handle, received.x, None, False, None)
+    cached, combine = backend.native.take()
+    assert cached[0] == "ep_dispatch" and not cached[1].is_planned
+    assert (cached[1].num_push_blocks, cached[1].num_expand_blocks) == (24, 108)
+    assert combine[0] == "ep_combine"
+    assert combine[1].num_push_blocks + combine[1].num_sum_blocks == 4 * 132
+    assert combine[1].node.record > cached[1].node.record > 0  # records of their own
+
+
+def test_asynchronous_operations_run_beside_others_on_few_sms(backend):
+    handle = plan(backend)
+    received = dispatch(backend, handle).result
+    backend.native.take()
+    combined = backend.combine(handle, received.x, None, True, None)
+    fork, combine = backend.native.take()
+    assert fork == ("wait", COMM, CURRENT) and combine[2] == COMM
+    assert combine[1].num_push_blocks + combine[1].num_sum_blocks == 4 * 24
+    keep = combined.event.args[1]
+    assert any(tensor is received.x for tensor in keep)
+    dispatch(backend, handle, num_sms=108)
+    assert [call[0] for call in backend.native.take()] == ["ep_dispatch"]  # both fit
+    dispatch(backend, handle, num_sms=109)
+    assert backend.native.take()[0] == ("wait", CURRENT, COMM)
+
+
+def test_an_asynchronous_plan_with_probabilities_of_a_map_is_waited_for(backend):
+    routing_map = torch.zeros(10, 8, dtype=torch.bool)
+    plan(backend, capacity=32, asynchronous=True, topk_idx=None, routing_map=routing_map,
+         has_weights=True)  # fmt: skip
+    assert backend.native.take()[-1] == ("wait", CURRENT, COMM)
+
+
+def test_what_was_started_outlives_an_error(backend):
+    backend.memory.mailbox.routing_error[0] = structs.EP_ROUTING_OUT_OF_RANGE
+    with pytest.raises(EPRoutingError):
+        dispatch(backend, plan(backend))
+    backend.native.take()
+    backend.abandon()
+    assert backend.native.take() == [("wait", CURRENT, SIDE), ("wait", CURRENT, COMM)]
+
+
+def test_inside_a_graph_only_what_it_holds_is_waited_for(backend):
+    handle = plan(backend, capacity=32)
+    dispatch(backend, handle)
+    dispatch(backend, handle, asynchronous=True)
+    backend.native.take()
+    with (
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),
+        mock.patch.object(backend, "_is_within_reach", lambda stream: stream == COMM),
+    ):
+        dispatch(backend, handle)
+        assert backend.native.take()[0] == ("wait", CURRENT, COMM)
+        with pytest.raises(EPUnsupportedError, match="num_worst_tokens"):
+            plan(backend)
+        backend.abandon()
+        assert backend.native.take() == []
+    with mock.patch.object(backend, "_is_within_reach", lambda stream: False):
+        dispatch(backend, handle, asynchronous=True)
+        backend.native.take()
+        dispatch(backend, handle)
+        assert [call[0] for call in backend.native.take()] == ["ep_dispatch"]
+
+
+@pytest.mark.parametrize("num_sms", [1, 133])
+def test_sms_that_there_are_not(backend, num_sms):
+    with pytest.raises(EPArgumentError, match="num_sms must be 2 to 132"):
+        plan(backend, num_sms=num_sms)
+    assert backend.recorder.num_operations == 0
+
+
+def test_records_are_what_the_kernels_wrote():
+    recorder = DeviceRecorder(1, 3, torch.device("cpu"), lambda: None)
+    recorder.start("dispatch", 0)
+    recorder.set_row_bytes(100)
+    recorder.start("combine", 7)
+    written = structs.Record(begin_ns=1_000, end_ns=4_000)
+    written.num_rows[:3] = 5, 6, 2
+    written.longest_wait_ns[:3] = 0, 900, 2_000
+    recorder._ring[0] = torch.frombuffer(bytearray(written), dtype=torch.uint8)
+    dispatch_record, combine_record = recorder
+    assert (dispatch_record.op, dispatch_record.epoch) == ("dispatch", 1)
+    assert dispatch_record.rows_to_rank == (5, 6, 2)
+    assert dispatch_record.wire_bytes_to_rank == (500, 0, 200)
+    assert dispatch_record.wait_s_by_rank == (0.0, 0.0, 2e-6)
+    assert dispatch_record.slowest_rank == 2 and dispatch_record.seconds == pytest.approx(3e-6)
+    assert combine_record.wire_bytes == 0 and recorder.since(1)[0].op == "combine"
+    assert recorder.since(2) == []
