@@ -290,10 +290,10 @@ class Buffer:
     def set_num_sms(self, num_sms: int | None) -> None:
         """Limit the SMs that an operation's kernels occupy, all of them counted.
 
-        Fewer leave more to computation running beside; 24 keep a dispatch within 1.2 of the
-        fastest. Two operations run at once, on two streams, where both fit on the GPU. Results do
-        not depend on it, and ranks may differ. Combine's blocks take the room of that many SMs,
-        though the GPU may spread them over more. No effect with the reference backend.
+        Fewer leave more to computation running beside, and take longer (docs/performance.md). Two
+        operations run at once, on two streams, where both fit on the GPU. Results do not depend on
+        it, and ranks may differ. Combine's blocks take the room of that many SMs, though the GPU
+        may spread them over more. No effect with the reference backend.
 
         Args:
             num_sms: At least 2; None is all of the GPU's, and 24 of an operation that runs beside

@@ -48,7 +48,8 @@ class Run:
         smoothed: The same, each the mean of the last steps up to it.
         valid: Validation loss, by the step after which it was taken; may be empty.
         tokens_per_s: Median over the steps, of all processes together.
-        wire_mib: What rank 0 sent in a step, the median; None if the dispatcher does not count it.
+        wire_mib: What the rank that sent most sent in a step, the median; None if the dispatcher
+            does not count it.
     """
 
     train: np.ndarray

@@ -60,7 +60,8 @@ def add_flags(parser: argparse.ArgumentParser, dispatchers: Sequence[str]) -> No
         "--ep-num-sms",
         type=int,
         metavar="N",
-        help="SMs that each dispatch and combine may occupy, at least 2 (default: all)",
+        help="SMs that each dispatch and combine may occupy, at least 2 (default: all; 24 of a "
+        "combine beside weight gradients)",
     )
     add(
         "--ep-timeout",

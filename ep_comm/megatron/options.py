@@ -34,8 +34,8 @@ class EPOptions:
             takes what Megatron's quantisation needs, and 1, no padding, without quantisation.
         max_tokens_per_rank: Most tokens of one micro-batch on one rank; None takes the first
             micro-batch's, over all ranks.
-        num_sms: SMs that each operation's kernels may occupy; None is all of the GPU's. No effect
-            with the reference backend.
+        num_sms: SMs that each operation's kernels may occupy; None is all of the GPU's, and 24 of
+            a combine beside weight gradients. No effect with the reference backend.
         timeout_s: Bound of every wait for another rank, in seconds.
     """
 
