@@ -92,7 +92,8 @@ def _transformer_config(config: PretrainConfig) -> TransformerConfig:
     fused = have_transformer_engine()
     for key in ("moe_grouped_gemm", "moe_permute_fusion"):
         if getattr(config, key) and not fused:
-            raise UserError(f"{key} needs a GPU and Transformer Engine; here: --no-{key.replace('_', '-')}")
+            flag = key.replace("_", "-")
+            raise UserError(f"--{flag} needs a GPU and Transformer Engine; here: --no-{flag}")
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     full_recompute = config.recompute_granularity == "full"
     deepep = config.moe_token_dispatcher == DEEPEP
