@@ -104,7 +104,7 @@ def check_one_node(ranks: Sequence[int]) -> None:
 
 
 def _refused(config: TransformerConfig) -> list[tuple[str, object, str]]:
-    """(flag, whether it is set, reason). README lists the same."""
+    """(flag, whether it is set, reason). docs/megatron.md lists the same."""
     shards = config.expert_tensor_parallel_size or 1
     graphed = _graphed_modules(config)
     return [
