@@ -59,13 +59,6 @@ def _raw_stream(device_index: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device_index)
 
 
-def check_fp8_hidden(hidden: int) -> None:
-    """Raise `EPArgumentError` where this backend cannot send rows of `hidden` elements as FP8."""
-    # Bulk copies move multiples of 16 bytes, so the FP32 scales of a row must be that.
-    if hidden % 512:
-        raise EPArgumentError(f"FP8 over NVLink needs hidden to be a multiple of 512, got {hidden}")
-
-
 class NVLinkBackend:
     """See `ep_comm.backends.base.Backend`, whose methods these are."""
 
@@ -191,7 +184,7 @@ class NVLinkBackend:
 
     def check_wire_dtype(self, wire_dtype: torch.dtype) -> None:
         if wire_dtype == fp8.FP8_DTYPE:
-            check_fp8_hidden(self.config.hidden)
+            nvlink_support.check_fp8_hidden(self.config.hidden)
 
     def inject_delays(self, up_to_ns: int) -> None:
         """For tests: every wait and every signal of later operations is late, at random."""

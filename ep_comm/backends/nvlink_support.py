@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ep_comm import _native
 from ep_comm._native import structs
 from ep_comm.config import EPConfig
-from ep_comm.errors import EPMismatchError
+from ep_comm.errors import EPArgumentError, EPMismatchError
 
 _MAX_ROW_BYTES = 92_000
 
@@ -56,3 +56,10 @@ def reason_here(num_ranks: int, config: EPConfig) -> str | None:
     if config.num_experts // num_ranks > 1024:
         return f"{config.num_experts // num_ranks} experts a rank, at most 1024"
     return None
+
+
+def check_fp8_hidden(hidden: int) -> None:
+    """Raise `EPArgumentError` where this backend cannot send rows of `hidden` elements as FP8."""
+    # Bulk copies move multiples of 16 bytes, so the FP32 scales of a row must be that.
+    if hidden % 512:
+        raise EPArgumentError(f"FP8 over NVLink needs hidden to be a multiple of 512, got {hidden}")

@@ -11,8 +11,8 @@ import torch
 
 from ep_comm import fp8
 from ep_comm._native.structs import EP_MAX_EXPERTS, EP_MAX_TOPK
-from ep_comm.backends import nvlink
-from ep_comm.checks import check_alignment
+from ep_comm.backends import nvlink_support
+from ep_comm.checks import check_alignment, check_num_sms
 from ep_comm.config import check_timeout
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 
@@ -53,8 +53,7 @@ class EPOptions:
         tokens = self.max_tokens_per_rank
         if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
             raise EPArgumentError(f"max_tokens_per_rank must be a positive integer, got {tokens!r}")
-        if self.num_sms is not None and (not isinstance(self.num_sms, int) or self.num_sms < 2):
-            raise EPArgumentError(f"num_sms must be at least 2, or None, got {self.num_sms!r}")
+        check_num_sms(self.num_sms)
 
 
 def check_supported(config: TransformerConfig, options: EPOptions) -> None:
@@ -78,7 +77,7 @@ def check_supported(config: TransformerConfig, options: EPOptions) -> None:
     if options.fp8_dispatch:
         fp8.check_hidden(config.hidden_size)
         if torch.cuda.is_available():
-            nvlink.check_fp8_hidden(config.hidden_size)
+            nvlink_support.check_fp8_hidden(config.hidden_size)
 
 
 def check_one_node(ranks: Sequence[int]) -> None:
