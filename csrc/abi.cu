@@ -71,15 +71,22 @@ constexpr int32_t kNotice[] = {
 };
 #undef F
 
+#define F(field) EP_OFFSET(ep_routing, field)
+constexpr int32_t kRouting[] = {
+    EP_SIZE(ep_routing),
+    F(topk_idx), F(send_slot), F(recv_topk_idx), F(row_of_k), F(rows_ascending), F(num_sent),
+    F(num_recv), F(source_tokens), F(expert_tokens), F(expert_first_row), F(num_tokens),
+    F(num_topk), F(num_topk4), F(expert_major),
+};
+#undef F
+
 #define F(field) EP_OFFSET(ep_plan_args, field)
 constexpr int32_t kPlanArgs[] = {
     EP_SIZE(ep_plan_args),
-    F(node), F(input), F(topk_idx), F(send_slot), F(recv_topk_idx), F(row_of_k),
-    F(rows_ascending), F(num_sent), F(num_recv), F(source_tokens), F(expert_tokens),
-    F(expert_first_row), F(scratch), F(mailbox), F(notice), F(counters), F(flag_offset),
-    F(credit_offset), F(header_offset), F(idx_offset), F(ticket), F(capacity), F(input_kind),
-    F(num_tokens), F(num_topk), F(num_topk4), F(num_experts), F(max_tokens), F(hidden),
-    F(expert_alignment), F(expert_major), F(num_send_blocks), F(num_receive_blocks),
+    F(node), F(routing), F(input), F(scratch), F(mailbox), F(notice), F(counters),
+    F(flag_offset), F(credit_offset), F(header_offset), F(idx_offset), F(ticket), F(capacity),
+    F(input_kind), F(num_experts), F(max_tokens), F(hidden), F(expert_alignment),
+    F(num_send_blocks), F(num_receive_blocks),
 };
 #undef F
 
@@ -93,12 +100,10 @@ constexpr int32_t kQuantizeArgs[] = {
 #define F(field) EP_OFFSET(ep_dispatch_args, field)
 constexpr int32_t kDispatchArgs[] = {
     EP_SIZE(ep_dispatch_args),
-    F(node), F(x), F(scales), F(weights), F(send_slot), F(recv_topk_idx), F(row_of_k),
-    F(num_sent), F(source_tokens), F(expert_tokens), F(expert_first_row), F(recv_x),
-    F(recv_scales), F(recv_weights), F(counter), F(flag_offset), F(credit_offset),
-    F(slot_offset), F(tag), F(num_tokens), F(num_topk), F(num_topk4), F(max_tokens),
-    F(max_chunks), F(chunk_tokens), F(row_bytes), F(scale_bytes), F(weight_bytes),
-    F(num_local_experts), F(expert_major), F(recv_kind), F(num_rows), F(is_planned),
+    F(node), F(routing), F(x), F(scales), F(weights), F(recv_x), F(recv_scales),
+    F(recv_weights), F(counter), F(flag_offset), F(credit_offset), F(slot_offset), F(tag),
+    F(max_tokens), F(max_chunks), F(chunk_tokens), F(row_bytes), F(scale_bytes),
+    F(weight_bytes), F(num_local_experts), F(recv_kind), F(num_rows), F(is_planned),
     F(num_push_blocks), F(num_expand_blocks), F(num_blocks),
 };
 #undef F
@@ -106,12 +111,10 @@ constexpr int32_t kDispatchArgs[] = {
 #define F(field) EP_OFFSET(ep_combine_args, field)
 constexpr int32_t kCombineArgs[] = {
     EP_SIZE(ep_combine_args),
-    F(node), F(x), F(weights), F(topk_idx), F(send_slot), F(recv_topk_idx), F(row_of_k),
-    F(rows_ascending), F(num_recv), F(combined_x), F(combined_weights), F(counter),
-    F(flag_offset), F(credit_offset), F(row_offset), F(weight_offset), F(tag), F(num_tokens),
-    F(num_topk), F(num_topk4), F(max_tokens), F(max_chunks), F(chunk_rows), F(chunks_per_unit),
-    F(row_bytes), F(dtype), F(num_local_experts), F(ranks_per_node), F(expert_major),
-    F(num_push_blocks), F(num_sum_blocks),
+    F(node), F(routing), F(x), F(weights), F(combined_x), F(combined_weights), F(counter),
+    F(flag_offset), F(credit_offset), F(row_offset), F(weight_offset), F(tag), F(max_tokens),
+    F(max_chunks), F(chunk_rows), F(chunks_per_unit), F(row_bytes), F(dtype),
+    F(num_local_experts), F(ranks_per_node), F(num_push_blocks), F(num_sum_blocks),
 };
 #undef F
 
@@ -136,6 +139,7 @@ constexpr StructLayout kStructs[] = {
     EP_STRUCT("ep_node", kNode),
     EP_STRUCT("ep_mailbox", kMailbox),
     EP_STRUCT("ep_notice", kNotice),
+    EP_STRUCT("ep_routing", kRouting),
     EP_STRUCT("ep_plan_args", kPlanArgs),
     EP_STRUCT("ep_quantize_args", kQuantizeArgs),
     EP_STRUCT("ep_dispatch_args", kDispatchArgs),

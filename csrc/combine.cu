@@ -115,11 +115,11 @@ __device__ inline uint4 sum_expert_rows(const uint4* x, const int32_t* rows, int
 
 // Probability gradient of entry k of received row n.
 __device__ inline float weight_of(const ep_combine_args& args, int64_t n, int32_t k) {
-  if (args.recv_topk_idx[n * args.num_topk + k] < 0) return 0.0f;
-  const int32_t row = args.row_of_k[n * args.num_topk4 + (args.expert_major ? k : 0)];
+  const ep_routing& routing = args.routing;
+  if (routing.recv_topk_idx[n * routing.num_topk + k] < 0) return 0.0f;
+  const int32_t row = routing.row_of_k[n * routing.num_topk4 + (routing.expert_major ? k : 0)];
   if (row < 0) return 0.0f;
-  return args.expert_major ? args.weights[row]
-                           : args.weights[static_cast<int64_t>(row) * args.num_topk + k];
+  return args.weights[routing.expert_major ? row : int64_t{row} * routing.num_topk + k];
 }
 
 template <typename T>
@@ -145,27 +145,28 @@ __device__ void push(const ep_combine_args& args) {
   for (int32_t unit = blockIdx.x; unit < num_units; unit += args.num_push_blocks) {
     const int32_t owner = (node.rank + 1 + unit % num_peers) % num_ranks;
     const int32_t begin = unit / num_peers * unit_rows;
-    const int32_t end = min(begin + unit_rows, args.num_recv[owner]);
+    const int32_t end = min(begin + unit_rows, args.routing.num_recv[owner]);
     if (begin >= end) continue;  // and nobody waits for it
     const int64_t region =
         static_cast<int64_t>(region_of(node.rank, owner, num_ranks)) * args.max_tokens;
     auto* const partials = in_memory_of<uint4>(node, owner, args.row_offset);
     auto* const partial_weights = in_memory_of<float>(node, owner, args.weight_offset);
     const int64_t first_n = static_cast<int64_t>(owner) * args.max_tokens + begin;
-    for (int32_t i = threadIdx.x; i < (end - begin) * args.num_topk4; i += blockDim.x) {
-      rows_of_unit[i] = args.rows_ascending[first_n * args.num_topk4 + i];
+    for (int32_t i = threadIdx.x; i < (end - begin) * args.routing.num_topk4; i += blockDim.x) {
+      rows_of_unit[i] = args.routing.rows_ascending[first_n * args.routing.num_topk4 + i];
     }
     __syncthreads();
     for (int32_t slot = begin; slot < end; ++slot) {
-      const int32_t* const rows = rows_of_unit + (slot - begin) * args.num_topk4;
+      const int32_t* const rows = rows_of_unit + (slot - begin) * args.routing.num_topk4;
       for (int32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
         partials[(region + slot) * vectors + i] =
-            sum_expert_rows<T>(x, rows, args.num_topk4, vectors, i);
+            sum_expert_rows<T>(x, rows, args.routing.num_topk4, vectors, i);
       }
       const int32_t k = threadIdx.x;
-      if (args.weights != nullptr && k < args.num_topk) {
+      if (args.weights != nullptr && k < args.routing.num_topk) {
         const int64_t place = static_cast<int64_t>(node.rank) * args.max_tokens + slot;
-        partial_weights[place * args.num_topk + k] = weight_of(args, first_n + slot - begin, k);
+        partial_weights[place * args.routing.num_topk + k] =
+            weight_of(args, first_n + slot - begin, k);
       }
     }
     __syncthreads();
@@ -190,7 +191,7 @@ __device__ bool partials_are_there(const ep_combine_args& args, int32_t begin, i
                                   static_cast<int64_t>(r) * args.max_chunks;
     int32_t known = -1;  // slots ascend with tokens, so chunks come in order
     for (int32_t t = begin; t < end && fine; ++t) {
-      const int32_t slot = args.send_slot[static_cast<int64_t>(t) * num_ranks + r];
+      const int32_t slot = args.routing.send_slot[static_cast<int64_t>(t) * num_ranks + r];
       const int32_t chunk = slot < 0 ? -1 : slot / args.chunk_rows;
       if (chunk <= known) continue;
       const int32_t epoch = epoch_of(node);
@@ -223,7 +224,7 @@ __device__ inline uint4 sum_partials(const ep_combine_args& args, const Places& 
   const auto* const partials = in_memory_of<const uint4>(node, node.rank, args.row_offset);
   uint4 own;
   if (places.slot[node.rank] >= 0) {
-    own = sum_expert_rows<T>(x, places.own_rows, args.num_topk4, vectors, column);
+    own = sum_expert_rows<T>(x, places.own_rows, args.routing.num_topk4, vectors, column);
   }
   RunningSum<T> node_sum, overall;
   for (int32_t first = 0; first < num_ranks; first += kLoadsInFlight) {
@@ -257,25 +258,25 @@ __device__ void sum(const ep_combine_args& args) {
   const int32_t num_ranks = node.num_ranks;
   const int32_t vectors = args.row_bytes / 16;
   const int32_t experts_per_rank = args.num_local_experts;
-  const int32_t num_groups = (args.num_tokens + kGroupTokens - 1) / kGroupTokens;
+  const int32_t num_groups = (args.routing.num_tokens + kGroupTokens - 1) / kGroupTokens;
   auto* const out = reinterpret_cast<uint4*>(args.combined_x);
   __shared__ Places places[kGroupTokens];
   if (__syncthreads_or(aborted(node))) return;  // the plan may have left no indices
   for (int32_t group = blockIdx.x - args.num_push_blocks; group < num_groups;
        group += args.num_sum_blocks) {
     const int32_t begin = group * kGroupTokens;
-    const int32_t end = min(begin + kGroupTokens, args.num_tokens);
+    const int32_t end = min(begin + kGroupTokens, args.routing.num_tokens);
     if (!partials_are_there(args, begin, end)) return;
     if (static_cast<int32_t>(threadIdx.x) < (end - begin) * num_ranks) {
       const int32_t t = begin + threadIdx.x / num_ranks, r = threadIdx.x % num_ranks;
-      places[t - begin].slot[r] = args.send_slot[static_cast<int64_t>(t) * num_ranks + r];
+      places[t - begin].slot[r] = args.routing.send_slot[static_cast<int64_t>(t) * num_ranks + r];
     }
     __syncthreads();
-    for (int32_t i = threadIdx.x; i < (end - begin) * args.num_topk4; i += blockDim.x) {
-      Places& place = places[i / args.num_topk4];
-      const int32_t slot = place.slot[node.rank], k = i % args.num_topk4;
+    for (int32_t i = threadIdx.x; i < (end - begin) * args.routing.num_topk4; i += blockDim.x) {
+      Places& place = places[i / args.routing.num_topk4];
+      const int32_t slot = place.slot[node.rank], k = i % args.routing.num_topk4;
       const int64_t n = static_cast<int64_t>(node.rank) * args.max_tokens + max(slot, 0);
-      place.own_rows[k] = args.rows_ascending[n * args.num_topk4 + k];
+      place.own_rows[k] = args.routing.rows_ascending[n * args.routing.num_topk4 + k];
     }
     __syncthreads();
     for (int32_t t = begin; t < end; ++t) {
@@ -284,17 +285,18 @@ __device__ void sum(const ep_combine_args& args) {
         out[static_cast<int64_t>(t) * vectors + i] = sum_partials<T, kOneNode>(args, place, vectors, i);
       }
       const int32_t k = threadIdx.x;
-      if (args.combined_weights != nullptr && k < args.num_topk) {
-        const int32_t expert = args.topk_idx[static_cast<int64_t>(t) * args.num_topk + k];
+      if (args.combined_weights != nullptr && k < args.routing.num_topk) {
+        const int32_t expert =
+            args.routing.topk_idx[static_cast<int64_t>(t) * args.routing.num_topk + k];
         float weight = 0.0f;
         if (expert >= 0) {
           const int32_t r = expert / experts_per_rank;
           const int64_t n = static_cast<int64_t>(r) * args.max_tokens + place.slot[r];
           const volatile float* const staged =
               in_memory_of<float>(node, node.rank, args.weight_offset);
-          weight = r == node.rank ? weight_of(args, n, k) : staged[n * args.num_topk + k];
+          weight = r == node.rank ? weight_of(args, n, k) : staged[n * args.routing.num_topk + k];
         }
-        args.combined_weights[static_cast<int64_t>(t) * args.num_topk + k] = weight;
+        args.combined_weights[static_cast<int64_t>(t) * args.routing.num_topk + k] = weight;
       }
     }
   }
@@ -310,7 +312,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm)
     sum<T, kOneNode>(args);
   }
   end_operation(args.node, args.counter, args.num_push_blocks + args.num_sum_blocks,
-                args.credit_offset, args.num_recv, args.row_bytes);
+                args.credit_offset, args.routing.num_recv, args.row_bytes);
 }
 
 int32_t threads_for(int32_t row_bytes) {
@@ -370,9 +372,9 @@ int32_t ep_combine(const ep_combine_args* args, void* stream) {
   }
   const int32_t blocks = args->num_push_blocks + args->num_sum_blocks;
   const int32_t unit_rows = args->chunk_rows * args->chunks_per_unit;
-  if (unit_rows < 1 || unit_rows > kMaxUnitRows || args->num_topk4 > EP_MAX_TOPK) {
+  if (unit_rows < 1 || unit_rows > kMaxUnitRows || args->routing.num_topk4 > EP_MAX_TOPK) {
     return ep::fail(EP_ERR_ARGUMENT, "%d rows a unit, num_topk4 = %d: at most %d and %d",
-                    unit_rows, args->num_topk4, kMaxUnitRows, EP_MAX_TOPK);
+                    unit_rows, args->routing.num_topk4, kMaxUnitRows, EP_MAX_TOPK);
   }
   if (args->num_push_blocks < 1 || args->num_sum_blocks < 1) {
     return ep::fail(EP_ERR_ARGUMENT, "%d push and %d sum blocks: both are needed",
@@ -384,7 +386,8 @@ int32_t ep_combine(const ep_combine_args* args, void* stream) {
     return ep::fail(EP_ERR_ARGUMENT, "dtype = %d is not one of EP_BF16, EP_FP32", args->dtype);
   }
   const bool one_node = args->ranks_per_node >= args->node.num_ranks;
-  const int32_t shared_bytes = unit_rows * args->num_topk4 * static_cast<int32_t>(sizeof(int32_t));
+  const int32_t shared_bytes =
+      unit_rows * args->routing.num_topk4 * static_cast<int32_t>(sizeof(int32_t));
   kKernels[args->dtype][one_node]<<<blocks, threads, shared_bytes, on>>>(*args);
   return ep::check_cuda(cudaGetLastError(), "ep_combine");
 }

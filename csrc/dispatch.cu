@@ -138,7 +138,7 @@ __device__ void push(const ep_dispatch_args& args, const Stages& stages, int32_t
   const int32_t lane = threadIdx.x % kWarpSize;
   const bool sends = lane < num_ranks - 1;  // this lane serves a destination
   const int32_t peer = (node.rank + 1 + (sends ? lane : 0)) % num_ranks;
-  const int32_t num_chunks = (args.num_tokens + chunk_tokens - 1) / chunk_tokens;
+  const int32_t num_chunks = (args.routing.num_tokens + chunk_tokens - 1) / chunk_tokens;
   const int32_t my_chunks = warp < num_chunks ? (num_chunks - warp + num_warps - 1) / num_warps : 0;
   const int32_t my_tokens = my_chunks * chunk_tokens;
   const int32_t bytes = slot_bytes(args);
@@ -162,7 +162,7 @@ __device__ void push(const ep_dispatch_args& args, const Stages& stages, int32_t
     return (warp + i / chunk_tokens * num_warps) * chunk_tokens + i % chunk_tokens;
   };
   const auto load = [&](int32_t i) {
-    if (lane == 0 && i < my_tokens && token(i) < args.num_tokens) {
+    if (lane == 0 && i < my_tokens && token(i) < args.routing.num_tokens) {
       load_own_token(args, stages, i, token(i), 0);
     }
   };
@@ -181,9 +181,9 @@ __device__ void push(const ep_dispatch_args& args, const Stages& stages, int32_t
       landing = current;
       current = PushedChunk{t / chunk_tokens, 0, 0};
     }
-    if (t < args.num_tokens) {
+    if (t < args.routing.num_tokens) {
       const int32_t slot =
-          sends ? args.send_slot[static_cast<int64_t>(t) * num_ranks + peer] : -1;
+          sends ? args.routing.send_slot[static_cast<int64_t>(t) * num_ranks + peer] : -1;
       stages.wait(i);
       if (slot >= 0) {
         if (current.count++ == 0) current.first = slot;
@@ -211,8 +211,8 @@ __device__ void push(const ep_dispatch_args& args, const Stages& stages, int32_t
 // Where scale b of output row `row` of local expert e stands.
 __device__ inline int64_t scale_place(const ep_dispatch_args& args, int32_t e, int32_t row,
                                       int32_t b) {
-  const int32_t first = args.expert_first_row[e];
-  const int64_t group_rows = args.expert_first_row[e + 1] - first;
+  const int32_t first = args.routing.expert_first_row[e];
+  const int64_t group_rows = args.routing.expert_first_row[e + 1] - first;
   return static_cast<int64_t>(first) * (args.scale_bytes / 4) + b * group_rows + (row - first);
 }
 
@@ -222,7 +222,7 @@ __device__ inline void write_zero_row(const ep_dispatch_args& args, int32_t row)
   auto* const out = reinterpret_cast<uint4*>(args.recv_x + static_cast<int64_t>(row) * row_bytes);
   for (int32_t i = lane; i < row_bytes / 16; i += kWarpSize) out[i] = make_uint4(0, 0, 0, 0);
   if (args.recv_weights == nullptr) return;
-  const int32_t width = args.expert_major ? 1 : args.num_topk;
+  const int32_t width = args.routing.expert_major ? 1 : args.routing.num_topk;
   if (lane < width) args.recv_weights[static_cast<int64_t>(row) * width + lane] = 0.0f;
 }
 
@@ -230,10 +230,11 @@ __device__ inline void write_zero_row(const ep_dispatch_args& args, int32_t row)
 // the output has more: zeros, with scale 1.
 __device__ void write_padding(const ep_dispatch_args& args, int32_t warp, int32_t num_warps) {
   const int32_t lane = threadIdx.x % kWarpSize, num_scales = args.scale_bytes / 4;
-  if (args.expert_major) {
+  if (args.routing.expert_major) {
     for (int32_t e = warp; e < args.num_local_experts; e += num_warps) {
-      const int32_t end = args.expert_first_row[e + 1];
-      for (int32_t row = args.expert_first_row[e] + args.expert_tokens[e]; row < end; ++row) {
+      const int32_t begin = args.routing.expert_first_row[e] + args.routing.expert_tokens[e];
+      const int32_t end = args.routing.expert_first_row[e + 1];
+      for (int32_t row = begin; row < end; ++row) {
         write_zero_row(args, row);
         if (args.recv_scales == nullptr) continue;
         for (int32_t b = lane; b < num_scales; b += kWarpSize) {
@@ -242,7 +243,7 @@ __device__ void write_padding(const ep_dispatch_args& args, int32_t warp, int32_
       }
     }
   }
-  const int32_t end = args.expert_first_row[args.num_local_experts];
+  const int32_t end = args.routing.expert_first_row[args.num_local_experts];
   for (int32_t row = end + warp; row < args.num_rows; row += num_warps) {
     write_zero_row(args, row);
     if (args.recv_scales == nullptr) continue;
@@ -293,7 +294,7 @@ __device__ void expand(const ep_dispatch_args& args, const Stages& stages, int32
   const int32_t lane = threadIdx.x % kWarpSize;
   const int32_t bytes = slot_bytes(args);
   const int64_t stride = slot_stride(args);
-  const int32_t pos_bytes = args.num_topk4 * 4;
+  const int32_t pos_bytes = args.routing.num_topk4 * 4;
   const int32_t pos_offset = bytes;
   const int32_t out_bytes = out_row_bytes(args);
   // After a fault in the plan there are no indices: with a given number of rows nobody stopped this.
@@ -302,7 +303,7 @@ __device__ void expand(const ep_dispatch_args& args, const Stages& stages, int32
 
   int32_t num_chunks = 0;
   for (int32_t r = 0; r < num_ranks; ++r) {
-    num_chunks = max(num_chunks, (args.source_tokens[r] + chunk_tokens - 1) / chunk_tokens);
+    num_chunks = max(num_chunks, (args.routing.source_tokens[r] + chunk_tokens - 1) / chunk_tokens);
   }
   const int32_t num_units = num_chunks * num_ranks;
   const uint64_t* const flags = in_memory_of<uint64_t>(node, node.rank, args.flag_offset);
@@ -314,11 +315,11 @@ __device__ void expand(const ep_dispatch_args& args, const Stages& stages, int32
     unit->source = source;
     unit->rows = 0;
     unit->first = chunk * chunk_tokens;
-    if (chunk * chunk_tokens >= args.source_tokens[source]) return true;
+    if (chunk * chunk_tokens >= args.routing.source_tokens[source]) return true;
     if (source == node.rank) {
       const int32_t t = unit->first + lane;
-      const bool stays = lane < chunk_tokens && t < args.num_tokens &&
-                         args.send_slot[static_cast<int64_t>(t) * num_ranks + node.rank] >= 0;
+      const bool stays = lane < chunk_tokens && t < args.routing.num_tokens &&
+                         args.routing.send_slot[static_cast<int64_t>(t) * num_ranks + node.rank] >= 0;
       unit->rows = __ballot_sync(kFullWarp, stays);
       return true;
     }
@@ -349,9 +350,8 @@ __device__ void expand(const ep_dispatch_args& args, const Stages& stages, int32
 
   const auto load = [&](int32_t i, const Unit& unit, int32_t j) {
     const bool own = unit.source == node.rank;
-    const int32_t slot = own ? args.send_slot[static_cast<int64_t>(unit.first + j) * num_ranks +
-                                              node.rank]
-                             : unit.first + j;
+    int32_t slot = unit.first + j;
+    if (own) slot = args.routing.send_slot[static_cast<int64_t>(slot) * num_ranks + node.rank];
     const int64_t n = static_cast<int64_t>(unit.source) * args.max_tokens + slot;
     if (own) {
       load_own_token(args, stages, i, unit.first + j, pos_bytes);
@@ -363,7 +363,8 @@ __device__ void expand(const ep_dispatch_args& args, const Stages& stages, int32
                          (region * args.max_tokens + slot) * stride,
                      bytes, stages.barrier(i));
     }
-    ptx::bulk_load(stages.stage(i) + pos_offset, args.row_of_k + n * args.num_topk4, pos_bytes,
+    ptx::bulk_load(stages.stage(i) + pos_offset,
+                   args.routing.row_of_k + n * args.routing.num_topk4, pos_bytes,
                    stages.barrier(i));
     // Behind the output rows: which received row this is.
     *reinterpret_cast<int64_t*>(stages.stage(i) + pos_offset + pos_bytes) = n;
@@ -375,7 +376,7 @@ __device__ void expand(const ep_dispatch_args& args, const Stages& stages, int32
   // Scales of the row in `stage`, for lane k's output row.
   const auto store_scales = [&](const uint8_t* stage, int32_t row) {
     const uint8_t* const scales = stage + args.row_bytes;
-    if (!args.expert_major) {
+    if (!args.routing.expert_major) {
       if (row >= 0) {
         ptx::bulk_store(reinterpret_cast<uint8_t*>(args.recv_scales) +
                             static_cast<int64_t>(row) * args.scale_bytes,
@@ -384,10 +385,10 @@ __device__ void expand(const ep_dispatch_args& args, const Stages& stages, int32
       return;
     }
     const int64_t n = received_row(stage);
-    for (int32_t k = 0; k < args.num_topk; ++k) {
+    for (int32_t k = 0; k < args.routing.num_topk; ++k) {
       const int32_t to = __shfl_sync(kFullWarp, row, k);
       if (to < 0) continue;
-      const int32_t e = args.recv_topk_idx[n * args.num_topk + k];
+      const int32_t e = args.routing.recv_topk_idx[n * args.routing.num_topk + k];
       for (int32_t b = lane; b < args.scale_bytes / 4; b += kWarpSize) {
         args.recv_scales[scale_place(args, e, to, b)] = reinterpret_cast<const float*>(scales)[b];
       }
@@ -401,7 +402,7 @@ __device__ void expand(const ep_dispatch_args& args, const Stages& stages, int32
         reinterpret_cast<const float*>(stage + args.row_bytes + args.scale_bytes);
     __syncwarp();  // the row's index was written by lane 0
     stages.wait(i);
-    const int32_t row = lane < args.num_topk ? rows[lane] : -1;
+    const int32_t row = lane < args.routing.num_topk ? rows[lane] : -1;
     const uint8_t* out = stage;
     if (args.recv_kind != EP_RECV_BYTES) {
       out = stages.converted();
@@ -421,11 +422,11 @@ __device__ void expand(const ep_dispatch_args& args, const Stages& stages, int32
     if (args.recv_scales != nullptr) store_scales(stage, row);
     ptx::bulk_commit();
     if (args.recv_weights == nullptr) return;
-    if (args.expert_major) {
+    if (args.routing.expert_major) {
       if (row >= 0) args.recv_weights[row] = weights[lane];
-    } else if (lane < args.num_topk && rows[0] >= 0) {
-      const bool local = args.recv_topk_idx[received_row(stage) * args.num_topk + lane] >= 0;
-      args.recv_weights[static_cast<int64_t>(rows[0]) * args.num_topk + lane] =
+    } else if (const int32_t num_topk = args.routing.num_topk; lane < num_topk && rows[0] >= 0) {
+      const bool local = args.routing.recv_topk_idx[received_row(stage) * num_topk + lane] >= 0;
+      args.recv_weights[static_cast<int64_t>(rows[0]) * num_topk + lane] =
           local ? weights[lane] : 0.0f;
     }
   };
@@ -473,14 +474,14 @@ __global__ void __launch_bounds__(kMaxWarps * kWarpSize)
     expand(args, stages, epoch, (block - args.num_push_blocks) * ring.num_warps + warp,
            args.num_expand_blocks * ring.num_warps);
   }
-  end_operation(args.node, args.counter, args.num_blocks, args.credit_offset, args.num_sent,
+  end_operation(args.node, args.counter, args.num_blocks, args.credit_offset, args.routing.num_sent,
                 args.row_bytes + args.scale_bytes);
 }
 
 Ring make_ring(const ep_dispatch_args& args) {
   Ring ring{};
   // The output rows, and the row's index behind them.
-  const int32_t wanted = slot_bytes(args) + args.num_topk4 * 4 + 16;
+  const int32_t wanted = slot_bytes(args) + args.routing.num_topk4 * 4 + 16;
   ring.stage_bytes = (wanted + 127) / 128 * 128;
   ring.converted_bytes = args.recv_kind == EP_RECV_BYTES || args.num_expand_blocks == 0
                              ? 0
@@ -519,8 +520,9 @@ int32_t ep_dispatch(const ep_dispatch_args* args, void* stream) {
     return ep::fail(EP_ERR_ARGUMENT, "chunk_tokens = %d is not in [%d, %d]", args->chunk_tokens,
                     kFlagLag + 1, kMaxChunkTokens);
   }
-  if (args->num_topk > kWarpSize) {
-    return ep::fail(EP_ERR_ARGUMENT, "num_topk = %d is more than %d", args->num_topk, kWarpSize);
+  if (args->routing.num_topk > kWarpSize) {
+    return ep::fail(EP_ERR_ARGUMENT, "num_topk = %d is more than %d", args->routing.num_topk,
+                    kWarpSize);
   }
   const Ring ring = make_ring(*args);
   if (ring.num_warps == 0) {

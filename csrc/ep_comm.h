@@ -18,7 +18,7 @@ extern "C" {
 #define EP_API __attribute__((visibility("default")))
 
 /* Raise it with every change that an older caller would not survive; ep_comm/_native mirrors it. */
-#define EP_ABI_VERSION 3
+#define EP_ABI_VERSION 4
 
 /* What a function that returns a status may answer. ep_last_error() has the text. */
 enum {
@@ -195,23 +195,32 @@ enum {
   EP_NOTICE_OVERFLOW = 2
 };
 
-/* S = max_tokens, the rows that each source rank has room for; N = num_ranks * S. A received row
- * has index source * S + slot. K4 is K rounded up to a multiple of 4: rows of 16 bytes.
- * Offsets are into the symmetric memory of every rank. */
+/* Where the rows of one dispatch go: device memory, written by ep_plan and read by every operation
+ * with that routing. S = max_tokens, the rows that each source rank has room for; N = num_ranks * S. A
+ * received row has index source * S + slot. K4 is K rounded up to a multiple of 4: rows of 16 bytes. */
+typedef struct ep_routing {
+  int32_t* topk_idx;          /* [T, K] of this rank's own tokens: global experts or -1 */
+  int32_t* send_slot;         /* [T, R] */
+  int32_t* recv_topk_idx;     /* [N, K] local experts, -1 elsewhere and in rows not sent */
+  int32_t* row_of_k;          /* [N, K4] output row of each entry, -1 where there is none */
+  int32_t* rows_ascending;    /* [N, K4] the same rows ascending, then -1 */
+  int32_t* num_sent;          /* [R] rows to each rank */
+  int32_t* num_recv;          /* [R] rows from each rank */
+  int32_t* source_tokens;     /* [R] T of each rank */
+  int32_t* expert_tokens;     /* [E_local] rows of each group, without padding */
+  int32_t* expert_first_row;  /* [E_local + 1] first row of each group, then the end; of rank-major
+                                 rows only the end */
+  int32_t num_tokens;
+  int32_t num_topk;
+  int32_t num_topk4;
+  int32_t expert_major;       /* else rank-major: one row a token, in column 0 */
+} ep_routing;
+
+/* Offsets are into the symmetric memory of every rank. */
 typedef struct ep_plan_args {
   ep_node node;
+  ep_routing routing;
   const void* input;          /* [T, K] or [T, E], see ep_layout_args */
-  int32_t* topk_idx;          /* [T, K] out: global experts or -1 */
-  int32_t* send_slot;         /* [T, R] out */
-  int32_t* recv_topk_idx;     /* [N, K] out: local experts, -1 elsewhere and in rows not sent */
-  int32_t* row_of_k;          /* [N, K4] out: output row of each entry, -1 where there is none */
-  int32_t* rows_ascending;    /* [N, K4] out: the same rows ascending, then -1 */
-  int32_t* num_sent;          /* [R] out: rows to each rank */
-  int32_t* num_recv;          /* [R] out: rows from each rank */
-  int32_t* source_tokens;     /* [R] out: T of each rank */
-  int32_t* expert_tokens;     /* [E_local] out: rows of each group, without padding */
-  int32_t* expert_first_row;  /* [E_local + 1] out: first row of each group, then the end; of
-                                 rank-major rows only the end */
   void* scratch;              /* ep_plan_scratch_bytes(), 256-byte aligned */
   ep_mailbox* mailbox;        /* host memory, mapped */
   ep_notice* notice;          /* host memory, mapped */
@@ -224,14 +233,10 @@ typedef struct ep_plan_args {
   int32_t capacity;           /* rows of the output: what does not fit is dropped, and none of the
                                  outputs above names it */
   int32_t input_kind;
-  int32_t num_tokens;
-  int32_t num_topk;
-  int32_t num_topk4;
   int32_t num_experts;
   int32_t max_tokens;
   int32_t hidden;             /* only compared between ranks */
   int32_t expert_alignment;
-  int32_t expert_major;       /* else rank-major: one row a token, in column 0 */
   int32_t num_send_blocks;    /* of the two kernels; all of one must fit on the GPU at once */
   int32_t num_receive_blocks;
 } ep_plan_args;
@@ -277,16 +282,10 @@ enum {
 /* A row travels as one slot: its bytes, then its scales, then K4 probabilities. */
 typedef struct ep_dispatch_args {
   ep_node node;
+  ep_routing routing;
   const uint8_t* x;             /* [T, row_bytes] */
   const float* scales;          /* [T, scale_bytes / 4], or NULL */
   const float* weights;         /* [T, K4], or NULL */
-  const int32_t* send_slot;     /* [T, R] */
-  const int32_t* recv_topk_idx; /* [N, K] */
-  const int32_t* row_of_k;      /* [N, K4] */
-  const int32_t* num_sent;      /* [R] */
-  const int32_t* source_tokens; /* [R] */
-  const int32_t* expert_tokens; /* [E_local] */
-  const int32_t* expert_first_row; /* [E_local + 1] */
   uint8_t* recv_x;              /* [num_rows] */
   float* recv_scales;           /* B = scale_bytes / 4 scales a row, or NULL. Rank-major [rows, B];
                                    expert-major for each expert [B, rows of its group] */
@@ -297,9 +296,6 @@ typedef struct ep_dispatch_args {
   int64_t slot_offset;          /* [R - 1, S, slot], the next rank's rows first; slots of whole
                                    128-byte lines */
   int32_t tag;                  /* 0 .. 255, equal on ranks that make the same call */
-  int32_t num_tokens;
-  int32_t num_topk;
-  int32_t num_topk4;
   int32_t max_tokens;
   int32_t max_chunks;
   int32_t chunk_tokens;
@@ -307,7 +303,6 @@ typedef struct ep_dispatch_args {
   int32_t scale_bytes;
   int32_t weight_bytes;
   int32_t num_local_experts;
-  int32_t expert_major;
   int32_t recv_kind;
   int32_t num_rows;             /* of the output; those behind the last group become padding */
   int32_t is_planned;           /* ep_plan has begun this operation: else it begins here */
@@ -328,14 +323,9 @@ enum {
 
 typedef struct ep_combine_args {
   ep_node node;
+  ep_routing routing;
   const uint8_t* x;               /* rows as dispatch gave them */
   const float* weights;           /* expert-major [rows], rank-major [rows, K]; or NULL */
-  const int32_t* topk_idx;        /* [T, K] of this rank's own tokens */
-  const int32_t* send_slot;       /* [T, R] */
-  const int32_t* recv_topk_idx;   /* [N, K] */
-  const int32_t* row_of_k;        /* [N, K4] */
-  const int32_t* rows_ascending;  /* [N, K4] */
-  const int32_t* num_recv;        /* [R] */
   uint8_t* combined_x;            /* [T, row_bytes] */
   float* combined_weights;        /* [T, K], or NULL */
   int32_t* counter;               /* zero; left zero */
@@ -344,9 +334,6 @@ typedef struct ep_combine_args {
   int64_t row_offset;             /* [R - 1, S, row_bytes], the next rank's rows first */
   int64_t weight_offset;          /* float [R, S, K] */
   int32_t tag;                    /* 0 .. 255, equal on ranks that make the same call */
-  int32_t num_tokens;
-  int32_t num_topk;
-  int32_t num_topk4;
   int32_t max_tokens;
   int32_t max_chunks;
   int32_t chunk_rows;             /* rows of a flag: equal on all ranks */
@@ -355,7 +342,6 @@ typedef struct ep_combine_args {
   int32_t dtype;                  /* EP_BF16 or EP_FP32 */
   int32_t num_local_experts;
   int32_t ranks_per_node;
-  int32_t expert_major;
   int32_t num_push_blocks;
   int32_t num_sum_blocks;
 } ep_combine_args;

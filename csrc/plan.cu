@@ -51,10 +51,10 @@ struct Scratch {
 
 __device__ inline int32_t field_of(const ep_plan_args& args, int32_t field) {
   switch (field) {
-    case EP_FIELD_NUM_TOPK: return args.num_topk;
+    case EP_FIELD_NUM_TOPK: return args.routing.num_topk;
     case EP_FIELD_HIDDEN: return args.hidden;
     case EP_FIELD_NUM_EXPERTS: return args.num_experts;
-    case EP_FIELD_EXPERT_MAJOR: return args.expert_major;
+    case EP_FIELD_EXPERT_MAJOR: return args.routing.expert_major;
     default: return args.expert_alignment;
   }
 }
@@ -67,13 +67,13 @@ __global__ void __launch_bounds__(kThreads)
                 const layout::Shape shape, const Scratch scratch) {
   extern __shared__ int32_t shared[];
   const ep_node& node = args.node;
-  const int32_t num_ranks = node.num_ranks, num_topk = args.num_topk;
+  const int32_t num_ranks = node.num_ranks, num_topk = args.routing.num_topk;
   const int32_t experts_per_rank = args.num_experts / num_ranks;
   const int32_t epoch = epoch_of(node);
   uint32_t* const counters = reinterpret_cast<uint32_t*>(args.counters);
   if (blockIdx.x == 0 && threadIdx.x == 0) begin_operation(node);
 
-  layout::count_tokens(input, shape, scratch.layout, args.topk_idx, shared);
+  layout::count_tokens(input, shape, scratch.layout, args.routing.topk_idx, shared);
   bool may_send = !aborted(node);
   if (may_send && static_cast<int32_t>(threadIdx.x) < num_ranks) {
     const uint32_t* const credit =
@@ -84,22 +84,22 @@ __global__ void __launch_bounds__(kThreads)
   if (!__syncthreads_and(may_send)) return;
   if (!grid_barrier(node, &counters[kSendBarrier], gridDim.x)) return;
 
-  layout::place_tokens(shape, scratch.layout, args.num_sent, nullptr, args.send_slot);
+  layout::place_tokens(shape, scratch.layout, args.routing.num_sent, nullptr, args.routing.send_slot);
   if (blockIdx.x == 0) {
     layout::pick_first_error(shape, scratch.layout.first_error, scratch.sent_error);
   }
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * shape.chunks_per_block * kChunkTokens;
   const int64_t end = min(begin + shape.chunks_per_block * kChunkTokens,
-                          static_cast<int64_t>(args.num_tokens));
+                          static_cast<int64_t>(args.routing.num_tokens));
   const int64_t row_entries = static_cast<int64_t>(num_ranks) * num_topk;
   for (int64_t i = begin * row_entries + threadIdx.x; i < end * row_entries; i += kThreads) {
     const int32_t k = i % num_topk;
     const int64_t t = i / row_entries;
     // Each rank begins with another one, so that not all write to the same one at a time.
     const int32_t r = (i / num_topk + node.rank + 1) % num_ranks;
-    const int32_t slot = args.send_slot[t * num_ranks + r];
+    const int32_t slot = args.routing.send_slot[t * num_ranks + r];
     if (slot < 0) continue;
-    const int32_t local = args.topk_idx[t * num_topk + k] - r * experts_per_rank;
+    const int32_t local = args.routing.topk_idx[t * num_topk + k] - r * experts_per_rank;
     int32_t* const idx = in_memory_of<int32_t>(node, r, args.idx_offset);
     idx[(static_cast<int64_t>(node.rank) * args.max_tokens + slot) * num_topk + k] =
         local >= 0 && local < experts_per_rank ? local : -1;
@@ -111,8 +111,8 @@ __global__ void __launch_bounds__(kThreads)
     const int32_t r = threadIdx.x;
     int32_t* const header =
         in_memory_of<int32_t>(node, r, args.header_offset) + node.rank * kHeaderInts;
-    header[0] = args.num_sent[r];
-    header[1] = args.num_tokens;
+    header[0] = args.routing.num_sent[r];
+    header[1] = args.routing.num_tokens;
     for (int i = 0; i < EP_NUM_FIELDS; ++i) header[2 + i] = field_of(args, i);
     signal(node, in_memory_of<uint32_t>(node, r, args.flag_offset) + node.rank,
            static_cast<uint32_t>(epoch));
@@ -142,8 +142,8 @@ __device__ inline void wait_for_header(const ep_plan_args& args, int32_t source,
   }
   num_rows[source] = rows;
   if (blockIdx.x == 0) {
-    args.num_recv[source] = rows;
-    args.source_tokens[source] = tokens;
+    args.routing.num_recv[source] = rows;
+    args.routing.source_tokens[source] = tokens;
   }
 }
 
@@ -184,15 +184,15 @@ __device__ void publish(const ep_plan_args& args, const int32_t* sent_error,
   for (int32_t e = threadIdx.x; e < num_local_experts; e += kThreads) {
     const int32_t tokens = expert_tokens[e];
     if (args.ticket != 0) args.mailbox->num_tokens_per_expert[e] = tokens;
-    if (args.expert_major) {
+    if (args.routing.expert_major) {
       const int32_t first = min(first_row[e], capacity);
-      args.expert_first_row[e] = first;
-      args.expert_tokens[e] = min(tokens, capacity - first);
+      args.routing.expert_first_row[e] = first;
+      args.routing.expert_tokens[e] = min(tokens, capacity - first);
     } else {
-      args.expert_tokens[e] = tokens;
+      args.routing.expert_tokens[e] = tokens;
     }
   }
-  if (threadIdx.x == 0) args.expert_first_row[num_local_experts] = min(end, capacity);
+  if (threadIdx.x == 0) args.routing.expert_first_row[num_local_experts] = min(end, capacity);
   if (args.ticket == 0) {
     volatile ep_notice* const notice = args.notice;
     if (threadIdx.x != 0 || notice->code != EP_NOTICE_NONE) return;
@@ -206,7 +206,7 @@ __device__ void publish(const ep_plan_args& args, const int32_t* sent_error,
   }
   if (threadIdx.x < EP_MAX_NODE_RANKS) {
     const int32_t r = threadIdx.x;
-    args.mailbox->num_sent_tokens[r] = r < num_ranks ? args.num_sent[r] : 0;
+    args.mailbox->num_sent_tokens[r] = r < num_ranks ? args.routing.num_sent[r] : 0;
     args.mailbox->num_recv_tokens[r] = r < num_ranks ? num_rows[r] : 0;
   }
   if (threadIdx.x < 4) args.mailbox->routing_error[threadIdx.x] = sent_error[threadIdx.x];
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kThreads)
   extern __shared__ int32_t shared[];
   const ep_node& node = args.node;
   const Receive& receive = scratch.receive;
-  const int32_t num_ranks = node.num_ranks, num_topk = args.num_topk;
+  const int32_t num_ranks = node.num_ranks, num_topk = args.routing.num_topk;
   const int32_t num_experts = args.num_experts / num_ranks;  // of this rank
   const int32_t max_tokens = args.max_tokens, num_rows_in_all = num_ranks * max_tokens;
   const int32_t group_words = receive.chunks_per_group * num_experts;
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t entry = static_cast<int64_t>(chunk) * kChunkTokens * num_topk + i;
       const int32_t expert = sent ? staged[entry] : -1;
       const bool is_expert = expert >= 0 && expert < num_experts;
-      args.recv_topk_idx[entry] = is_expert ? expert : -1;
+      args.routing.recv_topk_idx[entry] = is_expert ? expert : -1;
       if (is_expert) {
         atomicOr(&mask[row / kChunkTokens * num_experts + expert], 1u << row % kChunkTokens);
       }
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) next_row[e] += first_row[e];
   if (blockIdx.x == 0) {
     publish(args, scratch.sent_error, tokens, first_row, num_rows,
-            args.expert_major ? end_of_groups : end_of_sources);
+            args.routing.expert_major ? end_of_groups : end_of_sources);
   }
   __syncthreads();
 
@@ -318,15 +318,16 @@ __global__ void __launch_bounds__(kThreads)
       next_row[e] = row;
     }
     __syncthreads();
-    const int32_t num_topk4 = args.num_topk4;
+    const int32_t num_topk4 = args.routing.num_topk4;
     for (int32_t i = threadIdx.x; i < num_chunks * kChunkTokens * num_topk4; i += kThreads) {
       const int32_t in_group = i / num_topk4, k = i % num_topk4;
       const int32_t n = chunk * kChunkTokens + in_group;
       if (n >= num_rows_in_all) break;
       const int64_t first_entry = static_cast<int64_t>(n) * num_topk4;
       int32_t row = -1, place = k;  // place among the row's ascending rows
-      if (args.expert_major) {
-        const int32_t* const experts = args.recv_topk_idx + static_cast<int64_t>(n) * num_topk;
+      if (args.routing.expert_major) {
+        const int32_t* const experts =
+            args.routing.recv_topk_idx + static_cast<int64_t>(n) * num_topk;
         const int32_t expert = k < num_topk ? experts[k] : -1;
         int32_t smaller = 0, present = 0, absent_before = max(0, k - num_topk);
         for (int32_t other = 0; other < num_topk; ++other) {
@@ -346,8 +347,8 @@ __global__ void __launch_bounds__(kThreads)
         if (k == 0 && slot < num_rows[source]) row = first_of_source[source] + slot;
       }
       if (row >= args.capacity) row = -1;
-      args.row_of_k[first_entry + k] = row;
-      args.rows_ascending[first_entry + place] = row;
+      args.routing.row_of_k[first_entry + k] = row;
+      args.routing.rows_ascending[first_entry + place] = row;
     }
     __syncthreads();
   }
@@ -386,8 +387,8 @@ template <typename Input>
 int32_t launch_send(const ep_plan_args& args, const Input& input, const Scratch& scratch,
                     cudaStream_t stream) {
   const layout::Shape shape =
-      layout::make_shape(args.num_tokens, args.num_topk, args.num_experts, args.node.num_ranks,
-                         args.num_send_blocks);
+      layout::make_shape(args.routing.num_tokens, args.routing.num_topk, args.num_experts,
+                         args.node.num_ranks, args.num_send_blocks);
   send_kernel<<<std::max(1, shape.num_blocks), kThreads, layout::count_shared_bytes(shape),
                 stream>>>(args, input, shape, scratch);
   return check_cuda(cudaGetLastError(), "ep_plan: send_kernel");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from types import SimpleNamespace
 from unittest import mock
 
@@ -118,6 +119,21 @@ def test_a_new_dispatch_pushes_while_the_host_waits(backend):
     )
     assert received.result.x.shape == (16, 512) == (expand[1].num_rows, 512)
     assert planned[1].num_send_blocks == planned[1].num_receive_blocks == 64
+
+
+def test_arrays_of_a_routing_stand_where_kernels_look_for_them(backend):
+    routing = plan(backend).routing
+    first_word = {name: first for name, (first, _) in routing.places.items()}
+    for name, kind in structs.Routing._fields_:
+        if kind is ctypes.c_void_p:
+            address = getattr(routing.native, name)
+            assert address == routing.arena.data_ptr() + 4 * first_word.pop(name)
+        else:
+            assert (
+                getattr(routing.native, name)
+                == dict(num_tokens=10, num_topk=2, num_topk4=4, expert_major=True)[name]
+            )
+    assert not first_word
 
 
 def test_a_given_number_of_rows_spares_the_wait(backend):

@@ -140,12 +140,10 @@ class Notice(ctypes.Structure):
     ]
 
 
-class PlanArgs(ctypes.Structure):
-    """``ep_plan_args``: plan of a dispatch."""
+class Routing(ctypes.Structure):
+    """``ep_routing``: where the rows of a dispatch go."""
 
     _fields_ = [
-        ("node", Node),
-        ("input", _POINTER),
         ("topk_idx", _POINTER),
         ("send_slot", _POINTER),
         ("recv_topk_idx", _POINTER),
@@ -156,6 +154,20 @@ class PlanArgs(ctypes.Structure):
         ("source_tokens", _POINTER),
         ("expert_tokens", _POINTER),
         ("expert_first_row", _POINTER),
+        ("num_tokens", _INT32),
+        ("num_topk", _INT32),
+        ("num_topk4", _INT32),
+        ("expert_major", _INT32),
+    ]
+
+
+class PlanArgs(ctypes.Structure):
+    """``ep_plan_args``: plan of a dispatch."""
+
+    _fields_ = [
+        ("node", Node),
+        ("routing", Routing),
+        ("input", _POINTER),
         ("scratch", _POINTER),
         ("mailbox", _POINTER),
         ("notice", _POINTER),
@@ -167,14 +179,10 @@ class PlanArgs(ctypes.Structure):
         ("ticket", _INT32),
         ("capacity", _INT32),
         ("input_kind", _INT32),
-        ("num_tokens", _INT32),
-        ("num_topk", _INT32),
-        ("num_topk4", _INT32),
         ("num_experts", _INT32),
         ("max_tokens", _INT32),
         ("hidden", _INT32),
         ("expert_alignment", _INT32),
-        ("expert_major", _INT32),
         ("num_send_blocks", _INT32),
         ("num_receive_blocks", _INT32),
     ]
@@ -197,16 +205,10 @@ class DispatchArgs(ctypes.Structure):
 
     _fields_ = [
         ("node", Node),
+        ("routing", Routing),
         ("x", _POINTER),
         ("scales", _POINTER),
         ("weights", _POINTER),
-        ("send_slot", _POINTER),
-        ("recv_topk_idx", _POINTER),
-        ("row_of_k", _POINTER),
-        ("num_sent", _POINTER),
-        ("source_tokens", _POINTER),
-        ("expert_tokens", _POINTER),
-        ("expert_first_row", _POINTER),
         ("recv_x", _POINTER),
         ("recv_scales", _POINTER),
         ("recv_weights", _POINTER),
@@ -215,9 +217,6 @@ class DispatchArgs(ctypes.Structure):
         ("credit_offset", _INT64),
         ("slot_offset", _INT64),
         ("tag", _INT32),
-        ("num_tokens", _INT32),
-        ("num_topk", _INT32),
-        ("num_topk4", _INT32),
         ("max_tokens", _INT32),
         ("max_chunks", _INT32),
         ("chunk_tokens", _INT32),
@@ -225,7 +224,6 @@ class DispatchArgs(ctypes.Structure):
         ("scale_bytes", _INT32),
         ("weight_bytes", _INT32),
         ("num_local_experts", _INT32),
-        ("expert_major", _INT32),
         ("recv_kind", _INT32),
         ("num_rows", _INT32),
         ("is_planned", _INT32),
@@ -240,14 +238,9 @@ class CombineArgs(ctypes.Structure):
 
     _fields_ = [
         ("node", Node),
+        ("routing", Routing),
         ("x", _POINTER),
         ("weights", _POINTER),
-        ("topk_idx", _POINTER),
-        ("send_slot", _POINTER),
-        ("recv_topk_idx", _POINTER),
-        ("row_of_k", _POINTER),
-        ("rows_ascending", _POINTER),
-        ("num_recv", _POINTER),
         ("combined_x", _POINTER),
         ("combined_weights", _POINTER),
         ("counter", _POINTER),
@@ -256,9 +249,6 @@ class CombineArgs(ctypes.Structure):
         ("row_offset", _INT64),
         ("weight_offset", _INT64),
         ("tag", _INT32),
-        ("num_tokens", _INT32),
-        ("num_topk", _INT32),
-        ("num_topk4", _INT32),
         ("max_tokens", _INT32),
         ("max_chunks", _INT32),
         ("chunk_rows", _INT32),
@@ -267,7 +257,6 @@ class CombineArgs(ctypes.Structure):
         ("dtype", _INT32),
         ("num_local_experts", _INT32),
         ("ranks_per_node", _INT32),
-        ("expert_major", _INT32),
         ("num_push_blocks", _INT32),
         ("num_sum_blocks", _INT32),
     ]
@@ -291,6 +280,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "ep_node": Node,
     "ep_mailbox": Mailbox,
     "ep_notice": Notice,
+    "ep_routing": Routing,
     "ep_plan_args": PlanArgs,
     "ep_quantize_args": QuantizeArgs,
     "ep_dispatch_args": DispatchArgs,

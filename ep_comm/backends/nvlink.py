@@ -14,7 +14,6 @@ while the other one pushes. Two operations run at once where both find room (nvl
 from __future__ import annotations
 
 import weakref
-import zlib
 
 import torch
 import torch.distributed as dist
@@ -27,7 +26,12 @@ from ep_comm.backends import nvlink_support
 from ep_comm.backends.base import Combined, Pending, Received
 from ep_comm.backends.nvlink_memory import NodeMemory, Offsets
 from ep_comm.backends.nvlink_records import DeviceRecorder
-from ep_comm.backends.nvlink_routing import FirstDispatch, NVLinkRouting, arena_places
+from ep_comm.backends.nvlink_routing import (
+    FirstDispatch,
+    NVLinkRouting,
+    arena_places,
+    whole_vectors,
+)
 from ep_comm.backends.nvlink_streams import in_flight
 from ep_comm.backends.nvlink_tuning import (
     COMBINE_CHUNK_BYTES,
@@ -51,7 +55,7 @@ _MAX_ROWS = 2**31 - 1
 
 def _tag(*call: int) -> int:
     """0 to 255, the same for the same call on every rank: chunks carry it."""
-    return zlib.crc32(repr(tuple(map(int, call))).encode()) & 0xFF
+    return hash(call) & 0xFF  # of integers the hash is the same in every process
 
 
 def _raw_stream(device_index: int) -> int:
@@ -232,32 +236,36 @@ class NVLinkBackend:
         stream = self._begin(structs.EP_OP_DISPATCH, asynchronous, sms)
         record = self.recorder.start("dispatch", 0)
         self._num_plans += 1
+        arena = torch.empty(total, dtype=torch.int32, device=self.device)
+        base = arena.data_ptr()
+        native = structs.Routing(
+            *(base + 4 * first for first, _ in places.values()),
+            num_tokens,
+            num_topk,
+            whole_vectors(num_topk),
+            layout == "expert",
+        )
         routing = NVLinkRouting(
             backend=self,
+            native=native,
             number=self._num_plans,
-            expert_major=layout == "expert",
             expert_alignment=expert_alignment,
             capacity=capacity,
             num_tokens=num_tokens,
             num_topk=num_topk,
             source=source,
-            arena=torch.empty(total, dtype=torch.int32, device=self.device),
+            arena=arena,
             places=places,
             first=FirstDispatch(stream=stream, num_sms=sms, record=record),
         )
         args = self._plan_args
         args.node.record = record
+        args.routing = native
         args.input = source.data_ptr()
-        for name in places:
-            setattr(args, name, routing.address(name))
         args.ticket = 0 if capacity is not None else routing.number
         args.capacity = _MAX_ROWS if capacity is None else capacity
         args.input_kind = INPUT_KINDS[source.dtype]
-        args.num_tokens = num_tokens
-        args.num_topk = num_topk
-        args.num_topk4 = routing.num_topk4
         args.expert_alignment = expert_alignment
-        args.expert_major = routing.expert_major
         _, expand_sms = split_dispatch(sms, self.num_ranks)
         args.num_send_blocks, args.num_receive_blocks = split_plan(sms, expand_sms)
         side_stream, event = self._side_stream.cuda_stream, self._fork_event.cuda_event
@@ -396,18 +404,10 @@ class NVLinkBackend:
         args.x = x.data_ptr()
         args.scales = None if scales is None else scales.data_ptr()
         args.weights = None if weights is None else weights.data_ptr()
-        for name in (
-            "send_slot", "recv_topk_idx", "row_of_k", "num_sent", "source_tokens", "expert_tokens",
-            "expert_first_row",
-        ):  # fmt: skip
-            setattr(args, name, routing.address(name))
-        args.num_tokens = routing.num_tokens
-        args.num_topk = routing.num_topk
-        args.num_topk4 = routing.num_topk4
-        args.expert_major = routing.expert_major
+        args.routing = routing.native
         args.row_bytes = row_bytes = x.shape[1] * x.element_size()
         args.scale_bytes = 0 if scales is None else scales.shape[1] * 4
-        args.weight_bytes = 0 if weights is None else args.num_topk4 * 4
+        args.weight_bytes = 0 if weights is None else routing.native.num_topk4 * 4
         args.chunk_tokens = chunk_tokens(DISPATCH_CHUNK_BYTES, row_bytes)
         args.recv_kind = structs.EP_RECV_BYTES
         if scales is not None and recv_dtype != fp8.FP8_DTYPE:
@@ -459,22 +459,15 @@ class NVLinkBackend:
         args = self._combine_args
         args.x = x.data_ptr()
         args.weights = None if topk_weights is None else topk_weights.data_ptr()
-        for name in (
-            "topk_idx", "send_slot", "recv_topk_idx", "row_of_k", "rows_ascending", "num_recv",
-        ):  # fmt: skip
-            setattr(args, name, routing.address(name))
+        args.routing = routing.native
         args.combined_x = combined.data_ptr()
         args.combined_weights = None if weights is None else weights.data_ptr()
         args.tag = _tag(routing.number, hidden * x.element_size(), weights is not None)
-        args.num_tokens = num_tokens
-        args.num_topk = routing.num_topk
-        args.num_topk4 = routing.num_topk4
         args.row_bytes = row_bytes = hidden * x.element_size()
         args.chunk_rows = chunk_tokens(COMBINE_CHUNK_BYTES, row_bytes)
         sms = self._sms(num_sms, asynchronous)
         args.chunks_per_unit = combine_chunks_per_unit(sms, args.chunk_rows, row_bytes)
         args.dtype = structs.EP_BF16 if x.dtype == torch.bfloat16 else structs.EP_FP32
-        args.expert_major = routing.expert_major
         blocks_per_sm = self.native.combine_blocks_per_sm(row_bytes)
         push_sms, sum_sms = split_combine(sms, self.num_ranks, routing.num_topk)
         args.num_push_blocks = push_sms * blocks_per_sm

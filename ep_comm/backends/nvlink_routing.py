@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ep_comm._native import structs
 from ep_comm.handle import RoutingSizes
 
 if TYPE_CHECKING:
@@ -47,17 +48,18 @@ def arena_places(
 
 @dataclass(kw_only=True, eq=False)
 class NVLinkRouting:
-    """See `ep_comm.handle.Routing`. The index arrays of csrc/ep_comm.h's ``ep_plan_args``, in one
+    """See `ep_comm.handle.Routing`. The index arrays of csrc/ep_comm.h's ``ep_routing``, in one
     allocation: row ``source * max_tokens_per_rank + slot`` is a received row.
 
     Attributes:
+        native: The same for kernels.
         number: Of the plan, from 1; the ticket of its counts.
         first: What the plan leaves to the dispatch that follows it; None afterwards.
     """
 
     backend: NVLinkBackend
+    native: structs.Routing
     number: int
-    expert_major: bool
     expert_alignment: int
     capacity: int | None
     num_tokens: int
@@ -66,13 +68,6 @@ class NVLinkRouting:
     arena: Tensor
     places: dict[str, tuple[int, int]]
     first: FirstDispatch | None
-
-    @property
-    def num_topk4(self) -> int:
-        return whole_vectors(self.num_topk)
-
-    def address(self, name: str) -> int:
-        return self.arena.data_ptr() + 4 * self.places[name][0]
 
     def array(self, name: str) -> Tensor:
         first, count = self.places[name]
@@ -115,8 +110,7 @@ class NVLinkRouting:
         return torch.where(there[:, None], rows[source, torch.where(there, slot, 0)], -1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FirstDispatch:
+class FirstDispatch(NamedTuple):
     """What belongs to both a plan and the dispatch that follows it.
 
     Attributes:

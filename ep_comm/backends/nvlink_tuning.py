@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 DISPATCH_CHUNK_BYTES = 48 * 1024
 COMBINE_CHUNK_BYTES = 32 * 1024
 MIN_CHUNK_TOKENS = 4
@@ -19,17 +21,20 @@ def default_sms(available: int, asynchronous: bool) -> int:
     return min(_OVERLAPPED_SMS, available) if asynchronous else available
 
 
+@functools.cache
 def split_dispatch(num_sms: int, num_ranks: int) -> tuple[int, int]:
     """SMs that push and SMs that expand. One block an SM: the stages fill its shared memory."""
     push = 0 if num_ranks == 1 else max(1, min(24, num_sms // 3))
     return push, max(1, num_sms - push)
 
 
+@functools.cache
 def split_plan(num_sms: int, expand_sms: int) -> tuple[int, int]:
     """Blocks of the two kernels of a plan: the second one runs beside the push."""
     return min(_MAX_PLAN_BLOCKS, num_sms), min(_MAX_PLAN_BLOCKS, expand_sms)
 
 
+@functools.cache
 def split_combine(num_sms: int, num_ranks: int, num_topk: int) -> tuple[int, int]:
     """SMs that push partial rows and SMs that sum them.
 
@@ -44,11 +49,13 @@ def split_combine(num_sms: int, num_ranks: int, num_topk: int) -> tuple[int, int
     return push, num_sms - push
 
 
+@functools.cache
 def chunk_tokens(chunk_bytes: int, row_bytes: int) -> int:
     """Rows of one flag: about `chunk_bytes`, and the same on every rank."""
     return max(MIN_CHUNK_TOKENS, min(MAX_CHUNK_TOKENS, chunk_bytes // row_bytes))
 
 
+@functools.cache
 def combine_chunks_per_unit(num_sms: int, chunk_rows: int, row_bytes: int) -> int:
     """Chunks whose flags a push block raises at once. That holds it up: with few blocks, seldom.
 
