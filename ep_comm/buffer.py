@@ -233,6 +233,7 @@ class Buffer:
         handle: DispatchHandle,
         topk_weights: Tensor | None = None,
         *,
+        grad_wire_dtype: torch.dtype | None = None,
         num_sms: int | None = None,
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
@@ -250,6 +251,9 @@ class Buffer:
             handle: What the dispatch returned.
             topk_weights: FP32, as the dispatch gave them ([M] or [N, K]): scattered back to
                 [T, K] without any sum. With their gradients this is the backward of dispatch.
+            grad_wire_dtype: In the backward, which dispatches the gradient of `combined_x`: None
+                sends its rows as they are; ``torch.float8_e4m3fn`` quantises them for the way, and
+                they arrive dequantised, in x's dtype. Gradients of `topk_weights` stay FP32.
             num_sms, previous_event, async_finish, allocate_on_comm_stream: As in `dispatch`.
 
         Returns:
@@ -269,11 +273,13 @@ class Buffer:
             (handle.num_rows,) if handle.layout == "expert" else (handle.num_rows, handle.num_topk)
         )
         checks.check_weights(topk_weights, weights_shape, x.device)
+        grad_wire = checks.grad_wire_dtype(x, grad_wire_dtype)
+        self._backend.check_wire_dtype(grad_wire)
         checks.check_num_sms(num_sms)
         if previous_event is not None:
             previous_event.current_stream_wait()
         combined_x, combined_weights = ops.combine(
-            x, topk_weights, async_finish, num_sms, handle.id
+            x, topk_weights, grad_wire, async_finish, num_sms, handle.id
         )
         return CombineOutput(
             combined_x,

@@ -120,6 +120,18 @@ def wire_and_recv_dtype(
     return wire, recv
 
 
+def grad_wire_dtype(x: Tensor, wire_dtype: torch.dtype | None) -> torch.dtype:
+    """Default for the type in which the gradient of a combine of `x` travels."""
+    wire = x.dtype if wire_dtype is None else wire_dtype
+    if wire not in (x.dtype, fp8.FP8_DTYPE):
+        raise EPArgumentError(
+            f"grad_wire_dtype must be x's own dtype {x.dtype} or float8_e4m3fn, got {wire}"
+        )
+    if wire == fp8.FP8_DTYPE:
+        fp8.check_hidden(x.shape[1])
+    return wire
+
+
 def check_weights(weights: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
     """Probabilities: FP32 of that shape, contiguous, on that device."""
     name = "topk_weights"

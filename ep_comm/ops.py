@@ -3,12 +3,13 @@
     ep_comm::dispatch(x, scales?, topk_weights?, wire_dtype, recv_dtype, asynchronous, num_sms?,
                       handle)
         -> (recv_x, recv_scales, recv_topk_weights)
-    ep_comm::combine(x, topk_weights?, asynchronous, num_sms?, handle)
+    ep_comm::combine(x, topk_weights?, grad_wire_dtype, asynchronous, num_sms?, handle)
         -> (combined_x, combined_topk_weights)
 
 Optional results that do not exist come back as empty tensors. `Buffer` is the way to call them:
 it checks arguments and holds the handle, which the ops know by its id. FP8 on the wire is
-straight-through: the gradient is that of an unquantised dispatch.
+straight-through: the gradient is that of an unquantised dispatch. Gradients travel in their own
+type, except where combine's `grad_wire_dtype` makes those that its backward dispatches FP8.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _library.define(
     " -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "combine(Tensor x, Tensor? topk_weights, bool asynchronous, int? num_sms, int handle)"
-    " -> (Tensor, Tensor)"
+    "combine(Tensor x, Tensor? topk_weights, ScalarType grad_wire_dtype, bool asynchronous, "
+    "int? num_sms, int handle) -> (Tensor, Tensor)"
 )
 
 
@@ -75,6 +76,7 @@ def _dispatch(
 def _combine(
     x: Tensor,
     topk_weights: Tensor | None,
+    grad_wire_dtype: torch.dtype,
     asynchronous: bool,
     num_sms: int | None,
     handle_id: int,
@@ -128,7 +130,7 @@ def _dispatch_backward(
 
 
 def _combine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, topk_weights, *_, handle_id = inputs
+    x, topk_weights, ctx.grad_wire_dtype, *_, handle_id = inputs
     ctx.handle = handle_by_id(handle_id)
     ctx.has_weights = topk_weights is not None
     ctx.grad_dtype = x.dtype
@@ -140,12 +142,18 @@ def _combine_backward(ctx: Any, grad_x: Tensor | None, grad_weights: Tensor | No
     grad_x, grad_weights = _gradients(
         ctx, grad_x, grad_weights, handle.num_tokens, handle.topk_idx.shape
     )
-    dtype = ctx.grad_dtype
     with handle.buffer.guard() as backend:
         received = backend.dispatch(
-            handle, grad_x, None, grad_weights, dtype, dtype, asynchronous=False, num_sms=None
+            handle,
+            grad_x,
+            None,
+            grad_weights,
+            wire_dtype=ctx.grad_wire_dtype,
+            recv_dtype=ctx.grad_dtype,
+            asynchronous=False,
+            num_sms=None,
         ).wait()
-    return received.x, received.topk_weights, None, None, None
+    return received.x, received.topk_weights, None, None, None, None
 
 
 def _gradients(

@@ -98,6 +98,12 @@ def try_combine(rank: int) -> dict[str, str]:
         "x must be a torch.Tensor, got list": lambda: buffer.combine(rows.tolist(), handle),
         "num_sms must be at least 2": lambda: buffer.set_num_sms(1),
         "topk_weights must be [": lambda: buffer.combine(rows, handle, torch.ones(1)),
+        "own dtype torch.float32 or float8_e4m3fn, got torch.bfloat16": lambda: buffer.combine(
+            rows, handle, grad_wire_dtype=torch.bfloat16
+        ),
+        "hidden 32 is not a multiple": lambda: buffer.combine(
+            rows, handle, grad_wire_dtype=fp8.FP8_DTYPE
+        ),
         "x must be [4, 32]": lambda: buffer.dispatch(X[1:], handle=handle),
         "not two of them": lambda: buffer.dispatch(X, TOPK, handle=handle),
     }

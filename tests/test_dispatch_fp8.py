@@ -12,6 +12,7 @@ from oracle import expert_rows, fp32_to_bf16, rank_rows
 from ranks import run_ranks
 
 from ep_comm import Buffer, DispatchHandle, fp8
+from ep_comm.records import OpRecord
 
 # The value of each byte: sign, 4 bits of exponent, 3 of mantissa.
 E4M3 = np.array(
@@ -52,7 +53,15 @@ def dispatch_all_ways(rank: int, case: Case, buffer: Buffer | None = None) -> di
     grad = to_torch(case.rows(rank, handle.num_rows, salt=5), case.device)
     on_the_way.recv_x.backward(grad)
     bf16_grad = buffer.combine(grad, handle).combined_x
+    grad_grads, grad_record = combine_backward(buffer, handle, x.detach(), fp8.FP8_DTYPE)
+    bf16_grad_grads, _ = combine_backward(buffer, handle, x.detach(), None)
     return dict(
+        grad_grad=to_numpy(grad_grads[0]),
+        grad_weights=to_numpy(grad_grads[1]),
+        bf16_grad_weights=to_numpy(bf16_grad_grads[1]),
+        bf16_grad_grad=to_numpy(bf16_grad_grads[0]),
+        bf16_rows=to_numpy(buffer.dispatch(x.detach(), handle=handle).recv_x),
+        grad_wire_bytes=grad_record.wire_bytes_to_rank,
         on_the_way=to_numpy(on_the_way.recv_x),
         dequantised=to_numpy(dequantised),
         data=to_numpy(as_fp8.view(torch.uint8)),
@@ -64,6 +73,21 @@ def dispatch_all_ways(rank: int, case: Case, buffer: Buffer | None = None) -> di
         wire_bytes=record.wire_bytes_to_rank,
         rows_to_rank=record.rows_to_rank,
     )
+
+
+def combine_backward(
+    buffer: Buffer, handle: DispatchHandle, grad: torch.Tensor, wire_dtype: torch.dtype | None
+) -> tuple[tuple[torch.Tensor, ...], OpRecord]:
+    """Gradients of the rows and the weights of a combine whose result has that gradient."""
+    in_experts = handle.layout == "expert"
+    rows = grad.new_zeros(handle.num_rows, grad.shape[1]).requires_grad_()
+    shape = (handle.num_rows,) if in_experts else (handle.num_rows, handle.num_topk)
+    weights = torch.zeros(shape, device=grad.device).requires_grad_()
+    out = buffer.combine(rows, handle, weights, grad_wire_dtype=wire_dtype)
+    grad_weights = torch.arange(handle.topk_idx.numel(), device=grad.device) / 3
+    grad_weights = grad_weights.view(handle.topk_idx.shape)
+    grads = torch.autograd.grad(out[:2], (rows, weights), (grad, grad_weights))
+    return grads, list(buffer.records)[-1]
 
 
 def scales_a_row(scales: torch.Tensor, handle: DispatchHandle, case: Case) -> torch.Tensor:
@@ -103,11 +127,15 @@ def check_fp8_results(case: Case, results: list[dict]) -> None:
     ]
     for rank, got in enumerate(results):
         for a, b in (("dequantised", "on_the_way"), ("quantised", "data"),
-                     ("quantised_scales", "scales"), ("grad", "bf16_grad")):  # fmt: skip
+                     ("quantised_scales", "scales"), ("grad", "bf16_grad"),
+                     # The gradient of a combine is the dispatch of its result's gradient.
+                     ("grad_grad", "dequantised"), ("bf16_grad_grad", "bf16_rows"),
+                     ("grad_weights", "bf16_grad_weights")):  # fmt: skip
             assert_same(got[a], got[b], f"{a} against {b} on rank {rank}")
         for peer, rows in enumerate(got["rows_to_rank"]):
             row_bytes = case.hidden + 4 * case.hidden // fp8.BLOCK
-            assert got["wire_bytes"][peer] == (0 if peer == rank else rows * row_bytes)
+            num_bytes = 0 if peer == rank else rows * row_bytes
+            assert got["wire_bytes"][peer] == got["grad_wire_bytes"][peer] == num_bytes
         if case.layout == "rank":
             rows = rank_rows(topk_idx, rank, case.experts_per_rank)
         else:

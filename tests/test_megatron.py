@@ -105,6 +105,27 @@ def test_overlapped_weight_gradients_are_the_same_bits(feature, overlap_grad_red
             assert np.array_equal(a["gradients"][name], b["gradients"][name]), name
 
 
+WIDE = (("hidden_size", 128),)
+
+
+def test_fp8_gradients_are_those_of_a_quantised_dispatch():
+    """Only what goes back through the experts differs: the loss of the first step does not."""
+    plain = run(Setup(config=WIDE, steps=1))
+    in_fp8 = run(Setup(config=WIDE, steps=1, options=(("fp8_grad_dispatch", True),)))
+    for a, b in zip(plain, in_fp8, strict=True):
+        assert a["losses"] == b["losses"]
+        ratio = b["metrics"]["ep/wire-mib"] / a["metrics"]["ep/wire-mib"]
+        # Of four legs in FP32 one carries 1 byte an element, and 4 a block of 128. Legs are not
+        # quite equal: two carry the rows of a rank's own tokens, two those that it received.
+        assert ratio == pytest.approx((3 + (1 + 4 / 128) / 4) / 4, rel=0.03)
+        different = 0
+        for name, gradient in a["gradients"].items():
+            error = np.abs(b["gradients"][name] - gradient).max()
+            different += error > 0
+            assert error <= 0.1 * np.abs(gradient).max(), name
+        assert different > 0
+
+
 def test_repeats_itself_bitwise_on_four_ranks():
     setup = Setup(ep=4)
     first, second = run(setup, 4), run(setup, 4)
@@ -155,6 +176,7 @@ def test_install_reaches_every_layer():
          "--moe-pad-expert-input-to-capacity"),
         ({"moe_token_dispatcher_type": "allgather"}, {}, "moe_token_dispatcher_type='alltoall'"),
         ({}, {"fp8_dispatch": True}, "hidden 32 is not a multiple"),
+        ({}, {"fp8_grad_dispatch": True}, "hidden 32 is not a multiple"),
         ({"delay_wgrad_compute": True}, {}, "--delay-wgrad-compute"),
         ({"expert_tensor_parallel_size": 32}, {}, "--moe-router-topk 2 with --expert-tensor"),
         ({"cuda_graph_impl": "transformer_engine", "graphed": ["moe"]}, {}, "over the MoE layer"),
@@ -320,10 +342,11 @@ def test_one_line_at_start_up_says_what_is_used():
     assert line.startswith(f"ep_comm {ep_comm.__version__}: reference over gloo, EP 2, 8 experts")
     for part in (
         "32 tokens of 32 a rank",
-        "wire float32 out, float32 back",
+        "wire float32 out, float32 back, gradients float32 out, float32 back",
         "buffer 0 bytes",
         "off: nvlink backend (the group has no NCCL backend",
         "FP8 dispatch (not asked for)",
+        "FP8 gradient dispatch (not asked for)",
         "wgrad overlap (not asked for)",
     ):
         assert part in line

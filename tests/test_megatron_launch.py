@@ -144,6 +144,7 @@ def test_checkpoints_hold_plain_values_of_ours(ours, stock):
     assert added == {
         "moe_token_dispatcher": "deepep",
         "ep_fp8_dispatch": False,
+        "ep_fp8_grad_dispatch": False,
         "ep_overlap_wgrad": True,
         "ep_expert_alignment": None,
         "ep_max_tokens_per_rank": None,
@@ -340,10 +341,12 @@ def test_deepep_is_alltoall_to_megatron(chosen):
 
 def test_every_option_has_its_flag():
     line = "--moe-token-dispatcher deepep --num-experts 4 --ep-fp8-dispatch --ep-overlap-wgrad "
-    line += "--ep-num-sms 24 --ep-timeout 5 --ep-expert-alignment 32 --ep-max-tokens-per-rank 9"
+    line += "--ep-num-sms 24 --ep-timeout 5 --ep-expert-alignment 32 --ep-max-tokens-per-rank 9 "
+    line += "--ep-fp8-grad-dispatch"
     args, used = parse(line)
     options = EPOptions(
         fp8_dispatch=True,
+        fp8_grad_dispatch=True,
         overlap_wgrad=True,
         num_sms=24,
         timeout_s=5.0,

@@ -124,7 +124,11 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Expert-major rows [M, H] to the sums [T, H]."""
-        return self.buffer.combine(hidden_states.contiguous(), self.handle).combined_x
+        return self.buffer.combine(
+            hidden_states.contiguous(),
+            self.handle,
+            grad_wire_dtype=fp8.FP8_DTYPE if self.options.fp8_grad_dispatch else None,
+        ).combined_x
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """[T, H] to [S, B, H], shared experts added where they run beside the dispatch."""
@@ -194,18 +198,25 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             stage = parallel_state.get_pipeline_model_parallel_rank()
             sizes += f" (pipeline stage {stage} of {config.pipeline_model_parallel_size})"
         own = str(hidden_states.dtype).removeprefix("torch.")
+        out, gradients_out = (
+            "fp8 e4m3 1x128" if in_fp8 else own
+            for in_fp8 in (options.fp8_dispatch, options.fp8_grad_dispatch)
+        )
         off = [f"{name} backend ({reason})" for name, reason in buffer.passed_over.items()]
-        if not options.fp8_dispatch:
-            off.append("FP8 dispatch (not asked for)")
-        if not options.overlap_wgrad:
-            off.append("wgrad overlap (not asked for)")
+        for name, is_on in (
+            ("FP8 dispatch", options.fp8_dispatch),
+            ("FP8 gradient dispatch", options.fp8_grad_dispatch),
+            ("wgrad overlap", options.overlap_wgrad),
+        ):
+            if not is_on:
+                off.append(f"{name} (not asked for)")
         if options.num_sms is not None and buffer.passed_over:
             off.append(f"num_sms {options.num_sms} (the backend uses no SMs of its own)")
         return (
             f"ep_comm {ep_comm.__version__}: {buffer.describe()}, {sizes}, "
             f"{config.num_moe_experts} experts top-{config.moe_router_topk}, "
             f"{buffer.config.max_tokens_per_rank} tokens of {buffer.config.hidden} a rank; "
-            f"wire {'fp8 e4m3 1x128' if options.fp8_dispatch else own} out, {own} back; "
+            f"wire {out} out, {own} back, gradients {gradients_out} out, {own} back; "
             f"buffer {buffer.buffer_bytes} bytes; off: {', '.join(off)}"
         )
 

@@ -49,7 +49,13 @@ def add_flags(parser: argparse.ArgumentParser, dispatchers: Sequence[str]) -> No
     add(
         "--ep-fp8-dispatch",
         action="store_true",
-        help="forward activations travel as FP8 E4M3 in blocks of 128; gradients as they are",
+        help="activations travel to the experts as FP8 E4M3 in blocks of 128",
+    )
+    add(
+        "--ep-fp8-grad-dispatch",
+        action="store_true",
+        help="gradients travel to the experts, in the backward of combine, as FP8 E4M3 in blocks "
+        "of 128",
     )
     add(
         "--ep-overlap-wgrad",

@@ -25,8 +25,10 @@ class EPOptions:
     """Settings of our dispatcher; everything else comes from the `TransformerConfig`.
 
     Attributes:
-        fp8_dispatch: Forward activations travel as FP8 E4M3 in 1x128 blocks. Gradients and
-            expert outputs travel in the activations' own type.
+        fp8_dispatch: Activations travel to the experts as FP8 E4M3 in 1x128 blocks. The experts'
+            outputs, and the gradients behind them, travel in the activations' own type.
+        fp8_grad_dispatch: The gradients of the experts' outputs, which the backward of combine
+            dispatches, travel as FP8 E4M3 in 1x128 blocks. Independent of `fp8_dispatch`.
         overlap_wgrad: Compute the routed experts' weight gradients while the backward combine is
             in flight. Needs ``DistributedDataParallelConfig(delay_wgrad_compute=True)``, which
             `install` sets itself.
@@ -40,6 +42,7 @@ class EPOptions:
     """
 
     fp8_dispatch: bool = False
+    fp8_grad_dispatch: bool = False
     overlap_wgrad: bool = False
     expert_alignment: int | None = None
     max_tokens_per_rank: int | None = None
@@ -74,7 +77,7 @@ def check_supported(config: TransformerConfig, options: EPOptions) -> None:
             "validates other features against it, and ep_comm then replaces the dispatcher); "
             f"got {config.moe_token_dispatcher_type!r}"
         )
-    if options.fp8_dispatch:
+    if options.fp8_dispatch or options.fp8_grad_dispatch:
         fp8.check_hidden(config.hidden_size)
         if torch.cuda.is_available():
             nvlink_support.check_fp8_hidden(config.hidden_size)
