@@ -31,7 +31,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from moe_config import PretrainConfig
 from moe_launch import UserError, agree, on_rank_0
-from moe_model import Trainee
+from moe_model import Trainee, gather_parameters
 from moe_stop import shielded_children
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -44,8 +44,9 @@ FREE_KEYS = set(
     """
     train_iters moe_token_dispatcher moe_grouped_gemm moe_permute_fusion
     expert_model_parallel_size
-    ep_fp8_dispatch ep_overlap_wgrad ep_expert_alignment ep_timeout_s
-    recompute_granularity recompute_modules overlap_grad_reduce
+    moe_router_fusion ep_fp8_dispatch ep_fp8_grad_dispatch ep_overlap_wgrad ep_expert_alignment
+    ep_num_sms ep_timeout manual_gc manual_gc_interval
+    recompute_granularity recompute_modules overlap_grad_reduce overlap_param_gather
     eval_interval eval_iters save save_interval load run_dir log_interval
     wandb_project wandb_exp_name wandb_entity wandb_save_dir data_cache_path
     """.split()
@@ -77,6 +78,7 @@ def save(
     trainee: Trainee, config: PretrainConfig, *, iteration: int, consumed_samples: int
 ) -> None:
     """Write the checkpoint of `iteration` into ``config.save``; call it on all ranks."""
+    gather_parameters(trainee)
     folder = config.save / f"iter_{iteration:07d}"
     temporary = folder.with_suffix(".tmp")
     if dist.get_rank() == 0:

@@ -68,6 +68,10 @@ class MixtureOfExperts(_Group):
     )
     moe_grouped_gemm: bool = _key(False, "all local experts in one grouped GEMM; needs TE")
     moe_permute_fusion: bool = _key(False, "fused permutation kernels of alltoall; needs TE")
+    moe_router_fusion: bool = _key(False, "fused kernels of the router; needs TE")
+    moe_router_padding_for_fp8: bool = _key(
+        False, "fill up the experts of alltoall with more tokens, as FP8 GEMMs need; needs TE"
+    )
 
 
 class Dispatch(_Group):
@@ -78,13 +82,17 @@ class Dispatch(_Group):
         "deepep", "ep_comm's dispatcher, or one of Megatron's for comparison"
     )
     ep_fp8_dispatch: bool = _key(False, "send tokens to the experts in FP8")
+    ep_fp8_grad_dispatch: bool = _key(False, "send gradients to the experts in FP8")
     ep_overlap_wgrad: bool = _key(
         False, "compute the experts' weight gradients while the backward combine is under way"
     )
     ep_expert_alignment: PositiveInt | None = _key(
         None, "pad every expert's rows to a multiple of this; none: as the experts need"
     )
-    ep_timeout_s: PositiveFloat = _key(100.0, "seconds to wait for a rank before giving up")
+    ep_num_sms: PositiveInt | None = _key(
+        None, "SMs of a dispatch or combine; none: all, and 24 beside weight gradients"
+    )
+    ep_timeout: PositiveFloat = _key(30.0, "seconds to wait for a rank before giving up")
 
 
 class Training(_Group):
@@ -107,13 +115,29 @@ class Training(_Group):
     seed: PositiveInt = _key(1234, "seed of weights, data order and dropout")
     data_seed: PositiveInt | None = _key(None, "seed of the data order; none: seed")
     bf16: bool = _key(False, "BF16 weights and activations, FP32 gradients and master weights")
+    fp8_format: Literal["e4m3"] | None = _key(
+        None, "GEMMs of the layers in FP8, activations and weights in BF16; needs TE; none: no FP8"
+    )
+    fp8_recipe: Literal["blockwise", "delayed", "tensorwise"] = _key(
+        "blockwise", "scales of FP8 GEMMs; FP8 dispatch changes no output of blockwise ones"
+    )
+    fp8_param_gather: bool = _key(
+        False, "weights of FP8 GEMMs stored and gathered in FP8; needs TE"
+    )
     use_distributed_optimizer: bool = _key(False, "share the optimizer state between ranks")
     overlap_grad_reduce: bool = _key(False, "reduce gradients during the backward pass")
+    overlap_param_gather: bool = _key(False, "gather updated weights during the forward pass")
     recompute_granularity: Literal["full", "selective"] | None = _key(
         None, "recompute activations in the backward pass: whole layers, or recompute_modules"
     )
     recompute_modules: list[str] | None = _key(
         None, "what selective recomputation covers, such as core_attn, moe, moe_act"
+    )
+    manual_gc: bool = _key(
+        False, "collect Python's garbage at the same steps on all ranks, not at any time on each"
+    )
+    manual_gc_interval: NonNegativeInt = _key(
+        0, "steps between two such collections; 0: only around validations"
     )
 
 
@@ -156,6 +180,17 @@ class Output(_Group):
     wandb_save_dir: Path | None = _key(None, "folder of W&B's files; none: run_dir")
 
 
+# Keys that, set, need another one.
+_NEEDS = (
+    ("fp8_param_gather", "fp8_format"),
+    ("fp8_param_gather", "use_distributed_optimizer"),
+    ("moe_router_padding_for_fp8", "fp8_format"),
+    ("overlap_param_gather", "use_distributed_optimizer"),
+    ("overlap_param_gather", "overlap_grad_reduce"),
+    ("manual_gc_interval", "manual_gc"),
+)
+
+
 class PretrainConfig(Model, MixtureOfExperts, Dispatch, Training, Data, Output):
     """Everything that `pretrain_moe.py` can be told."""
 
@@ -176,6 +211,9 @@ class PretrainConfig(Model, MixtureOfExperts, Dispatch, Training, Data, Output):
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_query_groups {self.num_query_groups}"
             )
+        for key, needed in _NEEDS:
+            if getattr(self, key) and not getattr(self, needed):
+                raise ValueError(f"{key} needs {needed}")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is more than lr {self.lr}")
         if self.lr_warmup_iters >= self.decay_iters:

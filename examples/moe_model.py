@@ -28,6 +28,10 @@ from moe_launch import UserError, agree
 from ep_comm import megatron as ep_megatron
 
 DEEPEP = "deepep"
+NEEDS_TRANSFORMER_ENGINE = (
+    *("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion"),
+    *("fp8_format", "fp8_param_gather", "moe_router_padding_for_fp8"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,8 @@ def build(config: PretrainConfig, vocab_size: int, device: torch.device) -> Trai
             bf16=config.bf16,
             params_dtype=transformer_config.params_dtype,
             use_distributed_optimizer=config.use_distributed_optimizer,
+            overlap_param_gather=config.overlap_param_gather,
+            fp8_recipe=config.fp8_recipe if config.fp8_format else None,
         ),
         [model],
     )
@@ -82,6 +88,16 @@ def build(config: PretrainConfig, vocab_size: int, device: torch.device) -> Trai
     )
 
 
+def gather_parameters(trainee: Trainee) -> None:
+    """Complete the parameters after a step, for whoever reads them before a forward pass.
+
+    With ``overlap_param_gather`` a rank has updated its own share, and that pass would gather the
+    rest.
+    """
+    if trainee.model.ddp_config.overlap_param_gather:
+        trainee.model.start_param_sync(force_sync=True)
+
+
 def have_transformer_engine() -> bool:
     """Whether Transformer Engine can be used: it is installed, and there is a GPU."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
@@ -90,10 +106,11 @@ def have_transformer_engine() -> bool:
 def _transformer_config(config: PretrainConfig) -> TransformerConfig:
     on_cpu = not torch.cuda.is_available()
     fused = have_transformer_engine()
-    for key in ("moe_grouped_gemm", "moe_permute_fusion"):
+    for key in NEEDS_TRANSFORMER_ENGINE:
         if getattr(config, key) and not fused:
             flag = key.replace("_", "-")
-            raise UserError(f"--{flag} needs a GPU and Transformer Engine; here: --no-{flag}")
+            without = f"--no-{flag}" if getattr(config, key) is True else f"no --{flag}"
+            raise UserError(f"--{flag} needs a GPU and Transformer Engine; here: {without}")
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     full_recompute = config.recompute_granularity == "full"
     deepep = config.moe_token_dispatcher == DEEPEP
@@ -124,6 +141,8 @@ def _transformer_config(config: PretrainConfig) -> TransformerConfig:
             moe_shared_expert_intermediate_size=config.moe_shared_expert_intermediate_size,
             moe_grouped_gemm=config.moe_grouped_gemm,
             moe_permute_fusion=config.moe_permute_fusion,
+            moe_router_fusion=config.moe_router_fusion,
+            moe_router_padding_for_quantization=config.moe_router_padding_for_fp8,
             # Megatron validates other features against its own dispatchers' names; ep_comm's
             # takes the place of alltoall in the layer spec.
             moe_token_dispatcher_type="alltoall" if deepep else config.moe_token_dispatcher,
@@ -133,6 +152,9 @@ def _transformer_config(config: PretrainConfig) -> TransformerConfig:
             recompute_method="uniform" if full_recompute else None,
             recompute_num_layers=1 if full_recompute else None,
             bf16=config.bf16,
+            fp8=config.fp8_format,
+            fp8_recipe=config.fp8_recipe,
+            fp8_param=config.fp8_param_gather,
             params_dtype=dtype,
             pipeline_dtype=dtype,
             use_cpu_initialization=on_cpu,
@@ -162,9 +184,11 @@ def _layer_spec(config: PretrainConfig) -> ModuleSpec:
     if config.moe_token_dispatcher == DEEPEP:
         options = ep_megatron.EPOptions(
             fp8_dispatch=config.ep_fp8_dispatch,
+            fp8_grad_dispatch=config.ep_fp8_grad_dispatch,
             overlap_wgrad=config.ep_overlap_wgrad,
             expert_alignment=config.ep_expert_alignment,
-            timeout_s=config.ep_timeout_s,
+            num_sms=config.ep_num_sms,
+            timeout_s=config.ep_timeout,
         )
         spec = ep_megatron.use_ep_comm(spec, options)
     return spec
@@ -194,6 +218,8 @@ def _gpt_model(
         DistributedDataParallelConfig(
             use_distributed_optimizer=config.use_distributed_optimizer,
             overlap_grad_reduce=config.overlap_grad_reduce,
+            overlap_param_gather=config.overlap_param_gather,
+            fp8_param_gather=config.fp8_param_gather,
             grad_reduce_in_fp32=True,
             delay_wgrad_compute=deepep and config.ep_overlap_wgrad,
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import math
 import sys
@@ -55,6 +56,13 @@ def pretrain(config: PretrainConfig) -> None:
         meter = ep_megatron.MoEMeter([trainee.model])
         batches = partial(microbatches, config=config, device=device)
         train_batches = batches(train_data, first_sample=consumed_samples)
+        if device.type == "cuda":
+            log.message(
+                "gradient accumulation is not fused: its kernels come with NVIDIA Apex only"
+            )
+        if config.manual_gc:
+            gc.disable()
+            gc.collect()
 
         while iteration < config.train_iters and not stopping:
             start = time.perf_counter()
@@ -81,10 +89,16 @@ def pretrain(config: PretrainConfig) -> None:
                 raise UserError(f"the loss is {loss} at step {iteration}; a lower --lr may help")
 
             last = iteration == config.train_iters
-            if valid_data and (last or iteration % config.eval_interval == 0):
+            validate = valid_data and (last or iteration % config.eval_interval == 0)
+            if validate:
+                if config.manual_gc:
+                    gc.collect()
                 valid_batches = batches(valid_data, first_sample=0)
                 log.valid(iteration, _validate(trainee, valid_batches, config, num_microbatches))
                 meter.step()  # what validation dispatched belongs to no step
+            interval = config.manual_gc_interval
+            if config.manual_gc and (validate or (interval and iteration % interval == 0)):
+                gc.collect()
             due = config.save_interval and iteration % config.save_interval == 0
             if config.save and (last or due or stopping):
                 save(trainee, config, iteration=iteration, consumed_samples=consumed_samples)

@@ -150,6 +150,7 @@ def checkpointed(tmp_path_factory: pytest.TempPathFactory):
 
 
 DISTRIBUTED = ("alltoall", "--use-distributed-optimizer", "--overlap-grad-reduce")
+GATHERING = (*DISTRIBUTED, "--overlap-param-gather", "--manual-gc", "--manual-gc-interval", "2")
 
 
 def killed_while_it_saved(checkpoints: Path, folder: Path) -> Path:
@@ -162,7 +163,7 @@ def killed_while_it_saved(checkpoints: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "flags", [DISTRIBUTED, ("deepep", "--bf16", "--ep-overlap-wgrad")], ids=" ".join
+    "flags", [DISTRIBUTED, GATHERING, ("deepep", "--bf16", "--ep-overlap-wgrad")], ids=" ".join
 )
 def test_resumed_run_repeats_the_uninterrupted_one(checkpointed, tmp_path, flags):
     whole = checkpointed(*flags)
@@ -175,6 +176,12 @@ def test_resumed_run_repeats_the_uninterrupted_one(checkpointed, tmp_path, flags
     assert (checkpoints / LATEST).read_text() == "6\n"
     names = sorted(path.name for path in checkpoints.iterdir())
     assert names == ["iter_0000003", "iter_0000006", LATEST]
+
+
+def test_gathering_during_the_forward_pass_changes_nothing(checkpointed):
+    gathering, plain = (checkpointed(*flags).run_dir for flags in (GATHERING, DISTRIBUTED))
+    assert losses(gathering) == losses(plain)
+    assert records(gathering, "valid") == records(plain, "valid")
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,11 @@ from moe_launch import UserError  # noqa: E402
         (["--moe-router-topk", "9"], ["moe_router_topk 9", "num_experts 8"]),
         (["--num-query-groups", "3"], ["num_attention_heads 4", "num_query_groups 3"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+        (["--fp8-format", "e5m2"], ["fp8_format", "e4m3", "e5m2"]),
+        (["--fp8-param-gather"], ["fp8_param_gather needs fp8_format"]),
+        (["--moe-router-padding-for-fp8"], ["moe_router_padding_for_fp8 needs fp8_format"]),
+        (["--overlap-param-gather"], ["overlap_param_gather needs use_distributed_optimizer"]),
+        (["--manual-gc-interval", "5"], ["manual_gc_interval needs manual_gc"]),
     ],
     ids=lambda value: " ".join(value[:2]),
 )
@@ -139,6 +144,8 @@ def test_bad_data_and_folders(tmp_path):
         "--wandb-project p --wandb-save-dir one.txt/w": ["one.txt/w", "one.txt is no folder"],
         "--load nowhere": ["nowhere", "no checkpoint"],
         "--save taken": ["already holds checkpoints", "iteration 6", "--load"],
+        # Refused once the processes' groups are made: one such case at most.
+        "--fp8-format e4m3": ["--fp8-format needs a GPU and Transformer Engine; here: no --fp8"],
     }
     before = contents(tmp_path)
     code = """if True:
