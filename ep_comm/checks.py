@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from ep_comm import fp8
 from ep_comm.config import EPConfig
-from ep_comm.errors import EPArgumentError
+from ep_comm.errors import EPArgumentError, EPRoutingError
 from ep_comm.events import EventOverlap
 from ep_comm.handle import DispatchHandle, Payload, RowLayout, payload_tensors
 
@@ -68,6 +70,17 @@ def check_row_dtype(name: str, x: Tensor, config: EPConfig) -> None:
         )
 
 
+def check_num_tokens(tokens_of_rank: Iterable[tuple[int, int]], config: EPConfig) -> None:
+    """Raise `EPRoutingError` where one of these (rank, tokens) is more than the buffer holds."""
+    for rank, num_tokens in tokens_of_rank:
+        if num_tokens > config.max_tokens_per_rank:
+            raise EPRoutingError(
+                f"rank {rank} dispatches {num_tokens} tokens, more than the "
+                f"{config.max_tokens_per_rank} that the buffer was made for: raise "
+                "max_tokens_per_rank (under Megatron --ep-max-tokens-per-rank)"
+            )
+
+
 def check_payload(x: Payload, config: EPConfig) -> None:
     """Rows to dispatch: BF16 or FP32 [T, hidden], or FP8 with scales [T, hidden / 128]."""
     if isinstance(x, tuple) and len(x) == 2:
@@ -77,12 +90,6 @@ def check_payload(x: Payload, config: EPConfig) -> None:
         check_tensor("x", x)
     rows, scales = payload_tensors(x)
     check_rows("x", rows, None, config.hidden)
-    if rows.shape[0] > config.max_tokens_per_rank:
-        raise EPArgumentError(
-            f"x has {rows.shape[0]} tokens, more than the {config.max_tokens_per_rank} "
-            "(max_tokens_per_rank, in Megatron EPOptions.max_tokens_per_rank) that the buffer was "
-            "made for"
-        )
     if scales is None:
         check_row_dtype("x", rows, config)
         return

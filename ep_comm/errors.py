@@ -19,7 +19,8 @@ class EPArgumentError(EPError, ValueError):
 
 
 class EPRoutingError(EPArgumentError):
-    """The content of ``topk_idx`` or ``routing_map`` is wrong: no such expert, or one twice."""
+    """What a new dispatch is to send where is wrong: no such expert, or one twice, in ``topk_idx``
+    or ``routing_map``; or more tokens, on any rank, than the buffer was made for."""
 
 
 class EPUnsupportedError(EPError, NotImplementedError):

@@ -32,6 +32,11 @@ def check_hidden(hidden: int) -> None:
         raise EPArgumentError(
             f"FP8 dispatch scales blocks of {BLOCK} elements: hidden {hidden} is not a multiple"
         )
+    check_scales()
+
+
+def check_scales() -> None:
+    """Raise `EPUnsupportedError` where Transformer Engine would take other scales than ours."""
     if os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "0") != "0":
         raise EPUnsupportedError(
             "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 asks Transformer Engine for scales that are no "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -106,6 +107,7 @@ def test_overlapped_weight_gradients_are_the_same_bits(feature, overlap_grad_red
 
 
 WIDE = (("hidden_size", 128),)
+BLOCKWISE = {"fp8": "e4m3", "fp8_recipe": "blockwise"}
 
 
 def test_fp8_gradients_are_those_of_a_quantised_dispatch():
@@ -177,6 +179,21 @@ def test_install_reaches_every_layer():
         ({"moe_token_dispatcher_type": "allgather"}, {}, "moe_token_dispatcher_type='alltoall'"),
         ({}, {"fp8_dispatch": True}, "hidden 32 is not a multiple"),
         ({}, {"fp8_grad_dispatch": True}, "hidden 32 is not a multiple"),
+        ({"hidden_size": 128, "scales": "1"}, {"fp8_dispatch": True}, "SCALING_FP32_SCALES=1"),
+        ({**BLOCKWISE, "scales": "1"}, {}, "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1"),
+        ({**BLOCKWISE, "te": "2.2.1"}, {}, "--fp8-recipe blockwise: needs Transformer Engine 2.3"),
+        (
+            {"moe_grouped_gemm": True, "te": "1.13"},
+            {"overlap_wgrad": True},
+            "--ep-overlap-wgrad with --moe-grouped-gemm: needs Transformer Engine 2.3",
+        ),
+        ({**BLOCKWISE, "gpu": (8, 0)}, {}, "--fp8-format: GPU (compute capability 8.0) has no"),
+        (
+            {"hidden_size": 512, "gpu": (8, 6)},
+            {"fp8_grad_dispatch": True},
+            "--ep-fp8-grad-dispatch: GPU (compute capability 8.6)",
+        ),
+        ({"hidden_size": 640, "gpu": (9, 0)}, {"fp8_dispatch": True}, "multiple of 512, got 640"),
         ({"delay_wgrad_compute": True}, {}, "--delay-wgrad-compute"),
         ({"expert_tensor_parallel_size": 32}, {}, "--moe-router-topk 2 with --expert-tensor"),
         ({"cuda_graph_impl": "transformer_engine", "graphed": ["moe"]}, {}, "over the MoE layer"),
@@ -207,13 +224,57 @@ def check_options(rank: int, config: dict, options: dict) -> str:
 
     transformer_config = make_config(Setup(ep=1), None)
     config = dict(config)
+    monkeypatch = pytest.MonkeyPatch()
+    pretend(monkeypatch, config.pop("scales", "0"), config.pop("te", None), config.pop("gpu", None))
     if "cuda_graph_impl" in config:
         set_graphed_modules(transformer_config, config.pop("graphed", []))
     for name, value in config.items():  # after construction: Megatron refuses some by itself
         setattr(transformer_config, name, value)
     with pytest.raises(EPError) as caught:
         check_supported(transformer_config, EPOptions(**options))
+    monkeypatch.undo()
     return str(caught.value)
+
+
+def pretend(
+    monkeypatch: pytest.MonkeyPatch, scales: str, te: str | None, gpu: tuple[int, int] | None
+) -> None:
+    """That this machine has such a Transformer Engine and such a GPU."""
+    from ep_comm.megatron import fp8_support
+
+    monkeypatch.setenv("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", scales)
+    monkeypatch.setattr(fp8_support, "_transformer_engine", lambda: te)
+    if gpu is not None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "warned"), [("blockwise", 0), ("delayed", 1), ("tensorwise", 1)]
+)
+def test_recipes_that_are_not_exact_with_fp8_dispatch(recipe, warned):
+    (messages,) = run_ranks(1, warnings_of, recipe, pool="megatron")
+    assert len(messages) == warned  # of two layers
+    for message in messages:
+        assert message.startswith(f"--ep-fp8-dispatch with --fp8-recipe {recipe}: ")
+        assert "With --fp8-recipe blockwise they are" in message
+
+
+def warnings_of(rank: int, recipe: str) -> list[str]:
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    from ep_comm.megatron import EPOptions
+    from ep_comm.megatron.options import check_supported
+
+    config = make_config(Setup(ep=1, config=WIDE), None)
+    config.fp8, config.fp8_recipe = "e4m3", recipe  # Megatron refuses them without TE
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            check_supported(config, EPOptions(fp8_dispatch=True))
+    return [str(each.message) for each in caught if "--ep-fp8" in str(each.message)]
 
 
 def set_graphed_modules(config, names: list[str]) -> None:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ep_comm import _native, fp8
+from ep_comm import _native, checks, fp8
 from ep_comm._native import structs
 from ep_comm.backends import nvlink_support
 from ep_comm.backends.base import Combined, Pending, Received
@@ -228,6 +228,7 @@ class NVLinkBackend:
             self.num_ranks,
         )
         num_tokens = source.shape[0]
+        checks.check_num_tokens([(self.rank, num_tokens)], config)
         num_rows = self.num_ranks * config.max_tokens_per_rank
         places, total = arena_places(
             num_tokens, num_topk, num_rows, self.num_ranks, self.num_local_experts

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_comm import fp8
+from ep_comm import checks, fp8
 from ep_comm.backends.base import Combined, Pending, Received
 from ep_comm.backends.rows import (
     collapse_weights,
@@ -149,6 +149,7 @@ class ReferenceBackend:
         recv_rows = self._exchange_headers(
             record,
             rows_to_rank,
+            num_tokens=len(routing.topk_idx),
             num_topk=routing.topk_idx.shape[1],
             has_weights=has_weights,
             layout=_LAYOUTS.index(layout),
@@ -366,22 +367,29 @@ class ReferenceBackend:
         )
 
     def _exchange_headers(
-        self, record: OpRecord, rows_to_rank: Iterable[int], **fields: int
+        self, record: OpRecord, rows_to_rank: Iterable[int], num_tokens: int = 0, **fields: int
     ) -> tuple[int, ...]:
         """Tell every rank what this one is about to do, and check that all do the same.
+
+        Args:
+            num_tokens: Of a plan, those of this rank; may differ between ranks, as rows may.
+            fields: What must be equal on all ranks.
 
         Returns:
             Rows that each rank announced for this one.
 
         Raises:
             EPMismatchError: A rank does something else; names both sides.
+            EPRoutingError: A rank has more tokens than there is room for; raised on all ranks.
             EPTimeoutError: A rank does nothing.
         """
         operation = Operation(record.op, record.epoch)
         mine = {"op": _OPS.index(record.op), "epoch": record.epoch, **fields}
         device = self.transport.host_device
         send = [
-            torch.tensor([len(mine), *mine.values(), rows], dtype=torch.int64).to(device)
+            torch.tensor([len(mine), *mine.values(), rows, num_tokens], dtype=torch.int64).to(
+                device
+            )
             for rows in rows_to_rank
         ]
         # Other operations have other fields: room for the longest, sent at full length.
@@ -397,7 +405,11 @@ class ReferenceBackend:
             theirs = dict(zip(mine, values[:length], strict=False))
             if theirs != mine:
                 raise _mismatch(self.transport.rank, mine, r, theirs)
-        return tuple(header[len(mine) + 1] for header in headers)
+        rows, tokens = zip(
+            *(header[len(mine) + 1 : len(mine) + 3] for header in headers), strict=True
+        )
+        checks.check_num_tokens(enumerate(tokens), self.config)
+        return rows
 
     def _check_config_is_equal_everywhere(self) -> None:
         config = self.config

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ep_comm import fp8
 from ep_comm._native.structs import EP_MAX_EXPERTS, EP_MAX_TOPK
-from ep_comm.backends import nvlink_support
 from ep_comm.checks import check_alignment, check_num_sms
 from ep_comm.config import check_timeout
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
+from ep_comm.megatron.fp8_support import check_fp8, check_transformer_engine
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -77,10 +76,8 @@ def check_supported(config: TransformerConfig, options: EPOptions) -> None:
             "validates other features against it, and ep_comm then replaces the dispatcher); "
             f"got {config.moe_token_dispatcher_type!r}"
         )
-    if options.fp8_dispatch or options.fp8_grad_dispatch:
-        fp8.check_hidden(config.hidden_size)
-        if torch.cuda.is_available():
-            nvlink_support.check_fp8_hidden(config.hidden_size)
+    check_fp8(config, options)
+    check_transformer_engine(config, options)
 
 
 def check_one_node(ranks: Sequence[int]) -> None:
