@@ -26,7 +26,7 @@ class Setup:
     """One training run; `config` overrides the TransformerConfig, `options` are EPOptions.
 
     `tp` above 1 means sequence parallelism too, as Megatron wants it for MoE. `vpp` is the number
-    of model chunks a pipeline stage.
+    of model chunks a pipeline stage. `te` takes Transformer Engine's modules, on GPUs.
     """
 
     dispatcher: str = "deepep"
@@ -45,6 +45,9 @@ class Setup:
     overlap_grad_reduce: bool = False
     dense_first: bool = False
     through_install: bool = False
+    te: bool = False
+    seq: int = SEQ
+    lr: float = 1e-2
 
 
 def train(rank: int, setup: Setup) -> dict[str, Any]:
@@ -53,8 +56,8 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
     Losses are those of the last pipeline stage, and empty on the others.
     """
     warnings.filterwarnings("ignore")
-    ep_comm.megatron.cpu.enable()
-    megatron_gaps.fill()
+    if ep_comm.megatron.cpu.enable():
+        megatron_gaps.fill()
 
     from megatron.core import parallel_state as ps
     from megatron.core.distributed import finalize_model_grads
@@ -72,7 +75,7 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
-            lr=1e-2,
+            lr=setup.lr,
             clip_grad=1.0,
             bf16=setup.bf16,
             params_dtype=config.params_dtype,
@@ -107,7 +110,7 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
             data_iterator=iterators if setup.vpp > 1 else iterators[0],
             model=model,
             num_microbatches=setup.microbatches,
-            seq_length=SEQ,
+            seq_length=setup.seq,
             micro_batch_size=BATCH,
             forward_only=False,
         )
@@ -123,7 +126,7 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
         optimizer.step()
     return dict(
         losses=losses,
-        gradients={name: grad.float().numpy() for name, grad in gradients.items()},
+        gradients={name: grad.float().cpu().numpy() for name, grad in gradients.items()},
         metrics=metrics,
         num_moe_layers=num_moe_layers,
     )
@@ -138,13 +141,14 @@ def batches(setup: Setup) -> Iterator[tuple]:
     from megatron.core import parallel_state as ps
 
     generator = torch.Generator().manual_seed(11 + ps.get_data_parallel_rank())
-    mine = torch.arange(SEQ).chunk(setup.cp)[ps.get_context_parallel_rank()]
-    masked = torch.arange(SEQ)[None] > mine[:, None]
+    mine = torch.arange(setup.seq).chunk(setup.cp)[ps.get_context_parallel_rank()]
+    masked = (torch.arange(setup.seq)[None] > mine[:, None])[None, None].cuda()
+    positions = mine[None].expand(BATCH, -1).cuda()
     for _ in itertools.count():
-        tokens = torch.randint(0, VOCAB, (BATCH, 1), generator=generator) + torch.arange(SEQ + 1)
-        tokens = tokens % VOCAB
+        first = torch.randint(0, VOCAB, (BATCH, 1), generator=generator)
+        tokens = (first + torch.arange(setup.seq + 1)) % VOCAB
         labels = tokens[:, mine + 1].contiguous()
-        yield tokens[:, mine], mine[None].expand(BATCH, -1), masked[None, None], None, labels
+        yield tokens[:, mine].cuda(), positions, masked, None, labels.cuda()
 
 
 def parallel_state(setup: Setup) -> None:
@@ -223,7 +227,9 @@ def make_config(setup: Setup, finalize_model_grads):
         bias_activation_fusion=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        use_cpu_initialization=True,
+        use_cpu_initialization=not setup.te,
+        moe_grouped_gemm=setup.te,
+        deterministic_mode=setup.te,
         gradient_accumulation_fusion=False,
         bf16=setup.bf16,
         params_dtype=dtype,
@@ -250,6 +256,7 @@ def make_model(setup: Setup, config, options) -> list:
         use_distributed_optimizer=setup.dist_opt,
         overlap_grad_reduce=setup.overlap_grad_reduce,
         bucket_size=4096 if setup.overlap_grad_reduce else None,
+        fp8_param_gather=config.fp8_param,
         delay_wgrad_compute=delay,
     )
     chunks = []
@@ -267,12 +274,17 @@ def gpt_model(setup: Setup, config, options, vp_stage: int | None):
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_decoder_block_spec,
         get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
         get_gpt_mtp_block_spec,
     )
 
     from ep_comm.megatron import use_ep_comm
 
-    if setup.dense_first:
+    if setup.te:
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts, moe_grouped_gemm=True
+        )
+    elif setup.dense_first:
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage)
     else:
         spec = get_gpt_layer_local_spec(
@@ -293,7 +305,7 @@ def gpt_model(setup: Setup, config, options, vp_stage: int | None):
         config,
         spec,
         VOCAB,
-        SEQ,
+        setup.seq,
         pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=False,
