@@ -1,7 +1,8 @@
 """Text, or a tokenized corpus, as Megatron's GPTDataset.
 
 Text is tokenized by byte: no vocabulary to download, any language, any file. The tokens are stored
-once per set of files as a Megatron ``.bin/.idx`` pair in the user's cache folder.
+once per set of files as a Megatron ``.bin/.idx`` pair in the user's cache folder. For longer tokens
+there is `prepare_text.py`.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from moe_launch import UserError, agree, on_rank_0
 EOD = 256  # ends a document; the bytes are 0 to 255
 CACHE_FORMAT = "1"  # part of the cache key: change it with the way that text is tokenized
 
-# Files longer than this become several sequences of one document, so that a single large file can
-# still be split into training and validation data (the split is made between sequences).
-MAX_SEQUENCE_BYTES = 1 << 16
+# Documents longer than this become several sequences, so that a single large file can still be
+# split into training and validation data (the split is made between sequences).
+MAX_SEQUENCE_TOKENS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +112,12 @@ def microbatches(
         batch = torch.utils.data.default_collate(samples)
         yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         position += ranks * size
+
+
+def add_document(builder: IndexedDatasetBuilder, tokens: np.ndarray) -> None:
+    """Add a document, with the token that ends it, to a pair that is being written."""
+    full, rest = divmod(tokens.size, MAX_SEQUENCE_TOKENS)
+    builder.add_document(tokens, [MAX_SEQUENCE_TOKENS] * full + [rest] * bool(rest))
 
 
 def _checked_corpus(config: PretrainConfig) -> Corpus:
@@ -193,9 +200,7 @@ def _tokenize(files: list[Path], folder: Path) -> None:
         tokens = np.frombuffer(path.read_bytes(), dtype=np.uint8).astype(np.uint16)
         if not tokens.size:
             continue
-        tokens = np.append(tokens, np.uint16(EOD))
-        full, rest = divmod(tokens.size, MAX_SEQUENCE_BYTES)
-        builder.add_document(tokens, [MAX_SEQUENCE_BYTES] * full + [rest] * bool(rest))
+        add_document(builder, np.append(tokens, np.uint16(EOD)))
     builder.finalize(get_idx_path(prefix))
 
 

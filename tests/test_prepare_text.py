@@ -1,0 +1,137 @@
+"""``examples/prepare_text.py``: text becomes a pair that the training example reads."""
+
+from __future__ import annotations
+
+import gzip
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("megatron.core")
+pytest.importorskip("pydantic")
+tokenizers = pytest.importorskip("tokenizers")
+
+from example_runs import EXAMPLES, SMALL, environment, train  # noqa: E402
+from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
+
+VOCAB_SIZE = 400
+# Two entries, the first of two paragraphs, and what the separators and the tokenizer may trip on.
+ENTRIES = [
+    'Abjure \\Ab*jure"\\, v. t.\n   1. To renounce upon oath.\n\n   2. To reject; as, to abjure.',
+    "naïve <|endoftext|> \U0001f600\nsecond line",
+]
+COMMAND = [sys.executable, str(EXAMPLES / "prepare_text.py")]
+
+
+def prepare(*flags: object, vocab_size: int = VOCAB_SIZE) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*COMMAND, "--vocab-size", str(vocab_size), *map(str, flags)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+
+
+def stdlib_text() -> str:
+    folder = Path(sysconfig.get_path("stdlib"))
+    return "\n\n".join((folder / name).read_text() for name in ("argparse.py", "ast.py"))
+
+
+def test_documents_come_back(tmp_path):
+    first, second = tmp_path / "first.txt", tmp_path / "second.gz"
+    first.write_text(stdlib_text(), encoding="utf-8")
+    second.write_bytes(gzip.compress("\n \n\n".join(ENTRIES).encode() + b"\n"))
+    prefix = tmp_path / "made" / "text"
+    result = prepare("--input", first, second, "--output-prefix", prefix)
+    assert result.returncode == 0, result.stderr
+    assert "warn" not in result.stderr.lower()
+
+    tokenizer = tokenizers.Tokenizer.from_file(f"{prefix}-tokenizer.json")
+    assert tokenizer.get_vocab_size() == VOCAB_SIZE
+    end = tokenizer.token_to_id("<|endoftext|>")
+    assert end == VOCAB_SIZE - 1
+    pair = IndexedDataset(str(prefix))
+    assert pair[0].dtype == np.uint16
+    assert all((document == end).tolist().index(True) == document.size - 1 for document in pair)
+    texts = [tokenizer.decode(document[:-1], skip_special_tokens=False) for document in pair]
+    assert set(texts) >= set(ENTRIES)
+    words = f"{stdlib_text()} {' '.join(ENTRIES)}".split()
+    assert sorted("\n".join(texts).split()) == sorted(words)
+    assert texts[-2:] != ENTRIES  # they are stored in another order
+    tokens = sum(document.size for document in pair)
+    size = sum(len(text.encode()) for text in texts)
+    assert f"{tokens:,} tokens of {VOCAB_SIZE} different ones, {len(texts):,} doc" in result.stdout
+    assert f"{size / tokens:.2f} bytes per token" in result.stdout
+    assert {path.name for path in prefix.parent.iterdir()} == {
+        *("text.bin", "text.idx", "text-tokenizer.json")
+    }
+
+    loss = train(
+        tmp_path / "run",
+        *(*SMALL, "--train-iters", 30, "--lr-decay-iters", 100, "--eval-iters", 1),
+        *("--data-path", prefix, "--vocab-size", VOCAB_SIZE),
+    )
+    assert loss[30] < loss[1] - 0.3
+
+
+@pytest.mark.parametrize(
+    ("content", "vocab_size", "words"),
+    [
+        (None, VOCAB_SIZE, ["text cannot be read: No such file"]),
+        (b" \n\n", VOCAB_SIZE, ["no text in it"]),
+        (b"\xff\xfe" * 50, VOCAB_SIZE, ["no UTF-8 text"]),
+        (gzip.compress(bytes(1000))[:-9], VOCAB_SIZE, ["is damaged"]),
+        (b"a rose is a rose is a rose", VOCAB_SIZE, ["more text, or --vocab-size", "got 400"]),
+        (b"a rose", 256, ["--vocab-size 256", "at least 257"]),
+    ],
+    ids=["missing", "empty", "binary", "truncated", "too little", "small vocabulary"],
+)
+def test_refusals(tmp_path, content, vocab_size, words):
+    text = tmp_path / "text"
+    if content is not None:
+        text.write_bytes(content)
+    prefix = tmp_path / "out" / "pair"
+    result = prepare("--input", text, "--output-prefix", prefix, vocab_size=vocab_size)
+    assert result.returncode == 2, result.stderr
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("error: ") and "Traceback" not in result.stderr
+    for word in words:
+        assert word in error
+    assert not prefix.parent.exists()
+
+
+def test_an_existing_pair_is_not_overwritten(tmp_path):
+    text, index = tmp_path / "text", tmp_path / "pair.idx"
+    text.write_text(stdlib_text())
+    index.write_bytes(b"precious")
+    result = prepare("--input", text, "--output-prefix", tmp_path / "pair")
+    assert result.returncode == 2 and f"{index} exists" in result.stderr
+    assert index.read_bytes() == b"precious" and not (tmp_path / "pair.bin").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_leaves_nothing(tmp_path, signum):
+    text, out = tmp_path / "text", tmp_path / "out"
+    text.write_text("\n\n".join([stdlib_text()] * 20))
+    process = subprocess.Popen(
+        [*COMMAND, "--vocab-size", "400", "--input", text, "--output-prefix", out / "pair"],
+        stderr=subprocess.PIPE,
+        env=environment(),
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(out.glob(".pair-*/*.bin")):  # it is writing
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert stderr.endswith("error: interrupted; nothing was written\n")
+    assert "Traceback" not in stderr
+    assert list(out.iterdir()) == []
