@@ -114,7 +114,7 @@ def compare(
         float, typer.Option(min=0, help="Allowed of deepep, in units of the two-seed noise.")
     ] = 1.0,
     tolerance_fp8: Annotated[
-        float, typer.Option(min=0, help="Allowed of deepep-fp8, relative to the loss without FP8.")
+        float, typer.Option(min=0, help="Allowed of an FP8 wire, relative to the BF16 wire's loss.")
     ] = 0.005,
     wandb_project: Annotated[
         str | None, typer.Option(help="W&B project; all runs go into one group of it.")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from ep_comm.cli import app
 from ep_comm.compare.directory import Directory, locked
 from ep_comm.compare.log import LOG_FILE
+from ep_comm.compare.plan import VARIANTS as ALL_VARIANTS
 from ep_comm.compare.plan import CompareError, make_plan
 from ep_comm.compare.statistics import (
     Run,
@@ -34,13 +38,17 @@ SCRIPT = """if True:
     settings = {
         "train_iters": 50, "eval_iters": 1, "save_interval": None, "seed": 7, "data_seed": None,
         "hidden_size": 512, "expert_model_parallel_size": 2, "lr": 0.1, "wandb_project": None,
-        "wandb_save_dir": None, "run_dir": "depends on the variant",
+        "wandb_save_dir": None, "data_path": [], "bf16": False, "use_distributed_optimizer": False,
+        "run_dir": "depends on the variant", "fp8_format": None,
     }
+    with open(sys.argv[sys.argv.index("--config") + 1]) as file:
+        settings.update(json.load(file))
     flags = sys.argv[1:]
     for flag, value in zip(flags, flags[1:]):
         key = flag.removeprefix("--").replace("-", "_")
         if key in settings:
-            settings[key] = int(value) if value.isdigit() else value
+            value = int(value) if value.isdigit() else value
+            settings[key] = [value] if key == "data_path" else value
     if settings["lr"] == "fast":
         print("noise\\nerror: lr must be a number, got 'fast'", file=sys.stderr)
         sys.exit(2)
@@ -59,7 +67,7 @@ def config(tmp_path: Path) -> Path:
     (tmp_path / "examples" / "pretrain_moe.py").write_text(SCRIPT)
     path = tmp_path / "configs" / "small.yaml"
     path.parent.mkdir()
-    path.write_text("")
+    path.write_text("{}")
     return path
 
 
@@ -96,18 +104,27 @@ def run_of(train: np.ndarray, valid: float | None = None) -> Run:
     )
 
 
+def have_fp8(monkeypatch: pytest.MonkeyPatch, support: tuple[bool, str]) -> None:
+    """A GPU, and a Transformer Engine that says what it can compute there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    engine = SimpleNamespace(check_fp8_block_scaling_support=lambda: support)
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.fp8", engine)
+
+
 def compare(config: Path, *flags: object):
     command = ["compare", "--config", config, "--steps", STEPS, "--out", config.parent / "out"]
     return CliRunner().invoke(app, [str(word) for word in (*command, *flags)])
 
 
-def begun(config: Path, curves: dict[str, np.ndarray], valid: dict[str, float] | None = None):
+def begun(config: Path, curves: dict[str, np.ndarray], *, plan=None):
     """A comparison whose runs have all been trained."""
     out = config.parent / "out"
     with locked(out):
-        directory = Directory(out, plan_of(config))
+        directory = Directory(out, plan or plan_of(config))
     for name, curve in curves.items():
-        write_log(directory.run_dir(name), curve, (valid or {}).get(name))
+        write_log(directory.run_dir(name), curve)
     return out
 
 
@@ -201,6 +218,18 @@ def test_fp8_is_judged_by_the_final_losses_without_it(train, valid, passed):
     assert len(checks) == 2
 
 
+def test_fp8_wire_of_fp8_experts_is_judged_by_their_bf16_wire():
+    runs = {"alltoall": run_of(losses(), 4.0), "deepep": run_of(losses(), 4.0)}
+    runs["deepep-fp8-all"] = run_of(losses(1.01), 5.01)
+    assert "deepep-fp8-all" not in judge(runs, Tolerances())
+    runs["deepep-fp8-experts"] = run_of(losses(1.0), 5.0)
+    checks = judge(runs, Tolerances())
+    assert list(checks) == ["deepep-fp8-all"]  # what FP8 experts do to the loss is shown only
+    assert all(check.passed for check in checks["deepep-fp8-all"])
+    runs["deepep-fp8-all"] = run_of(losses(), 4.0)
+    assert not any(check.passed for check in judge(runs, Tolerances())["deepep-fp8-all"])
+
+
 # ------------------------------------------------------------------------------ command and report
 
 
@@ -256,6 +285,40 @@ def test_without_the_second_seed_nothing_is_said_of_deepep(config):
     assert "Nothing was judged" in (config.parent / "out" / "report.md").read_text()
 
 
+def test_report_of_fp8_experts(config, monkeypatch):
+    have_fp8(monkeypatch, (True, ""))
+    flags = ("--bf16", 1, "--use-distributed-optimizer", 1)
+    out = begun(config, {"alltoall": losses()}, plan=plan_of(config, *map(str, flags)))
+    write_log(out / "deepep-fp8-experts", losses(0.02))
+    write_log(out / "deepep-fp8-all", losses(0.021))
+    variants = "alltoall,deepep-fp8-experts,deepep-fp8-all"
+    result = compare(config, "--variants", variants, *flags)
+    assert result.exit_code == 0, result.output
+    found = json.loads((out / "report.json").read_text())["variants"]
+    assert [v["verdict"] for v in found.values()] == ["reference", "not judged", "passed"]
+    page = (out / "report.md").read_text()
+    assert "deepep-fp8-all: final losses within 0.50% of those of deepep-fp8-experts." in page
+    result = compare(config, "--variants", "alltoall,deepep-fp8-all", *flags)
+    found = json.loads((out / "report.json").read_text())["variants"]
+    assert found["deepep-fp8-all"]["verdict"] == "not judged: needs deepep-fp8-experts"
+
+
+def test_a_copied_folder_goes_on_in_another_place(config, tmp_path_factory):
+    flags = ["--data-path", "/data/here/text", "--wandb-save-dir", "/here"]
+    begun(config, CURVES, plan=plan_of(config, *flags))
+    there = tmp_path_factory.mktemp("elsewhere") / "checkout"
+    shutil.copytree(config.parents[1], there)
+    shutil.rmtree(config.parents[1])
+    config = there / "configs" / config.name
+    flags = ["--data-path", "/mnt/text", "--wandb-save-dir", "/there"]
+    result = compare(config, "--variants", "alltoall,deepep", *flags)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("finished before") == 2
+    result = compare(config, "--data-path", "/mnt/other")
+    assert result.exit_code == 2
+    assert "data_path is ['text'] there and ['other'] here" in result.stderr
+
+
 def test_runs_with_other_versions_are_pointed_out(config):
     out = begun(config, CURVES)
     log = out / "deepep" / LOG_FILE
@@ -293,6 +356,7 @@ def test_a_failing_run_ends_with_code_1_and_its_own_words(config):
         (["--lr", "fast"], ["lr must be a number, got 'fast'"]),
         (["--run-dir", "x"], ["--run-dir", "use --out"]),
         (["--moe-token-dispatcher=deepep"], ["--moe-token-dispatcher", "use --variants"]),
+        (["--no-ep-fp8-grad-dispatch"], ["--no-ep-fp8-grad-dispatch", "use --variants"]),
         (["--out", sys.executable], [f"--out {sys.executable} cannot be used: File exists"]),
     ],
     ids=lambda value: " ".join(value[:2]),
@@ -316,6 +380,45 @@ def test_fp8_is_skipped_where_it_cannot_work(config):
     plan = plan_of(config, "--hidden-size", "96")
     assert plan.variants == ("alltoall", "alltoall-seed2", "deepep")
     assert "multiple of" in plan.skipped["deepep-fp8"] and "96" in plan.skipped["deepep-fp8"]
+
+
+@pytest.mark.parametrize(
+    ("support", "flags", "words"),
+    [
+        (None, [], "need a GPU"),
+        ((False, "compute capability 9.0 or higher"), [], "here: compute capability 9.0"),
+        ((True, ""), ["--bf16", "1"], "need use_distributed_optimizer"),
+        ((True, ""), [], "need bf16 and use_distributed_optimizer"),
+        ((True, ""), ["--bf16", "1", "--use-distributed-optimizer", "1"], None),
+    ],
+)
+def test_fp8_experts_are_skipped_where_they_cannot_work(config, monkeypatch, support, flags, words):
+    if support is None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    else:
+        have_fp8(monkeypatch, support)
+    plan = plan_of(config, *flags, variants=",".join(ALL_VARIANTS))
+    if words is None:
+        assert plan.variants == tuple(ALL_VARIANTS) and not plan.skipped
+    else:
+        assert list(plan.skipped) == ["deepep-fp8-experts", "deepep-fp8-all"]
+        assert all(words in reason for reason in plan.skipped.values())
+
+
+def test_a_configuration_with_fp8_of_its_own(config):
+    config.write_text('{"fp8_format": "e4m3"}')
+    with pytest.raises(CompareError, match="fp8_format in .*small.yaml is what is compared"):
+        plan_of(config)
+
+
+def test_short_runs_may_do_without_checkpoints(config, tmp_path):
+    def saving(*flags: str) -> list[str]:
+        command = plan_of(config, *flags).command("deepep", tmp_path, resume=False)
+        return command[command.index("--save-interval") + 1 :][:1] if "--save" in command else []
+
+    assert saving() == [str(STEPS // 10)]
+    assert saving("--save-interval", "60") == ["60"]
+    assert saving("--save-interval", str(STEPS)) == []
 
 
 def test_folder_of_something_else(config):

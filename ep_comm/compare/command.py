@@ -72,10 +72,9 @@ def compare(
 def _train_if_needed(
     plan: Plan, directory: Directory, variant: str, lock: int, display: Display
 ) -> None:
-    records = directory.log(variant)
-    finished = is_finished(records, plan)
+    finished = is_finished(directory.log(variant), plan)
     if not finished:
-        display.begin(variant, last_step(records))
+        display.begin(variant, last_step(directory, variant))
         train(plan, directory, variant, lock, lambda r: display.follow(variant, r))
     discard_checkpoints(directory, variant)
     display.finish(variant, before=finished)

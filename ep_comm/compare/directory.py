@@ -33,7 +33,7 @@ class Directory:
             CompareError: Another comparison was begun here.
         """
         self.path = path
-        here = {"processes": plan.processes, "script": str(plan.script), **plan.settings}
+        here = plan.identity
         there = self._read_plan()
         if there is not None and self._has_losses():
             differences = [

@@ -17,27 +17,47 @@ REFERENCE = "alltoall"
 NOISE = "alltoall-seed2"
 DEEPEP = "deepep"
 FP8 = "deepep-fp8"
+FP8_EXPERTS = "deepep-fp8-experts"
+FP8_ALL = "deepep-fp8-all"
+
+_ALLTOALL = ("--moe-token-dispatcher", "alltoall")
+_DEEPEP = ("--moe-token-dispatcher", "deepep")
+# Both legs of dispatch: who sends activations in FP8 will send gradients so too, and what holds for
+# both holds for one.
+_FP8_WIRE = ("--ep-fp8-dispatch", "--ep-fp8-grad-dispatch")
+_FP8_GEMMS = (  # as Megatron recommends them for Hopper
+    *("--fp8-format", "e4m3", "--fp8-recipe", "blockwise"),
+    *("--fp8-param-gather", "--moe-router-padding-for-fp8"),
+)
 
 # Flags of each variant. NOISE has another seed besides.
 VARIANTS: dict[str, tuple[str, ...]] = {
-    REFERENCE: ("--moe-token-dispatcher", "alltoall"),
-    NOISE: ("--moe-token-dispatcher", "alltoall"),
-    DEEPEP: ("--moe-token-dispatcher", "deepep"),
-    FP8: ("--moe-token-dispatcher", "deepep", "--ep-fp8-dispatch"),
+    REFERENCE: _ALLTOALL,
+    NOISE: _ALLTOALL,
+    DEEPEP: _DEEPEP,
+    FP8: (*_DEEPEP, *_FP8_WIRE),
+    FP8_EXPERTS: (*_DEEPEP, *_FP8_GEMMS),
+    FP8_ALL: (*_DEEPEP, *_FP8_GEMMS, *_FP8_WIRE),
 }
+# The same with a BF16 wire, which a variant with an FP8 wire is judged by.
+WIDE = {FP8: DEEPEP, FP8_ALL: FP8_EXPERTS}
 
+_VARIANT_FLAGS = {flag for flags in VARIANTS.values() for flag in flags if flag.startswith("--")}
 # What a comparison decides itself, by flag, with what to use instead.
 _OWN_FLAGS = {
-    **dict.fromkeys(("--moe-token-dispatcher", "--ep-fp8-dispatch"), "--variants"),
-    "--no-ep-fp8-dispatch": "--variants",
+    **dict.fromkeys(_VARIANT_FLAGS, "--variants"),
+    **dict.fromkeys((flag.replace("--", "--no-", 1) for flag in _VARIANT_FLAGS), "--variants"),
     "--train-iters": "--steps",
     **dict.fromkeys(("--run-dir", "--save", "--load"), "--out"),
     "--wandb-exp-name": "--wandb-project; runs are named after their variant",
 }
+_VARIANT_KEYS = {flag.removeprefix("--").replace("-", "_") for flag in _VARIANT_FLAGS}
+_FP8_KEYS = ("ep_fp8_dispatch", "ep_fp8_grad_dispatch", "fp8_format")  # each turns on FP8
+_PLACES = ("data_cache_path", "wandb_save_dir")  # of files, whatever machine they are on
 _CHECKPOINTS = 10  # of a run, where the configuration does not say how many
 _NEEDED_SETTINGS = """
     train_iters eval_iters save_interval seed data_seed hidden_size expert_model_parallel_size
-    wandb_project wandb_save_dir
+    bf16 use_distributed_optimizer data_path wandb_project wandb_save_dir
 """.split()
 _SCRIPT = Path("examples", "pretrain_moe.py")
 
@@ -78,12 +98,25 @@ class Plan:
         return self.settings["seed"] + (variant == NOISE)
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What all runs of a comparison have in common, in whatever place they are trained.
+
+        Of data its name is enough: it may lie elsewhere.
+        """
+        settings = {key: value for key, value in self.settings.items() if key not in _PLACES}
+        settings["data_path"] = [Path(name).name for name in settings["data_path"]]
+        return {"processes": self.processes, "script": self.script.name, **settings}
+
+    @property
     def data_seed(self) -> int:
         """Seed of the data order of every variant."""
         return self.settings["data_seed"] or self.settings["seed"]
 
     def command(self, variant: str, run_dir: Path, *, resume: bool) -> list[str]:
-        """The command that trains `variant`, from its latest checkpoint if it is to resume."""
+        """The command that trains `variant`, from its latest checkpoint if it is to resume.
+
+        It writes none if its first one would be that of a finished run.
+        """
         checkpoints = str(run_dir / "checkpoints")
         interval = self.settings["save_interval"] or math.ceil(self.steps / _CHECKPOINTS)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -91,7 +124,8 @@ class Plan:
         command += ["--config", str(self.config), *self.flags, *VARIANTS[variant]]
         command += ["--seed", str(self.seed(variant)), "--data-seed", str(self.data_seed)]
         command += ["--run-dir", str(run_dir)]
-        command += ["--save", checkpoints, "--save-interval", str(interval)]
+        if interval < self.steps:
+            command += ["--save", checkpoints, "--save-interval", str(interval)]
         if resume:
             command += ["--load", checkpoints]
         if self.settings["wandb_project"]:
@@ -144,10 +178,8 @@ def make_plan(
             f"--nproc-per-node {processes} is no multiple of expert_model_parallel_size "
             f"{settings['expert_model_parallel_size']}"
         )
-    skipped = {}
-    reason = _no_fp8_reason(settings["hidden_size"])
-    if FP8 in names and reason:
-        skipped[FP8] = reason
+    reasons = {name: _skip_reason(VARIANTS[name], settings) for name in names}
+    skipped = {name: reason for name, reason in reasons.items() if reason}
     return Plan(
         script=script.resolve(),
         config=config,
@@ -205,12 +237,38 @@ def _settings(script: Path, config: Path, flags: Sequence[str]) -> dict[str, Any
         ) from None
     if missing:
         raise CompareError(f"{script} --print-config tells nothing of {', '.join(missing)}")
-    variant_keys = {"run_dir", "moe_token_dispatcher", "ep_fp8_dispatch", "wandb_exp_name"}
-    return {key: value for key, value in settings.items() if key not in variant_keys}
+    on = [key for key in _FP8_KEYS if settings.get(key)]
+    if on:
+        raise CompareError(f"{on[0]} in {config} is what is compared: leave it out there")
+    not_common = _VARIANT_KEYS | {"run_dir", "wandb_exp_name"}
+    return {key: value for key, value in settings.items() if key not in not_common}
 
 
-def _no_fp8_reason(hidden: int) -> str | None:
+def _skip_reason(flags: Sequence[str], settings: dict[str, Any]) -> str | None:
+    """Why a variant cannot be trained here; None if it can."""
+    reason = _no_fp8_wire_reason(settings) if set(_FP8_WIRE) <= set(flags) else None
+    if set(_FP8_GEMMS) <= set(flags):
+        reason = _no_fp8_gemms_reason(settings) or reason
+    return reason
+
+
+def _no_fp8_wire_reason(settings: dict[str, Any]) -> str | None:
+    hidden = settings["hidden_size"]
     multiple = 512 if torch.cuda.is_available() else 128  # NVLink kernels; reference backend
     if hidden % multiple == 0:
         return None
     return f"FP8 dispatch needs hidden_size to be a multiple of {multiple} here, got {hidden}"
+
+
+def _no_fp8_gemms_reason(settings: dict[str, Any]) -> str | None:
+    if not torch.cuda.is_available():
+        return "FP8 experts need a GPU"
+    try:
+        from transformer_engine.pytorch.fp8 import check_fp8_block_scaling_support
+    except ImportError:
+        return "FP8 experts need Transformer Engine 2.3 or later"
+    supported, reason = check_fp8_block_scaling_support()
+    if not supported:
+        return f"FP8 experts cannot be computed here: {reason}"
+    missing = [key for key in ("bf16", "use_distributed_optimizer") if not settings[key]]
+    return f"FP8 experts need {' and '.join(missing)}" if missing else None

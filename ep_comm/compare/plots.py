@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ep_comm.compare.plan import DEEPEP, FP8, NOISE, REFERENCE
+from ep_comm.compare.plan import DEEPEP, FP8, FP8_ALL, FP8_EXPERTS, NOISE, REFERENCE
 from ep_comm.compare.statistics import Run, steps_skipped
 
 _STYLES = {
@@ -17,6 +17,8 @@ _STYLES = {
     NOISE: {"color": "0.55", "linestyle": "-", "linewidth": 1.6},
     DEEPEP: {"color": "tab:blue", "linestyle": "--", "linewidth": 1.6},
     FP8: {"color": "tab:red", "linestyle": ":", "linewidth": 2.0},
+    FP8_EXPERTS: {"color": "tab:green", "linestyle": "-.", "linewidth": 1.6},
+    FP8_ALL: {"color": "tab:orange", "linestyle": ":", "linewidth": 2.0},
 }
 _RESOLUTION = 1e-7  # of a loss in FP32: a logarithmic axis goes no further, equal losses are 0
 _RAW = {"linestyle": "-", "linewidth": 0.7, "alpha": 0.25}

@@ -11,9 +11,17 @@ from typing import Any
 
 from ep_comm.bench.environment import gpu_names, versions
 from ep_comm.compare.directory import Directory, write_text
-from ep_comm.compare.plan import DEEPEP, FP8, NOISE, REFERENCE, Plan
+from ep_comm.compare.plan import DEEPEP, NOISE, REFERENCE, WIDE, Plan
 from ep_comm.compare.plots import plot_differences, plot_losses
-from ep_comm.compare.statistics import Run, Tolerances, difference, judge, steps_skipped, window_of
+from ep_comm.compare.statistics import (
+    Run,
+    Tolerances,
+    difference,
+    judge,
+    steps_skipped,
+    wide_of,
+    window_of,
+)
 
 LOSS_PLOT = "loss.png"
 DIFFERENCE_PLOT = "difference.png"
@@ -141,7 +149,8 @@ def _verdict(name: str, checks: Mapping[str, list]) -> str:
     if name == NOISE:
         return "the noise"
     if name not in checks:
-        return f"not judged: needs {NOISE}"
+        needed = NOISE if name == DEEPEP else WIDE.get(name)
+        return f"not judged: needs {needed}" if needed else "not judged"
     return "passed" if all(check.passed for check in checks[name]) else "FAILED"
 
 
@@ -172,9 +181,10 @@ def _explain(document: dict[str, Any]) -> str:
             f"{REFERENCE} in the seed of the weights only; for the final validation the noise is "
             f"taken as at least its mean."
         )
-    if FP8 in document["variants"]:
-        wide = DEEPEP if DEEPEP in document["variants"] else REFERENCE
-        sentences.append(f"{FP8}: final losses within {fp8:.2%} of those of {wide}.")
+    for name in document["variants"]:
+        wide = wide_of(name, document["variants"])
+        if wide is not None:
+            sentences.append(f"{name}: final losses within {fp8:.2%} of those of {wide}.")
     return " ".join(sentences)
 
 

@@ -63,9 +63,12 @@ def interruptible() -> Iterator[None]:
             signal.signal(each, handler)
 
 
-def last_step(records: list[Record]) -> int:
-    """The last step that was trained."""
-    return max((r["iteration"] for r in records if r["type"] == "train"), default=0)
+def last_step(directory: Directory, variant: str) -> int:
+    """The last step that a run to be resumed had trained; 0 if it has no checkpoint."""
+    if _latest(directory.run_dir(variant) / "checkpoints") is None:
+        return 0
+    steps = (r["iteration"] for r in directory.log(variant) if r["type"] == "train")
+    return max(steps, default=0)
 
 
 def is_finished(records: list[Record], plan: Plan) -> bool:

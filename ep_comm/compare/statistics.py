@@ -10,7 +10,7 @@ first quarter of the steps counts for no difference, neither of the noise nor of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from statistics import median
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ep_comm.compare.log import TRAIN_LOSS, VALID_LOSS, WIRE_MIB, scalars
-from ep_comm.compare.plan import DEEPEP, FP8, NOISE, REFERENCE
+from ep_comm.compare.plan import DEEPEP, NOISE, REFERENCE, WIDE
 
 # Relative, between the losses of step 1: the same weights and data must give the same loss.
 FIRST_STEP_TOLERANCE = 1e-3
@@ -32,7 +32,7 @@ class Tolerances:
 
     Attributes:
         noise: Of deepep: each of its differences, in units of the same one of the two-seed noise.
-        fp8: Of deepep-fp8: its final losses, relative to those of the run without FP8.
+        fp8: Of an FP8 wire: the final losses, relative to those of the same model on a BF16 wire.
     """
 
     noise: float = 1.0
@@ -163,8 +163,8 @@ def difference(run: Run, reference: Run) -> Difference:
 def judge(runs: Mapping[str, Run], tolerances: Tolerances) -> dict[str, list[Check]]:
     """The checks of each variant that can be judged.
 
-    deepep is judged where the two-seed noise is known, deepep-fp8 against the run without FP8:
-    deepep, or the reference where that was not asked for.
+    deepep is judged where the two-seed noise is known, an FP8 wire where the same model was trained
+    with a BF16 wire (`wide_of`).
     """
     checks: dict[str, list[Check]] = {}
     reference = runs[REFERENCE]
@@ -172,9 +172,22 @@ def judge(runs: Mapping[str, Run], tolerances: Tolerances) -> dict[str, list[Che
         found = difference(runs[DEEPEP], reference)
         noise = difference(runs[NOISE], reference)
         checks[DEEPEP] = _within_noise(found, noise, tolerances.noise)
-    if FP8 in runs:
-        checks[FP8] = _within_share(runs[FP8], runs.get(DEEPEP, reference), tolerances.fp8)
+    for name in runs:
+        wide = wide_of(name, runs)
+        if wide is not None:
+            checks[name] = _within_share(runs[name], runs[wide], tolerances.fp8)
     return checks
+
+
+def wide_of(name: str, among: Collection[str]) -> str | None:
+    """The BF16 wire that an FP8 wire is judged by; None if it is none, or there is no such run.
+
+    Where deepep was not asked for, the reference takes its place.
+    """
+    wide = WIDE.get(name)
+    if wide == DEEPEP and DEEPEP not in among:
+        return REFERENCE
+    return wide if wide in among else None
 
 
 def _within_noise(found: Difference, noise: Difference, tolerance: float) -> list[Check]:
