@@ -1,4 +1,4 @@
-"""The ``ep-comm`` command: ``ep-comm bench``, ``ep-comm compare`` and ``ep-comm doctor``."""
+"""The ``ep-comm`` command: ``bench``, ``compare`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"error: {error.name} is missing: pip install 'ep_comm[cli]'") from None
 
-VOID_EXIT_CODE = 4
-_TABLE_WIDTH = 140  # where the output is no terminal
+from ep_comm.bench import command as bench
 
 app = typer.Typer(
     help="Measure dispatch and combine, compare trainings with other dispatchers, and say what "
@@ -26,74 +25,7 @@ app = typer.Typer(
 )
 
 
-@app.command()
-def bench(
-    preset: Annotated[str, typer.Option(help="W1 or W2: sizes not given below.")] = "W1",
-    tokens: Annotated[int | None, typer.Option(help="Tokens of each rank.")] = None,
-    hidden: Annotated[int | None, typer.Option(help="Elements of a token.")] = None,
-    experts: Annotated[int | None, typer.Option(help="Experts over all ranks.")] = None,
-    topk: Annotated[int | None, typer.Option(help="Experts of a token.")] = None,
-    routing: Annotated[str, typer.Option(help="uniform, group-limited or zipf.")] = "uniform",
-    skew: Annotated[float, typer.Option(help="Of zipf: exponent of the popularity.")] = 1.2,
-    groups: Annotated[int, typer.Option(help="Of group-limited: groups of experts.")] = 8,
-    group_topk: Annotated[int, typer.Option(help="Of group-limited: groups of a token.")] = 4,
-    sms: Annotated[str, typer.Option(help="SM counts, such as 0,24,16; 0 is all.")] = "0",
-    fp8: Annotated[bool, typer.Option("--fp8", help="FP8 dispatch too.")] = False,
-    layout: Annotated[str, typer.Option(help="Order of the rows: expert or rank.")] = "expert",
-    iters: Annotated[int, typer.Option(help="Samples of each time.")] = 20,
-    out: Annotated[Path, typer.Option(help="Folder of bench.json and the picture.")] = Path(
-        "runs/bench"
-    ),
-) -> None:
-    """Time dispatch and combine against the limit of the links and NCCL's alltoall.
-
-    Run by torchrun, one process a GPU. Exits with 4 where the links carried too little for the
-    figures to count.
-    """
-    # Imported here, so that --help and doctor need not wait for it.
-    import torch
-    import torch.distributed as dist
-
-    from ep_comm.bench.launch import UserError, joined_job, on_rank_0
-    from ep_comm.bench.report import render, write_json, write_plot
-    from ep_comm.bench.routing import RoutingSpec
-    from ep_comm.bench.run import run
-    from ep_comm.bench.settings import PRESETS, Settings, parse_sms
-
-    with joined_job() as device:
-        if preset not in PRESETS:
-            raise UserError(f"--preset {preset!r} is none of {', '.join(PRESETS)}")
-        sizes = dict(tokens=tokens, hidden=hidden, experts=experts, topk=topk)
-        settings = Settings(
-            shape=PRESETS[preset]._replace(
-                **{name: size for name, size in sizes.items() if size is not None}
-            ),
-            routing=RoutingSpec(kind=routing, skew=skew, num_groups=groups, group_topk=group_topk),
-            sms=parse_sms(sms),
-            fp8=fp8,
-            layout=layout,
-            iters=iters,
-        )
-        available_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        settings.check(dist.get_world_size(), available_sms)
-        on_rank_0(lambda: out.mkdir(parents=True, exist_ok=True))
-        is_first = dist.get_rank() == 0
-        progress = Console(stderr=True, quiet=not is_first)
-        result = run(settings, device, progress.print)
-
-        def report() -> None:
-            console = Console()
-            if not console.is_terminal:
-                console = Console(width=_TABLE_WIDTH)
-            console.print(render(result))
-            write_json(result, out / "bench.json")
-            if len(settings.sms) > 1:
-                write_plot(result, available_sms, out / "bench.png")
-            console.print(f"written to {out}", highlight=False)
-
-        on_rank_0(report)
-    if result.limit.is_void:
-        raise typer.Exit(VOID_EXIT_CODE)
+app.add_typer(bench.app, name="bench")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -6,9 +6,11 @@ and with one message. `agree` turns it into the same `UserError` everywhere.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from ep_comm.errors import EPArgumentError, EPError
+from ep_comm.megatron import cpu
 
 T = TypeVar("T")
 
@@ -35,6 +38,8 @@ def init_process_group() -> None:
     Raises:
         UserError: There are more processes on this machine than GPUs.
     """
+    # Megatron's overlap of communication and computation counts on this order of launches.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if processes > gpus:
@@ -47,6 +52,18 @@ def init_process_group() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=10))
+
+
+def prepare_megatron() -> None:
+    """Call it before the first import of Megatron; where there is no GPU it runs on the CPU then.
+
+    Each rank would warn of each optional package that Megatron misses, and of each torch function
+    that it should no longer use: they keep quiet.
+    """
+    warnings.filterwarnings("ignore", module="megatron")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    cpu.enable()
 
 
 def agree(action: Callable[[], T]) -> T:

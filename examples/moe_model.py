@@ -47,12 +47,15 @@ class Trainee:
 def build(config: PretrainConfig, vocab_size: int, device: torch.device) -> Trainee:
     """Build everything on this rank, with the same weights for the same seed.
 
+    A further call in the same process uses the process groups of the first one.
+
     Raises:
         UserError: Megatron-Core or ep_comm refuses the configuration.
     """
-    parallel_state.initialize_model_parallel(
-        expert_model_parallel_size=config.expert_model_parallel_size
-    )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            expert_model_parallel_size=config.expert_model_parallel_size
+        )
     torch.manual_seed(config.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
 

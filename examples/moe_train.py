@@ -67,7 +67,7 @@ def pretrain(config: PretrainConfig) -> None:
         while iteration < config.train_iters and not stopping:
             start = time.perf_counter()
             learning_rate = trainee.optimizer.param_groups[0]["lr"]
-            loss, grad_norm = _train_step(trainee, train_batches, config, num_microbatches)
+            loss, grad_norm = train_step(trainee, train_batches, config, num_microbatches)
             # One all-reduce for both: asking whether any rank is to stop costs four bytes.
             loss, stopping = _mean_over_ranks(loss, loss.new_tensor(stop.received))
             duration = time.perf_counter() - start
@@ -111,7 +111,7 @@ def pretrain(config: PretrainConfig) -> None:
         sys.exit(EXIT_CODE)
 
 
-def _train_step(
+def train_step(
     trainee: Trainee, batches: Batches, config: PretrainConfig, num_microbatches: int
 ) -> tuple[torch.Tensor, float]:
     """One optimizer step; returns this rank's loss, and the gradient norm before clipping."""

@@ -13,14 +13,17 @@ This file starts the processes' work; `moe_train` is the training loop.
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 
 from moe_config import parse_args
-from moe_launch import UserError, agree, init_process_group, user_errors_exit
+from moe_launch import (
+    UserError,
+    agree,
+    init_process_group,
+    prepare_megatron,
+    user_errors_exit,
+)
 
-from ep_comm.megatron import cpu
 from ep_comm.slurm import rank_variables
 
 
@@ -34,17 +37,9 @@ def main() -> None:
                 "start it with torchrun --nproc_per_node=N examples/pretrain_moe.py"
                 + (", or with srun" if "SLURM_JOB_ID" in os.environ else "")
             )
-        # Megatron's overlap of communication and computation counts on this order of launches.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         init_process_group()
         config = agree(parse_args)
-
-        # Each rank would warn of each optional package that Megatron misses, and of each torch
-        # function that it should no longer use.
-        warnings.filterwarnings("ignore", module="megatron")
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        logging.getLogger("megatron").setLevel(logging.ERROR)
-        cpu.enable()
+        prepare_megatron()
         from moe_train import pretrain  # imports Megatron: only now
 
         pretrain(config)

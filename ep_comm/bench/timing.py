@@ -102,7 +102,7 @@ class Stopwatch:
 
     def back_to_back(self, call: Callable[[int], object], count: int) -> float:
         """µs of one of `count` calls without anything between them, on this rank."""
-        self._align()
+        self.align_from_idle()
         start = self._mark()
         for i in range(count):
             call(i)
@@ -115,26 +115,31 @@ class Stopwatch:
             dist.all_reduce(samples, op=dist.ReduceOp.MAX)
         return tuple(samples.tolist())
 
-    def _aligned(self, call: Callable[[int], object], i: int) -> tuple[Mark, Mark, float]:
+    def align(self) -> None:
+        """Let all GPUs begin what is launched next at the same time, the host ahead of them."""
         if self.device.type == "cuda":
             torch.cuda._sleep(_SPIN_CYCLES)
+        dist.all_reduce(self._token)  # the GPUs come to it one by one, and leave it together
+
+    def align_from_idle(self) -> None:
+        """The same after everything that was launched before is done."""
+        self._synchronize()
+        dist.all_reduce(self._token)
+
+    def _aligned(self, call: Callable[[int], object], i: int) -> tuple[Mark, Mark, float]:
+        self.align()
         return self._call(call, i)
 
     def _from_idle(self, call: Callable[[int], object], i: int) -> tuple[Mark, Mark, float]:
-        self._synchronize()
+        self.align_from_idle()
         return self._call(call, i)
 
     def _call(self, call: Callable[[int], object], i: int) -> tuple[Mark, Mark, float]:
-        dist.all_reduce(self._token)  # the GPUs come to it one by one, and leave it together
         start = self._mark()
         begin = time.perf_counter()
         call(i)
         host_us = (time.perf_counter() - begin) * 1e6
         return start, self._mark(), host_us
-
-    def _align(self) -> None:
-        self._synchronize()
-        dist.all_reduce(self._token)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -1,0 +1,244 @@
+"""One run of ``ep-comm bench train``: the variants in turn, block by block.
+
+A variant's model is built for each block and freed after it, because two may not fit in memory. The
+first visit of each variant is discarded, for kernels are compiled and loaded in it; what would
+disturb the timed blocks is measured at its end: a profile, the MoE layer alone, and the phases of
+the MoE layers.
+
+Imports the example's modules, see `train_model`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from moe_config import PretrainConfig
+from torch import Tensor
+
+from ep_comm.bench.timing import Stopwatch
+from ep_comm.bench.train_layer import LayerAlone, LayerTimes
+from ep_comm.bench.train_model import Trainer
+from ep_comm.bench.train_profile import (
+    BACKWARD,
+    FORWARD,
+    STEP,
+    Bar,
+    Profile,
+    bars,
+    record,
+    summarize_trace,
+)
+from ep_comm.bench.train_settings import TrainSettings
+from ep_comm.megatron import MoEMeter
+from ep_comm.records import timed
+
+DISCARDED_STEPS = 5  # of the first visit, besides the warm-up
+LAYER_ITERS = 20
+METER_STEPS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One variant, with one number of microbatches, in one block.
+
+    Attributes:
+        variant, microbatches, block: Which; blocks are counted from 0.
+        step_ms: Each step, on the GPU's clock, on the slowest rank.
+        host_ms: Each step, until the host went on to the next one, on the slowest rank.
+        loss: Of the last step, the mean of the ranks.
+        peak_bytes: Device memory at its highest on any rank: torch's, and ep_comm's buffers, which
+            are not torch's; None on a CPU.
+    """
+
+    variant: str
+    microbatches: int
+    block: int
+    step_ms: tuple[float, ...]
+    host_ms: tuple[float, ...]
+    loss: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What the first visit found of a variant. Profiles are rank 0's, None without a GPU.
+
+    Attributes:
+        phases_ms: Forward times of a step, summed over the MoE layers: dispatch, expert, combine
+            (`ep_comm.megatron.MoEMeter`), on the rank where they are longest; medians.
+        imbalance: Tokens of the fullest rank and expert over the mean.
+        layer: The first MoE layer alone.
+        step: A step.
+        layer_forward, layer_backward: The layer alone.
+        backward_bars: What the GPU did in the layer's backward.
+    """
+
+    phases_ms: dict[str, float]
+    imbalance: dict[str, float]
+    layer: LayerTimes
+    step: Profile | None = None
+    layer_forward: Profile | None = None
+    layer_backward: Profile | None = None
+    backward_bars: list[Bar] = field(default_factory=list, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRun:
+    """What a run found; `Inspection` of each variant, and each `Block` in the order measured."""
+
+    settings: TrainSettings
+    configs: dict[str, PretrainConfig]
+    device: str
+    num_ranks: int
+    inspections: dict[str, Inspection]
+    blocks: list[Block]
+
+    @property
+    def config(self) -> PretrainConfig:
+        """The first variant's configuration, for what all have in common."""
+        return next(iter(self.configs.values()))
+
+
+def run(
+    settings: TrainSettings,
+    configs: dict[str, PretrainConfig],
+    device: torch.device,
+    out: Path,
+    progress: Callable[[str], None],
+) -> TrainRun:
+    """Measure everything that `settings` asks for. Collective over the default group.
+
+    Args:
+        settings: Checked before.
+        configs: The example's configuration of each variant.
+        device: This rank's.
+        out: Folder that the traces go to.
+        progress: Told what is measured next.
+    """
+    inspections: dict[str, Inspection] = {}
+    blocks: list[Block] = []
+    for name in settings.variants:
+        progress(f"{name}: first visit, discarded; profile, MoE layer alone")
+        trainer = Trainer(configs[name], device)
+        inspections[name] = _inspect(trainer, settings, out / f"trace-{name}")
+        _free(trainer, progress)
+    for block in range(settings.blocks):
+        for name in settings.order(block):
+            trainer = Trainer(configs[name], device)
+            for microbatches in settings.microbatches:
+                blocks.append(_measure(trainer, settings, name, microbatches, block))
+                progress(_describe(blocks[-1], settings))
+            _free(trainer, progress)
+    return TrainRun(
+        settings=settings,
+        configs=configs,
+        device=device.type,
+        num_ranks=dist.get_world_size(),
+        inspections=inspections,
+        blocks=blocks,
+    )
+
+
+def _measure(
+    trainer: Trainer, settings: TrainSettings, name: str, microbatches: int, block: int
+) -> Block:
+    watch = Stopwatch(trainer.device, settings.steps)
+    on_gpu = trainer.device.type == "cuda"
+    for _ in range(settings.warmup):
+        trainer.step(microbatches)
+    spans, host_ms = [], []
+    with trainer.garbage_collection():
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(trainer.device)
+        watch.align_from_idle()
+        for _ in range(settings.steps):
+            begin = time.perf_counter()
+            with timed(trainer.device) as span:
+                loss = trainer.step(microbatches)
+            spans.append(span)
+            host_ms.append(1e3 * (time.perf_counter() - begin))
+        step_ms = [1e3 * span.seconds for span in spans]
+    return Block(
+        variant=name,
+        microbatches=microbatches,
+        block=block,
+        step_ms=watch.slowest(step_ms),
+        host_ms=watch.slowest(host_ms),
+        loss=_mean(loss),
+        peak_bytes=_peak_bytes(trainer, watch) if on_gpu else None,
+    )
+
+
+def _inspect(trainer: Trainer, settings: TrainSettings, trace: Path) -> Inspection:
+    """The first visit of a variant."""
+    microbatches = settings.microbatches[0]
+    for _ in range(settings.warmup + DISCARDED_STEPS):
+        trainer.step(microbatches)
+    layer = LayerAlone(trainer)
+    times = layer.measure(Stopwatch(trainer.device, LAYER_ITERS), LAYER_ITERS)
+    profiles = _profile(trainer, layer, microbatches, trace)
+    phases_ms, imbalance = _phases(trainer, microbatches)  # last: it puts clocks into the model
+    return Inspection(phases_ms=phases_ms, imbalance=imbalance, layer=times, **profiles)
+
+
+def _profile(trainer: Trainer, layer: LayerAlone, microbatches: int, trace: Path) -> dict:
+    """Of a step and of the layer alone; on a CPU and on ranks other than 0 nothing."""
+    if trainer.device.type != "cuda":
+        return {}
+    step_events = record(
+        lambda: trainer.step(microbatches), trainer.device, trace.with_suffix(".json.gz")
+    )
+    with layer.undisturbed():
+        layer_trace = trace.with_name(f"{trace.name}-layer.json.gz")
+        layer_events = record(layer.once, trainer.device, layer_trace)
+    if not step_events:
+        return {}
+    return dict(
+        step=summarize_trace(step_events, STEP),
+        layer_forward=summarize_trace(layer_events, FORWARD),
+        layer_backward=summarize_trace(layer_events, BACKWARD),
+        backward_bars=bars(layer_events, BACKWARD),
+    )
+
+
+def _phases(trainer: Trainer, microbatches: int) -> tuple[dict[str, float], dict[str, float]]:
+    meter = MoEMeter([trainer.trainee.model])
+    steps = []
+    for _ in range(METER_STEPS):
+        trainer.step(microbatches)
+        steps.append(meter.step())
+    medians = {key: torch.tensor([step[key] for step in steps]).median().item() for key in steps[0]}
+    phases = {phase: medians[f"ep/{phase}-ms"] for phase in ("dispatch", "expert", "combine")}
+    imbalance = {what: medians[f"ep/imbalance-{what}"] for what in ("rank", "expert")}
+    return phases, imbalance
+
+
+def _peak_bytes(trainer: Trainer, watch: Stopwatch) -> int:
+    outside_torch = sum(buffer.buffer_bytes for buffer in trainer.buffers())
+    torchs = torch.cuda.max_memory_allocated(trainer.device)
+    return int(watch.slowest([float(torchs + outside_torch)])[0])
+
+
+def _mean(loss: Tensor) -> float:
+    total = loss.clone()
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
+
+
+def _free(trainer: Trainer, progress: Callable[[str], None]) -> None:
+    left = trainer.free()
+    if left > 2**28:  # workspaces of libraries are less
+        progress(f"warning: {left / 2**30:.2f} GiB are still allocated")
+
+
+def _describe(block: Block, settings: TrainSettings) -> str:
+    median = sorted(block.step_ms)[len(block.step_ms) // 2]
+    return (
+        f"block {block.block + 1}/{settings.blocks}: {block.variant}, {block.microbatches} "
+        f"microbatch(es): {median:.1f} ms, loss {block.loss:.4f}"
+    )

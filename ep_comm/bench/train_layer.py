@@ -1,0 +1,121 @@
+"""One MoE layer alone, from router to combine, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.fp8_utils import get_fp8_context
+from torch import Tensor
+
+from ep_comm.bench.timing import Stopwatch
+from ep_comm.bench.train_model import Trainer
+from ep_comm.bench.train_profile import BACKWARD, FORWARD, named
+from ep_comm.records import timed
+
+_WARMUP = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTimes:
+    """Samples in ms, each the slowest rank's.
+
+    Attributes:
+        forward, backward, total: Of one pass, ranks aligned before the forward.
+        combine: Our combine's kernels alone, of the backward's size, ranks aligned, with all SMs;
+            empty with other dispatchers.
+    """
+
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    total: tuple[float, ...]
+    combine: tuple[float, ...]
+
+
+class LayerAlone:
+    """The model's first MoE layer, fed with random hidden states [S, B, H] of unit variance.
+
+    The gradients of its weights are accumulated where those of training are; `Trainer.step`
+    clears them.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._model = trainer.trainee.model
+        self._config = trainer.trainee.config
+        self._layer = trainer.moe_layers()[0]
+        generator = torch.Generator(trainer.device).manual_seed(dist.get_rank())
+        shape = trainer.config.seq_length, trainer.config.micro_batch_size, self._config.hidden_size
+        self.hidden, self._grad = (
+            torch.randn(shape, generator=generator, device=trainer.device).to(
+                self._config.params_dtype
+            )
+            for _ in range(2)
+        )
+        self.hidden.requires_grad_()
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Data-parallel ranks do not reduce the gradients of these passes."""
+        with self._model.no_sync():
+            yield
+
+    def forward(self) -> Tensor:
+        """[S, B, H], in the same precision as in training."""
+        with named(FORWARD), get_fp8_context(self._config, self._layer.layer_number - 1):
+            output, _ = self._layer(self.hidden)
+        return output
+
+    def backward(self, output: Tensor) -> None:
+        """Of `forward`'s output, with a gradient of unit variance; weight gradients included."""
+        self.hidden.grad = None
+        with named(BACKWARD):
+            output.backward(self._grad)
+
+    def once(self) -> None:
+        """Forward and backward."""
+        self.backward(self.forward())
+
+    def measure(self, watch: Stopwatch, iters: int) -> LayerTimes:
+        """Time `iters` passes, after some to warm up. Collective."""
+        with self.undisturbed():
+            for _ in range(_WARMUP):
+                self.once()
+            spans = [self._timed(watch) for _ in range(iters)]
+            forward = [1e3 * span.seconds for span, _ in spans]
+            backward = [1e3 * span.seconds for _, span in spans]
+            total = [sum(both) for both in zip(forward, backward, strict=True)]
+            return LayerTimes(
+                forward=watch.slowest(forward),
+                backward=watch.slowest(backward),
+                total=watch.slowest(total),
+                combine=self._combine_alone(watch),
+            )
+
+    def _timed(self, watch: Stopwatch) -> tuple:
+        watch.align()
+        with timed(watch.device) as forward:
+            output = self.forward()
+        with timed(watch.device) as backward:
+            self.backward(output)
+        return forward, backward
+
+    @torch.no_grad()
+    def _combine_alone(self, watch: Stopwatch) -> tuple[float, ...]:
+        """Gradients of rows and probabilities to the ranks of their tokens, as the backward does.
+
+        The routing is that of the last forward.
+        """
+        dispatcher = self._layer.token_dispatcher
+        buffer = getattr(dispatcher, "buffer", None)
+        if buffer is None:
+            return ()
+        handle = dispatcher.handle
+        rows = torch.randn(
+            handle.num_rows, self._config.hidden_size, device=watch.device, dtype=self.hidden.dtype
+        )
+        weights = torch.randn(handle.num_rows, device=watch.device)
+        samples = watch.measure(lambda i: buffer.combine(rows, handle, weights), buffer.records)
+        return tuple(us / 1e3 for us in samples.kernel)
