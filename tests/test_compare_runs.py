@@ -24,8 +24,10 @@ from example_runs import (  # noqa: E402
     train,
     wandb_records,
 )
+from moe_config import parse_args  # noqa: E402
 
 from ep_comm.compare.log import LOG_FILE  # noqa: E402
+from ep_comm.compare.plan import VARIANTS  # noqa: E402
 
 STEPS, SAVE_INTERVAL = 30, 10
 FLAGS = [*SMALL, "--save-interval", str(SAVE_INTERVAL), "--eval-interval", "15"]
@@ -44,6 +46,15 @@ def wait_until(condition, process: subprocess.Popen, timeout_s: float = 300) -> 
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_are_flags_of_the_example(variant):
+    config = parse_args([*SMALL, "--use-distributed-optimizer", *VARIANTS[variant]])
+    assert variant.startswith(config.moe_token_dispatcher)
+    wire = (config.ep_fp8_dispatch, config.ep_fp8_grad_dispatch)
+    assert wire == (variant in ("deepep-fp8", "deepep-fp8-all"),) * 2
+    assert bool(config.fp8_format) == (variant in ("deepep-fp8-experts", "deepep-fp8-all"))
 
 
 def test_interrupted_comparison_goes_on(tmp_path):
