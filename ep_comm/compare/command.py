@@ -85,7 +85,7 @@ def _table(document: dict[str, Any]) -> Table:
     table.add_column("variant", no_wrap=True)
     for name in ("train\nloss", "valid.\nloss", "largest\n|Δ|", "mean\n|Δ|", "tokens/s"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verdict", min_width=10)
+    table.add_column("verdict", min_width=10, overflow="fold")
     for name, variant in document["variants"].items():
         found, valid = variant["difference"], variant["final_valid_loss"]
         table.add_row(
