@@ -81,7 +81,8 @@ def _train_if_needed(
 
 
 def _table(document: dict[str, Any]) -> Table:
-    table = Table(title=document["title"], box=box.SIMPLE_HEAD)  # fits into 80 columns
+    # It fits into 80 columns.
+    table = Table(title=document["title"], box=box.SIMPLE_HEAD, collapse_padding=True)
     table.add_column("variant", no_wrap=True)
     for name in ("train\nloss", "valid.\nloss", "largest\n|Δ|", "mean\n|Δ|", "tokens/s"):
         table.add_column(name, justify="right", no_wrap=True)
