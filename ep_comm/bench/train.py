@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,87 +20,24 @@ from moe_config import PretrainConfig
 from torch import Tensor
 
 from ep_comm.bench.timing import Stopwatch
-from ep_comm.bench.train_layer import LayerAlone, LayerTimes
-from ep_comm.bench.train_model import Trainer
+from ep_comm.bench.train_layer import LayerAlone
+from ep_comm.bench.train_model import Trainer, vocabulary
 from ep_comm.bench.train_profile import (
     BACKWARD,
     FORWARD,
     STEP,
-    Bar,
-    Profile,
     bars,
     record,
     summarize_trace,
 )
+from ep_comm.bench.train_results import Block, Inspection, TrainRun
 from ep_comm.bench.train_settings import TrainSettings
 from ep_comm.megatron import MoEMeter
 from ep_comm.records import timed
 
-DISCARDED_STEPS = 5  # of the first visit, besides the warm-up
-LAYER_ITERS = 20
-METER_STEPS = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """One variant, with one number of microbatches, in one block.
-
-    Attributes:
-        variant, microbatches, block: Which; blocks are counted from 0.
-        step_ms: Each step, on the GPU's clock, on the slowest rank.
-        host_ms: Each step, until the host went on to the next one, on the slowest rank.
-        loss: Of the last step, the mean of the ranks.
-        peak_bytes: Device memory at its highest on any rank: torch's, and ep_comm's buffers, which
-            are not torch's; None on a CPU.
-    """
-
-    variant: str
-    microbatches: int
-    block: int
-    step_ms: tuple[float, ...]
-    host_ms: tuple[float, ...]
-    loss: float
-    peak_bytes: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """What the first visit found of a variant. Profiles are rank 0's, None without a GPU.
-
-    Attributes:
-        phases_ms: Forward times of a step, summed over the MoE layers: dispatch, expert, combine
-            (`ep_comm.megatron.MoEMeter`), on the rank where they are longest; medians.
-        imbalance: Tokens of the fullest rank and expert over the mean.
-        layer: The first MoE layer alone.
-        step: A step.
-        layer_forward, layer_backward: The layer alone.
-        backward_bars: What the GPU did in the layer's backward.
-    """
-
-    phases_ms: dict[str, float]
-    imbalance: dict[str, float]
-    layer: LayerTimes
-    step: Profile | None = None
-    layer_forward: Profile | None = None
-    layer_backward: Profile | None = None
-    backward_bars: list[Bar] = field(default_factory=list, repr=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainRun:
-    """What a run found; `Inspection` of each variant, and each `Block` in the order measured."""
-
-    settings: TrainSettings
-    configs: dict[str, PretrainConfig]
-    device: str
-    num_ranks: int
-    inspections: dict[str, Inspection]
-    blocks: list[Block]
-
-    @property
-    def config(self) -> PretrainConfig:
-        """The first variant's configuration, for what all have in common."""
-        return next(iter(self.configs.values()))
+_DISCARDED_STEPS = 5  # of the first visit, besides the warm-up
+_LAYER_ITERS = 20
+_METER_STEPS = 5
 
 
 def run(
@@ -136,11 +72,12 @@ def run(
             _free(trainer, progress)
     return TrainRun(
         settings=settings,
-        configs=configs,
+        configs={name: config.model_dump(mode="json") for name, config in configs.items()},
+        vocab_size=vocabulary(configs[settings.variants[0]]),
         device=device.type,
         num_ranks=dist.get_world_size(),
         inspections=inspections,
-        blocks=blocks,
+        blocks=tuple(blocks),
     )
 
 
@@ -177,10 +114,10 @@ def _measure(
 def _inspect(trainer: Trainer, settings: TrainSettings, trace: Path) -> Inspection:
     """The first visit of a variant."""
     microbatches = settings.microbatches[0]
-    for _ in range(settings.warmup + DISCARDED_STEPS):
+    for _ in range(settings.warmup + _DISCARDED_STEPS):
         trainer.step(microbatches)
     layer = LayerAlone(trainer)
-    times = layer.measure(Stopwatch(trainer.device, LAYER_ITERS), LAYER_ITERS)
+    times = layer.measure(Stopwatch(trainer.device, _LAYER_ITERS), _LAYER_ITERS)
     profiles = _profile(trainer, layer, microbatches, trace)
     phases_ms, imbalance = _phases(trainer, microbatches)  # last: it puts clocks into the model
     return Inspection(phases_ms=phases_ms, imbalance=imbalance, layer=times, **profiles)
@@ -202,14 +139,14 @@ def _profile(trainer: Trainer, layer: LayerAlone, microbatches: int, trace: Path
         step=summarize_trace(step_events, STEP),
         layer_forward=summarize_trace(layer_events, FORWARD),
         layer_backward=summarize_trace(layer_events, BACKWARD),
-        backward_bars=bars(layer_events, BACKWARD),
+        backward_bars=tuple(bars(layer_events, BACKWARD)),
     )
 
 
 def _phases(trainer: Trainer, microbatches: int) -> tuple[dict[str, float], dict[str, float]]:
     meter = MoEMeter([trainer.trainee.model])
     steps = []
-    for _ in range(METER_STEPS):
+    for _ in range(_METER_STEPS):
         trainer.step(microbatches)
         steps.append(meter.step())
     medians = {key: torch.tensor([step[key] for step in steps]).median().item() for key in steps[0]}

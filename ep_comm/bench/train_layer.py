@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,25 +13,10 @@ from torch import Tensor
 from ep_comm.bench.timing import Stopwatch
 from ep_comm.bench.train_model import Trainer
 from ep_comm.bench.train_profile import BACKWARD, FORWARD, named
+from ep_comm.bench.train_results import LayerTimes
 from ep_comm.records import timed
 
 _WARMUP = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerTimes:
-    """Samples in ms, each the slowest rank's.
-
-    Attributes:
-        forward, backward, total: Of one pass, ranks aligned before the forward.
-        combine: Our combine's kernels alone, of the backward's size, ranks aligned, with all SMs;
-            empty with other dispatchers.
-    """
-
-    forward: tuple[float, ...]
-    backward: tuple[float, ...]
-    total: tuple[float, ...]
-    combine: tuple[float, ...]
 
 
 class LayerAlone:

@@ -73,6 +73,10 @@ class Trainer:
     def free(self) -> int:
         """Give all memory back; returns the bytes that are still allocated on the GPU."""
         destroy_buffers()
+        # Dispatchers keep tensors whose graph holds the data-parallel hooks, which hold the model:
+        # a cycle through C++, which Python's collector does not see.
+        for module in list(self.trainee.model.modules()):
+            vars(module).clear()
         del self.trainee, self._batches
         gc.collect()
         if self.device.type != "cuda":

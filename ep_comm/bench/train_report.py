@@ -18,11 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ep_comm.bench.environment import commit, gpu_names, versions
-from ep_comm.bench.timing import Summary, summarize
-from ep_comm.bench.train import LAYER_ITERS, METER_STEPS, TrainRun
-from ep_comm.bench.train_model import vocabulary
 from ep_comm.bench.train_profile import Bar, Profile
-from ep_comm.bench.train_statistics import Speedup, hidden_share, speedup
+from ep_comm.bench.train_results import Inspection, TrainRun
 from ep_comm.bench.train_timeline import draw_timelines
 from ep_comm.variants import reference_of, serial_of
 
@@ -39,7 +36,7 @@ see the same tokens"""
 _LAYER_NOTES = """\
 MoE layer alone: the first one, router to combine, ranks aligned, medians of the slowest rank; x \
 as above, of forward + backward
-combine: our backward combine's kernels alone, all SMs; hidden: (backward without the overlap - \
+combine alone: our backward combine's kernels, all SMs; hidden: (backward without the overlap - \
 backward with it) / combine of the former
 dispatch, experts, combine of a step: forward, summed over layers and microbatches, permutation \
 and padding included, on the rank where it is longest"""
@@ -52,9 +49,9 @@ for another rank"""
 
 
 def write_report(run: TrainRun, out: Path, console: Console) -> None:
-    """Print the tables, and write ``bench-train.json``, ``steps.png`` and ``overlap.png``."""
-    console.print(render(run))
+    """Write ``bench-train.json``, ``steps.png`` and ``overlap.png``, and print the tables."""
     (out / "bench-train.json").write_text(json.dumps(document(run), indent=1) + "\n")
+    console.print(render(run))
     draw_steps(run, out / "steps.png")
     timelines = _overlap_timelines(run)
     if timelines:
@@ -67,22 +64,23 @@ def headline(run: TrainRun) -> str:
     """The model and the job."""
     config = run.config
     return (
-        f"{run.settings.config.stem}: {config.num_layers} layers, hidden {config.hidden_size}, "
-        f"{config.num_experts} experts x {config.moe_ffn_hidden_size}, top-{config.moe_router_topk}"
-        f", {config.micro_batch_size * config.seq_length} tokens a microbatch, "
-        f"EP {config.expert_model_parallel_size} of {run.num_ranks} ranks"
+        f"{run.settings.config.stem}: {config['num_layers']} layers, "
+        f"hidden {config['hidden_size']}, {config['num_experts']} experts x "
+        f"{config['moe_ffn_hidden_size']}, top-{config['moe_router_topk']}, "
+        f"{config['micro_batch_size'] * config['seq_length']} tokens a microbatch, "
+        f"EP {config['expert_model_parallel_size']} of {run.num_ranks} ranks"
     )
 
 
 def baseline(run: TrainRun) -> str:
     """What alltoall and the others have in common."""
-    values = run.config.model_dump(mode="json")
+    config = run.config
     switches = ", ".join(
-        f"{key} {'on' if values[key] else 'off'}" for key in _BASELINE if key in values
+        f"{key} {'on' if config[key] else 'off'}" for key in _BASELINE if key in config
     )
     return (
         f"all variants: {switches}, gradient_accumulation_fusion off, vocabulary "
-        f"{vocabulary(run.config)}, CUDA_DEVICE_MAX_CONNECTIONS "
+        f"{run.vocab_size}, CUDA_DEVICE_MAX_CONNECTIONS "
         f"{os.environ.get('CUDA_DEVICE_MAX_CONNECTIONS', 'unset')}"
     )
 
@@ -117,16 +115,16 @@ def document(run: TrainRun) -> dict[str, Any]:
         "device": run.device,
         "num_ranks": run.num_ranks,
         "settings": {**asdict(settings), "config": str(settings.config)},
-        "vocabulary": vocabulary(run.config),
-        "configs": {name: config.model_dump(mode="json") for name, config in run.configs.items()},
+        "vocab_size": run.vocab_size,
+        "configs": run.configs,
         "results": [
             _result(run, name, count)
             for count in settings.microbatches
             for name in settings.variants
         ],
         "inspections": {name: asdict(found) for name, found in run.inspections.items()},
-        "layer_ratio": {name: _layer_ratio(run, name) for name in settings.variants},
-        "hidden_share": {name: _hidden_share(run, name) for name in settings.variants},
+        "layer_ratio": {name: run.layer_ratio(name) for name in settings.variants},
+        "hidden_share": {name: run.hidden_share(name) for name in settings.variants},
         "blocks": [asdict(block) for block in run.blocks],
     }
 
@@ -139,7 +137,7 @@ def draw_steps(run: TrainRun, path: Path) -> None:
     figure = Figure(figsize=(1.5 + 0.9 * len(names) * len(counts), 4.5), layout="constrained")
     for axes, count in zip(figure.subplots(1, len(counts), squeeze=False)[0], counts, strict=True):
         for i, name in enumerate(names):
-            step = _step_ms(run, name, count)
+            step = run.step_ms(name, count)
             least_most = [[step.median - step.min], [max(step.p90 - step.median, 0.0)]]
             axes.bar(i, step.median, yerr=least_most, capsize=4, label=name)
             axes.annotate(f"{step.median:.1f}", (i, 0), ha="center", va="bottom", fontsize=8)
@@ -150,85 +148,31 @@ def draw_steps(run: TrainRun, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-# --- figures --------------------------------------------------------------------------------------
-
-
-def _step_ms(run: TrainRun, name: str, count: int) -> Summary:
-    of_blocks = (b.step_ms for b in run.blocks if (b.variant, b.microbatches) == (name, count))
-    return summarize(tuple(ms for step_ms in of_blocks for ms in step_ms))
-
-
-def _speedup(run: TrainRun, name: str, count: int) -> Speedup | None:
-    return speedup(run.blocks, name, reference_of(name), count)
-
-
-def _tokens_per_s(run: TrainRun, name: str, count: int) -> float:
-    """Of one GPU."""
-    tokens = count * run.config.micro_batch_size * run.config.seq_length
-    return 1e3 * tokens / _step_ms(run, name, count).median
-
-
-def _peak_bytes(run: TrainRun, name: str, count: int) -> int | None:
-    peaks = [
-        b.peak_bytes
-        for b in run.blocks
-        if (b.variant, b.microbatches) == (name, count) and b.peak_bytes is not None
-    ]
-    return max(peaks, default=None)
-
-
-def _memory_ratio(run: TrainRun, name: str, count: int) -> float | None:
-    mine, theirs = (_peak_bytes(run, n, count) for n in (name, reference_of(name)))
-    return mine / theirs if mine and theirs else None
-
-
-def _loss(run: TrainRun, name: str, count: int) -> float:
-    """Of the last step of the last block."""
-    return [b.loss for b in run.blocks if (b.variant, b.microbatches) == (name, count)][-1]
-
-
-def _layer_ratio(run: TrainRun, name: str) -> float | None:
-    """Layer time of the reference over the variant's."""
-    reference = reference_of(name)
-    if reference not in run.inspections:
-        return None
-    theirs, ours = (median(run.inspections[n].layer.total) for n in (reference, name))
-    return theirs / ours
-
-
-def _hidden_share(run: TrainRun, name: str) -> float | None:
-    serial = serial_of(name)
-    if serial not in run.inspections:
-        return None
-    apart, overlapped = (run.inspections[n].layer for n in (serial, name))
-    return hidden_share(apart.backward, overlapped.backward, apart.combine)
-
-
-def _overlap_timelines(run: TrainRun) -> dict[str, list[Bar]]:
+def _overlap_timelines(run: TrainRun) -> dict[str, tuple[Bar, ...]]:
     """Backwards of the variants with overlap, each after the one without it."""
-    pairs = ((serial_of(name), name) for name in run.inspections)
+    known = {name: found.backward_bars for name, found in run.inspections.items()}
     return {
-        name: run.inspections[name].backward_bars
-        for pair in pairs
-        if all(name in run.inspections and run.inspections[name].backward_bars for name in pair)
+        name: known[name]
+        for pair in ((serial_of(name), name) for name in known)
+        if all(known.get(name) for name in pair)
         for name in pair
     }
 
 
 def _result(run: TrainRun, name: str, count: int) -> dict[str, Any]:
-    found = _speedup(run, name, count)
+    found = run.speedup(name, count)
     return {
         "variant": name,
         "microbatches": count,
-        "step_ms": asdict(_step_ms(run, name, count)),
-        "tokens_per_s_per_gpu": _tokens_per_s(run, name, count),
+        "step_ms": asdict(run.step_ms(name, count)),
+        "tokens_per_s_per_gpu": run.tokens_per_s(name, count),
         "reference": reference_of(name),
         "ratio_of_blocks": found and found.of_blocks,
         "ratio_median": found and found.median,
         "ratio_worst": found and found.worst,
-        "peak_bytes": _peak_bytes(run, name, count),
-        "memory_ratio": _memory_ratio(run, name, count),
-        "loss": _loss(run, name, count),
+        "peak_bytes": run.peak_bytes(name, count),
+        "memory_ratio": run.memory_ratio(name, count),
+        "loss": run.loss(name, count),
     }
 
 
@@ -255,16 +199,16 @@ def _step_table(run: TrainRun) -> Table:
     )  # fmt: skip
     for count in run.settings.microbatches:
         for name in run.settings.variants:
-            step, found = _step_ms(run, name, count), _speedup(run, name, count)
-            peak = _peak_bytes(run, name, count)
+            step, found = run.step_ms(name, count), run.speedup(name, count)
+            peak = run.peak_bytes(name, count)
             table.add_row(
                 *(name, str(count), f"{step.median:.1f}", f"{step.min:.1f}", f"{step.p90:.1f}"),
-                f"{_tokens_per_s(run, name, count):,.0f}",
+                f"{run.tokens_per_s(name, count):,.0f}",
                 _show(found and found.median, ".3f"),
                 _show(found and found.worst, ".3f"),
                 _show(peak and peak / 2**30, ".1f"),
-                _show(_memory_ratio(run, name, count), ".3f"),
-                f"{_loss(run, name, count):.4f}",
+                _show(run.memory_ratio(name, count), ".3f"),
+                f"{run.loss(name, count):.4f}",
             )
         table.add_section()
     return table
@@ -273,20 +217,19 @@ def _step_table(run: TrainRun) -> Table:
 def _layer_table(run: TrainRun) -> Table:
     count = run.settings.microbatches[0]
     table = _table(
-        f"MoE layer alone (median of {LAYER_ITERS}), and the MoE layers' forward in a step of "
-        f"{count} microbatch(es) (median of {METER_STEPS}); ms",
-        ("forward", "backward", "both", "x", "combine", "hidden", "dispatch", "experts", "combine",
-         "of the step"),
+        f"MoE layer alone | forward of the MoE layers in a step of {count} microbatch(es); ms",
+        ("forward", "backward", "both", "x", "combine alone", "hidden", "dispatch", "experts",
+         "combine", "of the step"),
     )  # fmt: skip
     for name, found in run.inspections.items():
         layer, phases = found.layer, found.phases_ms
-        share = sum(phases.values()) / _step_ms(run, name, count).median
+        share = sum(phases.values()) / run.step_ms(name, count).median
         table.add_row(
             name,
             *(f"{median(ms):.3f}" for ms in (layer.forward, layer.backward, layer.total)),
-            _show(_layer_ratio(run, name), ".3f"),
+            _show(run.layer_ratio(name), ".3f"),
             _show(median(layer.combine) if layer.combine else None, ".3f"),
-            _show(_hidden_share(run, name), ".0%"),
+            _show(run.hidden_share(name), ".0%"),
             *(f"{phases[phase]:.2f}" for phase in ("dispatch", "expert", "combine")),
             f"{share:.0%}",
         )
@@ -309,7 +252,7 @@ def _step_cells(step: Profile) -> list[str]:
     return [str(step.kernels), str(step.waits), *times]
 
 
-def _layer_cells(found: Any) -> list[str]:
+def _layer_cells(found: Inspection) -> list[str]:
     forward, backward = found.layer_forward, found.layer_backward
     return [
         str(forward.kernels + backward.kernels),
