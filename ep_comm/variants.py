@@ -6,22 +6,24 @@ _ALLTOALL = ("--moe-token-dispatcher", "alltoall")
 _DEEPEP = ("--moe-token-dispatcher", "deepep")
 _OVERLAP = ("--ep-overlap-wgrad",)
 # FP8 experts as Megatron recommends them for Hopper.
-_FP8_EXPERTS = (
+FP8_EXPERTS = (
     *("--fp8-format", "e4m3", "--fp8-recipe", "blockwise"),
     *("--fp8-param-gather", "--moe-router-padding-for-fp8"),
 )
-_FP8_WIRE = ("--ep-fp8-dispatch", "--ep-fp8-grad-dispatch")
+# Both legs of dispatch: who sends activations in FP8 will send gradients so too, and what holds for
+# both holds for one.
+FP8_WIRE = ("--ep-fp8-dispatch", "--ep-fp8-grad-dispatch")
 
 # "-overlap" is what is named before it, with the weight gradients beside the backward combine.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "alltoall": _ALLTOALL,
     "deepep": _DEEPEP,
     "deepep-overlap": _DEEPEP + _OVERLAP,
-    "deepep-fp8": (*_DEEPEP, "--ep-fp8-dispatch"),
-    "alltoall-fp8": _ALLTOALL + _FP8_EXPERTS,
-    "deepep-fp8-experts": _DEEPEP + _FP8_EXPERTS,
-    "deepep-fp8-all": _DEEPEP + _FP8_EXPERTS + _FP8_WIRE,
-    "deepep-fp8-all-overlap": _DEEPEP + _FP8_EXPERTS + _FP8_WIRE + _OVERLAP,
+    "deepep-fp8": _DEEPEP + FP8_WIRE,
+    "alltoall-fp8": _ALLTOALL + FP8_EXPERTS,
+    "deepep-fp8-experts": _DEEPEP + FP8_EXPERTS,
+    "deepep-fp8-all": _DEEPEP + FP8_EXPERTS + FP8_WIRE,
+    "deepep-fp8-all-overlap": _DEEPEP + FP8_EXPERTS + FP8_WIRE + _OVERLAP,
 }
 
 

@@ -116,7 +116,7 @@ def train(
     Run by torchrun, one process a GPU. The model is the training example's, fed with random tokens;
     any other --key value goes to its configuration, as in --num-layers 2. Variants: alltoall,
     deepep, deepep-overlap, deepep-fp8 and, with FP8 experts, alltoall-fp8, deepep-fp8-experts,
-    deepep-fp8-all.
+    deepep-fp8-all, deepep-fp8-all-overlap.
     """
     from ep_comm.bench.train_settings import find_examples, make_train_settings
     from ep_comm.errors import EPArgumentError

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ep_comm import variants
+
 REFERENCE = "alltoall"
 NOISE = "alltoall-seed2"
 DEEPEP = "deepep"
@@ -20,24 +22,11 @@ FP8 = "deepep-fp8"
 FP8_EXPERTS = "deepep-fp8-experts"
 FP8_ALL = "deepep-fp8-all"
 
-_ALLTOALL = ("--moe-token-dispatcher", "alltoall")
-_DEEPEP = ("--moe-token-dispatcher", "deepep")
-# Both legs of dispatch: who sends activations in FP8 will send gradients so too, and what holds for
-# both holds for one.
-_FP8_WIRE = ("--ep-fp8-dispatch", "--ep-fp8-grad-dispatch")
-_FP8_GEMMS = (  # as Megatron recommends them for Hopper
-    *("--fp8-format", "e4m3", "--fp8-recipe", "blockwise"),
-    *("--fp8-param-gather", "--moe-router-padding-for-fp8"),
-)
-
 # Flags of each variant. NOISE has another seed besides.
 VARIANTS: dict[str, tuple[str, ...]] = {
-    REFERENCE: _ALLTOALL,
-    NOISE: _ALLTOALL,
-    DEEPEP: _DEEPEP,
-    FP8: (*_DEEPEP, *_FP8_WIRE),
-    FP8_EXPERTS: (*_DEEPEP, *_FP8_GEMMS),
-    FP8_ALL: (*_DEEPEP, *_FP8_GEMMS, *_FP8_WIRE),
+    REFERENCE: variants.VARIANTS[REFERENCE],
+    NOISE: variants.VARIANTS[REFERENCE],
+    **{name: variants.VARIANTS[name] for name in (DEEPEP, FP8, FP8_EXPERTS, FP8_ALL)},
 }
 # The same with a BF16 wire, which a variant with an FP8 wire is judged by.
 WIDE = {FP8: DEEPEP, FP8_ALL: FP8_EXPERTS}
@@ -246,8 +235,8 @@ def _settings(script: Path, config: Path, flags: Sequence[str]) -> dict[str, Any
 
 def _skip_reason(flags: Sequence[str], settings: dict[str, Any]) -> str | None:
     """Why a variant cannot be trained here; None if it can."""
-    reason = _no_fp8_wire_reason(settings) if set(_FP8_WIRE) <= set(flags) else None
-    if set(_FP8_GEMMS) <= set(flags):
+    reason = _no_fp8_wire_reason(settings) if set(variants.FP8_WIRE) <= set(flags) else None
+    if set(variants.FP8_EXPERTS) <= set(flags):
         reason = _no_fp8_gemms_reason(settings) or reason
     return reason
 
