@@ -16,6 +16,7 @@ leaves parameters marked ``skip_backward_post_hook`` to their module, which call
 from __future__ import annotations
 
 import copy
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -106,12 +107,35 @@ def delay_weight_gradients(experts: nn.Module) -> None:
             delayed.add(module.weight)
         elif getattr(module, "wgrad_store", None) is not None:  # Transformer Engine
             delayed.update(module.parameters(recurse=False))
+            _skip_unfinished_gradients(module)
     for name, parameter in experts.named_parameters():
         if parameter not in delayed and not name.rpartition(".")[2].startswith("bias"):
             raise EPUnsupportedError(
                 f"overlap_wgrad does not support {type(experts).__name__}: nothing delays the "
                 f"gradient of its parameter {name}"
             )
+
+
+def _skip_unfinished_gradients(linear: nn.Module) -> None:
+    """Keep autograd from copying weight gradients that do not exist yet.
+
+    Transformer Engine's backward returns the memory that a delayed gradient will be written to.
+    Something else holds that memory, so autograd would copy it, on the way to the combine, for
+    `backward_dw` to throw the copy away. What nobody else holds is taken as it is.
+    """
+    if linear.fuse_wgrad_accumulation:  # such a gradient is never in autograd's hands
+        return
+    for name, parameter in linear.named_parameters(recurse=False):
+        if name.startswith("weight"):  # gradients of biases are not delayed
+            parameter.register_hook(
+                lambda grad: _placeholder(grad.shape, grad.dtype, grad.device).detach()
+            )
+
+
+@functools.cache
+def _placeholder(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Stands for gradients of that shape; never read."""
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def with_delayed_wgrad(config: Any) -> Any:
