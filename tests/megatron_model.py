@@ -257,6 +257,7 @@ def make_model(setup: Setup, config, options) -> list:
         overlap_grad_reduce=setup.overlap_grad_reduce,
         bucket_size=4096 if setup.overlap_grad_reduce else None,
         fp8_param_gather=config.fp8_param,
+        grad_reduce_in_fp32=setup.te,
         delay_wgrad_compute=delay,
     )
     chunks = []
