@@ -11,6 +11,8 @@ from typing import IO, TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from ep_comm.variants import VARIANTS
+
 if TYPE_CHECKING:
     from ep_comm.bench.train_settings import TrainSettings
 
@@ -101,7 +103,7 @@ def train(
     context: typer.Context,
     config: Annotated[Path, typer.Option(help="YAML file of examples/pretrain_moe.py.")],
     variants: Annotated[
-        str, typer.Option(help="What to train; ratios are to alltoall.")
+        str, typer.Option(help=f"What to train, out of {', '.join(VARIANTS)}.")
     ] = "alltoall,deepep,deepep-overlap",
     microbatches: Annotated[str, typer.Option(help="Of an optimizer step.")] = "1,8",
     blocks: Annotated[int, typer.Option(help="Visits of each variant.")] = 3,
@@ -114,9 +116,8 @@ def train(
     """Time whole training steps with several dispatchers, interleaved block by block.
 
     Run by torchrun, one process a GPU. The model is the training example's, fed with random tokens;
-    any other --key value goes to its configuration, as in --num-layers 2. Variants: alltoall,
-    deepep, deepep-overlap, deepep-fp8 and, with FP8 experts, alltoall-fp8, deepep-fp8-experts,
-    deepep-fp8-all, deepep-fp8-all-overlap.
+    any other --key value goes to its configuration, as in --num-layers 2. Ratios are to alltoall,
+    of variants with FP8 experts to alltoall-fp8.
     """
     from ep_comm.bench.train_settings import find_examples, make_train_settings
     from ep_comm.errors import EPArgumentError
