@@ -119,6 +119,12 @@ def test_refused_in_one_line_before_a_job_is_joined(arguments, words, monkeypatc
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error
 
 
+def test_options_of_the_other_benchmark_are_refused():
+    command = ["bench", "--preset", "W2", "train", "--config", str(TINY)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2 and "--preset before train has no effect" in result.output
+
+
 def test_help():
     assert "train" in CliRunner().invoke(app, ["bench", "--help"]).output
     text = CliRunner().invoke(app, ["bench", "train", "--help"], terminal_width=300).output

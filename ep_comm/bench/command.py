@@ -53,6 +53,11 @@ def bench(
     figures to count. The subcommand train times whole training steps.
     """
     if context.invoked_subcommand is not None:
+        for name in context.params:
+            if context.get_parameter_source(name).name == "COMMANDLINE":
+                raise typer.BadParameter(
+                    f"--{name.replace('_', '-')} before {context.invoked_subcommand} has no effect"
+                )
         return
     # Imported here, so that --help and doctor need not wait for it.
     import torch
