@@ -130,7 +130,8 @@ def train(
     try:
         sys.path.insert(0, str(find_examples(config)))
     except EPArgumentError as error:
-        raise SystemExit(f"error: {error}") from None
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise typer.Exit(2) from None
     from moe_launch import user_errors_exit
 
     # Whatever the trainings print is progress; the report alone goes to stdout.
