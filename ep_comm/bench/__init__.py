@@ -9,9 +9,9 @@ routing.py      which experts the tokens select
 cases.py        the calls that are measured
 alltoall.py     the same work as Megatron's alltoall dispatcher does it, over NCCL
 probe.py        what the links carry, measured in the same run
-timing.py       how a call is timed
 run.py          one run: probe, cases, results
 report.py       results as table, JSON and picture
+launch.py       joining torchrun's job, and failing together
 
 Training steps:
 
@@ -27,7 +27,7 @@ train_timeline.py  a picture of what the GPU did, stream by stream
 
 Both:
 
-launch.py       joining torchrun's job, and failing together
+timing.py       how a call is timed
 environment.py  versions and devices
 doctor.py       one screen about this machine
 """
