@@ -28,10 +28,7 @@ DEFAULT_CUDA_ARCHS = "90a,100a"  # Hopper, Blackwell
 DEFAULT_CUDA_HOME = "/usr/local/cuda"
 LIBRARY = Extension(
     name="ep_comm._native.libep_comm",
-    sources=[
-        f"csrc/{name}.cu"
-        for name in ("abi", "combine", "dispatch", "layout", "plan", "probe", "quantize")
-    ],
+    sources=sorted(f"csrc/{source.name}" for source in (ROOT / "csrc").glob("*.cu")),
     depends=sorted(f"csrc/{header.name}" for header in (ROOT / "csrc").glob("*h")),  # .h, .cuh
 )
 NOT_BUILT = """\

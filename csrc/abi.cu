@@ -85,8 +85,8 @@ constexpr int32_t kPlanArgs[] = {
     EP_SIZE(ep_plan_args),
     F(node), F(routing), F(input), F(scratch), F(mailbox), F(notice), F(counters),
     F(flag_offset), F(credit_offset), F(header_offset), F(idx_offset), F(ticket), F(capacity),
-    F(input_kind), F(num_experts), F(max_tokens), F(hidden), F(expert_alignment),
-    F(num_send_blocks), F(num_receive_blocks),
+    F(input_kind), F(num_experts), F(max_tokens), F(asked_tokens), F(hidden),
+    F(expert_alignment), F(num_send_blocks), F(num_receive_blocks),
 };
 #undef F
 
@@ -94,6 +94,13 @@ constexpr int32_t kPlanArgs[] = {
 constexpr int32_t kQuantizeArgs[] = {
     EP_SIZE(ep_quantize_args),
     F(x), F(data), F(scales), F(num_blocks), F(dtype),
+};
+#undef F
+
+#define F(field) EP_OFFSET(ep_probabilities_args, field)
+constexpr int32_t kProbabilitiesArgs[] = {
+    EP_SIZE(ep_probabilities_args),
+    F(input), F(topk_idx), F(output), F(num_tokens), F(num_topk), F(num_experts),
 };
 #undef F
 
@@ -142,6 +149,7 @@ constexpr StructLayout kStructs[] = {
     EP_STRUCT("ep_routing", kRouting),
     EP_STRUCT("ep_plan_args", kPlanArgs),
     EP_STRUCT("ep_quantize_args", kQuantizeArgs),
+    EP_STRUCT("ep_probabilities_args", kProbabilitiesArgs),
     EP_STRUCT("ep_dispatch_args", kDispatchArgs),
     EP_STRUCT("ep_combine_args", kCombineArgs),
     EP_STRUCT("ep_probe_args", kProbeArgs),

@@ -349,6 +349,7 @@ int32_t load_layout_kernels();
 int32_t load_plan_kernels();
 int32_t load_dispatch_kernels();
 int32_t load_quantize_kernels();
+int32_t load_probability_kernels();
 
 }  // namespace ep
 
@@ -358,6 +359,7 @@ int32_t ep_load_kernels(void) {
   if (status == EP_OK) status = ep::load_dispatch_kernels();
   if (status == EP_OK) status = ep::load_combine_kernels();
   if (status == EP_OK) status = ep::load_quantize_kernels();
+  if (status == EP_OK) status = ep::load_probability_kernels();
   return status;
 }
 

@@ -106,8 +106,9 @@ enum {
 
 enum {
   EP_FAULT_NONE = 0,
-  EP_FAULT_TIMEOUT = 1, /* the peer did not arrive */
-  EP_FAULT_MISMATCH = 2 /* the peer plans something else */
+  EP_FAULT_TIMEOUT = 1,  /* the peer did not arrive */
+  EP_FAULT_MISMATCH = 2, /* the peer plans something else */
+  EP_FAULT_TOO_MANY = 3  /* the peer has `seen` tokens, there is room for `expected` */
 };
 
 /* What the ranks of one plan must agree on; ep_fault.field. */
@@ -135,8 +136,8 @@ typedef struct ep_fault {
   int32_t phase;    /* EP_PHASE_* */
   int32_t peer;     /* rank that was waited for, or that disagrees */
   int32_t field;    /* EP_FAULT_MISMATCH: EP_FIELD_* */
-  int64_t expected; /* epoch, or this rank's value of the field */
-  int64_t seen;     /* epoch, or the peer's value */
+  int64_t expected; /* epoch, or this rank's value of the field, or tokens */
+  int64_t seen;     /* epoch, or the peer's value, or its tokens */
 } ep_fault;
 
 /* What an operation did, written at its end; device memory. Times are of %globaltimer. */
@@ -235,6 +236,8 @@ typedef struct ep_plan_args {
   int32_t input_kind;
   int32_t num_experts;
   int32_t max_tokens;
+  int32_t asked_tokens;       /* routing.num_tokens; or more than max_tokens, while that is 0: all
+                                 ranks then end with EP_FAULT_TOO_MANY */
   int32_t hidden;             /* only compared between ranks */
   int32_t expert_alignment;
   int32_t num_send_blocks;    /* of the two kernels; all of one must fit on the GPU at once */
@@ -270,6 +273,23 @@ typedef struct ep_quantize_args {
 } ep_quantize_args;
 
 EP_API int32_t ep_quantize(const ep_quantize_args* args, void* stream);
+
+/* ---- Probabilities: those of a token's selected experts out of those of all -------------------- */
+
+/* Distinct experts in a row of topk_idx, or -1 where dropped. */
+typedef struct ep_probabilities_args {
+  const float* input;      /* select: [T, E]; scatter: [T, K] */
+  const int32_t* topk_idx; /* [T, K] */
+  float* output;           /* select: [T, K], 0 where dropped; scatter: [T, E], 0 where not selected */
+  int64_t num_tokens;
+  int32_t num_topk;
+  int32_t num_experts;
+} ep_probabilities_args;
+
+EP_API int32_t ep_select_probabilities(const ep_probabilities_args* args, void* stream);
+
+/* The gradient of the other one. */
+EP_API int32_t ep_scatter_probabilities(const ep_probabilities_args* args, void* stream);
 
 /* ---- Dispatch --------------------------------------------------------------------------------- */
 

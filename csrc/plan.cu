@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads)
     int32_t* const header =
         in_memory_of<int32_t>(node, r, args.header_offset) + node.rank * kHeaderInts;
     header[0] = args.routing.num_sent[r];
-    header[1] = args.routing.num_tokens;
+    header[1] = args.asked_tokens;
     for (int i = 0; i < EP_NUM_FIELDS; ++i) header[2 + i] = field_of(args, i);
     signal(node, in_memory_of<uint32_t>(node, r, args.flag_offset) + node.rank,
            static_cast<uint32_t>(epoch));
@@ -132,6 +132,9 @@ __device__ inline void wait_for_header(const ep_plan_args& args, int32_t source,
         in_memory_of<int32_t>(node, node.rank, args.header_offset) + source * kHeaderInts;
     rows = min(max(header[0], 0), args.max_tokens);
     tokens = min(max(header[1], 0), args.max_tokens);
+    if (header[1] > args.max_tokens) {
+      raise_fault(node, EP_FAULT_TOO_MANY, EP_PHASE_PLAN, source, 0, args.max_tokens, header[1]);
+    }
     for (int i = 0; i < EP_NUM_FIELDS; ++i) {
       const int32_t ours = field_of(args, i), theirs = header[2 + i];
       if (theirs == ours) continue;

@@ -31,6 +31,7 @@ from ep_comm.handle import (
     RowLayout,
     payload_tensors,
 )
+from ep_comm.probabilities import select_probabilities
 from ep_comm.records import Records
 
 
@@ -209,7 +210,7 @@ class Buffer:
                     buffer=self, layout=layout, expert_alignment=expert_alignment, routing=routing
                 )
                 if routing_map is not None and topk_weights is not None:
-                    topk_weights = _select_probabilities(topk_weights, handle.topk_idx)
+                    topk_weights = select_probabilities(topk_weights, handle.topk_idx)
             handle.during_backward = during_backward
             recv_x, recv_scales, recv_weights = ops.dispatch(
                 rows, scales, topk_weights, wire, recv, async_finish, num_sms, handle.id
@@ -354,7 +355,9 @@ class Buffer:
         except BaseException as error:
             if self._backend.num_started != started:
                 self._backend.abandon()
-            is_harmless = isinstance(error, EPRoutingError) or self._backend.num_started == started
+            is_harmless = self._backend.num_started == started or (
+                isinstance(error, EPRoutingError) and not self._backend.has_failed
+            )
             if isinstance(error, EPOverflowError):
                 raise
             if isinstance(error, (EPArgumentError, EPUnsupportedError)) and is_harmless:
@@ -397,14 +400,6 @@ class Buffer:
                 f"num_topk {config.num_topk}"
             )
         checks.check_weights(topk_weights, tuple(routing_tensor.shape), x.device)
-
-
-def _select_probabilities(probs_TE: Tensor, topk_idx_TK: Tensor) -> Tensor:
-    """Probabilities of the selected experts [T, K]; 0 where dropped. Gradients scatter back."""
-    # An extra column takes the dropped entries, so that no real expert's gradient meets theirs.
-    padded = torch.nn.functional.pad(probs_TE, (0, 1))
-    columns = torch.where(topk_idx_TK < 0, probs_TE.shape[1], topk_idx_TK).long()
-    return padded.gather(1, columns)
 
 
 def _device_types(group: dist.ProcessGroup) -> tuple[str, ...]:

@@ -74,11 +74,15 @@ def check_num_tokens(tokens_of_rank: Iterable[tuple[int, int]], config: EPConfig
     """Raise `EPRoutingError` where one of these (rank, tokens) is more than the buffer holds."""
     for rank, num_tokens in tokens_of_rank:
         if num_tokens > config.max_tokens_per_rank:
-            raise EPRoutingError(
-                f"rank {rank} dispatches {num_tokens} tokens, more than the "
-                f"{config.max_tokens_per_rank} that the buffer was made for: raise "
-                "max_tokens_per_rank (under Megatron --ep-max-tokens-per-rank)"
-            )
+            raise too_many_tokens(rank, num_tokens, config.max_tokens_per_rank)
+
+
+def too_many_tokens(rank: int, num_tokens: int, max_tokens: int) -> EPRoutingError:
+    """What all ranks raise where one has more tokens than the buffer holds."""
+    return EPRoutingError(
+        f"rank {rank} dispatches {num_tokens} tokens, more than the {max_tokens} that the buffer "
+        "was made for: raise max_tokens_per_rank (under Megatron --ep-max-tokens-per-rank)"
+    )
 
 
 def check_payload(x: Payload, config: EPConfig) -> None:

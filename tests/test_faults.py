@@ -62,17 +62,23 @@ def test_two_absent_ranks_are_both_named():
         assert "for rank 1, 3" in messages[rank]
 
 
-def one_rank_has_too_many_tokens(rank: int, device: str, backend: str) -> str:
-    """All ranks say so, at once, and the buffer goes on."""
+def one_rank_has_too_many_tokens(rank: int, device: str, backend: str, capacity=None) -> str:
+    """All ranks say so, at once. The reference buffer goes on, kernels have given up."""
     x, topk = X.to(device), TOPK.to(device)
     buffer = Buffer(None, EPConfig(**SIZES, timeout_s=20, backend=backend))
     start = time.monotonic()
     with pytest.raises(EPRoutingError) as caught:
         if rank == 1:
-            buffer.dispatch(x.new_ones(9, 16), topk.new_zeros(9, 1))
+            x_TH, topk_TK = x.new_ones(9, 16), topk.new_zeros(9, 1)
         else:
-            buffer.dispatch(x, topk[:, :1].contiguous())
+            x_TH, topk_TK = x, topk[:, :1].contiguous()
+        buffer.dispatch(x_TH, topk_TK, num_worst_tokens=capacity)
+        torch.cuda.synchronize()
+        buffer.dispatch(x_TH, topk_TK)  # nobody waited: said now
     assert time.monotonic() - start < 10
+    if backend == "nvlink":
+        assert not buffer.is_usable
+        return str(caught.value)
     out = buffer.dispatch(x, topk)
     valid = (topk >= 0).sum(1)[:, None]
     assert torch.equal(buffer.combine(out.recv_x, out.handle).combined_x, valid * x)
@@ -83,6 +89,15 @@ def test_too_many_tokens_on_one_rank_are_named_on_all():
     for message in run_ranks(3, one_rank_has_too_many_tokens, "cpu", "reference"):
         assert "rank 1 dispatches 9 tokens, more than the 8" in message
         assert "--ep-max-tokens-per-rank" in message
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("capacity", [None, 64], ids=["new", "no host wait"])
+def test_too_many_tokens_on_one_gpu_are_named_on_all(capacity):
+    for message in run_ranks(
+        2, one_rank_has_too_many_tokens, "cuda", "nvlink", capacity, backend="nccl"
+    ):
+        assert "rank 1 dispatches 9 tokens, more than the 8" in message
 
 
 def a_gpu_stays_away(rank: int, how: str, timeout_s: float) -> str | None:

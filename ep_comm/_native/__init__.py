@@ -59,6 +59,8 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
         [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p],
     ),
     "ep_quantize": _launch(structs.QuantizeArgs),
+    "ep_select_probabilities": _launch(structs.ProbabilitiesArgs),
+    "ep_scatter_probabilities": _launch(structs.ProbabilitiesArgs),
     "ep_dispatch": _launch(structs.DispatchArgs),
     "ep_combine_blocks_per_sm": (ctypes.c_int32, [ctypes.c_int32]),
     "ep_combine": _launch(structs.CombineArgs),

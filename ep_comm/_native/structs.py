@@ -28,6 +28,7 @@ EP_PHASE_ROWS = 3
 EP_FAULT_NONE = 0
 EP_FAULT_TIMEOUT = 1
 EP_FAULT_MISMATCH = 2
+EP_FAULT_TOO_MANY = 3
 EP_FIELD_NUM_TOPK = 0
 EP_FIELD_HIDDEN = 1
 EP_FIELD_NUM_EXPERTS = 2
@@ -181,6 +182,7 @@ class PlanArgs(ctypes.Structure):
         ("input_kind", _INT32),
         ("num_experts", _INT32),
         ("max_tokens", _INT32),
+        ("asked_tokens", _INT32),
         ("hidden", _INT32),
         ("expert_alignment", _INT32),
         ("num_send_blocks", _INT32),
@@ -197,6 +199,19 @@ class QuantizeArgs(ctypes.Structure):
         ("scales", _POINTER),
         ("num_blocks", _INT64),
         ("dtype", _INT32),
+    ]
+
+
+class ProbabilitiesArgs(ctypes.Structure):
+    """``ep_probabilities_args``: probabilities of the selected experts."""
+
+    _fields_ = [
+        ("input", _POINTER),
+        ("topk_idx", _POINTER),
+        ("output", _POINTER),
+        ("num_tokens", _INT64),
+        ("num_topk", _INT32),
+        ("num_experts", _INT32),
     ]
 
 
@@ -283,6 +298,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "ep_routing": Routing,
     "ep_plan_args": PlanArgs,
     "ep_quantize_args": QuantizeArgs,
+    "ep_probabilities_args": ProbabilitiesArgs,
     "ep_dispatch_args": DispatchArgs,
     "ep_combine_args": CombineArgs,
     "ep_probe_args": ProbeArgs,

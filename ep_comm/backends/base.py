@@ -97,6 +97,10 @@ class Backend(Protocol):
     def num_started(self) -> int:
         """Operations started, which other ranks may be waiting for."""
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether ranks may have given an operation up halfway: no other one can be trusted."""
+
     def describe(self) -> str:
         """The backend and its transport in a few words, for the start-up line."""
 

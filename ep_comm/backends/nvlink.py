@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ep_comm import _native, checks, fp8
+from ep_comm import _native, fp8
 from ep_comm._native import structs
 from ep_comm.backends import nvlink_support
 from ep_comm.backends.base import Combined, Pending, Received
@@ -164,6 +164,10 @@ class NVLinkBackend:
         return f"nvlink ({self.num_ranks} GPUs of one host, {sms} SMs)"
 
     @property
+    def has_failed(self) -> bool:
+        return self.memory.has_fault
+
+    @property
     def num_started(self) -> int:
         return self.recorder.num_operations
 
@@ -227,8 +231,10 @@ class NVLinkBackend:
             config.num_experts,
             self.num_ranks,
         )
+        asked_tokens = source.shape[0]
+        if asked_tokens > config.max_tokens_per_rank:
+            source = source[:0]  # the kernels tell all ranks
         num_tokens = source.shape[0]
-        checks.check_num_tokens([(self.rank, num_tokens)], config)
         num_rows = self.num_ranks * config.max_tokens_per_rank
         places, total = arena_places(
             num_tokens, num_topk, num_rows, self.num_ranks, self.num_local_experts
@@ -266,6 +272,7 @@ class NVLinkBackend:
         args.ticket = 0 if capacity is not None else routing.number
         args.capacity = _MAX_ROWS if capacity is None else capacity
         args.input_kind = INPUT_KINDS[source.dtype]
+        args.asked_tokens = asked_tokens
         args.expert_alignment = expert_alignment
         _, expand_sms = split_dispatch(sms, self.num_ranks)
         args.num_send_blocks, args.num_receive_blocks = split_plan(sms, expand_sms)

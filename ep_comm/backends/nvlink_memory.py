@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ep_comm import checks
 from ep_comm._native import structs
 from ep_comm.backends.nvlink_tuning import MIN_CHUNK_TOKENS
 from ep_comm.config import EPConfig
@@ -155,13 +156,18 @@ class NodeMemory:
             num_ranks=self.num_ranks,
         )
 
+    @property
+    def has_fault(self) -> bool:
+        """Whether a kernel has given up; those after it then do too."""
+        return self._fault.code != structs.EP_FAULT_NONE
+
     def check_fault(self) -> None:
         """Raise what a kernel reported, if one did.
 
         Raises:
-            EPTimeoutError, EPMismatchError: By name of the rank.
+            EPTimeoutError, EPMismatchError, EPRoutingError: By name of the rank.
         """
-        if self._fault.code != structs.EP_FAULT_NONE:
+        if self.has_fault:
             raise self._error()
 
     def check(self) -> None:
@@ -192,6 +198,8 @@ class NodeMemory:
     def _error(self) -> EPError:
         fault = self._fault
         op = _OPS[fault.op]
+        if fault.code == structs.EP_FAULT_TOO_MANY:
+            return checks.too_many_tokens(fault.peer, fault.seen, fault.expected)
         if fault.field == structs.EP_FIELD_CALL:
             return EPMismatchError(
                 f"ranks disagree: rank {self.rank} and rank {fault.peer} made different {op} "
@@ -227,13 +235,13 @@ class NodeMemory:
 
         After a fault nobody is waited for, and nothing is given back.
         """
-        if self._fault.code == structs.EP_FAULT_NONE:
+        if not self.has_fault:
             self._wait_for_all()
             self.tensor = self._keep = None
 
     def __del__(self) -> None:
         """After a fault the memory is never freed: a late peer may still write to it."""
-        if getattr(self, "_fault", None) is not None and self._fault.code != structs.EP_FAULT_NONE:
+        if getattr(self, "_fault", None) is not None and self.has_fault:
             device = (self.counters, self._epochs, self._waits, self.abort)
             _leaked.append((self.tensor, self._keep, self._host, device))
 
