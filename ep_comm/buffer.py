@@ -355,8 +355,8 @@ class Buffer:
         except BaseException as error:
             if self._backend.num_started != started:
                 self._backend.abandon()
-            is_harmless = self._backend.num_started == started or (
-                isinstance(error, EPRoutingError) and not self._backend.has_failed
+            is_harmless = not self._backend.has_failed and (
+                isinstance(error, EPRoutingError) or self._backend.num_started == started
             )
             if isinstance(error, EPOverflowError):
                 raise
