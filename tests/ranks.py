@@ -1,7 +1,8 @@
 """Groups of real processes that run a test function as the ranks of one process group.
 
-Starting a process costs two seconds of importing torch, so each group size is started once and
-then runs one function after another::
+Starting a process costs two seconds of importing torch, and eight with Megatron. So processes are
+forked from one that has imported the libraries, and nothing else (`_LIBRARIES`); and each group
+size is started once and then runs one function after another::
 
     outputs = run_ranks(3, my_function, argument)   # my_function(rank, argument) on three ranks
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing as mp
 import multiprocessing.connection
+import multiprocessing.context
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -24,7 +26,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-DEFAULT_TIMEOUT_S = 60.0
+DEFAULT_TIMEOUT_S = 120.0  # for what takes seconds: other programs may use the machine too
+
+# Imported before processes are forked: what takes long of what torch, Megatron and the example
+# import, and keeps no state of its own. Missing ones are passed over.
+_LIBRARIES = [
+    *("torch._dynamo", "torch._inductor.compile_fx", "torch.distributed.checkpoint"),
+    *("torch.distributed.tensor", "pydantic", "pytest", "rich.progress", "wandb"),
+]
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Where there are GPUs each process starts anew: what libraries do to a GPU is not forked."""
+    if torch.cuda.is_available():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(_LIBRARIES)
+    return context
+
 
 _groups: dict[tuple[int, str, str], RankGroup] = {}
 
@@ -37,7 +56,7 @@ class RankGroup:
     """`num_ranks` processes with a gloo or NCCL group, waiting for functions to run."""
 
     def __init__(self, num_ranks: int, backend: str) -> None:
-        context = mp.get_context("spawn")
+        context = _context()
         self._rendezvous = tempfile.TemporaryDirectory()
         store = str(Path(self._rendezvous.name) / "store")
         self._pipes, self._processes = [], []
