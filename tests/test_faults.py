@@ -23,6 +23,7 @@ from ep_comm import (
 SIZES = dict(num_experts=12, hidden=16, max_tokens_per_rank=8, num_topk=2, dtype=torch.float32)
 X = torch.ones(5, 16)
 TOPK = torch.tensor([[0, 11], [4, 5], [1, -1], [8, 2], [3, 7]])
+_kept: list[Buffer] = []
 
 
 def some_ranks_stay_away(rank: int, absent: tuple[int, ...], timeout_s: float) -> str | None:
@@ -30,12 +31,12 @@ def some_ranks_stay_away(rank: int, absent: tuple[int, ...], timeout_s: float) -
     handle = buffer.dispatch(X, TOPK).handle
     dist.barrier()
     if rank in absent:
-        time.sleep(timeout_s + 8)
+        _kept.append(buffer)  # neither it nor its process ends before the others have
         return None
     start = time.monotonic()
     with pytest.raises(EPTimeoutError) as caught:
         buffer.dispatch(X, handle=handle)
-    assert time.monotonic() - start < timeout_s + 5
+    assert time.monotonic() - start < timeout_s + 15
     error = caught.value
     assert (error.op, error.phase, error.rank) == ("dispatch", "header", rank)
     with pytest.raises(EPStateError, match="waited"):
@@ -65,7 +66,7 @@ def test_two_absent_ranks_are_both_named():
 def one_rank_has_too_many_tokens(rank: int, device: str, backend: str, capacity=None) -> str:
     """All ranks say so, at once. The reference buffer goes on, kernels have given up."""
     x, topk = X.to(device), TOPK.to(device)
-    buffer = Buffer(None, EPConfig(**SIZES, timeout_s=20, backend=backend))
+    buffer = Buffer(None, EPConfig(**SIZES, timeout_s=60, backend=backend))
     start = time.monotonic()
     with pytest.raises(EPRoutingError) as caught:
         if rank == 1:
@@ -75,7 +76,7 @@ def one_rank_has_too_many_tokens(rank: int, device: str, backend: str, capacity=
         buffer.dispatch(x_TH, topk_TK, num_worst_tokens=capacity)
         torch.cuda.synchronize()
         buffer.dispatch(x_TH, topk_TK)  # nobody waited: said now
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     if backend == "nvlink":
         assert not buffer.is_usable
         return str(caught.value)
@@ -214,14 +215,14 @@ def test_bad_routing_on_a_gpu_is_raised_there():
 
 
 def one_rank_dies(rank: int) -> str:
-    buffer = Buffer(None, EPConfig(**SIZES, timeout_s=30))
+    buffer = Buffer(None, EPConfig(**SIZES, timeout_s=60))
     dist.barrier()
     if rank == 1:
         os._exit(1)
     start = time.monotonic()
     with pytest.raises(EPError) as caught:
         buffer.dispatch(X, TOPK)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     return str(caught.value)
 
 
