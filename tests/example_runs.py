@@ -77,11 +77,11 @@ def torchrun(
 def train(run_dir: Path, *flags: object, processes: int = 2) -> dict[int, float]:
     """Run the example to its end, in processes of its own; returns the loss of each step."""
     words = [str(flag) for flag in (*flags, "--run-dir", run_dir)]
-    run_ranks(processes, _pretrain, words, fresh=True)
+    run_ranks(processes, pretrain, words, fresh=True)
     return losses(run_dir)
 
 
-def _pretrain(rank: int, flags: list[str]) -> None:
+def pretrain(rank: int, flags: list[str]) -> None:
     """What the example does once it has joined the job."""
     variables = environment()
     os.environ.clear()
@@ -90,9 +90,9 @@ def _pretrain(rank: int, flags: list[str]) -> None:
 
     prepare_megatron()
     from moe_config import parse_args
-    from moe_train import pretrain
+    from moe_train import pretrain as train_on_all_ranks
 
-    pretrain(parse_args(flags))
+    train_on_all_ranks(parse_args(flags))
 
 
 def losses(run_dir: Path) -> dict[int, float]:

@@ -17,6 +17,7 @@ import multiprocessing as mp
 import multiprocessing.connection
 import multiprocessing.context
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -27,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 DEFAULT_TIMEOUT_S = 120.0  # for what takes seconds: other programs may use the machine too
+_IDLE_ENDS_WITHIN_S = 5
 
 # Imported before processes are forked: what takes long of what torch, Megatron and the example
 # import, and keeps no state of its own. Missing ones are passed over.
@@ -62,9 +64,7 @@ class RankGroup:
         self._pipes, self._processes = [], []
         for rank in range(num_ranks):
             mine, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, num_ranks, backend, store, theirs), daemon=True
-            )
+            process = context.Process(target=_serve, args=(rank, num_ranks, backend, store, theirs))
             process.start()
             self._pipes.append(mine)
             self._processes.append(process)
@@ -91,9 +91,13 @@ class RankGroup:
         return [answers[r][1] for r in range(len(self._pipes))]
 
     def stop(self) -> None:
+        """Idle processes end by themselves, and with them those that Megatron started in them."""
+        for pipe in self._pipes:
+            pipe.close()
+        end = time.monotonic() + _IDLE_ENDS_WITHIN_S
         for process in self._processes:
+            process.join(max(0, end - time.monotonic()))
             process.kill()
-        for process in self._processes:
             process.join()
         self._rendezvous.cleanup()
 

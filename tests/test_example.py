@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -24,12 +26,14 @@ from example_runs import (  # noqa: E402
     contents,
     environment,
     losses,
+    pretrain,
     records,
     torchrun,
     train,
     wandb_records,
 )
 from moe_config import PretrainConfig  # noqa: E402
+from ranks import RankFailure, run_ranks  # noqa: E402
 
 from ep_comm.compare.log import LOG_FILE, read_log  # noqa: E402
 
@@ -258,18 +262,26 @@ def test_damaged_checkpoint(checkpointed, tmp_path, damaged):
     if not path.exists():
         pytest.skip(f"this Megatron-Core's checkpoints have no {damaged}")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    result = torchrun(*run.flags, "--run-dir", tmp_path / "run", "--load", checkpoints)
-    assert_refused(result, f"checkpoint {path.parent} cannot be read: ")
+    with pytest.raises(RankFailure) as failure:
+        train(tmp_path / "run", *run.flags, "--load", checkpoints)
+    error = f"moe_launch.UserError: checkpoint {path.parent} cannot be read: "
+    assert str(failure.value).count(error) == 2  # on both ranks
     assert not (tmp_path / "run").exists()
 
 
 def test_finished_run_has_nothing_to_do(checkpointed, tmp_path):
     run = checkpointed(*DISTRIBUTED)
-    result = torchrun(*run.flags, "--run-dir", tmp_path, "--load", run.checkpoints)
-    assert result.code == 0, result.output
-    assert f"resumed at step 6 from {run.checkpoints / 'iter_0000006'}\n" in result.output
-    assert "already at step 6 of 6: nothing to do\n" in result.output
+    flags = [*run.flags, "--run-dir", str(tmp_path), "--load", str(run.checkpoints)]
+    output, _ = run_ranks(2, printed_by, flags, fresh=True)
+    assert f"resumed at step 6 from {run.checkpoints / 'iter_0000006'}\n" in output
+    assert "already at step 6 of 6: nothing to do\n" in output
     assert losses(tmp_path) == {}
+
+
+def printed_by(rank: int, flags: list[str]) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        pretrain(rank, flags)
+    return output.getvalue()
 
 
 # ---------------------------------------------------------------------------------------- its logs
