@@ -333,7 +333,7 @@ def bench_train(*flags: object) -> SimpleNamespace:
         [*command, *map(str, flags)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env=environment(),
         cwd=ROOT,
     )

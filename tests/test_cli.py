@@ -74,7 +74,7 @@ def test_bench_without_a_gpu_ends_every_rank_with_one_line(tmp_path):
         )
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=60)[1] for process in ranks]
+    errors = [process.communicate(timeout=300)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2]
     assert "error: bench needs CUDA GPUs" in errors[0]
     assert "Traceback" not in errors[0] + errors[1] and "error:" not in errors[1]

@@ -170,7 +170,7 @@ def test_bad_data_and_folders(tmp_path):
         input="".join(f"{' '.join(common)} {case}\n" for case in cases),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         cwd=tmp_path,
         env={**environment(), "PYTHONPATH": f"{ROOT}{os.pathsep}{EXAMPLES}"},
     )

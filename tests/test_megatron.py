@@ -80,7 +80,7 @@ CLOSE_BF16 = dict(rtol=5e-2, atol=5e-3)
 
 
 def run(setup: Setup, num_ranks: int = 2) -> list[dict]:
-    return run_ranks(num_ranks, train, setup, timeout_s=120, pool="megatron")
+    return run_ranks(num_ranks, train, setup, pool="megatron")
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -166,7 +166,7 @@ def test_install_reaches_every_layer():
     """Both ways in train the same model; `install` also sets DDP up for the overlap."""
     options = (("overlap_wgrad", True),)
     setup = Setup(options=options, through_install=True, dense_first=True)
-    installed = run_ranks(2, install_and_train, setup, timeout_s=120, fresh=True)
+    installed = run_ranks(2, install_and_train, setup, fresh=True)
     spec = run(dataclasses.replace(setup, through_install=False))
     assert installed[0]["losses"] == spec[0]["losses"]
 
@@ -326,7 +326,7 @@ def test_goes_on_behind_a_graphed_router():
 
 def test_overlap_without_ddps_part_is_refused():
     with pytest.raises(RankFailure, match="delay_wgrad_compute=True"):
-        run_ranks(2, train_with_plain_ddp, timeout_s=60, fresh=True)
+        run_ranks(2, train_with_plain_ddp, fresh=True)
 
 
 def train_with_plain_ddp(rank: int) -> None:
@@ -437,7 +437,7 @@ def test_autograd_copies_no_unfinished_gradients():
 
 
 def test_what_is_wrong_with_a_model_is_named():
-    run_ranks(2, models_that_are_not_right, pool="megatron", timeout_s=120)
+    run_ranks(2, models_that_are_not_right, pool="megatron")
 
 
 def printed_while_training(rank: int) -> str:
@@ -452,7 +452,7 @@ def printed_while_training(rank: int) -> str:
 
 
 def test_one_line_at_start_up_says_what_is_used():
-    first, other = run_ranks(2, printed_while_training, pool="megatron", timeout_s=120)
+    first, other = run_ranks(2, printed_while_training, pool="megatron")
     assert other == ""
     (line,) = first.splitlines()
     assert line.startswith(f"ep_comm {ep_comm.__version__}: reference over gloo, EP 2, 8 experts")

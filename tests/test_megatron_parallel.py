@@ -60,7 +60,7 @@ CLOSE_ETP = dict(rtol=1e-4, atol=1e-4)  # shards' partial sums are added in anot
 
 
 def run(setup: Setup) -> list[dict]:
-    return run_ranks(4, train, setup, timeout_s=120, pool="megatron")
+    return run_ranks(4, train, setup, pool="megatron")
 
 
 @pytest.mark.parametrize("feature", SPLIT)
