@@ -21,6 +21,7 @@ import importlib.util
 import os
 import sys
 import types
+from collections.abc import Callable
 
 import torch
 
@@ -84,8 +85,8 @@ def _patch_torch() -> None:
     cuda = torch.cuda
 
     # Megatron compiles small functions with torch.compile. On a CPU that costs a C++ compiler and
-    # seconds a function, for nothing.
-    torch._dynamo.config.disable = True
+    # seconds a function, for nothing; and the compiler alone takes a second to import.
+    torch.compile = _do_not_compile
 
     # Streams and events: the alltoall dispatcher makes a copy stream when it is built, shared
     # experts and checkpointing use others. The CPU runs everything in order, so they do nothing.
@@ -151,6 +152,11 @@ def _stub_paged_stash() -> None:
 def _to_host(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
     """`maybe_move_tensor_to_cpu` for tensors that are there already."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _do_not_compile(model: Callable | None = None, **_: object) -> Callable:
+    """`torch.compile`, called or as a decorator with arguments, that leaves `model` as it is."""
+    return _do_not_compile if model is None else model
 
 
 def _redirect_factory(name: str) -> None:
