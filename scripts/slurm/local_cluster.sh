@@ -95,7 +95,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SchedulerParameters=sched_min_interval=200000,bf_interval=2
+SchedulerParameters=sched_min_interval=200000,sched_interval=2
 MinJobAge=600
 KillWait=60
 InactiveLimit=0
