@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import signal
 import subprocess
 import sys
 import sysconfig
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from example_runs import EXAMPLES, SMALL, environment, train  # noqa: E402
 from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
+from ranks import run_ranks, stop_pool  # noqa: E402
 
 VOCAB_SIZE = 400
 # Two entries, the first of two paragraphs, and what the separators and the tokenizer may trip on.
@@ -29,9 +33,9 @@ ENTRIES = [
 COMMAND = [sys.executable, str(EXAMPLES / "prepare_text.py")]
 
 
-def prepare(*flags: object, vocab_size: int = VOCAB_SIZE) -> subprocess.CompletedProcess:
+def prepare(*flags: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [*COMMAND, "--vocab-size", str(vocab_size), *map(str, flags)],
+        [*COMMAND, "--vocab-size", str(VOCAB_SIZE), *map(str, flags)],
         capture_output=True,
         text=True,
         env=environment(),
@@ -80,6 +84,35 @@ def test_documents_come_back(tmp_path):
     assert loss[30] < loss[1] - 0.3
 
 
+def refusal(*flags: object) -> str:
+    """The line with which the program ends; one process sees all refusals in turn."""
+    (answer,) = run_ranks(1, end_of_main, [str(flag) for flag in flags], pool="prepare-text")
+    code, stderr = answer
+    assert code == 2 and "Traceback" not in stderr, stderr
+    error = stderr.splitlines()[-1]
+    assert error.startswith("error: ")
+    return error
+
+
+def end_of_main(rank: int, flags: list[str]) -> tuple[object, str]:
+    """Exit code and stderr."""
+    import prepare_text
+
+    with (
+        mock.patch.object(sys, "argv", [prepare_text.__file__, *flags]),
+        contextlib.redirect_stderr(io.StringIO()) as stderr,
+        pytest.raises(SystemExit) as exit,
+    ):
+        prepare_text.main()
+    return exit.value.code, stderr.getvalue()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes():
+    yield
+    stop_pool("prepare-text")
+
+
 @pytest.mark.parametrize(
     ("content", "vocab_size", "words"),
     [
@@ -97,10 +130,7 @@ def test_refusals(tmp_path, content, vocab_size, words):
     if content is not None:
         text.write_bytes(content)
     prefix = tmp_path / "out" / "pair"
-    result = prepare("--input", text, "--output-prefix", prefix, vocab_size=vocab_size)
-    assert result.returncode == 2, result.stderr
-    error = result.stderr.splitlines()[-1]
-    assert error.startswith("error: ") and "Traceback" not in result.stderr
+    error = refusal("--vocab-size", vocab_size, "--input", text, "--output-prefix", prefix)
     for word in words:
         assert word in error
     assert not prefix.parent.exists()
@@ -110,15 +140,15 @@ def test_an_existing_pair_is_not_overwritten(tmp_path):
     text, index = tmp_path / "text", tmp_path / "pair.idx"
     text.write_text(stdlib_text())
     index.write_bytes(b"precious")
-    result = prepare("--input", text, "--output-prefix", tmp_path / "pair")
-    assert result.returncode == 2 and f"{index} exists" in result.stderr
+    flags = ["--vocab-size", VOCAB_SIZE, "--input", text, "--output-prefix", tmp_path / "pair"]
+    assert f"{index} exists" in refusal(*flags)
     assert index.read_bytes() == b"precious" and not (tmp_path / "pair.bin").exists()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_leaves_nothing(tmp_path, signum):
     text, out = tmp_path / "text", tmp_path / "out"
-    text.write_text("\n\n".join([stdlib_text()] * 20))
+    text.write_text("\n\n".join([stdlib_text()] * 60))
     process = subprocess.Popen(
         [*COMMAND, "--vocab-size", "400", "--input", text, "--output-prefix", out / "pair"],
         stderr=subprocess.PIPE,
