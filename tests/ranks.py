@@ -28,13 +28,13 @@ import torch
 import torch.distributed as dist
 
 DEFAULT_TIMEOUT_S = 120.0  # for what takes seconds: other programs may use the machine too
-_IDLE_ENDS_WITHIN_S = 5
+_GLOO_ENDS_WITHIN_S = 5.0  # NCCL may wait for other ranks: its processes are not asked to end
 
 # Imported before processes are forked: what takes long of what torch, Megatron and the example
 # import, and keeps no state of its own. Missing ones are passed over.
 _LIBRARIES = [
-    *("torch._dynamo", "torch._inductor.compile_fx", "torch.distributed.checkpoint"),
-    *("torch.distributed.tensor", "pydantic", "pytest", "rich.progress", "wandb"),
+    *("torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.tensor"),
+    *("pydantic", "pytest", "rich.progress", "wandb"),
 ]
 
 
@@ -59,6 +59,7 @@ class RankGroup:
 
     def __init__(self, num_ranks: int, backend: str) -> None:
         context = _context()
+        self._ends_within_s = _GLOO_ENDS_WITHIN_S if backend == "gloo" else 0.0
         self._rendezvous = tempfile.TemporaryDirectory()
         store = str(Path(self._rendezvous.name) / "store")
         self._pipes, self._processes = [], []
@@ -94,7 +95,7 @@ class RankGroup:
         """Idle processes end by themselves, and with them those that Megatron started in them."""
         for pipe in self._pipes:
             pipe.close()
-        end = time.monotonic() + _IDLE_ENDS_WITHIN_S
+        end = time.monotonic() + self._ends_within_s
         for process in self._processes:
             process.join(max(0, end - time.monotonic()))
             process.kill()
