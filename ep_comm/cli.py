@@ -40,10 +40,14 @@ def compare(
         int | None, typer.Option(help="Processes; default: expert_model_parallel_size.")
     ] = None,
     variants: Annotated[
-        str, typer.Option(help="What to train; alltoall is what the others are compared with.")
+        str,
+        typer.Option(
+            help="What to train; alltoall is what the others are compared with, alltoall-seedN "
+            "(N = 2, 3, ...) the noise."
+        ),
     ] = "alltoall,alltoall-seed2,deepep,deepep-fp8",
     tolerance_noise: Annotated[
-        float, typer.Option(min=0, help="Allowed of deepep, in units of the two-seed noise.")
+        float, typer.Option(min=0, help="Allowed of deepep, in units of the noise between seeds.")
     ] = 1.0,
     tolerance_fp8: Annotated[
         float, typer.Option(min=0, help="Allowed of an FP8 wire, relative to the BF16 wire's loss.")

@@ -17,12 +17,14 @@ from ep_comm.cli import app
 from ep_comm.compare.directory import Directory, locked
 from ep_comm.compare.log import LOG_FILE
 from ep_comm.compare.plan import VARIANTS as ALL_VARIANTS
-from ep_comm.compare.plan import CompareError, make_plan
+from ep_comm.compare.plan import CompareError, flags_of, make_plan
 from ep_comm.compare.statistics import (
     Run,
     Tolerances,
     difference,
     judge,
+    noise_of,
+    offsets,
     read_run,
     smooth,
     steps_skipped,
@@ -202,6 +204,33 @@ def test_tolerance_in_units_of_the_noise():
         assert all(check.passed for check in checks) == passed
 
 
+def test_the_noise_of_more_seeds_is_the_largest_between_any_two():
+    runs = {"alltoall": run_of(losses(), 4.0), "alltoall-seed2": run_of(SEED2, 4.02)}
+    two, only = noise_of(runs), difference(runs["alltoall-seed2"], runs["alltoall"])
+    assert (two.largest, two.mean, two.final_valid) == (only.largest, only.mean, only.final_valid)
+    runs["alltoall-seed10"] = run_of(losses(-0.03), 4.01)
+    noise = noise_of(runs)
+    assert noise.mean == pytest.approx(0.07) and noise.largest == pytest.approx(0.07)
+    assert noise.final_valid == pytest.approx(0.02)
+    runs["deepep"] = run_of(losses(at_the_end=0.05), 4.0)  # outside of what seed 2 alone allows
+    assert noise_of(runs) == noise  # which deepep is no part of
+    assert all(check.passed for check in judge(runs, Tolerances())["deepep"])
+    runs["alltoall-seed3"] = run_of(np.append(losses()[:-1], np.nan), 4.0)
+    assert not all(check.passed for check in judge(runs, Tolerances())["deepep"])
+
+
+def test_offsets_show_which_run_is_the_odd_one():
+    runs = {"alltoall": run_of(losses(0.09)), "alltoall-seed2": run_of(losses(0.01))}
+    runs["deepep"] = run_of(losses(0.02))
+    assert offsets(runs) == {}  # either of two may be the odd one
+    runs["alltoall-seed3"] = run_of(losses(-0.01))
+    found = offsets(runs)
+    expected = {"alltoall": 0.06, "alltoall-seed2": -0.02, "deepep": -0.01, "alltoall-seed3": -0.04}
+    assert found == pytest.approx(expected)
+    runs["deepep"].train[: steps_skipped(STEPS) - window_of(STEPS)] += 100
+    assert offsets(runs) == found  # smoothed losses count, and no beginning
+
+
 @pytest.mark.parametrize(
     ("train", "valid", "passed"),
     [
@@ -263,6 +292,33 @@ def test_report_of_finished_runs(config):
     for name in ("loss.png", "difference.png"):
         assert name in page
         assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_seeds_may_be_added(config):
+    low = {"deepep": losses(at_the_end=-0.05), "deepep-fp8": losses(at_the_end=-0.048)}
+    out = begun(config, CURVES | low)
+    assert compare(config).exit_code == 3
+    document = json.loads((out / "report.json").read_text())
+    assert document["variants"]["deepep"]["offset"] is None
+    assert "lowest first" not in (out / "report.md").read_text()
+    write_log(out / "alltoall-seed10", losses(-0.05))
+    write_log(out / "alltoall-seed3", losses(-0.02))
+    more = f"deepep,alltoall-seed10,{VARIANTS},alltoall-seed3"
+    result = compare(config, "--variants", more)
+    assert result.exit_code == 0, result.output
+    document = json.loads((out / "report.json").read_text())
+    found = document["variants"]
+    seeds = {"alltoall": 7, "alltoall-seed2": 8, "alltoall-seed3": 9, "alltoall-seed10": 16}
+    assert {name: found[name]["seed"] for name in list(found)[:4]} == seeds
+    assert [found[name]["verdict"] for name in seeds] == ["reference", "noise", "noise", "noise"]
+    assert document["noise"]["mean"] == pytest.approx(0.09)
+    page = (out / "report.md").read_text()
+    assert f"the largest between any two of {', '.join(seeds)}, which differ" in page
+    (line,) = (line for line in page.splitlines() if "lowest first" in line)
+    assert line.startswith("Signed mean Δ from the mean of the 4 alltoall runs, lowest first: ")
+    names = [each.split()[0] for each in line.split("first: ")[1].split(", ")]
+    expected = ["alltoall-seed10", "deepep", "deepep-fp8", "alltoall-seed3"]
+    assert names == [*expected, "alltoall", "alltoall-seed2"]
 
 
 @pytest.mark.parametrize("wrong", ["deepep", "deepep-fp8"])
@@ -348,7 +404,11 @@ def test_a_failing_run_ends_with_code_1_and_its_own_words(config):
     ("flags", "words"),
     [
         (["--variants", "alltoall,depep"], ["'depep'", "deepep-fp8"]),
+        (["--variants", "alltoall,alltoall-seed1"], ["'alltoall-seed1'", "-seed2 (-seed3, ...)"]),
+        (["--variants", "alltoall,alltoall-seed03"], ["'alltoall-seed03'"]),
+        (["--variants", "alltoall,deepep-seed2"], ["'deepep-seed2'"]),
         (["--variants", "deepep,deepep-fp8"], ["give alltoall"]),
+        (["--variants", "alltoall-seed2,alltoall-seed3"], ["give alltoall"]),
         (["--variants", "alltoall"], ["at least one other"]),
         (["--nproc-per-node", "3"], ["3", "multiple of expert_model_parallel_size 2"]),
         (["--script", "nowhere.py"], ["--script nowhere.py: no such file"]),
@@ -411,6 +471,14 @@ def test_a_configuration_with_fp8_of_its_own(config):
         plan_of(config)
 
 
+def test_a_seed_is_all_that_is_different_of_the_noise(config, tmp_path):
+    plan = plan_of(config, variants="alltoall,alltoall-seed3")
+    first, third = (plan.command(name, tmp_path, resume=False) for name in plan.variants)
+    assert flags_of("alltoall-seed3") == flags_of("alltoall")
+    changed = [(a, b) for a, b in zip(first, third, strict=True) if a != b]
+    assert changed == [("7", "9")] and third[third.index("9") - 1] == "--seed"
+
+
 def test_short_runs_may_do_without_checkpoints(config, tmp_path):
     def saving(*flags: str) -> list[str]:
         command = plan_of(config, *flags).command("deepep", tmp_path, resume=False)
@@ -442,6 +510,12 @@ def test_changed_configuration(config):
         assert change in result.stderr
     assert "hidden_size" not in result.stderr
     assert (out / "plan.json").read_bytes() == before
+
+
+def test_losses_of_any_seed_belong_to_the_configuration(config):
+    begun(config, {"alltoall-seed3": losses()})
+    result = compare(config, "--lr", "0.2")
+    assert result.exit_code == 2 and "lr is 0.1 there and 0.2 here" in result.stderr
 
 
 def test_two_at_once(config):

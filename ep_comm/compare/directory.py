@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_comm.compare.log import LOG_FILE, read_log
-from ep_comm.compare.plan import VARIANTS, CompareError, Plan
+from ep_comm.compare.plan import CompareError, Plan
 
 PLAN_FILE = "plan.json"
 _LOCK_FILE = "lock"
@@ -64,7 +64,8 @@ class Directory:
         return read_log(path) if path.exists() else []
 
     def _has_losses(self) -> bool:
-        return any(r["type"] == "train" for name in VARIANTS for r in self.log(name))
+        logs = self.path.glob(f"*/{LOG_FILE}")
+        return any(r["type"] == "train" for log in logs for r in read_log(log))
 
     def _read_plan(self) -> dict[str, Any] | None:
         path = self.path / PLAN_FILE

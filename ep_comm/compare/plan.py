@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,21 +17,20 @@ import torch
 from ep_comm import variants
 
 REFERENCE = "alltoall"
-NOISE = "alltoall-seed2"
 DEEPEP = "deepep"
 FP8 = "deepep-fp8"
 FP8_EXPERTS = "deepep-fp8-experts"
 FP8_ALL = "deepep-fp8-all"
 
-# Flags of each variant. NOISE has another seed besides.
+# Flags of each variant. Besides these there is the reference with other seeds: `seed_number`.
 VARIANTS: dict[str, tuple[str, ...]] = {
-    REFERENCE: variants.VARIANTS[REFERENCE],
-    NOISE: variants.VARIANTS[REFERENCE],
-    **{name: variants.VARIANTS[name] for name in (DEEPEP, FP8, FP8_EXPERTS, FP8_ALL)},
+    name: variants.VARIANTS[name] for name in (REFERENCE, DEEPEP, FP8, FP8_EXPERTS, FP8_ALL)
 }
 # The same with a BF16 wire, which a variant with an FP8 wire is judged by.
 WIDE = {FP8: DEEPEP, FP8_ALL: FP8_EXPERTS}
 
+_ALLTOALL = re.compile(rf"{REFERENCE}(?:-seed([2-9]|[1-9][0-9]+))?")
+_OTHERS = ", ".join([f"{REFERENCE}-seed2 (-seed3, ...)", *list(VARIANTS)[1:]])
 _VARIANT_FLAGS = {flag for flags in VARIANTS.values() for flag in flags if flag.startswith("--")}
 # What a comparison decides itself, by flag, with what to use instead.
 _OWN_FLAGS = {
@@ -53,6 +53,17 @@ _SCRIPT = Path("examples", "pretrain_moe.py")
 
 class CompareError(Exception):
     """What was asked for cannot be done; nothing was trained and nothing overwritten."""
+
+
+def seed_number(variant: str) -> int | None:
+    """1 of the reference, n of ``alltoall-seedn``, the same with another seed; None of others."""
+    match = _ALLTOALL.fullmatch(variant)
+    return int(match[1] or 1) if match else None
+
+
+def flags_of(variant: str) -> tuple[str, ...]:
+    """What `variant` is trained with, but for its seed."""
+    return VARIANTS[REFERENCE if seed_number(variant) else variant]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +95,7 @@ class Plan:
 
     def seed(self, variant: str) -> int:
         """Seed of the weights of a variant."""
-        return self.settings["seed"] + (variant == NOISE)
+        return self.settings["seed"] + (seed_number(variant) or 1) - 1
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -110,7 +121,7 @@ class Plan:
         interval = self.settings["save_interval"] or math.ceil(self.steps / _CHECKPOINTS)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(self.processes), str(self.script)]
-        command += ["--config", str(self.config), *self.flags, *VARIANTS[variant]]
+        command += ["--config", str(self.config), *self.flags, *flags_of(variant)]
         command += ["--seed", str(self.seed(variant)), "--data-seed", str(self.data_seed)]
         command += ["--run-dir", str(run_dir)]
         if interval < self.steps:
@@ -138,7 +149,7 @@ def make_plan(
         config: YAML file of the training script.
         steps: Steps of each run; None: as the file says.
         processes: Processes of each run; None: as many as share the experts of a layer.
-        variants: Comma-separated names out of `VARIANTS`.
+        variants: Comma-separated names: of `VARIANTS`, and ``alltoall-seedn``.
         script: The training script; None: the one in the checkout that holds `config`, or here.
         wandb_project: W&B project; None: no W&B.
         extra: Further flags of the training script.
@@ -167,7 +178,7 @@ def make_plan(
             f"--nproc-per-node {processes} is no multiple of expert_model_parallel_size "
             f"{settings['expert_model_parallel_size']}"
         )
-    reasons = {name: _skip_reason(VARIANTS[name], settings) for name in names}
+    reasons = {name: _skip_reason(flags_of(name), settings) for name in names}
     skipped = {name: reason for name, reason in reasons.items() if reason}
     return Plan(
         script=script.resolve(),
@@ -183,14 +194,15 @@ def make_plan(
 def _parse_variants(text: str) -> list[str]:
     asked = [name.strip() for name in text.split(",")]
     for name in asked:
-        if name not in VARIANTS:
-            raise CompareError(f"--variants {name!r} is none of {', '.join(VARIANTS)}")
+        if name not in VARIANTS and not seed_number(name):
+            raise CompareError(f"--variants {name!r} is none of {REFERENCE}, {_OTHERS}")
     if REFERENCE not in asked or len(set(asked)) < 2:
         raise CompareError(
             f"--variants {text}: give {REFERENCE}, which the others are compared with, and at "
-            f"least one other of {', '.join(list(VARIANTS)[1:])}"
+            f"least one other of {_OTHERS}"
         )
-    return [name for name in VARIANTS if name in asked]
+    alltoall = sorted(filter(seed_number, set(asked)), key=seed_number)
+    return [*alltoall, *(name for name in VARIANTS if name in asked and name != REFERENCE)]
 
 
 def _find_script(config: Path) -> Path:

@@ -9,17 +9,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ep_comm.compare.plan import DEEPEP, FP8, FP8_ALL, FP8_EXPERTS, NOISE, REFERENCE
+from ep_comm.compare.plan import DEEPEP, FP8, FP8_ALL, FP8_EXPERTS, REFERENCE, seed_number
 from ep_comm.compare.statistics import Run, steps_skipped
 
 _STYLES = {
     REFERENCE: {"color": "black", "linestyle": "-", "linewidth": 2.2},
-    NOISE: {"color": "0.55", "linestyle": "-", "linewidth": 1.6},
     DEEPEP: {"color": "tab:blue", "linestyle": "--", "linewidth": 1.6},
     FP8: {"color": "tab:red", "linestyle": ":", "linewidth": 2.0},
     FP8_EXPERTS: {"color": "tab:green", "linestyle": "-.", "linewidth": 1.6},
     FP8_ALL: {"color": "tab:orange", "linestyle": ":", "linewidth": 2.0},
 }
+_NOISE = {"color": "0.55", "linestyle": "-", "linewidth": 1.6}
 _RESOLUTION = 1e-7  # of a loss in FP32: a logarithmic axis goes no further, equal losses are 0
 _RAW = {"linestyle": "-", "linewidth": 0.7, "alpha": 0.25}
 
@@ -29,12 +29,11 @@ def plot_losses(runs: Mapping[str, Run], window: int, title: str, path: Path) ->
     figure, axes = _figure(title, rows=1)
     for name, run in runs.items():
         steps = np.arange(1, len(run.train) + 1)
-        axes[0].plot(steps, run.train, color=_STYLES[name]["color"], **_RAW)
-        axes[0].plot(steps, run.smoothed, label=name, **_STYLES[name])
-        axes[0].plot(
-            list(run.valid), list(run.valid.values()), "o", mfc="none", ms=7,
-            color=_STYLES[name]["color"],
-        )  # fmt: skip
+        style = _style(name)
+        axes[0].plot(steps, run.train, color=style["color"], **_RAW)
+        axes[0].plot(steps, run.smoothed, label=name, **style)
+        valid = list(run.valid.values())
+        axes[0].plot(list(run.valid), valid, "o", mfc="none", ms=7, color=style["color"])
     axes[0].set_ylabel("loss")
     note = f"lines: mean of the last {window} steps\nfaint: each step\ncircles: validation"
     _finish(axes, note)
@@ -48,10 +47,10 @@ def plot_differences(runs: Mapping[str, Run], window: int, title: str, path: Pat
     for name, run in runs.items():
         if name == REFERENCE:
             continue
-        label = f"{name} (two-seed noise)" if name == NOISE else name
+        label = f"{name} (noise)" if seed_number(name) else name
         steps = np.arange(1, len(run.train) + 1)
         raw, smoothed = run.train - reference.train, run.smoothed - reference.smoothed
-        style = _STYLES[name]
+        style = _style(name)
         for axes, shown in ((signed, np.asarray), (size, np.abs)):
             axes.plot(steps, shown(raw), color=style["color"], **_RAW)
             axes.plot(steps, shown(smoothed), label=label, **style)
@@ -73,6 +72,10 @@ def plot_differences(runs: Mapping[str, Run], window: int, title: str, path: Pat
     )
     _finish((signed, size), note)
     _save(figure, path)
+
+
+def _style(name: str) -> dict[str, object]:
+    return _STYLES[name] if name in _STYLES else _NOISE  # all other seeds look the same
 
 
 def _scale_to(differences: list[np.ndarray], skipped: int, axes: Axes) -> None:

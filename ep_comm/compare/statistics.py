@@ -1,10 +1,11 @@
 """How far a run's losses are from the reference's, and whether that is too far.
 
 Every difference is of losses at the same step, after the same data. Training losses are smoothed
-first: `smooth` takes the mean of the last `window` steps. The **two-seed noise** is the difference
-between two runs of the reference that differ in nothing but the seed of their weights. It is
-largest while the loss falls steeply, where one run is merely some steps ahead of the other: the
-first quarter of the steps counts for no difference, neither of the noise nor of a variant.
+first: `smooth` takes the mean of the last `window` steps. The **noise** is the difference between
+runs of alltoall that differ in nothing but the seed of their weights; of more than two, the largest
+between any two. It is largest while the loss falls steeply, where one run is merely some steps
+ahead of the other: the first quarter of the steps counts for no difference, neither of the noise
+nor of a variant.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from itertools import islice
-from statistics import median
+from itertools import combinations, islice
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 
 from ep_comm.compare.log import TRAIN_LOSS, VALID_LOSS, WIRE_MIB, scalars
-from ep_comm.compare.plan import DEEPEP, NOISE, REFERENCE, WIDE
+from ep_comm.compare.plan import DEEPEP, REFERENCE, WIDE, seed_number
 
 # Relative, between the losses of step 1: the same weights and data must give the same loss.
 FIRST_STEP_TOLERANCE = 1e-3
@@ -31,7 +32,7 @@ class Tolerances:
     """What a variant may differ by.
 
     Attributes:
-        noise: Of deepep: each of its differences, in units of the same one of the two-seed noise.
+        noise: Of deepep: each of its differences, in units of the same one of the noise.
         fp8: Of an FP8 wire: the final losses, relative to those of the same model on a BF16 wire.
     """
 
@@ -87,6 +88,15 @@ class Difference:
     largest_step: int
     mean: float
     final_train: float
+    final_valid: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """What another seed does: the largest of the same number of `Difference` over all pairs."""
+
+    largest: float
+    mean: float
     final_valid: float | None
 
 
@@ -160,17 +170,52 @@ def difference(run: Run, reference: Run) -> Difference:
     )
 
 
+def alltoall_among(names: Collection[str]) -> list[str]:
+    """Those that differ in nothing but the seed of the weights: the reference is one of them."""
+    return [name for name in names if seed_number(name)]
+
+
+def noise_of(runs: Mapping[str, Run]) -> Noise | None:
+    """How far the alltoall runs are from each other; None if there is but one."""
+    alltoall = [runs[name] for name in alltoall_among(runs)]
+    pairs = [difference(run, other) for run, other in combinations(alltoall, 2)]
+    if not pairs:
+        return None
+    valid = [pair.final_valid for pair in pairs if pair.final_valid is not None]
+    return Noise(  # NaN if one is, so that nothing passes by a seed that diverged
+        largest=float(np.max([pair.largest for pair in pairs])),
+        mean=float(np.max([pair.mean for pair in pairs])),
+        final_valid=float(np.max(valid)) if valid else None,
+    )
+
+
+def offsets(runs: Mapping[str, Run]) -> dict[str, float]:
+    """How far each run is above the mean of the alltoall runs, with its sign.
+
+    Of smoothed training losses, the mean over all steps after the first quarter. Empty with fewer
+    than three alltoall runs: of two, neither is the odd one.
+    """
+    alltoall = alltoall_among(runs)
+    if len(alltoall) < 3:
+        return {}
+    level = {
+        name: float(run.smoothed[steps_skipped(len(run.smoothed)) :].mean())
+        for name, run in runs.items()
+    }
+    middle = fmean(level[name] for name in alltoall)
+    return {name: level[name] - middle for name in runs}
+
+
 def judge(runs: Mapping[str, Run], tolerances: Tolerances) -> dict[str, list[Check]]:
     """The checks of each variant that can be judged.
 
-    deepep is judged where the two-seed noise is known, an FP8 wire where the same model was trained
+    deepep is judged where the noise is known, an FP8 wire where the same model was trained
     with a BF16 wire (`wide_of`).
     """
     checks: dict[str, list[Check]] = {}
-    reference = runs[REFERENCE]
-    if DEEPEP in runs and NOISE in runs:
-        found = difference(runs[DEEPEP], reference)
-        noise = difference(runs[NOISE], reference)
+    noise = noise_of(runs)
+    if DEEPEP in runs and noise is not None:
+        found = difference(runs[DEEPEP], runs[REFERENCE])
         checks[DEEPEP] = _within_noise(found, noise, tolerances.noise)
     for name in runs:
         wide = wide_of(name, runs)
@@ -190,14 +235,14 @@ def wide_of(name: str, among: Collection[str]) -> str | None:
     return wide if wide in among else None
 
 
-def _within_noise(found: Difference, noise: Difference, tolerance: float) -> list[Check]:
+def _within_noise(found: Difference, noise: Noise, tolerance: float) -> list[Check]:
     checks = [
         Check(what="relative |Δ| of step 1", value=found.first, limit=FIRST_STEP_TOLERANCE),
         Check(what="largest |Δ|", value=found.largest, limit=tolerance * noise.largest),
         Check(what="mean |Δ|", value=found.mean, limit=tolerance * noise.mean),
     ]
     if found.final_valid is not None and noise.final_valid is not None:
-        # Two seeds may happen to end close to each other: the noise is not taken as smaller than
+        # Seeds may happen to end close to each other: the noise is not taken as smaller than
         # it was on the whole way.
         limit = tolerance * max(noise.final_valid, noise.mean)
         checks.append(Check(what="final validation |Δ|", value=found.final_valid, limit=limit))
