@@ -11,9 +11,8 @@ import torch
 
 from ep_comm import EPConfig
 from ep_comm._native import structs
-from ep_comm.backends import nvlink
+from ep_comm.backends import nvlink, nvlink_streams
 from ep_comm.backends.nvlink import NVLinkBackend
-from ep_comm.backends.nvlink_memory import Offsets
 from ep_comm.backends.nvlink_records import DeviceRecorder
 from ep_comm.backends.nvlink_streams import InFlight
 from ep_comm.errors import EPArgumentError, EPRoutingError, EPUnsupportedError
@@ -47,40 +46,49 @@ class Launches:
     def combine_blocks_per_sm(self, row_bytes) -> int:
         return 4
 
+    def load_kernels(self) -> None:
+        pass
+
+    def plan_scratch_bytes(self, *_) -> int:
+        return 16
+
     def take(self) -> list[tuple]:
         calls, self.calls = self.calls, []
         return calls
 
 
 def make_backend() -> NVLinkBackend:
-    backend = object.__new__(NVLinkBackend)
-    backend.config, backend.rank, backend.num_ranks, backend.num_local_experts = CONFIG, 0, 2, 4
-    backend.native, backend.device = Launches(), torch.device("cpu", 0)
+    """By its own constructor; what that asks of CUDA is answered for a CPU."""
     mailbox = structs.Mailbox()
     mailbox.num_sent_tokens[0], mailbox.num_recv_tokens[1] = 10, 7
     mailbox.num_tokens_per_expert[0] = 9
-    backend.memory = mock.Mock(
+    memory = mock.Mock(
+        rank=0, num_ranks=2,
         mailbox=mailbox, mailbox_address=0, fault_address=0, notice_address=0,
         counters=torch.zeros(3, 64, dtype=torch.int32), node=lambda *_: structs.Node(),
     )  # fmt: skip
-    backend.recorder = DeviceRecorder(0, 2, backend.device, lambda: None)
-    backend.offsets = Offsets(CONFIG, 2)
-    backend._scratch = torch.zeros(16, dtype=torch.uint8)
-    backend._side_stream = mock.Mock(cuda_stream=SIDE)
-    backend._comm_stream = mock.Mock(cuda_stream=COMM)
-    backend._fork_event = mock.Mock(cuda_event=1)
-    backend._available_sms, backend._num_sms, backend._num_plans = 132, None, 0
-    backend._in_flight = InFlight(132)
-    backend._make_args()
-    return backend
+    cpu = torch.device("cpu", 0)
+    answers = {
+        "Event": lambda: mock.Mock(cuda_event=1),
+        "Stream": lambda priority: mock.Mock(cuda_stream={0: SIDE, -1: COMM}[priority]),
+        "current_device": lambda: 0,
+        "get_device_properties": lambda _: SimpleNamespace(multi_processor_count=132),
+    }
+    with (
+        mock.patch.multiple(torch.cuda, **answers),
+        mock.patch.object(torch, "device", lambda *_: cpu),
+        mock.patch.object(nvlink._native, "load", Launches),
+        mock.patch.object(nvlink_streams, "in_flight", lambda _: InFlight(132)),
+    ):
+        return NVLinkBackend(memory, CONFIG)
 
 
 @pytest.fixture
 def backend():
     with (
-        mock.patch.object(nvlink, "_raw_stream", lambda _: CURRENT),
+        mock.patch.object(nvlink_streams, "raw_stream", lambda _: CURRENT),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
-        mock.patch.object(nvlink, "EventOverlap", lambda *args: SimpleNamespace(args=args)),
+        mock.patch.object(nvlink_streams, "EventOverlap", lambda *args: SimpleNamespace(args=args)),
     ):
         yield make_backend()
 
@@ -197,7 +205,7 @@ def test_inside_a_graph_only_what_it_holds_is_waited_for(backend):
     backend.native.take()
     with (
         mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),
-        mock.patch.object(backend, "_is_within_reach", lambda stream: stream == COMM),
+        mock.patch.object(backend._streams, "_is_within_reach", lambda stream: stream == COMM),
     ):
         dispatch(backend, handle)
         assert backend.native.take()[0] == ("wait", CURRENT, COMM)
@@ -205,7 +213,7 @@ def test_inside_a_graph_only_what_it_holds_is_waited_for(backend):
             plan(backend)
         backend.abandon()
         assert backend.native.take() == []
-    with mock.patch.object(backend, "_is_within_reach", lambda stream: False):
+    with mock.patch.object(backend._streams, "_is_within_reach", lambda stream: False):
         dispatch(backend, handle, asynchronous=True)
         backend.native.take()
         dispatch(backend, handle)
@@ -236,3 +244,18 @@ def test_records_are_what_the_kernels_wrote():
     assert dispatch_record.slowest_rank == 2 and dispatch_record.seconds == pytest.approx(3e-6)
     assert combine_record.wire_bytes == 0 and recorder.since(1)[0].op == "combine"
     assert recorder.since(2) == []
+
+
+def test_after_an_error_or_the_end_nothing_is_left_behind(backend):
+    handle = plan(backend)
+    dispatch(backend, handle)
+    backend.native.take()
+    backend.wait_for_plan()
+    assert backend.native.take() == [("wait", CURRENT, SIDE)]
+    backend.abandon()
+    assert backend.native.take() == [("wait", CURRENT, SIDE), ("wait", CURRENT, COMM)]
+    in_flight = backend._streams._in_flight
+    assert in_flight.start("another buffer's", COMM, 100) == [CURRENT]
+    backend.destroy()
+    assert backend.memory.free.called
+    assert in_flight.start("another buffer's", SIDE, 100) == [COMM]

@@ -13,11 +13,8 @@ while the other one pushes. Two operations run at once where both find room (nvl
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from ep_comm import _native, fp8
@@ -32,10 +29,10 @@ from ep_comm.backends.nvlink_routing import (
     arena_places,
     whole_vectors,
 )
-from ep_comm.backends.nvlink_streams import in_flight
+from ep_comm.backends.nvlink_rows import allocate_rows, describe_rows, whole_weight_rows
+from ep_comm.backends.nvlink_streams import Streams
 from ep_comm.backends.nvlink_tuning import (
     COMBINE_CHUNK_BYTES,
-    DISPATCH_CHUNK_BYTES,
     chunk_tokens,
     combine_chunks_per_unit,
     default_sms,
@@ -49,18 +46,12 @@ from ep_comm.events import EventOverlap
 from ep_comm.handle import DispatchHandle, RoutingSizes, RowLayout
 from ep_comm.layout import INPUT_KINDS, checked_source, raise_if_bad
 
-_RECV_KINDS = {torch.bfloat16: structs.EP_RECV_BF16, torch.float32: structs.EP_RECV_FP32}
 _MAX_ROWS = 2**31 - 1
 
 
 def _tag(*call: int) -> int:
     """0 to 255, the same for the same call on every rank: chunks carry it."""
     return hash(call) & 0xFF  # of integers the hash is the same in every process
-
-
-def _raw_stream(device_index: int) -> int:
-    """The current ``cudaStream_t``; `torch.cuda.current_stream` costs 6 µs, this a fraction."""
-    return torch._C._cuda_getCurrentRawStream(device_index)
 
 
 class NVLinkBackend:
@@ -94,17 +85,10 @@ class NVLinkBackend:
             dtype=torch.uint8,
             device=self.device,
         )
-        # The side stream's expand waits for other ranks' pushes: it must never run before one.
-        self._side_stream = self._new_stream(priority=0)
-        self._comm_stream = self._new_stream(priority=-1)
-        self._fork_event = torch.cuda.Event()
-        self._fork_event.record()  # torch makes the CUDA event at the first use
+        self._streams = Streams(self.native, self.device.index, self._new_stream)
         properties = torch.cuda.get_device_properties(self.device)
         self._available_sms: int = properties.multi_processor_count
         self._num_sms: int | None = None
-        self._in_flight = in_flight(self.device.index)
-        for op in (structs.EP_OP_DISPATCH, structs.EP_OP_COMBINE):
-            weakref.finalize(self, self._in_flight.forget, (id(self), op))
         self._num_plans = 0
         self._make_args()
 
@@ -173,8 +157,7 @@ class NVLinkBackend:
 
     def destroy(self) -> None:
         self.memory.free()
-        for op in (structs.EP_OP_DISPATCH, structs.EP_OP_COMBINE):
-            self._in_flight.forget((id(self), op))
+        self._streams.forget()
 
     def set_num_sms(self, num_sms: int | None) -> None:
         self._check_num_sms(num_sms)
@@ -201,8 +184,7 @@ class NVLinkBackend:
 
     def synchronize(self) -> None:
         """Wait on the host for the operations that were started."""
-        torch.cuda.current_stream().synchronize()
-        self._comm_stream.synchronize()
+        self._streams.synchronize()
 
     # --- plan ------------------------------------------------------------------------------------
 
@@ -240,7 +222,7 @@ class NVLinkBackend:
             num_tokens, num_topk, num_rows, self.num_ranks, self.num_local_experts
         )
         sms = self._sms(num_sms, asynchronous)
-        stream = self._begin(structs.EP_OP_DISPATCH, asynchronous, sms)
+        stream = self._streams.begin(structs.EP_OP_DISPATCH, asynchronous, sms)
         record = self.recorder.start("dispatch", 0)
         self._num_plans += 1
         arena = torch.empty(total, dtype=torch.int32, device=self.device)
@@ -276,11 +258,11 @@ class NVLinkBackend:
         args.expert_alignment = expert_alignment
         _, expand_sms = split_dispatch(sms, self.num_ranks)
         args.num_send_blocks, args.num_receive_blocks = split_plan(sms, expand_sms)
-        side_stream, event = self._side_stream.cuda_stream, self._fork_event.cuda_event
-        self.native.plan(args, stream, side_stream, event)
+        streams = self._streams
+        self.native.plan(args, stream, streams.side, streams.event)
         if asynchronous and routing_map is not None and has_weights:
             # The caller's stream selects the probabilities by the experts that the plan finds.
-            self.native.stream_wait(_raw_stream(self.device.index), stream, event)
+            streams.wait(streams.current, stream)
         return routing
 
     def wait_for_sizes(self, routing: NVLinkRouting) -> RoutingSizes:
@@ -292,7 +274,7 @@ class NVLinkBackend:
             routing.number,
             # The kernels' own bound names the late rank; it begins when they start.
             10 * self.config.timeout_s,
-            self._side_stream.cuda_stream,
+            self._streams.side,
         )
         self.memory.check_fault()
         if not arrived:
@@ -323,22 +305,17 @@ class NVLinkBackend:
             self.memory.check()
         if wire_dtype == fp8.FP8_DTYPE and scales is None:
             x, scales = fp8.quantize(x)
-        weights = topk_weights
-        if weights is not None and weights.shape[1] % 4:
-            weights = F.pad(weights, (0, -weights.shape[1] % 4))
-        elif weights is not None and weights.data_ptr() % 16:
-            weights = weights.clone()
-        has_weights = weights is not None
+        weights = whole_weight_rows(topk_weights)
         args = self._dispatch_args
-        self._describe_rows(args, routing, x, scales, weights, recv_dtype)
+        describe_rows(args, routing, x, scales, weights, recv_dtype)
         args.tag = _tag(
             routing.number, first is not None, args.row_bytes, args.scale_bytes, args.weight_bytes
         )
         if first is None:
             sms = self._sms(num_sms, asynchronous)
-            received = self._repeat(args, handle, has_weights, recv_dtype, asynchronous, sms)
+            received = self._repeat(args, handle, recv_dtype, asynchronous, sms)
         else:
-            received = self._first(args, handle, has_weights, recv_dtype, asynchronous, first)
+            received = self._first(args, handle, recv_dtype, asynchronous, first)
         return self._pending(
             received, asynchronous, (x, scales, weights, routing.source, routing.arena)
         )
@@ -347,14 +324,13 @@ class NVLinkBackend:
         self,
         args: structs.DispatchArgs,
         handle: DispatchHandle,
-        has_weights: bool,
         recv_dtype: torch.dtype,
         asynchronous: bool,
         sms: int,
     ) -> Received:
         """A dispatch whose routing is known: one kernel."""
-        received = self._allocate(args, handle, has_weights, recv_dtype)
-        stream = self._begin(structs.EP_OP_DISPATCH, asynchronous, sms)
+        received = allocate_rows(args, handle, self.config.hidden, recv_dtype, self.device)
+        stream = self._streams.begin(structs.EP_OP_DISPATCH, asynchronous, sms)
         args.node.record = self.recorder.start("dispatch", args.row_bytes + args.scale_bytes)
         args.is_planned = False
         push_blocks, expand_blocks = split_dispatch(sms, self.num_ranks)
@@ -367,18 +343,16 @@ class NVLinkBackend:
         self,
         args: structs.DispatchArgs,
         handle: DispatchHandle,
-        has_weights: bool,
         recv_dtype: torch.dtype,
         asynchronous: bool,
         first: FirstDispatch,
     ) -> Received:
         """The dispatch after its plan: it pushes while the plan and the host go on."""
-        stream, side_stream = first.stream, self._side_stream.cuda_stream
-        event = self._fork_event.cuda_event
+        streams, stream = self._streams, first.stream
         self.recorder.set_row_bytes(args.row_bytes + args.scale_bytes)
         if asynchronous:  # rows may have been quantised since the plan
-            self.native.stream_wait(stream, _raw_stream(self.device.index), event)
-        self.native.stream_wait(side_stream, stream, event)  # the input is ready
+            streams.wait(stream, streams.current)
+        streams.wait(streams.side, stream)  # the input is ready
         args.node.record = first.record
         args.is_planned = True
         push_blocks, expand_blocks = split_dispatch(first.num_sms, self.num_ranks)
@@ -387,9 +361,9 @@ class NVLinkBackend:
         if push_blocks:
             self.native.launch("ep_dispatch", args, stream)
         args.num_push_blocks, args.num_expand_blocks = 0, expand_blocks
-        received = self._allocate(args, handle, has_weights, recv_dtype)  # waits for the plan
-        self.native.launch("ep_dispatch", args, side_stream)
-        self.native.stream_wait(stream, side_stream, event)
+        received = allocate_rows(args, handle, self.config.hidden, recv_dtype, self.device)
+        self.native.launch("ep_dispatch", args, streams.side)
+        streams.wait(stream, streams.side)
         routing: NVLinkRouting = handle.routing
         if routing.capacity is None:
             raise_if_bad(
@@ -399,53 +373,6 @@ class NVLinkBackend:
                 self.config.num_experts,
             )
         return received
-
-    def _describe_rows(
-        self,
-        args: structs.DispatchArgs,
-        routing: NVLinkRouting,
-        x: Tensor,
-        scales: Tensor | None,
-        weights: Tensor | None,
-        recv_dtype: torch.dtype,
-    ) -> None:
-        args.x = x.data_ptr()
-        args.scales = None if scales is None else scales.data_ptr()
-        args.weights = None if weights is None else weights.data_ptr()
-        args.routing = routing.native
-        args.row_bytes = row_bytes = x.shape[1] * x.element_size()
-        args.scale_bytes = 0 if scales is None else scales.shape[1] * 4
-        args.weight_bytes = 0 if weights is None else routing.native.num_topk4 * 4
-        args.chunk_tokens = chunk_tokens(DISPATCH_CHUNK_BYTES, row_bytes)
-        args.recv_kind = structs.EP_RECV_BYTES
-        if scales is not None and recv_dtype != fp8.FP8_DTYPE:
-            args.recv_kind = _RECV_KINDS[recv_dtype]
-
-    def _allocate(
-        self,
-        args: structs.DispatchArgs,
-        handle: DispatchHandle,
-        has_weights: bool,
-        recv_dtype: torch.dtype,
-    ) -> Received:
-        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=self.device)
-
-        num_rows, hidden = handle.num_rows, self.config.hidden
-        scales = weights = None
-        if recv_dtype == fp8.FP8_DTYPE:
-            blocks = hidden // fp8.BLOCK
-            flat = handle.layout == "expert"
-            scales = empty(num_rows * blocks) if flat else empty(num_rows, blocks)
-        if has_weights:
-            shape = (num_rows,) if handle.layout == "expert" else (num_rows, handle.num_topk)
-            weights = empty(*shape)
-        x = empty(num_rows, hidden, dtype=recv_dtype)
-        args.num_rows = num_rows
-        args.recv_x = x.data_ptr()
-        args.recv_scales = None if scales is None else scales.data_ptr()
-        args.recv_weights = None if weights is None else weights.data_ptr()
-        return Received(x, scales, weights)
 
     # --- combine ---------------------------------------------------------------------------------
 
@@ -480,52 +407,23 @@ class NVLinkBackend:
         push_sms, sum_sms = split_combine(sms, self.num_ranks, routing.num_topk)
         args.num_push_blocks = push_sms * blocks_per_sm
         args.num_sum_blocks = sum_sms * blocks_per_sm
-        stream = self._begin(structs.EP_OP_COMBINE, asynchronous, sms)
+        stream = self._streams.begin(structs.EP_OP_COMBINE, asynchronous, sms)
         args.node.record = self.recorder.start("combine", row_bytes)
         self.native.launch("ep_combine", args, stream)
         keep = (x, topk_weights, routing.arena)
         return self._pending(Combined(combined, weights), asynchronous, keep)
 
-    # --- streams ---------------------------------------------------------------------------------
-
-    def _begin(self, op: int, asynchronous: bool, num_sms: int) -> int:
-        """The stream of the next operation, behind the caller's and all that it must not meet."""
-        current = _raw_stream(self.device.index)
-        stream = self._comm_stream.cuda_stream if asynchronous else current
-        event = self._fork_event.cuda_event
-        if stream != current:
-            self.native.stream_wait(stream, current, event)
-        behind = self._in_flight.start((id(self), op), stream, num_sms)
-        for other in behind:
-            # A graph waits for nothing outside of it: where it is replayed is up to the caller.
-            if other != current and self._is_within_reach(other):
-                self.native.stream_wait(stream, other, event)
-        return stream
-
-    @staticmethod
-    def _is_within_reach(other: int) -> bool:
-        """Whether the current stream can wait for `other`: one being captured only for its like."""
-        if not torch.cuda.is_current_stream_capturing():
-            return True
-        if other == 0:  # the default stream is never captured, and may not be asked meanwhile
-            return False
-        with torch.cuda.stream(torch.cuda.ExternalStream(other)):
-            return torch.cuda.is_current_stream_capturing()
+    # --- order ------------------------------------------------------------------------------------
 
     def wait_for_plan(self) -> None:
         """The current stream goes on when the newest plan is complete."""
-        current, event = _raw_stream(self.device.index), self._fork_event.cuda_event
-        self.native.stream_wait(current, self._side_stream.cuda_stream, event)
+        self._streams.wait(self._streams.current, self._streams.side)
 
     def abandon(self) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            return  # nothing runs, and the graph is void
-        current = _raw_stream(self.device.index)
-        for stream in (self._side_stream, self._comm_stream):
-            self.native.stream_wait(current, stream.cuda_stream, self._fork_event.cuda_event)
+        self._streams.abandon()
 
     def _pending(self, result, asynchronous: bool, keep: tuple) -> Pending:
-        """`keep` is what the kernels read: held until the caller's stream has waited."""
+        """`keep` is what the kernels read."""
         if not asynchronous:
             return Pending(result, EventOverlap())
-        return Pending(result, EventOverlap(self._comm_stream.record_event(), keep))
+        return Pending(result, self._streams.comm_event(keep))
