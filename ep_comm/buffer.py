@@ -129,7 +129,7 @@ class Buffer:
             expert_alignment: Rows of each group are a multiple of this. 16 is what Transformer
                 Engine's FP8 GEMMs need.
             wire_dtype: None sends rows as they are; ``torch.float8_e4m3fn`` quantises BF16 or
-                FP32 rows for the way.
+                FP32 rows for the way; hidden must be a multiple of 128, over NVLink of 512.
             recv_dtype: Type of the received rows; None is x's own. With FP8 on the wire:
                 ``float8_e4m3fn`` gives (rows, scales) as they came, BF16 or FP32 dequantises.
             num_worst_tokens: Rows of the output, padding included. The host then waits for
@@ -138,7 +138,8 @@ class Buffer:
                 are padding. Rows for which there is no room are dropped, and the next call raises
                 `EPOverflowError` (one for all that overflowed before it). A cached dispatch takes
                 it from its handle.
-            num_sms: SMs that the kernels occupy; None is what `set_num_sms` says.
+            num_sms: SMs that the kernels occupy; None is what `set_num_sms` says. The backward
+                always takes that.
             previous_event: The operation starts after this event.
             async_finish: Run on the communication stream; wait for the returned event before
                 touching the outputs, or freeing them. No effect with the reference backend.
@@ -254,7 +255,8 @@ class Buffer:
                 [T, K] without any sum. With their gradients this is the backward of dispatch.
             grad_wire_dtype: In the backward, which dispatches the gradient of `combined_x`: None
                 sends its rows as they are; ``torch.float8_e4m3fn`` quantises them for the way, and
-                they arrive dequantised, in x's dtype. Gradients of `topk_weights` stay FP32.
+                they arrive dequantised, in x's dtype (hidden as for `dispatch`'s `wire_dtype`).
+                Gradients of `topk_weights` stay FP32.
             num_sms, previous_event, async_finish, allocate_on_comm_stream: As in `dispatch`.
 
         Returns:

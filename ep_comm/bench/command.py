@@ -121,8 +121,8 @@ def train(
     """Time whole training steps with several dispatchers, interleaved block by block.
 
     Run by torchrun, one process a GPU. The model is the training example's, fed with random tokens;
-    any other --key value goes to its configuration, as in --num-layers 2. Ratios are to alltoall,
-    of variants with FP8 experts to alltoall-fp8.
+    any other --key value goes to its configuration, as in --num-layers 2. Ratios are
+    alltoall's time over the variant's (above 1: faster), for FP8 experts alltoall-fp8's.
     """
     from ep_comm.bench.train_settings import find_examples, make_train_settings
     from ep_comm.errors import EPArgumentError
