@@ -48,10 +48,9 @@ int32_t launch(Kernel kernel, const ep_probabilities_args& args, int64_t count, 
 namespace ep {
 
 int32_t load_probability_kernels() {
-  cudaFuncAttributes attributes;
   for (const Kernel kernel : {select_kernel, scatter_kernel}) {
-    const int32_t status = check_cuda(
-        cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "probabilities");
+    const int32_t status =
+        load_kernel(reinterpret_cast<const void*>(kernel), "probability kernels");
     if (status != EP_OK) return status;
   }
   return EP_OK;

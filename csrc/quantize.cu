@@ -82,11 +82,9 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const ep_quantize_ar
 namespace ep {
 
 int32_t load_quantize_kernels() {
-  cudaFuncAttributes attributes;
   for (const void* kernel : {reinterpret_cast<const void*>(quantize_kernel<__nv_bfloat16>),
                              reinterpret_cast<const void*>(quantize_kernel<float>)}) {
-    const int32_t status =
-        check_cuda(cudaFuncGetAttributes(&attributes, kernel), "quantisation kernels");
+    const int32_t status = load_kernel(kernel, "quantisation kernels");
     if (status != EP_OK) return status;
   }
   return EP_OK;

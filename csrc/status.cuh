@@ -15,7 +15,13 @@ int32_t fail(int32_t status, const char* format, ...) __attribute__((format(prin
 // EP_OK, or EP_ERR_CUDA with a text that says what failed (`what`) and CUDA's reason.
 int32_t check_cuda(cudaError_t error, const char* what);
 
-// Loads `kernel`, whose blocks leave room on their SM for those of a dispatch: an SM that is set up for
+// Loads `kernel` on the current device.
+inline int32_t load_kernel(const void* kernel, const char* what) {
+  cudaFuncAttributes attributes;
+  return check_cuda(cudaFuncGetAttributes(&attributes, kernel), what);
+}
+
+// Loads one whose blocks leave room on their SM for those of a dispatch: an SM that is set up for
 // little shared memory could not take one before it is idle.
 inline int32_t load_beside_dispatch(const void* kernel, const char* what) {
   return check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,

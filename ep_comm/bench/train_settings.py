@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ep_comm.errors import EPArgumentError
-from ep_comm.variants import VARIANTS
+from ep_comm.variants import TRAINING_SCRIPT, VARIANTS, find_training_script, first_owned
 
-_SCRIPT = Path("examples", "pretrain_moe.py")
 # What the benchmark decides itself, by flag, with what to use instead.
 _OWN_FLAGS = {
     "--global-batch-size": "--microbatches",
@@ -71,10 +70,8 @@ def make_train_settings(
     """
     if not config.is_file():
         raise EPArgumentError(f"--config {config}: no such file")
-    for flag in (argument.split("=")[0] for argument in extra):
-        instead = _OWN_FLAGS.get(flag.replace("--no-", "--", 1))
-        if instead:
-            raise EPArgumentError(f"{flag} is what is measured: use {instead}")
+    if own := first_owned(extra, _OWN_FLAGS):
+        raise EPArgumentError(f"{own[0]} is what is measured: use {own[1]}")
     for name, value, least in (
         ("--blocks", blocks, 1),
         ("--steps", steps, 1),
@@ -99,12 +96,13 @@ def find_examples(config: Path) -> Path:
     Raises:
         EPArgumentError: There is no such checkout.
     """
-    for folder in (*config.resolve().parents, Path.cwd()):
-        if (folder / _SCRIPT).is_file():
-            return (folder / _SCRIPT).parent
-    raise EPArgumentError(
-        f"no {_SCRIPT} beside or above {config} or in {Path.cwd()}: bench train needs a checkout"
-    )
+    script = find_training_script(config)
+    if script is None:
+        raise EPArgumentError(
+            f"no {TRAINING_SCRIPT} beside or above {config} or in {Path.cwd()}: bench train needs "
+            "a checkout"
+        )
+    return script.parent
 
 
 def _parse_variants(text: str) -> tuple[str, ...]:

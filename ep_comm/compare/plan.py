@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ep_comm import variants
+from ep_comm.variants import TRAINING_SCRIPT, find_training_script, first_owned
 
 REFERENCE = "alltoall"
 DEEPEP = "deepep"
@@ -35,7 +36,6 @@ _VARIANT_FLAGS = {flag for flags in VARIANTS.values() for flag in flags if flag.
 # What a comparison decides itself, by flag, with what to use instead.
 _OWN_FLAGS = {
     **dict.fromkeys(_VARIANT_FLAGS, "--variants"),
-    **dict.fromkeys((flag.replace("--", "--no-", 1) for flag in _VARIANT_FLAGS), "--variants"),
     "--train-iters": "--steps",
     **dict.fromkeys(("--run-dir", "--save", "--load"), "--out"),
     "--wandb-exp-name": "--wandb-project; runs are named after their variant",
@@ -48,7 +48,6 @@ _NEEDED_SETTINGS = """
     train_iters eval_iters save_interval seed data_seed hidden_size expert_model_parallel_size
     bf16 use_distributed_optimizer data_path wandb_project wandb_save_dir
 """.split()
-_SCRIPT = Path("examples", "pretrain_moe.py")
 
 
 class CompareError(Exception):
@@ -163,9 +162,8 @@ def make_plan(
     script = _find_script(config) if script is None else script
     if not script.is_file():
         raise CompareError(f"--script {script}: no such file")
-    for flag in (argument.split("=")[0] for argument in extra):
-        if flag in _OWN_FLAGS:
-            raise CompareError(f"{flag} is what is compared: use {_OWN_FLAGS[flag]}")
+    if own := first_owned(extra, _OWN_FLAGS):
+        raise CompareError(f"{own[0]} is what is compared: use {own[1]}")
     flags = list(extra)
     if steps is not None:
         flags += ["--train-iters", str(steps)]
@@ -206,13 +204,13 @@ def _parse_variants(text: str) -> list[str]:
 
 
 def _find_script(config: Path) -> Path:
-    checkouts = [*config.resolve().parents, Path.cwd()]
-    for folder in checkouts:
-        if (folder / _SCRIPT).is_file():
-            return folder / _SCRIPT
-    raise CompareError(
-        f"no {_SCRIPT} beside or above {config} or in {Path.cwd()}: name it with --script"
-    )
+    script = find_training_script(config)
+    if script is None:
+        raise CompareError(
+            f"no {TRAINING_SCRIPT} beside or above {config} or in {Path.cwd()}: name it with "
+            "--script"
+        )
+    return script
 
 
 def _settings(script: Path, config: Path, flags: Sequence[str]) -> dict[str, Any]:
