@@ -1,116 +1,70 @@
 // Combine: a token's rows are added up on each rank that has some, and the partial rows on the
 // token's own rank. The order of every sum is fixed (docs/architecture.md, "Numerics").
 //
-// One kernel with two kinds of blocks, one row a block at a time, each thread 16 bytes of it.
-//   push blocks  take (run of received rows, owner) units: add each row's expert rows in ascending
-//                expert order, round, store the partial row in the owner's memory; then flag the
-//                unit's chunks there. Owners rotate. Rows of this rank's own tokens need no slot.
-//   sum blocks   take groups of this rank's tokens, wait for the chunks that hold their partial rows,
-//                and add those in ascending rank order, rounding once a node and once over the nodes.
+// One kernel with two kinds of teams (rows.cuh), one block an SM. Their listers decide what is added:
+//   pushing teams  take (run of received rows, owner) units: each row's expert rows in ascending
+//                  expert order become a partial row, which goes to the owner's memory; a unit's
+//                  chunks are flagged there. Owners rotate. Rows of this rank's own tokens need no slot.
+//   summing teams  take groups of this rank's tokens, wait for the chunks that hold their partial
+//                  rows, and add those in ascending rank order, rounding once a node and once over the
+//                  nodes.
 
 #include <algorithm>
-#include <cuda_bf16.h>
 
 #include "node.cuh"
+#include "rows.cuh"
 #include "status.cuh"
 
 namespace {
 
 using namespace ep;
 
-constexpr int kMaxThreads = 448;
-constexpr int kBlocksPerSm = 4;  // of the largest blocks
-constexpr int kMaxBlocksPerSm = 8;
-constexpr int kGroupTokens = 2;  // tokens that a sum block takes at a time
-constexpr int kMaxUnitRows = 32;
-constexpr int kLoadsInFlight = 2;
+constexpr int kMaxUnitRows = 32;    // a lister's lane lists one
+constexpr int kMaxGroupTokens = 32; // the same
+// Levels of a sum.
+constexpr int kOfExperts = 0, kOfRanks = 1, kOfNodes = 2;
 
-// 16 bytes of a row as FP32 numbers.
-template <typename T>
-struct Vector;
+__device__ inline int32_t lane_id() { return threadIdx.x % kWarpSize; }
 
-template <>
-struct Vector<__nv_bfloat16> {
-  float value[8];
-  __device__ explicit Vector(const uint4& bits) { unpack(bits, value); }
-  __device__ void add(const uint4& bits) {
-    float other[8];
-    unpack(bits, other);
+// Sum of `count` over the lanes before this one.
+__device__ inline int32_t sum_before(int32_t count, int32_t* total) {
+  int32_t sum = count;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) value[i] += other[i];
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const int32_t before = __shfl_up_sync(kFullWarp, sum, step);
+    if (lane_id() >= step) sum += before;
   }
-  __device__ uint4 rounded() const {
-    uint4 bits;
-    auto* const pairs = reinterpret_cast<__nv_bfloat162*>(&bits);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(value[2 * i], value[2 * i + 1]);
-    return bits;
-  }
-  __device__ static void unpack(const uint4& bits, float* out) {
-    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      out[2 * i] = __uint_as_float(words[i] << 16);
-      out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-    }
-  }
-};
+  *total = __shfl_sync(kFullWarp, sum, kWarpSize - 1);
+  return sum - count;
+}
 
-template <>
-struct Vector<float> {
-  float4 value;
-  __device__ explicit Vector(const uint4& bits) {
-    value = make_float4(__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
-                        __uint_as_float(bits.w));
-  }
-  __device__ void add(const uint4& bits) {
-    value.x += __uint_as_float(bits.x);
-    value.y += __uint_as_float(bits.y);
-    value.z += __uint_as_float(bits.z);
-    value.w += __uint_as_float(bits.w);
-  }
-  __device__ uint4 rounded() const {
-    return make_uint4(__float_as_uint(value.x), __float_as_uint(value.y),
-                      __float_as_uint(value.z), __float_as_uint(value.w));
-  }
-};
+// Output rows of received row n in ascending order of experts, [K4]; -1 behind the last.
+__device__ inline const int4* output_rows(const ep_combine_args& args, int64_t n) {
+  return reinterpret_cast<const int4*>(args.routing.rows_ascending + n * args.routing.num_topk4);
+}
 
-// A sum that starts from its first number, not from zero, so that -0 survives; +0 without any.
-template <typename T>
-struct RunningSum {
-  Vector<T> sum{make_uint4(0, 0, 0, 0)};
-  bool any = false;
-  __device__ void add(const uint4& bits) {
-    if (any) {
-      sum.add(bits);
-    } else {
-      sum = Vector<T>(bits);
-    }
-    any = true;
+// How many there are, 1 where none fitted into the output: that is listed too, as zeros.
+__device__ inline int32_t count_rows(const ep_combine_args& args, int64_t n) {
+  const int4* const rows = output_rows(args, n);
+  int32_t count = 0;
+  for (int32_t i = 0; i < args.routing.num_topk4 / 4; ++i) {
+    const int4 four = rows[i];
+    count += (four.x >= 0) + (four.y >= 0) + (four.z >= 0) + (four.w >= 0);
   }
-};
+  return max(count, 1);
+}
 
-// Level 1: 16 bytes of a token's partial row, from its rows in ascending order; +0 where none of them
-// fitted into the output. Several loads before the first addition: what takes time is memory's
-// latency.
-template <typename T>
-__device__ inline uint4 sum_expert_rows(const uint4* x, const int32_t* rows, int32_t num_topk4,
-                                        int32_t vectors_per_row, int32_t column) {
-  const uint4* const at_column = x + column;
-  const auto load = [&](int32_t row) {
-    return ptx::load_read_only(at_column + static_cast<int64_t>(row) * vectors_per_row);
-  };
-  const int32_t first = rows[0], second = rows[1], third = rows[2];
-  if (first < 0) return make_uint4(0, 0, 0, 0);
-  const uint4 a = load(first);
-  uint4 b, c;
-  if (second >= 0) b = load(second);
-  if (third >= 0) c = load(third);
-  Vector<T> sum(a);
-  if (second >= 0) sum.add(b);
-  if (third >= 0) sum.add(c);
-  for (int32_t k = 3; k < num_topk4 && rows[k] >= 0; ++k) sum.add(load(rows[k]));
-  return sum.rounded();
+// Lists the `count` output rows of received row n as one sum; `what` belongs to that sum.
+__device__ inline void list_rows(const ep_combine_args& args, int64_t n, int32_t count,
+                                 uint32_t what, ListedRow* list) {
+  const auto* const rows = reinterpret_cast<const int32_t*>(output_rows(args, n));
+  for (int32_t i = 0; i < count; ++i) {
+    const int32_t row = rows[i];
+    uint32_t of_row = i == 0 ? ListedRow::first_of(kOfExperts) : 0;
+    if (i == count - 1) of_row |= ListedRow::last_of(kOfExperts);
+    if (row < 0) of_row |= ListedRow::kNone;
+    list[i] = ListedRow{row, what | of_row};
+  }
 }
 
 // Probability gradient of entry k of received row n.
@@ -122,212 +76,254 @@ __device__ inline float weight_of(const ep_combine_args& args, int64_t n, int32_
   return args.weights[routing.expert_major ? row : int64_t{row} * routing.num_topk + k];
 }
 
-template <typename T>
-__device__ void push(const ep_combine_args& args) {
-  const ep_node& node = args.node;
-  const int32_t num_ranks = node.num_ranks, num_peers = num_ranks - 1;
-  const int32_t vectors = args.row_bytes / 16;
-  const auto* const x = reinterpret_cast<const uint4*>(args.x);
+// ---- Pushing -------------------------------------------------------------------------------------
 
-  bool may_send = !aborted(node);  // after a fault elsewhere the input may be garbage
-  if (may_send && static_cast<int32_t>(threadIdx.x) < num_peers) {
-    const int32_t peer = (node.rank + 1 + threadIdx.x) % num_ranks;
-    const uint32_t* const credit =
-        in_memory_of<uint32_t>(node, node.rank, args.credit_offset) + peer;
-    may_send = wait_epoch(node, credit, epoch_of(node) - 1, EP_PHASE_CREDIT, peer);
-  }
-  if (!__syncthreads_and(may_send)) return;
-
-  // Output rows of the unit's received rows: read once, not once a row and thread.
-  extern __shared__ int32_t rows_of_unit[];
-  const int32_t unit_rows = args.chunk_rows * args.chunks_per_unit;
-  const int32_t num_units = (args.max_tokens + unit_rows - 1) / unit_rows * num_peers;
-  for (int32_t unit = blockIdx.x; unit < num_units; unit += args.num_push_blocks) {
-    const int32_t owner = (node.rank + 1 + unit % num_peers) % num_ranks;
-    const int32_t begin = unit / num_peers * unit_rows;
-    const int32_t end = min(begin + unit_rows, args.routing.num_recv[owner]);
-    if (begin >= end) continue;  // and nobody waits for it
-    const int64_t region =
-        static_cast<int64_t>(region_of(node.rank, owner, num_ranks)) * args.max_tokens;
-    auto* const partials = in_memory_of<uint4>(node, owner, args.row_offset);
-    auto* const partial_weights = in_memory_of<float>(node, owner, args.weight_offset);
-    const int64_t first_n = static_cast<int64_t>(owner) * args.max_tokens + begin;
-    for (int32_t i = threadIdx.x; i < (end - begin) * args.routing.num_topk4; i += blockDim.x) {
-      rows_of_unit[i] = args.routing.rows_ascending[first_n * args.routing.num_topk4 + i];
-    }
-    __syncthreads();
-    for (int32_t slot = begin; slot < end; ++slot) {
-      const int32_t* const rows = rows_of_unit + (slot - begin) * args.routing.num_topk4;
-      for (int32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
-        partials[(region + slot) * vectors + i] =
-            sum_expert_rows<T>(x, rows, args.routing.num_topk4, vectors, i);
-      }
-      const int32_t k = threadIdx.x;
-      if (args.weights != nullptr && k < args.routing.num_topk) {
-        const int64_t place = static_cast<int64_t>(node.rank) * args.max_tokens + slot;
-        partial_weights[place * args.routing.num_topk + k] =
-            weight_of(args, first_n + slot - begin, k);
-      }
-    }
-    __syncthreads();
-    const int32_t chunk = begin / args.chunk_rows + threadIdx.x;
-    if (chunk * args.chunk_rows < end) {
-      signal(node,
-             in_memory_of<uint32_t>(node, owner, args.flag_offset) +
-                 static_cast<int64_t>(node.rank) * args.max_chunks + chunk,
-             chunk_stamp(epoch_of(node), args.tag));
-    }
-  }
-}
-
-// Waits until the partial rows of tokens [begin, end) are there, from every other rank.
-__device__ bool partials_are_there(const ep_combine_args& args, int32_t begin, int32_t end) {
-  const ep_node& node = args.node;
-  const int32_t num_ranks = node.num_ranks;
-  bool fine = true;
-  const int32_t r = threadIdx.x;
-  if (r < num_ranks && r != node.rank) {
-    const uint32_t* const flags = in_memory_of<uint32_t>(node, node.rank, args.flag_offset) +
-                                  static_cast<int64_t>(r) * args.max_chunks;
-    int32_t known = -1;  // slots ascend with tokens, so chunks come in order
-    for (int32_t t = begin; t < end && fine; ++t) {
-      const int32_t slot = args.routing.send_slot[static_cast<int64_t>(t) * num_ranks + r];
-      const int32_t chunk = slot < 0 ? -1 : slot / args.chunk_rows;
-      if (chunk <= known) continue;
-      const int32_t epoch = epoch_of(node);
-      const uint32_t stamp = chunk_stamp(epoch, args.tag);
-      const auto is_of_this_epoch = [stamp](uint32_t value) { return value >> 8 == stamp >> 8; };
-      uint32_t seen;
-      fine = wait_flag(node, &flags[chunk], is_of_this_epoch, &seen, EP_PHASE_ROWS, r,
-                       epoch) &&
-             same_call(node, stamp, seen, r);
-      known = chunk;
-    }
-  }
-  return __syncthreads_and(fine);
-}
-
-// The slots of one token at every rank, and the output rows of its own rank's slot.
-struct Places {
-  int32_t slot[EP_MAX_NODE_RANKS];
-  int32_t own_rows[EP_MAX_TOPK];
+// Chunks of an owner that a unit fills.
+struct Chunks {
+  int32_t owner = 0;
+  int32_t first = 0;
+  int32_t count = 0;
 };
 
-// Levels 2 and 3 for 16 bytes of a token's row. Partial rows were written by other GPUs while this
-// kernel ran: ordinary loads only. The usual single node needs no sum of its own for level 3.
-template <typename T, bool kOneNode>
-__device__ inline uint4 sum_partials(const ep_combine_args& args, const Places& places,
-                                     int32_t vectors, int32_t column) {
+__device__ inline void raise(const ep_combine_args& args, const Chunks& chunks) {
   const ep_node& node = args.node;
-  const int32_t num_ranks = node.num_ranks;
-  const auto* const x = reinterpret_cast<const uint4*>(args.x);
-  const auto* const partials = in_memory_of<const uint4>(node, node.rank, args.row_offset);
-  uint4 own;
-  if (places.slot[node.rank] >= 0) {
-    own = sum_expert_rows<T>(x, places.own_rows, args.routing.num_topk4, vectors, column);
-  }
-  RunningSum<T> node_sum, overall;
-  for (int32_t first = 0; first < num_ranks; first += kLoadsInFlight) {
-    uint4 bits[kLoadsInFlight];
-#pragma unroll
-    for (int i = 0; i < kLoadsInFlight; ++i) {
-      const int32_t r = first + i;
-      if (r >= num_ranks || places.slot[r] < 0) continue;
-      const int64_t region = region_of(r, node.rank, num_ranks);
-      bits[i] = r == node.rank
-                    ? own
-                    : partials[(region * args.max_tokens + places.slot[r]) * vectors + column];
-    }
-#pragma unroll
-    for (int i = 0; i < kLoadsInFlight; ++i) {
-      const int32_t r = first + i;
-      if (r >= num_ranks) continue;
-      if (places.slot[r] >= 0) node_sum.add(bits[i]);
-      if (!kOneNode && (r + 1) % args.ranks_per_node == 0 && node_sum.any) {
-        overall.add(node_sum.sum.rounded());
-        node_sum.any = false;
-      }
-    }
-  }
-  return kOneNode ? node_sum.sum.rounded() : overall.sum.rounded();
+  if (lane_id() >= chunks.count) return;
+  uint32_t* const flags = in_memory_of<uint32_t>(node, chunks.owner, args.flag_offset) +
+                          static_cast<int64_t>(node.rank) * args.max_chunks;
+  signal(node, &flags[chunks.first + lane_id()], chunk_stamp(epoch_of(node), args.tag));
 }
 
-template <typename T, bool kOneNode>
-__device__ void sum(const ep_combine_args& args) {
+// True when every other rank has read what the last combine sent it.
+__device__ inline bool may_push(const ep_node& node, int64_t credit_offset) {
+  bool fine = !aborted(node);  // after a fault elsewhere the input may be garbage
+  if (fine && lane_id() < node.num_ranks - 1) {
+    const int32_t peer = (node.rank + 1 + lane_id()) % node.num_ranks;
+    const uint32_t* const credit = in_memory_of<uint32_t>(node, node.rank, credit_offset) + peer;
+    fine = wait_epoch(node, credit, epoch_of(node) - 1, EP_PHASE_CREDIT, peer);
+  }
+  return __all_sync(kFullWarp, fine);
+}
+
+// Lists the partial rows of received rows [begin, end) of an owner; returns how many rows that takes.
+__device__ int32_t list_unit(const ep_combine_args& args, int32_t owner, int32_t begin, int32_t end,
+                             ListedRow* list) {
+  const int32_t slot = begin + lane_id();
+  const int64_t n = static_cast<int64_t>(owner) * args.max_tokens + slot;
+  const int32_t count = slot < end ? count_rows(args, n) : 0;
+  int32_t total;
+  const int32_t at = sum_before(count, &total);
+  list_rows(args, n, count, static_cast<uint32_t>(lane_id()) << ListedRow::kOutShift, list + at);
+  return total;
+}
+
+__device__ void send_weights(const ep_combine_args& args, int32_t owner, int32_t begin, int32_t end) {
   const ep_node& node = args.node;
-  const int32_t num_ranks = node.num_ranks;
-  const int32_t vectors = args.row_bytes / 16;
-  const int32_t experts_per_rank = args.num_local_experts;
-  const int32_t num_groups = (args.routing.num_tokens + kGroupTokens - 1) / kGroupTokens;
+  const int32_t num_topk = args.routing.num_topk;
+  const int64_t from = (static_cast<int64_t>(owner) * args.max_tokens + begin) * num_topk;
+  const int64_t to = (static_cast<int64_t>(node.rank) * args.max_tokens + begin) * num_topk;
+  float* const weights = in_memory_of<float>(node, owner, args.weight_offset);
+  for (int32_t i = lane_id(); i < (end - begin) * num_topk; i += kWarpSize) {
+    weights[to + i] = weight_of(args, (from + i) / num_topk, i % num_topk);
+  }
+}
+
+__device__ void list_pushes(const ep_combine_args& args, const Team& team, int32_t vectors) {
+  const ep_node& node = args.node;
+  const int32_t num_ranks = node.num_ranks, num_peers = num_ranks - 1;
+  const int32_t unit_rows = args.chunk_rows * args.chunks_per_unit;
+  const int32_t num_units = (args.max_tokens + unit_rows - 1) / unit_rows * num_peers;
+  Chunks pushed;
+  int32_t number = 0;
+  if (may_push(node, args.credit_offset)) {
+    for (int32_t unit = team.index(); unit < num_units; unit += args.num_push_teams) {
+      const int32_t owner = (node.rank + 1 + unit % num_peers) % num_ranks;
+      const int32_t begin = unit / num_peers * unit_rows;
+      const int32_t end = min(begin + unit_rows, args.routing.num_recv[owner]);
+      if (begin >= end) continue;  // and nobody waits for it
+      const int32_t num_rows = list_unit(args, owner, begin, end, team.rows(number));
+      if (args.weights != nullptr) send_weights(args, owner, begin, end);
+      const int64_t region =
+          static_cast<int64_t>(region_of(node.rank, owner, num_ranks)) * args.max_tokens;
+      team.hand_over(number++,
+                     in_memory_of<uint4>(node, owner, args.row_offset) + (region + begin) * vectors,
+                     num_rows);
+      raise(args, pushed);
+      const int32_t num_chunks = (end - begin + args.chunk_rows - 1) / args.chunk_rows;
+      pushed = Chunks{owner, begin / args.chunk_rows, num_chunks};
+    }
+  }
+  team.hand_over(number, nullptr, -1);
+  raise(args, pushed);
+}
+
+// ---- Summing -------------------------------------------------------------------------------------
+
+// This lane's token of a group.
+struct Token {
+  int32_t slot[EP_MAX_NODE_RANKS];  // -1 where the token does not go
+  bool exists;
+};
+
+// Waits for the chunks with the partial rows of a group, from every other rank; lane r for rank r's.
+__device__ bool wait_for_partials(const ep_combine_args& args, const Token& token) {
+  const ep_node& node = args.node;
+  int32_t first = 0, last = -1;
+#pragma unroll
+  for (int32_t r = 0; r < EP_MAX_NODE_RANKS; ++r) {
+    // Slots of consecutive tokens are consecutive: every chunk in between has one of them.
+    const int32_t slot = token.slot[r];
+    const uint32_t lowest = __reduce_min_sync(kFullWarp, static_cast<uint32_t>(slot));
+    const int32_t highest = __reduce_max_sync(kFullWarp, slot);
+    if (r != lane_id() || r == node.rank || highest < 0) continue;
+    first = static_cast<int32_t>(lowest) / args.chunk_rows;
+    last = highest / args.chunk_rows;
+  }
+  const int32_t epoch = epoch_of(node), r = lane_id();
+  const uint32_t stamp = chunk_stamp(epoch, args.tag);
+  const auto is_of_this_epoch = [stamp](uint32_t value) { return value >> 8 == stamp >> 8; };
+  bool fine = true;
+  for (int32_t chunk = first; chunk <= last && fine; ++chunk) {
+    const uint32_t* const flag = in_memory_of<uint32_t>(node, node.rank, args.flag_offset) +
+                                 static_cast<int64_t>(r) * args.max_chunks + chunk;
+    uint32_t seen;
+    fine = wait_flag(node, flag, is_of_this_epoch, &seen, EP_PHASE_ROWS, r, epoch) &&
+           same_call(node, stamp, seen, r);
+  }
+  return __all_sync(kFullWarp, fine);
+}
+
+// Which sums the partial row of rank r opens and closes, among those of `ranks`.
+__device__ inline uint32_t place_in_sums(const ep_combine_args& args, uint32_t ranks, int32_t r) {
+  const int32_t ranks_per_node = min(args.ranks_per_node, args.node.num_ranks);
+  const uint32_t of_node = ((1u << ranks_per_node) - 1) << r / ranks_per_node * ranks_per_node;
+  const uint32_t below = (1u << r) - 1, above = ~below << 1;
+  uint32_t what = 0;
+  if (!(ranks & of_node & below)) what |= ListedRow::first_of(kOfRanks);
+  if (!(ranks & of_node & above)) what |= ListedRow::last_of(kOfRanks);
+  if (!(ranks & ~of_node & below)) what |= ListedRow::first_of(kOfNodes);
+  if (!(ranks & ~of_node & above)) what |= ListedRow::last_of(kOfNodes);
+  return what;
+}
+
+// Lists the rows of a group's tokens; returns how many that takes.
+__device__ int32_t list_group(const ep_combine_args& args, const Token& token, ListedRow* list) {
+  const ep_node& node = args.node;
+  uint32_t ranks = 0;  // that the token went to
+  int64_t own_n = -1;  // its received row on this one
+#pragma unroll
+  for (int32_t r = 0; r < EP_MAX_NODE_RANKS; ++r) {
+    if (token.slot[r] < 0) continue;
+    ranks |= 1u << r;
+    if (r == node.rank) own_n = static_cast<int64_t>(r) * args.max_tokens + token.slot[r];
+  }
+  const int32_t own_rows = own_n < 0 ? 0 : count_rows(args, own_n);
+  const bool is_nowhere = token.exists && ranks == 0;
+  const int32_t count = is_nowhere ? 1 : __popc(ranks) - (own_n >= 0) + own_rows;
+  int32_t total;
+  list += sum_before(count, &total);
+  const uint32_t out = static_cast<uint32_t>(lane_id()) << ListedRow::kOutShift;
+  constexpr uint32_t kAlone = ListedRow::first_of(kOfExperts) | ListedRow::last_of(kOfExperts);
+  if (is_nowhere) {
+    *list = ListedRow{-1, out | ListedRow::kNone | kAlone | place_in_sums(args, 0, 0)};
+  }
+#pragma unroll
+  for (int32_t r = 0; r < EP_MAX_NODE_RANKS; ++r) {
+    if (token.slot[r] < 0) continue;
+    const uint32_t what = out | place_in_sums(args, ranks, r);
+    if (r == node.rank) {
+      list_rows(args, own_n, own_rows, what, list);
+      list += own_rows;
+    } else {
+      const int32_t region = region_of(r, node.rank, node.num_ranks);
+      *list++ = ListedRow{region * args.max_tokens + token.slot[r],
+                          what | kAlone | ListedRow::kStaged};
+    }
+  }
+  return total;
+}
+
+__device__ void gather_weights(const ep_combine_args& args, int32_t begin, int32_t end) {
+  const ep_node& node = args.node;
+  const int32_t num_topk = args.routing.num_topk;
+  // Written by other GPUs while this kernel ran.
+  const volatile float* const staged = in_memory_of<float>(node, node.rank, args.weight_offset);
+  for (int32_t i = begin * num_topk + lane_id(); i < end * num_topk; i += kWarpSize) {
+    const int32_t expert = args.routing.topk_idx[i];
+    float weight = 0.0f;
+    if (expert >= 0) {
+      const int32_t t = i / num_topk, k = i % num_topk, r = expert / args.num_local_experts;
+      const int32_t slot = args.routing.send_slot[static_cast<int64_t>(t) * node.num_ranks + r];
+      const int64_t n = static_cast<int64_t>(r) * args.max_tokens + slot;
+      weight = r == node.rank ? weight_of(args, n, k) : staged[n * num_topk + k];
+    }
+    args.combined_weights[i] = weight;
+  }
+}
+
+__device__ void list_sums(const ep_combine_args& args, const Team& team, int32_t vectors) {
+  const ep_node& node = args.node;
+  const int32_t group_tokens = args.group_tokens;
+  const int32_t num_groups = (args.routing.num_tokens + group_tokens - 1) / group_tokens;
   auto* const out = reinterpret_cast<uint4*>(args.combined_x);
-  __shared__ Places places[kGroupTokens];
-  if (__syncthreads_or(aborted(node))) return;  // the plan may have left no indices
-  for (int32_t group = blockIdx.x - args.num_push_blocks; group < num_groups;
-       group += args.num_sum_blocks) {
-    const int32_t begin = group * kGroupTokens;
-    const int32_t end = min(begin + kGroupTokens, args.routing.num_tokens);
-    if (!partials_are_there(args, begin, end)) return;
-    if (static_cast<int32_t>(threadIdx.x) < (end - begin) * num_ranks) {
-      const int32_t t = begin + threadIdx.x / num_ranks, r = threadIdx.x % num_ranks;
-      places[t - begin].slot[r] = args.routing.send_slot[static_cast<int64_t>(t) * num_ranks + r];
+  int32_t number = 0;
+  bool fine = __all_sync(kFullWarp, !aborted(node));  // else the plan may have left no indices
+  for (int32_t group = team.index() - args.num_push_teams; fine && group < num_groups;
+       group += args.num_sum_teams) {
+    const int32_t begin = group * group_tokens;
+    const int32_t end = min(begin + group_tokens, args.routing.num_tokens);
+    const int32_t t = begin + lane_id();
+    Token token;
+    token.exists = t < end;
+#pragma unroll
+    for (int32_t r = 0; r < EP_MAX_NODE_RANKS; ++r) {
+      token.slot[r] = token.exists && r < node.num_ranks
+                          ? args.routing.send_slot[static_cast<int64_t>(t) * node.num_ranks + r]
+                          : -1;
     }
-    __syncthreads();
-    for (int32_t i = threadIdx.x; i < (end - begin) * args.routing.num_topk4; i += blockDim.x) {
-      Places& place = places[i / args.routing.num_topk4];
-      const int32_t slot = place.slot[node.rank], k = i % args.routing.num_topk4;
-      const int64_t n = static_cast<int64_t>(node.rank) * args.max_tokens + max(slot, 0);
-      place.own_rows[k] = args.routing.rows_ascending[n * args.routing.num_topk4 + k];
-    }
-    __syncthreads();
-    for (int32_t t = begin; t < end; ++t) {
-      const Places& place = places[t - begin];
-      for (int32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
-        out[static_cast<int64_t>(t) * vectors + i] = sum_partials<T, kOneNode>(args, place, vectors, i);
-      }
-      const int32_t k = threadIdx.x;
-      if (args.combined_weights != nullptr && k < args.routing.num_topk) {
-        const int32_t expert =
-            args.routing.topk_idx[static_cast<int64_t>(t) * args.routing.num_topk + k];
-        float weight = 0.0f;
-        if (expert >= 0) {
-          const int32_t r = expert / experts_per_rank;
-          const int64_t n = static_cast<int64_t>(r) * args.max_tokens + place.slot[r];
-          const volatile float* const staged =
-              in_memory_of<float>(node, node.rank, args.weight_offset);
-          weight = r == node.rank ? weight_of(args, n, k) : staged[n * args.routing.num_topk + k];
-        }
-        args.combined_weights[static_cast<int64_t>(t) * args.routing.num_topk + k] = weight;
-      }
-    }
+    const int32_t num_rows = list_group(args, token, team.rows(number));
+    fine = wait_for_partials(args, token);
+    if (!fine) break;
+    if (args.combined_weights != nullptr) gather_weights(args, begin, end);
+    team.hand_over(number++, out + static_cast<int64_t>(begin) * vectors, num_rows);
   }
+  team.hand_over(number, nullptr, -1);
 }
 
-template <typename T, bool kOneNode>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksPerSm)
-    combine_kernel(const __grid_constant__ ep_combine_args args) {
+// ---- The kernel ----------------------------------------------------------------------------------
+
+template <typename T, int kLevels>
+__global__ void __launch_bounds__(kMaxTeamThreads, 1)
+    combine_kernel(const __grid_constant__ ep_combine_args args, const Teams teams) {
+  extern __shared__ __align__(16) uint8_t shared[];
   if (blockIdx.x == 0 && threadIdx.x == 0) begin_operation(args.node);
-  if (static_cast<int32_t>(blockIdx.x) < args.num_push_blocks) {
-    push<T>(args);
-  } else {
-    sum<T, kOneNode>(args);
+  const Team team(shared, teams);
+  const int32_t vectors = args.row_bytes / 16;
+  const auto* const rows = reinterpret_cast<const uint4*>(args.x);
+  const auto* const staged =
+      in_memory_of<const uint4>(args.node, args.node.rank, args.row_offset);
+  if (team.index() < args.num_push_teams) {
+    if (team.is_lister()) {
+      list_pushes(args, team, vectors);
+    } else {
+      team.add_up<T, 1>(rows, nullptr, vectors);
+    }
+  } else if (team.index() < args.num_push_teams + args.num_sum_teams) {
+    if (team.is_lister()) {
+      list_sums(args, team, vectors);
+    } else {
+      team.add_up<T, kLevels>(rows, staged, vectors);
+    }
   }
-  end_operation(args.node, args.counter, args.num_push_blocks + args.num_sum_blocks,
-                args.credit_offset, args.routing.num_recv, args.row_bytes);
+  end_operation(args.node, args.counter, gridDim.x, args.credit_offset, args.routing.num_recv,
+                args.row_bytes);
 }
 
-int32_t threads_for(int32_t row_bytes) {
-  const int32_t vectors = row_bytes / 16;
-  const int32_t passes = std::max(1, (vectors + kMaxThreads - 1) / kMaxThreads);
-  const int32_t threads = (vectors + passes - 1) / passes;
-  return std::max(64, (threads + 31) / 32 * 32);  // at least one for each entry of a token
-}
-
-using Kernel = void (*)(const ep_combine_args);
+using Kernel = void (*)(const ep_combine_args, const Teams);
 
 // [dtype][whether all ranks are one node]
 constexpr Kernel kKernels[2][2] = {
-    {combine_kernel<__nv_bfloat16, false>, combine_kernel<__nv_bfloat16, true>},
-    {combine_kernel<float, false>, combine_kernel<float, true>},
+    {combine_kernel<__nv_bfloat16, 3>, combine_kernel<__nv_bfloat16, 2>},
+    {combine_kernel<float, 3>, combine_kernel<float, 2>},
 };
 
 }  // namespace
@@ -337,9 +333,9 @@ namespace ep {
 int32_t load_combine_kernels() {
   for (const auto& of_dtype : kKernels) {
     for (const Kernel kernel : of_dtype) {
-      const int32_t status =
-          load_beside_dispatch(reinterpret_cast<const void*>(kernel), "combine kernels");
-      if (status != EP_OK) return status;
+      const cudaError_t error = cudaFuncSetAttribute(
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxTeamShared);
+      if (error != cudaSuccess) return check_cuda(error, "combine kernels");
     }
   }
   return EP_OK;
@@ -363,33 +359,38 @@ int32_t ep_load_kernels(void) {
   return status;
 }
 
-int32_t ep_combine_blocks_per_sm(int32_t row_bytes) {
-  return std::min<int32_t>(kMaxBlocksPerSm,
-                           kBlocksPerSm * kMaxThreads / threads_for(row_bytes));
+int32_t ep_combine_teams_per_sm(int32_t row_bytes) {
+  return ep::Teams::of_rows(row_bytes, 0).num_teams;
 }
 
 int32_t ep_combine(const ep_combine_args* args, void* stream) {
   if (args->row_bytes % 16) {
     return ep::fail(EP_ERR_ARGUMENT, "rows of %d bytes are not a multiple of 16", args->row_bytes);
   }
-  const int32_t blocks = args->num_push_blocks + args->num_sum_blocks;
   const int32_t unit_rows = args->chunk_rows * args->chunks_per_unit;
-  if (unit_rows < 1 || unit_rows > kMaxUnitRows || args->routing.num_topk4 > EP_MAX_TOPK) {
+  const int32_t num_topk4 = args->routing.num_topk4;
+  if (unit_rows < 1 || unit_rows > kMaxUnitRows || num_topk4 > EP_MAX_TOPK) {
     return ep::fail(EP_ERR_ARGUMENT, "%d rows a unit, num_topk4 = %d: at most %d and %d",
-                    unit_rows, args->routing.num_topk4, kMaxUnitRows, EP_MAX_TOPK);
+                    unit_rows, num_topk4, kMaxUnitRows, EP_MAX_TOPK);
   }
-  if (args->num_push_blocks < 1 || args->num_sum_blocks < 1) {
-    return ep::fail(EP_ERR_ARGUMENT, "%d push and %d sum blocks: both are needed",
-                    args->num_push_blocks, args->num_sum_blocks);
+  if (args->group_tokens < 1 || args->group_tokens > kMaxGroupTokens) {
+    return ep::fail(EP_ERR_ARGUMENT, "group_tokens = %d is not in [1, %d]", args->group_tokens,
+                    kMaxGroupTokens);
   }
-  const int32_t threads = threads_for(args->row_bytes);
-  const auto on = static_cast<cudaStream_t>(stream);
+  if (args->num_push_teams < 1 || args->num_sum_teams < 1) {
+    return ep::fail(EP_ERR_ARGUMENT, "%d pushing and %d summing teams: both are needed",
+                    args->num_push_teams, args->num_sum_teams);
+  }
   if (args->dtype != EP_BF16 && args->dtype != EP_FP32) {
     return ep::fail(EP_ERR_ARGUMENT, "dtype = %d is not one of EP_BF16, EP_FP32", args->dtype);
   }
+  const int32_t list_rows = std::max(
+      unit_rows * num_topk4, args->group_tokens * (num_topk4 + args->node.num_ranks));
+  const ep::Teams teams = ep::Teams::of_rows(args->row_bytes, list_rows);
+  const int32_t num_teams = args->num_push_teams + args->num_sum_teams;
+  const int32_t blocks = (num_teams + teams.num_teams - 1) / teams.num_teams;
   const bool one_node = args->ranks_per_node >= args->node.num_ranks;
-  const int32_t shared_bytes =
-      unit_rows * args->routing.num_topk4 * static_cast<int32_t>(sizeof(int32_t));
-  kKernels[args->dtype][one_node]<<<blocks, threads, shared_bytes, on>>>(*args);
+  kKernels[args->dtype][one_node]<<<blocks, teams.block_threads(), teams.shared_bytes(),
+                                    static_cast<cudaStream_t>(stream)>>>(*args, teams);
   return ep::check_cuda(cudaGetLastError(), "ep_combine");
 }

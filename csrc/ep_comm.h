@@ -18,7 +18,7 @@ extern "C" {
 #define EP_API __attribute__((visibility("default")))
 
 /* Raise it with every change that an older caller would not survive; ep_comm/_native mirrors it. */
-#define EP_ABI_VERSION 4
+#define EP_ABI_VERSION 5
 
 /* What a function that returns a status may answer. ep_last_error() has the text. */
 enum {
@@ -357,20 +357,21 @@ typedef struct ep_combine_args {
   int32_t max_tokens;
   int32_t max_chunks;
   int32_t chunk_rows;             /* rows of a flag: equal on all ranks */
-  int32_t chunks_per_unit;        /* chunks that a block pushes before it raises their flags */
+  int32_t chunks_per_unit;        /* chunks that a team pushes before it raises their flags */
+  int32_t group_tokens;           /* tokens that a team sums at a time */
   int32_t row_bytes;
   int32_t dtype;                  /* EP_BF16 or EP_FP32 */
   int32_t num_local_experts;
   int32_t ranks_per_node;
-  int32_t num_push_blocks;
-  int32_t num_sum_blocks;
+  int32_t num_push_teams;         /* one block an SM has ep_combine_teams_per_sm() teams */
+  int32_t num_sum_teams;
 } ep_combine_args;
 
 /* Sums rows back to the ranks that own their tokens. */
 EP_API int32_t ep_combine(const ep_combine_args* args, void* stream);
 
-/* Blocks of ep_combine that fit on one SM for rows of that size, and threads of a block. */
-EP_API int32_t ep_combine_blocks_per_sm(int32_t row_bytes);
+/* Teams of threads that each add up rows of that size, on one SM. */
+EP_API int32_t ep_combine_teams_per_sm(int32_t row_bytes);
 
 /* ---- Probe: what the links carry --------------------------------------------------------------- */
 

@@ -117,15 +117,29 @@ __device__ inline void bulk_wait_written() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- Plain 16-byte accesses ----------------------------------------------------------------------
+// ---- 16-byte copies of a thread's own ------------------------------------------------------------
+//
+// Past L1, and so of memory too that other GPUs have written. Only the thread that loads may read the
+// shared memory without a barrier.
 
-// For memory that nothing writes while the kernel runs.
-__device__ inline uint4 load_read_only(const uint4* pointer) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(pointer));
-  return v;
+__device__ inline void async_load(uint4* shared, const uint4* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
+               : "memory");
+}
+
+__device__ inline void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// All but the newest kPending groups have arrived.
+template <int kPending>
+__device__ inline void async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- Barriers of some warps of a block -----------------------------------------------------------
+
+// Number 0 is __syncthreads'. For whole warps, `threads` in all.
+__device__ inline void named_barrier(int32_t number, int32_t threads) {
+  asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
 }  // namespace ep::ptx

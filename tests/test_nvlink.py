@@ -35,8 +35,8 @@ def test_all_sms_are_counted(num_sms):
     for num_ranks in (1, 2, 8):
         push, expand = split_dispatch(num_sms, num_ranks)
         assert push + expand == num_sms and expand >= 1 and (push >= 1) == (num_ranks > 1)
-        combine = split_combine(num_sms, num_ranks, 8)
-        assert sum(combine) == num_sms and min(combine) >= 1
+        combine = split_combine(num_sms, 3, num_ranks, 8)
+        assert sum(combine) == 3 * num_sms and min(combine) >= 1
 
 
 def one_waits_for_the_other(rank: int, num_sms: int) -> None:

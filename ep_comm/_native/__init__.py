@@ -18,7 +18,7 @@ from ep_comm._native import structs
 from ep_comm._native.structs import EP_ERR_ARGUMENT, EP_OK, STRUCTS
 from ep_comm.errors import EPArgumentError, EPStateError
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 LIBRARY_PATH = Path(__file__).with_name("libep_comm.so")
 
 _MAILBOX_ARRIVED = 1
@@ -62,7 +62,7 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
     "ep_select_probabilities": _launch(structs.ProbabilitiesArgs),
     "ep_scatter_probabilities": _launch(structs.ProbabilitiesArgs),
     "ep_dispatch": _launch(structs.DispatchArgs),
-    "ep_combine_blocks_per_sm": (ctypes.c_int32, [ctypes.c_int32]),
+    "ep_combine_teams_per_sm": (ctypes.c_int32, [ctypes.c_int32]),
     "ep_combine": _launch(structs.CombineArgs),
     "ep_probe": _launch(structs.ProbeArgs),
 }
@@ -197,9 +197,9 @@ class NativeLibrary:
             self.check(structs.EP_ERR_CUDA)
         return answer == _MAILBOX_ARRIVED
 
-    def combine_blocks_per_sm(self, row_bytes: int) -> int:
-        """Blocks of the combine kernel that one SM holds, for rows of that size."""
-        return self._dll.ep_combine_blocks_per_sm(row_bytes)
+    def combine_teams_per_sm(self, row_bytes: int) -> int:
+        """Teams of the combine kernel on one SM, for rows of that size."""
+        return self._dll.ep_combine_teams_per_sm(row_bytes)
 
 
 @functools.cache

@@ -35,6 +35,7 @@ from ep_comm.backends.nvlink_tuning import (
     COMBINE_CHUNK_BYTES,
     chunk_tokens,
     combine_chunks_per_unit,
+    combine_group_tokens,
     default_sms,
     split_combine,
     split_dispatch,
@@ -402,11 +403,11 @@ class NVLinkBackend:
         args.chunk_rows = chunk_tokens(COMBINE_CHUNK_BYTES, row_bytes)
         sms = self._sms(num_sms, asynchronous)
         args.chunks_per_unit = combine_chunks_per_unit(sms, args.chunk_rows, row_bytes)
+        args.group_tokens = combine_group_tokens(sms)
         args.dtype = structs.EP_BF16 if x.dtype == torch.bfloat16 else structs.EP_FP32
-        blocks_per_sm = self.native.combine_blocks_per_sm(row_bytes)
-        push_sms, sum_sms = split_combine(sms, self.num_ranks, routing.num_topk)
-        args.num_push_blocks = push_sms * blocks_per_sm
-        args.num_sum_blocks = sum_sms * blocks_per_sm
+        args.num_push_teams, args.num_sum_teams = split_combine(
+            sms, self.native.combine_teams_per_sm(row_bytes), self.num_ranks, routing.num_topk
+        )
         stream = self._streams.begin(structs.EP_OP_COMBINE, asynchronous, sms)
         args.node.record = self.recorder.start("combine", row_bytes)
         self.native.launch("ep_combine", args, stream)

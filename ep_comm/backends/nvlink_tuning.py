@@ -35,8 +35,10 @@ def split_plan(num_sms: int, expand_sms: int) -> tuple[int, int]:
 
 
 @functools.cache
-def split_combine(num_sms: int, num_ranks: int, num_topk: int) -> tuple[int, int]:
-    """SMs that push partial rows and SMs that sum them.
+def split_combine(
+    num_sms: int, teams_per_sm: int, num_ranks: int, num_topk: int
+) -> tuple[int, int]:
+    """Teams that push partial rows and teams that sum them.
 
     With few SMs by the rows that each half moves for a token of every rank: one that goes to other
     ranks is `copies` rows read and one written at each of them; at home it is its own `copies` and
@@ -45,8 +47,9 @@ def split_combine(num_sms: int, num_ranks: int, num_topk: int) -> tuple[int, int
     copies = max(1.0, num_topk / num_ranks)
     pushed = (num_ranks - 1) * (copies + 1)
     share = 0.5 if num_sms >= _FEW_SMS else pushed / (pushed + copies + num_ranks)
-    push = min(max(1, round(num_sms * share)), num_sms - 1)
-    return push, num_sms - push
+    teams = num_sms * teams_per_sm
+    push = min(max(1, round(teams * share)), teams - 1)
+    return push, teams - push
 
 
 @functools.cache
@@ -57,10 +60,17 @@ def chunk_tokens(chunk_bytes: int, row_bytes: int) -> int:
 
 @functools.cache
 def combine_chunks_per_unit(num_sms: int, chunk_rows: int, row_bytes: int) -> int:
-    """Chunks whose flags a push block raises at once. That holds it up: with few blocks, seldom.
+    """Chunks that a team pushes before it raises their flags: with few teams more at a time.
 
     A chunk itself is the same on all ranks, whatever their SMs.
     """
     if num_sms >= _FEW_SMS:
         return 1
     return max(1, min(_MAX_UNIT_ROWS, _FEW_SMS_UNIT_BYTES // row_bytes) // chunk_rows)
+
+
+@functools.cache
+def combine_group_tokens(num_sms: int) -> int:
+    """Tokens that a team sums at a time: few where the links decide, so that the last ones are soon
+    done."""
+    return 2 if num_sms >= _FEW_SMS else 8
