@@ -108,10 +108,10 @@ constexpr int32_t kProbabilitiesArgs[] = {
 constexpr int32_t kDispatchArgs[] = {
     EP_SIZE(ep_dispatch_args),
     F(node), F(routing), F(x), F(scales), F(weights), F(recv_x), F(recv_scales),
-    F(recv_weights), F(counter), F(flag_offset), F(credit_offset), F(slot_offset), F(tag),
-    F(max_tokens), F(max_chunks), F(chunk_tokens), F(row_bytes), F(scale_bytes),
-    F(weight_bytes), F(num_local_experts), F(recv_kind), F(num_rows), F(is_planned),
-    F(num_push_blocks), F(num_expand_blocks), F(num_blocks),
+    F(recv_weights), F(recv_topk_idx), F(counter), F(flag_offset), F(credit_offset),
+    F(slot_offset), F(tag), F(max_tokens), F(max_chunks), F(chunk_tokens), F(row_bytes),
+    F(scale_bytes), F(weight_bytes), F(num_local_experts), F(recv_kind), F(recv_idx_bytes),
+    F(num_rows), F(is_planned), F(num_push_blocks), F(num_expand_blocks), F(num_blocks),
 };
 #undef F
 

@@ -208,22 +208,41 @@ __device__ void push(const ep_dispatch_args& args, const Stages& stages, int32_t
 
 // ---- Expand -------------------------------------------------------------------------------------
 
-// Where scale b of output row `row` of local expert e stands.
-__device__ inline int64_t scale_place(const ep_dispatch_args& args, int32_t e, int32_t row,
-                                      int32_t b) {
-  const int32_t first = args.routing.expert_first_row[e];
-  const int64_t group_rows = args.routing.expert_first_row[e + 1] - first;
-  return static_cast<int64_t>(first) * (args.scale_bytes / 4) + b * group_rows + (row - first);
+// Scale b of an expert-major row stands at first + b * step.
+struct ScalePlace {
+  int64_t first = 0;
+  int64_t step = 0;
+};
+
+// Of output row `row` of local expert e.
+__device__ inline ScalePlace place_of_scales(const ep_dispatch_args& args, int32_t e, int32_t row) {
+  const int32_t begin = args.routing.expert_first_row[e];
+  const int32_t end = args.routing.expert_first_row[e + 1];
+  return {static_cast<int64_t>(begin) * (args.scale_bytes / 4) + (row - begin), end - begin};
 }
 
-// One row of zeros, with probability 0.
+// Entry k of an output row's local experts.
+__device__ inline void write_expert(const ep_dispatch_args& args, int32_t row, int32_t k,
+                                    int32_t expert) {
+  const int64_t place = static_cast<int64_t>(row) * args.routing.num_topk + k;
+  if (args.recv_idx_bytes == 8) {
+    static_cast<int64_t*>(args.recv_topk_idx)[place] = expert;
+  } else {
+    static_cast<int32_t*>(args.recv_topk_idx)[place] = expert;
+  }
+}
+
+// One row of zeros, with probability 0 and no expert.
 __device__ inline void write_zero_row(const ep_dispatch_args& args, int32_t row) {
   const int32_t lane = threadIdx.x % kWarpSize, row_bytes = out_row_bytes(args);
   auto* const out = reinterpret_cast<uint4*>(args.recv_x + static_cast<int64_t>(row) * row_bytes);
   for (int32_t i = lane; i < row_bytes / 16; i += kWarpSize) out[i] = make_uint4(0, 0, 0, 0);
-  if (args.recv_weights == nullptr) return;
   const int32_t width = args.routing.expert_major ? 1 : args.routing.num_topk;
-  if (lane < width) args.recv_weights[static_cast<int64_t>(row) * width + lane] = 0.0f;
+  if (lane >= width) return;
+  if (args.recv_topk_idx != nullptr) write_expert(args, row, lane, -1);
+  if (args.recv_weights != nullptr) {
+    args.recv_weights[static_cast<int64_t>(row) * width + lane] = 0.0f;
+  }
 }
 
 // Rows between the end of an expert's group and the next group, and those behind all groups where
@@ -237,8 +256,9 @@ __device__ void write_padding(const ep_dispatch_args& args, int32_t warp, int32_
       for (int32_t row = begin; row < end; ++row) {
         write_zero_row(args, row);
         if (args.recv_scales == nullptr) continue;
+        const ScalePlace place = place_of_scales(args, e, row);
         for (int32_t b = lane; b < num_scales; b += kWarpSize) {
-          args.recv_scales[scale_place(args, e, row, b)] = 1.0f;
+          args.recv_scales[place.first + b * place.step] = 1.0f;
         }
       }
     }
@@ -384,13 +404,18 @@ __device__ void expand(const ep_dispatch_args& args, const Stages& stages, int32
       }
       return;
     }
-    const int64_t n = received_row(stage);
+    // All lanes look their experts up at once: what takes time is memory's latency.
+    ScalePlace place;
+    if (row >= 0) {
+      const int64_t n = received_row(stage);
+      place = place_of_scales(args, args.routing.recv_topk_idx[n * args.routing.num_topk + lane], row);
+    }
     for (int32_t k = 0; k < args.routing.num_topk; ++k) {
-      const int32_t to = __shfl_sync(kFullWarp, row, k);
-      if (to < 0) continue;
-      const int32_t e = args.routing.recv_topk_idx[n * args.routing.num_topk + k];
+      if (__shfl_sync(kFullWarp, row, k) < 0) continue;
+      const int64_t first = __shfl_sync(kFullWarp, place.first, k);
+      const int64_t step = __shfl_sync(kFullWarp, place.step, k);
       for (int32_t b = lane; b < args.scale_bytes / 4; b += kWarpSize) {
-        args.recv_scales[scale_place(args, e, to, b)] = reinterpret_cast<const float*>(scales)[b];
+        args.recv_scales[first + b * step] = reinterpret_cast<const float*>(scales)[b];
       }
     }
   };
@@ -421,13 +446,18 @@ __device__ void expand(const ep_dispatch_args& args, const Stages& stages, int32
     }
     if (args.recv_scales != nullptr) store_scales(stage, row);
     ptx::bulk_commit();
-    if (args.recv_weights == nullptr) return;
     if (args.routing.expert_major) {
-      if (row >= 0) args.recv_weights[row] = weights[lane];
-    } else if (const int32_t num_topk = args.routing.num_topk; lane < num_topk && rows[0] >= 0) {
-      const bool local = args.routing.recv_topk_idx[received_row(stage) * num_topk + lane] >= 0;
+      if (args.recv_weights != nullptr && row >= 0) args.recv_weights[row] = weights[lane];
+      return;
+    }
+    const int32_t num_topk = args.routing.num_topk;
+    if (lane >= num_topk || rows[0] < 0) return;
+    if (args.recv_topk_idx == nullptr && args.recv_weights == nullptr) return;
+    const int32_t expert = args.routing.recv_topk_idx[received_row(stage) * num_topk + lane];
+    if (args.recv_topk_idx != nullptr) write_expert(args, rows[0], lane, expert);
+    if (args.recv_weights != nullptr) {
       args.recv_weights[static_cast<int64_t>(rows[0]) * num_topk + lane] =
-          local ? weights[lane] : 0.0f;
+          expert >= 0 ? weights[lane] : 0.0f;
     }
   };
 

@@ -310,6 +310,7 @@ typedef struct ep_dispatch_args {
   float* recv_scales;           /* B = scale_bytes / 4 scales a row, or NULL. Rank-major [rows, B];
                                    expert-major for each expert [B, rows of its group] */
   float* recv_weights;          /* expert-major [rows], rank-major [rows, K]; or NULL */
+  void* recv_topk_idx;          /* rank-major [rows, K] local experts, -1 elsewhere; or NULL */
   int32_t* counter;             /* zero; left zero */
   int64_t flag_offset;          /* uint64 [R, chunks] */
   int64_t credit_offset;        /* uint32 [R] */
@@ -324,6 +325,7 @@ typedef struct ep_dispatch_args {
   int32_t weight_bytes;
   int32_t num_local_experts;
   int32_t recv_kind;
+  int32_t recv_idx_bytes;       /* 4 or 8: an entry of recv_topk_idx */
   int32_t num_rows;             /* of the output; those behind the last group become padding */
   int32_t is_planned;           /* ep_plan has begun this operation: else it begins here */
   int32_t num_push_blocks;      /* either may be 0: the other half is launched on its own */

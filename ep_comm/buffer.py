@@ -194,7 +194,6 @@ class Buffer:
                 "FP8 rows with scales in the expert layout need expert_alignment to be a multiple "
                 f"of 4, got {expert_alignment}"
             )
-        idx_dtype = torch.int32 if topk_idx is None else topk_idx.dtype
         with self.guard() as backend:
             if handle is None:
                 routing = backend.plan(
@@ -218,7 +217,7 @@ class Buffer:
             )
         return DispatchOutput(
             recv_x=recv_x if recv_x.dtype in checks.ROW_DTYPES else (recv_x, recv_scales),
-            recv_topk_idx=(handle.recv_topk_idx.to(idx_dtype) if handle.layout == "rank" else None),
+            recv_topk_idx=handle.recv_topk_idx,
             recv_topk_weights=None if topk_weights is None else recv_weights,
             num_recv_tokens_per_expert_list=(
                 list(handle.routing.sizes.padded_expert_rows)

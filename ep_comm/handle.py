@@ -63,21 +63,19 @@ class Routing(Protocol):
     Attributes:
         topk_idx: [T, K] int32, the experts of this rank's own tokens; -1 is dropped.
         sizes: May wait for the device, bounded, when it is first asked for.
-        recv_topk_idx: [N, K] int32, local expert indices of the received rows; -1 elsewhere.
+        recv_topk_idx: See `DispatchHandle`; in the expert layout anything.
         capacity: Rows of the output, where the caller said how many; else None.
         device_tokens_per_expert, device_expert_offsets: See `DispatchHandle`.
     """
 
     topk_idx: Tensor
+    recv_topk_idx: Tensor | None
     capacity: int | None
     device_tokens_per_expert: Tensor
     device_expert_offsets: Tensor
 
     @property
     def sizes(self) -> RoutingSizes: ...
-
-    @property
-    def recv_topk_idx(self) -> Tensor: ...
 
 
 @dataclass(kw_only=True, eq=False)
@@ -110,9 +108,10 @@ class DispatchHandle:
         return self.routing.topk_idx
 
     @property
-    def recv_topk_idx(self) -> Tensor:
-        """[N, K] int32, local expert indices of the received rows; -1 elsewhere."""
-        return self.routing.recv_topk_idx
+    def recv_topk_idx(self) -> Tensor | None:
+        """Rank layout: [N, K] local expert indices of the received rows, -1 elsewhere, in the type
+        of the `topk_idx` that was dispatched (int32 of a routing map)."""
+        return self.routing.recv_topk_idx if self.layout == "rank" else None
 
     @property
     def num_recv_tokens_per_rank(self) -> tuple[int, ...]:

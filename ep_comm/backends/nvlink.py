@@ -29,7 +29,12 @@ from ep_comm.backends.nvlink_routing import (
     arena_places,
     whole_vectors,
 )
-from ep_comm.backends.nvlink_rows import allocate_rows, describe_rows, whole_weight_rows
+from ep_comm.backends.nvlink_rows import (
+    allocate_experts,
+    allocate_rows,
+    describe_rows,
+    whole_weight_rows,
+)
 from ep_comm.backends.nvlink_streams import Streams
 from ep_comm.backends.nvlink_tuning import (
     COMBINE_CHUNK_BYTES,
@@ -363,9 +368,12 @@ class NVLinkBackend:
             self.native.launch("ep_dispatch", args, stream)
         args.num_push_blocks, args.num_expand_blocks = 0, expand_blocks
         received = allocate_rows(args, handle, self.config.hidden, recv_dtype, self.device)
-        self.native.launch("ep_dispatch", args, streams.side)
-        streams.wait(stream, streams.side)
         routing: NVLinkRouting = handle.routing
+        if handle.layout == "rank":
+            routing.recv_topk_idx = allocate_experts(args, handle, self.device)
+        self.native.launch("ep_dispatch", args, streams.side)
+        args.recv_topk_idx = None  # of this routing it is written once
+        streams.wait(stream, streams.side)
         if routing.capacity is None:
             raise_if_bad(
                 list(self.memory.mailbox.routing_error),
@@ -415,10 +423,6 @@ class NVLinkBackend:
         return self._pending(Combined(combined, weights), asynchronous, keep)
 
     # --- order ------------------------------------------------------------------------------------
-
-    def wait_for_plan(self) -> None:
-        """The current stream goes on when the newest plan is complete."""
-        self._streams.wait(self._streams.current, self._streams.side)
 
     def abandon(self) -> None:
         self._streams.abandon()

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ep_comm._native import structs
@@ -55,6 +54,7 @@ class NVLinkRouting:
         native: The same for kernels.
         number: Of the plan, from 1; the ticket of its counts.
         first: What the plan leaves to the dispatch that follows it; None afterwards.
+        recv_topk_idx: Rank layout: written by the first dispatch.
     """
 
     backend: NVLinkBackend
@@ -68,6 +68,7 @@ class NVLinkRouting:
     arena: Tensor
     places: dict[str, tuple[int, int]]
     first: FirstDispatch | None
+    recv_topk_idx: Tensor | None = None
 
     def array(self, name: str) -> Tensor:
         first, count = self.places[name]
@@ -92,22 +93,6 @@ class NVLinkRouting:
     @property
     def device_expert_offsets(self) -> Tensor:
         return self.array("expert_first_row")
-
-    @cached_property
-    def recv_topk_idx(self) -> Tensor:
-        rows = self.array("recv_topk_idx").view(self.backend.num_ranks, -1, self.num_topk)
-        if self.capacity is None:
-            return torch.cat([rows[r, :count] for r, count in enumerate(self.sizes.received)])
-        # Without the host, and maybe before the operation's event: output row i is row
-        # i - (rows of the sources before) of its source.
-        self.backend.wait_for_plan()
-        received = self.array("num_recv").long()
-        ends = received.cumsum(0)
-        row = torch.arange(self.capacity, device=rows.device)
-        source = torch.searchsorted(ends, row, right=True).clamp(max=len(rows) - 1)
-        slot = row - (ends - received)[source]
-        there = row < ends[-1]
-        return torch.where(there[:, None], rows[source, torch.where(there, slot, 0)], -1)
 
 
 class FirstDispatch(NamedTuple):

@@ -74,3 +74,14 @@ def allocate_rows(
     args.recv_scales = None if scales is None else scales.data_ptr()
     args.recv_weights = None if weights is None else weights.data_ptr()
     return Received(x, scales, weights)
+
+
+def allocate_experts(
+    args: structs.DispatchArgs, handle: DispatchHandle, device: torch.device
+) -> Tensor:
+    """Local experts of the rows [N, K], for a first dispatch of the rank layout to fill."""
+    dtype = torch.int64 if handle.routing.source.dtype == torch.int64 else torch.int32
+    experts = torch.empty(handle.num_rows, handle.num_topk, dtype=dtype, device=device)
+    args.recv_topk_idx = experts.data_ptr()
+    args.recv_idx_bytes = dtype.itemsize
+    return experts

@@ -179,7 +179,7 @@ class ReferenceBackend:
         return ReferenceRouting(
             topk_idx=routing.topk_idx,
             sizes=RoutingSizes(rows_to_rank, recv_rows, counts, expert_alignment),
-            recv_topk_idx=recv_topk_idx,
+            recv_topk_idx=recv_topk_idx.to(torch.int32 if topk_idx is None else topk_idx.dtype),
             epoch=record.epoch,
             sent_tokens=sent_tokens,
             expert_row_NK=expert_row_NK,
