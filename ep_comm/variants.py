@@ -10,6 +10,7 @@ TRAINING_SCRIPT = Path("examples", "pretrain_moe.py")
 _ALLTOALL = ("--moe-token-dispatcher", "alltoall")
 _DEEPEP = ("--moe-token-dispatcher", "deepep")
 _OVERLAP = ("--ep-overlap-wgrad",)
+_OWN_OVERLAP = ("--overlap-dispatch-backward-with-experts-wgrad",)  # Megatron's
 # FP8 experts as Megatron recommends them for Hopper.
 FP8_EXPERTS = (
     *("--fp8-format", "e4m3", "--fp8-recipe", "blockwise"),
@@ -19,9 +20,11 @@ FP8_EXPERTS = (
 # both holds for one.
 FP8_WIRE = ("--ep-fp8-dispatch", "--ep-fp8-grad-dispatch")
 
-# "-overlap" is what is named before it, with the weight gradients beside the backward combine.
+# "-overlap" is what is named before it, with the experts' weight gradients beside communication of
+# the backward pass: ours beside the combine, Megatron's own beside its backward of dispatch.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "alltoall": _ALLTOALL,
+    "alltoall-overlap": _ALLTOALL + _OWN_OVERLAP,
     "deepep": _DEEPEP,
     "deepep-overlap": _DEEPEP + _OVERLAP,
     "deepep-fp8": _DEEPEP + FP8_WIRE,

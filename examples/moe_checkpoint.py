@@ -45,7 +45,8 @@ FREE_KEYS = set(
     train_iters moe_token_dispatcher moe_grouped_gemm moe_permute_fusion
     expert_model_parallel_size
     moe_router_fusion ep_fp8_dispatch ep_fp8_grad_dispatch ep_overlap_wgrad ep_expert_alignment
-    ep_num_sms ep_timeout manual_gc manual_gc_interval
+    ep_num_sms ep_timeout overlap_dispatch_backward_with_experts_wgrad
+    manual_gc manual_gc_interval
     recompute_granularity recompute_modules overlap_grad_reduce overlap_param_gather
     eval_interval eval_iters save save_interval load run_dir log_interval
     wandb_project wandb_exp_name wandb_entity wandb_save_dir data_cache_path

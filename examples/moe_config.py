@@ -81,6 +81,11 @@ class Dispatch(_Group):
     moe_token_dispatcher: Literal["deepep", "alltoall", "allgather"] = _key(
         "deepep", "ep_comm's dispatcher, or one of Megatron's for comparison"
     )
+    overlap_dispatch_backward_with_experts_wgrad: bool = _key(
+        False,
+        "compute the experts' weight gradients while the backward of Megatron's own dispatch is "
+        "under way; needs TE",
+    )
     ep_fp8_dispatch: bool = _key(False, "send tokens to the experts in FP8")
     ep_fp8_grad_dispatch: bool = _key(False, "send gradients to the experts in FP8")
     ep_overlap_wgrad: bool = _key(
@@ -185,6 +190,7 @@ _NEEDS = (
     ("fp8_param_gather", "fp8_format"),
     ("fp8_param_gather", "use_distributed_optimizer"),
     ("moe_router_padding_for_fp8", "fp8_format"),
+    ("overlap_dispatch_backward_with_experts_wgrad", "moe_grouped_gemm"),
     ("overlap_param_gather", "use_distributed_optimizer"),
     ("overlap_param_gather", "overlap_grad_reduce"),
     ("manual_gc_interval", "manual_gc"),
@@ -214,6 +220,14 @@ class PretrainConfig(Model, MixtureOfExperts, Dispatch, Training, Data, Output):
         for key, needed in _NEEDS:
             if getattr(self, key) and not getattr(self, needed):
                 raise ValueError(f"{key} needs {needed}")
+        if (
+            self.overlap_dispatch_backward_with_experts_wgrad
+            and self.moe_token_dispatcher == "deepep"
+        ):
+            raise ValueError(
+                "overlap_dispatch_backward_with_experts_wgrad is for Megatron's own dispatchers: "
+                "with moe_token_dispatcher deepep use ep_overlap_wgrad"
+            )
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is more than lr {self.lr}")
         if self.lr_warmup_iters >= self.decay_iters:

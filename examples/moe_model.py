@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
+import megatron.core
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import (
@@ -22,6 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import is_te_min_version
 from moe_config import PretrainConfig
 from moe_launch import UserError, agree
 
@@ -165,9 +167,29 @@ def _transformer_config(config: PretrainConfig) -> TransformerConfig:
             bias_dropout_fusion=fused,
             apply_rope_fusion=fused,
             gradient_accumulation_fusion=False,  # its kernels come with NVIDIA Apex only
+            **megatrons_overlap(config),
         )
     except (AssertionError, ValueError) as error:
         raise UserError(f"megatron-core refuses the configuration: {error}") from None
+
+
+def megatrons_overlap(config: PretrainConfig) -> dict[str, bool]:
+    """Megatron's own overlap as arguments of the `TransformerConfig`: none unless it is on.
+
+    Raises:
+        UserError: Megatron-Core or Transformer Engine is too old for it.
+    """
+    key = "overlap_dispatch_backward_with_experts_wgrad"
+    if not getattr(config, key):
+        return {}
+    flag = "--" + key.replace("_", "-")
+    if not hasattr(TransformerConfig, key):
+        version = megatron.core.__version__
+        raise UserError(f"{flag} needs megatron-core 0.18 or newer, this is {version}")
+    # What Megatron asks for where DDP is to reduce delayed gradients during the backward pass.
+    if not is_te_min_version("2.8.0"):
+        raise UserError(f"{flag} needs Transformer Engine 2.8 or newer")
+    return {key: True}
 
 
 def _layer_spec(config: PretrainConfig) -> ModuleSpec:
@@ -224,7 +246,10 @@ def _gpt_model(
             overlap_param_gather=config.overlap_param_gather,
             fp8_param_gather=config.fp8_param_gather,
             grad_reduce_in_fp32=True,
-            delay_wgrad_compute=deepep and config.ep_overlap_wgrad,
+            # Without it DDP takes the experts' gradients when backward has gone through them, which
+            # is before either overlap has computed them.
+            delay_wgrad_compute=config.overlap_dispatch_backward_with_experts_wgrad
+            or (deepep and config.ep_overlap_wgrad),
         ),
         model,
     )

@@ -251,14 +251,15 @@ def make_model(setup: Setup, config, options) -> list:
 
     if setup.through_install:
         install(options)
-    delay = options.overlap_wgrad and not setup.through_install
+    ours = options.overlap_wgrad and not setup.through_install
+    megatrons = getattr(config, "overlap_dispatch_backward_with_experts_wgrad", False)
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=setup.dist_opt,
         overlap_grad_reduce=setup.overlap_grad_reduce,
         bucket_size=4096 if setup.overlap_grad_reduce else None,
         fp8_param_gather=config.fp8_param,
         grad_reduce_in_fp32=setup.te,
-        delay_wgrad_compute=delay,
+        delay_wgrad_compute=ours or megatrons,
     )
     chunks = []
     for i in range(setup.vpp):

@@ -69,6 +69,7 @@ def test_what_variants_are_compared_with():
     assert reference_of("deepep-overlap") == "alltoall" == reference_of("alltoall")
     assert reference_of("deepep-fp8-all") == "alltoall-fp8" == reference_of("alltoall-fp8")
     assert serial_of("deepep") is None and serial_of("deepep-overlap") == "deepep"
+    assert reference_of("alltoall-overlap") == "alltoall" == serial_of("alltoall-overlap")
     for name in VARIANTS:
         assert reference_of(name) in VARIANTS and (serial_of(name) or name) in VARIANTS
 
@@ -77,7 +78,10 @@ def test_what_variants_are_compared_with():
     ("changes", "words"),
     [
         ({"config": Path("no.yaml")}, "--config no.yaml: no such file"),
-        ({"variants": "alltoall,deep"}, "--variants 'deep' is none of alltoall, deepep"),
+        (
+            {"variants": "alltoall,deep"},
+            "--variants 'deep' is none of alltoall, alltoall-overlap, ",
+        ),
         ({"microbatches": "1,0"}, "--microbatches '1,0'"),
         ({"microbatches": "one"}, "--microbatches 'one'"),
         ({"blocks": 0}, "--blocks 0 must be at least 1"),
@@ -107,6 +111,7 @@ def test_a_checkout_is_needed(tmp_path, monkeypatch):
         (["--variants", "ours"], "--variants 'ours'"),
         (["--moe-router-topk", "9"], "alltoall: moe_router_topk 9 is more than num_experts 8"),
         (["--no-such-key", "1"], "--no-such-key"),
+        (["--variants", "alltoall-overlap"], "alltoall-overlap: overlap_dispatch_backward_with"),
         ([], "start it with torchrun"),
     ],
 )
@@ -295,6 +300,14 @@ def test_without_the_reference_there_are_no_ratios():
     run = TrainRun(**{**vars(run), "blocks": blocks, "inspections": inspections})
     assert run.speedup("deepep", 1) is None and run.memory_ratio("deepep", 1) is None
     assert run.layer_ratio("deepep-overlap") is None and run.hidden_share("deepep-overlap") is None
+
+
+def test_no_combine_of_ours_no_hidden_share():
+    run = made_up_run()
+    inspections = {**run.inspections, "alltoall-overlap": run.inspections["alltoall"]}
+    run = TrainRun(**{**vars(run), "inspections": inspections})
+    assert run.layer_ratio("alltoall-overlap") == 1
+    assert run.hidden_share("alltoall-overlap") is None
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa
 from moe_config import parse_args  # noqa: E402
 from moe_launch import UserError  # noqa: E402
 
+MEGATRONS_OVERLAP = "--overlap-dispatch-backward-with-experts-wgrad"
+
 
 @pytest.mark.parametrize(
     ("flags", "words"),
@@ -44,6 +47,14 @@ from moe_launch import UserError  # noqa: E402
         (["--moe-router-padding-for-fp8"], ["moe_router_padding_for_fp8 needs fp8_format"]),
         (["--overlap-param-gather"], ["overlap_param_gather needs use_distributed_optimizer"]),
         (["--manual-gc-interval", "5"], ["manual_gc_interval needs manual_gc"]),
+        (
+            [MEGATRONS_OVERLAP, "--moe-token-dispatcher", "alltoall"],
+            ["overlap_dispatch_backward_with_experts_wgrad needs moe_grouped_gemm"],
+        ),
+        (
+            [MEGATRONS_OVERLAP, "--moe-grouped-gemm", "--moe-token-dispatcher", "deepep"],
+            ["is for Megatron's own dispatchers", "deepep use ep_overlap_wgrad"],
+        ),
     ],
     ids=lambda value: " ".join(value[:2]),
 )
@@ -51,6 +62,27 @@ def test_bad_flags(flags, words):
     with pytest.raises(UserError) as error:
         parse_args([*TINY, *flags])
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.filterwarnings("ignore")  # Megatron's, of what is not installed
+@pytest.mark.parametrize(
+    ("fields", "has_te", "words"),
+    [
+        ((), True, "experts-wgrad needs megatron-core 0.18 or newer, this is 0."),
+        ((MEGATRONS_OVERLAP,), False, "experts-wgrad needs Transformer Engine 2.8 or newer"),
+    ],
+    ids=["megatron-core", "transformer-engine"],
+)
+def test_what_megatrons_overlap_needs(fields, has_te, words, monkeypatch):
+    import moe_model
+
+    known = {flag.removeprefix("--").replace("-", "_"): False for flag in fields}
+    monkeypatch.setattr(moe_model, "TransformerConfig", SimpleNamespace(**known))
+    monkeypatch.setattr(moe_model, "is_te_min_version", lambda version: has_te)
+    flags = ["--moe-token-dispatcher", "alltoall", "--moe-grouped-gemm"]
+    assert moe_model.megatrons_overlap(parse_args([*TINY, *flags])) == {}
+    with pytest.raises(UserError, match=words):
+        moe_model.megatrons_overlap(parse_args([*TINY, *flags, MEGATRONS_OVERLAP]))
 
 
 def test_unknown_config_key(tmp_path):

@@ -6,6 +6,7 @@ All tests share two processes: importing Transformer Engine takes ten seconds in
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import os
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from megatron_model import BATCH, Setup, make_config, make_model, parallel_state, train
+from packaging.version import Version
 from ranks import run_ranks, stop_pool
 
 pytestmark = [
@@ -204,6 +206,28 @@ def test_fp8_on_both_legs_trains(overlap_wgrad):
     for result in run(deterministic, in_fp8):
         losses = result["losses"]
         assert np.isfinite(losses).all() and losses[-1] < losses[0], losses
+
+
+@pytest.mark.parametrize("overlap_grad_reduce", [False, True], ids=["reduce", "overlap-reduce"])
+def test_megatrons_own_overlap_trains_the_same_bits(overlap_grad_reduce):
+    """The baseline ``alltoall-overlap`` of ``bench train`` computes what alltoall does."""
+    if Version(importlib.metadata.version("megatron-core")) < Version("0.18"):
+        pytest.skip("this Megatron has no overlap of its own")
+    setup = dataclasses.replace(
+        MODEL,
+        dispatcher="alltoall",
+        microbatches=2,
+        dist_opt=True,
+        overlap_grad_reduce=overlap_grad_reduce,
+    )
+    switch = ("overlap_dispatch_backward_with_experts_wgrad", True)
+    overlapped = dataclasses.replace(setup, config=(*setup.config, switch))
+    for plain, theirs in zip(
+        run(deterministic, setup), run(deterministic, overlapped), strict=True
+    ):
+        assert theirs["losses"] == plain["losses"]
+        for name, gradient in plain["gradients"].items():
+            assert np.array_equal(gradient, theirs["gradients"][name]), name
 
 
 def test_overlap_trains_the_same_bits():

@@ -165,13 +165,15 @@ class TrainRun:
         """Part of the backward combine that the weight gradients hide.
 
         (T_serial - T_overlapped) / T_combine: medians of the layer's backward without and with the
-        overlap, and of the combine alone at its fastest. None for a variant without overlap, or
-        where the one without was not measured.
+        overlap, and of the combine alone at its fastest. None for a variant without overlap, where
+        the one without was not measured, or where the combine is not ours.
         """
         serial = serial_of(name)
         if serial not in self.inspections:
             return None
         apart, overlapped = (self.inspections[n].layer for n in (serial, name))
+        if not apart.combine:
+            return None
         return (median(apart.backward) - median(overlapped.backward)) / median(apart.combine)
 
     def _blocks(self, name: str, count: int) -> Iterator[Block]:
