@@ -1,13 +1,14 @@
 // Combine: a token's rows are added up on each rank that has some, and the partial rows on the
 // token's own rank. The order of every sum is fixed (docs/architecture.md, "Numerics").
 //
-// One kernel with two kinds of teams (rows.cuh), one block an SM. Their listers decide what is added:
-//   pushing teams  take (run of received rows, owner) units: each row's expert rows in ascending
-//                  expert order become a partial row, which goes to the owner's memory; a unit's
-//                  chunks are flagged there. Owners rotate. Rows of this rank's own tokens need no slot.
-//   summing teams  take groups of this rank's tokens, wait for the chunks that hold their partial
-//                  rows, and add those in ascending rank order, rounding once a node and once over the
-//                  nodes.
+// One kernel of teams (rows.cuh), one block an SM. Their listers decide what is added:
+//   pushing  takes (run of received rows, owner) units: each row's expert rows in ascending expert
+//            order become a partial row, which goes to the owner's memory; a unit's chunks are
+//            flagged there. Owners rotate. Rows of this rank's own tokens need no slot.
+//   summing  takes groups of this rank's tokens, waits for the chunks that hold their partial rows,
+//            and adds those in ascending rank order, rounding once a node and once over the nodes.
+// Some teams push, and sum when there is nothing left to push; the others sum from the start. Each
+// takes the next unit or group that nobody has: who takes it makes no difference to the sums.
 
 #include <algorithm>
 
@@ -21,10 +22,19 @@ using namespace ep;
 
 constexpr int kMaxUnitRows = 32;    // a lister's lane lists one
 constexpr int kMaxGroupTokens = 32; // the same
+// ep_combine_args.counters; the first is end_operation's.
+constexpr int kUnitsTaken = 1, kGroupsTaken = 2;
 // Levels of a sum.
 constexpr int kOfExperts = 0, kOfRanks = 1, kOfNodes = 2;
 
 __device__ inline int32_t lane_id() { return threadIdx.x % kWarpSize; }
+
+// The next of a counter's numbers, for all lanes.
+__device__ inline int32_t take(int32_t* counter) {
+  int32_t next = 0;
+  if (lane_id() == 0) next = atomicAdd(counter, 1);
+  return __shfl_sync(kFullWarp, next, 0);
+}
 
 // Sum of `count` over the lanes before this one.
 __device__ inline int32_t sum_before(int32_t count, int32_t* total) {
@@ -59,11 +69,15 @@ __device__ inline void list_rows(const ep_combine_args& args, int64_t n, int32_t
                                  uint32_t what, ListedRow* list) {
   const auto* const rows = reinterpret_cast<const int32_t*>(output_rows(args, n));
   for (int32_t i = 0; i < count; ++i) {
-    const int32_t row = rows[i];
     uint32_t of_row = i == 0 ? ListedRow::first_of(kOfExperts) : 0;
     if (i == count - 1) of_row |= ListedRow::last_of(kOfExperts);
-    if (row < 0) of_row |= ListedRow::kNone;
-    list[i] = ListedRow{row, what | of_row};
+    const uint8_t* row = nullptr;
+    if (rows[i] >= 0) {
+      row = args.x + rows[i] * int64_t{args.row_bytes};
+    } else {
+      of_row |= ListedRow::kNone;
+    }
+    list[i] = ListedRow{reinterpret_cast<const uint4*>(row), what | of_row};
   }
 }
 
@@ -127,32 +141,31 @@ __device__ void send_weights(const ep_combine_args& args, int32_t owner, int32_t
   }
 }
 
-__device__ void list_pushes(const ep_combine_args& args, const Team& team, int32_t vectors) {
+__device__ void list_pushes(const ep_combine_args& args, Team& team, int32_t vectors) {
   const ep_node& node = args.node;
   const int32_t num_ranks = node.num_ranks, num_peers = num_ranks - 1;
   const int32_t unit_rows = args.chunk_rows * args.chunks_per_unit;
   const int32_t num_units = (args.max_tokens + unit_rows - 1) / unit_rows * num_peers;
   Chunks pushed;
-  int32_t number = 0;
   if (may_push(node, args.credit_offset)) {
-    for (int32_t unit = team.index(); unit < num_units; unit += args.num_push_teams) {
+    int32_t unit;
+    while ((unit = take(&args.counters[kUnitsTaken])) < num_units) {
       const int32_t owner = (node.rank + 1 + unit % num_peers) % num_ranks;
       const int32_t begin = unit / num_peers * unit_rows;
       const int32_t end = min(begin + unit_rows, args.routing.num_recv[owner]);
       if (begin >= end) continue;  // and nobody waits for it
-      const int32_t num_rows = list_unit(args, owner, begin, end, team.rows(number));
+      const int32_t num_rows = list_unit(args, owner, begin, end, team.rows());
       if (args.weights != nullptr) send_weights(args, owner, begin, end);
       const int64_t region =
           static_cast<int64_t>(region_of(node.rank, owner, num_ranks)) * args.max_tokens;
-      team.hand_over(number++,
-                     in_memory_of<uint4>(node, owner, args.row_offset) + (region + begin) * vectors,
-                     num_rows);
+      team.hand_over(
+          in_memory_of<uint4>(node, owner, args.row_offset) + (region + begin) * vectors, num_rows);
       raise(args, pushed);
       const int32_t num_chunks = (end - begin + args.chunk_rows - 1) / args.chunk_rows;
       pushed = Chunks{owner, begin / args.chunk_rows, num_chunks};
     }
   }
-  team.hand_over(number, nullptr, -1);
+  team.finish();
   raise(args, pushed);
 }
 
@@ -224,7 +237,7 @@ __device__ int32_t list_group(const ep_combine_args& args, const Token& token, L
   const uint32_t out = static_cast<uint32_t>(lane_id()) << ListedRow::kOutShift;
   constexpr uint32_t kAlone = ListedRow::first_of(kOfExperts) | ListedRow::last_of(kOfExperts);
   if (is_nowhere) {
-    *list = ListedRow{-1, out | ListedRow::kNone | kAlone | place_in_sums(args, 0, 0)};
+    *list = ListedRow{nullptr, out | kAlone | ListedRow::kNone | place_in_sums(args, 0, 0)};
   }
 #pragma unroll
   for (int32_t r = 0; r < EP_MAX_NODE_RANKS; ++r) {
@@ -234,9 +247,11 @@ __device__ int32_t list_group(const ep_combine_args& args, const Token& token, L
       list_rows(args, own_n, own_rows, what, list);
       list += own_rows;
     } else {
-      const int32_t region = region_of(r, node.rank, node.num_ranks);
-      *list++ = ListedRow{region * args.max_tokens + token.slot[r],
-                          what | kAlone | ListedRow::kStaged};
+      const int64_t region = region_of(r, node.rank, node.num_ranks);
+      const int64_t place = region * args.max_tokens + token.slot[r];
+      const auto* const staged =
+          in_memory_of<const uint8_t>(node, node.rank, args.row_offset) + place * args.row_bytes;
+      *list++ = ListedRow{reinterpret_cast<const uint4*>(staged), what | kAlone};
     }
   }
   return total;
@@ -260,15 +275,14 @@ __device__ void gather_weights(const ep_combine_args& args, int32_t begin, int32
   }
 }
 
-__device__ void list_sums(const ep_combine_args& args, const Team& team, int32_t vectors) {
+__device__ void list_sums(const ep_combine_args& args, Team& team, int32_t vectors) {
   const ep_node& node = args.node;
   const int32_t group_tokens = args.group_tokens;
   const int32_t num_groups = (args.routing.num_tokens + group_tokens - 1) / group_tokens;
   auto* const out = reinterpret_cast<uint4*>(args.combined_x);
-  int32_t number = 0;
   bool fine = __all_sync(kFullWarp, !aborted(node));  // else the plan may have left no indices
-  for (int32_t group = team.index() - args.num_push_teams; fine && group < num_groups;
-       group += args.num_sum_teams) {
+  int32_t group;
+  while (fine && (group = take(&args.counters[kGroupsTaken])) < num_groups) {
     const int32_t begin = group * group_tokens;
     const int32_t end = min(begin + group_tokens, args.routing.num_tokens);
     const int32_t t = begin + lane_id();
@@ -280,13 +294,13 @@ __device__ void list_sums(const ep_combine_args& args, const Team& team, int32_t
                           ? args.routing.send_slot[static_cast<int64_t>(t) * node.num_ranks + r]
                           : -1;
     }
-    const int32_t num_rows = list_group(args, token, team.rows(number));
+    const int32_t num_rows = list_group(args, token, team.rows());
     fine = wait_for_partials(args, token);
     if (!fine) break;
     if (args.combined_weights != nullptr) gather_weights(args, begin, end);
-    team.hand_over(number++, out + static_cast<int64_t>(begin) * vectors, num_rows);
+    team.hand_over(out + static_cast<int64_t>(begin) * vectors, num_rows);
   }
-  team.hand_over(number, nullptr, -1);
+  team.finish();
 }
 
 // ---- The kernel ----------------------------------------------------------------------------------
@@ -296,26 +310,19 @@ __global__ void __launch_bounds__(kMaxTeamThreads, 1)
     combine_kernel(const __grid_constant__ ep_combine_args args, const Teams teams) {
   extern __shared__ __align__(16) uint8_t shared[];
   if (blockIdx.x == 0 && threadIdx.x == 0) begin_operation(args.node);
-  const Team team(shared, teams);
+  Team team(shared, teams);
   const int32_t vectors = args.row_bytes / 16;
-  const auto* const rows = reinterpret_cast<const uint4*>(args.x);
-  const auto* const staged =
-      in_memory_of<const uint4>(args.node, args.node.rank, args.row_offset);
-  if (team.index() < args.num_push_teams) {
-    if (team.is_lister()) {
-      list_pushes(args, team, vectors);
-    } else {
-      team.add_up<T, 1>(rows, nullptr, vectors);
-    }
-  } else if (team.index() < args.num_push_teams + args.num_sum_teams) {
-    if (team.is_lister()) {
-      list_sums(args, team, vectors);
-    } else {
-      team.add_up<T, kLevels>(rows, staged, vectors);
-    }
+  const bool pushes = team.index() < args.num_push_teams;
+  if (team.is_lister()) {
+    if (pushes) list_pushes(args, team, vectors);
+    list_sums(args, team, vectors);
+  } else {
+    if (pushes) team.add_up<T, 1>(vectors);
+    team.add_up<T, kLevels>(vectors);
   }
-  end_operation(args.node, args.counter, gridDim.x, args.credit_offset, args.routing.num_recv,
-                args.row_bytes);
+  const bool is_last = end_operation(args.node, args.counters, gridDim.x, args.credit_offset,
+                                     args.routing.num_recv, args.row_bytes);
+  if (is_last && threadIdx.x == 0) args.counters[kUnitsTaken] = args.counters[kGroupsTaken] = 0;
 }
 
 using Kernel = void (*)(const ep_combine_args, const Teams);
@@ -377,9 +384,9 @@ int32_t ep_combine(const ep_combine_args* args, void* stream) {
     return ep::fail(EP_ERR_ARGUMENT, "group_tokens = %d is not in [1, %d]", args->group_tokens,
                     kMaxGroupTokens);
   }
-  if (args->num_push_teams < 1 || args->num_sum_teams < 1) {
-    return ep::fail(EP_ERR_ARGUMENT, "%d pushing and %d summing teams: both are needed",
-                    args->num_push_teams, args->num_sum_teams);
+  if (args->num_blocks < 1 || args->num_push_teams < 1) {
+    return ep::fail(EP_ERR_ARGUMENT, "%d blocks, %d pushing teams: at least 1 of each",
+                    args->num_blocks, args->num_push_teams);
   }
   if (args->dtype != EP_BF16 && args->dtype != EP_FP32) {
     return ep::fail(EP_ERR_ARGUMENT, "dtype = %d is not one of EP_BF16, EP_FP32", args->dtype);
@@ -387,10 +394,8 @@ int32_t ep_combine(const ep_combine_args* args, void* stream) {
   const int32_t list_rows = std::max(
       unit_rows * num_topk4, args->group_tokens * (num_topk4 + args->node.num_ranks));
   const ep::Teams teams = ep::Teams::of_rows(args->row_bytes, list_rows);
-  const int32_t num_teams = args->num_push_teams + args->num_sum_teams;
-  const int32_t blocks = (num_teams + teams.num_teams - 1) / teams.num_teams;
   const bool one_node = args->ranks_per_node >= args->node.num_ranks;
-  kKernels[args->dtype][one_node]<<<blocks, teams.block_threads(), teams.shared_bytes(),
+  kKernels[args->dtype][one_node]<<<args->num_blocks, teams.block_threads(), teams.shared_bytes(),
                                     static_cast<cudaStream_t>(stream)>>>(*args, teams);
   return ep::check_cuda(cudaGetLastError(), "ep_combine");
 }

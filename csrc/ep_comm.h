@@ -350,7 +350,7 @@ typedef struct ep_combine_args {
   const float* weights;           /* expert-major [rows], rank-major [rows, K]; or NULL */
   uint8_t* combined_x;            /* [T, row_bytes] */
   float* combined_weights;        /* [T, K], or NULL */
-  int32_t* counter;               /* zero; left zero */
+  int32_t* counters;              /* [3] zero; left zero */
   int64_t flag_offset;            /* uint32 [R, chunks] */
   int64_t credit_offset;          /* uint32 [R] */
   int64_t row_offset;             /* [R - 1, S, row_bytes], the next rank's rows first */
@@ -365,8 +365,8 @@ typedef struct ep_combine_args {
   int32_t dtype;                  /* EP_BF16 or EP_FP32 */
   int32_t num_local_experts;
   int32_t ranks_per_node;
-  int32_t num_push_teams;         /* one block an SM has ep_combine_teams_per_sm() teams */
-  int32_t num_sum_teams;
+  int32_t num_blocks;             /* one an SM, of ep_combine_teams_per_sm() teams */
+  int32_t num_push_teams;         /* that begin with pushing */
 } ep_combine_args;
 
 /* Sums rows back to the ranks that own their tokens. */

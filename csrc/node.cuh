@@ -154,12 +154,13 @@ __device__ inline bool grid_barrier(const ep_node& node, uint32_t* count, int32_
 
 // Called by all of an operation's blocks: the last one tells every other rank that this one has read
 // what they sent, writes the record, and counts the operation. rows_to is [R]; a row has row_bytes.
-__device__ inline void end_operation(const ep_node& node, int32_t* counter, int32_t num_blocks,
+// True in the last block.
+__device__ inline bool end_operation(const ep_node& node, int32_t* counter, int32_t num_blocks,
                                      int64_t credit_offset, const int32_t* rows_to,
                                      int32_t row_bytes) {
   const int32_t epoch = epoch_of(node);
   const bool last = is_last_block(counter, num_blocks);
-  if (!last || aborted(node)) return;
+  if (!last || aborted(node)) return last;
   const int32_t r = threadIdx.x;
   if (r < node.num_ranks) {
     signal(node, in_memory_of<uint32_t>(node, r, credit_offset) + node.rank,
@@ -176,6 +177,7 @@ __device__ inline void end_operation(const ep_node& node, int32_t* counter, int3
     node.record->end_ns = static_cast<int64_t>(ptx::global_timer_ns());
     *node.epoch = static_cast<uint32_t>(epoch);
   }
+  return true;
 }
 
 }  // namespace ep

@@ -120,11 +120,10 @@ __device__ inline void bulk_wait_written() {
 // ---- 16-byte copies of a thread's own ------------------------------------------------------------
 //
 // Past L1, and so of memory too that other GPUs have written. Only the thread that loads may read the
-// shared memory without a barrier.
+// shared memory without a barrier. Addresses `shared` are those of shared_address().
 
-__device__ inline void async_load(uint4* shared, const uint4* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
-               : "memory");
+__device__ inline void async_load(uint32_t shared, const uint4* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 
 __device__ inline void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -133,6 +132,28 @@ __device__ inline void async_commit() { asm volatile("cp.async.commit_group;" ::
 template <int kPending>
 __device__ inline void async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ inline uint4 load_shared(uint32_t shared) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(shared)
+               : "memory");
+  return v;
+}
+
+__device__ inline uint32_t load_shared_u32(uint32_t shared) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(shared) : "memory");
+  return value;
+}
+
+// A store to global memory whose pointer does not say that it is one.
+__device__ inline void store_global(uint4* pointer, const uint4& v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
 }
 
 // ---- Barriers of some warps of a block -----------------------------------------------------------

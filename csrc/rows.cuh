@@ -2,8 +2,8 @@
 //
 // A block has several teams, each on its own, so that one has loads in flight while another changes
 // from one list to the next. In a team
-//   columns  are threads that each add up 16 bytes of every row (or several times 16 of long rows).
-//            Each loads ahead what it will add itself, so nobody waits for anybody within a list.
+//   columns  are threads that each add up twice 16 bytes of every row (and more of long rows). Each
+//            loads ahead what it will add itself, so nobody waits for anybody within a list.
 //   the lister, one warp more, writes the next list meanwhile, waits for what that takes, and raises
 //            the flags of the list before.
 // They meet once a list, at the team's barrier.
@@ -12,6 +12,7 @@
 #include <cuda_bf16.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 
 #include "ptx.cuh"
@@ -22,8 +23,9 @@ constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kMaxTeamThreads = 1024;  // of all teams of a block
 constexpr int kMaxColumns = 448;
+constexpr int kWide = 2;    // 16-byte vectors of a row that a column takes at a time
+constexpr int kStages = 4;  // rows of which a column has loads in flight, and the one it adds
 constexpr int kMaxTeams = 8;
-constexpr int kStages = 8;  // 16-byte loads of a column in flight
 constexpr int kMaxTeamShared = 226 * 1024;  // the kernel has a little of its own
 
 // 16 bytes of a row as FP32 numbers.
@@ -82,15 +84,19 @@ struct Vector<float> {
 // one of the next; the highest level's is written. A sum starts from its first number, not from zero,
 // so that -0 survives.
 struct ListedRow {
-  int32_t index;  // of the row in its array
+  const uint4* row;
   uint32_t what;  // the bits below, and the output row above them
 
-  static constexpr uint32_t kStaged = 1u << 6;  // stands in the second array
-  static constexpr uint32_t kNone = 1u << 7;    // there is no row: zeros
-  static constexpr int kOutShift = 8;
+  static constexpr uint32_t kNone = 1u << 6;  // zeros, a sum of level 0 of their own
+  static constexpr int kOutShift = 7;
   __host__ __device__ static constexpr uint32_t first_of(int level) { return 1u << 2 * level; }
   __host__ __device__ static constexpr uint32_t last_of(int level) { return 2u << 2 * level; }
+  // Of one that was read as it stands in memory; `what` is the third word.
+  __device__ static const uint4* row_of(const uint4& entry) {
+    return reinterpret_cast<const uint4*>(uint64_t{entry.y} << 32 | entry.x);
+  }
 };
+constexpr uint32_t kListedRowBytes = 16;
 
 // What a team is given at a barrier.
 struct List {
@@ -98,7 +104,7 @@ struct List {
   int32_t num_rows;  // negative: there are no more lists
 };
 constexpr int kListBytes = 16;
-static_assert(sizeof(List) == kListBytes && sizeof(ListedRow) == 8);
+static_assert(sizeof(List) == kListBytes && sizeof(ListedRow) == kListedRowBytes);
 
 // The teams of a block, and how its shared memory is cut up.
 struct Teams {
@@ -108,16 +114,17 @@ struct Teams {
 
   static Teams of_rows(int32_t row_bytes, int32_t list_rows) {
     const int32_t vectors = row_bytes / 16;
-    const int32_t passes = (vectors + kMaxColumns - 1) / kMaxColumns;
+    const int32_t passes = (vectors + kWide * kMaxColumns - 1) / (kWide * kMaxColumns);
+    const int32_t wanted = (vectors + kWide * passes - 1) / (kWide * passes);
     Teams teams;
-    teams.columns = ((vectors + passes - 1) / passes + kWarpSize - 1) / kWarpSize * kWarpSize;
+    teams.columns = (wanted + kWarpSize - 1) / kWarpSize * kWarpSize;
     teams.num_teams = std::min(kMaxTeams, kMaxTeamThreads / teams.team_threads());
     teams.list_rows = list_rows;
     return teams;
   }
   __host__ __device__ int32_t team_threads() const { return columns + kWarpSize; }
   __host__ __device__ int32_t block_threads() const { return num_teams * team_threads(); }
-  __host__ __device__ int32_t ring_bytes() const { return kStages * columns * 16; }
+  __host__ __device__ int32_t ring_bytes() const { return kStages * kWide * columns * 16; }
   __host__ __device__ int32_t team_bytes() const {
     return ring_bytes() + 2 * (list_rows * static_cast<int32_t>(sizeof(ListedRow)) + kListBytes);
   }
@@ -139,25 +146,32 @@ class Team {
   __device__ int32_t index() const { return team_ * gridDim.x + blockIdx.x; }
   __device__ bool is_lister() const { return column() >= teams_.columns; }
 
-  // For the lister: the rows of list number `list`, counted from 0.
-  __device__ ListedRow* rows(int32_t list) const { return rows_ + (list & 1) * teams_.list_rows; }
+  // For the lister: where the rows of its next list go.
+  __device__ ListedRow* rows() const { return rows_ + (number_ & 1) * teams_.list_rows; }
 
   // For the lister: the columns have finished the list before, and go on with this one.
-  __device__ void hand_over(int32_t list, uint4* out, int32_t num_rows) const {
-    if (threadIdx.x % kWarpSize == 0) lists_[list & 1] = List{out, num_rows};
+  __device__ void hand_over(uint4* out, int32_t num_rows) {
+    if (threadIdx.x % kWarpSize == 0) lists_[number_ & 1] = List{out, num_rows};
     __syncwarp();
     meet();
+    ++number_;
   }
 
-  // For the columns: adds up the rows of all lists. Rows have `vectors` times 16 bytes and stand in
-  // `rows` or in `staged`.
+  // For the lister: the columns return from add_up.
+  __device__ void finish() { hand_over(nullptr, -1); }
+
+  // For the columns: adds up the rows of all lists, of `vectors` times 16 bytes each.
   template <typename T, int kLevels>
-  __device__ void add_up(const uint4* rows, const uint4* staged, int32_t vectors) const {
-    for (int32_t number = 0;; ++number) {
+  __device__ void add_up(int32_t vectors) {
+    while (true) {
       meet();
-      const List list = lists_[number & 1];
+      const List list = lists_[number_ & 1];
+      const ListedRow* const listed = rows();
+      ++number_;
       if (list.num_rows < 0) return;
-      add_up_list<T, kLevels>(list, rows_ + (number & 1) * teams_.list_rows, rows, staged, vectors);
+      for (int32_t first = column(); first < vectors; first += kWide * teams_.columns) {
+        add_up_list<T, kLevels>(list, listed, first, vectors);
+      }
     }
   }
 
@@ -165,59 +179,73 @@ class Team {
   __device__ int32_t column() const { return threadIdx.x - team_ * teams_.team_threads(); }
   __device__ void meet() const { ptx::named_barrier(team_ + 1, teams_.team_threads()); }
 
+  // Vector `first` of the list's rows and the column's next one. What limits an SM here is the number
+  // of instructions: so addresses are carried along, and a column that has no next vector takes its
+  // only one twice.
   template <typename T, int kLevels>
-  __device__ void add_up_list(const List& list, const ListedRow* listed, const uint4* rows,
-                              const uint4* staged, int32_t vectors) const {
-    uint4* const ring = ring_ + column();
-    const int32_t columns = teams_.columns;
-    // What is loaded next; every turn commits a group, so that they can be counted.
-    int32_t next = 0, next_column = column();
-    const auto load = [&](int32_t stage) {
-      if (next_column < vectors) {
-        const ListedRow row = listed[next];
-        if (!(row.what & ListedRow::kNone)) {
-          const uint4* const array = row.what & ListedRow::kStaged ? staged : rows;
-          ptx::async_load(ring + stage * columns,
-                          array + static_cast<int64_t>(row.index) * vectors + next_column);
-        }
-        if (++next == list.num_rows) {
-          next = 0;
-          next_column += columns;
+  __device__ void add_up_list(const List& list, const ListedRow* listed, int32_t first,
+                              int32_t vectors) const {
+    const int32_t second = first + teams_.columns < vectors ? teams_.columns : 0;
+    const uint32_t step_bytes = teams_.columns * 16;
+    const uint32_t ring = ptx::shared_address(ring_ + column());
+    const uint32_t ring_end = ring + kStages * kWide * step_bytes;
+    uint32_t ahead = ptx::shared_address(listed);
+    const uint32_t listed_end = ahead + list.num_rows * kListedRowBytes;
+    // Every turn commits a group, empty or not, so that they can be counted.
+    const auto load = [&](uint32_t stage) {
+      if (ahead < listed_end) {
+        const uint4 entry = ptx::load_shared(ahead);
+        if (!(entry.z & ListedRow::kNone)) {
+          const uint4* const row = ListedRow::row_of(entry) + first;
+          ptx::async_load(stage, row);
+          ptx::async_load(stage + step_bytes, row + second);
         }
       }
+      ahead += kListedRowBytes;
       ptx::async_commit();
     };
-    for (int32_t stage = 0; stage < kStages - 1; ++stage) load(stage);
-    int32_t stage = 0;
-    Vector<T> sums[kLevels];
-    for (int32_t at = column(); at < vectors; at += columns) {
-      for (int32_t i = 0; i < list.num_rows; ++i) {
-        load((stage + kStages - 1) % kStages);
-        ptx::async_wait<kStages - 1>();
-        const uint32_t what = listed[i].what;
-        uint4 bits = make_uint4(0, 0, 0, 0);
-        if (!(what & ListedRow::kNone)) bits = ring[stage * columns];
-        stage = (stage + 1) % kStages;
+    for (int i = 0; i < kStages - 1; ++i) load(ring + i * kWide * step_bytes);
+    Vector<T> sums[kLevels][kWide];
+    uint32_t stage = ring, free_stage = ring_end - kWide * step_bytes;
+    for (uint32_t at = ptx::shared_address(listed); at < listed_end; at += kListedRowBytes) {
+      load(free_stage);
+      ptx::async_wait<kStages - 1>();
+      const uint32_t what = ptx::load_shared_u32(at + offsetof(ListedRow, what));
+      uint4 bits[kWide];
 #pragma unroll
-        for (int level = 0; level < kLevels; ++level) {
-          if (what & ListedRow::first_of(level)) {
-            sums[level].assign(bits);
-          } else {
-            sums[level].add(bits);
+      for (int w = 0; w < kWide; ++w) bits[w] = ptx::load_shared(stage + w * step_bytes);
+      free_stage = stage;
+      stage += kWide * step_bytes;
+      if (stage == ring_end) stage = ring;
+#pragma unroll
+      for (int level = 0; level < kLevels; ++level) {
+        if (what & ListedRow::first_of(level)) {
+          if (level == 0 && what & ListedRow::kNone) {
+#pragma unroll
+            for (int w = 0; w < kWide; ++w) bits[w] = make_uint4(0, 0, 0, 0);
           }
-          if (!(what & ListedRow::last_of(level))) break;
-          bits = sums[level].rounded();
-          if (level == kLevels - 1) {
-            list.out[static_cast<int64_t>(what >> ListedRow::kOutShift) * vectors + at] = bits;
-          }
+#pragma unroll
+          for (int w = 0; w < kWide; ++w) sums[level][w].assign(bits[w]);
+        } else {
+#pragma unroll
+          for (int w = 0; w < kWide; ++w) sums[level][w].add(bits[w]);
         }
+        if (!(what & ListedRow::last_of(level))) break;
+#pragma unroll
+        for (int w = 0; w < kWide; ++w) bits[w] = sums[level][w].rounded();
+        if (level < kLevels - 1) continue;
+        uint4* const out =
+            list.out + static_cast<int64_t>(what >> ListedRow::kOutShift) * vectors + first;
+        ptx::store_global(out, bits[0]);
+        ptx::store_global(out + second, bits[1]);
       }
     }
   }
 
   Teams teams_;
   int32_t team_;
-  uint4* ring_;      // [kStages, columns]
+  int32_t number_ = 0;  // of the next list: two are in memory by turns
+  uint4* ring_;      // [kStages, kWide, columns]
   List* lists_;      // [2]
   ListedRow* rows_;  // [2, list_rows]
 };

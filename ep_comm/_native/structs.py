@@ -260,7 +260,7 @@ class CombineArgs(ctypes.Structure):
         ("weights", _POINTER),
         ("combined_x", _POINTER),
         ("combined_weights", _POINTER),
-        ("counter", _POINTER),
+        ("counters", _POINTER),
         ("flag_offset", _INT64),
         ("credit_offset", _INT64),
         ("row_offset", _INT64),
@@ -275,8 +275,8 @@ class CombineArgs(ctypes.Structure):
         ("dtype", _INT32),
         ("num_local_experts", _INT32),
         ("ranks_per_node", _INT32),
+        ("num_blocks", _INT32),
         ("num_push_teams", _INT32),
-        ("num_sum_teams", _INT32),
     ]
 
 

@@ -42,7 +42,7 @@ from ep_comm.backends.nvlink_tuning import (
     combine_chunks_per_unit,
     combine_group_tokens,
     default_sms,
-    split_combine,
+    push_teams,
     split_dispatch,
     split_plan,
 )
@@ -122,7 +122,7 @@ class NVLinkBackend:
         )
         self._combine_args = structs.CombineArgs(
             node=memory.node(structs.EP_OP_COMBINE, wire_bytes),
-            counter=memory.counters[1].data_ptr(),
+            counters=memory.counters[1].data_ptr(),
             flag_offset=offsets.combine_flags,
             credit_offset=offsets.combine_credits,
             row_offset=offsets.combine_rows,
@@ -413,9 +413,8 @@ class NVLinkBackend:
         args.chunks_per_unit = combine_chunks_per_unit(sms, args.chunk_rows, row_bytes)
         args.group_tokens = combine_group_tokens(sms)
         args.dtype = structs.EP_BF16 if x.dtype == torch.bfloat16 else structs.EP_FP32
-        args.num_push_teams, args.num_sum_teams = split_combine(
-            sms, self.native.combine_teams_per_sm(row_bytes), self.num_ranks, routing.num_topk
-        )
+        args.num_blocks = sms
+        args.num_push_teams = push_teams(sms, self.native.combine_teams_per_sm(row_bytes))
         stream = self._streams.begin(structs.EP_OP_COMBINE, asynchronous, sms)
         args.node.record = self.recorder.start("combine", row_bytes)
         self.native.launch("ep_combine", args, stream)

@@ -35,21 +35,14 @@ def split_plan(num_sms: int, expand_sms: int) -> tuple[int, int]:
 
 
 @functools.cache
-def split_combine(
-    num_sms: int, teams_per_sm: int, num_ranks: int, num_topk: int
-) -> tuple[int, int]:
-    """Teams that push partial rows and teams that sum them.
+def push_teams(num_sms: int, teams_per_sm: int) -> int:
+    """Teams of a combine that begin with pushing; they sum when that is done.
 
-    With few SMs by the rows that each half moves for a token of every rank: one that goes to other
-    ranks is `copies` rows read and one written at each of them; at home it is its own `copies` and
-    the others' partial rows, and the result. With many the links decide, not the SMs.
+    With few SMs it is these that decide, and a team that sums from the start would first wait for
+    rows. With many the links decide, and sums are to be done while they are busy.
     """
-    copies = max(1.0, num_topk / num_ranks)
-    pushed = (num_ranks - 1) * (copies + 1)
-    share = 0.5 if num_sms >= _FEW_SMS else pushed / (pushed + copies + num_ranks)
-    teams = num_sms * teams_per_sm
-    push = min(max(1, round(teams * share)), teams - 1)
-    return push, teams - push
+    share = 0.75 if num_sms < _FEW_SMS else 0.5
+    return max(1, round(num_sms * teams_per_sm * share))
 
 
 @functools.cache
