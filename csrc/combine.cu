@@ -21,7 +21,7 @@ namespace {
 using namespace ep;
 
 constexpr int kMaxUnitRows = 32;    // a lister's lane lists one
-constexpr int kMaxGroupTokens = 32; // the same
+constexpr int kGroupTokens = 4;     // tokens that a team sums at a time
 // ep_combine_args.counters; the first is end_operation's.
 constexpr int kUnitsTaken = 1, kGroupsTaken = 2;
 // Levels of a sum.
@@ -277,14 +277,13 @@ __device__ void gather_weights(const ep_combine_args& args, int32_t begin, int32
 
 __device__ void list_sums(const ep_combine_args& args, Team& team, int32_t vectors) {
   const ep_node& node = args.node;
-  const int32_t group_tokens = args.group_tokens;
-  const int32_t num_groups = (args.routing.num_tokens + group_tokens - 1) / group_tokens;
+  const int32_t num_groups = (args.routing.num_tokens + kGroupTokens - 1) / kGroupTokens;
   auto* const out = reinterpret_cast<uint4*>(args.combined_x);
   bool fine = __all_sync(kFullWarp, !aborted(node));  // else the plan may have left no indices
   int32_t group;
   while (fine && (group = take(&args.counters[kGroupsTaken])) < num_groups) {
-    const int32_t begin = group * group_tokens;
-    const int32_t end = min(begin + group_tokens, args.routing.num_tokens);
+    const int32_t begin = group * kGroupTokens;
+    const int32_t end = min(begin + kGroupTokens, args.routing.num_tokens);
     const int32_t t = begin + lane_id();
     Token token;
     token.exists = t < end;
@@ -380,10 +379,6 @@ int32_t ep_combine(const ep_combine_args* args, void* stream) {
     return ep::fail(EP_ERR_ARGUMENT, "%d rows a unit, num_topk4 = %d: at most %d and %d",
                     unit_rows, num_topk4, kMaxUnitRows, EP_MAX_TOPK);
   }
-  if (args->group_tokens < 1 || args->group_tokens > kMaxGroupTokens) {
-    return ep::fail(EP_ERR_ARGUMENT, "group_tokens = %d is not in [1, %d]", args->group_tokens,
-                    kMaxGroupTokens);
-  }
   if (args->num_blocks < 1 || args->num_push_teams < 1) {
     return ep::fail(EP_ERR_ARGUMENT, "%d blocks, %d pushing teams: at least 1 of each",
                     args->num_blocks, args->num_push_teams);
@@ -392,7 +387,7 @@ int32_t ep_combine(const ep_combine_args* args, void* stream) {
     return ep::fail(EP_ERR_ARGUMENT, "dtype = %d is not one of EP_BF16, EP_FP32", args->dtype);
   }
   const int32_t list_rows = std::max(
-      unit_rows * num_topk4, args->group_tokens * (num_topk4 + args->node.num_ranks));
+      unit_rows * num_topk4, kGroupTokens * (num_topk4 + args->node.num_ranks));
   const ep::Teams teams = ep::Teams::of_rows(args->row_bytes, list_rows);
   const bool one_node = args->ranks_per_node >= args->node.num_ranks;
   kKernels[args->dtype][one_node]<<<args->num_blocks, teams.block_threads(), teams.shared_bytes(),

@@ -360,7 +360,6 @@ typedef struct ep_combine_args {
   int32_t max_chunks;
   int32_t chunk_rows;             /* rows of a flag: equal on all ranks */
   int32_t chunks_per_unit;        /* chunks that a team pushes before it raises their flags */
-  int32_t group_tokens;           /* tokens that a team sums at a time */
   int32_t row_bytes;
   int32_t dtype;                  /* EP_BF16 or EP_FP32 */
   int32_t num_local_experts;

@@ -270,7 +270,6 @@ class CombineArgs(ctypes.Structure):
         ("max_chunks", _INT32),
         ("chunk_rows", _INT32),
         ("chunks_per_unit", _INT32),
-        ("group_tokens", _INT32),
         ("row_bytes", _INT32),
         ("dtype", _INT32),
         ("num_local_experts", _INT32),

@@ -40,7 +40,6 @@ from ep_comm.backends.nvlink_tuning import (
     COMBINE_CHUNK_BYTES,
     chunk_tokens,
     combine_chunks_per_unit,
-    combine_group_tokens,
     default_sms,
     push_teams,
     split_dispatch,
@@ -411,7 +410,6 @@ class NVLinkBackend:
         args.chunk_rows = chunk_tokens(COMBINE_CHUNK_BYTES, row_bytes)
         sms = self._sms(num_sms, asynchronous)
         args.chunks_per_unit = combine_chunks_per_unit(sms, args.chunk_rows, row_bytes)
-        args.group_tokens = combine_group_tokens(sms)
         args.dtype = structs.EP_BF16 if x.dtype == torch.bfloat16 else structs.EP_FP32
         args.num_blocks = sms
         args.num_push_teams = push_teams(sms, self.native.combine_teams_per_sm(row_bytes))

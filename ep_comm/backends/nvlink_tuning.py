@@ -12,6 +12,8 @@ _MAX_UNIT_ROWS = 32
 _FEW_SMS = 64
 _FEW_SMS_UNIT_BYTES = 256 * 1024
 _MAX_PLAN_BLOCKS = 64
+# Of a combine's teams.
+_PUSH_SHARE = 0.4
 # Of an asynchronous operation, which is there to run beside computation.
 _OVERLAPPED_SMS = 24
 
@@ -36,13 +38,8 @@ def split_plan(num_sms: int, expand_sms: int) -> tuple[int, int]:
 
 @functools.cache
 def push_teams(num_sms: int, teams_per_sm: int) -> int:
-    """Teams of a combine that begin with pushing; they sum when that is done.
-
-    With few SMs it is these that decide, and a team that sums from the start would first wait for
-    rows. With many the links decide, and sums are to be done while they are busy.
-    """
-    share = 0.75 if num_sms < _FEW_SMS else 0.5
-    return max(1, round(num_sms * teams_per_sm * share))
+    """Teams of a combine that begin with pushing; they sum when that is done."""
+    return max(1, round(num_sms * teams_per_sm * _PUSH_SHARE))
 
 
 @functools.cache
@@ -60,10 +57,3 @@ def combine_chunks_per_unit(num_sms: int, chunk_rows: int, row_bytes: int) -> in
     if num_sms >= _FEW_SMS:
         return 1
     return max(1, min(_MAX_UNIT_ROWS, _FEW_SMS_UNIT_BYTES // row_bytes) // chunk_rows)
-
-
-@functools.cache
-def combine_group_tokens(num_sms: int) -> int:
-    """Tokens that a team sums at a time: few where the links decide, so that the last ones are soon
-    done."""
-    return 2 if num_sms >= _FEW_SMS else 8
