@@ -57,7 +57,7 @@ def allocate_rows(
     """The outputs. Waits for the plan, where it is new and the caller gave no number of rows."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+        return torch.empty(*shape, dtype=dtype, device=device)  # a tuple costs 1.5 µs more
 
     num_rows = handle.num_rows
     scales = weights = None
