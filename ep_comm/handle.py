@@ -95,12 +95,15 @@ class DispatchHandle:
     layout: RowLayout
     expert_alignment: int
     routing: Any = field(repr=False)
-    id: int = field(default_factory=lambda: next(_next_id))
     during_backward: Callable[[], None] | None = field(default=None, repr=False)
     event: EventOverlap = field(default_factory=EventOverlap, repr=False)
 
-    def __post_init__(self) -> None:
-        _handles[self.id] = self
+    @cached_property
+    def id(self) -> int:
+        """What `handle_by_id` knows it by, from when it is first asked for."""
+        number = next(_next_id)
+        _handles[number] = self
+        return number
 
     @property
     def topk_idx(self) -> Tensor:
