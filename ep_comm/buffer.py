@@ -213,7 +213,7 @@ class Buffer:
                     topk_weights = select_probabilities(topk_weights, handle.topk_idx)
             handle.during_backward = during_backward
             recv_x, recv_scales, recv_weights = ops.dispatch(
-                rows, scales, topk_weights, wire, recv, async_finish, num_sms, handle.id
+                backend, handle, rows, scales, topk_weights, wire, recv, async_finish, num_sms
             )
         return DispatchOutput(
             recv_x=recv_x if recv_x.dtype in checks.ROW_DTYPES else (recv_x, recv_scales),
@@ -280,9 +280,10 @@ class Buffer:
         checks.check_num_sms(num_sms)
         if previous_event is not None:
             previous_event.current_stream_wait()
-        combined_x, combined_weights = ops.combine(
-            x, topk_weights, grad_wire, async_finish, num_sms, handle.id
-        )
+        with self.guard() as backend:
+            combined_x, combined_weights = ops.combine(
+                backend, handle, x, topk_weights, grad_wire, async_finish, num_sms
+            )
         return CombineOutput(
             combined_x,
             None if topk_weights is None else combined_weights,

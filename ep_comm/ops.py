@@ -6,8 +6,9 @@
     ep_comm::combine(x, topk_weights?, grad_wire_dtype, asynchronous, num_sms?, handle)
         -> (combined_x, combined_topk_weights)
 
-Optional results that do not exist come back as empty tensors. `Buffer` is the way to call them:
-it checks arguments and holds the handle, which the ops know by its id. FP8 on the wire is
+Optional results that do not exist come back as empty tensors. `Buffer` is the way to call them,
+through `dispatch` and `combine` below: it checks arguments and holds the handle, which the ops know
+by its id. FP8 on the wire is
 straight-through: the gradient is that of an unquantised dispatch. Gradients travel in their own
 type, except where combine's `grad_wire_dtype` makes those that its backward dispatches FP8.
 """
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_comm.backends.base import Pending, Result
+from ep_comm.backends.base import Backend, Pending, Result
 from ep_comm.handle import DispatchHandle, handle_by_id
 
 _library = torch.library.Library("ep_comm", "DEF")
@@ -34,18 +35,39 @@ _library.define(
 )
 
 
-def dispatch(x: Tensor, scales: Tensor | None, topk_weights: Tensor | None, *args: Any) -> Any:
+def dispatch(
+    backend: Backend,
+    handle: DispatchHandle,
+    x: Tensor,
+    scales: Tensor | None,
+    topk_weights: Tensor | None,
+    wire_dtype: torch.dtype,
+    recv_dtype: torch.dtype,
+    asynchronous: bool,
+    num_sms: int | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The op; without gradients to record, straight to the backend: torch's way costs 15 µs."""
+    args = (x, scales, topk_weights, wire_dtype, recv_dtype, asynchronous, num_sms)
     if _needs_grad(x, topk_weights):
-        return torch.ops.ep_comm.dispatch.default(x, scales, topk_weights, *args)
-    return _dispatch(x, scales, topk_weights, *args)
+        return torch.ops.ep_comm.dispatch.default(*args, handle.id)
+    return _result(backend.dispatch(handle, *args), handle, asynchronous)
 
 
-def combine(x: Tensor, topk_weights: Tensor | None, *args: Any) -> Any:
+def combine(
+    backend: Backend,
+    handle: DispatchHandle,
+    x: Tensor,
+    topk_weights: Tensor | None,
+    grad_wire_dtype: torch.dtype,
+    asynchronous: bool,
+    num_sms: int | None,
+) -> tuple[Tensor, Tensor | None]:
     """As `dispatch`."""
+    args = (x, topk_weights, grad_wire_dtype, asynchronous, num_sms)
     if _needs_grad(x, topk_weights):
-        return torch.ops.ep_comm.combine.default(x, topk_weights, *args)
-    return _combine(x, topk_weights, *args)
+        return torch.ops.ep_comm.combine.default(*args, handle.id)
+    pending = backend.combine(handle, x, topk_weights, asynchronous, num_sms)
+    return _result(pending, handle, asynchronous)
 
 
 def _needs_grad(x: Tensor, topk_weights: Tensor | None) -> bool:
