@@ -29,7 +29,6 @@ from ep_comm.handle import (
     DispatchOutput,
     Payload,
     RowLayout,
-    payload_tensors,
 )
 from ep_comm.probabilities import select_probabilities
 from ep_comm.records import Records
@@ -164,14 +163,15 @@ class Buffer:
         """
         self._check_usable()
         checks.check_stream_arguments(previous_event, async_finish, allocate_on_comm_stream)
-        checks.check_payload(x, self.config)
+        rows, scales = checks.checked_payload(x, self.config)
         if during_backward is not None and not callable(during_backward):
             raise EPArgumentError(
                 f"during_backward must be callable, got {type(during_backward).__name__}"
             )
-        rows, scales = payload_tensors(x)
         checks.check_device("x", rows, self._device_types)
-        wire, recv = checks.wire_and_recv_dtype(x, wire_dtype, recv_dtype, self.config.hidden)
+        wire, recv = checks.wire_and_recv_dtype(
+            rows, scales, wire_dtype, recv_dtype, self.config.hidden
+        )
         self._backend.check_wire_dtype(wire)
         checks.check_num_sms(num_sms)
         if previous_event is not None:
@@ -384,24 +384,24 @@ class Buffer:
         """Everything about the routing of a new dispatch that the host can see."""
         config = self.config
         checks.check_layout(layout, expert_alignment)
-        for name, value in (("topk_idx", topk_idx), ("routing_map", routing_map)):
-            if value is not None:
-                checks.check_tensor(name, value)
-        routing_tensor = topk_idx if topk_idx is not None else routing_map
-        if routing_tensor is None or (topk_idx is not None and routing_map is not None):
+        if (topk_idx is None) == (routing_map is None):
             raise EPArgumentError("pass exactly one of topk_idx, routing_map and handle")
-        if routing_tensor.device != x.device:
-            raise EPArgumentError(f"the routing is on {routing_tensor.device}, x on {x.device}")
-        if routing_tensor.dim() == 2 and routing_tensor.shape[0] != x.shape[0]:
+        if topk_idx is not None:
+            name, routing = "topk_idx", topk_idx
+        else:
+            name, routing = "routing_map", routing_map
+        checks.check_tensor(name, routing)
+        if routing.device != x.device:
+            raise EPArgumentError(f"the routing is on {routing.device}, x on {x.device}")
+        shape = tuple(routing.shape)
+        if len(shape) == 2 and shape[0] != x.shape[0]:
+            raise EPArgumentError(f"the routing has {shape[0]} tokens, x has {x.shape[0]}")
+        if topk_idx is not None and len(shape) == 2 and shape[1] > config.num_topk:
             raise EPArgumentError(
-                f"the routing has {routing_tensor.shape[0]} tokens, x has {x.shape[0]}"
-            )
-        if topk_idx is not None and topk_idx.dim() == 2 and topk_idx.shape[1] > config.num_topk:
-            raise EPArgumentError(
-                f"topk_idx has {topk_idx.shape[1]} entries a token, the buffer was made for "
+                f"topk_idx has {shape[1]} entries a token, the buffer was made for "
                 f"num_topk {config.num_topk}"
             )
-        checks.check_weights(topk_weights, tuple(routing_tensor.shape), x.device)
+        checks.check_weights(topk_weights, shape, x.device)
 
 
 def _device_types(group: dist.ProcessGroup) -> tuple[str, ...]:

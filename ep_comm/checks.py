@@ -11,7 +11,7 @@ from ep_comm import fp8
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPRoutingError
 from ep_comm.events import EventOverlap
-from ep_comm.handle import DispatchHandle, Payload, RowLayout, payload_tensors
+from ep_comm.handle import DispatchHandle, Payload, RowLayout
 
 ROW_DTYPES = (torch.bfloat16, torch.float32)
 _MAX_ALIGNMENT = 4096
@@ -85,18 +85,19 @@ def too_many_tokens(rank: int, num_tokens: int, max_tokens: int) -> EPRoutingErr
     )
 
 
-def check_payload(x: Payload, config: EPConfig) -> None:
+def checked_payload(x: Payload, config: EPConfig) -> tuple[Tensor, Tensor | None]:
     """Rows to dispatch: BF16 or FP32 [T, hidden], or FP8 with scales [T, hidden / 128]."""
     if isinstance(x, tuple) and len(x) == 2:
-        check_tensor("x[0]", x[0])
-        check_tensor("x[1]", x[1])
+        rows, scales = x
+        check_tensor("x[0]", rows)
+        check_tensor("x[1]", scales)
     else:
-        check_tensor("x", x)
-    rows, scales = payload_tensors(x)
+        rows, scales = x, None
+        check_tensor("x", rows)
     check_rows("x", rows, None, config.hidden)
     if scales is None:
         check_row_dtype("x", rows, config)
-        return
+        return rows, None
     fp8.check_hidden(config.hidden)
     if rows.dtype != fp8.FP8_DTYPE:
         raise EPArgumentError(f"x with scales must be float8_e4m3fn, got {rows.dtype}")
@@ -105,13 +106,17 @@ def check_payload(x: Payload, config: EPConfig) -> None:
         raise EPArgumentError(
             f"scales must be float32 on {rows.device}, got {scales.dtype} on {scales.device}"
         )
+    return rows, scales
 
 
 def wire_and_recv_dtype(
-    x: Payload, wire_dtype: torch.dtype | None, recv_dtype: torch.dtype | None, hidden: int
+    rows: Tensor,
+    scales: Tensor | None,
+    wire_dtype: torch.dtype | None,
+    recv_dtype: torch.dtype | None,
+    hidden: int,
 ) -> tuple[torch.dtype, torch.dtype]:
     """Defaults for the two types, and a refusal of pairs that make no sense."""
-    rows, scales = payload_tensors(x)
     wire = rows.dtype if wire_dtype is None else wire_dtype
     recv = rows.dtype if recv_dtype is None else recv_dtype
     if wire != rows.dtype and (wire != fp8.FP8_DTYPE or scales is not None):

@@ -212,8 +212,3 @@ class CombineOutput(NamedTuple):
     combined_x: Tensor
     combined_topk_weights: Tensor | None
     event: EventOverlap
-
-
-def payload_tensors(x: Payload) -> tuple[Tensor, Tensor | None]:
-    """Rows and scales of a payload; scales are None where it is not quantised."""
-    return (x, None) if isinstance(x, torch.Tensor) else x

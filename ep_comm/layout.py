@@ -64,7 +64,8 @@ def routing_layout(
         EPRoutingError: An entry is neither -1 nor an expert, a token names an expert twice, or a
             row of `routing_map` has too many. Names the first such entry in order of tokens.
     """
-    source, num_topk = checked_source(topk_idx, routing_map, num_topk, num_experts, num_ranks)
+    _check_sizes(num_experts, num_ranks)
+    source, num_topk = checked_source(topk_idx, routing_map, num_topk, num_experts)
     native = _native.load() if source.is_cuda else None
     if native is not None:
         layout, error = launch_layout(native, source, num_topk, num_experts, num_ranks)
@@ -80,14 +81,12 @@ def checked_source(
     routing_map: torch.Tensor | None,
     num_topk: int | None,
     num_experts: int,
-    num_ranks: int,
 ) -> tuple[torch.Tensor, int]:
-    """`routing_layout`'s checks on the host; the one input given, contiguous, and K.
+    """`routing_layout`'s checks of its input on the host; the one given, contiguous, and K.
 
     Raises:
         EPArgumentError: As `routing_layout`.
     """
-    _check_sizes(num_experts, num_ranks)
     if (topk_idx is None) == (routing_map is None):
         given = "neither" if topk_idx is None else "both"
         raise EPArgumentError(f"pass exactly one of topk_idx and routing_map, not {given}")

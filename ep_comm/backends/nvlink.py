@@ -216,7 +216,6 @@ class NVLinkBackend:
             routing_map,
             config.num_topk if topk_idx is None else None,
             config.num_experts,
-            self.num_ranks,
         )
         asked_tokens = source.shape[0]
         if asked_tokens > config.max_tokens_per_rank:
@@ -233,7 +232,7 @@ class NVLinkBackend:
         arena = torch.empty(total, dtype=torch.int32, device=self.device)
         base = arena.data_ptr()
         native = structs.Routing(
-            *(base + 4 * first for first, _ in places.values()),
+            *[base + 4 * first for first, _ in places.values()],
             num_tokens,
             num_topk,
             whole_vectors(num_topk),

@@ -140,11 +140,11 @@ class InFlight:
             num_sms: That its kernels occupy.
         """
         last_stream, _ = self._operations.pop(key, (stream, 0))
-        behind = {last_stream} - {stream}
+        behind = [] if last_stream == stream else [last_stream]
         # One operation runs at a time on each stream: the largest counts.
         sms_of_stream: dict[int, int] = {}
         for other_stream, other_sms in reversed(self._operations.values()):
-            if other_stream not in behind | {stream}:
+            if other_stream not in (stream, last_stream):
                 largest = max(other_sms, sms_of_stream.get(other_stream, 0))
                 sms_of_stream[other_stream] = largest
         room = self._num_sms - num_sms
@@ -152,7 +152,7 @@ class InFlight:
             if other_sms <= room:
                 room -= other_sms
             else:
-                behind.add(other_stream)
+                behind.append(other_stream)
         self._operations[key] = (stream, num_sms)
         return sorted(behind)
 
