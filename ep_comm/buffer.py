@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -23,6 +22,7 @@ from ep_comm.errors import (
     EPUnsupportedError,
 )
 from ep_comm.events import EventOverlap
+from ep_comm.guard import Guard
 from ep_comm.handle import (
     CombineOutput,
     DispatchHandle,
@@ -342,8 +342,7 @@ class Buffer:
         self._backend.destroy()
         self._unusable = "it was destroyed"
 
-    @contextmanager
-    def guard(self) -> Iterator[Backend]:
+    def guard(self) -> Guard:
         """The backend, for one operation; an error in it makes the buffer unusable.
 
         After a timeout or a mismatch messages of the failed operation may still be on their way,
@@ -351,22 +350,20 @@ class Buffer:
         no other rank waits for what they should have started.
         """
         self._check_usable()
-        started = self._backend.num_started
-        try:
-            yield self._backend
-        except BaseException as error:
-            if self._backend.num_started != started:
-                self._backend.abandon()
-            is_harmless = not self._backend.has_failed and (
-                isinstance(error, EPRoutingError) or self._backend.num_started == started
-            )
-            if isinstance(error, EPOverflowError):
-                raise
-            if isinstance(error, (EPArgumentError, EPUnsupportedError)) and is_harmless:
-                raise
-            reason = str(error) if isinstance(error, EPError) else repr(error)
-            self._unusable = f"an earlier operation failed: {reason}"
-            raise
+        return Guard(self._backend, self._take_error)
+
+    def _take_error(self, error: BaseException, has_started: bool) -> None:
+        if has_started:
+            self._backend.abandon()
+        if isinstance(error, EPOverflowError):
+            return
+        is_harmless = not self._backend.has_failed and (
+            isinstance(error, EPRoutingError) or not has_started
+        )
+        if isinstance(error, (EPArgumentError, EPUnsupportedError)) and is_harmless:
+            return
+        reason = str(error) if isinstance(error, EPError) else repr(error)
+        self._unusable = f"an earlier operation failed: {reason}"
 
     def _check_usable(self) -> None:
         if self._unusable is not None:
