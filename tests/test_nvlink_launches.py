@@ -105,17 +105,17 @@ def plan(backend: NVLinkBackend, capacity=None, asynchronous=False, num_sms=None
     )
 
 
-def dispatch(backend: NVLinkBackend, handle, asynchronous=False, num_sms=None):
+def dispatch(backend: NVLinkBackend, handle, asynchronous=False, num_sms=None, weights=None):
     dtype = torch.bfloat16
-    return backend.dispatch(handle, X, None, None, dtype, dtype, asynchronous, num_sms)
+    return backend.dispatch(handle, X, None, weights, dtype, dtype, asynchronous, num_sms)
 
 
 def test_a_new_dispatch_pushes_while_the_host_waits(backend):
     received = dispatch(backend, plan(backend))
-    planned, ready, push, mailbox, expand, joined = backend.native.take()
+    planned, push, mailbox, expand, joined = backend.native.take()
     assert planned[0] == "plan" and planned[2:] == (CURRENT, SIDE) and planned[1].ticket == 1
     assert planned[1].capacity == 2**31 - 1
-    assert ready == ("wait", SIDE, CURRENT) and joined == ("wait", CURRENT, SIDE)
+    assert joined == ("wait", CURRENT, SIDE)
     assert mailbox == ("mailbox",)
     assert push[0] == expand[0] == "ep_dispatch" and (push[2], expand[2]) == (CURRENT, SIDE)
     assert (push[1].num_push_blocks, push[1].num_expand_blocks) == (24, 0)
@@ -187,6 +187,23 @@ def test_an_asynchronous_plan_with_probabilities_of_a_map_is_waited_for(backend)
     plan(backend, capacity=32, asynchronous=True, topk_idx=None, routing_map=routing_map,
          has_weights=True)  # fmt: skip
     assert backend.native.take()[-1] == ("wait", CURRENT, COMM)
+
+
+def test_what_is_made_after_the_plan_is_waited_for(backend):
+    def first(weights, asynchronous=False, **routing) -> list[tuple]:
+        handle = plan(backend, 32, asynchronous, num_sms=24, has_weights=True, **routing)
+        backend.native.take()
+        dispatch(backend, handle, asynchronous, num_sms=24, weights=weights)
+        return backend.native.take()
+
+    whole = torch.zeros(10, 4)
+    assert [call[0] for call in first(whole)] == ["ep_dispatch", "ep_dispatch", "wait"]
+    padded = whole[:, :2]
+    assert first(padded)[0] == ("wait", SIDE, CURRENT)
+    assert first(padded, asynchronous=True)[:2] == [("wait", COMM, CURRENT), ("wait", SIDE, COMM)]
+    routing_map = torch.zeros(10, 8, dtype=torch.bool)
+    selected = first(whole, topk_idx=None, routing_map=routing_map)
+    assert selected[0] == ("wait", SIDE, CURRENT)
 
 
 def test_what_was_started_outlives_an_error(backend):

@@ -225,6 +225,7 @@ class NVLinkBackend:
         places, total = arena_places(
             num_tokens, num_topk, num_rows, self.num_ranks, self.num_local_experts
         )
+        selects_weights = routing_map is not None and has_weights
         sms = self._sms(num_sms, asynchronous)
         stream = self._streams.begin(structs.EP_OP_DISPATCH, asynchronous, sms)
         record = self.recorder.start("dispatch", 0)
@@ -249,7 +250,7 @@ class NVLinkBackend:
             source=source,
             arena=arena,
             places=places,
-            first=FirstDispatch(stream=stream, num_sms=sms, record=record),
+            first=FirstDispatch(stream, sms, record, selects_weights),
         )
         args = self._plan_args
         args.node.record = record
@@ -264,7 +265,7 @@ class NVLinkBackend:
         args.num_send_blocks, args.num_receive_blocks = split_plan(sms, expand_sms)
         streams = self._streams
         self.native.plan(args, stream, streams.side, streams.event)
-        if asynchronous and routing_map is not None and has_weights:
+        if asynchronous and selects_weights:
             # The caller's stream selects the probabilities by the experts that the plan finds.
             streams.wait(streams.current, stream)
         return routing
@@ -307,7 +308,8 @@ class NVLinkBackend:
         first, routing.first = routing.first, None
         if first is None:
             self.memory.check()
-        if wire_dtype == fp8.FP8_DTYPE and scales is None:
+        quantises = wire_dtype == fp8.FP8_DTYPE and scales is None
+        if quantises:
             x, scales = fp8.quantize(x)
         weights = whole_weight_rows(topk_weights)
         args = self._dispatch_args
@@ -319,7 +321,9 @@ class NVLinkBackend:
             sms = self._sms(num_sms, asynchronous)
             received = self._repeat(args, handle, recv_dtype, asynchronous, sms)
         else:
-            received = self._first(args, handle, recv_dtype, asynchronous, first)
+            if quantises or first.selects_weights or weights is not topk_weights:
+                self._wait_for_input(first.stream, asynchronous)
+            received = self._first(args, handle, recv_dtype, first)
         return self._pending(
             received, asynchronous, (x, scales, weights, routing.source, routing.arena)
         )
@@ -343,20 +347,24 @@ class NVLinkBackend:
         self.native.launch("ep_dispatch", args, stream)
         return received
 
+    def _wait_for_input(self, stream: int, asynchronous: bool) -> None:
+        """The first dispatch goes on when what was made since its plan is there. The plan's own
+        streams are behind everything older."""
+        streams = self._streams
+        if asynchronous:
+            streams.wait(stream, streams.current)
+        streams.wait(streams.side, stream)
+
     def _first(
         self,
         args: structs.DispatchArgs,
         handle: DispatchHandle,
         recv_dtype: torch.dtype,
-        asynchronous: bool,
         first: FirstDispatch,
     ) -> Received:
         """The dispatch after its plan: it pushes while the plan and the host go on."""
         streams, stream = self._streams, first.stream
         self.recorder.set_row_bytes(args.row_bytes + args.scale_bytes)
-        if asynchronous:  # rows may have been quantised since the plan
-            streams.wait(stream, streams.current)
-        streams.wait(streams.side, stream)  # the input is ready
         args.node.record = first.record
         args.is_planned = True
         push_blocks, expand_blocks = split_dispatch(first.num_sms, self.num_ranks)

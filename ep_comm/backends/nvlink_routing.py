@@ -102,8 +102,10 @@ class FirstDispatch(NamedTuple):
         stream: Where they run.
         num_sms: That they occupy.
         record: Address of their record.
+        selects_weights: Whether probabilities are selected by the plan's experts in between.
     """
 
     stream: int
     num_sms: int
     record: int
+    selects_weights: bool
