@@ -187,7 +187,7 @@ class Buffer:
                 raise EPArgumentError("num_worst_tokens is that of the handle: leave it out")
             layout, expert_alignment = handle.layout, handle.expert_alignment
             checks.check_rows("x", rows, handle.num_tokens, self.config.hidden)
-            checks.check_weights(topk_weights, tuple(handle.topk_idx.shape), rows.device)
+            checks.check_weights(topk_weights, handle.topk_idx.shape, rows.device)
 
         if recv == fp8.FP8_DTYPE and layout == "expert" and expert_alignment % 4:
             raise EPArgumentError(
@@ -390,7 +390,7 @@ class Buffer:
         checks.check_tensor(name, routing)
         if routing.device != x.device:
             raise EPArgumentError(f"the routing is on {routing.device}, x on {x.device}")
-        shape = tuple(routing.shape)
+        shape = routing.shape
         if len(shape) == 2 and shape[0] != x.shape[0]:
             raise EPArgumentError(f"the routing has {shape[0]} tokens, x has {x.shape[0]}")
         if topk_idx is not None and len(shape) == 2 and shape[1] > config.num_topk:

@@ -48,9 +48,10 @@ def check_num_worst_tokens(num_worst_tokens: object) -> None:
 
 def check_rows(name: str, x: Tensor, num_rows: int | None, hidden: int) -> None:
     """`x` is [num_rows, hidden], contiguous."""
-    if x.dim() != 2 or x.shape[1] != hidden or num_rows not in (None, x.shape[0]):
+    shape = x.shape
+    if len(shape) != 2 or shape[1] != hidden or num_rows not in (None, shape[0]):
         rows = "num_tokens" if num_rows is None else num_rows
-        raise EPArgumentError(f"{name} must be [{rows}, {hidden}], got {list(x.shape)}")
+        raise EPArgumentError(f"{name} must be [{rows}, {hidden}], got {list(shape)}")
     if not x.is_contiguous():
         raise EPArgumentError(f"{name} must be contiguous, got strides {list(x.stride())}")
     if x.is_cuda and x.data_ptr() % 16:
@@ -156,7 +157,7 @@ def check_weights(weights: Tensor | None, shape: tuple[int, ...], device: torch.
     check_tensor(name, weights)
     if weights.dtype != torch.float32:
         raise EPArgumentError(f"{name} must be float32, got {weights.dtype}")
-    if tuple(weights.shape) != shape:
+    if weights.shape != shape:
         raise EPArgumentError(f"{name} must be {list(shape)}, got {list(weights.shape)}")
     if weights.device != device:
         raise EPArgumentError(f"{name} is on {weights.device}, x on {device}")
