@@ -30,6 +30,7 @@ from ep_comm.handle import (
     Payload,
     RowLayout,
 )
+from ep_comm.layout import checked_source
 from ep_comm.probabilities import select_probabilities
 from ep_comm.records import Records
 
@@ -177,8 +178,9 @@ class Buffer:
         if previous_event is not None:
             previous_event.current_stream_wait()
         if handle is None:
-            self._check_routing(rows, topk_idx, topk_weights, routing_map, layout, expert_alignment)
+            checks.check_layout(layout, expert_alignment)
             checks.check_num_worst_tokens(num_worst_tokens)
+            source, num_topk = self._checked_routing(rows, topk_idx, topk_weights, routing_map)
         else:
             checks.check_handle(handle, self)
             if topk_idx is not None or routing_map is not None:
@@ -197,8 +199,8 @@ class Buffer:
         with self.guard() as backend:
             if handle is None:
                 routing = backend.plan(
-                    topk_idx,
-                    routing_map,
+                    source,
+                    num_topk,
                     layout,
                     expert_alignment,
                     topk_weights is not None,
@@ -369,36 +371,29 @@ class Buffer:
         if self._unusable is not None:
             raise EPStateError(f"the buffer can no longer be used: {self._unusable}")
 
-    def _check_routing(
+    def _checked_routing(
         self,
         x: Tensor,
         topk_idx: Tensor | None,
         topk_weights: Tensor | None,
         routing_map: Tensor | None,
-        layout: RowLayout,
-        expert_alignment: int,
-    ) -> None:
-        """Everything about the routing of a new dispatch that the host can see."""
+    ) -> tuple[Tensor, int]:
+        """The routing of a new dispatch and its K, after all checks that the host can make."""
         config = self.config
-        checks.check_layout(layout, expert_alignment)
-        if (topk_idx is None) == (routing_map is None):
-            raise EPArgumentError("pass exactly one of topk_idx, routing_map and handle")
-        if topk_idx is not None:
-            name, routing = "topk_idx", topk_idx
-        else:
-            name, routing = "routing_map", routing_map
-        checks.check_tensor(name, routing)
-        if routing.device != x.device:
-            raise EPArgumentError(f"the routing is on {routing.device}, x on {x.device}")
-        shape = routing.shape
-        if len(shape) == 2 and shape[0] != x.shape[0]:
+        map_topk = config.num_topk if topk_idx is None else None
+        source, num_topk = checked_source(topk_idx, routing_map, map_topk, config.num_experts)
+        if source.device != x.device:
+            raise EPArgumentError(f"the routing is on {source.device}, x on {x.device}")
+        shape = source.shape
+        if shape[0] != x.shape[0]:
             raise EPArgumentError(f"the routing has {shape[0]} tokens, x has {x.shape[0]}")
-        if topk_idx is not None and len(shape) == 2 and shape[1] > config.num_topk:
+        if num_topk > config.num_topk:
             raise EPArgumentError(
-                f"topk_idx has {shape[1]} entries a token, the buffer was made for "
+                f"topk_idx has {num_topk} entries a token, the buffer was made for "
                 f"num_topk {config.num_topk}"
             )
         checks.check_weights(topk_weights, shape, x.device)
+        return source, num_topk
 
 
 def _device_types(group: dist.ProcessGroup) -> tuple[str, ...]:

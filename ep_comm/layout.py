@@ -117,7 +117,7 @@ def _check_sizes(num_experts: int, num_ranks: int) -> None:
 
 def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...], dims: str) -> None:
     if not isinstance(tensor, torch.Tensor):
-        raise EPArgumentError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+        raise EPArgumentError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         expected = " or ".join(map(str, dtypes))
         raise EPArgumentError(f"{name} has dtype {tensor.dtype}, expected {expected}")

@@ -183,7 +183,7 @@ MAP = torch.zeros(2, 4, dtype=torch.bool)
     [
         ({}, "exactly one of topk_idx and routing_map, not neither"),
         ({"topk_idx": TOPK, "routing_map": MAP}, "exactly one of topk_idx and routing_map, not bo"),
-        ({"topk_idx": [[0]]}, "topk_idx is a list, expected a torch.Tensor"),
+        ({"topk_idx": [[0]]}, "topk_idx must be a torch.Tensor, got list"),
         ({"topk_idx": TOPK.float()}, "dtype torch.float32, expected torch.int32 or torch.int64"),
         ({"topk_idx": TOPK[0]}, r"topk_idx has shape \[1\], expected 2 dimensions"),
         ({"topk_idx": TOPK[:, :0]}, r"topk_idx has 0 columns, expected 1..32"),

@@ -94,7 +94,7 @@ def backend():
 
 
 def plan(backend: NVLinkBackend, capacity=None, asynchronous=False, num_sms=None, **changes):
-    routing = dict(topk_idx=TOPK, routing_map=None, layout="expert", has_weights=False)
+    routing = dict(source=TOPK, num_topk=2, layout="expert", has_weights=False)
     settings = {**routing, **changes}
     planned = backend.plan(
         expert_alignment=16, capacity=capacity, asynchronous=asynchronous, num_sms=num_sms,
@@ -184,8 +184,7 @@ def test_asynchronous_operations_run_beside_others_on_few_sms(backend):
 
 def test_an_asynchronous_plan_with_probabilities_of_a_map_is_waited_for(backend):
     routing_map = torch.zeros(10, 8, dtype=torch.bool)
-    plan(backend, capacity=32, asynchronous=True, topk_idx=None, routing_map=routing_map,
-         has_weights=True)  # fmt: skip
+    plan(backend, capacity=32, asynchronous=True, source=routing_map, has_weights=True)
     assert backend.native.take()[-1] == ("wait", CURRENT, COMM)
 
 
@@ -202,7 +201,7 @@ def test_what_is_made_after_the_plan_is_waited_for(backend):
     assert first(padded)[0] == ("wait", SIDE, CURRENT)
     assert first(padded, asynchronous=True)[:2] == [("wait", COMM, CURRENT), ("wait", SIDE, COMM)]
     routing_map = torch.zeros(10, 8, dtype=torch.bool)
-    selected = first(whole, topk_idx=None, routing_map=routing_map)
+    selected = first(whole, source=routing_map)
     assert selected[0] == ("wait", SIDE, CURRENT)
 
 

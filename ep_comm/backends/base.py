@@ -112,8 +112,8 @@ class Backend(Protocol):
 
     def plan(
         self,
-        topk_idx: Tensor | None,
-        routing_map: Tensor | None,
+        source: Tensor,
+        num_topk: int,
         layout: RowLayout,
         expert_alignment: int,
         has_weights: bool,
@@ -121,7 +121,8 @@ class Backend(Protocol):
         asynchronous: bool,
         num_sms: int | None,
     ) -> Routing:
-        """Exchange the routing of a new dispatch, from exactly one of `topk_idx`, `routing_map`.
+        """Exchange the routing of a new dispatch: `source` is a topk_idx [T, K] or, where it is
+        bool, a routing_map [T, num_experts].
 
         A dispatch with the routing follows at once. Bad content of the routing raises here, or,
         where the device has to find it, in that dispatch, once the other ranks have what they

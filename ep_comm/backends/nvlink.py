@@ -49,7 +49,7 @@ from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 from ep_comm.events import EventOverlap
 from ep_comm.handle import DispatchHandle, RoutingSizes, RowLayout
-from ep_comm.layout import INPUT_KINDS, checked_source, raise_if_bad
+from ep_comm.layout import INPUT_KINDS, raise_if_bad
 
 _MAX_ROWS = 2**31 - 1
 
@@ -195,8 +195,8 @@ class NVLinkBackend:
 
     def plan(
         self,
-        topk_idx: Tensor | None,
-        routing_map: Tensor | None,
+        source: Tensor,
+        num_topk: int,
         layout: RowLayout,
         expert_alignment: int,
         has_weights: bool,
@@ -211,12 +211,6 @@ class NVLinkBackend:
                 "pass num_worst_tokens, or capture a cached dispatch"
             )
         config = self.config
-        source, num_topk = checked_source(
-            topk_idx,
-            routing_map,
-            config.num_topk if topk_idx is None else None,
-            config.num_experts,
-        )
         asked_tokens = source.shape[0]
         if asked_tokens > config.max_tokens_per_rank:
             source = source[:0]  # the kernels tell all ranks
@@ -225,7 +219,7 @@ class NVLinkBackend:
         places, total = arena_places(
             num_tokens, num_topk, num_rows, self.num_ranks, self.num_local_experts
         )
-        selects_weights = routing_map is not None and has_weights
+        selects_weights = has_weights and source.dtype == torch.bool
         sms = self._sms(num_sms, asynchronous)
         stream = self._streams.begin(structs.EP_OP_DISPATCH, asynchronous, sms)
         record = self.recorder.start("dispatch", 0)

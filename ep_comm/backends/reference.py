@@ -128,8 +128,8 @@ class ReferenceBackend:
 
     def plan(
         self,
-        topk_idx: Tensor | None,
-        routing_map: Tensor | None,
+        source: Tensor,
+        num_topk: int,
         layout: RowLayout,
         expert_alignment: int,
         has_weights: bool,
@@ -138,10 +138,11 @@ class ReferenceBackend:
         num_sms: int | None,
     ) -> ReferenceRouting:
         self._say_overflow()
+        is_map = source.dtype == torch.bool
         routing = routing_layout(
-            topk_idx,
-            routing_map=routing_map,
-            num_topk=self.config.num_topk if routing_map is not None else None,
+            None if is_map else source,
+            routing_map=source if is_map else None,
+            num_topk=num_topk,
             num_experts=self.config.num_experts,
             num_ranks=self.transport.num_ranks,
         )
