@@ -47,7 +47,6 @@ from ep_comm.backends.nvlink_tuning import (
 )
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
-from ep_comm.events import EventOverlap
 from ep_comm.handle import DispatchHandle, RoutingSizes, RowLayout
 from ep_comm.layout import INPUT_KINDS, raise_if_bad
 
@@ -428,5 +427,5 @@ class NVLinkBackend:
     def _pending(self, result, asynchronous: bool, keep: tuple) -> Pending:
         """`keep` is what the kernels read."""
         if not asynchronous:
-            return Pending(result, EventOverlap())
+            return Pending(result)
         return Pending(result, self._streams.comm_event(keep))

@@ -55,20 +55,18 @@ def allocate_rows(
     device: torch.device,
 ) -> Received:
     """The outputs. Waits for the plan, where it is new and the caller gave no number of rows."""
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device=device)  # a tuple costs 1.5 µs more
-
     num_rows = handle.num_rows
+    in_experts = handle.layout == "expert"
+    # Sizes one by one: as a tuple they cost an allocation 1.5 µs more.
+    x = torch.empty(num_rows, hidden, dtype=recv_dtype, device=device)
     scales = weights = None
     if recv_dtype == fp8.FP8_DTYPE:
         blocks = hidden // fp8.BLOCK
-        flat = handle.layout == "expert"
-        scales = empty(num_rows * blocks) if flat else empty(num_rows, blocks)
+        shape = (num_rows * blocks,) if in_experts else (num_rows, blocks)
+        scales = x.new_empty(*shape, dtype=torch.float32)
     if args.weight_bytes:
-        shape = (num_rows,) if handle.layout == "expert" else (num_rows, handle.num_topk)
-        weights = empty(*shape)
-    x = empty(num_rows, hidden, dtype=recv_dtype)
+        shape = (num_rows,) if in_experts else (num_rows, handle.num_topk)
+        weights = x.new_empty(*shape, dtype=torch.float32)
     args.num_rows = num_rows
     args.recv_x = x.data_ptr()
     args.recv_scales = None if scales is None else scales.data_ptr()
