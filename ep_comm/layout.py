@@ -76,6 +76,11 @@ def routing_layout(
     return _reference_layout(source, num_experts, num_ranks)
 
 
+def index_dtype(source: torch.Tensor) -> torch.dtype:
+    """Type of the local expert indices that go with a routing, see `checked_source`."""
+    return torch.int64 if source.dtype == torch.int64 else torch.int32
+
+
 def checked_source(
     topk_idx: torch.Tensor | None,
     routing_map: torch.Tensor | None,

@@ -144,6 +144,20 @@ def test_arrays_of_a_routing_stand_where_kernels_look_for_them(backend):
     assert not first_word
 
 
+def test_the_first_rank_major_dispatch_writes_the_experts_of_its_rows(backend):
+    for topk_idx in (TOPK, TOPK.int(), TOPK.long()):
+        handle = plan(backend, capacity=40, layout="rank", source=topk_idx)
+        dispatch(backend, handle)
+        dispatch(backend, handle)
+        launches = [call[1] for call in backend.native.take() if call[0] == "ep_dispatch"]
+        push, expand, again = launches
+        experts = handle.recv_topk_idx
+        assert experts.shape == (40, 2) and experts.dtype == topk_idx.dtype
+        assert expand.recv_topk_idx == experts.data_ptr()
+        assert expand.recv_idx_bytes == experts.element_size()
+        assert push.recv_topk_idx is again.recv_topk_idx is None
+
+
 def test_a_given_number_of_rows_spares_the_wait(backend):
     received = dispatch(backend, plan(backend, capacity=40))
     calls = backend.native.take()

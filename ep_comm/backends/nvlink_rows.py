@@ -12,6 +12,7 @@ from ep_comm.backends.base import Received
 from ep_comm.backends.nvlink_routing import NVLinkRouting
 from ep_comm.backends.nvlink_tuning import DISPATCH_CHUNK_BYTES, chunk_tokens
 from ep_comm.handle import DispatchHandle
+from ep_comm.layout import index_dtype
 
 _RECV_KINDS = {torch.bfloat16: structs.EP_RECV_BF16, torch.float32: structs.EP_RECV_FP32}
 
@@ -78,7 +79,7 @@ def allocate_experts(
     args: structs.DispatchArgs, handle: DispatchHandle, device: torch.device
 ) -> Tensor:
     """Local experts of the rows [N, K], for a first dispatch of the rank layout to fill."""
-    dtype = torch.int64 if handle.routing.source.dtype == torch.int64 else torch.int32
+    dtype = index_dtype(handle.routing.source)
     experts = torch.empty(handle.num_rows, handle.num_topk, dtype=dtype, device=device)
     args.recv_topk_idx = experts.data_ptr()
     args.recv_idx_bytes = dtype.itemsize

@@ -33,7 +33,7 @@ from ep_comm.backends.transport import Exchange, Operation, Transport
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPMismatchError, EPOverflowError
 from ep_comm.handle import DispatchHandle, RoutingSizes, RowLayout
-from ep_comm.layout import routing_layout
+from ep_comm.layout import index_dtype, routing_layout
 from ep_comm.records import OpRecord, Recorder
 
 _DTYPES = (torch.bfloat16, torch.float32, fp8.FP8_DTYPE)
@@ -180,7 +180,7 @@ class ReferenceBackend:
         return ReferenceRouting(
             topk_idx=routing.topk_idx,
             sizes=RoutingSizes(rows_to_rank, recv_rows, counts, expert_alignment),
-            recv_topk_idx=recv_topk_idx.to(torch.int32 if topk_idx is None else topk_idx.dtype),
+            recv_topk_idx=recv_topk_idx.to(index_dtype(source)),
             epoch=record.epoch,
             sent_tokens=sent_tokens,
             expert_row_NK=expert_row_NK,
