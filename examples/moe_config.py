@@ -228,6 +228,16 @@ class PretrainConfig(Model, MixtureOfExperts, Dispatch, Training, Data, Output):
                 "overlap_dispatch_backward_with_experts_wgrad is for Megatron's own dispatchers: "
                 "with moe_token_dispatcher deepep use ep_overlap_wgrad"
             )
+        if (
+            self.moe_router_padding_for_fp8
+            and self.moe_router_fusion
+            and self.moe_token_dispatcher != "deepep"
+        ):
+            # Megatron-Core pads the map in place that the fused router keeps for its backward.
+            raise ValueError(
+                "moe_router_padding_for_fp8 with Megatron's own dispatchers fails in the backward "
+                "of moe_router_fusion: set moe_router_fusion: false"
+            )
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is more than lr {self.lr}")
         if self.lr_warmup_iters >= self.decay_iters:

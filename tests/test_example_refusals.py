@@ -29,6 +29,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa
 from moe_config import parse_args  # noqa: E402
 from moe_launch import UserError  # noqa: E402
 
+from ep_comm.variants import FP8_EXPERTS  # noqa: E402
+
+FUSED_ROUTER = ["--moe-router-fusion", "--use-distributed-optimizer"]
 MEGATRONS_OVERLAP = "--overlap-dispatch-backward-with-experts-wgrad"
 
 
@@ -54,6 +57,10 @@ MEGATRONS_OVERLAP = "--overlap-dispatch-backward-with-experts-wgrad"
         (
             [MEGATRONS_OVERLAP, "--moe-grouped-gemm", "--moe-token-dispatcher", "deepep"],
             ["is for Megatron's own dispatchers", "deepep use ep_overlap_wgrad"],
+        ),
+        (
+            [*FUSED_ROUTER, *FP8_EXPERTS, "--moe-token-dispatcher", "alltoall"],
+            ["moe_router_padding_for_fp8", "set moe_router_fusion: false"],
         ),
     ],
     ids=lambda value: " ".join(value[:2]),
