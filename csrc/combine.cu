@@ -115,6 +115,7 @@ __device__ inline bool may_push(const ep_node& node, int64_t credit_offset) {
     const uint32_t* const credit = in_memory_of<uint32_t>(node, node.rank, credit_offset) + peer;
     fine = wait_epoch(node, credit, epoch_of(node) - 1, EP_PHASE_CREDIT, peer);
   }
+  __syncwarp();  // all lanes may write to where one waited
   return __all_sync(kFullWarp, fine);
 }
 
@@ -145,9 +146,13 @@ __device__ void list_pushes(const ep_combine_args& args, Team& team, int32_t vec
   const ep_node& node = args.node;
   const int32_t num_ranks = node.num_ranks, num_peers = num_ranks - 1;
   const int32_t unit_rows = args.chunk_rows * args.chunks_per_unit;
-  const int32_t num_units = (args.max_tokens + unit_rows - 1) / unit_rows * num_peers;
   Chunks pushed;
   if (may_push(node, args.credit_offset)) {
+    int32_t most = 0;  // rows of an owner
+    for (int32_t r = 0; r < num_ranks; ++r) {
+      if (r != node.rank) most = max(most, args.routing.num_recv[r]);
+    }
+    const int32_t num_units = (most + unit_rows - 1) / unit_rows * num_peers;
     int32_t unit;
     while ((unit = take(&args.counters[kUnitsTaken])) < num_units) {
       const int32_t owner = (node.rank + 1 + unit % num_peers) % num_ranks;
@@ -202,6 +207,7 @@ __device__ bool wait_for_partials(const ep_combine_args& args, const Token& toke
     fine = wait_flag(node, flag, is_of_this_epoch, &seen, EP_PHASE_ROWS, r, epoch) &&
            same_call(node, stamp, seen, r);
   }
+  __syncwarp();  // all lanes may read what one waited for
   return __all_sync(kFullWarp, fine);
 }
 
@@ -306,12 +312,13 @@ __device__ void list_sums(const ep_combine_args& args, Team& team, int32_t vecto
 
 template <typename T, int kLevels>
 __global__ void __launch_bounds__(kMaxTeamThreads, 1)
-    combine_kernel(const __grid_constant__ ep_combine_args args, const Teams teams) {
+    combine_kernel(const __grid_constant__ ep_combine_args args, const Teams teams,
+                   const int32_t num_push_teams) {
   extern __shared__ __align__(16) uint8_t shared[];
   if (blockIdx.x == 0 && threadIdx.x == 0) begin_operation(args.node);
   Team team(shared, teams);
   const int32_t vectors = args.row_bytes / 16;
-  const bool pushes = team.index() < args.num_push_teams;
+  const bool pushes = team.index() < num_push_teams;
   if (team.is_lister()) {
     if (pushes) list_pushes(args, team, vectors);
     list_sums(args, team, vectors);
@@ -324,7 +331,7 @@ __global__ void __launch_bounds__(kMaxTeamThreads, 1)
   if (is_last && threadIdx.x == 0) args.counters[kUnitsTaken] = args.counters[kGroupsTaken] = 0;
 }
 
-using Kernel = void (*)(const ep_combine_args, const Teams);
+using Kernel = void (*)(const ep_combine_args, const Teams, const int32_t);
 
 // [dtype][whether all ranks are one node]
 constexpr Kernel kKernels[2][2] = {
@@ -365,12 +372,8 @@ int32_t ep_load_kernels(void) {
   return status;
 }
 
-int32_t ep_combine_teams_per_sm(int32_t row_bytes) {
-  return ep::Teams::of_rows(row_bytes, 0).num_teams;
-}
-
 int32_t ep_combine(const ep_combine_args* args, void* stream) {
-  if (args->row_bytes % 16) {
+  if (args->row_bytes < 16 || args->row_bytes % 16) {
     return ep::fail(EP_ERR_ARGUMENT, "rows of %d bytes are not a multiple of 16", args->row_bytes);
   }
   const int32_t unit_rows = args->chunk_rows * args->chunks_per_unit;
@@ -379,9 +382,9 @@ int32_t ep_combine(const ep_combine_args* args, void* stream) {
     return ep::fail(EP_ERR_ARGUMENT, "%d rows a unit, num_topk4 = %d: at most %d and %d",
                     unit_rows, num_topk4, kMaxUnitRows, EP_MAX_TOPK);
   }
-  if (args->num_blocks < 1 || args->num_push_teams < 1) {
-    return ep::fail(EP_ERR_ARGUMENT, "%d blocks, %d pushing teams: at least 1 of each",
-                    args->num_blocks, args->num_push_teams);
+  if (args->num_blocks < 1 || args->push_percent < 0 || args->push_percent > 100) {
+    return ep::fail(EP_ERR_ARGUMENT, "%d blocks, %d %% of the teams: at least 1, and 0 to 100",
+                    args->num_blocks, args->push_percent);
   }
   if (args->dtype != EP_BF16 && args->dtype != EP_FP32) {
     return ep::fail(EP_ERR_ARGUMENT, "dtype = %d is not one of EP_BF16, EP_FP32", args->dtype);
@@ -389,8 +392,11 @@ int32_t ep_combine(const ep_combine_args* args, void* stream) {
   const int32_t list_rows = std::max(
       unit_rows * num_topk4, kGroupTokens * (num_topk4 + args->node.num_ranks));
   const ep::Teams teams = ep::Teams::of_rows(args->row_bytes, list_rows);
+  const int32_t all_teams = args->num_blocks * teams.num_teams;
+  const int32_t push_teams = std::max(1, all_teams * args->push_percent / 100);
   const bool one_node = args->ranks_per_node >= args->node.num_ranks;
   kKernels[args->dtype][one_node]<<<args->num_blocks, teams.block_threads(), teams.shared_bytes(),
-                                    static_cast<cudaStream_t>(stream)>>>(*args, teams);
+                                    static_cast<cudaStream_t>(stream)>>>(*args, teams,
+                                                                         push_teams);
   return ep::check_cuda(cudaGetLastError(), "ep_combine");
 }

@@ -27,7 +27,7 @@ using namespace ep;
 constexpr int kWarpSize = 32;
 constexpr int kMaxWarps = 8;
 constexpr int kMaxStages = 16;
-// The blocks of a combine, at most eight an SM, fit beside it: the two may run at once.
+// Those of a plan's second kernel find room beside it; more than this brings nothing.
 constexpr int kMaxShared = 184 * 1024;
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kMaxChunkTokens = 32;  // a unit's rows are bits of one word

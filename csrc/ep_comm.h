@@ -364,15 +364,12 @@ typedef struct ep_combine_args {
   int32_t dtype;                  /* EP_BF16 or EP_FP32 */
   int32_t num_local_experts;
   int32_t ranks_per_node;
-  int32_t num_blocks;             /* one an SM, of ep_combine_teams_per_sm() teams */
-  int32_t num_push_teams;         /* that begin with pushing */
+  int32_t num_blocks;             /* one an SM */
+  int32_t push_percent;           /* of their teams: those that begin with pushing */
 } ep_combine_args;
 
 /* Sums rows back to the ranks that own their tokens. */
 EP_API int32_t ep_combine(const ep_combine_args* args, void* stream);
-
-/* Teams of threads that each add up rows of that size, on one SM. */
-EP_API int32_t ep_combine_teams_per_sm(int32_t row_bytes);
 
 /* ---- Probe: what the links carry --------------------------------------------------------------- */
 

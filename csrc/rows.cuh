@@ -118,8 +118,9 @@ struct Teams {
     const int32_t wanted = (vectors + kWide * passes - 1) / (kWide * passes);
     Teams teams;
     teams.columns = (wanted + kWarpSize - 1) / kWarpSize * kWarpSize;
-    teams.num_teams = std::min(kMaxTeams, kMaxTeamThreads / teams.team_threads());
     teams.list_rows = list_rows;
+    teams.num_teams = std::min({kMaxTeams, kMaxTeamThreads / teams.team_threads(),
+                                kMaxTeamShared / teams.team_bytes()});
     return teams;
   }
   __host__ __device__ int32_t team_threads() const { return columns + kWarpSize; }

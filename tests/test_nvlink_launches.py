@@ -43,9 +43,6 @@ class Launches:
         self.calls.append(("mailbox",))
         return True
 
-    def combine_teams_per_sm(self, row_bytes) -> int:
-        return 4
-
     def load_kernels(self) -> None:
         pass
 

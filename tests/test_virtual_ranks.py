@@ -41,6 +41,20 @@ def test_random_cases(num_ranks, delay_us):
         check_results(case, results)
 
 
+@pytest.mark.parametrize("hidden", [64, 512, 2048])
+def test_many_experts_a_token(hidden):
+    """With them, and with few SMs, the lists of a combine are longest."""
+    case = Case(tokens=(90, 41, 70), experts_per_rank=32, num_topk=32, hidden=hidden)
+    case = on_gpus(case, "nvlink")
+    check_results(case, run_virtual_ranks(3, run_on_buffer, case.config(), case))
+
+
+@pytest.mark.parametrize("hidden", [8192, 7176])
+def test_rows_of_several_passes(hidden):
+    case = on_gpus(Case(tokens=(21, 9), hidden=hidden, dtype="fp32"), "nvlink")
+    check_results(case, run_virtual_ranks(2, run_on_buffer, case.config(), case))
+
+
 @pytest.mark.parametrize("layout", ["expert", "rank"])
 @pytest.mark.parametrize("num_ranks", [3, 8])
 def test_fp8(num_ranks, layout):

@@ -62,7 +62,6 @@ _FUNCTIONS: dict[str, tuple[type, list[type]]] = {
     "ep_select_probabilities": _launch(structs.ProbabilitiesArgs),
     "ep_scatter_probabilities": _launch(structs.ProbabilitiesArgs),
     "ep_dispatch": _launch(structs.DispatchArgs),
-    "ep_combine_teams_per_sm": (ctypes.c_int32, [ctypes.c_int32]),
     "ep_combine": _launch(structs.CombineArgs),
     "ep_probe": _launch(structs.ProbeArgs),
 }
@@ -196,10 +195,6 @@ class NativeLibrary:
         if answer == _MAILBOX_CUDA_ERROR:
             self.check(structs.EP_ERR_CUDA)
         return answer == _MAILBOX_ARRIVED
-
-    def combine_teams_per_sm(self, row_bytes: int) -> int:
-        """Teams of the combine kernel on one SM, for rows of that size."""
-        return self._dll.ep_combine_teams_per_sm(row_bytes)
 
 
 @functools.cache

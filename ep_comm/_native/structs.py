@@ -275,7 +275,7 @@ class CombineArgs(ctypes.Structure):
         ("num_local_experts", _INT32),
         ("ranks_per_node", _INT32),
         ("num_blocks", _INT32),
-        ("num_push_teams", _INT32),
+        ("push_percent", _INT32),
     ]
 
 

@@ -38,10 +38,10 @@ from ep_comm.backends.nvlink_rows import (
 from ep_comm.backends.nvlink_streams import Streams
 from ep_comm.backends.nvlink_tuning import (
     COMBINE_CHUNK_BYTES,
+    COMBINE_PUSH_PERCENT,
     chunk_tokens,
     combine_chunks_per_unit,
     default_sms,
-    push_teams,
     split_dispatch,
     split_plan,
 )
@@ -371,7 +371,6 @@ class NVLinkBackend:
         if handle.layout == "rank":
             routing.recv_topk_idx = allocate_experts(args, handle, self.device)
         self.native.launch("ep_dispatch", args, streams.side)
-        args.recv_topk_idx = None  # of this routing it is written once
         streams.wait(stream, streams.side)
         if routing.capacity is None:
             raise_if_bad(
@@ -412,7 +411,7 @@ class NVLinkBackend:
         args.chunks_per_unit = combine_chunks_per_unit(sms, args.chunk_rows, row_bytes)
         args.dtype = structs.EP_BF16 if x.dtype == torch.bfloat16 else structs.EP_FP32
         args.num_blocks = sms
-        args.num_push_teams = push_teams(sms, self.native.combine_teams_per_sm(row_bytes))
+        args.push_percent = COMBINE_PUSH_PERCENT
         stream = self._streams.begin(structs.EP_OP_COMBINE, asynchronous, sms)
         args.node.record = self.recorder.start("combine", row_bytes)
         self.native.launch("ep_combine", args, stream)

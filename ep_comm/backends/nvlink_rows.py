@@ -38,6 +38,7 @@ def describe_rows(
     args.x = x.data_ptr()
     args.scales = None if scales is None else scales.data_ptr()
     args.weights = None if weights is None else weights.data_ptr()
+    args.recv_topk_idx = None  # see allocate_experts
     args.routing = routing.native
     args.row_bytes = row_bytes = x.shape[1] * x.element_size()
     args.scale_bytes = 0 if scales is None else scales.shape[1] * 4

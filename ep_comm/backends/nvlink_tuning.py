@@ -6,14 +6,13 @@ import functools
 
 DISPATCH_CHUNK_BYTES = 48 * 1024
 COMBINE_CHUNK_BYTES = 32 * 1024
+COMBINE_PUSH_PERCENT = 40  # the others sum from the start, these when nothing is left to push
 MIN_CHUNK_TOKENS = 4
 MAX_CHUNK_TOKENS = 32
 _MAX_UNIT_ROWS = 32
 _FEW_SMS = 64
 _FEW_SMS_UNIT_BYTES = 256 * 1024
 _MAX_PLAN_BLOCKS = 64
-# Of a combine's teams.
-_PUSH_SHARE = 0.4
 # Of an asynchronous operation, which is there to run beside computation.
 _OVERLAPPED_SMS = 24
 
@@ -34,12 +33,6 @@ def split_dispatch(num_sms: int, num_ranks: int) -> tuple[int, int]:
 def split_plan(num_sms: int, expand_sms: int) -> tuple[int, int]:
     """Blocks of the two kernels of a plan: the second one runs beside the push."""
     return min(_MAX_PLAN_BLOCKS, num_sms), min(_MAX_PLAN_BLOCKS, expand_sms)
-
-
-@functools.cache
-def push_teams(num_sms: int, teams_per_sm: int) -> int:
-    """Teams of a combine that begin with pushing; they sum when that is done."""
-    return max(1, round(num_sms * teams_per_sm * _PUSH_SHARE))
 
 
 @functools.cache

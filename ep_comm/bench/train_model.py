@@ -78,9 +78,6 @@ class Trainer:
         for module in list(self.trainee.model.modules()):
             vars(module).clear()
         del self.trainee, self._batches
-        # What was compiled for this model is not right for the next one: of two that balance by
-        # expert bias, the second's routing map would count as modified in place.
-        torch.compiler.reset()
         gc.collect()
         if self.device.type != "cuda":
             return 0
