@@ -28,6 +28,6 @@ bench uniform --preset W1 --fp8 --sms 0,32,24,16
 bench group-limited --preset W1 --fp8 --routing group-limited --groups 8 --group-topk 4 --sms 0,24
 bench small-hidden --preset W2 --fp8 --sms 0,24
 torchrun --nproc_per_node=8 -m ep_comm.cli bench train --config configs/deepseek-v3-proxy.yaml \
-    --expert-model-parallel-size 8 --no-moe-router-fusion --variants alltoall,deepep,deepep-overlap \
+    --expert-model-parallel-size 8 --variants alltoall,deepep,deepep-overlap \
     --microbatches 1 --blocks 2 --steps 6 --out "$out/train" || failed=1
 exit $failed
