@@ -15,6 +15,7 @@
 #include "node.cuh"
 #include "rows.cuh"
 #include "status.cuh"
+#include "warp.cuh"
 
 namespace {
 
@@ -26,8 +27,6 @@ constexpr int kGroupTokens = 4;     // tokens that a team sums at a time
 constexpr int kUnitsTaken = 1, kGroupsTaken = 2;
 // Levels of a sum.
 constexpr int kOfExperts = 0, kOfRanks = 1, kOfNodes = 2;
-
-__device__ inline int32_t lane_id() { return threadIdx.x % kWarpSize; }
 
 // The next of a counter's numbers, for all lanes.
 __device__ inline int32_t take(int32_t* counter) {

@@ -18,16 +18,15 @@
 #include <type_traits>
 
 #include "ep_comm.h"
+#include "warp.cuh"
 
 namespace ep::layout {
 
 constexpr int kChunkTokens = 32;
-constexpr int kWarpSize = 32;
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarpSize;
 // Four blocks an SM of about 132. More would lengthen place_tokens' sum over the blocks before.
 constexpr int kMaxBlocks = 512;
-constexpr unsigned kFullWarp = 0xffffffffu;
 
 static_assert(kMaxBlocks <= kThreads, "pick_first_error looks at one block's error a thread");
 
@@ -152,7 +151,7 @@ struct RoutingMapInput {
   // One warp a token: 32 neighbouring experts a load, the ballot says each hit's place in the row.
   __device__ void load(const Shape& shape, int32_t chunk, int32_t* experts,
                        unsigned long long* first_error) const {
-    const int32_t lane = threadIdx.x % kWarpSize;
+    const int32_t lane = lane_id();
     const int32_t num_tokens = shape.tokens_in_chunk(chunk);
     for (int32_t t = threadIdx.x / kWarpSize; t < num_tokens; t += kWarps) {
       const int32_t token = chunk * kChunkTokens + t;
@@ -281,7 +280,7 @@ __device__ inline void add_rank_counts(const Shape& shape, const int32_t* rank_c
 __device__ inline void sum_expert_counts(const Shape& shape, const int32_t* expert_count,
                                          int32_t* num_tokens_per_expert) {
   __shared__ int32_t partial[kWarps][kWarpSize];
-  const int32_t lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int32_t lane = lane_id(), warp = threadIdx.x / kWarpSize;
   for (int32_t first = blockIdx.x * kWarpSize; first < shape.num_experts;
        first += gridDim.x * kWarpSize) {
     const int32_t expert = first + lane;

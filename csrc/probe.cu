@@ -6,12 +6,12 @@
 
 #include "node.cuh"
 #include "status.cuh"
+#include "warp.cuh"
 
 namespace {
 
 using namespace ep;
 
-constexpr int kWarpSize = 32;
 constexpr int kWarps = 4;
 constexpr int kStages = 3;  // of a warp
 constexpr int kRowBytes = EP_PROBE_ROW_BYTES;
@@ -22,7 +22,7 @@ static_assert(kWarps * kStages * sizeof(uint64_t) <= kBarrierBytes, "barriers ov
 __global__ void __launch_bounds__(kWarps * kWarpSize)
     probe_kernel(const __grid_constant__ ep_probe_args args) {
   extern __shared__ __align__(128) uint8_t shared[];
-  if (threadIdx.x % kWarpSize != 0) return;
+  if (lane_id() != 0) return;
 
   const ep_node& node = args.node;
   const int32_t warp = threadIdx.x / kWarpSize;

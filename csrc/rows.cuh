@@ -16,11 +16,10 @@
 #include <cstdint>
 
 #include "ptx.cuh"
+#include "warp.cuh"
 
 namespace ep {
 
-constexpr int kWarpSize = 32;
-constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kMaxTeamThreads = 1024;  // of all teams of a block
 constexpr int kMaxColumns = 448;
 constexpr int kWide = 2;    // 16-byte vectors of a row that a column takes at a time
@@ -152,7 +151,7 @@ class Team {
 
   // For the lister: the columns have finished the list before, and go on with this one.
   __device__ void hand_over(uint4* out, int32_t num_rows) {
-    if (threadIdx.x % kWarpSize == 0) lists_[number_ & 1] = List{out, num_rows};
+    if (lane_id() == 0) lists_[number_ & 1] = List{out, num_rows};
     __syncwarp();
     meet();
     ++number_;

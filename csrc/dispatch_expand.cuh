@@ -1,0 +1,297 @@
+// Expanding: a warp takes (chunk, source) units, waits for the unit's flag, and copies each row from its
+// slot to its output rows; lane k issues the store for the token's k-th expert. Rows that stay on this
+// rank are read from the input, without a slot. FP8 rows that are to be BF16 or FP32 are converted once,
+// into shared memory, and copied from there.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+
+#include "dispatch_slots.cuh"
+
+namespace ep::dispatch {
+
+// Scale b of an expert-major row stands at first + b * step.
+struct ScalePlace {
+  int64_t first = 0;
+  int64_t step = 0;
+};
+
+// Of output row `row` of local expert e.
+__device__ inline ScalePlace place_of_scales(const ep_dispatch_args& args, int32_t e, int32_t row) {
+  const int32_t begin = args.routing.expert_first_row[e];
+  const int32_t end = args.routing.expert_first_row[e + 1];
+  return {static_cast<int64_t>(begin) * (args.scale_bytes / 4) + (row - begin), end - begin};
+}
+
+// Entry k of an output row's local experts.
+__device__ inline void write_expert(const ep_dispatch_args& args, int32_t row, int32_t k,
+                                    int32_t expert) {
+  const int64_t place = static_cast<int64_t>(row) * args.routing.num_topk + k;
+  if (args.recv_idx_bytes == 8) {
+    static_cast<int64_t*>(args.recv_topk_idx)[place] = expert;
+  } else {
+    static_cast<int32_t*>(args.recv_topk_idx)[place] = expert;
+  }
+}
+
+// One row of zeros, with probability 0 and no expert.
+__device__ inline void write_zero_row(const ep_dispatch_args& args, int32_t row) {
+  const int32_t lane = lane_id(), row_bytes = out_row_bytes(args);
+  auto* const out = reinterpret_cast<uint4*>(args.recv_x + static_cast<int64_t>(row) * row_bytes);
+  for (int32_t i = lane; i < row_bytes / 16; i += kWarpSize) out[i] = make_uint4(0, 0, 0, 0);
+  const int32_t width = args.routing.expert_major ? 1 : args.routing.num_topk;
+  if (lane >= width) return;
+  if (args.recv_topk_idx != nullptr) write_expert(args, row, lane, -1);
+  if (args.recv_weights != nullptr) {
+    args.recv_weights[static_cast<int64_t>(row) * width + lane] = 0.0f;
+  }
+}
+
+// Rows between the end of an expert's group and the next group, and those behind all groups where
+// the output has more: zeros, with scale 1.
+__device__ inline void write_padding(const ep_dispatch_args& args, int32_t warp, int32_t num_warps) {
+  const int32_t lane = lane_id(), num_scales = args.scale_bytes / 4;
+  if (args.routing.expert_major) {
+    for (int32_t e = warp; e < args.num_local_experts; e += num_warps) {
+      const int32_t begin = args.routing.expert_first_row[e] + args.routing.expert_tokens[e];
+      const int32_t end = args.routing.expert_first_row[e + 1];
+      for (int32_t row = begin; row < end; ++row) {
+        write_zero_row(args, row);
+        if (args.recv_scales == nullptr) continue;
+        const ScalePlace place = place_of_scales(args, e, row);
+        for (int32_t b = lane; b < num_scales; b += kWarpSize) {
+          args.recv_scales[place.first + b * place.step] = 1.0f;
+        }
+      }
+    }
+  }
+  const int32_t end = args.routing.expert_first_row[args.num_local_experts];
+  for (int32_t row = end + warp; row < args.num_rows; row += num_warps) {
+    write_zero_row(args, row);
+    if (args.recv_scales == nullptr) continue;
+    float* const scales = args.recv_scales + static_cast<int64_t>(row) * num_scales;
+    for (int32_t b = lane; b < num_scales; b += kWarpSize) scales[b] = 1.0f;
+  }
+}
+
+__device__ inline float2 fp8x2_to_float2(uint16_t pair) {
+  const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3);
+  return __half22float2(__half2(raw));
+}
+
+// The row in `stage` times its scales, into shared memory: one product and one rounding an element.
+template <typename Out>
+__device__ inline void convert(const ep_dispatch_args& args, const uint8_t* stage, Out* out) {
+  constexpr int kElements = 16 / sizeof(Out);  // of one 16-byte store
+  const auto* const scales = reinterpret_cast<const float*>(stage + args.row_bytes);
+  for (int32_t i = lane_id(); i < args.row_bytes / kElements; i += kWarpSize) {
+    const float scale = scales[i * kElements / 128];
+    union {
+      uint4 bits;
+      Out values[kElements];
+    } packed;
+    const auto* const pairs = reinterpret_cast<const uint16_t*>(stage) + i * kElements / 2;
+#pragma unroll
+    for (int j = 0; j < kElements / 2; ++j) {
+      const float2 pair = fp8x2_to_float2(pairs[j]);
+      packed.values[2 * j] = static_cast<Out>(pair.x * scale);
+      packed.values[2 * j + 1] = static_cast<Out>(pair.y * scale);
+    }
+    reinterpret_cast<uint4*>(out)[i] = packed.bits;
+  }
+}
+
+// A run of received rows: bit j of `rows` says that there is a row j. Rows from other ranks stand in
+// slots first_slot + j; rows of this rank are tokens first_token + j.
+struct Unit {
+  int32_t source = 0;
+  int32_t first = 0;
+  uint32_t rows = 0;
+};
+
+__device__ inline void expand(const ep_dispatch_args& args, const Stages& stages, int32_t epoch,
+                       int32_t warp, int32_t num_warps) {
+  const ep_node& node = args.node;
+  const int32_t num_ranks = node.num_ranks, chunk_tokens = args.chunk_tokens;
+  const int32_t lane = lane_id();
+  const int32_t bytes = slot_bytes(args);
+  const int64_t stride = slot_stride(args);
+  const int32_t pos_bytes = args.routing.num_topk4 * 4;
+  const int32_t pos_offset = bytes;
+  const int32_t out_bytes = out_row_bytes(args);
+  // After a fault in the plan there are no indices: with a given number of rows nobody stopped this.
+  if (__any_sync(kFullWarp, aborted(node))) return;
+  write_padding(args, warp, num_warps);
+
+  int32_t num_chunks = 0;
+  for (int32_t r = 0; r < num_ranks; ++r) {
+    num_chunks = max(num_chunks, (args.routing.source_tokens[r] + chunk_tokens - 1) / chunk_tokens);
+  }
+  const int32_t num_units = num_chunks * num_ranks;
+  const uint64_t* const flags = in_memory_of<uint64_t>(node, node.rank, args.flag_offset);
+
+  // True when the unit can be read; with `block`, waits for that, and false is a fault.
+  const auto open = [&](int32_t index, bool block, Unit* unit) {
+    const int32_t chunk = index / num_ranks;
+    const int32_t source = (node.rank + index) % num_ranks;
+    unit->source = source;
+    unit->rows = 0;
+    unit->first = chunk * chunk_tokens;
+    if (chunk * chunk_tokens >= args.routing.source_tokens[source]) return true;
+    if (source == node.rank) {
+      const int32_t t = unit->first + lane;
+      const bool stays = lane < chunk_tokens && t < args.routing.num_tokens &&
+                         args.routing.send_slot[static_cast<int64_t>(t) * num_ranks + node.rank] >= 0;
+      unit->rows = __ballot_sync(kFullWarp, stays);
+      return true;
+    }
+    uint64_t flag = 0;
+    bool arrived = true;
+    if (lane == 0) {
+      const uint64_t* const mine = &flags[static_cast<int64_t>(source) * args.max_chunks + chunk];
+      const uint32_t stamp = chunk_stamp(epoch, args.tag);
+      const auto is_of_this_epoch = [stamp](uint64_t value) {
+        return flag_stamp(value) >> 8 == stamp >> 8;
+      };
+      if (block) {
+        arrived = wait_flag(node, mine, is_of_this_epoch, &flag, EP_PHASE_ROWS, source, epoch);
+      } else {
+        flag = ptx::load_acquire_sys(mine);
+        arrived = is_of_this_epoch(flag);
+      }
+      if (arrived && !same_call(node, stamp, flag_stamp(flag), source)) arrived = false;
+      ptx::fence_proxy_async_global();  // the rows are read by bulk loads
+    }
+    if (!__shfl_sync(kFullWarp, arrived, 0)) return false;
+    flag = __shfl_sync(kFullWarp, flag, 0);
+    unit->first = flag_first(flag);
+    const int32_t count = flag_count(flag);
+    unit->rows = count == 0 ? 0 : 0xffffffffu >> (32 - count);
+    return true;
+  };
+
+  const auto load = [&](int32_t i, const Unit& unit, int32_t j) {
+    const bool own = unit.source == node.rank;
+    int32_t slot = unit.first + j;
+    if (own) slot = args.routing.send_slot[static_cast<int64_t>(slot) * num_ranks + node.rank];
+    const int64_t n = static_cast<int64_t>(unit.source) * args.max_tokens + slot;
+    if (own) {
+      load_own_token(args, stages, i, unit.first + j, pos_bytes);
+    } else {
+      const int64_t region = region_of(unit.source, node.rank, num_ranks);
+      ptx::barrier_expect(stages.barrier(i), bytes + pos_bytes);
+      ptx::bulk_load(stages.stage(i),
+                     node.memory[node.rank] + args.slot_offset +
+                         (region * args.max_tokens + slot) * stride,
+                     bytes, stages.barrier(i));
+    }
+    ptx::bulk_load(stages.stage(i) + pos_offset,
+                   args.routing.row_of_k + n * args.routing.num_topk4, pos_bytes,
+                   stages.barrier(i));
+    // Behind the output rows: which received row this is.
+    *reinterpret_cast<int64_t*>(stages.stage(i) + pos_offset + pos_bytes) = n;
+  };
+  const auto received_row = [&](const uint8_t* stage) {
+    return *reinterpret_cast<const int64_t*>(stage + pos_offset + pos_bytes);
+  };
+
+  // Scales of the row in `stage`, for lane k's output row.
+  const auto store_scales = [&](const uint8_t* stage, int32_t row) {
+    const uint8_t* const scales = stage + args.row_bytes;
+    if (!args.routing.expert_major) {
+      if (row >= 0) {
+        ptx::bulk_store(reinterpret_cast<uint8_t*>(args.recv_scales) +
+                            static_cast<int64_t>(row) * args.scale_bytes,
+                        scales, args.scale_bytes);
+      }
+      return;
+    }
+    // All lanes look their experts up at once: what takes time is memory's latency.
+    ScalePlace place;
+    if (row >= 0) {
+      const int64_t n = received_row(stage);
+      place = place_of_scales(args, args.routing.recv_topk_idx[n * args.routing.num_topk + lane], row);
+    }
+    for (int32_t k = 0; k < args.routing.num_topk; ++k) {
+      if (__shfl_sync(kFullWarp, row, k) < 0) continue;
+      const int64_t first = __shfl_sync(kFullWarp, place.first, k);
+      const int64_t step = __shfl_sync(kFullWarp, place.step, k);
+      for (int32_t b = lane; b < args.scale_bytes / 4; b += kWarpSize) {
+        args.recv_scales[first + b * step] = reinterpret_cast<const float*>(scales)[b];
+      }
+    }
+  };
+
+  const auto store = [&](int32_t i) {
+    const uint8_t* const stage = stages.stage(i);
+    const auto* const rows = reinterpret_cast<const int32_t*>(stage + pos_offset);
+    const auto* const weights =
+        reinterpret_cast<const float*>(stage + args.row_bytes + args.scale_bytes);
+    __syncwarp();  // the row's index was written by lane 0
+    stages.wait(i);
+    const int32_t row = lane < args.routing.num_topk ? rows[lane] : -1;
+    const uint8_t* out = stage;
+    if (args.recv_kind != EP_RECV_BYTES) {
+      out = stages.converted();
+      ptx::bulk_wait_read<0>();  // the row before may still be read from there
+      __syncwarp();
+      if (args.recv_kind == EP_RECV_BF16) {
+        convert(args, stage, reinterpret_cast<__nv_bfloat16*>(stages.converted()));
+      } else {
+        convert(args, stage, reinterpret_cast<float*>(stages.converted()));
+      }
+      ptx::fence_proxy_async_shared();
+      __syncwarp();
+    }
+    if (row >= 0) {
+      ptx::bulk_store(args.recv_x + static_cast<int64_t>(row) * out_bytes, out, out_bytes);
+    }
+    if (args.recv_scales != nullptr) store_scales(stage, row);
+    ptx::bulk_commit();
+    if (args.routing.expert_major) {
+      if (args.recv_weights != nullptr && row >= 0) args.recv_weights[row] = weights[lane];
+      return;
+    }
+    const int32_t num_topk = args.routing.num_topk;
+    if (lane >= num_topk || rows[0] < 0) return;
+    if (args.recv_topk_idx == nullptr && args.recv_weights == nullptr) return;
+    const int32_t expert = args.routing.recv_topk_idx[received_row(stage) * num_topk + lane];
+    if (args.recv_topk_idx != nullptr) write_expert(args, rows[0], lane, expert);
+    if (args.recv_weights != nullptr) {
+      args.recv_weights[static_cast<int64_t>(rows[0]) * num_topk + lane] =
+          expert >= 0 ? weights[lane] : 0.0f;
+    }
+  };
+
+  Unit unit;
+  int32_t next_unit = warp, loaded = 0, stored = 0;
+  bool fine = true;
+  while (true) {
+    // One stage stays free: the one whose stores may still be reading.
+    while (loaded - stored < stages.num_stages - 1) {
+      if (unit.rows == 0) {
+        if (next_unit >= num_units || !fine) break;
+        const bool nothing_else_to_do = loaded == stored;
+        if (!open(next_unit, nothing_else_to_do, &unit)) {
+          unit.rows = 0;
+          fine = !nothing_else_to_do;
+          break;
+        }
+        next_unit += num_warps;
+        continue;
+      }
+      const int32_t j = __ffs(unit.rows) - 1;
+      unit.rows &= unit.rows - 1;
+      ptx::bulk_wait_read<1>();
+      __syncwarp();
+      if (lane == 0) load(loaded, unit, j);
+      ++loaded;
+    }
+    if (loaded == stored) break;  // nothing left, or a fault
+    store(stored++);
+  }
+  ptx::bulk_wait_written<0>();
+}
+
+}  // namespace ep::dispatch

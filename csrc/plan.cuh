@@ -1,0 +1,48 @@
+// What both kernels of a plan know: the scratch that they share, and the fields that must agree.
+#pragma once
+
+#include "layout.cuh"
+#include "node.cuh"
+
+namespace ep::plan {
+
+using layout::kChunkTokens;
+using layout::kThreads;
+
+constexpr int kMaxPlanBlocks = 64;
+constexpr int kHeaderInts = 16;         // rows sent, tokens, fields that must agree
+constexpr int kMaxGroupWords = 4096;    // (chunk, expert) pairs that a block looks at at a time
+constexpr int kMaxLocalExperts = 1024;  // as many as a mailbox has room for
+
+enum Counter { kSendBarrier, kSendEnd, kReceiveBarrier, kReceiveEnd };
+
+// Received rows in chunks of 32; each block owns a contiguous run of chunks. C = num_chunks.
+struct Receive {
+  int32_t* expert_count;  // [blocks, E_local]
+  uint32_t* chunk_rows;   // [C, E_local] bit t: row t of the chunk goes to the expert
+  int32_t num_chunks;
+  int32_t chunks_per_block;
+  int32_t chunks_per_group;  // at most so many in shared memory at a time
+
+  __host__ __device__ int32_t shared_bytes(int32_t num_local_experts) const {
+    return 4 * (2 * chunks_per_group * num_local_experts + 3 * num_local_experts);
+  }
+};
+
+struct Scratch {
+  int32_t* sent_error;  // [4] as ep_layout_args.error
+  layout::Workspace layout;
+  Receive receive;
+};
+
+__device__ inline int32_t field_of(const ep_plan_args& args, int32_t field) {
+  switch (field) {
+    case EP_FIELD_NUM_TOPK: return args.routing.num_topk;
+    case EP_FIELD_HIDDEN: return args.hidden;
+    case EP_FIELD_NUM_EXPERTS: return args.num_experts;
+    case EP_FIELD_EXPERT_MAJOR: return args.routing.expert_major;
+    default: return args.expert_alignment;
+  }
+}
+
+}  // namespace ep::plan

@@ -1,0 +1,252 @@
+// The second kernel of a plan: waits for the flags and copies the routing out of the staging memory, which
+// the next plan overwrites; counts the rows of each expert, tells the host, and says where every row
+// stands in the output. It is the layout again, each local expert taken for a rank: the slot of a
+// received row is its place in the expert's group.
+#pragma once
+
+#include <climits>
+
+#include "plan.cuh"
+
+namespace ep::plan {
+
+// Thread `source`: waits for that rank's routing and reads its header; 0 rows after a fault.
+__device__ inline void wait_for_header(const ep_plan_args& args, int32_t source, int32_t epoch,
+                                       int32_t* num_rows) {
+  const ep_node& node = args.node;
+  const uint32_t* const flag = in_memory_of<uint32_t>(node, node.rank, args.flag_offset) + source;
+  int32_t rows = 0, tokens = 0;
+  if (wait_epoch(node, flag, epoch, EP_PHASE_PLAN, source)) {
+    const volatile int32_t* const header =
+        in_memory_of<int32_t>(node, node.rank, args.header_offset) + source * kHeaderInts;
+    rows = min(max(header[0], 0), args.max_tokens);
+    tokens = min(max(header[1], 0), args.max_tokens);
+    if (header[1] > args.max_tokens) {
+      raise_fault(node, EP_FAULT_TOO_MANY, EP_PHASE_PLAN, source, 0, args.max_tokens, header[1]);
+    }
+    for (int i = 0; i < EP_NUM_FIELDS; ++i) {
+      const int32_t ours = field_of(args, i), theirs = header[2 + i];
+      if (theirs == ours) continue;
+      raise_fault(node, EP_FAULT_MISMATCH, EP_PHASE_PLAN, source, i, ours, theirs);
+      rows = 0;
+      break;
+    }
+  }
+  num_rows[source] = rows;
+  if (blockIdx.x == 0) {
+    args.routing.num_recv[source] = rows;
+    args.routing.source_tokens[source] = tokens;
+  }
+}
+
+// first[g] becomes the sum of the sizes before g, each rounded up to `alignment`; returns the sum of
+// all, in every thread. first may be `size`.
+__device__ inline int32_t prefix_of_groups(const int32_t* size, int32_t num_groups,
+                                           int32_t alignment, int32_t* first) {
+  __shared__ int32_t total;
+  __syncthreads();
+  if (threadIdx.x < kWarpSize) {
+    const int32_t lane = threadIdx.x;
+    int32_t carry = 0;
+    for (int32_t begin = 0; begin < num_groups; begin += kWarpSize) {
+      const int32_t g = begin + lane;
+      const int32_t own =
+          g < num_groups ? (size[g] + alignment - 1) / alignment * alignment : 0;
+      int32_t sum = own;
+      for (int32_t step = 1; step < kWarpSize; step *= 2) {
+        const int32_t before = __shfl_up_sync(kFullWarp, sum, step);
+        if (lane >= step) sum += before;
+      }
+      if (g < num_groups) first[g] = carry + sum - own;
+      carry += __shfl_sync(kFullWarp, sum, kWarpSize - 1);
+    }
+    if (lane == 0) total = carry;
+  }
+  __syncthreads();
+  return total;
+}
+
+// Counts, for the host and for the dispatch: one block. first_row and num_rows: of the groups.
+__device__ inline void publish(const ep_plan_args& args, const int32_t* sent_error,
+                        const int32_t* expert_tokens, const int32_t* first_row,
+                        const int32_t* num_rows, int32_t end) {
+  const int32_t num_ranks = args.node.num_ranks;
+  const int32_t num_local_experts = args.num_experts / num_ranks;
+  const int32_t capacity = args.capacity;
+  for (int32_t e = threadIdx.x; e < num_local_experts; e += kThreads) {
+    const int32_t tokens = expert_tokens[e];
+    if (args.ticket != 0) args.mailbox->num_tokens_per_expert[e] = tokens;
+    if (args.routing.expert_major) {
+      const int32_t first = min(first_row[e], capacity);
+      args.routing.expert_first_row[e] = first;
+      args.routing.expert_tokens[e] = min(tokens, capacity - first);
+    } else {
+      args.routing.expert_tokens[e] = tokens;
+    }
+  }
+  if (threadIdx.x == 0) args.routing.expert_first_row[num_local_experts] = min(end, capacity);
+  if (args.ticket == 0) {
+    volatile ep_notice* const notice = args.notice;
+    if (threadIdx.x != 0 || notice->code != EP_NOTICE_NONE) return;
+    if (sent_error[0] == EP_ROUTING_OK && end <= capacity) return;
+    for (int i = 0; i < 4; ++i) notice->routing_error[i] = sent_error[i];
+    notice->num_rows = end;
+    notice->capacity = capacity;
+    __threadfence_system();
+    notice->code = sent_error[0] != EP_ROUTING_OK ? EP_NOTICE_ROUTING : EP_NOTICE_OVERFLOW;
+    return;
+  }
+  if (threadIdx.x < EP_MAX_NODE_RANKS) {
+    const int32_t r = threadIdx.x;
+    args.mailbox->num_sent_tokens[r] = r < num_ranks ? args.routing.num_sent[r] : 0;
+    args.mailbox->num_recv_tokens[r] = r < num_ranks ? num_rows[r] : 0;
+  }
+  if (threadIdx.x < 4) args.mailbox->routing_error[threadIdx.x] = sent_error[threadIdx.x];
+  __threadfence_system();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    ptx::store_release_sys(reinterpret_cast<uint32_t*>(&args.mailbox->ticket), args.ticket);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    receive_kernel(const __grid_constant__ ep_plan_args args, const Scratch scratch) {
+  extern __shared__ int32_t shared[];
+  const ep_node& node = args.node;
+  const Receive& receive = scratch.receive;
+  const int32_t num_ranks = node.num_ranks, num_topk = args.routing.num_topk;
+  const int32_t num_experts = args.num_experts / num_ranks;  // of this rank
+  const int32_t max_tokens = args.max_tokens, num_rows_in_all = num_ranks * max_tokens;
+  const int32_t group_words = receive.chunks_per_group * num_experts;
+  auto* const mask = reinterpret_cast<uint32_t*>(shared);  // [group, E] rows of a chunk as bits
+  int32_t* const chunk_first_row = shared + group_words;   // [group, E]
+  int32_t* const next_row = chunk_first_row + group_words; // [E] of this block
+  int32_t* const tokens = next_row + num_experts;          // [E] of all blocks
+  int32_t* const first_row = tokens + num_experts;         // [E] of each expert's group
+  __shared__ int32_t num_rows[EP_MAX_NODE_RANKS], first_of_source[EP_MAX_NODE_RANKS];
+  const int32_t epoch = epoch_of(node);
+  uint32_t* const counters = reinterpret_cast<uint32_t*>(args.counters);
+
+  if (static_cast<int32_t>(threadIdx.x) < num_ranks) {
+    wait_for_header(args, threadIdx.x, epoch, num_rows);
+  }
+  for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) next_row[e] = tokens[e] = 0;
+  __syncthreads();
+
+  // What the other ranks wrote, copied and counted.
+  const int32_t begin = blockIdx.x * receive.chunks_per_block;
+  const int32_t end = min(begin + receive.chunks_per_block, receive.num_chunks);
+  const auto* const staged = in_memory_of<const int32_t>(node, node.rank, args.idx_offset);
+  for (int32_t chunk = begin; chunk < end; chunk += receive.chunks_per_group) {
+    const int32_t num_chunks = min(receive.chunks_per_group, end - chunk);
+    for (int32_t i = threadIdx.x; i < num_chunks * num_experts; i += kThreads) mask[i] = 0;
+    __syncthreads();
+    for (int32_t i = threadIdx.x; i < num_chunks * kChunkTokens * num_topk; i += kThreads) {
+      const int32_t row = i / num_topk;
+      const int32_t n = chunk * kChunkTokens + row;
+      if (n >= num_rows_in_all) break;
+      const bool sent = n % max_tokens < num_rows[n / max_tokens];
+      const int64_t entry = static_cast<int64_t>(chunk) * kChunkTokens * num_topk + i;
+      const int32_t expert = sent ? staged[entry] : -1;
+      const bool is_expert = expert >= 0 && expert < num_experts;
+      args.routing.recv_topk_idx[entry] = is_expert ? expert : -1;
+      if (is_expert) {
+        atomicOr(&mask[row / kChunkTokens * num_experts + expert], 1u << row % kChunkTokens);
+      }
+    }
+    __syncthreads();
+    for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) {
+      for (int32_t c = 0; c < num_chunks; ++c) {
+        const uint32_t rows = mask[c * num_experts + e];
+        receive.chunk_rows[static_cast<int64_t>(chunk + c) * num_experts + e] = rows;
+        tokens[e] += __popc(rows);
+      }
+    }
+    __syncthreads();
+  }
+  for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) {
+    receive.expert_count[blockIdx.x * num_experts + e] = tokens[e];
+    tokens[e] = 0;
+  }
+  if (!grid_barrier(node, &counters[kReceiveBarrier], gridDim.x)) return;
+
+  // Rows of each expert before this block's, and in all.
+  const int32_t num_columns = min(num_experts, kThreads);
+  const int32_t rows_at_a_time = kThreads / num_columns;
+  if (static_cast<int32_t>(threadIdx.x) < rows_at_a_time * num_columns) {
+    for (int32_t e = threadIdx.x % num_columns; e < num_experts; e += num_columns) {
+      int32_t before = 0, all = 0;
+      for (int32_t block = threadIdx.x / num_columns; block < static_cast<int32_t>(gridDim.x);
+           block += rows_at_a_time) {
+        const int32_t count = receive.expert_count[block * num_experts + e];
+        all += count;
+        if (block < static_cast<int32_t>(blockIdx.x)) before += count;
+      }
+      if (before) atomicAdd(&next_row[e], before);
+      if (all) atomicAdd(&tokens[e], all);
+    }
+  }
+  const int32_t end_of_groups =
+      prefix_of_groups(tokens, num_experts, args.expert_alignment, first_row);
+  const int32_t end_of_sources = prefix_of_groups(num_rows, num_ranks, 1, first_of_source);
+  for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) next_row[e] += first_row[e];
+  if (blockIdx.x == 0) {
+    publish(args, scratch.sent_error, tokens, first_row, num_rows,
+            args.routing.expert_major ? end_of_groups : end_of_sources);
+  }
+  __syncthreads();
+
+  for (int32_t chunk = begin; chunk < end; chunk += receive.chunks_per_group) {
+    const int32_t num_chunks = min(receive.chunks_per_group, end - chunk);
+    for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) {
+      int32_t row = next_row[e];
+      for (int32_t c = 0; c < num_chunks; ++c) {
+        const uint32_t rows =
+            receive.chunk_rows[static_cast<int64_t>(chunk + c) * num_experts + e];
+        mask[c * num_experts + e] = rows;
+        chunk_first_row[c * num_experts + e] = row;
+        row += __popc(rows);
+      }
+      next_row[e] = row;
+    }
+    __syncthreads();
+    const int32_t num_topk4 = args.routing.num_topk4;
+    for (int32_t i = threadIdx.x; i < num_chunks * kChunkTokens * num_topk4; i += kThreads) {
+      const int32_t in_group = i / num_topk4, k = i % num_topk4;
+      const int32_t n = chunk * kChunkTokens + in_group;
+      if (n >= num_rows_in_all) break;
+      const int64_t first_entry = static_cast<int64_t>(n) * num_topk4;
+      int32_t row = -1, place = k;  // place among the row's ascending rows
+      if (args.routing.expert_major) {
+        const int32_t* const experts =
+            args.routing.recv_topk_idx + static_cast<int64_t>(n) * num_topk;
+        const int32_t expert = k < num_topk ? experts[k] : -1;
+        int32_t smaller = 0, present = 0, absent_before = max(0, k - num_topk);
+        for (int32_t other = 0; other < num_topk; ++other) {
+          const int32_t value = experts[other];
+          present += value >= 0;
+          smaller += value >= 0 && value < expert;
+          absent_before += value < 0 && other < k;
+        }
+        place = expert >= 0 ? smaller : present + absent_before;
+        if (expert >= 0) {
+          const int32_t word = in_group / kChunkTokens * num_experts + expert;
+          row = chunk_first_row[word] +
+                __popc(mask[word] & ((1u << in_group % kChunkTokens) - 1));
+        }
+      } else {
+        const int32_t source = n / max_tokens, slot = n % max_tokens;
+        if (k == 0 && slot < num_rows[source]) row = first_of_source[source] + slot;
+      }
+      if (row >= args.capacity) row = -1;
+      args.routing.row_of_k[first_entry + k] = row;
+      args.routing.rows_ascending[first_entry + place] = row;
+    }
+    __syncthreads();
+  }
+  if (is_last_block(&args.counters[kReceiveEnd], gridDim.x) && threadIdx.x == 0) {
+    counters[kReceiveBarrier] = 0;
+  }
+}
+
+}  // namespace ep::plan
