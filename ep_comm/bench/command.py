@@ -108,7 +108,11 @@ def train(
     context: typer.Context,
     config: Annotated[Path, typer.Option(help="YAML file of examples/pretrain_moe.py.")],
     variants: Annotated[
-        str, typer.Option(help=f"What to train, out of {', '.join(VARIANTS)}.")
+        str,
+        typer.Option(
+            help=f"What to train, out of {', '.join(VARIANTS)}. fp8: FP8 on the wire; fp8-experts: "
+            "FP8 GEMMs; fp8-all: both; overlap: weight gradients of experts beside communication."
+        ),
     ] = "alltoall,deepep,deepep-overlap",
     microbatches: Annotated[str, typer.Option(help="Of an optimizer step.")] = "1,8",
     blocks: Annotated[int, typer.Option(help="Visits of each variant.")] = 3,

@@ -122,6 +122,7 @@ def run(
     for num_sms in settings.sms:
         buffer.set_num_sms(num_sms or None)
         measure(cases, num_sms, buffer.records)
+    buffer.set_num_sms(None)
     backend, buffer_bytes = buffer.describe(), buffer.buffer_bytes
     del cases  # and with them the buffer's outputs
     # NCCL sends a copy for each expert, but need not have: the floor of its work is the same.
