@@ -126,7 +126,7 @@ struct Teams {
   __host__ __device__ int32_t block_threads() const { return num_teams * team_threads(); }
   __host__ __device__ int32_t ring_bytes() const { return kStages * kWide * columns * 16; }
   __host__ __device__ int32_t team_bytes() const {
-    return ring_bytes() + 2 * (list_rows * static_cast<int32_t>(sizeof(ListedRow)) + kListBytes);
+    return ring_bytes() + 2 * (list_rows * static_cast<int32_t>(kListedRowBytes) + kListBytes);
   }
   __host__ __device__ int32_t shared_bytes() const { return num_teams * team_bytes(); }
 };
@@ -185,6 +185,7 @@ class Team {
   template <typename T, int kLevels>
   __device__ void add_up_list(const List& list, const ListedRow* listed, int32_t first,
                               int32_t vectors) const {
+    static_assert(kWide == 2, "first and second");
     const int32_t second = first + teams_.columns < vectors ? teams_.columns : 0;
     const uint32_t step_bytes = teams_.columns * 16;
     const uint32_t ring = ptx::shared_address(ring_ + column());

@@ -303,8 +303,7 @@ class Buffer:
 
         Fewer leave more to computation running beside, and take longer (docs/performance.md). Two
         operations run at once, on two streams, where both fit on the GPU. Results do not depend on
-        it, and ranks may differ. Combine's blocks take the room of that many SMs, though the GPU
-        may spread them over more. No effect with the reference backend.
+        it, and ranks may differ. No effect with the reference backend.
 
         Args:
             num_sms: At least 2; None is all of the GPU's, and 24 of an operation that runs beside
@@ -355,17 +354,15 @@ class Buffer:
         return Guard(self._backend, self._take_error)
 
     def _take_error(self, error: BaseException, has_started: bool) -> None:
+        is_harmless = not self._backend.has_failed and (
+            isinstance(error, EPRoutingError)
+            or (isinstance(error, (EPArgumentError, EPUnsupportedError)) and not has_started)
+        )
+        if not is_harmless and not isinstance(error, EPOverflowError):
+            reason = str(error) if isinstance(error, EPError) else repr(error)
+            self._unusable = f"an earlier operation failed: {reason}"
         if has_started:
             self._backend.abandon()
-        if isinstance(error, EPOverflowError):
-            return
-        is_harmless = not self._backend.has_failed and (
-            isinstance(error, EPRoutingError) or not has_started
-        )
-        if isinstance(error, (EPArgumentError, EPUnsupportedError)) and is_harmless:
-            return
-        reason = str(error) if isinstance(error, EPError) else repr(error)
-        self._unusable = f"an earlier operation failed: {reason}"
 
     def _check_usable(self) -> None:
         if self._unusable is not None:
@@ -380,6 +377,8 @@ class Buffer:
     ) -> tuple[Tensor, int]:
         """The routing of a new dispatch and its K, after all checks that the host can make."""
         config = self.config
+        if topk_idx is None and routing_map is None:
+            raise EPArgumentError("pass exactly one of topk_idx, routing_map and handle")
         map_topk = config.num_topk if topk_idx is None else None
         source, num_topk = checked_source(topk_idx, routing_map, map_topk, config.num_experts)
         if source.device != x.device:

@@ -20,9 +20,9 @@ class Guard:
     def __init__(self, backend: Backend, take_error: Callable[[BaseException, bool], None]) -> None:
         self._backend = backend
         self._take_error = take_error
-        self._num_started = backend.num_started
 
     def __enter__(self) -> Backend:
+        self._num_started = self._backend.num_started
         return self._backend
 
     def __exit__(

@@ -63,7 +63,7 @@ class Routing(Protocol):
     Attributes:
         topk_idx: [T, K] int32, the experts of this rank's own tokens; -1 is dropped.
         sizes: May wait for the device, bounded, when it is first asked for.
-        recv_topk_idx: See `DispatchHandle`; in the expert layout anything.
+        recv_topk_idx: See `DispatchHandle`.
         capacity: Rows of the output, where the caller said how many; else None.
         device_tokens_per_expert, device_expert_offsets: See `DispatchHandle`.
     """
@@ -113,8 +113,8 @@ class DispatchHandle:
     @property
     def recv_topk_idx(self) -> Tensor | None:
         """Rank layout: [N, K] local expert indices of the received rows, -1 elsewhere, in the type
-        of the `topk_idx` that was dispatched (int32 of a routing map)."""
-        return self.routing.recv_topk_idx if self.layout == "rank" else None
+        of the `topk_idx` that was dispatched (int32 of a routing map). Expert layout: None."""
+        return self.routing.recv_topk_idx
 
     @property
     def num_recv_tokens_per_rank(self) -> tuple[int, ...]:
@@ -182,7 +182,7 @@ class DispatchOutput(NamedTuple):
             the rank layout are [N, H / 128]; for those of the expert layout see
             `ep_comm.fp8.split_scales`.
         recv_topk_idx: Rank layout: [N, K] local expert indices, -1 where another rank owns the
-            expert, in the dtype of ``topk_idx``. Expert layout: None.
+            expert; see `DispatchHandle.recv_topk_idx`, which it is. Expert layout: None.
         recv_topk_weights: FP32; [N, K] in the rank layout, [M] in the expert layout (the
             probability of each row, 0 in padding); None where none were sent.
         num_recv_tokens_per_expert_list: Rows of each local expert's group, padding included; []

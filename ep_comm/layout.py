@@ -66,6 +66,17 @@ def routing_layout(
     """
     _check_sizes(num_experts, num_ranks)
     source, num_topk = checked_source(topk_idx, routing_map, num_topk, num_experts)
+    return layout_of(source, num_topk, num_experts, num_ranks)
+
+
+def layout_of(
+    source: torch.Tensor, num_topk: int, num_experts: int, num_ranks: int
+) -> RoutingLayout:
+    """`routing_layout` of what `checked_source` returned, with checked sizes.
+
+    Raises:
+        EPRoutingError: As `routing_layout`.
+    """
     native = _native.load() if source.is_cuda else None
     if native is not None:
         layout, error = launch_layout(native, source, num_topk, num_experts, num_ranks)

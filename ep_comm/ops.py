@@ -8,9 +8,9 @@
 
 Optional results that do not exist come back as empty tensors. `Buffer` is the way to call them,
 through `dispatch` and `combine` below: it checks arguments and holds the handle, which the ops know
-by its id. FP8 on the wire is
-straight-through: the gradient is that of an unquantised dispatch. Gradients travel in their own
-type, except where combine's `grad_wire_dtype` makes those that its backward dispatches FP8.
+by its id. FP8 on the wire is straight-through: the gradient is that of an unquantised dispatch.
+Gradients travel in their own type, except where combine's `grad_wire_dtype` makes those that its
+backward dispatches FP8.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def dispatch(
     asynchronous: bool,
     num_sms: int | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The op; without gradients to record, straight to the backend: torch's way costs 15 µs."""
+    """The op, inside `Buffer.guard`; without gradients to record straight to the backend: torch's
+    way costs 15 µs. A result that does not exist is None, or empty where the op made it."""
     args = (x, scales, topk_weights, wire_dtype, recv_dtype, asynchronous, num_sms)
     if _needs_grad(x, topk_weights):
         return torch.ops.ep_comm.dispatch.default(*args, handle.id)

@@ -231,12 +231,12 @@ class PretrainConfig(Model, MixtureOfExperts, Dispatch, Training, Data, Output):
         if (
             self.moe_router_padding_for_fp8
             and self.moe_router_fusion
-            and self.moe_token_dispatcher != "deepep"
+            and self.moe_token_dispatcher == "alltoall"
         ):
-            # Megatron-Core pads the map in place that the fused router keeps for its backward.
+            # Megatron-Core's pads, in place, the map that the fused router keeps for its backward.
             raise ValueError(
-                "moe_router_padding_for_fp8 with Megatron's own dispatchers fails in the backward "
-                "of moe_router_fusion: set moe_router_fusion: false"
+                "moe_router_padding_for_fp8 with moe_token_dispatcher alltoall fails in the "
+                "backward of moe_router_fusion: set moe_router_fusion: false"
             )
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is more than lr {self.lr}")

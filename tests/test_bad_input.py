@@ -34,7 +34,7 @@ BAD_DISPATCH = {
     "topk_list": (dict(x=X, topk_idx=TOPK.tolist()), "topk_idx must be a torch.Tensor, got list"),
     "weights_list": (dict(x=X, topk_idx=TOPK, topk_weights=[1.0]), "topk_weights.*got list"),
     "wider": (dict(x=X.double(), topk_idx=TOPK), "bfloat16 or float32, got torch.float64"),
-    "no_routing": (dict(x=X), "exactly one of"),
+    "no_routing": (dict(x=X), "exactly one of topk_idx, routing_map and handle"),
     "two_routings": (dict(x=X, topk_idx=TOPK, routing_map=MAP), "exactly one of"),
     "token_count": (dict(x=X, topk_idx=TOPK[:3]), "3 tokens, x has 4"),
     "topk_dtype": (dict(x=X, topk_idx=TOPK.float()), "float32"),

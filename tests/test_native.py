@@ -275,3 +275,21 @@ def test_bad_architecture_is_named(setup_module, monkeypatch, tmp_path):
     monkeypatch.setenv("EP_COMM_CUDA_ARCHS", "90a,hopper")
     with pytest.raises(CompileError, match="'hopper' is no architecture; expected something like"):
         build_command(setup_module, tmp_path).run()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(row_bytes=24), "24 bytes"),
+        (dict(row_bytes=0), "0 bytes"),
+        (dict(chunk_rows=16, chunks_per_unit=3), "48 rows a unit"),
+        (dict(num_blocks=0), "0 blocks"),
+        (dict(push_percent=101), "101 %"),
+        (dict(dtype=7), "dtype = 7"),
+    ],
+)
+def test_a_combine_that_cannot_be_is_refused_before_its_launch(library, change, message):
+    sizes = dict(row_bytes=64, chunk_rows=4, chunks_per_unit=1, num_blocks=8, push_percent=40)
+    args = structs.CombineArgs(**{**sizes, **change})
+    with pytest.raises(EPArgumentError, match=message):
+        library.launch("ep_combine", args, 0)

@@ -142,14 +142,19 @@ def test_arrays_of_a_routing_stand_where_kernels_look_for_them(backend):
 
 
 def test_the_first_rank_major_dispatch_writes_the_experts_of_its_rows(backend):
-    for topk_idx in (TOPK, TOPK.int(), TOPK.long()):
-        handle = plan(backend, capacity=40, layout="rank", source=topk_idx)
+    routing_map = torch.zeros(10, 8, dtype=torch.bool)
+    for source, dtype in (
+        (TOPK, torch.int64),
+        (TOPK.int(), torch.int32),
+        (routing_map, torch.int32),
+    ):
+        handle = plan(backend, capacity=40, layout="rank", source=source)
         dispatch(backend, handle)
         dispatch(backend, handle)
         launches = [call[1] for call in backend.native.take() if call[0] == "ep_dispatch"]
         push, expand, again = launches
         experts = handle.recv_topk_idx
-        assert experts.shape == (40, 2) and experts.dtype == topk_idx.dtype
+        assert experts.shape == (40, 2) and experts.dtype == dtype
         assert expand.recv_topk_idx == experts.data_ptr()
         assert expand.recv_idx_bytes == experts.element_size()
         assert push.recv_topk_idx is again.recv_topk_idx is None
@@ -214,6 +219,22 @@ def test_what_is_made_after_the_plan_is_waited_for(backend):
     routing_map = torch.zeros(10, 8, dtype=torch.bool)
     selected = first(whole, source=routing_map)
     assert selected[0] == ("wait", SIDE, CURRENT)
+    misaligned = torch.zeros(44)[1:41].view(10, 4)
+    assert first(misaligned)[0] == ("wait", SIDE, CURRENT)
+
+
+def test_rows_quantised_after_the_plan_are_waited_for(backend):
+    fp8, bf16 = torch.float8_e4m3fn, torch.bfloat16
+    for asynchronous, waits in (
+        (False, [("wait", SIDE, CURRENT)]),
+        (True, [("wait", COMM, CURRENT), ("wait", SIDE, COMM)]),
+    ):
+        handle = plan(backend, 32, asynchronous, num_sms=24)
+        backend.native.take()
+        backend.dispatch(handle, X, None, None, fp8, bf16, asynchronous, 24)
+        calls = backend.native.take()
+        assert [call for call in calls if call[0] == "wait"][: len(waits)] == waits
+        assert calls.index(waits[-1]) < [call[0] for call in calls].index("ep_dispatch")
 
 
 def test_what_was_started_outlives_an_error(backend):

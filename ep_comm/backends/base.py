@@ -122,7 +122,9 @@ class Backend(Protocol):
         num_sms: int | None,
     ) -> Routing:
         """Exchange the routing of a new dispatch: `source` is a topk_idx [T, K] or, where it is
-        bool, a routing_map [T, num_experts].
+        bool, a routing_map [T, num_experts]; `num_topk` is K, of a map too. With `has_weights` and
+        a map the caller selects the probabilities by ``routing.topk_idx``, on its stream, between
+        plan and dispatch.
 
         A dispatch with the routing follows at once. Bad content of the routing raises here, or,
         where the device has to find it, in that dispatch, once the other ranks have what they

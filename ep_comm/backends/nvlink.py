@@ -126,6 +126,7 @@ class NVLinkBackend:
             row_offset=offsets.combine_rows,
             weight_offset=offsets.combine_weights,
             ranks_per_node=config.ranks_per_node or self.num_ranks,
+            push_percent=COMBINE_PUSH_PERCENT,
             **sizes,
         )
         self._plan_args = structs.PlanArgs(
@@ -356,6 +357,7 @@ class NVLinkBackend:
         first: FirstDispatch,
     ) -> Received:
         """The dispatch after its plan: it pushes while the plan and the host go on."""
+        routing: NVLinkRouting = handle.routing
         streams, stream = self._streams, first.stream
         self.recorder.set_row_bytes(args.row_bytes + args.scale_bytes)
         args.node.record = first.record
@@ -367,7 +369,6 @@ class NVLinkBackend:
             self.native.launch("ep_dispatch", args, stream)
         args.num_push_blocks, args.num_expand_blocks = 0, expand_blocks
         received = allocate_rows(args, handle, self.config.hidden, recv_dtype, self.device)
-        routing: NVLinkRouting = handle.routing
         if handle.layout == "rank":
             routing.recv_topk_idx = allocate_experts(args, handle, self.device)
         self.native.launch("ep_dispatch", args, streams.side)
@@ -404,14 +405,13 @@ class NVLinkBackend:
         args.routing = routing.native
         args.combined_x = combined.data_ptr()
         args.combined_weights = None if weights is None else weights.data_ptr()
-        args.tag = _tag(routing.number, hidden * x.element_size(), weights is not None)
         args.row_bytes = row_bytes = hidden * x.element_size()
+        args.tag = _tag(routing.number, row_bytes, weights is not None)
         args.chunk_rows = chunk_tokens(COMBINE_CHUNK_BYTES, row_bytes)
         sms = self._sms(num_sms, asynchronous)
         args.chunks_per_unit = combine_chunks_per_unit(sms, args.chunk_rows, row_bytes)
         args.dtype = structs.EP_BF16 if x.dtype == torch.bfloat16 else structs.EP_FP32
         args.num_blocks = sms
-        args.push_percent = COMBINE_PUSH_PERCENT
         stream = self._streams.begin(structs.EP_OP_COMBINE, asynchronous, sms)
         args.node.record = self.recorder.start("combine", row_bytes)
         self.native.launch("ep_combine", args, stream)

@@ -6,7 +6,9 @@ import functools
 
 DISPATCH_CHUNK_BYTES = 48 * 1024
 COMBINE_CHUNK_BYTES = 32 * 1024
-COMBINE_PUSH_PERCENT = 40  # the others sum from the start, these when nothing is left to push
+# Of a combine's teams, those that begin with pushing; they sum when nothing is left to push, the
+# others from the start.
+COMBINE_PUSH_PERCENT = 40
 MIN_CHUNK_TOKENS = 4
 MAX_CHUNK_TOKENS = 32
 _MAX_UNIT_ROWS = 32

@@ -33,7 +33,7 @@ from ep_comm.backends.transport import Exchange, Operation, Transport
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPMismatchError, EPOverflowError
 from ep_comm.handle import DispatchHandle, RoutingSizes, RowLayout
-from ep_comm.layout import index_dtype, routing_layout
+from ep_comm.layout import index_dtype, layout_of
 from ep_comm.records import OpRecord, Recorder
 
 _DTYPES = (torch.bfloat16, torch.float32, fp8.FP8_DTYPE)
@@ -56,7 +56,7 @@ class ReferenceRouting:
 
     topk_idx: Tensor
     sizes: RoutingSizes
-    recv_topk_idx: Tensor
+    recv_topk_idx: Tensor | None
     epoch: int
     sent_tokens: tuple[Tensor, ...]
     expert_row_NK: Tensor
@@ -138,14 +138,7 @@ class ReferenceBackend:
         num_sms: int | None,
     ) -> ReferenceRouting:
         self._say_overflow()
-        is_map = source.dtype == torch.bool
-        routing = routing_layout(
-            None if is_map else source,
-            routing_map=source if is_map else None,
-            num_topk=num_topk,
-            num_experts=self.config.num_experts,
-            num_ranks=self.transport.num_ranks,
-        )
+        routing = layout_of(source, num_topk, self.config.num_experts, self.transport.num_ranks)
         device = routing.topk_idx.device
         record = self.recorder.start("plan", device)
         ranks = range(self.transport.num_ranks)
@@ -180,7 +173,7 @@ class ReferenceBackend:
         return ReferenceRouting(
             topk_idx=routing.topk_idx,
             sizes=RoutingSizes(rows_to_rank, recv_rows, counts, expert_alignment),
-            recv_topk_idx=recv_topk_idx.to(index_dtype(source)),
+            recv_topk_idx=recv_topk_idx.to(index_dtype(source)) if layout == "rank" else None,
             epoch=record.epoch,
             sent_tokens=sent_tokens,
             expert_row_NK=expert_row_NK,
