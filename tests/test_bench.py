@@ -203,7 +203,7 @@ def test_run_measures_every_case(layout):
     found, said = runs[0]
     assert runs[1][0] == found  # each time is the slowest rank's
     ours = [result for result in found.results if result.num_sms is not None]
-    assert len(ours) == 7 * 2 and len(found.results) == len(ours) + 2
+    assert len(ours) == 9 * 2 and len(found.results) == len(ours) + 2
     assert len(said) == 2 + len(found.results)
     for result in found.results:
         assert len(result.samples.call) == len(result.samples.host) == 3
@@ -211,12 +211,17 @@ def test_run_measures_every_case(layout):
         assert len(result.samples.idle) == 3 and min(result.samples.idle) > 0
         assert min(result.samples.call) > 0 and min(result.samples.unaligned) > 0
     # 16 tokens; with 3 of 8 experts nearly all go to the other rank, once each.
-    bf16, fp8, nccl = (
+    bf16, fp8, cached, nccl = (
         next(result for result in found.results if result.case == case)
-        for case in ("dispatch, fresh", "FP8 dispatch, fresh", "NCCL alltoall dispatch")
+        for case in (
+            "dispatch, fresh",
+            "FP8 dispatch, fresh",
+            "FP8 dispatch, cached",
+            "NCCL alltoall dispatch",
+        )
     )
     assert 10 * 256 < bf16.wire_bytes <= 16 * 256
-    assert fp8.wire_bytes == bf16.wire_bytes / 256 * (128 + 4)
+    assert fp8.wire_bytes == cached.wire_bytes == bf16.wire_bytes / 256 * (128 + 4)
     assert nccl.wire_bytes > bf16.wire_bytes and nccl.floor_bytes == bf16.wire_bytes
     assert bf16.logical_bytes == nccl.logical_bytes == 16 * 3 * 256
     assert found.rank_imbalance >= 1 and found.expert_imbalance > 1

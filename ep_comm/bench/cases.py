@@ -88,13 +88,13 @@ def buffer_cases(buffer: Buffer, inputs: list[InputSet], settings: Settings) -> 
         x = s.x_fp8 if quantized else s.x
         return buffer.dispatch(x, s.topk_idx, s.topk_weights, layout=layout, **how)
 
+    def cached(i: int, quantized: bool = False, **how) -> object:
+        s = inputs[i % NUM_SETS]
+        x, handle = s.x_fp8 if quantized else s.x, dispatched[i % NUM_SETS].handle
+        return buffer.dispatch(x, topk_weights=s.topk_weights, handle=handle, **how)
+
     def without_host_wait(i: int) -> object:
         return fresh(i, num_worst_tokens=dispatched[i % NUM_SETS].handle.num_rows)
-
-    def cached(i: int) -> object:
-        s = inputs[i % NUM_SETS]
-        handle = dispatched[i % NUM_SETS].handle
-        return buffer.dispatch(s.x, topk_weights=s.topk_weights, handle=handle)
 
     def combine(i: int) -> object:
         out = dispatched[i % NUM_SETS]
@@ -108,8 +108,8 @@ def buffer_cases(buffer: Buffer, inputs: list[InputSet], settings: Settings) -> 
             logical_bytes=logical_bytes,
         )
 
-    def fresh_fp8(name: str, **how) -> Case:
-        return case(name, lambda i: fresh(i, **how), fp8_bytes)
+    def fp8_case(name: str, call: Callable[..., object], **how) -> Case:
+        return case(name, lambda i: call(i, **how), fp8_bytes)
 
     cases = [
         case("dispatch, fresh", fresh),
@@ -119,10 +119,13 @@ def buffer_cases(buffer: Buffer, inputs: list[InputSet], settings: Settings) -> 
     ]
     if settings.fp8:
         both = dict(wire_dtype=fp8.FP8_DTYPE, recv_dtype=fp8.FP8_DTYPE)
+        to_bf16 = dict(quantized=True, recv_dtype=torch.bfloat16)
         cases += [
-            fresh_fp8("FP8 dispatch, fresh", quantized=True),
-            fresh_fp8("FP8 dispatch to BF16, fresh", quantized=True, recv_dtype=torch.bfloat16),
-            fresh_fp8("FP8 dispatch, quantising, fresh", **both),
+            fp8_case("FP8 dispatch, fresh", fresh, quantized=True),
+            fp8_case("FP8 dispatch, cached", cached, quantized=True),
+            fp8_case("FP8 dispatch to BF16, fresh", fresh, **to_bf16),
+            fp8_case("FP8 dispatch to BF16, cached", cached, **to_bf16),
+            fp8_case("FP8 dispatch, quantising, fresh", fresh, **both),
         ]
     return cases
 
