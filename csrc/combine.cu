@@ -21,8 +21,8 @@ namespace {
 
 using namespace ep;
 
-constexpr int kMaxUnitRows = 32;    // a lister's lane lists one
-constexpr int kGroupTokens = 4;     // tokens that a team sums at a time
+constexpr int kMaxUnitRows = 32;  // a lister's lane lists one
+constexpr int kGroupTokens = 4;   // tokens that a team sums at a time
 // ep_combine_args.counters; the first is end_operation's.
 constexpr int kUnitsTaken = 1, kGroupsTaken = 2;
 // Levels of a sum.

@@ -146,13 +146,12 @@ class Team {
   __device__ int32_t index() const { return team_ * gridDim.x + blockIdx.x; }
   __device__ bool is_lister() const { return column() >= teams_.columns; }
 
-  // For the lister: where the rows of its next list go.
+  // The rows of the next list.
   __device__ ListedRow* rows() const { return rows_ + (number_ & 1) * teams_.list_rows; }
 
   // For the lister: the columns have finished the list before, and go on with this one.
   __device__ void hand_over(uint4* out, int32_t num_rows) {
     if (lane_id() == 0) lists_[number_ & 1] = List{out, num_rows};
-    __syncwarp();
     meet();
     ++number_;
   }
@@ -177,7 +176,10 @@ class Team {
 
  private:
   __device__ int32_t column() const { return threadIdx.x - team_ * teams_.team_threads(); }
-  __device__ void meet() const { ptx::named_barrier(team_ + 1, teams_.team_threads()); }
+  __device__ void meet() const {
+    __syncwarp();  // the barrier takes whole warps, and the last columns may be ahead of theirs
+    ptx::named_barrier(team_ + 1, teams_.team_threads());
+  }
 
   // Vector `first` of the list's rows and the column's next one. What limits an SM here is the number
   // of instructions: so addresses are carried along, and a column that has no next vector takes its
