@@ -35,18 +35,6 @@ __device__ inline int32_t take(int32_t* counter) {
   return __shfl_sync(kFullWarp, next, 0);
 }
 
-// Sum of `count` over the lanes before this one.
-__device__ inline int32_t sum_before(int32_t count, int32_t* total) {
-  int32_t sum = count;
-#pragma unroll
-  for (int step = 1; step < kWarpSize; step *= 2) {
-    const int32_t before = __shfl_up_sync(kFullWarp, sum, step);
-    if (lane_id() >= step) sum += before;
-  }
-  *total = __shfl_sync(kFullWarp, sum, kWarpSize - 1);
-  return sum - count;
-}
-
 // Output rows of received row n in ascending order of experts, [K4]; -1 behind the last.
 __device__ inline const int4* output_rows(const ep_combine_args& args, int64_t n) {
   return reinterpret_cast<const int4*>(args.routing.rows_ascending + n * args.routing.num_topk4);
@@ -111,8 +99,7 @@ __device__ inline bool may_push(const ep_node& node, int64_t credit_offset) {
   bool fine = !aborted(node);  // after a fault elsewhere the input may be garbage
   if (fine && lane_id() < node.num_ranks - 1) {
     const int32_t peer = (node.rank + 1 + lane_id()) % node.num_ranks;
-    const uint32_t* const credit = in_memory_of<uint32_t>(node, node.rank, credit_offset) + peer;
-    fine = wait_epoch(node, credit, epoch_of(node) - 1, EP_PHASE_CREDIT, peer);
+    fine = wait_credit(node, credit_offset, epoch_of(node), peer);
   }
   __syncwarp();  // all lanes may write to where one waited
   return __all_sync(kFullWarp, fine);
@@ -345,9 +332,9 @@ namespace ep {
 int32_t load_combine_kernels() {
   for (const auto& of_dtype : kKernels) {
     for (const Kernel kernel : of_dtype) {
-      const cudaError_t error = cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxTeamShared);
-      if (error != cudaSuccess) return check_cuda(error, "combine kernels");
+      const int32_t status = load_with_shared(reinterpret_cast<const void*>(kernel),
+                                              kMaxTeamShared, "combine kernels");
+      if (status != EP_OK) return status;
     }
   }
   return EP_OK;

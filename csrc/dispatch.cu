@@ -61,9 +61,8 @@ Ring make_ring(const ep_dispatch_args& args) {
 namespace ep {
 
 int32_t load_dispatch_kernels() {
-  return check_cuda(cudaFuncSetAttribute(dispatch_kernel,
-                                         cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared),
-                    "dispatch kernel");
+  return load_with_shared(reinterpret_cast<const void*>(dispatch_kernel), kMaxShared,
+                          "dispatch kernel");
 }
 
 }  // namespace ep

@@ -111,7 +111,7 @@ struct Unit {
 };
 
 __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages, int32_t epoch,
-                       int32_t warp, int32_t num_warps) {
+                              int32_t warp, int32_t num_warps) {
   const ep_node& node = args.node;
   const int32_t num_ranks = node.num_ranks, chunk_tokens = args.chunk_tokens;
   const int32_t lane = lane_id();

@@ -18,7 +18,7 @@ struct PushedChunk {
 };
 
 __device__ inline void push(const ep_dispatch_args& args, const Stages& stages, int32_t epoch,
-                     int32_t warp, int32_t num_warps) {
+                            int32_t warp, int32_t num_warps) {
   const ep_node& node = args.node;
   const int32_t num_ranks = node.num_ranks, chunk_tokens = args.chunk_tokens;
   const int32_t lane = lane_id();
@@ -32,9 +32,7 @@ __device__ inline void push(const ep_dispatch_args& args, const Stages& stages, 
 
   bool may_send = !aborted(node);  // after a fault elsewhere the input may be garbage
   if (may_send && sends) {
-    const uint32_t* const credit =
-        in_memory_of<uint32_t>(node, node.rank, args.credit_offset) + peer;
-    may_send = wait_epoch(node, credit, epoch - 1, EP_PHASE_CREDIT, peer);
+    may_send = wait_credit(node, args.credit_offset, epoch, peer);
     ptx::fence_proxy_async_global();  // the slots are written by bulk stores
   }
   if (!__all_sync(kFullWarp, may_send)) return;

@@ -114,6 +114,13 @@ __device__ inline T* in_memory_of(const ep_node& node, int32_t rank, int64_t off
   return reinterpret_cast<T*>(node.memory[rank] + offset);
 }
 
+// True when `peer` has read what the operation before this one sent it: its memory may be written.
+__device__ inline bool wait_credit(const ep_node& node, int64_t credit_offset, int32_t epoch,
+                                   int32_t peer) {
+  const uint32_t* const credit = in_memory_of<uint32_t>(node, node.rank, credit_offset) + peer;
+  return wait_epoch(node, credit, epoch - 1, EP_PHASE_CREDIT, peer);
+}
+
 // Index of `source`'s region among the R - 1 that `owner` keeps for the others.
 __device__ inline int32_t region_of(int32_t source, int32_t owner, int32_t num_ranks) {
   return (source - owner - 1 + num_ranks) % num_ranks;

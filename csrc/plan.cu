@@ -2,7 +2,6 @@
 // (plan_receive.cuh): two kernels, whose blocks wait for one another in the middle (grid_barrier).
 
 #include <algorithm>
-#include <climits>
 #include <ctime>
 
 #include "plan_receive.cuh"

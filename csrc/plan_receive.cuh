@@ -4,9 +4,8 @@
 // received row is its place in the expert's group.
 #pragma once
 
-#include <climits>
-
 #include "plan.cuh"
+#include "warp.cuh"
 
 namespace ep::plan {
 
@@ -46,21 +45,17 @@ __device__ inline int32_t prefix_of_groups(const int32_t* size, int32_t num_grou
   __shared__ int32_t total;
   __syncthreads();
   if (threadIdx.x < kWarpSize) {
-    const int32_t lane = threadIdx.x;
     int32_t carry = 0;
     for (int32_t begin = 0; begin < num_groups; begin += kWarpSize) {
-      const int32_t g = begin + lane;
+      const int32_t g = begin + lane_id();
       const int32_t own =
           g < num_groups ? (size[g] + alignment - 1) / alignment * alignment : 0;
-      int32_t sum = own;
-      for (int32_t step = 1; step < kWarpSize; step *= 2) {
-        const int32_t before = __shfl_up_sync(kFullWarp, sum, step);
-        if (lane >= step) sum += before;
-      }
-      if (g < num_groups) first[g] = carry + sum - own;
-      carry += __shfl_sync(kFullWarp, sum, kWarpSize - 1);
+      int32_t of_these;
+      const int32_t before = sum_before(own, &of_these);
+      if (g < num_groups) first[g] = carry + before;
+      carry += of_these;
     }
-    if (lane == 0) total = carry;
+    if (lane_id() == 0) total = carry;
   }
   __syncthreads();
   return total;
@@ -68,8 +63,8 @@ __device__ inline int32_t prefix_of_groups(const int32_t* size, int32_t num_grou
 
 // Counts, for the host and for the dispatch: one block. first_row and num_rows: of the groups.
 __device__ inline void publish(const ep_plan_args& args, const int32_t* sent_error,
-                        const int32_t* expert_tokens, const int32_t* first_row,
-                        const int32_t* num_rows, int32_t end) {
+                               const int32_t* expert_tokens, const int32_t* first_row,
+                               const int32_t* num_rows, int32_t end) {
   const int32_t num_ranks = args.node.num_ranks;
   const int32_t num_local_experts = args.num_experts / num_ranks;
   const int32_t capacity = args.capacity;

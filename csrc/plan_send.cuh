@@ -22,9 +22,7 @@ __global__ void __launch_bounds__(kThreads)
   layout::count_tokens(input, shape, scratch.layout, args.routing.topk_idx, shared);
   bool may_send = !aborted(node);
   if (may_send && static_cast<int32_t>(threadIdx.x) < num_ranks) {
-    const uint32_t* const credit =
-        in_memory_of<uint32_t>(node, node.rank, args.credit_offset) + threadIdx.x;
-    may_send = wait_epoch(node, credit, epoch - 1, EP_PHASE_CREDIT, threadIdx.x);
+    may_send = wait_credit(node, args.credit_offset, epoch, threadIdx.x);
   }
   // A block that may not send has set the fault, which ends the others' wait.
   if (!__syncthreads_and(may_send)) return;

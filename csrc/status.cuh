@@ -21,6 +21,12 @@ inline int32_t load_kernel(const void* kernel, const char* what) {
   return check_cuda(cudaFuncGetAttributes(&attributes, kernel), what);
 }
 
+// Loads one whose blocks may have `bytes` of dynamic shared memory.
+inline int32_t load_with_shared(const void* kernel, int32_t bytes, const char* what) {
+  return check_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), what);
+}
+
 // Loads one whose blocks leave room on their SM for those of a dispatch: an SM that is set up for
 // little shared memory could not take one before it is idle.
 inline int32_t load_beside_dispatch(const void* kernel, const char* what) {
