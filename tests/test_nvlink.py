@@ -30,6 +30,24 @@ def test_operations_are_ordered_where_they_would_not_fit():
     assert in_flight.start("d", 4, 100) == [1, 3]
 
 
+def test_a_buffer_may_be_collected_while_another_starts():
+    in_flight = InFlight(100)
+
+    class Collecting(int):
+        """A stream at whose sight the garbage collector runs."""
+
+        def __eq__(self, other: object) -> bool:
+            in_flight.forget("collected")
+            return int(self) == other
+
+        __hash__ = int.__hash__
+
+    in_flight.start("running", Collecting(2), 100)
+    in_flight.start("collected", 1, 100)
+    assert in_flight.start("new", 3, 100) == [1, 2]
+    assert in_flight.start("newer", 4, 100) == [2, 3]
+
+
 @pytest.mark.parametrize("num_sms", [2, 3, 8, 16, 24, 63, 64, 132])
 def test_all_sms_are_counted(num_sms):
     for num_ranks in (1, 2, 8):

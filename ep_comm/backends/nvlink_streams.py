@@ -143,7 +143,8 @@ class InFlight:
         behind = [] if last_stream == stream else [last_stream]
         # One operation runs at a time on each stream: the largest counts.
         sms_of_stream: dict[int, int] = {}
-        for other_stream, other_sms in reversed(self._operations.values()):
+        # Of a copy: the garbage collector may have a buffer forgotten at any moment.
+        for other_stream, other_sms in reversed(list(self._operations.values())):
             if other_stream not in (stream, last_stream):
                 largest = max(other_sms, sms_of_stream.get(other_stream, 0))
                 sms_of_stream[other_stream] = largest
