@@ -119,8 +119,8 @@ constexpr int32_t kDispatchArgs[] = {
 constexpr int32_t kCombineArgs[] = {
     EP_SIZE(ep_combine_args),
     F(node), F(routing), F(x), F(weights), F(combined_x), F(combined_weights), F(counters),
-    F(flag_offset), F(credit_offset), F(row_offset), F(weight_offset), F(tag), F(max_tokens),
-    F(max_chunks), F(chunk_rows), F(chunks_per_unit), F(row_bytes), F(dtype),
+    F(flag_offset), F(credit_offset), F(row_offset), F(weight_offset), F(zero_offset), F(tag),
+    F(max_tokens), F(max_chunks), F(chunk_rows), F(chunks_per_unit), F(row_bytes), F(dtype),
     F(num_local_experts), F(ranks_per_node), F(num_blocks), F(push_percent),
 };
 #undef F

@@ -25,8 +25,6 @@ constexpr int kMaxUnitRows = 32;  // a lister's lane lists one
 constexpr int kGroupTokens = 4;   // tokens that a team sums at a time
 // ep_combine_args.counters; the first is end_operation's.
 constexpr int kUnitsTaken = 1, kGroupsTaken = 2;
-// Levels of a sum.
-constexpr int kOfExperts = 0, kOfRanks = 1, kOfNodes = 2;
 
 // The next of a counter's numbers, for all lanes.
 __device__ inline int32_t take(int32_t* counter) {
@@ -40,7 +38,7 @@ __device__ inline const int4* output_rows(const ep_combine_args& args, int64_t n
   return reinterpret_cast<const int4*>(args.routing.rows_ascending + n * args.routing.num_topk4);
 }
 
-// How many there are, 1 where none fitted into the output: that is listed too, as zeros.
+// How many there are, 1 where none fitted into the output: that is listed too.
 __device__ inline int32_t count_rows(const ep_combine_args& args, int64_t n) {
   const int4* const rows = output_rows(args, n);
   int32_t count = 0;
@@ -51,20 +49,23 @@ __device__ inline int32_t count_rows(const ep_combine_args& args, int64_t n) {
   return max(count, 1);
 }
 
-// Lists the `count` output rows of received row n as one sum; `what` belongs to that sum.
+// Row of this rank's input, of zeros where there is none.
+__device__ inline const uint4* input_row(const ep_combine_args& args, int32_t row) {
+  const uint8_t* const bytes =
+      row < 0 ? in_memory_of<const uint8_t>(args.node, args.node.rank, args.zero_offset)
+              : args.x + row * int64_t{args.row_bytes};
+  return reinterpret_cast<const uint4*>(bytes);
+}
+
+// Lists the `count` output rows of received row n as one sum, or as part of one: kFirst of `what`
+// belongs to the first of them, the rest to the last.
 __device__ inline void list_rows(const ep_combine_args& args, int64_t n, int32_t count,
                                  uint32_t what, ListedRow* list) {
   const auto* const rows = reinterpret_cast<const int32_t*>(output_rows(args, n));
   for (int32_t i = 0; i < count; ++i) {
-    uint32_t of_row = i == 0 ? ListedRow::first_of(kOfExperts) : 0;
-    if (i == count - 1) of_row |= ListedRow::last_of(kOfExperts);
-    const uint8_t* row = nullptr;
-    if (rows[i] >= 0) {
-      row = args.x + rows[i] * int64_t{args.row_bytes};
-    } else {
-      of_row |= ListedRow::kNone;
-    }
-    list[i] = ListedRow{reinterpret_cast<const uint4*>(row), what | of_row};
+    uint32_t of_row = i == 0 ? what & ListedRow::kFirst : 0;
+    if (i == count - 1) of_row |= what & ~ListedRow::kFirst;
+    list[i] = ListedRow{input_row(args, rows[i]), of_row};
   }
 }
 
@@ -113,7 +114,8 @@ __device__ int32_t list_unit(const ep_combine_args& args, int32_t owner, int32_t
   const int32_t count = slot < end ? count_rows(args, n) : 0;
   int32_t total;
   const int32_t at = sum_before(count, &total);
-  list_rows(args, n, count, static_cast<uint32_t>(lane_id()) << ListedRow::kOutShift, list + at);
+  const uint32_t out = static_cast<uint32_t>(lane_id()) << ListedRow::kOutShift;
+  list_rows(args, n, count, out | ListedRow::kFirst | ListedRow::kLast, list + at);
   return total;
 }
 
@@ -156,7 +158,7 @@ __device__ void list_pushes(const ep_combine_args& args, Team& team, int32_t vec
       pushed = Chunks{owner, begin / args.chunk_rows, num_chunks};
     }
   }
-  team.finish();
+  team.hand_over(nullptr, 0);  // the last unit has been written
   raise(args, pushed);
 }
 
@@ -197,16 +199,21 @@ __device__ bool wait_for_partials(const ep_combine_args& args, const Token& toke
   return __all_sync(kFullWarp, fine);
 }
 
-// Which sums the partial row of rank r opens and closes, among those of `ranks`.
-__device__ inline uint32_t place_in_sums(const ep_combine_args& args, uint32_t ranks, int32_t r) {
+// The ranks of r's node.
+__device__ inline uint32_t node_of(const ep_combine_args& args, int32_t r) {
   const int32_t ranks_per_node = min(args.ranks_per_node, args.node.num_ranks);
-  const uint32_t of_node = ((1u << ranks_per_node) - 1) << r / ranks_per_node * ranks_per_node;
-  const uint32_t below = (1u << r) - 1, above = ~below << 1;
+  return ((1u << ranks_per_node) - 1) << r / ranks_per_node * ranks_per_node;
+}
+
+// Which of a token's sums begin and which are complete with rank r's part, where `ranks` have one.
+__device__ inline uint32_t place_in_sums(const ep_combine_args& args, uint32_t ranks, int32_t r) {
+  const uint32_t below = ranks & ((1u << r) - 1), above = ranks & ~1u << r;
+  const uint32_t of_node = node_of(args, r);
   uint32_t what = 0;
-  if (!(ranks & of_node & below)) what |= ListedRow::first_of(kOfRanks);
-  if (!(ranks & of_node & above)) what |= ListedRow::last_of(kOfRanks);
-  if (!(ranks & ~of_node & below)) what |= ListedRow::first_of(kOfNodes);
-  if (!(ranks & ~of_node & above)) what |= ListedRow::last_of(kOfNodes);
+  if (!(below & of_node)) what |= ListedRow::kFirst;
+  if (!(below & ~of_node)) what |= ListedRow::kFirstNode;
+  if (!(above & of_node)) what |= ListedRow::kLastOfNode;
+  if (!above) what |= ListedRow::kLast;
   return what;
 }
 
@@ -222,28 +229,39 @@ __device__ int32_t list_group(const ep_combine_args& args, const Token& token, L
     if (r == node.rank) own_n = static_cast<int64_t>(r) * args.max_tokens + token.slot[r];
   }
   const int32_t own_rows = own_n < 0 ? 0 : count_rows(args, own_n);
+  // Where another rank's part comes before, this rank's rows are added up first, and kept until then.
+  const uint32_t before = ranks & node_of(args, node.rank) & ((1u << node.rank) - 1);
+  const bool keeps = own_rows > 1 && before != 0;
+  const int32_t rank_before = keeps ? 31 - __clz(before) : -1;
   const bool is_nowhere = token.exists && ranks == 0;
-  const int32_t count = is_nowhere ? 1 : __popc(ranks) - (own_n >= 0) + own_rows;
+  const int32_t count = is_nowhere ? 1 : __popc(ranks) + max(own_rows - 1, 0);
   int32_t total;
   list += sum_before(count, &total);
   const uint32_t out = static_cast<uint32_t>(lane_id()) << ListedRow::kOutShift;
-  constexpr uint32_t kAlone = ListedRow::first_of(kOfExperts) | ListedRow::last_of(kOfExperts);
-  if (is_nowhere) {
-    *list = ListedRow{nullptr, out | kAlone | ListedRow::kNone | place_in_sums(args, 0, 0)};
+  if (is_nowhere) *list = ListedRow{input_row(args, -1), out | place_in_sums(args, 0, 0)};
+  if (keeps) {
+    list_rows(args, own_n, own_rows, ListedRow::kFirst | ListedRow::kKeep, list);
+    list += own_rows;
   }
 #pragma unroll
   for (int32_t r = 0; r < EP_MAX_NODE_RANKS; ++r) {
     if (token.slot[r] < 0) continue;
-    const uint32_t what = out | place_in_sums(args, ranks, r);
+    uint32_t what = place_in_sums(args, ranks, r);
     if (r == node.rank) {
-      list_rows(args, own_n, own_rows, what, list);
+      if (keeps) continue;  // listed above
+      if (own_rows > 1 && !(what & ListedRow::kLastOfNode)) what |= ListedRow::kRound;
+      list_rows(args, own_n, own_rows, out | what, list);
       list += own_rows;
     } else {
+      if (r == rank_before) {
+        what = (what & ListedRow::kFirst) | ListedRow::kAddKept |
+               place_in_sums(args, ranks, node.rank);
+      }
       const int64_t region = region_of(r, node.rank, node.num_ranks);
       const int64_t place = region * args.max_tokens + token.slot[r];
       const auto* const staged =
           in_memory_of<const uint8_t>(node, node.rank, args.row_offset) + place * args.row_bytes;
-      *list++ = ListedRow{reinterpret_cast<const uint4*>(staged), what | kAlone};
+      *list++ = ListedRow{reinterpret_cast<const uint4*>(staged), out | what};
     }
   }
   return total;
@@ -296,7 +314,7 @@ __device__ void list_sums(const ep_combine_args& args, Team& team, int32_t vecto
 
 // ---- The kernel ----------------------------------------------------------------------------------
 
-template <typename T, int kLevels>
+template <typename T, bool kOneNode>
 __global__ void __launch_bounds__(kMaxTeamThreads, 1)
     combine_kernel(const __grid_constant__ ep_combine_args args, const Teams teams,
                    const int32_t num_push_teams) {
@@ -309,8 +327,7 @@ __global__ void __launch_bounds__(kMaxTeamThreads, 1)
     if (pushes) list_pushes(args, team, vectors);
     list_sums(args, team, vectors);
   } else {
-    if (pushes) team.add_up<T, 1>(vectors);
-    team.add_up<T, kLevels>(vectors);
+    team.add_up<T, kOneNode>(vectors);
   }
   const bool is_last = end_operation(args.node, args.counters, gridDim.x, args.credit_offset,
                                      args.routing.num_recv, args.row_bytes);
@@ -321,8 +338,8 @@ using Kernel = void (*)(const ep_combine_args, const Teams, const int32_t);
 
 // [dtype][whether all ranks are one node]
 constexpr Kernel kKernels[2][2] = {
-    {combine_kernel<__nv_bfloat16, 3>, combine_kernel<__nv_bfloat16, 2>},
-    {combine_kernel<float, 3>, combine_kernel<float, 2>},
+    {combine_kernel<__nv_bfloat16, false>, combine_kernel<__nv_bfloat16, true>},
+    {combine_kernel<float, false>, combine_kernel<float, true>},
 };
 
 }  // namespace

@@ -117,21 +117,22 @@ __device__ inline void bulk_wait_written() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- 16-byte copies of a thread's own ------------------------------------------------------------
+// ---- 16 bytes at a time --------------------------------------------------------------------------
 //
-// Past L1, and so of memory too that other GPUs have written. Only the thread that loads may read the
-// shared memory without a barrier. Addresses `shared` are those of shared_address().
+// Addresses `shared` are those of shared_address().
 
-__device__ inline void async_load(uint32_t shared, const uint4* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
-
-__device__ inline void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// All but the newest kPending groups have arrived.
-template <int kPending>
-__device__ inline void async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+// Past L1, and so of memory too that other GPUs have written. Nothing is loaded, and *v means nothing,
+// where the condition is false.
+__device__ inline void load_global_if(bool condition, uint4* v, const uint4* pointer) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.u32 p, %5, 0;\n"
+      "@p ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "=r"(v->x), "=r"(v->y), "=r"(v->z), "=r"(v->w)
+      : "l"(pointer), "r"(static_cast<uint32_t>(condition))
+      : "memory");
 }
 
 __device__ inline uint4 load_shared(uint32_t shared) {

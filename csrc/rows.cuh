@@ -1,9 +1,9 @@
-// Adding up rows: teams of warps that stream lists of rows through shared memory.
+// Adding up rows: teams of warps that stream lists of rows through their registers.
 //
 // A block has several teams, each on its own, so that one has loads in flight while another changes
 // from one list to the next. In a team
-//   columns  are threads that each add up twice 16 bytes of every row (and more of long rows). Each
-//            loads ahead what it will add itself, so nobody waits for anybody within a list.
+//   columns  are threads that each add up some 16-byte vectors of every row (and more of long rows).
+//            Each loads ahead what it will add itself, so nobody waits for anybody within a list.
 //   the lister, one warp more, writes the next list meanwhile, waits for what that takes, and raises
 //            the flags of the list before.
 // They meet once a list, at the team's barrier.
@@ -20,10 +20,10 @@
 
 namespace ep {
 
-constexpr int kMaxTeamThreads = 1024;  // of all teams of a block
-constexpr int kMaxColumns = 448;
-constexpr int kWide = 2;    // 16-byte vectors of a row that a column takes at a time
-constexpr int kStages = 4;  // rows of which a column has loads in flight, and the one it adds
+constexpr int kMaxTeamThreads = 512;  // of all teams of a block: each may have 128 registers
+constexpr int kMaxColumns = 224;
+constexpr int kWide = 4;      // 16-byte vectors of a row that a column takes at a time
+constexpr int kMaxAhead = 4;  // rows of which a column has loads in flight, and the one it adds
 constexpr int kMaxTeams = 8;
 constexpr int kMaxTeamShared = 226 * 1024;  // the kernel has a little of its own
 
@@ -79,17 +79,22 @@ struct Vector<float> {
   }
 };
 
-// A row of a list. Sums are nested: rows make up a sum of level 0; the rounded sums of a level make up
-// one of the next; the highest level's is written. A sum starts from its first number, not from zero,
-// so that -0 survives.
+// A row of a list, and what is done before and after it is added. A sum starts from its first row, not
+// from zero, so that -0 survives.
 struct ListedRow {
   const uint4* row;
   uint32_t what;  // the bits below, and the output row above them
 
-  static constexpr uint32_t kNone = 1u << 6;  // zeros, a sum of level 0 of their own
+  static constexpr uint32_t kFirst = 1u << 0;    // a sum begins
+  static constexpr uint32_t kRound = 1u << 1;    // the sum so far is rounded
+  static constexpr uint32_t kKeep = 1u << 2;     // the sum is complete, is rounded and kept
+  static constexpr uint32_t kAddKept = 1u << 3;  // the one that was kept last is added
+  static constexpr uint32_t kLast = 1u << 4;     // the sum is complete, is rounded and written
+  // With several nodes: a node's sum is complete, is rounded and added to the nodes' before.
+  static constexpr uint32_t kLastOfNode = 1u << 5;
+  static constexpr uint32_t kFirstNode = 1u << 6;
+  static constexpr uint32_t kAfter = kRound | kKeep | kAddKept | kLast | kLastOfNode;
   static constexpr int kOutShift = 7;
-  __host__ __device__ static constexpr uint32_t first_of(int level) { return 1u << 2 * level; }
-  __host__ __device__ static constexpr uint32_t last_of(int level) { return 2u << 2 * level; }
   // Of one that was read as it stands in memory; `what` is the third word.
   __device__ static const uint4* row_of(const uint4& entry) {
     return reinterpret_cast<const uint4*>(uint64_t{entry.y} << 32 | entry.x);
@@ -124,9 +129,12 @@ struct Teams {
   }
   __host__ __device__ int32_t team_threads() const { return columns + kWarpSize; }
   __host__ __device__ int32_t block_threads() const { return num_teams * team_threads(); }
-  __host__ __device__ int32_t ring_bytes() const { return kStages * kWide * columns * 16; }
+  __host__ __device__ int32_t kept_bytes() const { return kWide * columns * 16; }
+  // Of a list, with room for what is loaded, but not used, behind its end.
+  __host__ __device__ int32_t list_stride() const { return list_rows + kMaxAhead; }
   __host__ __device__ int32_t team_bytes() const {
-    return ring_bytes() + 2 * (list_rows * static_cast<int32_t>(kListedRowBytes) + kListBytes);
+    return kept_bytes() +
+           2 * (list_stride() * static_cast<int32_t>(kListedRowBytes) + kListBytes);
   }
   __host__ __device__ int32_t shared_bytes() const { return num_teams * team_bytes(); }
 };
@@ -137,8 +145,8 @@ class Team {
   __device__ Team(uint8_t* shared, const Teams& teams)
       : teams_(teams), team_(threadIdx.x / teams.team_threads()) {
     uint8_t* const mine = shared + team_ * teams.team_bytes();
-    ring_ = reinterpret_cast<uint4*>(mine);
-    lists_ = reinterpret_cast<List*>(mine + teams.ring_bytes());
+    kept_ = reinterpret_cast<uint4*>(mine) + first_vector();
+    lists_ = reinterpret_cast<List*>(mine + teams.kept_bytes());
     rows_ = reinterpret_cast<ListedRow*>(lists_ + 2);
   }
 
@@ -147,7 +155,7 @@ class Team {
   __device__ bool is_lister() const { return column() >= teams_.columns; }
 
   // The rows of the next list.
-  __device__ ListedRow* rows() const { return rows_ + (number_ & 1) * teams_.list_rows; }
+  __device__ ListedRow* rows() const { return rows_ + (number_ & 1) * teams_.list_stride(); }
 
   // For the lister: the columns have finished the list before, and go on with this one.
   __device__ void hand_over(uint4* out, int32_t num_rows) {
@@ -160,7 +168,7 @@ class Team {
   __device__ void finish() { hand_over(nullptr, -1); }
 
   // For the columns: adds up the rows of all lists, of `vectors` times 16 bytes each.
-  template <typename T, int kLevels>
+  template <typename T, bool kOneNode>
   __device__ void add_up(int32_t vectors) {
     while (true) {
       meet();
@@ -168,79 +176,97 @@ class Team {
       const ListedRow* const listed = rows();
       ++number_;
       if (list.num_rows < 0) return;
-      for (int32_t first = column(); first < vectors; first += kWide * teams_.columns) {
-        add_up_list<T, kLevels>(list, listed, first, vectors);
+      for (int32_t first = first_vector(); first < vectors; first += kWide * teams_.columns) {
+        add_up_list<T, kOneNode>(list, listed, first, vectors);
       }
     }
   }
 
  private:
   __device__ int32_t column() const { return threadIdx.x - team_ * teams_.team_threads(); }
+  // Of a column; a warp has kWide times 32 vectors in a row.
+  __device__ int32_t first_vector() const {
+    return column() / kWarpSize * (kWide * kWarpSize) + lane_id();
+  }
   __device__ void meet() const {
     __syncwarp();  // the barrier takes whole warps, and the last columns may be ahead of theirs
     ptx::named_barrier(team_ + 1, teams_.team_threads());
   }
 
-  // Vector `first` of the list's rows and the column's next one. What limits an SM here is the number
-  // of instructions: so addresses are carried along, and a column that has no next vector takes its
-  // only one twice.
-  template <typename T, int kLevels>
+  // Vector `first` of the list's rows, and every 32nd one after it.
+  template <typename T, bool kOneNode>
   __device__ void add_up_list(const List& list, const ListedRow* listed, int32_t first,
                               int32_t vectors) const {
-    static_assert(kWide == 2, "first and second");
-    const int32_t second = first + teams_.columns < vectors ? teams_.columns : 0;
-    const uint32_t step_bytes = teams_.columns * 16;
-    const uint32_t ring = ptx::shared_address(ring_ + column());
-    const uint32_t ring_end = ring + kStages * kWide * step_bytes;
-    uint32_t ahead = ptx::shared_address(listed);
-    const uint32_t listed_end = ahead + list.num_rows * kListedRowBytes;
-    // Every turn commits a group, empty or not, so that they can be counted.
-    const auto load = [&](uint32_t stage) {
-      if (ahead < listed_end) {
-        const uint4 entry = ptx::load_shared(ahead);
-        if (!(entry.z & ListedRow::kNone)) {
-          const uint4* const row = ListedRow::row_of(entry) + first;
-          ptx::async_load(stage, row);
-          ptx::async_load(stage + step_bytes, row + second);
-        }
+    constexpr int kAhead = kOneNode ? kMaxAhead : 2;  // the nodes' sums need registers
+    const int32_t room = vectors - first;
+    uint32_t next = ptx::shared_address(listed), at = next;
+    const uint32_t end = next + list.num_rows * kListedRowBytes;
+    // No branch here: behind one the compiler waits for all loads that are in flight.
+    const auto load = [&](uint4(&bits)[kWide]) {
+      const uint4* const row = ListedRow::row_of(ptx::load_shared(next)) + first;
+#pragma unroll
+      for (int w = 0; w < kWide; ++w) {
+        ptx::load_global_if(next < end && w * kWarpSize < room, &bits[w], row + w * kWarpSize);
       }
-      ahead += kListedRowBytes;
-      ptx::async_commit();
+      next += kListedRowBytes;
     };
-    for (int i = 0; i < kStages - 1; ++i) load(ring + i * kWide * step_bytes);
-    Vector<T> sums[kLevels][kWide];
-    uint32_t stage = ring, free_stage = ring_end - kWide * step_bytes;
-    for (uint32_t at = ptx::shared_address(listed); at < listed_end; at += kListedRowBytes) {
-      load(free_stage);
-      ptx::async_wait<kStages - 1>();
-      const uint32_t what = ptx::load_shared_u32(at + offsetof(ListedRow, what));
-      uint4 bits[kWide];
+    Vector<T> sum[kWide], of_nodes[kWide];
+    const auto add = [&](uint32_t what, uint4(&bits)[kWide]) {
+      if (what & ListedRow::kFirst) {
 #pragma unroll
-      for (int w = 0; w < kWide; ++w) bits[w] = ptx::load_shared(stage + w * step_bytes);
-      free_stage = stage;
-      stage += kWide * step_bytes;
-      if (stage == ring_end) stage = ring;
+        for (int w = 0; w < kWide; ++w) sum[w].assign(bits[w]);
+      } else {
 #pragma unroll
-      for (int level = 0; level < kLevels; ++level) {
-        if (what & ListedRow::first_of(level)) {
-          if (level == 0 && what & ListedRow::kNone) {
+        for (int w = 0; w < kWide; ++w) sum[w].add(bits[w]);
+      }
+      if (!(what & ListedRow::kAfter)) return;
+      if (what & ListedRow::kAddKept) {
 #pragma unroll
-            for (int w = 0; w < kWide; ++w) bits[w] = make_uint4(0, 0, 0, 0);
-          }
+        for (int w = 0; w < kWide; ++w) sum[w].add(kept_[w * kWarpSize]);
+        if (!(what & ListedRow::kLastOfNode)) return;
+      }
 #pragma unroll
-          for (int w = 0; w < kWide; ++w) sums[level][w].assign(bits[w]);
+      for (int w = 0; w < kWide; ++w) bits[w] = sum[w].rounded();
+      if (what & ListedRow::kRound) {
+#pragma unroll
+        for (int w = 0; w < kWide; ++w) sum[w].assign(bits[w]);
+        return;
+      }
+      if (what & ListedRow::kKeep) {
+#pragma unroll
+        for (int w = 0; w < kWide; ++w) kept_[w * kWarpSize] = bits[w];
+        return;
+      }
+      if (!kOneNode && what & ListedRow::kLastOfNode) {
+        if (what & ListedRow::kFirstNode) {
+#pragma unroll
+          for (int w = 0; w < kWide; ++w) of_nodes[w].assign(bits[w]);
         } else {
 #pragma unroll
-          for (int w = 0; w < kWide; ++w) sums[level][w].add(bits[w]);
+          for (int w = 0; w < kWide; ++w) of_nodes[w].add(bits[w]);
         }
-        if (!(what & ListedRow::last_of(level))) break;
+        if (!(what & ListedRow::kLast)) return;
 #pragma unroll
-        for (int w = 0; w < kWide; ++w) bits[w] = sums[level][w].rounded();
-        if (level < kLevels - 1) continue;
-        uint4* const out =
-            list.out + static_cast<int64_t>(what >> ListedRow::kOutShift) * vectors + first;
-        ptx::store_global(out, bits[0]);
-        ptx::store_global(out + second, bits[1]);
+        for (int w = 0; w < kWide; ++w) bits[w] = of_nodes[w].rounded();
+      }
+      uint4* const out =
+          list.out + static_cast<int64_t>(what >> ListedRow::kOutShift) * vectors + first;
+#pragma unroll
+      for (int w = 0; w < kWide; ++w) {
+        if (w * kWarpSize < room) ptx::store_global(out + w * kWarpSize, bits[w]);
+      }
+    };
+    uint4 ahead[kAhead][kWide];
+#pragma unroll
+    for (auto& bits : ahead) load(bits);
+    while (at < end) {
+#pragma unroll
+      for (auto& bits : ahead) {
+        if (at >= end) break;
+        const uint32_t what = ptx::load_shared_u32(at + offsetof(ListedRow, what));
+        at += kListedRowBytes;
+        add(what, bits);
+        load(bits);
       }
     }
   }
@@ -248,7 +274,7 @@ class Team {
   Teams teams_;
   int32_t team_;
   int32_t number_ = 0;  // of the next list: two are in memory by turns
-  uint4* ring_;      // [kStages, kWide, columns]
+  uint4* kept_;      // [kWide, columns], from this column's first one on
   List* lists_;      // [2]
   ListedRow* rows_;  // [2, list_rows]
 };

@@ -265,6 +265,7 @@ class CombineArgs(ctypes.Structure):
         ("credit_offset", _INT64),
         ("row_offset", _INT64),
         ("weight_offset", _INT64),
+        ("zero_offset", _INT64),
         ("tag", _INT32),
         ("max_tokens", _INT32),
         ("max_chunks", _INT32),

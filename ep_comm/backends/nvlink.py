@@ -125,6 +125,7 @@ class NVLinkBackend:
             credit_offset=offsets.combine_credits,
             row_offset=offsets.combine_rows,
             weight_offset=offsets.combine_weights,
+            zero_offset=offsets.zeros,
             ranks_per_node=config.ranks_per_node or self.num_ranks,
             push_percent=COMBINE_PUSH_PERCENT,
             **sizes,
@@ -409,7 +410,7 @@ class NVLinkBackend:
         args.tag = _tag(routing.number, row_bytes, weights is not None)
         args.chunk_rows = chunk_tokens(COMBINE_CHUNK_BYTES, row_bytes)
         sms = self._sms(num_sms, asynchronous)
-        args.chunks_per_unit = combine_chunks_per_unit(sms, args.chunk_rows, row_bytes)
+        args.chunks_per_unit = combine_chunks_per_unit(sms, args.chunk_rows)
         args.dtype = structs.EP_BF16 if x.dtype == torch.bfloat16 else structs.EP_FP32
         args.num_blocks = sms
         stream = self._streams.begin(structs.EP_OP_COMBINE, asynchronous, sms)

@@ -61,6 +61,7 @@ class Offsets:
         self.combine_weights = self._take(4 * num_ranks * tokens * num_topk)
         self.dispatch_slots = self._take((num_ranks - 1) * tokens * slot_bytes)
         self.combine_rows = self._take((num_ranks - 1) * tokens * row_bytes)
+        self.zeros = self._take(row_bytes)  # never written
         self.total = self._end
 
     def _take(self, num_bytes: int) -> int:

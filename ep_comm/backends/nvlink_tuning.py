@@ -8,12 +8,11 @@ DISPATCH_CHUNK_BYTES = 48 * 1024
 COMBINE_CHUNK_BYTES = 32 * 1024
 # Of a combine's teams, those that begin with pushing; they sum when nothing is left to push, the
 # others from the start.
-COMBINE_PUSH_PERCENT = 40
+COMBINE_PUSH_PERCENT = 50
 MIN_CHUNK_TOKENS = 4
 MAX_CHUNK_TOKENS = 32
 _MAX_UNIT_ROWS = 32
-_FEW_SMS = 64
-_FEW_SMS_UNIT_BYTES = 256 * 1024
+_SMS_OF_SINGLE_CHUNKS = 132
 _MAX_PLAN_BLOCKS = 64
 # Of an asynchronous operation, which is there to run beside computation.
 _OVERLAPPED_SMS = 24
@@ -44,11 +43,9 @@ def chunk_tokens(chunk_bytes: int, row_bytes: int) -> int:
 
 
 @functools.cache
-def combine_chunks_per_unit(num_sms: int, chunk_rows: int, row_bytes: int) -> int:
+def combine_chunks_per_unit(num_sms: int, chunk_rows: int) -> int:
     """Chunks that a team pushes before it raises their flags: with few teams more at a time.
 
     A chunk itself is the same on all ranks, whatever their SMs.
     """
-    if num_sms >= _FEW_SMS:
-        return 1
-    return max(1, min(_MAX_UNIT_ROWS, _FEW_SMS_UNIT_BYTES // row_bytes) // chunk_rows)
+    return max(1, min(_MAX_UNIT_ROWS // chunk_rows, _SMS_OF_SINGLE_CHUNKS // num_sms))
