@@ -259,6 +259,7 @@ def made_up_run(*, device: str = "cuda") -> TrainRun:
             host_ms=(ms,) * 3,
             loss=5.5,
             peak_bytes={"alltoall": 10, "deepep": 11, "deepep-overlap": 12}[name] * 2**30,
+            num_allocations=3 if name == "deepep" else 0,
         )
 
     config = dict(num_layers=2, hidden_size=128, num_experts=8, moe_ffn_hidden_size=64)
@@ -288,6 +289,7 @@ def test_figures():
     assert run.step_ms("deepep-overlap", 1).median == 8
     assert run.tokens_per_s("deepep-overlap", 2) == pytest.approx(2 * 2 * 32 / 16e-3)
     assert run.memory_ratio("deepep", 1) == pytest.approx(1.1)
+    assert run.num_allocations("deepep", 1) == 6 and run.num_allocations("alltoall", 2) == 0
     assert run.layer_ratio("deepep") == pytest.approx(10 / 9)
     assert run.hidden_share("deepep-overlap") == pytest.approx(0.8)
     assert run.hidden_share("deepep") is None
@@ -318,7 +320,8 @@ def test_report(device, tmp_path):
     deepep = next(line for line in text.splitlines() if "deepep " in line)
     cells = [cell.strip() for cell in deepep.strip("│ ").split("│")]
     assert cells == [
-        "deepep", "1", "11.0", "9.0", "13.0", "5,818", "1.100", "1.000", "11.0", "1.100", "5.5000",
+        "deepep", "1", "11.0", "9.0", "13.0", "5,818", "1.100", "1.000", "11.0", "1.100", "6",
+        "5.5000",
     ]  # fmt: skip
     assert "80%" in text and "manual_gc on" in text and "moe_permute_fusion off" in text
     assert ("there is no GPU" in text) == (device == "cpu")

@@ -92,6 +92,7 @@ def _measure(
     with trainer.garbage_collection():
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(trainer.device)
+            allocated_before = _num_allocations(trainer)
         watch.align_from_idle()
         for _ in range(settings.steps):
             begin = time.perf_counter()
@@ -108,6 +109,11 @@ def _measure(
         host_ms=watch.slowest(host_ms),
         loss=_mean(loss),
         peak_bytes=_peak_bytes(trainer, watch) if on_gpu else None,
+        num_allocations=(
+            int(watch.slowest([float(_num_allocations(trainer) - allocated_before)])[0])
+            if on_gpu
+            else None
+        ),
     )
 
 
@@ -159,6 +165,10 @@ def _peak_bytes(trainer: Trainer, watch: Stopwatch) -> int:
     outside_torch = sum(buffer.buffer_bytes for buffer in trainer.buffers())
     torchs = torch.cuda.max_memory_allocated(trainer.device)
     return int(watch.slowest([float(torchs + outside_torch)])[0])
+
+
+def _num_allocations(trainer: Trainer) -> int:
+    return torch.cuda.memory_stats(trainer.device)["num_device_alloc"]
 
 
 def _mean(loss: Tensor) -> float:

@@ -31,8 +31,9 @@ _BASELINE = """
 _STEP_NOTES = """\
 step: the slowest rank's, on the GPU's clock, over all blocks; x: step time of alltoall (of \
 alltoall-fp8 for FP8 experts) over the variant's, of the blocks' medians
-memory: highest on any rank, torch's and ep_comm's buffers; loss: of the last step, all variants \
-see the same tokens"""
+memory: highest on any rank, torch's and ep_comm's buffers; allocs: torch asked the driver for \
+memory in the timed steps (that is slow: more than a few want more --warmup); loss: of the last \
+step, all variants see the same tokens"""
 _LAYER_NOTES = """\
 MoE layer alone: the first one, router to combine, ranks aligned, medians of the slowest rank; x \
 as above, of forward + backward
@@ -172,6 +173,7 @@ def _result(run: TrainRun, name: str, count: int) -> dict[str, Any]:
         "ratio_worst": found and found.worst,
         "peak_bytes": run.peak_bytes(name, count),
         "memory_ratio": run.memory_ratio(name, count),
+        "num_allocations": run.num_allocations(name, count),
         "loss": run.loss(name, count),
     }
 
@@ -195,7 +197,7 @@ def _step_table(run: TrainRun) -> Table:
     table = _table(
         headline(run),
         ("microbatches", "step ms", "min", "p90", "tokens/s/GPU", "x", "worst block", "GiB",
-         "x memory", "loss"),
+         "x memory", "allocs", "loss"),
     )  # fmt: skip
     for count in run.settings.microbatches:
         for name in run.settings.variants:
@@ -208,6 +210,7 @@ def _step_table(run: TrainRun) -> Table:
                 _show(found and found.worst, ".3f"),
                 _show(peak and peak / 2**30, ".1f"),
                 _show(run.memory_ratio(name, count), ".3f"),
+                _show(run.num_allocations(name, count), "d"),
                 f"{run.loss(name, count):.4f}",
             )
         table.add_section()

@@ -24,6 +24,8 @@ class Block:
         loss: Of the last step, the mean of the ranks.
         peak_bytes: Device memory at its highest on any rank: torch's, and ep_comm's buffers, which
             are not torch's; None on a CPU.
+        num_allocations: Times that torch asked the driver for memory in these steps, most of any
+            rank, which costs up to milliseconds, and ends when all sizes were seen; None on a CPU.
     """
 
     variant: str
@@ -33,6 +35,7 @@ class Block:
     host_ms: tuple[float, ...]
     loss: float
     peak_bytes: int | None
+    num_allocations: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +146,11 @@ class TrainRun:
         """The highest of all blocks; None where it is not known."""
         peaks = (b.peak_bytes for b in self._blocks(name, count))
         return max((peak for peak in peaks if peak is not None), default=None)
+
+    def num_allocations(self, name: str, count: int) -> int | None:
+        """Of all blocks; None where it is not known."""
+        known = [b.num_allocations for b in self._blocks(name, count)]
+        return None if None in known else sum(known)
 
     def memory_ratio(self, name: str, count: int) -> float | None:
         """Peak memory over the reference's; None if either is not known."""
