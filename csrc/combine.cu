@@ -202,12 +202,12 @@ __device__ bool wait_for_partials(const ep_combine_args& args, const Token& toke
 // The ranks of r's node.
 __device__ inline uint32_t node_of(const ep_combine_args& args, int32_t r) {
   const int32_t ranks_per_node = min(args.ranks_per_node, args.node.num_ranks);
-  return ((1u << ranks_per_node) - 1) << r / ranks_per_node * ranks_per_node;
+  return ((1u << ranks_per_node) - 1) << (r / ranks_per_node * ranks_per_node);
 }
 
 // Which of a token's sums begin and which are complete with rank r's part, where `ranks` have one.
 __device__ inline uint32_t place_in_sums(const ep_combine_args& args, uint32_t ranks, int32_t r) {
-  const uint32_t below = ranks & ((1u << r) - 1), above = ranks & ~1u << r;
+  const uint32_t below = ranks & ((1u << r) - 1), above = ranks & (~1u << r);
   const uint32_t of_node = node_of(args, r);
   uint32_t what = 0;
   if (!(below & of_node)) what |= ListedRow::kFirst;
@@ -232,7 +232,6 @@ __device__ int32_t list_group(const ep_combine_args& args, const Token& token, L
   // Where another rank's part comes before, this rank's rows are added up first, and kept until then.
   const uint32_t before = ranks & node_of(args, node.rank) & ((1u << node.rank) - 1);
   const bool keeps = own_rows > 1 && before != 0;
-  const int32_t rank_before = keeps ? 31 - __clz(before) : -1;
   const bool is_nowhere = token.exists && ranks == 0;
   const int32_t count = is_nowhere ? 1 : __popc(ranks) + max(own_rows - 1, 0);
   int32_t total;
@@ -247,16 +246,13 @@ __device__ int32_t list_group(const ep_combine_args& args, const Token& token, L
   for (int32_t r = 0; r < EP_MAX_NODE_RANKS; ++r) {
     if (token.slot[r] < 0) continue;
     uint32_t what = place_in_sums(args, ranks, r);
-    if (r == node.rank) {
-      if (keeps) continue;  // listed above
+    if (r == node.rank && keeps) {
+      list[-1].what |= ListedRow::kAddKept | what;
+    } else if (r == node.rank) {
       if (own_rows > 1 && !(what & ListedRow::kLastOfNode)) what |= ListedRow::kRound;
       list_rows(args, own_n, own_rows, out | what, list);
       list += own_rows;
     } else {
-      if (r == rank_before) {
-        what = (what & ListedRow::kFirst) | ListedRow::kAddKept |
-               place_in_sums(args, ranks, node.rank);
-      }
       const int64_t region = region_of(r, node.rank, node.num_ranks);
       const int64_t place = region * args.max_tokens + token.slot[r];
       const auto* const staged =

@@ -355,7 +355,7 @@ typedef struct ep_combine_args {
   int64_t credit_offset;          /* uint32 [R] */
   int64_t row_offset;             /* [R - 1, S, row_bytes], the next rank's rows first */
   int64_t weight_offset;          /* float [R, S, K] */
-  int64_t zero_offset;            /* [row_bytes] zero: a row that did not fit into the output */
+  int64_t zero_offset;            /* [row_bytes] zero: of what fitted nowhere or went nowhere */
   int32_t tag;                    /* 0 .. 255, equal on ranks that make the same call */
   int32_t max_tokens;
   int32_t max_chunks;

@@ -129,16 +129,15 @@ __device__ inline int32_t region_of(int32_t source, int32_t owner, int32_t num_r
 // True in all threads of the last of `num_blocks` blocks to come here; it then knows of everything
 // that the others did before. Leaves the counter zero.
 __device__ inline bool is_last_block(int32_t* counter, int32_t num_blocks) {
-  __shared__ bool last;
   __syncthreads();
+  bool last = false;
   if (threadIdx.x == 0) {
     ptx::fence_acq_rel_sys();
     last = atomicAdd(counter, 1) == num_blocks - 1;
     if (last) *counter = 0;
     ptx::fence_acq_rel_sys();
   }
-  __syncthreads();
-  return last;
+  return __syncthreads_or(last);
 }
 
 // All threads of all `num_blocks` blocks wait here for one another; false on a fault. The blocks are

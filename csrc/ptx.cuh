@@ -135,13 +135,10 @@ __device__ inline void load_global_if(bool condition, uint4* v, const uint4* poi
       : "memory");
 }
 
-__device__ inline uint4 load_shared(uint32_t shared) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(shared)
-               : "memory");
-  return v;
+__device__ inline uint64_t load_shared_u64(uint32_t shared) {
+  uint64_t value;
+  asm volatile("ld.shared.u64 %0, [%1];" : "=l"(value) : "r"(shared) : "memory");
+  return value;
 }
 
 __device__ inline uint32_t load_shared_u32(uint32_t shared) {

@@ -20,10 +20,11 @@
 
 namespace ep {
 
-constexpr int kMaxTeamThreads = 512;  // of all teams of a block: each may have 128 registers
+// Of all teams of a block: each may have 128 registers, and an SM has room for one block.
+constexpr int kMaxTeamThreads = 512;
 constexpr int kMaxColumns = 224;
 constexpr int kWide = 4;      // 16-byte vectors of a row that a column takes at a time
-constexpr int kMaxAhead = 4;  // rows of which a column has loads in flight, and the one it adds
+constexpr int kMaxAhead = 4;  // rows of which a column has loads in flight
 constexpr int kMaxTeams = 8;
 constexpr int kMaxTeamShared = 226 * 1024;  // the kernel has a little of its own
 
@@ -93,12 +94,9 @@ struct ListedRow {
   // With several nodes: a node's sum is complete, is rounded and added to the nodes' before.
   static constexpr uint32_t kLastOfNode = 1u << 5;
   static constexpr uint32_t kFirstNode = 1u << 6;
+  // After one of these there is more to do than to add the next row.
   static constexpr uint32_t kAfter = kRound | kKeep | kAddKept | kLast | kLastOfNode;
   static constexpr int kOutShift = 7;
-  // Of one that was read as it stands in memory; `what` is the third word.
-  __device__ static const uint4* row_of(const uint4& entry) {
-    return reinterpret_cast<const uint4*>(uint64_t{entry.y} << 32 | entry.x);
-  }
 };
 constexpr uint32_t kListedRowBytes = 16;
 
@@ -203,7 +201,8 @@ class Team {
     const uint32_t end = next + list.num_rows * kListedRowBytes;
     // No branch here: behind one the compiler waits for all loads that are in flight.
     const auto load = [&](uint4(&bits)[kWide]) {
-      const uint4* const row = ListedRow::row_of(ptx::load_shared(next)) + first;
+      const uint64_t address = ptx::load_shared_u64(next + offsetof(ListedRow, row));
+      const uint4* const row = reinterpret_cast<const uint4*>(address) + first;
 #pragma unroll
       for (int w = 0; w < kWide; ++w) {
         ptx::load_global_if(next < end && w * kWarpSize < room, &bits[w], row + w * kWarpSize);
@@ -223,7 +222,7 @@ class Team {
       if (what & ListedRow::kAddKept) {
 #pragma unroll
         for (int w = 0; w < kWide; ++w) sum[w].add(kept_[w * kWarpSize]);
-        if (!(what & ListedRow::kLastOfNode)) return;
+        if (!(what & ListedRow::kLastOfNode)) return;  // which kLast comes with if there is one node
       }
 #pragma unroll
       for (int w = 0; w < kWide; ++w) bits[w] = sum[w].rounded();
@@ -276,7 +275,7 @@ class Team {
   int32_t number_ = 0;  // of the next list: two are in memory by turns
   uint4* kept_;      // [kWide, columns], from this column's first one on
   List* lists_;      // [2]
-  ListedRow* rows_;  // [2, list_rows]
+  ListedRow* rows_;  // [2, list_stride()]
 };
 
 }  // namespace ep
