@@ -1,4 +1,4 @@
-"""How the NVLink kernels divide SMs and rows: from the sweeps in docs/performance.md."""
+"""How the NVLink kernels divide SMs and rows: from the sweeps in docs/kernel-notes.md."""
 
 from __future__ import annotations
 
