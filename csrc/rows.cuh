@@ -26,7 +26,7 @@ constexpr int kMaxColumns = 224;
 constexpr int kWide = 4;      // 16-byte vectors of a row that a column takes at a time
 constexpr int kMaxAhead = 4;  // rows of which a column has loads in flight
 constexpr int kMaxTeams = 8;
-constexpr int kMaxTeamShared = 226 * 1024;  // the kernel has a little of its own
+constexpr int kMaxTeamShared = 226 * 1024;
 
 // 16 bytes of a row as FP32 numbers.
 template <typename T>
@@ -77,6 +77,26 @@ struct Vector<float> {
   __device__ uint4 rounded() const {
     return make_uint4(__float_as_uint(value[0]), __float_as_uint(value[1]),
                       __float_as_uint(value[2]), __float_as_uint(value[3]));
+  }
+};
+
+// A sum of a column's vectors.
+template <typename T>
+struct Sum {
+  Vector<T> vectors[kWide];
+  // Adds `bits`, or begins with them.
+  __device__ void add(const uint4 (&bits)[kWide], bool is_first) {
+    if (is_first) {
+#pragma unroll
+      for (int w = 0; w < kWide; ++w) vectors[w].assign(bits[w]);
+    } else {
+#pragma unroll
+      for (int w = 0; w < kWide; ++w) vectors[w].add(bits[w]);
+    }
+  }
+  __device__ void round(uint4 (&bits)[kWide]) const {
+#pragma unroll
+    for (int w = 0; w < kWide; ++w) bits[w] = vectors[w].rounded();
   }
 };
 
@@ -209,26 +229,18 @@ class Team {
       }
       next += kListedRowBytes;
     };
-    Vector<T> sum[kWide], of_nodes[kWide];
+    Sum<T> sum, of_nodes;
     const auto add = [&](uint32_t what, uint4(&bits)[kWide]) {
-      if (what & ListedRow::kFirst) {
-#pragma unroll
-        for (int w = 0; w < kWide; ++w) sum[w].assign(bits[w]);
-      } else {
-#pragma unroll
-        for (int w = 0; w < kWide; ++w) sum[w].add(bits[w]);
-      }
+      sum.add(bits, what & ListedRow::kFirst);
       if (!(what & ListedRow::kAfter)) return;
       if (what & ListedRow::kAddKept) {
 #pragma unroll
-        for (int w = 0; w < kWide; ++w) sum[w].add(kept_[w * kWarpSize]);
+        for (int w = 0; w < kWide; ++w) sum.vectors[w].add(kept_[w * kWarpSize]);
         if (!(what & ListedRow::kLastOfNode)) return;  // which kLast comes with if there is one node
       }
-#pragma unroll
-      for (int w = 0; w < kWide; ++w) bits[w] = sum[w].rounded();
+      sum.round(bits);
       if (what & ListedRow::kRound) {
-#pragma unroll
-        for (int w = 0; w < kWide; ++w) sum[w].assign(bits[w]);
+        sum.add(bits, true);
         return;
       }
       if (what & ListedRow::kKeep) {
@@ -237,16 +249,9 @@ class Team {
         return;
       }
       if (!kOneNode && what & ListedRow::kLastOfNode) {
-        if (what & ListedRow::kFirstNode) {
-#pragma unroll
-          for (int w = 0; w < kWide; ++w) of_nodes[w].assign(bits[w]);
-        } else {
-#pragma unroll
-          for (int w = 0; w < kWide; ++w) of_nodes[w].add(bits[w]);
-        }
+        of_nodes.add(bits, what & ListedRow::kFirstNode);
         if (!(what & ListedRow::kLast)) return;
-#pragma unroll
-        for (int w = 0; w < kWide; ++w) bits[w] = of_nodes[w].rounded();
+        of_nodes.round(bits);
       }
       uint4* const out =
           list.out + static_cast<int64_t>(what >> ListedRow::kOutShift) * vectors + first;
