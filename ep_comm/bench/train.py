@@ -110,9 +110,7 @@ def _measure(
         loss=_mean(loss),
         peak_bytes=_peak_bytes(trainer, watch) if on_gpu else None,
         num_allocations=(
-            int(watch.slowest([float(_num_allocations(trainer) - allocated_before)])[0])
-            if on_gpu
-            else None
+            _most(_num_allocations(trainer) - allocated_before, watch) if on_gpu else None
         ),
     )
 
@@ -164,11 +162,16 @@ def _phases(trainer: Trainer, microbatches: int) -> tuple[dict[str, float], dict
 def _peak_bytes(trainer: Trainer, watch: Stopwatch) -> int:
     outside_torch = sum(buffer.buffer_bytes for buffer in trainer.buffers())
     torchs = torch.cuda.max_memory_allocated(trainer.device)
-    return int(watch.slowest([float(torchs + outside_torch)])[0])
+    return _most(torchs + outside_torch, watch)
 
 
 def _num_allocations(trainer: Trainer) -> int:
     return torch.cuda.memory_stats(trainer.device)["num_device_alloc"]
+
+
+def _most(count: int, watch: Stopwatch) -> int:
+    """Of any rank."""
+    return int(watch.slowest([float(count)])[0])
 
 
 def _mean(loss: Tensor) -> float:
