@@ -63,6 +63,9 @@ class MixtureOfExperts(_Group):
         False, "balance by a bias on the scores, without a loss; needs sigmoid scores"
     )
     moe_router_bias_update_rate: PositiveFloat = _key(1e-3, "step of the expert bias")
+    moe_router_force_load_balancing: bool = _key(
+        False, "route every token at random: for measurements of speed, nothing is learnt"
+    )
     moe_shared_expert_intermediate_size: PositiveInt | None = _key(
         None, "hidden size of the expert that every token passes; none: no such expert"
     )
@@ -128,6 +131,11 @@ class Training(_Group):
     )
     fp8_param_gather: bool = _key(
         False, "weights of FP8 GEMMs stored and gathered in FP8; needs TE"
+    )
+    gradient_accumulation_fusion: bool = _key(
+        False,
+        "add weight gradients up inside the GEMMs that compute them, except in the output layer; "
+        "needs TE, but not Apex",
     )
     use_distributed_optimizer: bool = _key(False, "share the optimizer state between ranks")
     overlap_grad_reduce: bool = _key(False, "reduce gradients during the backward pass")

@@ -33,6 +33,7 @@ DEEPEP = "deepep"
 NEEDS_TRANSFORMER_ENGINE = (
     *("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion"),
     *("fp8_format", "fp8_param_gather", "moe_router_padding_for_fp8"),
+    "gradient_accumulation_fusion",
 )
 
 
@@ -143,6 +144,7 @@ def _transformer_config(config: PretrainConfig) -> TransformerConfig:
             moe_aux_loss_coeff=config.moe_aux_loss_coeff,
             moe_router_enable_expert_bias=config.moe_router_enable_expert_bias,
             moe_router_bias_update_rate=config.moe_router_bias_update_rate,
+            moe_router_force_load_balancing=config.moe_router_force_load_balancing,
             moe_shared_expert_intermediate_size=config.moe_shared_expert_intermediate_size,
             moe_grouped_gemm=config.moe_grouped_gemm,
             moe_permute_fusion=config.moe_permute_fusion,
@@ -166,7 +168,8 @@ def _transformer_config(config: PretrainConfig) -> TransformerConfig:
             bias_activation_fusion=fused,
             bias_dropout_fusion=fused,
             apply_rope_fusion=fused,
-            gradient_accumulation_fusion=False,  # its kernels come with NVIDIA Apex only
+            # Megatron would ask for Apex on behalf of its own layers: see _fuse_accumulation.
+            gradient_accumulation_fusion=False,
             **megatrons_overlap(config),
         )
     except (AssertionError, ValueError) as error:
@@ -236,6 +239,8 @@ def _gpt_model(
         rotary_base=config.rotary_base,
         share_embeddings_and_output_weights=False,
     ).to(device)
+    if config.gradient_accumulation_fusion:
+        _fuse_accumulation(model)
     if config.bf16:
         model = Float16Module(transformer_config, model)
     model = DistributedDataParallel(
@@ -256,6 +261,14 @@ def _gpt_model(
     if deepep:
         ep_megatron.check_model([model])
     return model
+
+
+def _fuse_accumulation(model: torch.nn.Module) -> None:
+    """Have Transformer Engine's layers add their weight gradients to DDP's buffers in the GEMMs
+    that compute them. Megatron's own layers, here the output layer, would need Apex for that."""
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def _scheduler(config: PretrainConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -56,10 +56,8 @@ def pretrain(config: PretrainConfig) -> None:
         meter = ep_megatron.MoEMeter([trainee.model])
         batches = partial(microbatches, config=config, device=device)
         train_batches = batches(train_data, first_sample=consumed_samples)
-        if device.type == "cuda":
-            log.message(
-                "gradient accumulation is not fused: its kernels come with NVIDIA Apex only"
-            )
+        if config.gradient_accumulation_fusion:
+            log.message("the output layer's gradient accumulation is not fused: that takes Apex")
         if config.manual_gc:
             gc.disable()
             gc.collect()

@@ -24,9 +24,11 @@ from ep_comm.bench.train_timeline import draw_timelines
 from ep_comm.variants import reference_of, serial_of
 
 _BASELINE = """
-    bf16 moe_grouped_gemm moe_permute_fusion moe_router_fusion use_distributed_optimizer
-    overlap_grad_reduce overlap_param_gather manual_gc
+    bf16 moe_grouped_gemm moe_permute_fusion moe_router_fusion moe_router_force_load_balancing
+    gradient_accumulation_fusion use_distributed_optimizer overlap_grad_reduce overlap_param_gather
+    manual_gc
 """.split()
+_ENVIRONMENT = ("CUDA_DEVICE_MAX_CONNECTIONS", "NVTE_USE_CUTLASS_GROUPED_GEMM")
 
 _STEP_NOTES = """\
 step: the slowest rank's, on the GPU's clock, over all blocks; x: step time of alltoall (of \
@@ -79,11 +81,8 @@ def baseline(run: TrainRun) -> str:
     switches = ", ".join(
         f"{key} {'on' if config[key] else 'off'}" for key in _BASELINE if key in config
     )
-    return (
-        f"all variants: {switches}, gradient_accumulation_fusion off, vocabulary "
-        f"{run.vocab_size}, CUDA_DEVICE_MAX_CONNECTIONS "
-        f"{os.environ.get('CUDA_DEVICE_MAX_CONNECTIONS', 'unset')}"
-    )
+    environment = ", ".join(f"{name} {os.environ.get(name, 'unset')}" for name in _ENVIRONMENT)
+    return f"all variants: {switches}, vocabulary {run.vocab_size}, {environment}"
 
 
 def render(run: TrainRun) -> Group:

@@ -123,13 +123,15 @@ def _skip_unfinished_gradients(linear: nn.Module) -> None:
     Something else holds that memory, so autograd would copy it, on the way to the combine, for
     `backward_dw` to throw the copy away. What nobody else holds is taken as it is.
     """
-    if linear.fuse_wgrad_accumulation:  # such a gradient is never in autograd's hands
-        return
+
+    def instead_of(grad: Tensor) -> Tensor | None:
+        if linear.fuse_wgrad_accumulation:  # then the gradient is never in autograd's hands
+            return None
+        return _placeholder(grad.shape, grad.dtype, grad.device).detach()
+
     for name, parameter in linear.named_parameters(recurse=False):
         if name.startswith("weight"):  # gradients of biases are not delayed
-            parameter.register_hook(
-                lambda grad: _placeholder(grad.shape, grad.dtype, grad.device).detach()
-            )
+            parameter.register_hook(instead_of)
 
 
 @functools.cache
