@@ -69,6 +69,9 @@ class MixtureOfExperts(_Group):
     moe_shared_expert_intermediate_size: PositiveInt | None = _key(
         None, "hidden size of the expert that every token passes; none: no such expert"
     )
+    moe_shared_expert_overlap: bool = _key(
+        False, "run that expert beside dispatch and combine; with deepep set ep_num_sms too"
+    )
     moe_grouped_gemm: bool = _key(False, "all local experts in one grouped GEMM; needs TE")
     moe_permute_fusion: bool = _key(False, "fused permutation kernels of alltoall; needs TE")
     moe_router_fusion: bool = _key(False, "fused kernels of the router; needs TE")
@@ -198,6 +201,7 @@ _NEEDS = (
     ("fp8_param_gather", "fp8_format"),
     ("fp8_param_gather", "use_distributed_optimizer"),
     ("moe_router_padding_for_fp8", "fp8_format"),
+    ("moe_shared_expert_overlap", "moe_shared_expert_intermediate_size"),
     ("overlap_dispatch_backward_with_experts_wgrad", "moe_grouped_gemm"),
     ("overlap_param_gather", "use_distributed_optimizer"),
     ("overlap_param_gather", "overlap_grad_reduce"),

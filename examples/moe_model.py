@@ -146,6 +146,7 @@ def _transformer_config(config: PretrainConfig) -> TransformerConfig:
             moe_router_bias_update_rate=config.moe_router_bias_update_rate,
             moe_router_force_load_balancing=config.moe_router_force_load_balancing,
             moe_shared_expert_intermediate_size=config.moe_shared_expert_intermediate_size,
+            moe_shared_expert_overlap=config.moe_shared_expert_overlap,
             moe_grouped_gemm=config.moe_grouped_gemm,
             moe_permute_fusion=config.moe_permute_fusion,
             moe_router_fusion=config.moe_router_fusion,

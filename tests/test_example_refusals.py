@@ -48,6 +48,10 @@ MEGATRONS_OVERLAP = "--overlap-dispatch-backward-with-experts-wgrad"
         (["--fp8-format", "e5m2"], ["fp8_format", "e4m3", "e5m2"]),
         (["--fp8-param-gather"], ["fp8_param_gather needs fp8_format"]),
         (["--moe-router-padding-for-fp8"], ["moe_router_padding_for_fp8 needs fp8_format"]),
+        (
+            ["--moe-shared-expert-overlap"],
+            ["moe_shared_expert_overlap needs moe_shared_expert_intermediate_size"],
+        ),
         (["--overlap-param-gather"], ["overlap_param_gather needs use_distributed_optimizer"]),
         (["--manual-gc-interval", "5"], ["manual_gc_interval needs manual_gc"]),
         (
