@@ -28,7 +28,9 @@ _BASELINE = """
     gradient_accumulation_fusion use_distributed_optimizer overlap_grad_reduce overlap_param_gather
     manual_gc
 """.split()
-_ENVIRONMENT = ("CUDA_DEVICE_MAX_CONNECTIONS", "NVTE_USE_CUTLASS_GROUPED_GEMM")
+_ENVIRONMENT = """
+    CUDA_DEVICE_MAX_CONNECTIONS NVTE_USE_CUTLASS_GROUPED_GEMM PYTORCH_CUDA_ALLOC_CONF
+""".split()
 
 _STEP_NOTES = """\
 step: the slowest rank's, on the GPU's clock, over all blocks; x: step time of alltoall (of \
@@ -82,7 +84,11 @@ def baseline(run: TrainRun) -> str:
         f"{key} {'on' if config[key] else 'off'}" for key in _BASELINE if key in config
     )
     environment = ", ".join(f"{name} {os.environ.get(name, 'unset')}" for name in _ENVIRONMENT)
-    return f"all variants: {switches}, vocabulary {run.vocab_size}, {environment}"
+    cpus = len(os.sched_getaffinity(0))
+    return (
+        f"all variants: {switches}, vocabulary {run.vocab_size}, {environment}, a rank may run on "
+        f"{cpus} of {os.cpu_count()} CPUs"
+    )
 
 
 def render(run: TrainRun) -> Group:
