@@ -18,7 +18,7 @@ extern "C" {
 #define EP_API __attribute__((visibility("default")))
 
 /* Raise it with every change that an older caller would not survive; ep_comm/_native mirrors it. */
-#define EP_ABI_VERSION 6
+#define EP_ABI_VERSION 7
 
 /* What a function that returns a status may answer. ep_last_error() has the text. */
 enum {
@@ -226,6 +226,7 @@ typedef struct ep_plan_args {
   ep_mailbox* mailbox;        /* host memory, mapped */
   ep_notice* notice;          /* host memory, mapped */
   int32_t* counters;          /* [4] zero; left zero */
+  uint32_t* done;             /* epoch of the last operation whose routing arrays are complete */
   int64_t flag_offset;        /* uint32 [R] */
   int64_t credit_offset;      /* uint32 [R] */
   int64_t header_offset;      /* int32 [R, 16] */
@@ -311,6 +312,8 @@ typedef struct ep_dispatch_args {
                                    expert-major for each expert [B, rows of its group] */
   float* recv_weights;          /* expert-major [rows], rank-major [rows, K]; or NULL */
   void* recv_topk_idx;          /* rank-major [rows, K] local experts, -1 elsewhere; or NULL */
+  const uint32_t* plan_done;    /* ep_plan_args.done, and this operation's plan may still be running;
+                                   or NULL: the routing arrays are complete */
   int32_t* counter;             /* zero; left zero */
   int64_t flag_offset;          /* uint64 [R, chunks] */
   int64_t credit_offset;        /* uint32 [R] */

@@ -241,6 +241,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (is_last_block(&args.counters[kReceiveEnd], gridDim.x) && threadIdx.x == 0) {
     counters[kReceiveBarrier] = 0;
+    ptx::store_release_sys(args.done, static_cast<uint32_t>(epoch));
   }
 }
 

@@ -189,7 +189,7 @@ class Buffer:
                 raise EPArgumentError("num_worst_tokens is that of the handle: leave it out")
             layout, expert_alignment = handle.layout, handle.expert_alignment
             checks.check_rows("x", rows, handle.num_tokens, self.config.hidden)
-            checks.check_weights(topk_weights, handle.topk_idx.shape, rows.device)
+            checks.check_weights(topk_weights, (handle.num_tokens, handle.num_topk), rows.device)
 
         if recv == fp8.FP8_DTYPE and layout == "expert" and expert_alignment % 4:
             raise EPArgumentError(

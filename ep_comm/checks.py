@@ -23,7 +23,8 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def check_device(name: str, tensor: Tensor, device_types: tuple[str, ...]) -> None:
-    if tensor.device.type not in device_types:
+    kind = "cuda" if tensor.is_cuda else tensor.device.type  # the latter takes half a microsecond
+    if kind not in device_types:
         raise EPArgumentError(
             f"{name} is on {tensor.device}, but the buffer's group moves tensors on "
             f"{' or '.join(device_types)}"

@@ -62,6 +62,7 @@ class Routing(Protocol):
 
     Attributes:
         topk_idx: [T, K] int32, the experts of this rank's own tokens; -1 is dropped.
+        num_tokens, num_topk: T and K.
         sizes: May wait for the device, bounded, when it is first asked for.
         recv_topk_idx: See `DispatchHandle`.
         capacity: Rows of the output, where the caller said how many; else None.
@@ -69,6 +70,8 @@ class Routing(Protocol):
     """
 
     topk_idx: Tensor
+    num_tokens: int
+    num_topk: int
     recv_topk_idx: Tensor | None
     capacity: int | None
     device_tokens_per_expert: Tensor
@@ -147,12 +150,12 @@ class DispatchHandle:
     @property
     def num_tokens(self) -> int:
         """T: tokens that this rank dispatched, and that combine gives back."""
-        return self.topk_idx.shape[0]
+        return self.routing.num_tokens
 
     @property
     def num_topk(self) -> int:
         """K: entries of ``topk_idx`` a token."""
-        return self.topk_idx.shape[1]
+        return self.routing.num_topk
 
     @property
     def num_recv_tokens(self) -> int:

@@ -162,9 +162,8 @@ def _combine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _combine_backward(ctx: Any, grad_x: Tensor | None, grad_weights: Tensor | None) -> tuple:
     handle: DispatchHandle = ctx.handle
-    grad_x, grad_weights = _gradients(
-        ctx, grad_x, grad_weights, handle.num_tokens, handle.topk_idx.shape
-    )
+    weights_shape = (handle.num_tokens, handle.num_topk)
+    grad_x, grad_weights = _gradients(ctx, grad_x, grad_weights, handle.num_tokens, weights_shape)
     with handle.buffer.guard() as backend:
         received = backend.dispatch(
             handle,
@@ -187,13 +186,14 @@ def _gradients(
     weights_shape: tuple[int, ...],
 ) -> tuple[Tensor, Tensor | None]:
     """What to send back: zeros for an output that this rank did not use, for others may have."""
-    topk_idx, hidden = ctx.handle.topk_idx, ctx.handle.buffer.config.hidden
+    handle: DispatchHandle = ctx.handle
     if grad_x is None:
-        grad_x = topk_idx.new_zeros(num_rows, hidden, dtype=ctx.grad_dtype)
+        hidden = handle.buffer.config.hidden
+        grad_x = handle.topk_idx.new_zeros(num_rows, hidden, dtype=ctx.grad_dtype)
     if not ctx.has_weights:
         return _packed(grad_x), None
     if grad_weights is None:
-        grad_weights = topk_idx.new_zeros(weights_shape, dtype=torch.float32)
+        grad_weights = handle.topk_idx.new_zeros(weights_shape, dtype=torch.float32)
     return _packed(grad_x), _packed(grad_weights)
 
 

@@ -62,7 +62,8 @@ def make_backend() -> NVLinkBackend:
     memory = mock.Mock(
         rank=0, num_ranks=2,
         mailbox=mailbox, mailbox_address=0, fault_address=0, notice_address=0,
-        counters=torch.zeros(3, 64, dtype=torch.int32), node=lambda *_: structs.Node(),
+        counters=torch.zeros(3, 64, dtype=torch.int32), plan_done=torch.zeros(1),
+        node=lambda *_: structs.Node(),
     )  # fmt: skip
     cpu = torch.device("cpu", 0)
     answers = {
@@ -151,21 +152,36 @@ def test_the_first_rank_major_dispatch_writes_the_experts_of_its_rows(backend):
         handle = plan(backend, capacity=40, layout="rank", source=source)
         dispatch(backend, handle)
         dispatch(backend, handle)
-        launches = [call[1] for call in backend.native.take() if call[0] == "ep_dispatch"]
-        push, expand, again = launches
+        first, again = [call[1] for call in backend.native.take() if call[0] == "ep_dispatch"]
         experts = handle.recv_topk_idx
         assert experts.shape == (40, 2) and experts.dtype == dtype
-        assert expand.recv_topk_idx == experts.data_ptr()
-        assert expand.recv_idx_bytes == experts.element_size()
-        assert push.recv_topk_idx is again.recv_topk_idx is None
+        assert first.recv_topk_idx == experts.data_ptr()
+        assert first.recv_idx_bytes == experts.element_size()
+        assert again.recv_topk_idx is None
 
 
-def test_a_given_number_of_rows_spares_the_wait(backend):
-    received = dispatch(backend, plan(backend, capacity=40))
-    calls = backend.native.take()
-    assert ("mailbox",) not in calls
-    assert calls[0][1].ticket == 0 and calls[0][1].capacity == 40
+def test_a_given_number_of_rows_spares_the_wait_and_a_launch(backend):
+    handle = plan(backend, capacity=40)
+    received = dispatch(backend, handle)
+    planned, both = backend.native.take()
+    assert planned[0] == "plan" and planned[1].ticket == 0 and planned[1].capacity == 40
+    assert both[0] == "ep_dispatch" and both[2] == CURRENT and both[1].is_planned
+    assert (both[1].num_push_blocks, both[1].num_expand_blocks) == (24, 108)
+    assert both[1].plan_done == planned[1].done != 0  # its second half waits for the plan
     assert received.result.x.shape == (40, 512)
+    dispatch(backend, handle)
+    [cached] = backend.native.take()
+    assert cached[1].plan_done is None
+
+
+@pytest.mark.parametrize("is_captured", [False, True], ids=["few-sms", "captured"])
+def test_where_the_halves_might_not_run_at_once_they_are_two_launches(backend, is_captured):
+    with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: is_captured):
+        num_sms = None if is_captured else 24
+        dispatch(backend, plan(backend, capacity=40, num_sms=num_sms))
+    planned, push, expand, joined = backend.native.take()
+    assert (push[2], expand[2], joined) == (CURRENT, SIDE, ("wait", CURRENT, SIDE))
+    assert push[1].plan_done is expand[1].plan_done is None
 
 
 def test_a_cached_dispatch_and_a_combine_are_one_launch_each(backend):

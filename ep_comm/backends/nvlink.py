@@ -27,7 +27,7 @@ from ep_comm.backends.nvlink_routing import (
     FirstDispatch,
     NVLinkRouting,
     arena_places,
-    whole_vectors,
+    native_routing,
 )
 from ep_comm.backends.nvlink_rows import (
     allocate_experts,
@@ -77,6 +77,7 @@ class NVLinkBackend:
         self.memory = memory
         self.rank, self.num_ranks = memory.rank, memory.num_ranks
         self.num_local_experts = config.num_experts // self.num_ranks
+        self._max_rows = self.num_ranks * config.max_tokens_per_rank
         self.native = _native.load()
         self.native.load_kernels()
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -136,6 +137,7 @@ class NVLinkBackend:
             mailbox=memory.mailbox_address,
             notice=memory.notice_address,
             counters=memory.counters[2].data_ptr(),
+            done=memory.plan_done.data_ptr(),
             flag_offset=offsets.plan_flags,
             credit_offset=offsets.dispatch_credits,
             header_offset=offsets.plan_headers,
@@ -216,24 +218,15 @@ class NVLinkBackend:
         if asked_tokens > config.max_tokens_per_rank:
             source = source[:0]  # the kernels tell all ranks
         num_tokens = source.shape[0]
-        num_rows = self.num_ranks * config.max_tokens_per_rank
-        places, total = arena_places(
-            num_tokens, num_topk, num_rows, self.num_ranks, self.num_local_experts
-        )
+        sizes = (num_tokens, num_topk, self._max_rows, self.num_ranks, self.num_local_experts)
+        places, total = arena_places(*sizes)
         selects_weights = has_weights and source.dtype == torch.bool
         sms = self._sms(num_sms, asynchronous)
         stream = self._streams.begin(structs.EP_OP_DISPATCH, asynchronous, sms)
         record = self.recorder.start("dispatch", 0)
         self._num_plans += 1
         arena = torch.empty(total, dtype=torch.int32, device=self.device)
-        base = arena.data_ptr()
-        native = structs.Routing(
-            *[base + 4 * first for first, _ in places.values()],
-            num_tokens,
-            num_topk,
-            whole_vectors(num_topk),
-            layout == "expert",
-        )
+        native = native_routing(arena.data_ptr(), *sizes, layout == "expert")
         routing = NVLinkRouting(
             backend=self,
             native=native,
@@ -335,7 +328,7 @@ class NVLinkBackend:
         received = allocate_rows(args, handle, self.config.hidden, recv_dtype, self.device)
         stream = self._streams.begin(structs.EP_OP_DISPATCH, asynchronous, sms)
         args.node.record = self.recorder.start("dispatch", args.row_bytes + args.scale_bytes)
-        args.is_planned = False
+        args.is_planned, args.plan_done = False, None
         push_blocks, expand_blocks = split_dispatch(sms, self.num_ranks)
         args.num_push_blocks, args.num_expand_blocks = push_blocks, expand_blocks
         args.num_blocks = push_blocks + expand_blocks
@@ -362,18 +355,31 @@ class NVLinkBackend:
         streams, stream = self._streams, first.stream
         self.recorder.set_row_bytes(args.row_bytes + args.scale_bytes)
         args.node.record = first.record
-        args.is_planned = True
+        args.is_planned, args.plan_done = True, None
         push_blocks, expand_blocks = split_dispatch(first.num_sms, self.num_ranks)
         args.num_blocks = push_blocks + expand_blocks
+        # Where the host waits for nothing one kernel does both, one half of it behind the plan's
+        # second kernel. Not with few SMs: the plan takes those of that half. Nor in a graph:
+        # nothing there says that two kernels will run at once.
+        in_one = (
+            routing.capacity is not None
+            and first.num_sms == self._available_sms
+            and not torch.cuda.is_current_stream_capturing()
+        )
         args.num_push_blocks, args.num_expand_blocks = push_blocks, 0
-        if push_blocks:
+        if push_blocks and not in_one:
             self.native.launch("ep_dispatch", args, stream)
-        args.num_push_blocks, args.num_expand_blocks = 0, expand_blocks
         received = allocate_rows(args, handle, self.config.hidden, recv_dtype, self.device)
         if handle.layout == "rank":
             routing.recv_topk_idx = allocate_experts(args, handle, self.device)
-        self.native.launch("ep_dispatch", args, streams.side)
-        streams.wait(stream, streams.side)
+        args.num_expand_blocks = expand_blocks
+        if in_one:
+            args.plan_done = self._plan_args.done
+            self.native.launch("ep_dispatch", args, stream)
+        else:
+            args.num_push_blocks = 0
+            self.native.launch("ep_dispatch", args, streams.side)
+            streams.wait(stream, streams.side)
         if routing.capacity is None:
             raise_if_bad(
                 list(self.memory.mailbox.routing_error),

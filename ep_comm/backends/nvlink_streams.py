@@ -33,6 +33,10 @@ class Streams:
         native: Orders streams at a third of what it costs through torch.
         device_index: Of the GPU.
         new_stream: Makes a stream of the priority given.
+
+    Attributes:
+        side: The side stream.
+        event: A ``cudaEvent_t`` to order streams with.
     """
 
     def __init__(
@@ -48,6 +52,10 @@ class Streams:
         self._comm = new_stream(-1)
         self._event = torch.cuda.Event()
         self._event.record()  # torch makes the CUDA event at the first use
+        # Looked up once: each costs a good part of a microsecond, and an operation needs several.
+        self.side: int = self._side.cuda_stream
+        self.event: int = self._event.cuda_event
+        self._comm_handle: int = self._comm.cuda_stream
         self._in_flight = in_flight(device_index)
         for key in self._keys():
             weakref.finalize(self, self._in_flight.forget, key)
@@ -60,15 +68,6 @@ class Streams:
         """The caller's."""
         return raw_stream(self._device_index)
 
-    @property
-    def side(self) -> int:
-        return self._side.cuda_stream
-
-    @property
-    def event(self) -> int:
-        """A ``cudaEvent_t`` to order streams with."""
-        return self._event.cuda_event
-
     def wait(self, waiting: int, other: int) -> None:
         """`waiting` goes on when all that is on `other` now is done."""
         self._native.stream_wait(waiting, other, self.event)
@@ -76,7 +75,7 @@ class Streams:
     def begin(self, op: int, asynchronous: bool, num_sms: int) -> int:
         """The stream of the next operation, behind the caller's and all that it must not meet."""
         current = self.current
-        stream = self._comm.cuda_stream if asynchronous else current
+        stream = self._comm_handle if asynchronous else current
         if stream != current:
             self.wait(stream, current)
         for other in self._in_flight.start((id(self), op), stream, num_sms):
@@ -100,8 +99,8 @@ class Streams:
         freed."""
         if torch.cuda.is_current_stream_capturing():
             return  # nothing runs, and the graph is void
-        for stream in (self._side, self._comm):
-            self.wait(self.current, stream.cuda_stream)
+        for stream in (self.side, self._comm_handle):
+            self.wait(self.current, stream)
 
     def synchronize(self) -> None:
         """Wait on the host for the operations that were started."""
@@ -140,11 +139,13 @@ class InFlight:
             num_sms: That its kernels occupy.
         """
         last_stream, _ = self._operations.pop(key, (stream, 0))
+        # Of a copy: the garbage collector may have a buffer forgotten at any moment.
+        others = list(self._operations.values())
+        self._operations[key] = (stream, num_sms)
         behind = [] if last_stream == stream else [last_stream]
         # One operation runs at a time on each stream: the largest counts.
         sms_of_stream: dict[int, int] = {}
-        # Of a copy: the garbage collector may have a buffer forgotten at any moment.
-        for other_stream, other_sms in reversed(list(self._operations.values())):
+        for other_stream, other_sms in reversed(others):
             if other_stream not in (stream, last_stream):
                 largest = max(other_sms, sms_of_stream.get(other_stream, 0))
                 sms_of_stream[other_stream] = largest
@@ -154,7 +155,6 @@ class InFlight:
                 room -= other_sms
             else:
                 behind.append(other_stream)
-        self._operations[key] = (stream, num_sms)
         return sorted(behind)
 
     def forget(self, key: object) -> None:

@@ -63,6 +63,14 @@ class ReferenceRouting:
     capacity: int | None
 
     @property
+    def num_tokens(self) -> int:
+        return self.topk_idx.shape[0]
+
+    @property
+    def num_topk(self) -> int:
+        return self.topk_idx.shape[1]
+
+    @property
     def device_tokens_per_expert(self) -> Tensor:
         offsets = self.device_expert_offsets
         tokens = torch.tensor(self.sizes.expert_rows, dtype=torch.int32, device=offsets.device)
