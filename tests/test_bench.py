@@ -206,7 +206,7 @@ def test_run_measures_every_case(layout):
     assert len(ours) == 9 * 2 and len(found.results) == len(ours) + 2
     assert len(said) == 2 + len(found.results)
     for result in found.results:
-        assert len(result.samples.call) == len(result.samples.host) == 3
+        assert len(result.samples.call) == len(result.samples.host_idle) == 3
         assert len(result.samples.kernel) == (0 if result.num_sms is None else 3)
         assert len(result.samples.idle) == 3 and min(result.samples.idle) > 0
         assert min(result.samples.call) > 0 and min(result.samples.unaligned) > 0
@@ -233,6 +233,15 @@ def three_calls(rank: int) -> Samples:
     return watch.measure(lambda i: [rank] * i)
 
 
+def host_times(rank: int) -> tuple[float, ...]:
+    watch = Stopwatch(torch.device("cpu"), iters=3)
+    return watch.of_slowest([1.0, 9.0, 2.0] if rank == 0 else [4.0, 3.0, 5.0])
+
+
+def test_the_slowest_host_is_the_one_with_the_largest_median():
+    assert run_ranks(2, host_times) == [(4.0, 3.0, 5.0)] * 2
+
+
 def test_all_ranks_have_the_slowest_times():
     assert len(set(run_ranks(2, three_calls))) == 1
 
@@ -256,6 +265,7 @@ def made_up_run(limit: Limit) -> Run:
             samples=Samples(
                 call=(call_us, call_us + 1, call_us - 1),
                 host=(40.0, 41.0, 42.0),
+                host_idle=(50.0, 51.0, 52.0),
                 idle=(call_us + 60,) * 3,
                 kernel=(call_us - 20,) * 3 if kernel else (),
                 unaligned=(call_us + 5,) * 3,
@@ -296,7 +306,7 @@ def test_table():
     fresh = next(line for line in text.splitlines() if "dispatch, fresh" in line)
     cells = [cell.strip() for cell in fresh.strip("│ ").split("│")]
     assert cells == [
-        "dispatch, fresh", "all", "-", "120", "119", "121", "125", "180", "41", "278", "555",
+        "dispatch, fresh", "all", "-", "120", "119", "121", "125", "180", "41", "51", "278", "555",
         "1.20",
     ]  # fmt: skip
     assert "1.010 of tokens a rank, 1.200 an expert" in text and "1024 MiB" in text

@@ -21,7 +21,8 @@ from ep_comm.bench.timing import UNALIGNED_CALLS, summarize
 _NOTES = f"""\
 times in µs, the slowest rank's median. call: public call, aligned ranks, with its min and p90
 kernel: from the first kernel's begin to the last one's end; unaligned: one of {UNALIGNED_CALLS} \
-calls back to back; idle: the call after host and GPU were idle; host: until the call returns
+calls back to back; idle: the call after host and GPU were idle
+host: until the call returns to the host, the queue being filled or (idle) empty
 wire: remote payload and scales, busiest link; logical: a row for each expert of each token
 x limit: call against the time in which the limit carries one copy of a row a rank"""
 
@@ -61,8 +62,8 @@ def render(run: Run) -> Group:
     table = Table(title=headline(run), title_style="bold red" if run.limit.is_void else "bold")
     table.add_column("case", no_wrap=True)
     for name in (
-        "SMs", "kernel", "call", "min", "p90", "unaligned", "idle", "host", "wire GB/s",
-        "logical GB/s", "x limit",
+        "SMs", "kernel", "call", "min", "p90", "unaligned", "idle", "host", "host idle",
+        "wire GB/s", "logical GB/s", "x limit",
     ):  # fmt: skip
         table.add_column(name, justify="right", no_wrap=True)
     for result in run.results:
@@ -144,13 +145,16 @@ def write_plot(run: Run, available_sms: int, path: Path) -> None:
 def _cells(run: Run, result: Result) -> list[str]:
     samples = result.samples
     call = summarize(samples.call)
-    medians = (
+    kernel, median, *others = (
         "-" if times is None else f"{times.median:.0f}"
         for times in map(
-            summarize, (samples.kernel, samples.call, samples.unaligned, samples.idle, samples.host)
+            summarize,
+            (
+                *(samples.kernel, samples.call, samples.unaligned, samples.idle),
+                *(samples.host, samples.host_idle),
+            ),
         )
     )
-    kernel, median, unaligned, idle, host = medians
     sms = {None: "-", 0: "all"}.get(result.num_sms, str(result.num_sms))
     return [
         sms,
@@ -158,9 +162,7 @@ def _cells(run: Run, result: Result) -> list[str]:
         median,
         f"{call.min:.0f}",
         f"{call.p90:.0f}",
-        unaligned,
-        idle,
-        host,
+        *others,
         f"{gb_per_s(result.wire_bytes, call.median):.0f}",
         f"{gb_per_s(result.logical_bytes, call.median):.0f}",
         f"{ratio(run, result):.2f}",

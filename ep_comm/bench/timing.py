@@ -23,7 +23,8 @@ Mark = float | torch.cuda.Event
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Times of one call in µs, each the slowest rank's.
+    """Times of one call in µs, each the slowest rank's: of what the ranks do together the slowest
+    one of each sample, of what each host does alone the samples of the one with the largest median.
 
     Attributes:
         call: Public call: everything between the call and the complete result. The GPUs are
@@ -31,7 +32,9 @@ class Samples:
             where it can, as in training.
         idle: The same call after host and GPU were idle: the host's time until its first launch is
             in it, and the wait for the rank whose host was slowest.
-        host: Until the call returned to the host; of the calls from idle.
+        host: Until a call of `call` returned to the host; of one that waits for the GPU that is in
+            it, and so are earlier things in the queue.
+        host_idle: Until a call of `idle` returned to the host.
         kernel: From the first kernel's begin to the last one's end, as the operation's record has
             it; empty where there is none.
         unaligned: One call of `UNALIGNED_CALLS` back to back.
@@ -40,6 +43,7 @@ class Samples:
     call: tuple[float, ...]
     idle: tuple[float, ...]
     host: tuple[float, ...]
+    host_idle: tuple[float, ...]
     kernel: tuple[float, ...]
     unaligned: tuple[float, ...]
 
@@ -95,7 +99,8 @@ class Stopwatch:
         return Samples(
             call=self.slowest([self._us(start, end) for start, end, _ in aligned]),
             idle=self.slowest([self._us(start, end) for start, end, _ in from_idle]),
-            host=self.slowest([host_us for _, _, host_us in from_idle]),
+            host=self.of_slowest([host_us for _, _, host_us in aligned]),
+            host_idle=self.of_slowest([host_us for _, _, host_us in from_idle]),
             kernel=self.slowest([1e6 * record.seconds for record in ended]),
             unaligned=self.slowest(in_a_row),
         )
@@ -114,6 +119,13 @@ class Stopwatch:
         if samples_us:
             dist.all_reduce(samples, op=dist.ReduceOp.MAX)
         return tuple(samples.tolist())
+
+    def of_slowest(self, samples_us: list[float]) -> tuple[float, ...]:
+        """All samples of the rank whose median is largest."""
+        mine = torch.tensor(samples_us, dtype=torch.float64, device=self.device)
+        samples_RN = mine.new_empty(dist.get_world_size(), len(samples_us))
+        dist.all_gather(list(samples_RN), mine)
+        return tuple(max(samples_RN.tolist(), key=statistics.median))
 
     def align(self) -> None:
         """Let all GPUs begin what is launched next at the same time, the host ahead of them."""
