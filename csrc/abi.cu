@@ -83,7 +83,7 @@ constexpr int32_t kRouting[] = {
 #define F(field) EP_OFFSET(ep_plan_args, field)
 constexpr int32_t kPlanArgs[] = {
     EP_SIZE(ep_plan_args),
-    F(node), F(routing), F(input), F(scratch), F(mailbox), F(notice), F(counters), F(done),
+    F(node), F(routing), F(input), F(scratch), F(mailbox), F(notice), F(counters),
     F(flag_offset), F(credit_offset), F(header_offset), F(idx_offset), F(ticket), F(capacity),
     F(input_kind), F(num_experts), F(max_tokens), F(asked_tokens), F(hidden),
     F(expert_alignment), F(num_send_blocks), F(num_receive_blocks),
@@ -108,10 +108,10 @@ constexpr int32_t kProbabilitiesArgs[] = {
 constexpr int32_t kDispatchArgs[] = {
     EP_SIZE(ep_dispatch_args),
     F(node), F(routing), F(x), F(scales), F(weights), F(recv_x), F(recv_scales),
-    F(recv_weights), F(recv_topk_idx), F(plan_done), F(counter), F(flag_offset),
-    F(credit_offset), F(slot_offset), F(tag), F(max_tokens), F(max_chunks), F(chunk_tokens),
-    F(row_bytes), F(scale_bytes), F(weight_bytes), F(num_local_experts), F(recv_kind),
-    F(recv_idx_bytes), F(num_rows), F(is_planned), F(num_push_blocks), F(num_expand_blocks),
+    F(recv_weights), F(recv_topk_idx), F(counter), F(flag_offset), F(credit_offset),
+    F(slot_offset), F(tag), F(max_tokens), F(max_chunks), F(chunk_tokens), F(row_bytes),
+    F(scale_bytes), F(weight_bytes), F(num_local_experts), F(recv_kind), F(recv_idx_bytes),
+    F(num_rows), F(is_planned), F(is_behind_plan), F(num_push_blocks), F(num_expand_blocks),
     F(num_blocks),
 };
 #undef F

@@ -110,20 +110,6 @@ struct Unit {
   uint32_t rows = 0;
 };
 
-// True when the routing arrays are complete; false after a fault. A plan that runs beside this has a
-// bound of its own and knows whom it waits for: here the bound is twice that.
-__device__ inline bool wait_for_plan(const ep_dispatch_args& args, int32_t epoch) {
-  bool fine = true;
-  if (args.plan_done != nullptr && lane_id() == 0) {
-    ep_node patient = args.node;
-    patient.timeout_ns *= 2;
-    fine = wait_epoch(patient, args.plan_done, epoch, EP_PHASE_PLAN, patient.rank);
-    ptx::fence_proxy_async_global();  // output rows are read by bulk loads
-  }
-  __syncwarp();
-  return __all_sync(kFullWarp, fine && !aborted(args.node));
-}
-
 __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages, int32_t epoch,
                               int32_t warp, int32_t num_warps) {
   const ep_node& node = args.node;
@@ -134,8 +120,10 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
   const int32_t pos_bytes = args.routing.num_topk4 * 4;
   const int32_t pos_offset = bytes;
   const int32_t out_bytes = out_row_bytes(args);
+  ptx::wait_for_kernel_before();    // is_behind_plan: the plan's second one
+  ptx::fence_proxy_async_global();  // output rows are read by bulk loads
   // After a fault in the plan there are no indices: with a given number of rows nobody stopped this.
-  if (!wait_for_plan(args, epoch)) return;
+  if (__any_sync(kFullWarp, aborted(node))) return;
   write_padding(args, warp, num_warps);
 
   int32_t num_chunks = 0;

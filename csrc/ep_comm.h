@@ -226,7 +226,6 @@ typedef struct ep_plan_args {
   ep_mailbox* mailbox;        /* host memory, mapped */
   ep_notice* notice;          /* host memory, mapped */
   int32_t* counters;          /* [4] zero; left zero */
-  uint32_t* done;             /* epoch of the last operation whose routing arrays are complete */
   int64_t flag_offset;        /* uint32 [R] */
   int64_t credit_offset;      /* uint32 [R] */
   int64_t header_offset;      /* int32 [R, 16] */
@@ -249,9 +248,9 @@ typedef struct ep_plan_args {
  * out of bounds. */
 EP_API int64_t ep_plan_scratch_bytes(int64_t max_tokens, int32_t num_experts, int32_t num_ranks);
 
-/* On `stream`, computes the layout of this rank's tokens and sends it; on `side_stream`, which follows,
- * gathers the others', finds where every received row stands in the output, and tells the host the
- * counts. Rows can be pushed on `stream` meanwhile. `event` is a cudaEvent_t to use. */
+/* On `stream`, computes the layout of this rank's tokens and sends it; on `side_stream`, which follows
+ * (or is the same one), gathers the others', finds where every received row stands in the output, and
+ * tells the host the counts. Rows can be pushed meanwhile. `event` is a cudaEvent_t to use. */
 EP_API int32_t ep_plan(const ep_plan_args* args, void* stream, void* side_stream, void* event);
 
 /* `waiting` goes on when all that is on `other` now is done; `event` is a cudaEvent_t to use. */
@@ -312,8 +311,6 @@ typedef struct ep_dispatch_args {
                                    expert-major for each expert [B, rows of its group] */
   float* recv_weights;          /* expert-major [rows], rank-major [rows, K]; or NULL */
   void* recv_topk_idx;          /* rank-major [rows, K] local experts, -1 elsewhere; or NULL */
-  const uint32_t* plan_done;    /* ep_plan_args.done, and this operation's plan may still be running;
-                                   or NULL: the routing arrays are complete */
   int32_t* counter;             /* zero; left zero */
   int64_t flag_offset;          /* uint64 [R, chunks] */
   int64_t credit_offset;        /* uint32 [R] */
@@ -331,6 +328,8 @@ typedef struct ep_dispatch_args {
   int32_t recv_idx_bytes;       /* 4 or 8: an entry of recv_topk_idx */
   int32_t num_rows;             /* of the output; those behind the last group become padding */
   int32_t is_planned;           /* ep_plan has begun this operation: else it begins here */
+  int32_t is_behind_plan;       /* ep_plan is the last thing on this stream: may run beside its second
+                                   kernel, which those that expand wait for */
   int32_t num_push_blocks;      /* either may be 0: the other half is launched on its own */
   int32_t num_expand_blocks;
   int32_t num_blocks;           /* of the operation, both halves */

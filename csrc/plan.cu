@@ -128,7 +128,7 @@ int32_t ep_plan(const ep_plan_args* args, void* stream, void* side_stream, void*
               reinterpret_cast<uintptr_t>(args->scratch), &scratch);
   int32_t status = launch_send(*args, scratch, static_cast<cudaStream_t>(stream));
   if (status != EP_OK) return status;
-  status = ep_stream_wait(side_stream, stream, event);
+  if (side_stream != stream) status = ep_stream_wait(side_stream, stream, event);
   if (status != EP_OK) return status;
   return launch_receive(*args, scratch, static_cast<cudaStream_t>(side_stream));
 }

@@ -107,6 +107,7 @@ __device__ inline void publish(const ep_plan_args& args, const int32_t* sent_err
 __global__ void __launch_bounds__(kThreads)
     receive_kernel(const __grid_constant__ ep_plan_args args, const Scratch scratch) {
   extern __shared__ int32_t shared[];
+  ptx::let_next_kernel_start();  // all blocks have their places: a dispatch will not take them
   const ep_node& node = args.node;
   const Receive& receive = scratch.receive;
   const int32_t num_ranks = node.num_ranks, num_topk = args.routing.num_topk;
@@ -241,7 +242,6 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (is_last_block(&args.counters[kReceiveEnd], gridDim.x) && threadIdx.x == 0) {
     counters[kReceiveBarrier] = 0;
-    ptx::store_release_sys(args.done, static_cast<uint32_t>(epoch));
   }
 }
 

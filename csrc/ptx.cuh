@@ -40,6 +40,18 @@ __device__ inline uint64_t global_timer_ns() {
   return now;
 }
 
+// ---- Kernels that follow one another -------------------------------------------------------------
+
+// The next kernel of the stream may start when all blocks have said this, if it was launched so.
+__device__ inline void let_next_kernel_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// In a kernel that was launched so: until the one before it is complete, and what it wrote visible.
+__device__ inline void wait_for_kernel_before() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // ---- Bulk copies between global and shared memory ------------------------------------------------
 //
 // Addresses and sizes are multiples of 16 bytes. They belong to the asynchronous proxy: ordinary

@@ -62,8 +62,7 @@ def make_backend() -> NVLinkBackend:
     memory = mock.Mock(
         rank=0, num_ranks=2,
         mailbox=mailbox, mailbox_address=0, fault_address=0, notice_address=0,
-        counters=torch.zeros(3, 64, dtype=torch.int32), plan_done=torch.zeros(1),
-        node=lambda *_: structs.Node(),
+        counters=torch.zeros(3, 64, dtype=torch.int32), node=lambda *_: structs.Node(),
     )  # fmt: skip
     cpu = torch.device("cpu", 0)
     answers = {
@@ -164,14 +163,15 @@ def test_a_given_number_of_rows_spares_the_wait_and_a_launch(backend):
     handle = plan(backend, capacity=40)
     received = dispatch(backend, handle)
     planned, both = backend.native.take()
-    assert planned[0] == "plan" and planned[1].ticket == 0 and planned[1].capacity == 40
-    assert both[0] == "ep_dispatch" and both[2] == CURRENT and both[1].is_planned
+    assert planned[0] == "plan" and planned[2:] == (CURRENT, CURRENT)
+    assert planned[1].ticket == 0 and planned[1].capacity == 40
+    assert both[0] == "ep_dispatch" and both[2] == CURRENT
+    assert both[1].is_planned and both[1].is_behind_plan
     assert (both[1].num_push_blocks, both[1].num_expand_blocks) == (24, 108)
-    assert both[1].plan_done == planned[1].done != 0  # its second half waits for the plan
     assert received.result.x.shape == (40, 512)
     dispatch(backend, handle)
     [cached] = backend.native.take()
-    assert cached[1].plan_done is None
+    assert not cached[1].is_behind_plan
 
 
 @pytest.mark.parametrize("is_captured", [False, True], ids=["few-sms", "captured"])
@@ -180,8 +180,9 @@ def test_where_the_halves_might_not_run_at_once_they_are_two_launches(backend, i
         num_sms = None if is_captured else 24
         dispatch(backend, plan(backend, capacity=40, num_sms=num_sms))
     planned, push, expand, joined = backend.native.take()
+    assert planned[2:] == (CURRENT, SIDE)
     assert (push[2], expand[2], joined) == (CURRENT, SIDE, ("wait", CURRENT, SIDE))
-    assert push[1].plan_done is expand[1].plan_done is None
+    assert not push[1].is_behind_plan and not expand[1].is_behind_plan
 
 
 def test_a_cached_dispatch_and_a_combine_are_one_launch_each(backend):

@@ -137,7 +137,6 @@ class NVLinkBackend:
             mailbox=memory.mailbox_address,
             notice=memory.notice_address,
             counters=memory.counters[2].data_ptr(),
-            done=memory.plan_done.data_ptr(),
             flag_offset=offsets.plan_flags,
             credit_offset=offsets.dispatch_credits,
             header_offset=offsets.plan_headers,
@@ -222,6 +221,14 @@ class NVLinkBackend:
         places, total = arena_places(*sizes)
         selects_weights = has_weights and source.dtype == torch.bool
         sms = self._sms(num_sms, asynchronous)
+        # Where the host waits for nothing one kernel can push and expand, beside the plan's second
+        # one; with few SMs there is no room for both, and a graph keeps to what every CUDA knows.
+        in_one = (
+            capacity is not None
+            and sms == self._available_sms
+            and not selects_weights
+            and not torch.cuda.is_current_stream_capturing()
+        )
         stream = self._streams.begin(structs.EP_OP_DISPATCH, asynchronous, sms)
         record = self.recorder.start("dispatch", 0)
         self._num_plans += 1
@@ -238,7 +245,7 @@ class NVLinkBackend:
             source=source,
             arena=arena,
             places=places,
-            first=FirstDispatch(stream, sms, record, selects_weights),
+            first=FirstDispatch(stream, sms, record, selects_weights, in_one),
         )
         args = self._plan_args
         args.node.record = record
@@ -252,7 +259,7 @@ class NVLinkBackend:
         _, expand_sms = split_dispatch(sms, self.num_ranks)
         args.num_send_blocks, args.num_receive_blocks = split_plan(sms, expand_sms)
         streams = self._streams
-        self.native.plan(args, stream, streams.side, streams.event)
+        self.native.plan(args, stream, stream if in_one else streams.side, streams.event)
         if asynchronous and selects_weights:
             # The caller's stream selects the probabilities by the experts that the plan finds.
             streams.wait(streams.current, stream)
@@ -328,7 +335,7 @@ class NVLinkBackend:
         received = allocate_rows(args, handle, self.config.hidden, recv_dtype, self.device)
         stream = self._streams.begin(structs.EP_OP_DISPATCH, asynchronous, sms)
         args.node.record = self.recorder.start("dispatch", args.row_bytes + args.scale_bytes)
-        args.is_planned, args.plan_done = False, None
+        args.is_planned = args.is_behind_plan = False
         push_blocks, expand_blocks = split_dispatch(sms, self.num_ranks)
         args.num_push_blocks, args.num_expand_blocks = push_blocks, expand_blocks
         args.num_blocks = push_blocks + expand_blocks
@@ -355,26 +362,17 @@ class NVLinkBackend:
         streams, stream = self._streams, first.stream
         self.recorder.set_row_bytes(args.row_bytes + args.scale_bytes)
         args.node.record = first.record
-        args.is_planned, args.plan_done = True, None
+        args.is_planned, args.is_behind_plan = True, first.in_one
         push_blocks, expand_blocks = split_dispatch(first.num_sms, self.num_ranks)
         args.num_blocks = push_blocks + expand_blocks
-        # Where the host waits for nothing one kernel does both, one half of it behind the plan's
-        # second kernel. Not with few SMs: the plan takes those of that half. Nor in a graph:
-        # nothing there says that two kernels will run at once.
-        in_one = (
-            routing.capacity is not None
-            and first.num_sms == self._available_sms
-            and not torch.cuda.is_current_stream_capturing()
-        )
         args.num_push_blocks, args.num_expand_blocks = push_blocks, 0
-        if push_blocks and not in_one:
+        if push_blocks and not first.in_one:
             self.native.launch("ep_dispatch", args, stream)
         received = allocate_rows(args, handle, self.config.hidden, recv_dtype, self.device)
         if handle.layout == "rank":
             routing.recv_topk_idx = allocate_experts(args, handle, self.device)
         args.num_expand_blocks = expand_blocks
-        if in_one:
-            args.plan_done = self._plan_args.done
+        if first.in_one:
             self.native.launch("ep_dispatch", args, stream)
         else:
             args.num_push_blocks = 0

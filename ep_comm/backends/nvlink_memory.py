@@ -125,7 +125,6 @@ class NodeMemory:
         # A row each for dispatch, combine and plan, so that they share no cache line.
         self.counters = torch.zeros(3, 64, dtype=torch.int32, device=tensor.device)
         self._epochs = torch.zeros(3, 64, dtype=torch.int32, device=tensor.device)
-        self.plan_done = torch.zeros(1, dtype=torch.int32, device=tensor.device)
         self._waits = torch.zeros(3, structs.EP_MAX_NODE_RANKS, dtype=torch.int64).to(tensor.device)
         self.abort = torch.zeros(1, dtype=torch.int32, device=tensor.device)
         # Pinned host memory has one address for host and device.
@@ -244,7 +243,7 @@ class NodeMemory:
     def __del__(self) -> None:
         """After a fault the memory is never freed: a late peer may still write to it."""
         if getattr(self, "_fault", None) is not None and self.has_fault:
-            device = (self.counters, self._epochs, self.plan_done, self._waits, self.abort)
+            device = (self.counters, self._epochs, self._waits, self.abort)
             _leaked.append((self.tensor, self._keep, self._host, device))
 
 

@@ -122,9 +122,11 @@ class FirstDispatch(NamedTuple):
         num_sms: That they occupy.
         record: Address of their record.
         selects_weights: Whether probabilities are selected by the plan's experts in between.
+        in_one: Whether rows are pushed and expanded by one kernel, on the stream of the plan.
     """
 
     stream: int
     num_sms: int
     record: int
     selects_weights: bool
+    in_one: bool
