@@ -115,9 +115,9 @@ def train(
         ),
     ] = "alltoall,deepep,deepep-overlap",
     microbatches: Annotated[str, typer.Option(help="Of an optimizer step.")] = "1,8",
-    blocks: Annotated[int, typer.Option(help="Visits of each variant.")] = 3,
-    steps: Annotated[int, typer.Option(help="Timed steps of a visit.")] = 10,
-    warmup: Annotated[int, typer.Option(help="Steps before them.")] = 3,
+    blocks: Annotated[int, typer.Option(help="Visits of each variant.")] = 5,
+    steps: Annotated[int, typer.Option(help="Timed steps of a visit, after one that is not.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Steps of each before the first visit.")] = 5,
     out: Annotated[Path, typer.Option(help="Folder of figures, traces and pictures.")] = Path(
         "runs/bench-train"
     ),

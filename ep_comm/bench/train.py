@@ -1,15 +1,15 @@
 """One run of ``ep-comm bench train``: the variants in turn, block by block.
 
-A variant's model is built for each block and freed after it, because two may not fit in memory. The
-first visit of each variant is discarded, for kernels are compiled and loaded in it; what would
-disturb the timed blocks is measured at its end: a profile, the MoE layer alone, and the phases of
-the MoE layers.
+First each variant alone: kernels are compiled and loaded, and what would disturb the timed blocks
+is measured: a profile, the MoE layer alone, and the phases of the MoE layers. Then a model of every
+variant stays in memory, so that visits are short and what the machine does besides meets all alike.
 
 Imports the example's modules, see `train_model`.
 """
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from moe_config import PretrainConfig
+from moe_launch import UserError
 from torch import Tensor
 
 from ep_comm.bench.timing import Stopwatch
@@ -35,7 +36,7 @@ from ep_comm.bench.train_settings import TrainSettings
 from ep_comm.megatron import MoEMeter
 from ep_comm.records import timed
 
-_DISCARDED_STEPS = 5  # of the first visit, besides the warm-up
+_DISCARDED_STEPS = 5  # of the visit before the blocks, besides the warm-up
 _LAYER_ITERS = 20
 _METER_STEPS = 5
 
@@ -59,17 +60,29 @@ def run(
     inspections: dict[str, Inspection] = {}
     blocks: list[Block] = []
     for name in settings.variants:
-        progress(f"{name}: first visit, discarded; profile, MoE layer alone")
+        progress(f"{name}: profile, MoE layer alone")
         trainer = Trainer(configs[name], device)
         inspections[name] = _inspect(trainer, settings, out / f"trace-{name}")
         _free(trainer, progress)
-    for block in range(settings.blocks):
-        for name in settings.order(block):
-            trainer = Trainer(configs[name], device)
+    trainers: dict[str, Trainer] = {}
+    own_bytes: dict[str, int] = {}  # of each model while it rests
+    for name in settings.variants:
+        progress(f"{name}: warm-up")
+        before = _allocated(device)
+        trainers[name] = _warm(configs[name], settings, device)
+        own_bytes[name] = _allocated(device) - before
+    with next(iter(trainers.values())).garbage_collection():
+        for block in range(settings.blocks):
             for microbatches in settings.microbatches:
-                blocks.append(_measure(trainer, settings, name, microbatches, block))
-                progress(_describe(blocks[-1], settings))
-            _free(trainer, progress)
+                for name in settings.order(block):
+                    blocks.append(
+                        _measure(
+                            trainers[name], settings, name, microbatches, block, own_bytes[name]
+                        )
+                    )
+                    progress(_describe(blocks[-1], settings))
+    for trainer in trainers.values():
+        trainer.free()
     return TrainRun(
         settings=settings,
         configs={name: config.model_dump(mode="json") for name, config in configs.items()},
@@ -81,26 +94,51 @@ def run(
     )
 
 
+def _warm(config: PretrainConfig, settings: TrainSettings, device: torch.device) -> Trainer:
+    """A model that has taken its first steps.
+
+    Raises:
+        UserError: There is no room for it beside the others.
+    """
+    try:
+        trainer = Trainer(config, device)
+        for microbatches in settings.microbatches:
+            for _ in range(settings.warmup):
+                trainer.step(microbatches)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the models of all variants do not fit in memory together: fewer --variants, or a "
+            f"smaller model ({str(error).splitlines()[0]})"
+        ) from None
+    return trainer
+
+
 def _measure(
-    trainer: Trainer, settings: TrainSettings, name: str, microbatches: int, block: int
+    trainer: Trainer,
+    settings: TrainSettings,
+    name: str,
+    microbatches: int,
+    block: int,
+    own_bytes: int,
 ) -> Block:
+    """One visit: `settings.steps` steps, after one for the caches."""
     watch = Stopwatch(trainer.device, settings.steps)
     on_gpu = trainer.device.type == "cuda"
-    for _ in range(settings.warmup):
-        trainer.step(microbatches)
+    gc.collect()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(trainer.device)
+        others = _allocated(trainer.device) - own_bytes
+        allocations_before = _num_allocations(trainer)
+    trainer.step(microbatches)
+    watch.align_from_idle()
     spans, host_ms = [], []
-    with trainer.garbage_collection():
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(trainer.device)
-            allocated_before = _num_allocations(trainer)
-        watch.align_from_idle()
-        for _ in range(settings.steps):
-            begin = time.perf_counter()
-            with timed(trainer.device) as span:
-                loss = trainer.step(microbatches)
-            spans.append(span)
-            host_ms.append(1e3 * (time.perf_counter() - begin))
-        step_ms = [1e3 * span.seconds for span in spans]
+    for _ in range(settings.steps):
+        begin = time.perf_counter()
+        with timed(trainer.device) as span:
+            loss = trainer.step(microbatches)
+        spans.append(span)
+        host_ms.append(1e3 * (time.perf_counter() - begin))
+    step_ms = [1e3 * span.seconds for span in spans]
     return Block(
         variant=name,
         microbatches=microbatches,
@@ -108,15 +146,15 @@ def _measure(
         step_ms=watch.slowest(step_ms),
         host_ms=watch.slowest(host_ms),
         loss=_mean(loss),
-        peak_bytes=_peak_bytes(trainer, watch) if on_gpu else None,
+        peak_bytes=_peak_bytes(trainer, others, watch) if on_gpu else None,
         num_allocations=(
-            _most(_num_allocations(trainer) - allocated_before, watch) if on_gpu else None
+            _most(_num_allocations(trainer) - allocations_before, watch) if on_gpu else None
         ),
     )
 
 
 def _inspect(trainer: Trainer, settings: TrainSettings, trace: Path) -> Inspection:
-    """The first visit of a variant."""
+    """A variant alone, before the blocks."""
     microbatches = settings.microbatches[0]
     for _ in range(settings.warmup + _DISCARDED_STEPS):
         trainer.step(microbatches)
@@ -159,10 +197,15 @@ def _phases(trainer: Trainer, microbatches: int) -> tuple[dict[str, float], dict
     return phases, imbalance
 
 
-def _peak_bytes(trainer: Trainer, watch: Stopwatch) -> int:
+def _peak_bytes(trainer: Trainer, others: int, watch: Stopwatch) -> int:
     outside_torch = sum(buffer.buffer_bytes for buffer in trainer.buffers())
-    torchs = torch.cuda.max_memory_allocated(trainer.device)
+    torchs = torch.cuda.max_memory_allocated(trainer.device) - others
     return _most(torchs + outside_torch, watch)
+
+
+def _allocated(device: torch.device) -> int:
+    """Bytes that torch has given out; 0 on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _num_allocations(trainer: Trainer) -> int:

@@ -22,8 +22,8 @@ class Block:
         step_ms: Each step, on the GPU's clock, on the slowest rank.
         host_ms: Each step, until the host went on to the next one, on the slowest rank.
         loss: Of the last step, the mean of the ranks.
-        peak_bytes: Device memory at its highest on any rank: torch's, and ep_comm's buffers, which
-            are not torch's; None on a CPU.
+        peak_bytes: Device memory at its highest on any rank, without that of the other variants'
+            models: torch's, and ep_comm's buffers, which are not torch's; None on a CPU.
         num_allocations: Times that torch asked the driver for memory in these steps, most of any
             rank, which costs up to milliseconds, and ends when all sizes were seen; None on a CPU.
     """
@@ -56,7 +56,7 @@ class LayerTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What the first visit found of a variant. Profiles are rank 0's, None without a GPU.
+    """What a variant alone, before the blocks, gave. Profiles are rank 0's, None without a GPU.
 
     Attributes:
         phases_ms: Forward times of a step, summed over the MoE layers: dispatch, expert, combine

@@ -26,9 +26,9 @@ class TrainSettings:
         flags: Further flags of the example, for all variants.
         variants: What is measured, by name.
         microbatches: Numbers of forward passes of an optimizer step to measure with.
-        blocks: Visits of each variant, after a first one that is discarded.
-        steps: Timed steps of a visit, for each number of microbatches.
-        warmup: Steps before them.
+        blocks: Visits of each variant, with each number of microbatches.
+        steps: Timed steps of a visit, after one that is not.
+        warmup: Steps of each variant before the first block, with each number of microbatches.
     """
 
     config: Path
