@@ -169,7 +169,7 @@ def _transformer_config(config: PretrainConfig) -> TransformerConfig:
             bias_activation_fusion=fused,
             bias_dropout_fusion=fused,
             apply_rope_fusion=fused,
-            # Megatron would ask for Apex on behalf of its own layers: see _fuse_accumulation.
+            # Megatron would ask for Apex on behalf of its own layers: see fuse_accumulation.
             gradient_accumulation_fusion=False,
             **megatrons_overlap(config),
         )
@@ -241,7 +241,7 @@ def _gpt_model(
         share_embeddings_and_output_weights=False,
     ).to(device)
     if config.gradient_accumulation_fusion:
-        _fuse_accumulation(model)
+        fuse_accumulation(model)
     if config.bf16:
         model = Float16Module(transformer_config, model)
     model = DistributedDataParallel(
@@ -264,7 +264,7 @@ def _gpt_model(
     return model
 
 
-def _fuse_accumulation(model: torch.nn.Module) -> None:
+def fuse_accumulation(model: torch.nn.Module) -> None:
     """Have Transformer Engine's layers add their weight gradients to DDP's buffers in the GEMMs
     that compute them. Megatron's own layers, here the output layer, would need Apex for that."""
     for module in model.modules():

@@ -26,7 +26,8 @@ class Setup:
     """One training run; `config` overrides the TransformerConfig, `options` are EPOptions.
 
     `tp` above 1 means sequence parallelism too, as Megatron wants it for MoE. `vpp` is the number
-    of model chunks a pipeline stage. `te` takes Transformer Engine's modules, on GPUs.
+    of model chunks a pipeline stage. `te` takes Transformer Engine's modules, on GPUs; `fused` has
+    them accumulate gradients as the example does.
     """
 
     dispatcher: str = "deepep"
@@ -46,6 +47,7 @@ class Setup:
     dense_first: bool = False
     through_install: bool = False
     te: bool = False
+    fused: bool = False
     seq: int = SEQ
     lr: float = 1e-2
 
@@ -264,6 +266,11 @@ def make_model(setup: Setup, config, options) -> list:
     chunks = []
     for i in range(setup.vpp):
         chunk = gpt_model(setup, config, options, i if setup.vpp > 1 else None)
+        if setup.fused:
+            import example_runs  # noqa: F401, it puts the examples into sys.path
+            from moe_model import fuse_accumulation
+
+            fuse_accumulation(chunk)
         if setup.bf16:
             chunk = chunk.bfloat16()
         chunks.append(DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0))

@@ -203,7 +203,7 @@ def test_run_measures_every_case(layout):
     found, said = runs[0]
     assert runs[1][0] == found  # each time is the slowest rank's
     ours = [result for result in found.results if result.num_sms is not None]
-    assert len(ours) == 9 * 2 and len(found.results) == len(ours) + 2
+    assert len(ours) == 10 * 2 and len(found.results) == len(ours) + 2
     assert len(said) == 2 + len(found.results)
     for result in found.results:
         assert len(result.samples.call) == len(result.samples.host_idle) == 3

@@ -161,10 +161,20 @@ def test_layer_is_alltoalls():
     assert_close(ours, stock, tolerance=2**-6)
 
 
+def test_fused_accumulation_changes_the_rounding_of_weight_gradients():
+    """They are not rounded to BF16 on the way to the FP32 that they are added up in."""
+    plain = run(layer_step, LAYER, False)
+    fused = run(layer_step, dataclasses.replace(LAYER, fused=True), False)
+    experts = of_linear(plain[0], "linear_fc1") | of_linear(plain[0], "linear_fc2")
+    assert set() < differing(plain, fused) <= experts
+    assert_close(fused, plain, tolerance=2**-8)
+
+
 @pytest.mark.parametrize("skewed", [False, True], ids=["even", "skewed"])
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
 @pytest.mark.parametrize("experts", ["bf16", "fp8"])
-def test_overlapped_weight_gradients_are_the_same_bits(experts, skewed):
-    setup = LAYER if experts == "bf16" else FP8_LAYER
+def test_overlapped_weight_gradients_are_the_same_bits(experts, fused, skewed):
+    setup = dataclasses.replace(LAYER if experts == "bf16" else FP8_LAYER, fused=fused)
     plain = run(layer_step, setup, skewed)
     overlapped = run(layer_step, with_options(setup, overlap_wgrad=True), skewed)
     assert plain[0]["stores"] == [] and overlapped[0]["stores"] == [0, 0]
@@ -230,9 +240,10 @@ def test_megatrons_own_overlap_trains_the_same_bits(overlap_grad_reduce):
             assert np.array_equal(gradient, theirs["gradients"][name]), name
 
 
-def test_overlap_trains_the_same_bits():
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
+def test_overlap_trains_the_same_bits(fused):
     """Two layers, four steps. The same run twice is the control: what differs there is not ours."""
-    setup = dataclasses.replace(MODEL, dist_opt=True, overlap_grad_reduce=True)
+    setup = dataclasses.replace(MODEL, dist_opt=True, overlap_grad_reduce=True, fused=fused)
     first, second = run(deterministic, setup), run(deterministic, setup)
     overlapped = run(deterministic, with_options(setup, overlap_wgrad=True))
     for rank, results in enumerate(zip(first, second, overlapped, strict=True)):

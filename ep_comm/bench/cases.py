@@ -93,8 +93,8 @@ def buffer_cases(buffer: Buffer, inputs: list[InputSet], settings: Settings) -> 
         x, handle = s.x_fp8 if quantized else s.x, dispatched[i % NUM_SETS].handle
         return buffer.dispatch(x, topk_weights=s.topk_weights, handle=handle, **how)
 
-    def without_host_wait(i: int) -> object:
-        return fresh(i, num_worst_tokens=dispatched[i % NUM_SETS].handle.num_rows)
+    def without_host_wait(i: int, **how) -> object:
+        return fresh(i, num_worst_tokens=dispatched[i % NUM_SETS].handle.num_rows, **how)
 
     def combine(i: int) -> object:
         out = dispatched[i % NUM_SETS]
@@ -122,6 +122,7 @@ def buffer_cases(buffer: Buffer, inputs: list[InputSet], settings: Settings) -> 
         to_bf16 = dict(quantized=True, recv_dtype=torch.bfloat16)
         cases += [
             fp8_case("FP8 dispatch, fresh", fresh, quantized=True),
+            fp8_case("FP8 dispatch, fresh, no host wait", without_host_wait, quantized=True),
             fp8_case("FP8 dispatch, cached", cached, quantized=True),
             fp8_case("FP8 dispatch to BF16, fresh", fresh, **to_bf16),
             fp8_case("FP8 dispatch to BF16, cached", cached, **to_bf16),
