@@ -139,13 +139,11 @@ class InFlight:
             num_sms: That its kernels occupy.
         """
         last_stream, _ = self._operations.pop(key, (stream, 0))
-        # Of a copy: the garbage collector may have a buffer forgotten at any moment.
-        others = list(self._operations.values())
-        self._operations[key] = (stream, num_sms)
         behind = [] if last_stream == stream else [last_stream]
         # One operation runs at a time on each stream: the largest counts.
         sms_of_stream: dict[int, int] = {}
-        for other_stream, other_sms in reversed(others):
+        # Of a copy: the garbage collector may have a buffer forgotten at any moment.
+        for other_stream, other_sms in reversed(list(self._operations.values())):
             if other_stream not in (stream, last_stream):
                 largest = max(other_sms, sms_of_stream.get(other_stream, 0))
                 sms_of_stream[other_stream] = largest
@@ -155,6 +153,7 @@ class InFlight:
                 room -= other_sms
             else:
                 behind.append(other_stream)
+        self._operations[key] = (stream, num_sms)
         return sorted(behind)
 
     def forget(self, key: object) -> None:
