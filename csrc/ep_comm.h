@@ -328,8 +328,8 @@ typedef struct ep_dispatch_args {
   int32_t recv_idx_bytes;       /* 4 or 8: an entry of recv_topk_idx */
   int32_t num_rows;             /* of the output; those behind the last group become padding */
   int32_t is_planned;           /* ep_plan has begun this operation: else it begins here */
-  int32_t is_behind_plan;       /* ep_plan is the last thing on this stream: may run beside its second
-                                   kernel, which those that expand wait for */
+  int32_t is_behind_plan;       /* ep_plan is the last thing on this stream, and the input is older: may
+                                   run beside its second kernel, which those that expand wait for */
   int32_t num_push_blocks;      /* either may be 0: the other half is launched on its own */
   int32_t num_expand_blocks;
   int32_t num_blocks;           /* of the operation, both halves */

@@ -174,6 +174,19 @@ def test_a_given_number_of_rows_spares_the_wait_and_a_launch(backend):
     assert not cached[1].is_behind_plan
 
 
+@pytest.mark.parametrize("made", ["nothing", "rows", "probabilities"])
+def test_an_input_that_was_made_after_the_plan_is_waited_for(backend, made, monkeypatch):
+    quantized = X.to(torch.float8_e4m3fn), torch.ones(10, 4)
+    monkeypatch.setattr(nvlink.fp8, "quantize", lambda x: quantized)
+    handle = plan(backend, capacity=40)
+    wire = torch.float8_e4m3fn if made == "rows" else torch.bfloat16
+    weights = torch.rand(10, 2 if made == "probabilities" else 4)  # rows of 8 bytes are copied
+    backend.dispatch(handle, X, None, weights, wire, torch.bfloat16, False, None)
+    launch = backend.native.take()[-1]
+    assert launch[0] == "ep_dispatch" and launch[2] == CURRENT
+    assert launch[1].is_behind_plan == (made == "nothing")
+
+
 @pytest.mark.parametrize("is_captured", [False, True], ids=["few-sms", "captured"])
 def test_where_the_halves_might_not_run_at_once_they_are_two_launches(backend, is_captured):
     with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: is_captured):

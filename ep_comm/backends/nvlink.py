@@ -316,8 +316,11 @@ class NVLinkBackend:
             sms = self._sms(num_sms, asynchronous)
             received = self._repeat(args, handle, recv_dtype, asynchronous, sms)
         else:
-            if quantises or first.selects_weights or weights is not topk_weights:
+            was_made = quantises or first.selects_weights or weights is not topk_weights
+            if was_made:
                 self._wait_for_input(first.stream, asynchronous)
+            # What is pushed has to be there: only an input of before the plan certainly is.
+            args.is_behind_plan = first.in_one and not was_made
             received = self._first(args, handle, recv_dtype, first)
         return self._pending(
             received, asynchronous, (x, scales, weights, routing.source, routing.arena)
@@ -362,7 +365,7 @@ class NVLinkBackend:
         streams, stream = self._streams, first.stream
         self.recorder.set_row_bytes(args.row_bytes + args.scale_bytes)
         args.node.record = first.record
-        args.is_planned, args.is_behind_plan = True, first.in_one
+        args.is_planned = True
         push_blocks, expand_blocks = split_dispatch(first.num_sms, self.num_ranks)
         args.num_blocks = push_blocks + expand_blocks
         args.num_push_blocks, args.num_expand_blocks = push_blocks, 0
