@@ -206,7 +206,8 @@ def test_run_measures_every_case(layout):
     assert len(ours) == 10 * 2 and len(found.results) == len(ours) + 2
     assert len(said) == 2 + len(found.results)
     for result in found.results:
-        assert len(result.samples.call) == len(result.samples.host_idle) == 3
+        assert len(result.samples.call) == len(result.samples.host) == 3
+        assert len(result.samples.host_idle) == 3
         assert len(result.samples.kernel) == (0 if result.num_sms is None else 3)
         assert len(result.samples.idle) == 3 and min(result.samples.idle) > 0
         assert min(result.samples.call) > 0 and min(result.samples.unaligned) > 0

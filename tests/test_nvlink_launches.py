@@ -148,21 +148,24 @@ def test_the_first_rank_major_dispatch_writes_the_experts_of_its_rows(backend):
         (TOPK.int(), torch.int32),
         (routing_map, torch.int32),
     ):
-        handle = plan(backend, capacity=40, layout="rank", source=source)
-        dispatch(backend, handle)
-        dispatch(backend, handle)
-        first, again = [call[1] for call in backend.native.take() if call[0] == "ep_dispatch"]
-        experts = handle.recv_topk_idx
-        assert experts.shape == (40, 2) and experts.dtype == dtype
-        assert first.recv_topk_idx == experts.data_ptr()
-        assert first.recv_idx_bytes == experts.element_size()
-        assert again.recv_topk_idx is None
+        for num_sms in (None, 24):  # one launch, and two
+            handle = plan(backend, capacity=40, layout="rank", source=source, num_sms=num_sms)
+            dispatch(backend, handle)
+            dispatch(backend, handle)
+            calls = backend.native.take()
+            *push, expand, again = [call[1] for call in calls if call[0] == "ep_dispatch"]
+            assert len(push) == (num_sms is not None)
+            experts = handle.recv_topk_idx
+            assert experts.shape == (40, 2) and experts.dtype == dtype
+            assert expand.recv_topk_idx == experts.data_ptr()
+            assert expand.recv_idx_bytes == experts.element_size()
+            assert all(launch.recv_topk_idx is None for launch in (*push, again))
 
 
 def test_a_given_number_of_rows_spares_the_wait_and_a_launch(backend):
     handle = plan(backend, capacity=40)
     received = dispatch(backend, handle)
-    planned, both = backend.native.take()
+    planned, both = backend.native.take()  # and nothing else: no wait
     assert planned[0] == "plan" and planned[2:] == (CURRENT, CURRENT)
     assert planned[1].ticket == 0 and planned[1].capacity == 40
     assert both[0] == "ep_dispatch" and both[2] == CURRENT

@@ -128,8 +128,9 @@ def _measure(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(trainer.device)
         others = _allocated(trainer.device) - own_bytes
-        allocations_before = _num_allocations(trainer)
     trainer.step(microbatches)
+    if on_gpu:
+        allocations_before = _num_allocations(trainer)
     watch.align_from_idle()
     spans, host_ms = [], []
     for _ in range(settings.steps):
