@@ -72,7 +72,7 @@ __device__ inline void list_rows(const ep_combine_args& args, int64_t n, int32_t
 // Probability gradient of entry k of received row n.
 __device__ inline float weight_of(const ep_combine_args& args, int64_t n, int32_t k) {
   const ep_routing& routing = args.routing;
-  if (routing.recv_topk_idx[n * routing.num_topk + k] < 0) return 0.0f;
+  if (routing.recv_topk_idx[n * routing.num_topk4 + k] < 0) return 0.0f;
   const int32_t row = routing.row_of_k[n * routing.num_topk4 + (routing.expert_major ? k : 0)];
   if (row < 0) return 0.0f;
   return args.weights[routing.expert_major ? row : int64_t{row} * routing.num_topk + k];

@@ -37,8 +37,7 @@ __global__ void __launch_bounds__(kMaxWarps * kWarpSize)
 
 Ring make_ring(const ep_dispatch_args& args) {
   Ring ring{};
-  // The output rows, and the row's index behind them.
-  const int32_t wanted = slot_bytes(args) + args.routing.num_topk4 * 4 + 16;
+  const int32_t wanted = slot_bytes(args) + 2 * args.routing.num_topk4 * 4;
   ring.stage_bytes = (wanted + 127) / 128 * 128;
   ring.converted_bytes = args.recv_kind == EP_RECV_BYTES || args.num_expand_blocks == 0
                              ? 0

@@ -117,8 +117,11 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
   const int32_t lane = lane_id();
   const int32_t bytes = slot_bytes(args);
   const int64_t stride = slot_stride(args);
-  const int32_t pos_bytes = args.routing.num_topk4 * 4;
-  const int32_t pos_offset = bytes;
+  // Behind a row in its stage: its output rows and, where they are asked for, its experts.
+  const int32_t index_bytes = args.routing.num_topk4 * 4;
+  const int32_t rows_offset = bytes, experts_offset = rows_offset + index_bytes;
+  const bool needs_experts = args.recv_scales != nullptr || !args.routing.expert_major;
+  const int32_t indices_bytes = needs_experts ? 2 * index_bytes : index_bytes;
   const int32_t out_bytes = out_row_bytes(args);
   ptx::wait_for_kernel_before();    // is_behind_plan: the plan's second one
   ptx::fence_proxy_async_global();  // output rows are read by bulk loads
@@ -179,27 +182,26 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
     if (own) slot = args.routing.send_slot[static_cast<int64_t>(slot) * num_ranks + node.rank];
     const int64_t n = static_cast<int64_t>(unit.source) * args.max_tokens + slot;
     if (own) {
-      load_own_token(args, stages, i, unit.first + j, pos_bytes);
+      load_own_token(args, stages, i, unit.first + j, indices_bytes);
     } else {
       const int64_t region = region_of(unit.source, node.rank, num_ranks);
-      ptx::barrier_expect(stages.barrier(i), bytes + pos_bytes);
+      ptx::barrier_expect(stages.barrier(i), bytes + indices_bytes);
       ptx::bulk_load(stages.stage(i),
                      node.memory[node.rank] + args.slot_offset +
                          (region * args.max_tokens + slot) * stride,
                      bytes, stages.barrier(i));
     }
-    ptx::bulk_load(stages.stage(i) + pos_offset,
-                   args.routing.row_of_k + n * args.routing.num_topk4, pos_bytes,
+    ptx::bulk_load(stages.stage(i) + rows_offset,
+                   args.routing.row_of_k + n * args.routing.num_topk4, index_bytes,
                    stages.barrier(i));
-    // Behind the output rows: which received row this is.
-    *reinterpret_cast<int64_t*>(stages.stage(i) + pos_offset + pos_bytes) = n;
-  };
-  const auto received_row = [&](const uint8_t* stage) {
-    return *reinterpret_cast<const int64_t*>(stage + pos_offset + pos_bytes);
+    if (!needs_experts) return;
+    ptx::bulk_load(stages.stage(i) + experts_offset,
+                   args.routing.recv_topk_idx + n * args.routing.num_topk4, index_bytes,
+                   stages.barrier(i));
   };
 
-  // Scales of the row in `stage`, for lane k's output row.
-  const auto store_scales = [&](const uint8_t* stage, int32_t row) {
+  // Scales of the row in `stage`, for lane k's output row and its expert.
+  const auto store_scales = [&](const uint8_t* stage, int32_t row, int32_t expert) {
     const uint8_t* const scales = stage + args.row_bytes;
     if (!args.routing.expert_major) {
       if (row >= 0) {
@@ -209,14 +211,10 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
       }
       return;
     }
-    // All lanes look their experts up at once: what takes time is memory's latency.
     ScalePlace place;
-    if (row >= 0) {
-      const int64_t n = received_row(stage);
-      place = place_of_scales(args, args.routing.recv_topk_idx[n * args.routing.num_topk + lane], row);
-    }
-    for (int32_t k = 0; k < args.routing.num_topk; ++k) {
-      if (__shfl_sync(kFullWarp, row, k) < 0) continue;
+    if (row >= 0) place = place_of_scales(args, expert, row);
+    for (uint32_t left = __ballot_sync(kFullWarp, row >= 0); left != 0; left &= left - 1) {
+      const int32_t k = __ffs(left) - 1;
       const int64_t first = __shfl_sync(kFullWarp, place.first, k);
       const int64_t step = __shfl_sync(kFullWarp, place.step, k);
       for (int32_t b = lane; b < args.scale_bytes / 4; b += kWarpSize) {
@@ -227,12 +225,14 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
 
   const auto store = [&](int32_t i) {
     const uint8_t* const stage = stages.stage(i);
-    const auto* const rows = reinterpret_cast<const int32_t*>(stage + pos_offset);
+    const auto* const rows = reinterpret_cast<const int32_t*>(stage + rows_offset);
+    const auto* const experts = reinterpret_cast<const int32_t*>(stage + experts_offset);
     const auto* const weights =
         reinterpret_cast<const float*>(stage + args.row_bytes + args.scale_bytes);
-    __syncwarp();  // the row's index was written by lane 0
     stages.wait(i);
-    const int32_t row = lane < args.routing.num_topk ? rows[lane] : -1;
+    const int32_t num_topk = args.routing.num_topk;
+    const int32_t row = lane < num_topk ? rows[lane] : -1;
+    const int32_t expert = needs_experts && lane < num_topk ? experts[lane] : -1;
     const uint8_t* out = stage;
     if (args.recv_kind != EP_RECV_BYTES) {
       out = stages.converted();
@@ -249,16 +249,13 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
     if (row >= 0) {
       ptx::bulk_store(args.recv_x + static_cast<int64_t>(row) * out_bytes, out, out_bytes);
     }
-    if (args.recv_scales != nullptr) store_scales(stage, row);
+    if (args.recv_scales != nullptr) store_scales(stage, row, expert);
     ptx::bulk_commit();
     if (args.routing.expert_major) {
       if (args.recv_weights != nullptr && row >= 0) args.recv_weights[row] = weights[lane];
       return;
     }
-    const int32_t num_topk = args.routing.num_topk;
     if (lane >= num_topk || rows[0] < 0) return;
-    if (args.recv_topk_idx == nullptr && args.recv_weights == nullptr) return;
-    const int32_t expert = args.routing.recv_topk_idx[received_row(stage) * num_topk + lane];
     if (args.recv_topk_idx != nullptr) write_expert(args, rows[0], lane, expert);
     if (args.recv_weights != nullptr) {
       args.recv_weights[static_cast<int64_t>(rows[0]) * num_topk + lane] =

@@ -13,7 +13,7 @@ constexpr int kMaxChunkTokens = 32;  // a unit's rows are bits of one word
 struct Ring {
   int32_t num_warps;
   int32_t num_stages;
-  int32_t stage_bytes;      // slot, then the row's K4 output rows
+  int32_t stage_bytes;      // slot, then the row's K4 output rows and K4 experts
   int32_t converted_bytes;  // one row as it is given out, where that is not as it came
 
   __host__ __device__ int32_t warp_bytes() const {

@@ -202,7 +202,7 @@ enum {
 typedef struct ep_routing {
   int32_t* topk_idx;          /* [T, K] of this rank's own tokens: global experts or -1 */
   int32_t* send_slot;         /* [T, R] */
-  int32_t* recv_topk_idx;     /* [N, K] local experts, -1 elsewhere and in rows not sent */
+  int32_t* recv_topk_idx;     /* [N, K4] local experts, -1 elsewhere and in rows not sent */
   int32_t* row_of_k;          /* [N, K4] output row of each entry, -1 where there is none */
   int32_t* rows_ascending;    /* [N, K4] the same rows ascending, then -1 */
   int32_t* num_sent;          /* [R] rows to each rank */

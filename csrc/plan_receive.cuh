@@ -110,7 +110,8 @@ __global__ void __launch_bounds__(kThreads)
   ptx::let_next_kernel_start();  // all blocks have their places: a dispatch will not take them
   const ep_node& node = args.node;
   const Receive& receive = scratch.receive;
-  const int32_t num_ranks = node.num_ranks, num_topk = args.routing.num_topk;
+  const int32_t num_ranks = node.num_ranks;
+  const int32_t num_topk = args.routing.num_topk, num_topk4 = args.routing.num_topk4;
   const int32_t num_experts = args.num_experts / num_ranks;  // of this rank
   const int32_t max_tokens = args.max_tokens, num_rows_in_all = num_ranks * max_tokens;
   const int32_t group_words = receive.chunks_per_group * num_experts;
@@ -145,7 +146,8 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t entry = static_cast<int64_t>(chunk) * kChunkTokens * num_topk + i;
       const int32_t expert = sent ? staged[entry] : -1;
       const bool is_expert = expert >= 0 && expert < num_experts;
-      args.routing.recv_topk_idx[entry] = is_expert ? expert : -1;
+      args.routing.recv_topk_idx[static_cast<int64_t>(n) * num_topk4 + i % num_topk] =
+          is_expert ? expert : -1;
       if (is_expert) {
         atomicOr(&mask[row / kChunkTokens * num_experts + expert], 1u << row % kChunkTokens);
       }
@@ -206,7 +208,6 @@ __global__ void __launch_bounds__(kThreads)
       next_row[e] = row;
     }
     __syncthreads();
-    const int32_t num_topk4 = args.routing.num_topk4;
     for (int32_t i = threadIdx.x; i < num_chunks * kChunkTokens * num_topk4; i += kThreads) {
       const int32_t in_group = i / num_topk4, k = i % num_topk4;
       const int32_t n = chunk * kChunkTokens + in_group;
@@ -214,8 +215,7 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t first_entry = static_cast<int64_t>(n) * num_topk4;
       int32_t row = -1, place = k;  // place among the row's ascending rows
       if (args.routing.expert_major) {
-        const int32_t* const experts =
-            args.routing.recv_topk_idx + static_cast<int64_t>(n) * num_topk;
+        const int32_t* const experts = args.routing.recv_topk_idx + first_entry;
         const int32_t expert = k < num_topk ? experts[k] : -1;
         int32_t smaller = 0, present = 0, absent_before = max(0, k - num_topk);
         for (int32_t other = 0; other < num_topk; ++other) {

@@ -29,7 +29,7 @@ def arena_places(
     counts = {
         "topk_idx": num_tokens * num_topk,
         "send_slot": num_tokens * num_ranks,
-        "recv_topk_idx": num_rows * num_topk,
+        "recv_topk_idx": num_rows * num_topk4,
         "row_of_k": num_rows * num_topk4,
         "rows_ascending": num_rows * num_topk4,
         "num_sent": num_ranks,
