@@ -120,7 +120,9 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
   // Behind a row in its stage: its output rows and, where they are asked for, its experts.
   const int32_t index_bytes = args.routing.num_topk4 * 4;
   const int32_t rows_offset = bytes, experts_offset = rows_offset + index_bytes;
-  const bool needs_experts = args.recv_scales != nullptr || !args.routing.expert_major;
+  const bool needs_experts = args.routing.expert_major
+                                 ? args.recv_scales != nullptr
+                                 : args.recv_topk_idx != nullptr || args.recv_weights != nullptr;
   const int32_t indices_bytes = needs_experts ? 2 * index_bytes : index_bytes;
   const int32_t out_bytes = out_row_bytes(args);
   ptx::wait_for_kernel_before();    // is_behind_plan: the plan's second one

@@ -18,7 +18,7 @@ extern "C" {
 #define EP_API __attribute__((visibility("default")))
 
 /* Raise it with every change that an older caller would not survive; ep_comm/_native mirrors it. */
-#define EP_ABI_VERSION 7
+#define EP_ABI_VERSION 8
 
 /* What a function that returns a status may answer. ep_last_error() has the text. */
 enum {
@@ -202,7 +202,8 @@ enum {
 typedef struct ep_routing {
   int32_t* topk_idx;          /* [T, K] of this rank's own tokens: global experts or -1 */
   int32_t* send_slot;         /* [T, R] */
-  int32_t* recv_topk_idx;     /* [N, K4] local experts, -1 elsewhere and in rows not sent */
+  int32_t* recv_topk_idx;     /* [N, K4] local experts, -1 elsewhere and in rows not sent; from
+                                 column K on nothing is written */
   int32_t* row_of_k;          /* [N, K4] output row of each entry, -1 where there is none */
   int32_t* rows_ascending;    /* [N, K4] the same rows ascending, then -1 */
   int32_t* num_sent;          /* [R] rows to each rank */

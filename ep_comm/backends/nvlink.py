@@ -318,7 +318,7 @@ class NVLinkBackend:
         else:
             was_made = quantises or first.selects_weights or weights is not topk_weights
             if was_made:
-                self._wait_for_input(first.stream, asynchronous)
+                self._wait_for_input(first, asynchronous)
             # What is pushed has to be there: only an input of before the plan certainly is.
             args.is_behind_plan = first.in_one and not was_made
             received = self._first(args, handle, recv_dtype, first)
@@ -345,13 +345,14 @@ class NVLinkBackend:
         self.native.launch("ep_dispatch", args, stream)
         return received
 
-    def _wait_for_input(self, stream: int, asynchronous: bool) -> None:
+    def _wait_for_input(self, first: FirstDispatch, asynchronous: bool) -> None:
         """The first dispatch goes on when what was made since its plan is there. The plan's own
         streams are behind everything older."""
         streams = self._streams
         if asynchronous:
-            streams.wait(stream, streams.current)
-        streams.wait(streams.side, stream)
+            streams.wait(first.stream, streams.current)
+        if not first.in_one:
+            streams.wait(streams.side, first.stream)
 
     def _first(
         self,
