@@ -353,23 +353,7 @@ int32_t load_combine_kernels() {
   return EP_OK;
 }
 
-int32_t load_layout_kernels();
-int32_t load_plan_kernels();
-int32_t load_dispatch_kernels();
-int32_t load_quantize_kernels();
-int32_t load_probability_kernels();
-
 }  // namespace ep
-
-int32_t ep_load_kernels(void) {
-  int32_t status = ep::load_layout_kernels();
-  if (status == EP_OK) status = ep::load_plan_kernels();
-  if (status == EP_OK) status = ep::load_dispatch_kernels();
-  if (status == EP_OK) status = ep::load_combine_kernels();
-  if (status == EP_OK) status = ep::load_quantize_kernels();
-  if (status == EP_OK) status = ep::load_probability_kernels();
-  return status;
-}
 
 int32_t ep_combine(const ep_combine_args* args, void* stream) {
   if (args->row_bytes < 16 || args->row_bytes % 16) {

@@ -87,12 +87,11 @@ int64_t ep_layout_workspace_bytes(int64_t num_tokens, int32_t num_experts, int32
 namespace ep {
 
 int32_t load_layout_kernels() {
-  cudaFuncAttributes attributes;
   for (const void* kernel : {reinterpret_cast<const void*>(count_kernel<TopkInput<int32_t>>),
                              reinterpret_cast<const void*>(count_kernel<TopkInput<int64_t>>),
                              reinterpret_cast<const void*>(count_kernel<RoutingMapInput>),
                              reinterpret_cast<const void*>(place_kernel)}) {
-    const int32_t status = check_cuda(cudaFuncGetAttributes(&attributes, kernel), "layout kernels");
+    const int32_t status = load_kernel(kernel, "layout kernels");
     if (status != EP_OK) return status;
   }
   return EP_OK;

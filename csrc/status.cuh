@@ -1,4 +1,4 @@
-// How a failure gets from inside the library to ep_last_error().
+// How a failure gets from inside the library to ep_last_error(), and how kernels are loaded.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,6 +14,14 @@ int32_t fail(int32_t status, const char* format, ...) __attribute__((format(prin
 
 // EP_OK, or EP_ERR_CUDA with a text that says what failed (`what`) and CUDA's reason.
 int32_t check_cuda(cudaError_t error, const char* what);
+
+// Load all kernels of a file on the current device, see load.cu.
+int32_t load_layout_kernels();
+int32_t load_plan_kernels();
+int32_t load_dispatch_kernels();
+int32_t load_combine_kernels();
+int32_t load_quantize_kernels();
+int32_t load_probability_kernels();
 
 // Loads `kernel` on the current device.
 inline int32_t load_kernel(const void* kernel, const char* what) {

@@ -77,7 +77,7 @@ def layout_of(
     Raises:
         EPRoutingError: As `routing_layout`.
     """
-    native = _native.load() if source.is_cuda else None
+    native = _native.load_for(source.get_device()) if source.is_cuda else None
     if native is not None:
         layout, error = launch_layout(native, source, num_topk, num_experts, num_ranks)
         raise_if_bad(error.tolist(), source, num_topk, num_experts)

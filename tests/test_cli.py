@@ -126,12 +126,13 @@ def test_backend_choice_without_gpus():
 def test_backend_choice_with_gpus(monkeypatch):
     monkeypatch.setattr(doctor.dist, "is_nccl_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda i, j: True)
-    monkeypatch.setattr(_native, "load", lambda: object())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(_native, "unusable_reason", lambda gpu: None)
     assert doctor.backend_choice(4).startswith("nvlink, for up to 4 GPUs")
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda i, j: (i, j) != (0, 1))
     assert "GPUs 0 and 1 have no peer access" in doctor.backend_choice(4)
-    monkeypatch.setattr(_native, "load", lambda: None)
-    assert doctor.backend_choice(4) == f"reference, over NCCL: {_native.status()}"
+    monkeypatch.setattr(_native, "unusable_reason", lambda gpu: f"GPU {gpu} is an A100")
+    assert doctor.backend_choice(4) == "reference, over NCCL: GPU 0 is an A100"
 
 
 def test_gpus_and_links_are_shown(monkeypatch):

@@ -207,6 +207,35 @@ def test_broken_library_is_refused(monkeypatch, fresh_loader, tmp_path):
         assert _native.load() is None
 
 
+@pytest.mark.parametrize(
+    "arch, capability, runs",
+    [
+        ("90a", (9, 0), True),
+        ("90a", (10, 0), False),
+        ("100a", (10, 3), False),
+        ("100f", (10, 3), True),
+        ("90", (9, 0), True),
+        ("86", (8, 9), True),
+        ("86", (8, 0), False),
+        ("86", (9, 0), False),
+    ],
+)
+def test_code_runs_where_cuda_says(arch, capability, runs):
+    assert _native._runs_on(arch, capability) == runs
+
+
+def test_a_gpu_without_code_does_without_the_library(monkeypatch, library):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: [(9, 0), (8, 0)][gpu])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: ["H200", "A100"][gpu])
+    monkeypatch.setattr(_native, "_has_code", _native._has_code.__wrapped__)
+    monkeypatch.setattr(library, "cuda_archs", ("90a", "100a"))
+    assert _native.load_for(0) is library and _native.unusable_reason(0) is None
+    assert _native.load_for(1) is None
+    assert _native.unusable_reason(1) == (
+        "GPU 1, A100, is sm_80; the CUDA library has code for sm_90a, sm_100a"
+    )
+
+
 # ---- setup.py ------------------------------------------------------------------------------------
 
 

@@ -1,9 +1,9 @@
 """The CUDA library ``libep_comm.so`` through ctypes: loaded once, checked against csrc/ep_comm.h.
 
-The library has a plain C ABI and needs neither an NVIDIA driver nor torch to load, so importing
-this module says on any machine whether the installed build fits this Python code.
+The library has a plain C ABI and needs no NVIDIA driver to load, so `status` says on any machine
+whether the installed build fits this Python code.
 
-    native = load()          # None where there is no usable library; status() says why
+    native = load_for(gpu)   # None where the GPU cannot use it; unusable_reason(gpu) says why
     native.launch("ep_layout", args, stream)
 """
 
@@ -13,6 +13,8 @@ import ctypes
 import functools
 import warnings
 from pathlib import Path
+
+import torch
 
 from ep_comm._native import structs
 from ep_comm._native.structs import EP_ERR_ARGUMENT, EP_OK, STRUCTS
@@ -213,6 +215,39 @@ def _load() -> tuple[NativeLibrary | None, str]:
 def load() -> NativeLibrary | None:
     """The CUDA library, or None where there is no usable one. Loads at the first call only."""
     return _load()[0]
+
+
+def load_for(gpu: int) -> NativeLibrary | None:
+    """The CUDA library, or None where GPU number `gpu` cannot use it."""
+    library = load()
+    return library if library is not None and _has_code(library.cuda_archs, gpu) else None
+
+
+def unusable_reason(gpu: int) -> str | None:
+    """Why `load_for` gives no library, or None where it gives one."""
+    library = load()
+    if library is None:
+        return status()
+    if _has_code(library.cuda_archs, gpu):
+        return None
+    name, (major, minor) = torch.cuda.get_device_name(gpu), torch.cuda.get_device_capability(gpu)
+    archs = ", ".join(f"sm_{arch}" for arch in library.cuda_archs)
+    return f"GPU {gpu}, {name}, is sm_{major}{minor}; the CUDA library has code for {archs}"
+
+
+@functools.cache
+def _has_code(archs: tuple[str, ...], gpu: int) -> bool:
+    capability = torch.cuda.get_device_capability(gpu)
+    return any(_runs_on(arch, capability) for arch in archs)
+
+
+def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether machine code for `arch` runs on a GPU: on later minor versions too, unless it is
+    "a", for one version alone."""
+    major, minor = divmod(int(arch.rstrip("af")), 10)
+    if arch.endswith("a"):
+        return capability == (major, minor)
+    return capability[0] == major and capability[1] >= minor
 
 
 def status() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 
+import torch
 import torch.distributed as dist
 
 from ep_comm import _native
@@ -42,8 +43,9 @@ def unavailable_reason(group: dist.ProcessGroup, config: EPConfig) -> str | None
 
 def reason_here(num_ranks: int, config: EPConfig) -> str | None:
     """Why this process cannot be one of `num_ranks` ranks of a node, or None where it can."""
-    if _native.load() is None:
-        return _native.status()
+    reason = _native.unusable_reason(torch.cuda.current_device())
+    if reason is not None:
+        return reason
     if num_ranks > structs.EP_MAX_NODE_RANKS:
         return f"{num_ranks} ranks, at most {structs.EP_MAX_NODE_RANKS} of one host"
     row_bytes = config.hidden * 2

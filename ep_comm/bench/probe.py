@@ -53,9 +53,10 @@ def measure_limit(watch: Stopwatch) -> Limit:
     # Imported here: it is not in every build of torch.
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    native = _native.load()
+    native = _native.load_for(watch.device.index)
     if native is None:
-        raise UserError(f"the CUDA library cannot be used: {_native.status()}")
+        reason = _native.unusable_reason(watch.device.index)
+        raise UserError(f"the CUDA library cannot be used: {reason}")
     native.load_kernels()
     num_ranks, row_bytes = dist.get_world_size(), structs.EP_PROBE_ROW_BYTES
     wire_bytes = (num_ranks - 1) * _NUM_ROWS * row_bytes
