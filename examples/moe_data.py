@@ -126,10 +126,10 @@ def _checked_corpus(config: PretrainConfig) -> Corpus:
         cache.mkdir(parents=True, exist_ok=True)
         corpus = _corpus(config, cache)
     except OSError as error:
-        raise UserError(
-            f"{error.filename}: {error.strerror}; the data cache is {cache}, "
-            f"--data-cache-path chooses another"
-        ) from None
+        text = f"{error.filename}: {error.strerror}"
+        if error.filename is not None and Path(error.filename).is_relative_to(cache):
+            text += f"; the data cache is {cache}, --data-cache-path chooses another"
+        raise UserError(text) from None
     _check(corpus, config)
     return corpus
 
@@ -160,8 +160,8 @@ def _text_files(data_path: list[str]) -> list[Path]:
         if Path(name).is_dir():
             found = [path for path in Path(name).rglob("*") if path.is_file()]
         else:
-            found = [Path(path) for path in glob.glob(name, recursive=True)]
-            empty = [path for path in found if path.is_file() and path.stat().st_size == 0]
+            found = [path for path in map(Path, glob.glob(name, recursive=True)) if path.is_file()]
+            empty = [path for path in found if path.stat().st_size == 0]
             if empty:
                 raise UserError(f"data file {empty[0]} is empty")
         if not found:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ep_comm.errors import EPArgumentError, EPError
+from ep_comm.exits import exit_together
 from ep_comm.megatron import cpu
 
 T = TypeVar("T")
@@ -28,7 +27,7 @@ T = TypeVar("T")
 class UserError(Exception):
     """What the user asked for cannot be done; the message names the value and what would be right.
 
-    Raise it on every rank, or inside `agree`.
+    Raise it on every rank, or inside `agree`: one rank alone takes ten seconds to end the job.
     """
 
 
@@ -97,15 +96,4 @@ def user_errors_exit() -> Iterator[None]:
     try:
         yield
     except (UserError, EPArgumentError) as error:
-        # Before the group exists, other machines may know nothing of this: the first rank of each.
-        names = ["RANK"] if dist.is_initialized() else ["LOCAL_RANK", "SLURM_LOCALID"]
-        speaker = all(os.environ.get(name, "0") == "0" for name in names)
-        if speaker:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        # torchrun kills the others as soon as one rank ends: that one has to speak first.
-        if dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
-        elif not speaker:
-            time.sleep(10)  # torchrun does not let it last that long, srun does
-        sys.exit(2)
+        exit_together(error)

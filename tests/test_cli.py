@@ -80,8 +80,8 @@ def test_bench_without_a_gpu_ends_every_rank_with_one_line(tmp_path):
     assert "Traceback" not in errors[0] + errors[1] and "error:" not in errors[1]
 
 
-@pytest.mark.parametrize(("rate", "exit_code"), [(331.0, 0), (300.0, 4)])
-def test_bench_prints_and_writes_even_a_void_run(rate, exit_code, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("rate", "is_void"), [(331.0, False), (300.0, True)])
+def test_bench_prints_and_writes_even_a_void_run(rate, is_void, monkeypatch, tmp_path):
     monkeypatch.setattr("ep_comm.bench.launch.joined_job", lambda: nullcontext("cpu"))
     monkeypatch.setattr("ep_comm.bench.launch.on_rank_0", lambda action: action())
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
@@ -97,8 +97,8 @@ def test_bench_prints_and_writes_even_a_void_run(rate, exit_code, monkeypatch, t
     monkeypatch.setattr("ep_comm.bench.run.run", run)
     command = ["bench", "--preset", "W2", "--topk", "4", "--sms", "0,24", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, command)
-    assert result.exit_code == exit_code, result.output
-    assert ("VOID" in result.output) == (exit_code == 4)
+    assert result.exit_code == 0, result.output
+    assert ("VOID" in result.output) == is_void
     assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.png"}
     assert asked[0].shape == PRESETS["W2"]._replace(topk=4) and asked[0].sms == (0, 24)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,8 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ep_comm.errors import EPArgumentError
-
-USER_ERROR_EXIT_CODE = 2
+from ep_comm.exits import exit_together
 
 
 class UserError(Exception):
@@ -27,19 +25,12 @@ def joined_job() -> Iterator[torch.device]:
     What the user asked for and cannot have (`UserError`, or a value that the library refuses) ends
     every rank with exit code 2, after rank 0 said why in one line.
     """
-    error = None
     try:
         yield _join()
-    except (UserError, EPArgumentError) as refused:
-        error = refused
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        # torchrun kills the others as soon as one rank ends: rank 0 has to speak first.
-        dist.barrier()
-        dist.destroy_process_group()
-    if error is not None:
-        sys.exit(USER_ERROR_EXIT_CODE)
+    except (UserError, EPArgumentError) as error:
+        exit_together(error)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def on_rank_0(action: Callable[[], object]) -> None:
