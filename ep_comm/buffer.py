@@ -143,8 +143,9 @@ class Buffer:
             previous_event: The operation starts after this event.
             async_finish: Run on the communication stream; wait for the returned event before
                 touching the outputs, or freeing them. No effect with the reference backend.
-            allocate_on_comm_stream: Outputs belong to the communication stream; needs
-                `previous_event` and `async_finish`. No effect with the reference backend.
+            allocate_on_comm_stream: The outputs may be freed at any time, as if they belonged to
+                the communication stream; needs `previous_event` and `async_finish`. No effect with
+                the reference backend.
             during_backward: Called in this dispatch's backward while its combine is in flight:
                 the place for work that does not need the combined gradient, such as weight
                 gradients. Not called where neither `x` nor `topk_weights` requires grad.
@@ -153,7 +154,8 @@ class Buffer:
             See `DispatchOutput`.
 
         Raises:
-            EPArgumentError, EPRoutingError: Wrong arguments; nothing was sent.
+            EPArgumentError: Wrong arguments; nothing was sent.
+            EPRoutingError: A wrong routing, or too many tokens on some rank.
             EPMismatchError: Another rank called something else.
             EPTimeoutError: A rank did not arrive within ``config.timeout_s``.
             EPStateError: The buffer failed earlier or was destroyed.
@@ -217,6 +219,8 @@ class Buffer:
             recv_x, recv_scales, recv_weights = ops.dispatch(
                 backend, handle, rows, scales, topk_weights, wire, recv, async_finish, num_sms
             )
+            if allocate_on_comm_stream:
+                backend.keep_for_comm_stream((recv_x, recv_scales, recv_weights))
         return DispatchOutput(
             recv_x=recv_x if recv_x.dtype in checks.ROW_DTYPES else (recv_x, recv_scales),
             recv_topk_idx=handle.recv_topk_idx,
@@ -286,6 +290,8 @@ class Buffer:
             combined_x, combined_weights = ops.combine(
                 backend, handle, x, topk_weights, grad_wire, async_finish, num_sms
             )
+            if allocate_on_comm_stream:
+                backend.keep_for_comm_stream((combined_x, combined_weights))
         return CombineOutput(
             combined_x,
             None if topk_weights is None else combined_weights,
@@ -396,10 +402,11 @@ class Buffer:
 
 
 def _device_types(group: dist.ProcessGroup) -> tuple[str, ...]:
-    """Kinds of device that the group can move tensors on and this machine has."""
+    """Kinds of device that the group can send tensors between and this machine has. A gloo group
+    claims GPUs too, and has no point-to-point there."""
     has_cuda = torch.cuda.is_available()
     return tuple(
         kind
-        for kind in backend_by_device_type(group)
-        if kind == "cpu" or (kind == "cuda" and has_cuda)
+        for kind, backend in backend_by_device_type(group).items()
+        if kind == "cpu" or (kind == "cuda" and has_cuda and backend == "nccl")
     )

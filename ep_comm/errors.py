@@ -15,12 +15,19 @@ class EPError(Exception):
 
 
 class EPArgumentError(EPError, ValueError):
-    """An argument is wrong. Raised before anything is sent or launched; the buffer stays usable."""
+    """An argument is wrong. Raised before anything is sent or launched, and the buffer stays
+    usable; but see `EPRoutingError`."""
 
 
 class EPRoutingError(EPArgumentError):
     """What a new dispatch is to send where is wrong: no such expert, or one twice, in ``topk_idx``
-    or ``routing_map``; or more tokens, on any rank, than the buffer was made for."""
+    or ``routing_map``; or more tokens, on any rank, than the buffer was made for.
+
+    Over NVLink it is found when the routing was sent: the dispatch is complete on the other ranks,
+    what was wrong dropped; with too many tokens all ranks raise, and the buffer is no longer usable.
+    On the reference backend a rank raises for its own entries before it sends anything, and the
+    others wait for it; too many tokens are raised on all, and the buffer stays usable.
+    """
 
 
 class EPUnsupportedError(EPError, NotImplementedError):

@@ -17,8 +17,8 @@ def exit_together(error: Exception) -> NoReturn:
     """End this process with `USER_ERROR_EXIT_CODE`, after one line that begins with ``error:``.
 
     Every rank is to call it with the same error: rank 0 speaks for all. Where only one has it (its
-    GPU alone ran out of memory) the others wait for it elsewhere, so after ten seconds it speaks for
-    itself and ends, and its launcher ends the others.
+    GPU alone ran out of memory) the others wait for it elsewhere, so after ten seconds it speaks
+    for itself and ends, and its launcher ends the others.
     """
     is_in_group = dist.is_initialized()
     # Before the group exists, other machines may know nothing of this: the first rank of each.

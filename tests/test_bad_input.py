@@ -17,6 +17,7 @@ from ep_comm import (
     EventOverlap,
     fp8,
 )
+from ep_comm.buffer import _device_types
 
 SIZES = dict(num_experts=8, hidden=32, max_tokens_per_rank=6, num_topk=3, dtype=torch.float32)
 X = torch.ones(4, 32)
@@ -168,6 +169,20 @@ def test_config_that_does_not_fit_the_group_is_named():
 def test_buffer_needs_torch_distributed():
     with pytest.raises(EPStateError, match="init_process_group"):
         Buffer(None, EPConfig(**SIZES))
+
+
+@pytest.mark.parametrize(
+    ("config", "kinds"),
+    [
+        ("cpu:gloo,cuda:gloo", ("cpu",)),  # what torch says of a gloo group
+        ("cuda:nccl", ("cuda",)),
+        ("cpu:gloo,cuda:nccl", ("cpu", "cuda")),
+    ],
+)
+def test_tensors_of_a_device_that_the_group_cannot_send_from(config, kinds, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: config)
+    assert _device_types(None) == kinds
 
 
 def stream_arguments_on_cpu(rank: int) -> None:

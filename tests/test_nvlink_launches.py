@@ -338,3 +338,26 @@ def test_after_an_error_or_the_end_nothing_is_left_behind(backend):
     backend.destroy()
     assert backend.memory.free.called
     assert in_flight.start("another buffer's", SIDE, 100) == [COMM]
+
+
+def test_outputs_may_be_freed_where_the_communication_stream_keeps_them(backend):
+    tensor = mock.Mock()
+    backend.keep_for_comm_stream((tensor, None))
+    tensor.record_stream.assert_called_once_with(backend._streams.comm)
+
+
+def test_reading_waits_for_every_stream_with_an_operation(backend):
+    waited = []
+
+    def stream(handle=CURRENT):
+        return SimpleNamespace(synchronize=lambda: waited.append(handle))
+
+    handle = plan(backend)
+    dispatch(backend, handle)  # on CURRENT, before the caller goes on with another
+    backend.combine(handle, torch.zeros(9, 512, dtype=torch.bfloat16), None, True, None)
+    with (
+        mock.patch.object(nvlink_streams, "ExternalStream", stream),
+        mock.patch.object(torch.cuda, "current_stream", lambda: stream("another")),
+    ):
+        backend.synchronize()
+    assert waited[0] == "another" and sorted(waited[1:]) == sorted([CURRENT, COMM])

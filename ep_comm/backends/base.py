@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -162,6 +162,10 @@ class Backend(Protocol):
         num_sms: int | None,
     ) -> Pending[Combined]:
         """Sum rows back to their tokens' owners, and scatter probabilities."""
+
+    def keep_for_comm_stream(self, tensors: Iterable[Tensor | None]) -> None:
+        """Memory of these outputs of an asynchronous operation is not used again before that is
+        done, whenever they are freed."""
 
     def abandon(self) -> None:
         """After an error: work of the current stream from now on waits for what was started, whose

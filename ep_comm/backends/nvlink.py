@@ -13,6 +13,8 @@ while the other one pushes. Two operations run at once where both find room (nvl
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -428,6 +430,11 @@ class NVLinkBackend:
         return self._pending(Combined(combined, weights), asynchronous, keep)
 
     # --- order ------------------------------------------------------------------------------------
+
+    def keep_for_comm_stream(self, tensors: Iterable[Tensor | None]) -> None:
+        for tensor in tensors:
+            if tensor is not None:
+                tensor.record_stream(self._streams.comm)
 
     def abandon(self) -> None:
         self._streams.abandon()

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch.cuda import ExternalStream
 
 from ep_comm._native import NativeLibrary, structs
 from ep_comm.events import EventOverlap
@@ -36,6 +37,7 @@ class Streams:
 
     Attributes:
         side: The side stream.
+        comm: The communication stream, as torch knows it.
         event: A ``cudaEvent_t`` to order streams with.
     """
 
@@ -49,13 +51,13 @@ class Streams:
         self._device_index = device_index
         # The side stream's expand waits for other ranks' pushes: it must never run before one.
         self._side = new_stream(0)
-        self._comm = new_stream(-1)
+        self.comm = new_stream(-1)
         self._event = torch.cuda.Event()
         self._event.record()  # torch makes the CUDA event at the first use
         # Looked up once: each costs a good part of a microsecond, and an operation needs several.
         self.side: int = self._side.cuda_stream
         self.event: int = self._event.cuda_event
-        self._comm_handle: int = self._comm.cuda_stream
+        self._comm_handle: int = self.comm.cuda_stream
         self._in_flight = in_flight(device_index)
         for key in self._keys():
             weakref.finalize(self, self._in_flight.forget, key)
@@ -91,7 +93,7 @@ class Streams:
             return True
         if other == 0:  # the default stream is never captured, and may not be asked meanwhile
             return False
-        with torch.cuda.stream(torch.cuda.ExternalStream(other)):
+        with torch.cuda.stream(ExternalStream(other)):
             return torch.cuda.is_current_stream_capturing()
 
     def abandon(self) -> None:
@@ -103,14 +105,18 @@ class Streams:
             self.wait(self.current, stream)
 
     def synchronize(self) -> None:
-        """Wait on the host for the operations that were started."""
+        """Wait on the host for the operations that were started, and for graphs of them that were
+        replayed on the current stream."""
         torch.cuda.current_stream().synchronize()
-        self._comm.synchronize()
+        for stream in self._in_flight.streams(self._keys()):
+            is_default = stream == 0  # no external one
+            of_torch = torch.cuda.default_stream() if is_default else ExternalStream(stream)
+            of_torch.synchronize()
 
     def comm_event(self, keep: tuple) -> EventOverlap:
         """The end of the communication stream. `keep` is what its kernels read: held until the
         caller's stream has waited."""
-        return EventOverlap(self._comm.record_event(), keep)
+        return EventOverlap(self.comm.record_event(), keep)
 
     def forget(self) -> None:
         """None of this backend's operations runs any more."""
@@ -155,6 +161,10 @@ class InFlight:
                 behind.append(other_stream)
         self._operations[key] = (stream, num_sms)
         return sorted(behind)
+
+    def streams(self, keys: Iterable[object]) -> set[int]:
+        """Where the last operations of these keys run; earlier ones are done before them."""
+        return {self._operations[key][0] for key in keys if key in self._operations}
 
     def forget(self, key: object) -> None:
         """There is no operation of `key` any more."""

@@ -120,6 +120,9 @@ class ReferenceBackend:
     def has_failed(self) -> bool:
         return False  # the error itself says so
 
+    def keep_for_comm_stream(self, tensors: Iterable[Tensor | None]) -> None:
+        pass
+
     def abandon(self) -> None:
         pass
 
