@@ -24,9 +24,9 @@ class EPRoutingError(EPArgumentError):
     or ``routing_map``; or more tokens, on any rank, than the buffer was made for.
 
     Over NVLink it is found when the routing was sent: the dispatch is complete on the other ranks,
-    what was wrong dropped; with too many tokens all ranks raise, and the buffer is no longer usable.
-    On the reference backend a rank raises for its own entries before it sends anything, and the
-    others wait for it; too many tokens are raised on all, and the buffer stays usable.
+    what was wrong dropped; with too many tokens all ranks raise, and the buffer is no longer
+    usable. On the reference backend a rank raises for its own entries before it sends anything, and
+    the others wait for it; too many tokens are raised on all, and the buffer stays usable.
     """
 
 
