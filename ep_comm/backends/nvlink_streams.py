@@ -164,7 +164,7 @@ class InFlight:
 
     def streams(self, keys: Iterable[object]) -> set[int]:
         """Where the last operations of these keys run; earlier ones are done before them."""
-        return {self._operations[key][0] for key in keys if key in self._operations}
+        return {operation[0] for operation in map(self._operations.get, keys) if operation}
 
     def forget(self, key: object) -> None:
         """There is no operation of `key` any more."""
