@@ -23,6 +23,7 @@ from ep_comm import _native, fp8
 from ep_comm._native import structs
 from ep_comm.backends import nvlink_support
 from ep_comm.backends.base import Combined, Pending, Received
+from ep_comm.backends.nvlink_args import kernel_args
 from ep_comm.backends.nvlink_memory import NodeMemory, Offsets
 from ep_comm.backends.nvlink_records import DeviceRecorder
 from ep_comm.backends.nvlink_routing import (
@@ -40,7 +41,6 @@ from ep_comm.backends.nvlink_rows import (
 from ep_comm.backends.nvlink_streams import Streams
 from ep_comm.backends.nvlink_tuning import (
     COMBINE_CHUNK_BYTES,
-    COMBINE_PUSH_PERCENT,
     chunk_tokens,
     combine_chunks_per_unit,
     default_sms,
@@ -97,56 +97,17 @@ class NVLinkBackend:
         self._available_sms: int = properties.multi_processor_count
         self._num_sms: int | None = None
         self._num_plans = 0
-        self._make_args()
+        self._args = kernel_args(
+            config,
+            memory,
+            self.offsets,
+            self._scratch.data_ptr(),
+            self.recorder.wire_bytes_address,
+        )
 
     @staticmethod
     def _new_stream(priority: int) -> torch.cuda.Stream:
         return torch.cuda.Stream(priority=priority)
-
-    def _make_args(self) -> None:
-        """The arguments that stay the same from call to call."""
-        config, memory, offsets = self.config, self.memory, self.offsets
-        wire_bytes = self.recorder.wire_bytes_address
-        dispatch_node = memory.node(structs.EP_OP_DISPATCH, wire_bytes)
-        sizes = dict(
-            max_tokens=config.max_tokens_per_rank,
-            max_chunks=offsets.max_chunks,
-            num_local_experts=self.num_local_experts,
-        )
-        self._dispatch_args = structs.DispatchArgs(
-            node=dispatch_node,
-            counter=memory.counters[0].data_ptr(),
-            flag_offset=offsets.dispatch_flags,
-            credit_offset=offsets.dispatch_credits,
-            slot_offset=offsets.dispatch_slots,
-            **sizes,
-        )
-        self._combine_args = structs.CombineArgs(
-            node=memory.node(structs.EP_OP_COMBINE, wire_bytes),
-            counters=memory.counters[1].data_ptr(),
-            flag_offset=offsets.combine_flags,
-            credit_offset=offsets.combine_credits,
-            row_offset=offsets.combine_rows,
-            weight_offset=offsets.combine_weights,
-            zero_offset=offsets.zeros,
-            ranks_per_node=config.ranks_per_node or self.num_ranks,
-            push_percent=COMBINE_PUSH_PERCENT,
-            **sizes,
-        )
-        self._plan_args = structs.PlanArgs(
-            node=dispatch_node,
-            scratch=self._scratch.data_ptr(),
-            mailbox=memory.mailbox_address,
-            notice=memory.notice_address,
-            counters=memory.counters[2].data_ptr(),
-            flag_offset=offsets.plan_flags,
-            credit_offset=offsets.dispatch_credits,
-            header_offset=offsets.plan_headers,
-            idx_offset=offsets.plan_idx,
-            num_experts=config.num_experts,
-            max_tokens=config.max_tokens_per_rank,
-            hidden=config.hidden,
-        )
 
     @property
     def buffer_bytes(self) -> int:
@@ -188,7 +149,7 @@ class NVLinkBackend:
 
     def inject_delays(self, up_to_ns: int) -> None:
         """For tests: every wait and every signal of later operations is late, at random."""
-        for args in (self._plan_args, self._dispatch_args, self._combine_args):
+        for args in self._args:
             args.node.delay_ns = up_to_ns
 
     def synchronize(self) -> None:
@@ -249,7 +210,7 @@ class NVLinkBackend:
             places=places,
             first=FirstDispatch(stream, sms, record, selects_weights, in_one),
         )
-        args = self._plan_args
+        args = self._args.plan
         args.node.record = record
         args.routing = native
         args.input = source.data_ptr()
@@ -309,7 +270,7 @@ class NVLinkBackend:
         if quantises:
             x, scales = fp8.quantize(x)
         weights = whole_weight_rows(topk_weights)
-        args = self._dispatch_args
+        args = self._args.dispatch
         describe_rows(args, routing, x, scales, weights, recv_dtype)
         args.tag = _tag(
             routing.number, first is not None, args.row_bytes, args.scale_bytes, args.weight_bytes
@@ -410,7 +371,7 @@ class NVLinkBackend:
         weights = None
         if topk_weights is not None:
             weights = topk_weights.new_empty(num_tokens, routing.num_topk)
-        args = self._combine_args
+        args = self._args.combine
         args.x = x.data_ptr()
         args.weights = None if topk_weights is None else topk_weights.data_ptr()
         args.routing = routing.native

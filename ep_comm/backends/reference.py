@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_comm import checks, fp8
+from ep_comm import fp8
 from ep_comm.backends.base import Combined, Pending, Received
+from ep_comm.backends.headers import exchange_headers
 from ep_comm.backends.rows import (
     collapse_weights,
     expand,
@@ -31,15 +33,10 @@ from ep_comm.backends.rows import (
 )
 from ep_comm.backends.transport import Exchange, Operation, Transport
 from ep_comm.config import EPConfig
-from ep_comm.errors import EPMismatchError, EPOverflowError
+from ep_comm.errors import EPOverflowError
 from ep_comm.handle import DispatchHandle, RoutingSizes, RowLayout
 from ep_comm.layout import index_dtype, layout_of
 from ep_comm.records import OpRecord, Recorder
-
-_DTYPES = (torch.bfloat16, torch.float32, fp8.FP8_DTYPE)
-_OPS = ("create", "plan", "dispatch", "combine")
-_LAYOUTS = ("rank", "expert")
-_HEADER_INTS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +158,7 @@ class ReferenceBackend:
             num_tokens=len(routing.topk_idx),
             num_topk=routing.topk_idx.shape[1],
             has_weights=has_weights,
-            layout=_LAYOUTS.index(layout),
+            layout=layout,
             expert_alignment=expert_alignment,
         )
 
@@ -211,7 +208,7 @@ class ReferenceBackend:
             record,
             tuple(len(tokens) for tokens in routing.sent_tokens),
             routing_epoch=routing.epoch,
-            dtype=_DTYPES.index(wire_dtype),
+            dtype=wire_dtype,
             has_weights=topk_weights is not None,
         )
         if wire_dtype == fp8.FP8_DTYPE and scales is None:
@@ -270,7 +267,7 @@ class ReferenceBackend:
             record,
             handle.num_recv_tokens_per_rank,
             routing_epoch=routing.epoch,
-            dtype=_DTYPES.index(x.dtype),
+            dtype=x.dtype,
             has_weights=topk_weights is not None,
         )
         if handle.layout == "expert":
@@ -376,49 +373,11 @@ class ReferenceBackend:
         )
 
     def _exchange_headers(
-        self, record: OpRecord, rows_to_rank: Iterable[int], num_tokens: int = 0, **fields: int
+        self, record: OpRecord, rows_to_rank: Iterable[int], num_tokens: int = 0, **fields: Any
     ) -> tuple[int, ...]:
-        """Tell every rank what this one is about to do, and check that all do the same.
-
-        Args:
-            num_tokens: Of a plan, those of this rank; may differ between ranks, as rows may.
-            fields: What must be equal on all ranks.
-
-        Returns:
-            Rows that each rank announced for this one.
-
-        Raises:
-            EPMismatchError: A rank does something else; names both sides.
-            EPRoutingError: A rank has more tokens than there is room for; raised on all ranks.
-            EPTimeoutError: A rank does nothing.
-        """
-        operation = Operation(record.op, record.epoch)
-        mine = {"op": _OPS.index(record.op), "epoch": record.epoch, **fields}
-        device = self.transport.host_device
-        send = [
-            torch.tensor([len(mine), *mine.values(), rows, num_tokens], dtype=torch.int64).to(
-                device
-            )
-            for rows in rows_to_rank
-        ]
-        # Other operations have other fields: room for the longest, sent at full length.
-        send = [
-            torch.nn.functional.pad(header, (0, _HEADER_INTS - header.numel())) for header in send
-        ]
-        recv = torch.empty(len(send), _HEADER_INTS, dtype=torch.int64, device=device)
-        waited = self.transport.exchange(send, recv.unbind(), operation, "header").wait()
-        record.wait_s_by_rank = waited
-        record.metadata_bytes += remote_bytes(send, self.transport.rank)
-        headers = self.transport.to_host(recv, operation, "header").tolist()
-        for r, (length, *values) in enumerate(headers):
-            theirs = dict(zip(mine, values[:length], strict=False))
-            if theirs != mine:
-                raise _mismatch(self.transport.rank, mine, r, theirs)
-        rows, tokens = zip(
-            *(header[len(mine) + 1 : len(mine) + 3] for header in headers), strict=True
+        return exchange_headers(
+            self.transport, self.config, record, rows_to_rank, num_tokens, **fields
         )
-        checks.check_num_tokens(enumerate(tokens), self.config)
-        return rows
 
     def _check_config_is_equal_everywhere(self) -> None:
         config = self.config
@@ -430,27 +389,8 @@ class ReferenceBackend:
             hidden=config.hidden,
             max_tokens_per_rank=config.max_tokens_per_rank,
             num_topk=config.num_topk,
-            dtype=_DTYPES.index(config.dtype),
+            dtype=config.dtype,
             ranks_per_node=config.ranks_per_node or self.transport.num_ranks,
             timeout_ms=int(1e3 * config.timeout_s),
         )
         self.recorder.num_operations = 0
-
-
-def _mismatch(
-    rank: int, mine: dict[str, int], peer: int, theirs: dict[str, int]
-) -> EPMismatchError:
-    def show(header: dict[str, int], keys: Iterable[str]) -> str:
-        names = {"op": _OPS, "layout": _LAYOUTS, "dtype": _DTYPES}
-        return ", ".join(
-            f"{key}={names[key][header[key]] if key in names else header[key]}" for key in keys
-        )
-
-    different = [key for key in mine if mine[key] != theirs.get(key)]
-    if mine["op"] != theirs["op"]:  # the other fields mean something else there
-        different = ["op", "epoch"]
-    return EPMismatchError(
-        f"ranks disagree: rank {rank} has {show(mine, different)}; "
-        f"rank {peer} has {show(theirs, different)}. Every rank of the group must make the same "
-        "calls, in the same order, with the same settings."
-    )
