@@ -144,9 +144,9 @@ class Buffer:
             previous_event: The operation starts after this event.
             async_finish: Run on the communication stream; wait for the returned event before
                 touching the outputs, or freeing them. No effect with the reference backend.
-            allocate_on_comm_stream: The outputs may be freed at any time, as if they belonged to
-                the communication stream; needs `previous_event` and `async_finish`. No effect with
-                the reference backend.
+            allocate_on_comm_stream: The output tensors may be freed at any time, as if they
+                belonged to the communication stream (not handle and event); needs `previous_event`
+                and `async_finish`. No effect with the reference backend.
             during_backward: Called in this dispatch's backward while its combine is in flight:
                 the place for work that does not need the combined gradient, such as weight
                 gradients. Not called where neither `x` nor `topk_weights` requires grad.
@@ -221,7 +221,8 @@ class Buffer:
                 backend, handle, rows, scales, topk_weights, wire, recv, async_finish, num_sms
             )
             if allocate_on_comm_stream:
-                backend.keep_for_comm_stream((recv_x, recv_scales, recv_weights))
+                outputs = (recv_x, recv_scales, recv_weights, handle.recv_topk_idx)
+                backend.keep_for_comm_stream(outputs)
         return DispatchOutput(
             recv_x=recv_x if recv_x.dtype in checks.ROW_DTYPES else (recv_x, recv_scales),
             recv_topk_idx=handle.recv_topk_idx,

@@ -126,8 +126,9 @@ def _checked_corpus(config: PretrainConfig) -> Corpus:
         cache.mkdir(parents=True, exist_ok=True)
         corpus = _corpus(config, cache)
     except OSError as error:
-        text = f"{error.filename}: {error.strerror}"
-        if error.filename is not None and Path(error.filename).is_relative_to(cache):
+        path = Path(error.filename or cache)  # a full disk has no name
+        text = f"{path}: {error.strerror}"
+        if path.is_relative_to(cache) or cache.is_relative_to(path):
             text += f"; the data cache is {cache}, --data-cache-path chooses another"
         raise UserError(text) from None
     _check(corpus, config)

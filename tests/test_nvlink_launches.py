@@ -8,8 +8,9 @@ from unittest import mock
 
 import pytest
 import torch
+from virtual_ranks import VirtualBuffer
 
-from ep_comm import EPConfig
+from ep_comm import EPConfig, EventOverlap
 from ep_comm._native import structs
 from ep_comm.backends import nvlink, nvlink_streams
 from ep_comm.backends.nvlink import NVLinkBackend
@@ -340,24 +341,40 @@ def test_after_an_error_or_the_end_nothing_is_left_behind(backend):
     assert in_flight.start("another buffer's", SIDE, 100) == [COMM]
 
 
-def test_outputs_may_be_freed_where_the_communication_stream_keeps_them(backend):
+def test_outputs_may_be_freed_where_the_communication_stream_keeps_them(backend, monkeypatch):
+    kept = []
+    monkeypatch.setattr(backend, "keep_for_comm_stream", kept.append)
+    buffer = VirtualBuffer(backend, CONFIG)
+    buffer._device_types = ("cpu",)
+    how = dict(async_finish=True, previous_event=EventOverlap(), allocate_on_comm_stream=True)
+    out = buffer.dispatch(X, torch.zeros(10, 1, dtype=torch.int32), layout="rank", **how)
+    assert kept.pop() == (out.recv_x, None, None, out.recv_topk_idx)
+    combined = buffer.combine(out.recv_x, out.handle, **how).combined_x
+    assert kept.pop() == (combined, None)
+    buffer.combine(out.recv_x, out.handle, async_finish=True)
+    assert not kept
+
+
+def test_outputs_are_kept_for_the_communication_stream(backend):
     tensor = mock.Mock()
     backend.keep_for_comm_stream((tensor, None))
     tensor.record_stream.assert_called_once_with(backend._streams.comm)
 
 
-def test_reading_waits_for_every_stream_with_an_operation(backend):
+@pytest.mark.parametrize("current", [CURRENT, 0], ids=["stream", "default"])
+def test_reading_waits_for_every_stream_with_an_operation(backend, current, monkeypatch):
     waited = []
 
-    def stream(handle=CURRENT):
+    def stream(handle, *_):
         return SimpleNamespace(synchronize=lambda: waited.append(handle))
 
+    monkeypatch.setattr(nvlink_streams, "raw_stream", lambda _: current)
+    monkeypatch.setattr(nvlink_streams, "ExternalStream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream("another"))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: stream("default"))
     handle = plan(backend)
-    dispatch(backend, handle)  # on CURRENT, before the caller goes on with another
+    dispatch(backend, handle)  # before the caller goes on with another stream
     backend.combine(handle, torch.zeros(9, 512, dtype=torch.bfloat16), None, True, None)
-    with (
-        mock.patch.object(nvlink_streams, "ExternalStream", stream),
-        mock.patch.object(torch.cuda, "current_stream", lambda: stream("another")),
-    ):
-        backend.synchronize()
-    assert waited[0] == "another" and sorted(waited[1:]) == sorted([CURRENT, COMM])
+    backend.synchronize()
+    assert waited[0] == "another"
+    assert set(waited[1:]) == {current or "default", COMM} and len(waited) == 3

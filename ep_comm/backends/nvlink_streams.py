@@ -107,11 +107,13 @@ class Streams:
     def synchronize(self) -> None:
         """Wait on the host for the operations that were started, and for graphs of them that were
         replayed on the current stream."""
-        torch.cuda.current_stream().synchronize()
-        for stream in self._in_flight.streams(self._keys()):
-            is_default = stream == 0  # no external one
-            of_torch = torch.cuda.default_stream() if is_default else ExternalStream(stream)
-            of_torch.synchronize()
+        device = self._device_index
+        torch.cuda.current_stream(device).synchronize()
+        for stream in {self._comm_handle, *self._in_flight.streams(self._keys())}:
+            if stream == 0:  # no external one
+                torch.cuda.default_stream(device).synchronize()
+            else:
+                ExternalStream(stream, device).synchronize()
 
     def comm_event(self, keep: tuple) -> EventOverlap:
         """The end of the communication stream. `keep` is what its kernels read: held until the
