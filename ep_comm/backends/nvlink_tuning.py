@@ -12,7 +12,7 @@ COMBINE_PUSH_PERCENT = 50
 MIN_CHUNK_TOKENS = 4
 MAX_CHUNK_TOKENS = 32
 _MAX_UNIT_ROWS = 32
-_SMS_OF_SINGLE_CHUNKS = 132
+_CHUNKS_TIMES_SMS = 96
 _MAX_PLAN_BLOCKS = 64
 # Of an asynchronous operation, which is there to run beside computation.
 _OVERLAPPED_SMS = 24
@@ -48,4 +48,5 @@ def combine_chunks_per_unit(num_sms: int, chunk_rows: int) -> int:
 
     A chunk itself is the same on all ranks, whatever their SMs.
     """
-    return max(1, min(_MAX_UNIT_ROWS // chunk_rows, _SMS_OF_SINGLE_CHUNKS // num_sms))
+    rounded = (_CHUNKS_TIMES_SMS + num_sms // 2) // num_sms
+    return max(1, min(_MAX_UNIT_ROWS // chunk_rows, rounded))
