@@ -12,11 +12,14 @@ from ep_comm import (
     Buffer,
     EPArgumentError,
     EPConfig,
+    EPMismatchError,
     EPRoutingError,
     EPStateError,
     EventOverlap,
+    _native,
     fp8,
 )
+from ep_comm.backends import make_backend
 from ep_comm.buffer import _device_types
 
 SIZES = dict(num_experts=8, hidden=32, max_tokens_per_rank=6, num_topk=3, dtype=torch.float32)
@@ -183,6 +186,25 @@ def test_tensors_of_a_device_that_the_group_cannot_send_from(config, kinds, monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: config)
     assert _device_types(None) == kinds
+
+
+def test_ranks_that_want_different_backends(monkeypatch):
+    """On a group of GPUs; here torch.distributed says that this is one."""
+    mine, theirs = (EPConfig(**SIZES, backend=name) for name in ("reference", "auto"))
+    answers = {
+        "get_backend_config": lambda group: "cuda:nccl",
+        "get_world_size": lambda group: 2,
+        "get_rank": lambda group: 0,
+        "all_gather_object": lambda all, own, group: all.__setitem__(
+            slice(2), [own, (*own[:2], theirs)]
+        ),
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.distributed, name, answer)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(_native, "unusable_reason", lambda gpu: None)
+    with pytest.raises(EPMismatchError, match="backend='reference'.*rank 1 .*backend='auto'"):
+        make_backend(None, mine)
 
 
 def stream_arguments_on_cpu(rank: int) -> None:

@@ -22,12 +22,14 @@ def make_backend(group: dist.ProcessGroup, config: EPConfig) -> tuple[Backend, d
 
     Raises:
         EPArgumentError: The backend asked for is not available; says why.
+        EPMismatchError: Ranks passed different configs.
     """
     passed_over: dict[str, str] = {}
     for backend in BACKENDS:
+        # Asked of those that this rank does not want, too: ranks compare what they want there.
+        reason = backend.unavailable_reason(group, config)
         if config.backend not in ("auto", backend.name):
             continue
-        reason = backend.unavailable_reason(group, config)
         if reason is None:
             return backend.create(group, config), passed_over
         passed_over[backend.name] = reason
