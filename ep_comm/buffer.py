@@ -56,8 +56,8 @@ class Buffer:
         EPStateError: torch.distributed is not initialised.
         EPArgumentError: `config` does not fit the group.
         EPMismatchError: Ranks passed different configs.
-        EPTimeoutError: A rank did not arrive. (Over NVLink ranks meet by torch's collectives, which
-            the group's own timeout bounds.)
+        EPTimeoutError: A rank did not arrive. (On a group with NCCL ranks meet by torch's
+            collectives, which the group's own timeout bounds.)
     """
 
     def __init__(self, group: dist.ProcessGroup | None, config: EPConfig) -> None:

@@ -121,6 +121,11 @@ class NativeLibrary:
                 "ep_comm."
             )
 
+    @property
+    def arch_names(self) -> str:
+        """`cuda_archs` for a message, such as "sm_90a, sm_100a"."""
+        return ", ".join(f"sm_{arch}" for arch in self.cuda_archs)
+
     def check(self, status: int) -> None:
         """Raise if a function of the library returned anything but ``EP_OK``.
 
@@ -208,8 +213,7 @@ def _load() -> tuple[NativeLibrary | None, str]:
             # Built, yet unusable: not what the user expects, so do not fall back in silence.
             warnings.warn(f"ep_comm runs without its CUDA library: {error}", stacklevel=3)
         return None, str(error)
-    archs = ", ".join(f"sm_{arch}" for arch in library.cuda_archs)
-    return library, f"{library.path} (ABI version {library.abi_version}, {archs})"
+    return library, f"{library.path} (ABI version {library.abi_version}, {library.arch_names})"
 
 
 def load() -> NativeLibrary | None:
@@ -231,8 +235,7 @@ def unusable_reason(gpu: int) -> str | None:
     if _has_code(library.cuda_archs, gpu):
         return None
     name, (major, minor) = torch.cuda.get_device_name(gpu), torch.cuda.get_device_capability(gpu)
-    archs = ", ".join(f"sm_{arch}" for arch in library.cuda_archs)
-    return f"GPU {gpu}, {name}, is sm_{major}{minor}; the CUDA library has code for {archs}"
+    return f"GPU {gpu}, {name}, is sm_{major}{minor}; the CUDA library has code for {library.arch_names}"
 
 
 @functools.cache

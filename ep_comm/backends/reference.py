@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -98,6 +98,7 @@ class ReferenceBackend:
         self.config = config
         self.recorder = Recorder()
         self.transport = Transport(group, config.timeout_s)
+        self._exchange_headers = partial(exchange_headers, self.transport, config)
         self.num_local_experts = config.num_experts // self.transport.num_ranks
         self._overflow: EPOverflowError | None = None
         self._check_config_is_equal_everywhere()
@@ -370,13 +371,6 @@ class ReferenceBackend:
         record.rows_to_rank = tuple(len(rows) for rows in send)
         record.wire_bytes_to_rank = tuple(
             0 if r == rank else rows.numel() for r, rows in enumerate(send)
-        )
-
-    def _exchange_headers(
-        self, record: OpRecord, rows_to_rank: Iterable[int], num_tokens: int = 0, **fields: Any
-    ) -> tuple[int, ...]:
-        return exchange_headers(
-            self.transport, self.config, record, rows_to_rank, num_tokens, **fields
         )
 
     def _check_config_is_equal_everywhere(self) -> None:
