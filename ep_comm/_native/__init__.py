@@ -235,7 +235,8 @@ def unusable_reason(gpu: int) -> str | None:
     if _has_code(library.cuda_archs, gpu):
         return None
     name, (major, minor) = torch.cuda.get_device_name(gpu), torch.cuda.get_device_capability(gpu)
-    return f"GPU {gpu}, {name}, is sm_{major}{minor}; the CUDA library has code for {library.arch_names}"
+    text = f"GPU {gpu}, {name}, is sm_{major}{minor}; the CUDA library has code for "
+    return text + library.arch_names
 
 
 @functools.cache
