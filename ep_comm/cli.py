@@ -42,8 +42,8 @@ def compare(
     variants: Annotated[
         str,
         typer.Option(
-            help="What to train; alltoall is what the others are compared with, alltoall-seedN "
-            "(N = 2, 3, ...) the noise."
+            help="What to train; alltoall is what the others are compared with. -seedN behind any "
+            "(N = 2, 3, ...) changes the seed of the weights: of alltoall that is the noise."
         ),
     ] = "alltoall,alltoall-seed2,deepep,deepep-fp8",
     tolerance_noise: Annotated[

@@ -25,8 +25,10 @@ from ep_comm.compare.statistics import (
     judge,
     noise_of,
     offsets,
+    pairs_of,
     read_run,
     smooth,
+    standard_error,
     steps_skipped,
     window_of,
 )
@@ -259,6 +261,28 @@ def test_fp8_wire_of_fp8_experts_is_judged_by_their_bf16_wire():
     assert not any(check.passed for check in judge(runs, Tolerances())["deepep-fp8-all"])
 
 
+def test_pairs_of_the_same_seed_are_judged_by_their_mean():
+    runs = {"alltoall": run_of(losses(), 4.0)}
+    for seed, level, more in (("", 0.0, 0.04), ("-seed2", 1.0, -0.02), ("-seed3", 2.0, 0.0)):
+        runs[f"deepep-fp8-experts{seed}"] = run_of(np.full(STEPS, 1 + level), 2 + level)
+        if not seed.endswith("3"):  # a seed of one of them alone is no pair
+            runs[f"deepep-fp8-all{seed}"] = run_of(np.full(STEPS, 1 + level + more), 2 + level)
+    (pairs,) = pairs_of(runs).values()
+    assert pairs.counterpart == "deepep-fp8-experts" and pairs.seeds == (1, 2)
+    assert pairs.final_train == pytest.approx((0.04, -0.01)) and pairs.final_valid == (0, 0)
+    assert standard_error(pairs.final_train) == pytest.approx(0.025)
+    assert standard_error(pairs.final_train[:1]) is None
+    for tolerance, passed in ((0.0149, False), (0.0151, True)):
+        (checks,) = judge(runs, Tolerances(fp8=tolerance)).values()
+        assert [check.passed for check in checks] == [passed, True]
+    assert checks[0].what == "final train loss, relative |Δ|, mean of 2 seeds"
+    assert list(judge(runs, Tolerances())) == ["deepep-fp8-all"]
+    del runs["deepep-fp8-all"]
+    assert list(judge(runs, Tolerances())) == ["deepep-fp8-all-seed2"]
+    del runs["deepep-fp8-experts-seed2"]
+    assert judge(runs, Tolerances()) == {} and pairs_of(runs) == {}
+
+
 # ------------------------------------------------------------------------------ command and report
 
 
@@ -319,6 +343,30 @@ def test_seeds_may_be_added(config):
     names = [each.split()[0] for each in line.split("first: ")[1].split(", ")]
     expected = ["alltoall-seed10", "deepep", "deepep-fp8", "alltoall-seed3"]
     assert names == [*expected, "alltoall", "alltoall-seed2"]
+
+
+def test_any_variant_may_have_seeds(config):
+    begun(config, CURVES)
+    out = config.parent / "out"
+    write_log(out / "deepep-seed2", losses(0.05))
+    write_log(out / "deepep-fp8-seed2", losses(0.03))
+    write_log(out / "deepep-fp8-seed3", losses(0.01))
+    more = ("deepep-fp8-seed3", "deepep-fp8-seed2", "deepep-seed2")
+    result = compare(config, "--variants", ",".join([*more, VARIANTS]))
+    assert result.exit_code == 0, result.output
+    document = json.loads((out / "report.json").read_text())
+    seeds = {name: variant["seed"] for name, variant in document["variants"].items()}
+    first, second = {"alltoall": 7, "alltoall-seed2": 8}, {"deepep": 7, "deepep-seed2": 8}
+    fp8 = {"deepep-fp8": 7, "deepep-fp8-seed2": 8, "deepep-fp8-seed3": 9}
+    assert list(seeds.items()) == list((first | second | fp8).items())
+    verdicts = [document["variants"][name]["verdict"] for name in seeds]
+    assert verdicts[2:] == ["passed", "pair", "passed", "pair", "not judged: needs deepep-seed3"]
+    assert document["pairs"]["deepep-fp8"]["seeds"] == [1, 2]
+    page = (out / "report.md").read_text()
+    assert "deepep-fp8: final losses, the mean of all seeds, within 0.50% of those of" in page
+    (line,) = (line for line in page.splitlines() if line.startswith("| deepep-fp8 | deepep |"))
+    train = document["pairs"]["deepep-fp8"]["final_train"]
+    assert f"| {train[0]:+.2%}, {train[1]:+.2%} | {sum(train) / 2:+.2%} ± " in line
 
 
 @pytest.mark.parametrize("wrong", ["deepep", "deepep-fp8"])
@@ -405,8 +453,8 @@ def test_a_failing_run_ends_with_code_1_and_its_own_words(config):
     [
         (["--variants", "alltoall,depep"], ["'depep'", "deepep-fp8"]),
         (["--variants", "alltoall,alltoall-seed1"], ["'alltoall-seed1'", "-seed2 (-seed3, ...)"]),
+        (["--variants", "alltoall,deepep-seed1"], ["'deepep-seed1'"]),
         (["--variants", "alltoall,alltoall-seed03"], ["'alltoall-seed03'"]),
-        (["--variants", "alltoall,deepep-seed2"], ["'deepep-seed2'"]),
         (["--variants", "deepep,deepep-fp8"], ["give alltoall"]),
         (["--variants", "alltoall-seed2,alltoall-seed3"], ["give alltoall"]),
         (["--variants", "alltoall"], ["at least one other"]),

@@ -23,15 +23,15 @@ FP8 = "deepep-fp8"
 FP8_EXPERTS = "deepep-fp8-experts"
 FP8_ALL = "deepep-fp8-all"
 
-# Flags of each variant. Besides these there is the reference with other seeds: `seed_number`.
+# Flags of each variant; each may be trained with other seeds too: `seed_number`.
 VARIANTS: dict[str, tuple[str, ...]] = {
     name: variants.VARIANTS[name] for name in (REFERENCE, DEEPEP, FP8, FP8_EXPERTS, FP8_ALL)
 }
 # The same with a BF16 wire, which a variant with an FP8 wire is judged by.
 WIDE = {FP8: DEEPEP, FP8_ALL: FP8_EXPERTS}
 
-_ALLTOALL = re.compile(rf"{REFERENCE}(?:-seed([2-9]|[1-9][0-9]+))?")
-_OTHERS = ", ".join([f"{REFERENCE}-seed2 (-seed3, ...)", *list(VARIANTS)[1:]])
+_WITH_SEED = re.compile(rf"({'|'.join(VARIANTS)})(?:-seed([2-9]|[1-9][0-9]+))?")
+_OTHERS = f"{', '.join(list(VARIANTS)[1:])}, or any with -seed2 (-seed3, ...)"
 _VARIANT_FLAGS = {flag for flags in VARIANTS.values() for flag in flags if flag.startswith("--")}
 # What a comparison decides itself, by flag, with what to use instead.
 _OWN_FLAGS = {
@@ -54,15 +54,24 @@ class CompareError(Exception):
     """What was asked for cannot be done; nothing was trained and nothing overwritten."""
 
 
-def seed_number(variant: str) -> int | None:
-    """1 of the reference, n of ``alltoall-seedn``, the same with another seed; None of others."""
-    match = _ALLTOALL.fullmatch(variant)
-    return int(match[1] or 1) if match else None
+def seed_number(variant: str) -> int:
+    """n of ``deepep-seedn``, 1 of ``deepep``."""
+    return int(_WITH_SEED.fullmatch(variant)[2] or 1)
+
+
+def without_seed(variant: str) -> str:
+    """``deepep`` of ``deepep-seedn``, which differs from it in nothing but the weights' seed."""
+    return _WITH_SEED.fullmatch(variant)[1]
+
+
+def with_seed(name: str, number: int) -> str:
+    """The variant whose `without_seed` and `seed_number` these are."""
+    return name if number == 1 else f"{name}-seed{number}"
 
 
 def flags_of(variant: str) -> tuple[str, ...]:
     """What `variant` is trained with, but for its seed."""
-    return VARIANTS[REFERENCE if seed_number(variant) else variant]
+    return VARIANTS[without_seed(variant)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +103,7 @@ class Plan:
 
     def seed(self, variant: str) -> int:
         """Seed of the weights of a variant."""
-        return self.settings["seed"] + (seed_number(variant) or 1) - 1
+        return self.settings["seed"] + seed_number(variant) - 1
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -148,7 +157,7 @@ def make_plan(
         config: YAML file of the training script.
         steps: Steps of each run; None: as the file says.
         processes: Processes of each run; None: as many as share the experts of a layer.
-        variants: Comma-separated names: of `VARIANTS`, and ``alltoall-seedn``.
+        variants: Comma-separated names: of `VARIANTS`, and of these with ``-seedn``.
         script: The training script; None: the one in the checkout that holds `config`, or here.
         wandb_project: W&B project; None: no W&B.
         extra: Further flags of the training script.
@@ -192,15 +201,15 @@ def make_plan(
 def _parse_variants(text: str) -> list[str]:
     asked = [name.strip() for name in text.split(",")]
     for name in asked:
-        if name not in VARIANTS and not seed_number(name):
+        if not _WITH_SEED.fullmatch(name):
             raise CompareError(f"--variants {name!r} is none of {REFERENCE}, {_OTHERS}")
     if REFERENCE not in asked or len(set(asked)) < 2:
         raise CompareError(
             f"--variants {text}: give {REFERENCE}, which the others are compared with, and at "
             f"least one other of {_OTHERS}"
         )
-    alltoall = sorted(filter(seed_number, set(asked)), key=seed_number)
-    return [*alltoall, *(name for name in VARIANTS if name in asked and name != REFERENCE)]
+    order = list(VARIANTS)
+    return sorted(set(asked), key=lambda name: (order.index(without_seed(name)), seed_number(name)))
 
 
 def _find_script(config: Path) -> Path:

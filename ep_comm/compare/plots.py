@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ep_comm.compare.plan import DEEPEP, FP8, FP8_ALL, FP8_EXPERTS, REFERENCE, seed_number
+from ep_comm.compare.plan import DEEPEP, FP8, FP8_ALL, FP8_EXPERTS, REFERENCE, without_seed
 from ep_comm.compare.statistics import Run, steps_skipped
 
 _STYLES = {
@@ -47,7 +47,7 @@ def plot_differences(runs: Mapping[str, Run], window: int, title: str, path: Pat
     for name, run in runs.items():
         if name == REFERENCE:
             continue
-        label = f"{name} (noise)" if seed_number(name) else name
+        label = f"{name} (noise)" if without_seed(name) == REFERENCE else name
         steps = np.arange(1, len(run.train) + 1)
         raw, smoothed = run.train - reference.train, run.smoothed - reference.smoothed
         style = _style(name)
@@ -75,7 +75,11 @@ def plot_differences(runs: Mapping[str, Run], window: int, title: str, path: Pat
 
 
 def _style(name: str) -> dict[str, object]:
-    return _STYLES[name] if name in _STYLES else _NOISE  # all other seeds look the same
+    """All other seeds of a variant look the same."""
+    if name in _STYLES:
+        return _STYLES[name]
+    style = _STYLES[without_seed(name)]
+    return _NOISE if style is _STYLES[REFERENCE] else style | {"linewidth": 0.9}
 
 
 def _scale_to(differences: list[np.ndarray], skipped: int, axes: Axes) -> None:

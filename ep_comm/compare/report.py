@@ -7,13 +7,23 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
+from statistics import fmean
 from typing import Any
 
 from ep_comm.bench.environment import gpu_names, versions
 from ep_comm.compare.directory import Directory, write_text
-from ep_comm.compare.plan import DEEPEP, REFERENCE, WIDE, Plan, seed_number
+from ep_comm.compare.plan import (
+    DEEPEP,
+    REFERENCE,
+    WIDE,
+    Plan,
+    seed_number,
+    with_seed,
+    without_seed,
+)
 from ep_comm.compare.plots import plot_differences, plot_losses
 from ep_comm.compare.statistics import (
+    Pairs,
     Run,
     Tolerances,
     alltoall_among,
@@ -21,8 +31,9 @@ from ep_comm.compare.statistics import (
     judge,
     noise_of,
     offsets,
+    pairs_of,
+    standard_error,
     steps_skipped,
-    wide_of,
     window_of,
 )
 
@@ -56,7 +67,7 @@ def make_document(
 ) -> dict[str, Any]:
     """Everything that the report says, in plain types."""
     reference, checks = runs[REFERENCE], judge(runs, tolerances)
-    noise, offset = noise_of(runs), offsets(runs)
+    noise, offset, pairs = noise_of(runs), offsets(runs), pairs_of(runs)
     starts = [r for name in runs for r in directory.log(name) if r["type"] == "start"]
     trained_with = list(
         {json.dumps(start["versions"]): start["versions"] for start in starts}.values()
@@ -91,10 +102,11 @@ def make_document(
                 "checks": [
                     {**asdict(check), "passed": check.passed} for check in checks.get(name, [])
                 ],
-                "verdict": _verdict(name, checks),
+                "verdict": _verdict(name, checks, pairs),
             }
             for name, run in runs.items()
         },
+        "pairs": {name: asdict(found) for name, found in pairs.items()},
         "settings": plan.settings,
     }
 
@@ -124,6 +136,7 @@ def render(document: dict[str, Any]) -> str:
         ),
         "",
         *_order(variants),
+        *_pairs(document["pairs"]),
         *[f"Skipped: {name}: {reason}." for name, reason in document["skipped"].items()],
     ]  # fmt: skip
     checks = [
@@ -149,15 +162,18 @@ def render(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _verdict(name: str, checks: Mapping[str, list]) -> str:
+def _verdict(variant: str, checks: Mapping[str, list], pairs: Mapping[str, Pairs]) -> str:
+    name, seed = without_seed(variant), seed_number(variant)
     if name == REFERENCE:
-        return "reference"
-    if seed_number(name):
-        return "noise"
-    if name not in checks:
-        needed = f"{REFERENCE}-seed2" if name == DEEPEP else WIDE.get(name)
-        return f"not judged: needs {needed}" if needed else "not judged"
-    return "passed" if all(check.passed for check in checks[name]) else "FAILED"
+        return "reference" if seed == 1 else "noise"
+    if variant in checks:
+        return "passed" if all(check.passed for check in checks[variant]) else "FAILED"
+    if seed > 1 and name in pairs and seed in pairs[name].seeds:
+        return "pair"
+    needed = WIDE.get(name, REFERENCE if name == DEEPEP else None)
+    if needed is None:
+        return "not judged"
+    return f"not judged: needs {with_seed(needed, 2 if needed == REFERENCE else seed)}"
 
 
 def _row(name: str, variant: dict[str, Any], noise: dict[str, Any] | None) -> list[str]:
@@ -188,10 +204,13 @@ def _explain(document: dict[str, Any]) -> str:
             f"{alltoall}, which differ in the seed of the weights only; for the final validation "
             f"the noise is taken as at least its mean."
         )
-    for name in document["variants"]:
-        wide = wide_of(name, document["variants"])
-        if wide is not None:
-            sentences.append(f"{name}: final losses within {fp8:.2%} of those of {wide}.")
+    for name, pairs in document["pairs"].items():
+        if name != DEEPEP:
+            several = ", the mean of all seeds," if len(pairs["seeds"]) > 1 else ""
+            sentences.append(
+                f"{name}: final losses{several} within {fp8:.2%} of those of "
+                f"{pairs['counterpart']}."
+            )
     return " ".join(sentences)
 
 
@@ -206,6 +225,31 @@ def _order(variants: dict[str, Any]) -> list[str]:
         f"lowest first: {runs}.",
         "",
     ]
+
+
+def _pairs(pairs: dict[str, Any]) -> list[str]:
+    """What is left when the seed's part is gone; nothing where no variant has two pairs."""
+    several = {name: found for name, found in pairs.items() if len(found["seeds"]) > 1}
+    if not several:
+        return []
+    rows = [
+        [name, found["counterpart"], ", ".join(map(str, found["seeds"])),
+         _each(found["final_train"]), _mean(found["final_train"]),
+         _each(found["final_valid"]), _mean(found["final_valid"])]
+        for name, found in several.items()
+    ]  # fmt: skip
+    header = ["variant", "against", "seeds", "final train loss, relative Δ of each", "mean",
+              "final validation loss", "mean"]  # fmt: skip
+    return ["Pairs of the same seed, means with their standard errors:", "", *_table(header, rows),
+            ""]  # fmt: skip
+
+
+def _each(relative: list[float]) -> str:
+    return ", ".join(f"{value:+.2%}" for value in relative) or "–"
+
+
+def _mean(relative: list[float]) -> str:
+    return f"{fmean(relative):+.2%} ± {standard_error(relative):.2%}" if relative else "–"
 
 
 def _surroundings(document: dict[str, Any]) -> list[str]:

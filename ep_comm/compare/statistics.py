@@ -14,13 +14,13 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import combinations, islice
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Any
 
 import numpy as np
 
 from ep_comm.compare.log import TRAIN_LOSS, VALID_LOSS, WIRE_MIB, scalars
-from ep_comm.compare.plan import DEEPEP, REFERENCE, WIDE, seed_number
+from ep_comm.compare.plan import DEEPEP, REFERENCE, WIDE, seed_number, with_seed, without_seed
 
 # Relative, between the losses of step 1: the same weights and data must give the same loss.
 FIRST_STEP_TOLERANCE = 1e-3
@@ -33,7 +33,8 @@ class Tolerances:
 
     Attributes:
         noise: Of deepep: each of its differences, in units of the same one of the noise.
-        fp8: Of an FP8 wire: the final losses, relative to those of the same model on a BF16 wire.
+        fp8: Of an FP8 wire: the final losses, relative to those of the same model on a BF16 wire;
+            of several seeds the mean.
     """
 
     noise: float = 1.0
@@ -98,6 +99,23 @@ class Noise:
     largest: float
     mean: float
     final_valid: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """A variant and its counterpart, trained with the same seeds.
+
+    Attributes:
+        counterpart: What it is compared with (`counterpart_of`).
+        seeds: Seed numbers of which both were trained, ascending.
+        final_train: Of each, how far the final training loss is above the counterpart's, relative.
+        final_valid: The same of the final validation loss; empty if there was none.
+    """
+
+    counterpart: str
+    seeds: tuple[int, ...]
+    final_train: tuple[float, ...]
+    final_valid: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +190,7 @@ def difference(run: Run, reference: Run) -> Difference:
 
 def alltoall_among(names: Collection[str]) -> list[str]:
     """Those that differ in nothing but the seed of the weights: the reference is one of them."""
-    return [name for name in names if seed_number(name)]
+    return [name for name in names if without_seed(name) == REFERENCE]
 
 
 def noise_of(runs: Mapping[str, Run]) -> Noise | None:
@@ -206,33 +224,67 @@ def offsets(runs: Mapping[str, Run]) -> dict[str, float]:
     return {name: level[name] - middle for name in runs}
 
 
+def pairs_of(runs: Mapping[str, Run]) -> dict[str, Pairs]:
+    """Of each variant that has a counterpart (names without seeds), if both have a seed in common.
+
+    What a seed does to the loss is far more than what a dispatcher does; most of it is not in the
+    differences of pairs.
+    """
+    found = {}
+    names = dict.fromkeys(map(without_seed, runs))
+    for name in names:
+        counterpart = counterpart_of(name, names)
+        if counterpart is None:
+            continue
+        seeds = [seed_number(run) for run in runs if without_seed(run) == name]
+        seeds = [seed for seed in seeds if with_seed(counterpart, seed) in runs]
+        pairs = [(runs[with_seed(name, s)], runs[with_seed(counterpart, s)]) for s in seeds]
+        validated = all(run.final_valid is not None for pair in pairs for run in pair)
+        valid = [(a.final_valid, b.final_valid) for a, b in pairs] if validated else []
+        if pairs:
+            found[name] = Pairs(
+                counterpart=counterpart,
+                seeds=tuple(seeds),
+                final_train=tuple(_relative(a.final_train, b.final_train) for a, b in pairs),
+                final_valid=tuple(_relative(a, b) for a, b in valid),
+            )
+    return found
+
+
+def counterpart_of(name: str, among: Collection[str]) -> str | None:
+    """What a variant is paired with: deepep with alltoall, an FP8 wire with the BF16 wire of the
+    same model. None if it has none, or none was trained. Names without seeds.
+
+    Where deepep was not asked for, alltoall takes its place.
+    """
+    if name == DEEPEP:
+        return REFERENCE
+    wide = WIDE.get(name)
+    if wide == DEEPEP and DEEPEP not in among:
+        return REFERENCE
+    return wide if wide in among else None
+
+
+def standard_error(values: Collection[float]) -> float | None:
+    """Of the mean of these values; None of one."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
 def judge(runs: Mapping[str, Run], tolerances: Tolerances) -> dict[str, list[Check]]:
     """The checks of each variant that can be judged.
 
     deepep is judged where the noise is known, an FP8 wire where the same model was trained
-    with a BF16 wire (`wide_of`).
+    with a BF16 wire and the same seeds; the checks stand with the first of these seeds.
     """
     checks: dict[str, list[Check]] = {}
     noise = noise_of(runs)
     if DEEPEP in runs and noise is not None:
         found = difference(runs[DEEPEP], runs[REFERENCE])
         checks[DEEPEP] = _within_noise(found, noise, tolerances.noise)
-    for name in runs:
-        wide = wide_of(name, runs)
-        if wide is not None:
-            checks[name] = _within_share(runs[name], runs[wide], tolerances.fp8)
+    for name, pairs in pairs_of(runs).items():
+        if name != DEEPEP:
+            checks[with_seed(name, pairs.seeds[0])] = _within_share(pairs, tolerances.fp8)
     return checks
-
-
-def wide_of(name: str, among: Collection[str]) -> str | None:
-    """The BF16 wire that an FP8 wire is judged by; None if it is none, or there is no such run.
-
-    Where deepep was not asked for, the reference takes its place.
-    """
-    wide = WIDE.get(name)
-    if wide == DEEPEP and DEEPEP not in among:
-        return REFERENCE
-    return wide if wide in among else None
 
 
 def _within_noise(found: Difference, noise: Noise, tolerance: float) -> list[Check]:
@@ -249,13 +301,14 @@ def _within_noise(found: Difference, noise: Noise, tolerance: float) -> list[Che
     return checks
 
 
-def _within_share(run: Run, wide: Run, tolerance: float) -> list[Check]:
-    checks = []
-    for what, ours, theirs in (
-        ("final train loss, relative |Δ|", run.final_train, wide.final_train),
-        ("final validation loss, relative |Δ|", run.final_valid, wide.final_valid),
-    ):
-        if ours is not None and theirs is not None:
-            value = abs(ours - theirs) / theirs if theirs else math.inf
-            checks.append(Check(what=what, value=value, limit=tolerance))
-    return checks
+def _within_share(pairs: Pairs, tolerance: float) -> list[Check]:
+    of_seeds = f", mean of {len(pairs.seeds)} seeds" if len(pairs.seeds) > 1 else ""
+    return [
+        Check(what=f"final {loss} loss, relative |Δ|{of_seeds}", value=value, limit=tolerance)
+        for loss, relative in (("train", pairs.final_train), ("validation", pairs.final_valid))
+        for value in ([abs(fmean(relative))] if relative else [])
+    ]
+
+
+def _relative(ours: float, theirs: float) -> float:
+    return (ours - theirs) / theirs if theirs else math.inf
