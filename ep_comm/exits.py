@@ -19,7 +19,8 @@ def exit_together(error: Exception) -> NoReturn:
 
     Every rank is to call it with the same error: rank 0 speaks for all. Where only some have it
     (one GPU alone ran out of memory) the others wait for them elsewhere, so after ten seconds the
-    first of those speaks, and they end; their launcher ends the others.
+    first of those speaks, and they end; their launcher ends the others. Before torch.distributed is
+    initialised that goes by the ranks of one machine: the others may know nothing of the error.
     """
     if dist.is_initialized():
         if _all_come(error):
@@ -27,11 +28,10 @@ def exit_together(error: Exception) -> NoReturn:
         else:  # in order it would wait for the others
             sys.stdout.flush()
             os._exit(_EXIT_CODE)
-    # Other machines may know nothing of this: the first rank of each speaks.
-    elif all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_LOCALID")):
-        _say(error)
     else:
-        time.sleep(_MEETING_S)  # torchrun does not let it last that long, srun does
+        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
+            time.sleep(_MEETING_S)  # if the first rank has spoken, the launcher ends us meanwhile
+        _say(error)
     sys.exit(_EXIT_CODE)
 
 

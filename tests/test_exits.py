@@ -6,24 +6,31 @@ import pytest
 from example_runs import torchrun
 
 SCRIPT = """
-import os
+import os, time
 import torch.distributed as dist
 from ep_comm import exits
 
 exits._MEETING_S = 2.0
-dist.init_process_group("gloo")
-rank = dist.get_rank()
+rank = int(os.environ["RANK"])
+if {has_group}:
+    dist.init_process_group("gloo")
 if rank in {having}:
     exits.exit_together(ValueError(f"said by rank {{rank}}"))
-dist.barrier()  # as a training would, for those who do not come
-dist.barrier()
+if {has_group}:  # as a training would, for those who do not come
+    dist.barrier()
+    dist.barrier()
+time.sleep(100)
 """
 
 
-@pytest.mark.parametrize("having", [(0, 1, 2), (0,), (2,), (1, 2)], ids=str)
-def test_one_line_whoever_has_the_error(having, tmp_path):
+@pytest.mark.parametrize(
+    ("having", "has_group"),
+    [((0, 1, 2), True), ((0,), True), ((2,), True), ((1, 2), True), ((0, 1), False), ((2,), False)],
+    ids=str,
+)
+def test_one_line_whoever_has_the_error(having, has_group, tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(having=having))
+    script.write_text(SCRIPT.format(having=having, has_group=has_group))
     result = torchrun(script=script, timeout=100, processes=3)
     assert result.code != 0
     lines = [line for line in result.output.splitlines() if line.startswith("error:")]

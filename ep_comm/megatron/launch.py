@@ -18,20 +18,17 @@ import importlib.util
 import os
 import runpy
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ep_comm import slurm
 from ep_comm.errors import EPError
+from ep_comm.exits import exit_together
 from ep_comm.megatron import cpu
 from ep_comm.megatron.launch_flags import LaunchError, add_flags, extend_parser, wants_ep_comm
 from ep_comm.megatron.versions import SUPPORTED, is_supported
-
-_SPEAKER_LEAD_S = 10.0
 
 
 def main() -> None:
@@ -55,11 +52,11 @@ def main() -> None:
         if wants_ep_comm(arguments):
             check_parsed()
     except LaunchError as error:
-        _exit(error)
+        exit_together(error)
     except EPError as error:
         if training is not None and training.started:
             raise
-        _exit(error)
+        exit_together(error)
 
 
 def _script(name: str) -> Path:
@@ -145,21 +142,6 @@ def _check_parsed(script: Path, training: Any, *_: object) -> None:
             f"{script} never called Megatron's argument parser, so it does not know "
             "--moe-token-dispatcher deepep: it is no training script of Megatron-LM's"
         )
-
-
-def _exit(error: Exception) -> None:
-    """End this process with code 2 and the error's one line.
-
-    The launcher of the processes (torchrun, srun) ends all of them when the first one ends. So the
-    first rank of the node speaks; others do, late, only if that one had nothing to say.
-    """
-    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
-        time.sleep(_SPEAKER_LEAD_S)
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    if dist.is_initialized():  # leaving the groups in order could wait for ranks that do not leave
-        sys.stdout.flush()
-        os._exit(2)
-    sys.exit(2)
 
 
 def _help_parser() -> argparse.ArgumentParser:
