@@ -248,7 +248,7 @@ class PretrainConfig(Model, MixtureOfExperts, Dispatch, Training, Data, Output):
             # Megatron-Core's pads, in place, the map that the fused router keeps for its backward.
             raise ValueError(
                 "moe_router_padding_for_fp8 with moe_token_dispatcher alltoall fails in the "
-                "backward of moe_router_fusion: set moe_router_fusion: false"
+                "backward of moe_router_fusion: turn that off (--no-moe-router-fusion)"
             )
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is more than lr {self.lr}")

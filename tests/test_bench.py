@@ -106,21 +106,19 @@ def test_tokens_count_once_a_rank():
 def test_presets_can_be_measured():
     for shape in PRESETS.values():
         settings = dataclasses.replace(SETTINGS, shape=shape, iters=20)
-        settings.check(num_ranks=4, available_sms=132)
+        settings.check()
+        settings.check_job(num_ranks=4, available_sms=132)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(shape=Shape(0, 512, 8, 2)), "--tokens 0 must be positive"),
-        (dict(shape=Shape(16, 512, 6, 2)), "--experts 6 is not divisible by the 4 ranks"),
         (dict(shape=Shape(16, 512, 8, 9)), "--topk 9 is more than 8"),
         (dict(shape=Shape(16, 640, 8, 2)), "--hidden 640 is not a multiple of 512"),
         (dict(shape=Shape(16, 12, 8, 2), fp8=False), "--hidden 12 is not a multiple of 8"),
         (dict(layout="token"), "--layout 'token'"),
         (dict(iters=5), "--iters 5 is too few"),
-        (dict(sms=(0, 133)), "--sms 133 is neither 0"),
-        (dict(sms=(1,)), "--sms 1 is neither 0"),
         (dict(routing=RoutingSpec(kind="best")), "--routing 'best'"),
         (dict(routing=RoutingSpec(kind="zipf", skew=-1)), "--skew -1"),
         (dict(routing=RoutingSpec(kind="group-limited", num_groups=3)), "--groups 3"),
@@ -133,14 +131,25 @@ def test_presets_can_be_measured():
 )
 def test_what_cannot_be_measured_is_named(changes, message):
     good = dataclasses.replace(SETTINGS, shape=Shape(16, 512, 8, 2), iters=20)
-    good.check(num_ranks=4, available_sms=132)
+    good.check()
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
-        dataclasses.replace(good, **changes).check(num_ranks=4, available_sms=132)
+        dataclasses.replace(good, **changes).check()
 
 
-def test_one_rank_has_no_links():
-    with pytest.raises(UserError, match="1 rank"):
-        SETTINGS.check(num_ranks=1, available_sms=132)
+@pytest.mark.parametrize(
+    ("changes", "num_ranks", "message"),
+    [
+        (dict(), 1, "1 rank"),
+        (dict(shape=Shape(16, 512, 6, 2)), 4, "--experts 6 is not divisible by the 4 ranks"),
+        (dict(sms=(0, 133)), 4, "--sms 133 is neither 0"),
+        (dict(sms=(1,)), 4, "--sms 1 is neither 0"),
+    ],
+)
+def test_what_a_job_cannot_measure_is_named(changes, num_ranks, message):
+    settings = dataclasses.replace(SETTINGS, shape=Shape(16, 512, 8, 2), iters=20)
+    settings.check_job(num_ranks=4, available_sms=132)
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(settings, **changes).check_job(num_ranks, available_sms=132)
 
 
 def test_sms_are_a_list():

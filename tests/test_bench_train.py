@@ -77,7 +77,6 @@ def test_what_variants_are_compared_with():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"config": Path("no.yaml")}, "--config no.yaml: no such file"),
         (
             {"variants": "alltoall,deep"},
             "--variants 'deep' is none of alltoall, alltoall-overlap, ",
@@ -100,6 +99,9 @@ def test_bad_settings(changes, words):
 def test_a_checkout_is_needed(tmp_path, monkeypatch):
     assert find_examples(TINY) == EXAMPLES
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(EPArgumentError, match="--config no.yaml: no such file"):
+        find_examples(Path("no.yaml"))
+    Path("x.yaml").touch()
     with pytest.raises(EPArgumentError, match="bench train needs a checkout"):
         find_examples(tmp_path / "x.yaml")
 

@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -49,11 +48,20 @@ def test_help_names_all_commands():
     assert all(name in result.output for name in ("bench", "compare", "doctor"))
 
 
-def test_bench_outside_of_torchrun(no_job, capfd):
-    result = CliRunner().invoke(app, ["bench"])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "start it with torchrun"),
+        (["--preset", "W9"], "--preset 'W9' is none of W1, W2"),
+        (["--sms", "few"], "--sms 'few' must be"),
+        (["--layout", "token"], "--layout 'token' is none of"),
+    ],
+)
+def test_bench_outside_of_torchrun(no_job, capfd, flags, words):
+    result = CliRunner().invoke(app, ["bench", *flags])
     assert result.exit_code == 2
     error = capfd.readouterr().err + result.output
-    assert error.startswith("error: start it with torchrun") and error.count("\n") == 1
+    assert error.startswith(f"error: {words}") and error.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -82,10 +90,12 @@ def test_bench_without_a_gpu_ends_every_rank_with_one_line(tmp_path):
 
 @pytest.mark.parametrize(("rate", "is_void"), [(331.0, False), (300.0, True)])
 def test_bench_prints_and_writes_even_a_void_run(rate, is_void, monkeypatch, tmp_path):
-    monkeypatch.setattr("ep_comm.bench.launch.joined_job", lambda: nullcontext("cpu"))
+    monkeypatch.setattr("ep_comm.bench.launch.join", lambda: "cpu")
     monkeypatch.setattr("ep_comm.bench.launch.on_rank_0", lambda action: action())
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda: None)
     gpu = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     asked = []

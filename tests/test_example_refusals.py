@@ -64,7 +64,7 @@ MEGATRONS_OVERLAP = "--overlap-dispatch-backward-with-experts-wgrad"
         ),
         (
             [*FUSED_ROUTER, *FP8_EXPERTS, "--moe-token-dispatcher", "alltoall"],
-            ["moe_router_padding_for_fp8", "set moe_router_fusion: false"],
+            ["moe_router_padding_for_fp8", "--no-moe-router-fusion"],
         ),
     ],
     ids=lambda value: " ".join(value[:2]),

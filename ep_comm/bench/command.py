@@ -62,13 +62,13 @@ def bench(
     import torch
     import torch.distributed as dist
 
-    from ep_comm.bench.launch import UserError, joined_job, on_rank_0
+    from ep_comm.bench.launch import UserError, join, on_rank_0, user_errors_exit
     from ep_comm.bench.report import render, write_json, write_plot
     from ep_comm.bench.routing import RoutingSpec
     from ep_comm.bench.run import run
     from ep_comm.bench.settings import PRESETS, Settings, parse_sms
 
-    with joined_job() as device:
+    with user_errors_exit():
         if preset not in PRESETS:
             raise UserError(f"--preset {preset!r} is none of {', '.join(PRESETS)}")
         sizes = dict(tokens=tokens, hidden=hidden, experts=experts, topk=topk)
@@ -82,8 +82,10 @@ def bench(
             layout=layout,
             iters=iters,
         )
+        settings.check()
+        device = join()
         available_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        settings.check(dist.get_world_size(), available_sms)
+        settings.check_job(dist.get_world_size(), available_sms)
         on_rank_0(lambda: out.mkdir(parents=True, exist_ok=True))
         is_first = dist.get_rank() == 0
         progress = Console(stderr=True, quiet=not is_first)
@@ -98,6 +100,8 @@ def bench(
             console.print(f"written to {out}", highlight=False)
 
         on_rank_0(report)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -19,18 +19,13 @@ class UserError(Exception):
 
 
 @contextmanager
-def joined_job() -> Iterator[torch.device]:
-    """Join the process group of torchrun's job, and give this rank's GPU.
-
-    What the user asked for and cannot have (`UserError`, or a value that the library refuses) ends
-    every rank with exit code 2, after rank 0 said why in one line.
-    """
+def user_errors_exit() -> Iterator[None]:
+    """What the user asked for and cannot have (`UserError`, or a value that the library refuses)
+    ends every rank with exit code 2, after one line that says why."""
     try:
-        yield _join()
+        yield
     except (UserError, EPArgumentError) as error:
         exit_together(error)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def on_rank_0(action: Callable[[], object]) -> None:
@@ -46,7 +41,12 @@ def on_rank_0(action: Callable[[], object]) -> None:
         raise UserError(outcome[0])
 
 
-def _join() -> torch.device:
+def join() -> torch.device:
+    """Join the process group of torchrun's job; gives this rank's GPU.
+
+    Raises:
+        UserError: There is no job, or not a GPU for each of its processes.
+    """
     if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
         raise UserError("start it with torchrun --nproc_per_node=4 -m ep_comm.cli bench ...")
     if not torch.cuda.is_available():

@@ -52,24 +52,12 @@ class Settings:
     layout: RowLayout
     iters: int
 
-    def check(self, num_ranks: int, available_sms: int) -> None:
-        """Raise `UserError` on the first value that cannot be measured.
-
-        Args:
-            num_ranks: Ranks of the job.
-            available_sms: SMs of each GPU.
-        """
+    def check(self) -> None:
+        """Raise `UserError` on the first value that cannot be measured anywhere."""
         for name, value in self.shape._asdict().items():
             if value < 1:
                 raise UserError(f"--{name} {value} must be positive")
         _, hidden, experts, topk = self.shape
-        if not 2 <= num_ranks <= structs.EP_MAX_NODE_RANKS:
-            raise UserError(
-                f"{num_ranks} rank(s): bench measures 2 to {structs.EP_MAX_NODE_RANKS} GPUs of one "
-                "host; pass torchrun another --nproc_per_node"
-            )
-        if experts % num_ranks:
-            raise UserError(f"--experts {experts} is not divisible by the {num_ranks} ranks")
         if topk > min(experts, structs.EP_MAX_TOPK):
             raise UserError(
                 f"--topk {topk} is more than {min(experts, structs.EP_MAX_TOPK)}, the lesser of "
@@ -83,12 +71,26 @@ class Settings:
             raise UserError(f"--layout {self.layout!r} is none of {', '.join(LAYOUTS)}")
         if self.iters < MIN_ITERS:
             raise UserError(f"--iters {self.iters} is too few for a p90: at least {MIN_ITERS}")
-        if not self.sms:
-            raise UserError("--sms names no SM count")
+        self.routing.check(experts, topk)
+
+    def check_job(self, num_ranks: int, available_sms: int) -> None:
+        """Raise `UserError` on the first value that cannot be measured by this job.
+
+        Args:
+            num_ranks: Ranks of the job.
+            available_sms: SMs of each GPU.
+        """
+        if not 2 <= num_ranks <= structs.EP_MAX_NODE_RANKS:
+            raise UserError(
+                f"{num_ranks} rank(s): bench measures 2 to {structs.EP_MAX_NODE_RANKS} GPUs of one "
+                "host; pass torchrun another --nproc_per_node"
+            )
+        experts = self.shape.experts
+        if experts % num_ranks:
+            raise UserError(f"--experts {experts} is not divisible by the {num_ranks} ranks")
         for count in self.sms:
             if count and not 2 <= count <= available_sms:
                 raise UserError(f"--sms {count} is neither 0 (all) nor 2 to {available_sms}")
-        self.routing.check(experts, topk)
 
     def buffer_config(self, device: torch.device) -> EPConfig:
         """Config of the buffer under test: our kernels on a GPU, the reference on a CPU."""

@@ -68,8 +68,6 @@ def make_train_settings(
     Raises:
         EPArgumentError: Something of it is wrong.
     """
-    if not config.is_file():
-        raise EPArgumentError(f"--config {config}: no such file")
     if own := first_owned(extra, _OWN_FLAGS):
         raise EPArgumentError(f"{own[0]} is what is measured: use {own[1]}")
     for name, value, least in (
@@ -94,8 +92,10 @@ def find_examples(config: Path) -> Path:
     """The folder of the training example, in the checkout that holds `config` or is the cwd.
 
     Raises:
-        EPArgumentError: There is no such checkout.
+        EPArgumentError: There is no such checkout, or no such file.
     """
+    if not config.is_file():
+        raise EPArgumentError(f"--config {config}: no such file")
     script = find_training_script(config)
     if script is None:
         raise EPArgumentError(
