@@ -40,7 +40,8 @@ class Buffer:
 
     Names and meaning follow DeepEP's ``Buffer`` wherever the same thing exists. The constructor,
     `dispatch`, `combine` and `destroy` are collective: every rank of the group calls them, in the
-    same order.
+    same order. A recomputation that ends early may leave them out on one rank only: inside
+    ``torch.utils.checkpoint(use_reentrant=False)`` turn that off (``set_checkpoint_early_stop``).
 
     Args:
         group: Ranks that share the experts; None is the default group.
@@ -345,6 +346,20 @@ class Buffer:
     def describe(self) -> str:
         """Backend and transport in a few words."""
         return self._backend.describe()
+
+    def synchronize(self) -> None:
+        """Wait on the host for all operations that were started.
+
+        Over NVLink a call only starts its kernels, and an error of theirs is raised by a later
+        call. Before results are trusted for good, as in a checkpoint, this one says it. Gradients
+        are results: the kernels of a backward pass were started by it.
+
+        Raises:
+            EPTimeoutError, EPMismatchError, EPRoutingError: What ended an operation early.
+            EPStateError: The buffer failed earlier or was destroyed.
+        """
+        with self.guard() as backend:
+            backend.synchronize()
 
     def destroy(self) -> None:
         """Free the buffer. Collective; every later call raises `EPStateError`."""

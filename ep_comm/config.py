@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,11 +13,17 @@ from ep_comm.errors import EPArgumentError
 BackendName = Literal["auto", "nvlink", "reference"]
 
 
+_MAX_TIMEOUT_S = 1e8  # three years; of more the nanoseconds of ten do not fit into 64 bits
+
+
 def check_timeout(timeout_s: object) -> None:
-    """A bound of waits is a positive, finite number of seconds."""
+    """A bound of waits is a positive number of seconds."""
     is_number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
-    if not is_number or not 0 < timeout_s < math.inf:
-        raise EPArgumentError(f"timeout_s must be a positive number of seconds, got {timeout_s!r}")
+    if not is_number or not 0 < timeout_s <= _MAX_TIMEOUT_S:
+        raise EPArgumentError(
+            f"timeout_s must be a positive number of seconds, at most {_MAX_TIMEOUT_S:g}, got "
+            f"{timeout_s!r}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ep_comm.backends.base import Backend, Pending, Result
+from ep_comm.checks import ROW_DTYPES
 from ep_comm.handle import DispatchHandle, handle_by_id
 
 _library = torch.library.Library("ep_comm", "DEF")
@@ -127,11 +129,13 @@ def _dispatch_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, _, topk_weights, *_, handle_id = inputs
     ctx.handle = handle_by_id(handle_id)
     ctx.during_backward = ctx.handle.during_backward
-    ctx.grad_dtype = x.dtype
+    recv_dtype = output[0].dtype
+    ctx.grad_dtype = recv_dtype if recv_dtype in ROW_DTYPES else torch.bfloat16
     ctx.has_weights = topk_weights is not None
     ctx.set_materialize_grads(False)
 
 
+@once_differentiable
 def _dispatch_backward(
     ctx: Any, grad_x: Tensor | None, _: Tensor | None, grad_weights: Tensor | None
 ) -> tuple:
@@ -160,6 +164,7 @@ def _combine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
+@once_differentiable
 def _combine_backward(ctx: Any, grad_x: Tensor | None, grad_weights: Tensor | None) -> tuple:
     handle: DispatchHandle = ctx.handle
     weights_shape = (handle.num_tokens, handle.num_topk)

@@ -30,7 +30,7 @@ def select_probabilities(probs_TE: Tensor, topk_idx_TK: Tensor) -> Tensor:
 class _Select(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, probs_TE: Tensor, topk_idx_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(topk_idx_TK)
+        ctx.topk_idx_TK = topk_idx_TK  # no saved tensor: see Buffer on checkpointing
         ctx.num_experts = probs_TE.shape[1]
         native = _native.load_for(probs_TE.get_device()) if probs_TE.is_cuda else None
         if native is not None:
@@ -41,7 +41,7 @@ class _Select(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None]:
-        (topk_idx_TK,) = ctx.saved_tensors
+        topk_idx_TK = ctx.topk_idx_TK
         native = _native.load_for(grad_TK.get_device()) if grad_TK.is_cuda else None
         if native is not None:
             output = grad_TK.new_empty(len(grad_TK), ctx.num_experts)

@@ -91,9 +91,13 @@ def load_datasets(config: PretrainConfig) -> tuple[Corpus, GPTDataset, GPTDatase
         GPTDataset, [None, None, None], lambda: True, dataset_config
     )
     train, valid, _ = builder.build()
+    for dataset in filter(None, (train, valid)):
+        # Read, not mapped: over NFS other machines would lose the files below with their pages.
+        for name in ("document_index", "sample_index", "shuffle_index"):
+            setattr(dataset, name, np.array(getattr(dataset, name)))
     dist.barrier()
     if dist.get_rank() == 0:
-        shutil.rmtree(indices)  # all ranks have mapped or read them
+        shutil.rmtree(indices)
     return corpus, train, valid if config.eval_iters else None
 
 

@@ -69,6 +69,8 @@ def pretrain(config: PretrainConfig) -> None:
             # One all-reduce for both: asking whether any rank is to stop costs four bytes.
             loss, stopping = _mean_over_ranks(loss, loss.new_tensor(stop.received))
             duration = time.perf_counter() - start
+            # Over NVLink a rank that was missing in the backward pass is not known before.
+            ep_megatron.synchronize_buffers()
             trainee.scheduler.step(increment=config.global_batch_size)
             iteration += 1
             consumed_samples += config.global_batch_size

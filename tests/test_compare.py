@@ -519,6 +519,13 @@ def test_a_configuration_with_fp8_of_its_own(config):
         plan_of(config)
 
 
+@pytest.mark.parametrize("key", ["save", "load"])
+def test_a_configuration_with_checkpoints_of_its_own(config, key):
+    config.write_text(json.dumps({key: "mine"}))
+    with pytest.raises(CompareError, match=f"{key} in .*small.yaml: every run would have the same"):
+        plan_of(config)
+
+
 def test_a_seed_is_all_that_is_different_of_the_noise(config, tmp_path):
     plan = plan_of(config, variants="alltoall,alltoall-seed3")
     first, third = (plan.command(name, tmp_path, resume=False) for name in plan.variants)

@@ -106,8 +106,8 @@ def a_gpu_stays_away(rank: int, how: str, timeout_s: float) -> str | None:
     absent = dist.get_world_size() - 1
     x, topk = X.cuda(), TOPK.cuda()
     buffer = Buffer(None, EPConfig(**SIZES, timeout_s=timeout_s, backend="nvlink"))
-    out = buffer.dispatch(x, topk)
-    torch.cuda.synchronize()
+    out = buffer.dispatch(x.clone().requires_grad_(), topk)
+    buffer.synchronize()
     dist.barrier()
     if rank == absent:
         time.sleep(timeout_s + 8)
@@ -123,10 +123,14 @@ def a_gpu_stays_away(rank: int, how: str, timeout_s: float) -> str | None:
             buffer.combine(late.recv_x, late.handle)
             torch.cuda.synchronize()
             buffer.combine(late.recv_x, late.handle)
+        elif how == "backward":  # which nobody waits for
+            out.recv_x.sum().backward()
+            buffer.synchronize()
         else:
             buffer.dispatch(x, topk)
     assert time.monotonic() - start < timeout_s + 5
-    assert caught.value.phase == ("rows" if how == "cached" else "plan")
+    assert caught.value.op == ("combine" if how == "backward" else "dispatch")
+    assert caught.value.phase == ("rows" if how in ("cached", "backward") else "plan")
     with pytest.raises(EPStateError, match="waited"):
         buffer.combine(out.recv_x, out.handle)
     torch.cuda.synchronize()  # no trap: the process and its GPU go on
@@ -140,7 +144,7 @@ def a_gpu_stays_away(rank: int, how: str, timeout_s: float) -> str | None:
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("how", ["new", "cached", "no host wait"])
+@pytest.mark.parametrize("how", ["new", "cached", "no host wait", "backward"])
 def test_absent_gpu_is_named_and_the_others_go_on(how):
     num_ranks = 3 if torch.cuda.device_count() >= 3 else 2
     messages = run_ranks(num_ranks, a_gpu_stays_away, how, 2.0, fresh=True, backend="nccl")

@@ -14,6 +14,7 @@ from ep_comm.errors import (
     EPOverflowError,
     EPRoutingError,
     EPStateError,
+    EPTimeoutError,
     EPUnsupportedError,
 )
 
@@ -60,6 +61,18 @@ def test_what_is_left_behind_is_abandoned_even_if_that_fails():
         backend.num_started += 1
         raise TimeoutError
     assert not buffer.is_usable
+
+
+def test_waiting_for_operations_raises_what_ended_them():
+    buffer = make_buffer(has_failed=True)
+    error = EPTimeoutError(
+        op="combine", phase="rows", rank=0, late_ranks=(1,), epoch=3, timeout_s=2.0
+    )
+    buffer._backend.synchronize = mock.Mock(side_effect=error)
+    with pytest.raises(EPTimeoutError):
+        buffer.synchronize()
+    with pytest.raises(EPStateError, match="waited 2 s for rank 1"):
+        buffer.synchronize()
 
 
 def test_an_operation_without_an_error():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import run_ranks
+from torch.utils.checkpoint import checkpoint
 
-from ep_comm import Buffer, EPConfig
+from ep_comm import Buffer, EPConfig, fp8
 
 EXPERTS, TOPK, HIDDEN, TOKENS = 12, 3, 8, 10
 
@@ -124,6 +125,63 @@ def only_probabilities_or_only_rows(rank: int) -> None:
 
 def test_unused_outputs_give_zero_gradients():
     run_ranks(2, only_probabilities_or_only_rows)
+
+
+def only_one_rank_uses_rows_received_as_bf16(rank: int) -> None:
+    buffer = make_buffer(hidden=128)
+    topk, _, probs, *_ = moe_inputs(rank)
+    probs.requires_grad_()
+    x = fp8.quantize(torch.randn(TOKENS, 128))
+    out = buffer.dispatch(x, topk, probs, recv_dtype=torch.bfloat16)
+    loss = out.recv_topk_weights.sum()
+    if rank == 0:
+        loss = loss + out.recv_x.float().sum() * out.recv_topk_weights.sum()
+    loss.backward()
+    assert probs.grad[topk >= 0].all() and not probs.grad[topk < 0].any()
+
+
+def test_gradients_of_rows_sent_in_fp8_travel_in_the_type_that_was_received():
+    run_ranks(2, only_one_rank_uses_rows_received_as_bf16)
+
+
+def differentiate_twice(rank: int) -> None:
+    buffer = make_buffer()
+    x = torch.randn(TOKENS, HIDDEN, requires_grad=True)
+    out = buffer.dispatch(x, random_topk(rank))
+    y = buffer.combine(out.recv_x**3, out.handle).combined_x
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (gradient.sum() + (x**3).sum()).backward()
+
+
+def test_a_second_derivative_is_refused():
+    run_ranks(2, differentiate_twice)
+
+
+def recompute(rank: int) -> None:
+    buffer = make_buffer()
+    topk, x, probs, *_ = moe_inputs(rank)
+    columns = torch.where(topk < 0, EXPERTS, topk)  # the last one is for what is dropped
+    all_probs = torch.zeros(TOKENS, EXPERTS + 1).scatter(1, columns, probs)[:, :-1].contiguous()
+    routing_map = all_probs > 0
+
+    def moe(x: torch.Tensor, all_probs: torch.Tensor) -> torch.Tensor:
+        out = buffer.dispatch(x, routing_map=routing_map, topk_weights=all_probs)
+        return out.recv_x, out.recv_topk_weights
+
+    gradients = []
+    for recomputed in (False, True):
+        inputs = x.clone().requires_grad_(), all_probs.clone().requires_grad_()
+        rows = checkpoint(moe, *inputs, use_reentrant=False) if recomputed else moe(*inputs)
+        (rows[0] * rows[1][:, None]).square().sum().backward()
+        gradients.append([tensor.grad for tensor in inputs])
+    assert buffer.is_usable
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed) and plain.any()
+
+
+def test_a_dispatch_may_be_recomputed():
+    run_ranks(2, recompute)
 
 
 def work_during_backward(rank: int) -> list[str]:

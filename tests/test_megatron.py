@@ -10,6 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from megatron_model import (
     Setup,
     assert_close_runs,
@@ -379,6 +380,31 @@ def models_that_are_not_right(rank: int) -> None:
         check_weight_gradients(ours)
     linear.backward_dw()
     check_weight_gradients(ours)
+
+
+def groups_of_the_caller(rank: int) -> None:
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from ep_comm.megatron import EPOptions, use_ep_comm
+    from ep_comm.megatron.layer import moe_layers
+
+    parallel_state(Setup())
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.tp_ep = dist.new_group([0, 1])
+    config = make_config(Setup(), None)
+    spec = use_ep_comm(get_gpt_layer_local_spec(num_experts=config.num_moe_experts), EPOptions())
+    model = GPTModel(config, spec, 64, 16, pg_collection=groups)
+    for _, layer in moe_layers([model]):
+        assert layer.token_dispatcher.tp_ep_group is groups.tp_ep
+
+
+def test_layers_have_the_process_groups_of_their_model():
+    run_ranks(2, groups_of_the_caller, pool="megatron")
 
 
 class DelayingLinear(torch.nn.Module):

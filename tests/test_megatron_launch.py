@@ -17,7 +17,8 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from example_runs import ROOT, assert_refused, environment
 from megatron_model import Setup, make_config, make_model, parallel_state, train
 from ranks import run_ranks, stop_pool
 
-from ep_comm.errors import EPArgumentError, EPUnsupportedError
+from ep_comm.errors import EPArgumentError, EPTimeoutError, EPUnsupportedError
 from ep_comm.megatron import EPOptions, launch
 from ep_comm.megatron.launch_flags import LaunchError, extend_parser, wants_ep_comm
 from ep_comm.megatron.options import check_one_node
@@ -178,6 +179,40 @@ def test_scalars_go_to_megatrons_tensorboard_writer(ours):
     assert {f"ep/{name}" for name in ("combine-ms", "expert-ms", "imbalance-rank")} <= {
         name for name, value, _ in scalars if value > 0
     }
+
+
+def saving_after_an_error(rank: int) -> None:
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    names = ("get_args", "get_tensorboard_writer", "get_wandb_writer")
+    stubs = {
+        "megatron.training": ModuleType("megatron.training"),
+        "megatron.training.global_vars": SimpleNamespace(**dict.fromkeys(names)),
+    }
+    with mock.patch.dict(sys.modules, stubs):
+        from ep_comm.megatron import launch_hooks
+    saved = []
+    others = ("setup_model_and_optimizer", "training_log", "evaluate")
+    training = SimpleNamespace(save_checkpoint=saved.append, **dict.fromkeys(others, lambda: None))
+    with mock.patch.object(launch_hooks, "install"):
+        hooks = launch_hooks.Training(training, "0")
+        hooks.use(EPOptions())
+    late = EPTimeoutError(
+        op="combine", phase="rows", rank=0, late_ranks=(1,), epoch=3, timeout_s=2.0
+    )
+    with mock.patch.object(launch_hooks, "synchronize_buffers", side_effect=late):
+        for call in (lambda: training.save_checkpoint(7), hooks.finish):
+            with pytest.raises(EPTimeoutError):
+                call()
+    assert not saved
+    training.save_checkpoint(8)
+    hooks.finish()
+    assert saved == [8]
+
+
+def test_nothing_is_saved_after_communication_that_failed():
+    run_ranks(1, saving_after_an_error, fresh=True)
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -371,7 +406,10 @@ DEEPEP = "--moe-token-dispatcher deepep --num-experts 4"
         (f"{DEEPEP} --moe-enable-deepep", "--moe-enable-deepep with"),
         (f"{DEEPEP} --moe-flex-dispatcher-backend hybridep", "--moe-flex-dispatcher-backend"),
         (f"{DEEPEP} --use-torch-fsdp2", "--use-torch-fsdp2"),
-        (f"{DEEPEP} --ep-timeout -1", "timeout_s must be a positive number of seconds, got -1"),
+        (
+            f"{DEEPEP} --ep-timeout -1",
+            "timeout_s must be a positive number of seconds, at most 1e+08, got -1",
+        ),
         (f"{DEEPEP} --ep-num-sms 1", "num_sms must be at least 2"),
         ("--moe-token-dispatcher deepep", "needs --num-experts"),
         (f"{DEEPEP} --wandb-project p", "--wandb-save-dir"),

@@ -355,6 +355,21 @@ def test_outputs_may_be_freed_where_the_communication_stream_keeps_them(backend,
     assert not kept
 
 
+def test_a_routing_is_kept_for_the_stream_that_it_is_used_on(backend, monkeypatch):
+    handle, another = plan(backend), object()
+    rows = torch.zeros(9, 512, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: another)
+    with mock.patch.object(torch.Tensor, "record_stream") as record_stream:
+        dispatch(backend, handle)
+        dispatch(backend, handle)
+        backend.combine(handle, rows, None, False, None)
+        assert not record_stream.called
+        monkeypatch.setattr(nvlink_streams, "raw_stream", lambda _: 9)
+        dispatch(backend, handle)
+        backend.combine(handle, rows, None, True, None)
+        assert record_stream.call_args_list == [mock.call(another)] * 2
+
+
 def test_outputs_are_kept_for_the_communication_stream(backend):
     tensor = mock.Mock()
     backend.keep_for_comm_stream((tensor, None))
@@ -376,5 +391,6 @@ def test_reading_waits_for_every_stream_with_an_operation(backend, current, monk
     dispatch(backend, handle)  # before the caller goes on with another stream
     backend.combine(handle, torch.zeros(9, 512, dtype=torch.bfloat16), None, True, None)
     backend.synchronize()
+    assert backend.memory.check_fault.called
     assert waited[0] == "another"
     assert set(waited[1:]) == {current or "default", COMM} and len(waited) == 3

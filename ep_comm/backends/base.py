@@ -163,6 +163,9 @@ class Backend(Protocol):
     ) -> Pending[Combined]:
         """Sum rows back to their tokens' owners, and scatter probabilities."""
 
+    def synchronize(self) -> None:
+        """Wait on the host for what was started; raise what ended it early."""
+
     def keep_for_comm_stream(self, tensors: Iterable[Tensor | None]) -> None:
         """Memory of these outputs of an asynchronous operation is not used again before that is
         done, whenever they are freed."""

@@ -83,7 +83,10 @@ class NVLinkBackend:
         self.native = _native.load()
         self.native.load_kernels()
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self.recorder = DeviceRecorder(self.rank, self.num_ranks, self.device, self.synchronize)
+        self._streams = Streams(self.native, self.device.index, self._new_stream)
+        self.recorder = DeviceRecorder(
+            self.rank, self.num_ranks, self.device, self._streams.synchronize
+        )
         self.offsets = Offsets(config, self.num_ranks)
         self._scratch = torch.empty(
             self.native.plan_scratch_bytes(
@@ -92,7 +95,6 @@ class NVLinkBackend:
             dtype=torch.uint8,
             device=self.device,
         )
-        self._streams = Streams(self.native, self.device.index, self._new_stream)
         properties = torch.cuda.get_device_properties(self.device)
         self._available_sms: int = properties.multi_processor_count
         self._num_sms: int | None = None
@@ -153,8 +155,8 @@ class NVLinkBackend:
             args.node.delay_ns = up_to_ns
 
     def synchronize(self) -> None:
-        """Wait on the host for the operations that were started."""
         self._streams.synchronize()
+        self.memory.check_fault()
 
     # --- plan ------------------------------------------------------------------------------------
 
@@ -206,6 +208,7 @@ class NVLinkBackend:
             num_tokens=num_tokens,
             num_topk=num_topk,
             source=source,
+            stream=self._streams.current,
             arena=arena,
             places=places,
             first=FirstDispatch(stream, sms, record, selects_weights, in_one),
@@ -300,6 +303,7 @@ class NVLinkBackend:
         """A dispatch whose routing is known: one kernel."""
         received = allocate_rows(args, handle, self.config.hidden, recv_dtype, self.device)
         stream = self._streams.begin(structs.EP_OP_DISPATCH, asynchronous, sms)
+        self._keep_for_current_stream(handle.routing)
         args.node.record = self.recorder.start("dispatch", args.row_bytes + args.scale_bytes)
         args.is_planned = args.is_behind_plan = False
         push_blocks, expand_blocks = split_dispatch(sms, self.num_ranks)
@@ -385,6 +389,7 @@ class NVLinkBackend:
         args.dtype = structs.EP_BF16 if x.dtype == torch.bfloat16 else structs.EP_FP32
         args.num_blocks = sms
         stream = self._streams.begin(structs.EP_OP_COMBINE, asynchronous, sms)
+        self._keep_for_current_stream(routing)
         args.node.record = self.recorder.start("combine", row_bytes)
         self.native.launch("ep_combine", args, stream)
         keep = (x, topk_weights, routing.arena)
@@ -396,6 +401,11 @@ class NVLinkBackend:
         for tensor in tensors:
             if tensor is not None:
                 tensor.record_stream(self._streams.comm)
+
+    def _keep_for_current_stream(self, routing: NVLinkRouting) -> None:
+        """torch would use a dropped handle's memory again for its own stream, at once."""
+        if self._streams.current != routing.stream:
+            routing.arena.record_stream(torch.cuda.current_stream(self.device))
 
     def abandon(self) -> None:
         self._streams.abandon()

@@ -80,7 +80,7 @@ class NodeMemory:
         addresses: Of every rank's memory, as mapped here.
         timeout_s: Bound of every wait.
         keep: What has to live as long as the mapping.
-        wait_for_all: Ends when every rank has come to it and its GPU is idle.
+        wait_for_all: Ends when every rank has come to it.
     """
 
     @classmethod
@@ -99,10 +99,11 @@ class NodeMemory:
             tensor.zero_()
 
         def wait_for_all() -> None:
-            torch.cuda.synchronize()
             dist.barrier(group, device_ids=[torch.cuda.current_device()])
+            torch.cuda.synchronize()
 
         # Everything is zero everywhere before anybody writes a flag.
+        torch.cuda.synchronize()
         wait_for_all()
         return cls(dist.get_rank(group), tensor, addresses, timeout_s, rendezvous, wait_for_all)
 
@@ -236,6 +237,7 @@ class NodeMemory:
 
         After a fault nobody is waited for, and nothing is given back.
         """
+        torch.cuda.synchronize()  # what is in flight may yet find that a rank does not come
         if not self.has_fault:
             self._wait_for_all()
             self.tensor = self._keep = None

@@ -72,6 +72,7 @@ class NVLinkRouting:
     Attributes:
         native: The same for kernels.
         number: Of the plan, from 1; the ticket of its counts.
+        stream: The caller's, to which the memory of these arrays belongs.
         first: What the plan leaves to the dispatch that follows it; None afterwards.
         recv_topk_idx: Rank layout: written by the first dispatch.
     """
@@ -84,6 +85,7 @@ class NVLinkRouting:
     num_tokens: int
     num_topk: int
     source: Tensor
+    stream: int
     arena: Tensor
     places: dict[str, tuple[int, int]]
     first: FirstDispatch | None

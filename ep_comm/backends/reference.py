@@ -118,6 +118,10 @@ class ReferenceBackend:
     def has_failed(self) -> bool:
         return False  # the error itself says so
 
+    def synchronize(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+
     def keep_for_comm_stream(self, tensors: Iterable[Tensor | None]) -> None:
         pass
 

@@ -94,7 +94,8 @@ def buffer_cases(buffer: Buffer, inputs: list[InputSet], settings: Settings) -> 
         return buffer.dispatch(x, topk_weights=s.topk_weights, handle=handle, **how)
 
     def without_host_wait(i: int, **how) -> object:
-        return fresh(i, num_worst_tokens=dispatched[i % NUM_SETS].handle.num_rows, **how)
+        num_rows = dispatched[i % NUM_SETS].handle.num_rows
+        return fresh(i, num_worst_tokens=max(num_rows, 1), **how)
 
     def combine(i: int) -> object:
         out = dispatched[i % NUM_SETS]

@@ -42,6 +42,7 @@ _OWN_FLAGS = {
 }
 _VARIANT_KEYS = {flag.removeprefix("--").replace("-", "_") for flag in _VARIANT_FLAGS}
 _FP8_KEYS = ("ep_fp8_dispatch", "ep_fp8_grad_dispatch", "fp8_format")  # each turns on FP8
+_CHECKPOINT_KEYS = ("save", "load")
 _PLACES = ("data_cache_path", "wandb_save_dir")  # of files, whatever machine they are on
 _CHECKPOINTS = 10  # of a run, where the configuration does not say how many
 _NEEDED_SETTINGS = """
@@ -248,6 +249,11 @@ def _settings(script: Path, config: Path, flags: Sequence[str]) -> dict[str, Any
     on = [key for key in _FP8_KEYS if settings.get(key)]
     if on:
         raise CompareError(f"{on[0]} in {config} is what is compared: leave it out there")
+    if key := next((key for key in _CHECKPOINT_KEYS if settings.get(key)), None):
+        raise CompareError(
+            f"{key} in {config}: every run would have the same checkpoints. Leave it out there: "
+            "runs that are interrupted go on from their own, in --out"
+        )
     not_common = _VARIANT_KEYS | {"run_dir", "wandb_exp_name"}
     return {key: value for key, value in settings.items() if key not in not_common}
 

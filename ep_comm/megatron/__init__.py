@@ -22,24 +22,27 @@ from typing import TYPE_CHECKING, Any
 from ep_comm.megatron.options import EPOptions
 
 if TYPE_CHECKING:
-    from ep_comm.megatron.dispatcher import EPCommTokenDispatcher, destroy_buffers
-    from ep_comm.megatron.layer import EPCommMoELayer, check_model, install, use_ep_comm
+    from ep_comm.megatron.dispatcher import (
+        EPCommTokenDispatcher,
+        destroy_buffers,
+        synchronize_buffers,
+    )
+    from ep_comm.megatron.layer import check_model, install, use_ep_comm
     from ep_comm.megatron.meter import MoEMeter
     from ep_comm.megatron.wgrad import check_weight_gradients
 
 _LAZY = {
-    "EPCommMoELayer": "layer",
     "EPCommTokenDispatcher": "dispatcher",
     "MoEMeter": "meter",
     "check_model": "layer",
     "check_weight_gradients": "wgrad",
     "destroy_buffers": "dispatcher",
     "install": "layer",
+    "synchronize_buffers": "dispatcher",
     "use_ep_comm": "layer",
 }
 
 __all__ = [
-    "EPCommMoELayer",
     "EPCommTokenDispatcher",
     "EPOptions",
     "MoEMeter",
@@ -47,6 +50,7 @@ __all__ = [
     "check_weight_gradients",
     "destroy_buffers",
     "install",
+    "synchronize_buffers",
     "use_ep_comm",
 ]
 

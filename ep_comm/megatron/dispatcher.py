@@ -34,6 +34,19 @@ from ep_comm.megatron.options import EPOptions
 _buffers: dict[tuple, Buffer] = {}
 
 
+def synchronize_buffers() -> None:
+    """Wait on the host for what all models in this process have communicated, before its results
+    are written to a checkpoint.
+
+    Raises:
+        EPTimeoutError, EPMismatchError, EPRoutingError: As `ep_comm.Buffer.synchronize`. What was
+            computed since is worth nothing.
+    """
+    for buffer in _buffers.values():
+        if buffer.is_usable:
+            buffer.synchronize()
+
+
 def destroy_buffers() -> None:
     """Destroy the buffers of all models in this process, before their process groups. Collective.
 

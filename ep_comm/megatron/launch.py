@@ -51,6 +51,7 @@ def main() -> None:
         runpy.run_path(str(script), run_name="__main__")
         if wants_ep_comm(arguments):
             check_parsed()
+            training.finish()
     except LaunchError as error:
         exit_together(error)
     except EPError as error:

@@ -13,6 +13,7 @@ from megatron.training.global_vars import get_args, get_tensorboard_writer, get_
 from torch import nn
 
 import ep_comm
+from ep_comm.megatron.dispatcher import synchronize_buffers
 from ep_comm.megatron.layer import check_model, install
 from ep_comm.megatron.meter import MoEMeter
 from ep_comm.megatron.options import EPOptions
@@ -42,11 +43,20 @@ class Training:
         """Put our dispatcher into all MoE layers that are built from now on."""
         install(options)
         if self.options is None:
-            for wrap in (self._setup_model_and_optimizer, self._training_log, self._evaluate):
+            for wrap in (
+                self._setup_model_and_optimizer,
+                self._training_log,
+                self._evaluate,
+                self._save_checkpoint,
+            ):
                 name = wrap.__name__.removeprefix("_")
                 original = getattr(self._training, name)
                 setattr(self._training, name, functools.wraps(original)(wrap(original)))
         self.options = options
+
+    def finish(self) -> None:
+        """Raise what went wrong in the last step: no later call does."""
+        synchronize_buffers()
 
     def _setup_model_and_optimizer(self, original: Any) -> Any:
         """Check the built model; log its MoE layers if somebody will read it."""
@@ -91,6 +101,15 @@ class Training:
             return result
 
         return evaluate
+
+    def _save_checkpoint(self, original: Any) -> Any:
+        """Save nothing after a backward pass whose communication failed."""
+
+        def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+            synchronize_buffers()
+            return original(*args, **kwargs)
+
+        return save_checkpoint
 
     def _summary(self, num_layers: int) -> str:
         """One line of rank 0's: which Megatron, how many layers, what settings."""

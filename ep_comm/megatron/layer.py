@@ -1,9 +1,10 @@
 """Putting our dispatcher into Megatron-Core's MoE layers.
 
-`MoELayer.__init__` knows its own dispatchers only. So it is built with "alltoall", and the
-instance is replaced afterwards: by a subclass named in the layer spec (`use_ep_comm`), or for every
-MoE layer of the process by wrapping ``MoELayer.__init__`` in place (`install`), which also reaches
-layers that no spec of the caller's names, such as those of multi-token prediction.
+`MoELayer.__init__` knows its own dispatchers only. So the layer is built with "alltoall", and the
+dispatcher is replaced afterwards: ``MoELayer.__init__`` is wrapped in place, for the layers whose
+spec says so (`use_ep_comm`), or for every MoE layer of the process (`install`), which also reaches
+layers that no spec of the caller's names, such as those of multi-token prediction. A subclass would
+not do: Megatron-Core 0.16 passes process groups to `MoELayer` itself only.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ _installed: EPOptions | None = None
 _original_init = MoELayer.__init__
 
 
-class EPCommMoELayer(MoELayer):
-    """Megatron's MoE layer with our dispatcher; for layer specs."""
-
-    def __init__(self, *args: Any, ep_options: EPOptions, **kwargs: Any) -> None:
-        _build(self, ep_options, args, kwargs)
+@functools.wraps(_original_init)
+def _init(self: MoELayer, *args: Any, ep_options: EPOptions | None = None, **kwargs: Any) -> None:
+    """``MoELayer.__init__`` that takes our options too, from the layer's spec."""
+    options = ep_options or _installed
+    if options is None:
+        _original_init(self, *args, **kwargs)
+    else:
+        _build(self, options, args, kwargs)
 
 
 def use_ep_comm(spec: Any, options: EPOptions | None = None) -> Any:
@@ -54,6 +58,7 @@ def use_ep_comm(spec: Any, options: EPOptions | None = None) -> Any:
     Raises:
         EPArgumentError: The spec is of a layer without experts.
     """
+    MoELayer.__init__ = _init
     options = options or EPOptions()
     spec = copy.deepcopy(spec)
     block = spec if hasattr(spec, "layer_specs") else spec.submodules
@@ -70,12 +75,9 @@ def _use_in_layer(layer_spec: Any, options: EPOptions) -> bool:
     submodules = layer_spec.submodules
     mlp = submodules.mlp
     if isinstance(mlp, ModuleSpec) and mlp.module is MoELayer:  # megatron-core up to 0.17
-        mlp.module = EPCommMoELayer
         mlp.params = {**mlp.params, "ep_options": options}
     elif isinstance(mlp, functools.partial) and mlp.func is MoELayer:  # from 0.18 on
-        submodules.mlp = functools.partial(
-            EPCommMoELayer, *mlp.args, **mlp.keywords, ep_options=options
-        )
+        submodules.mlp = functools.partial(mlp, ep_options=options)
     else:
         return False
     return True
@@ -96,15 +98,7 @@ def install(options: EPOptions | None = None) -> None:
             raise EPStateError(f"ep_comm is installed with {_installed}, not with {options}")
         return
     _installed = options
-
-    @functools.wraps(_original_init)
-    def init(self: MoELayer, *args: Any, **kwargs: Any) -> None:
-        if isinstance(self, EPCommMoELayer):  # has options of its own
-            _original_init(self, *args, **kwargs)
-        else:
-            _build(self, options, args, kwargs)
-
-    MoELayer.__init__ = init
+    MoELayer.__init__ = _init
     if options.overlap_wgrad:
         _delay_wgrad_in_ddp()
 
