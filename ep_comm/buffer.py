@@ -348,7 +348,8 @@ class Buffer:
         return self._backend.describe()
 
     def synchronize(self) -> None:
-        """Wait on the host for all operations that were started.
+        """Wait on the host for all operations that were started, and for graphs of them that were
+        replayed on the current stream.
 
         Over NVLink a call only starts its kernels, and an error of theirs is raised by a later
         call. Before results are trusted for good, as in a checkpoint, this one says it. Gradients
@@ -356,15 +357,21 @@ class Buffer:
 
         Raises:
             EPTimeoutError, EPMismatchError, EPRoutingError: What ended an operation early.
+            EPOverflowError: See `dispatch`'s `num_worst_tokens`.
             EPStateError: The buffer failed earlier or was destroyed.
+            EPUnsupportedError: The current stream is being captured in a CUDA graph.
         """
         with self.guard() as backend:
             backend.synchronize()
 
     def destroy(self) -> None:
-        """Free the buffer. Collective; every later call raises `EPStateError`."""
-        self._backend.destroy()
+        """Free the buffer. Collective; every later call raises `EPStateError`.
+
+        Raises:
+            EPError: What ended an operation that was still in flight.
+        """
         self._unusable = "it was destroyed"
+        self._backend.destroy()
 
     def guard(self) -> Guard:
         """The backend, for one operation; an error in it makes the buffer unusable.

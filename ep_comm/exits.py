@@ -30,7 +30,8 @@ def exit_together(error: Exception) -> NoReturn:
             os._exit(_EXIT_CODE)
     else:
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
-            time.sleep(_MEETING_S)  # if the first rank has spoken, the launcher ends us meanwhile
+            # If the first rank has spoken, torchrun ends us meanwhile; srun lets us speak too.
+            time.sleep(_MEETING_S)
         _say(error)
     sys.exit(_EXIT_CODE)
 

@@ -129,8 +129,9 @@ def _dispatch_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, _, topk_weights, *_, handle_id = inputs
     ctx.handle = handle_by_id(handle_id)
     ctx.during_backward = ctx.handle.during_backward
-    recv_dtype = output[0].dtype
-    ctx.grad_dtype = recv_dtype if recv_dtype in ROW_DTYPES else torch.bfloat16
+    recv_dtype, widest = output[0].dtype, ctx.handle.buffer.config.dtype
+    fits = recv_dtype in ROW_DTYPES and recv_dtype.itemsize <= widest.itemsize
+    ctx.grad_dtype = recv_dtype if fits else torch.bfloat16  # the same on every rank
     ctx.has_weights = topk_weights is not None
     ctx.set_materialize_grads(False)
 
@@ -195,6 +196,7 @@ def _gradients(
     if grad_x is None:
         hidden = handle.buffer.config.hidden
         grad_x = handle.topk_idx.new_zeros(num_rows, hidden, dtype=ctx.grad_dtype)
+    grad_x = grad_x.to(ctx.grad_dtype)
     if not ctx.has_weights:
         return _packed(grad_x), None
     if grad_weights is None:

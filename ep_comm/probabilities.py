@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ep_comm import _native
 from ep_comm._native import structs
@@ -40,6 +41,7 @@ class _Select(torch.autograd.Function):
         return torch.where(topk_idx_TK < 0, 0.0, probs_TE.gather(1, topk_idx_TK.clamp(0).long()))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None]:
         topk_idx_TK = ctx.topk_idx_TK
         native = _native.load_for(grad_TK.get_device()) if grad_TK.is_cuda else None

@@ -69,8 +69,6 @@ def pretrain(config: PretrainConfig) -> None:
             # One all-reduce for both: asking whether any rank is to stop costs four bytes.
             loss, stopping = _mean_over_ranks(loss, loss.new_tensor(stop.received))
             duration = time.perf_counter() - start
-            # Over NVLink a rank that was missing in the backward pass is not known before.
-            ep_megatron.synchronize_buffers()
             trainee.scheduler.step(increment=config.global_batch_size)
             iteration += 1
             consumed_samples += config.global_batch_size
@@ -161,7 +159,10 @@ def _forward_backward(
 def _mean_over_ranks(*values: torch.Tensor) -> list[float]:
     sums = torch.stack(values)
     dist.all_reduce(sums)
-    return [total / dist.get_world_size() for total in sums.tolist()]
+    means = [total / dist.get_world_size() for total in sums.tolist()]
+    # Over NVLink nobody knows before whether a rank was missing, in the backward pass say.
+    ep_megatron.synchronize_buffers()
+    return means
 
 
 def _stopped(config: PretrainConfig, iteration: int) -> str:

@@ -272,6 +272,7 @@ def test_pairs_of_the_same_seed_are_judged_by_their_mean():
     assert pairs.final_train == pytest.approx((0.04, -0.01)) and pairs.final_valid == (0, 0)
     assert standard_error(pairs.final_train) == pytest.approx(0.025)
     assert standard_error(pairs.final_train[:1]) is None
+    assert np.isnan(standard_error((0.1, float("nan"))))
     for tolerance, passed in ((0.0149, False), (0.0151, True)):
         (checks,) = judge(runs, Tolerances(fp8=tolerance)).values()
         assert [check.passed for check in checks] == [passed, True]

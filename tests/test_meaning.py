@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from ranks import run_ranks
 from torch.utils.checkpoint import checkpoint
 
 from ep_comm import Buffer, EPConfig, fp8
+from ep_comm.probabilities import select_probabilities
 
 EXPERTS, TOPK, HIDDEN, TOKENS = 12, 3, 8, 10
 
@@ -127,21 +130,29 @@ def test_unused_outputs_give_zero_gradients():
     run_ranks(2, only_probabilities_or_only_rows)
 
 
-def only_one_rank_uses_rows_received_as_bf16(rank: int) -> None:
-    buffer = make_buffer(hidden=128)
+def only_one_rank_uses_the_rows(rank: int, dtype: torch.dtype, recv_dtype: torch.dtype) -> None:
+    buffer = make_buffer(hidden=128, dtype=dtype)
     topk, _, probs, *_ = moe_inputs(rank)
     probs.requires_grad_()
     x = fp8.quantize(torch.randn(TOKENS, 128))
-    out = buffer.dispatch(x, topk, probs, recv_dtype=torch.bfloat16)
+    out = buffer.dispatch(x, topk, probs, recv_dtype=recv_dtype)
+    rows = out.recv_x[0] if recv_dtype == fp8.FP8_DTYPE else out.recv_x
     loss = out.recv_topk_weights.sum()
     if rank == 0:
-        loss = loss + out.recv_x.float().sum() * out.recv_topk_weights.sum()
-    loss.backward()
+        loss = loss + rows.float().sum() * out.recv_topk_weights.sum()
+    with mock.patch.object(buffer._backend, "combine", wraps=buffer._backend.combine) as combine:
+        loss.backward()
+    fits = recv_dtype in (torch.bfloat16, dtype)
+    assert combine.call_args.args[1].dtype == (recv_dtype if fits else torch.bfloat16)
     assert probs.grad[topk >= 0].all() and not probs.grad[topk < 0].any()
 
 
-def test_gradients_of_rows_sent_in_fp8_travel_in_the_type_that_was_received():
-    run_ranks(2, only_one_rank_uses_rows_received_as_bf16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "recv_dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn], ids=str
+)
+def test_gradients_of_rows_sent_in_fp8_fit_the_buffer_and_each_other(dtype, recv_dtype):
+    run_ranks(2, only_one_rank_uses_the_rows, dtype, recv_dtype)
 
 
 def differentiate_twice(rank: int) -> None:
@@ -152,6 +163,11 @@ def differentiate_twice(rank: int) -> None:
     (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         (gradient.sum() + (x**3).sum()).backward()
+    probs = torch.rand(TOKENS, EXPERTS, requires_grad=True)
+    weights = select_probabilities(probs, random_topk(rank).int())
+    (gradient,) = torch.autograd.grad((weights**3).sum(), probs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_a_second_derivative_is_refused():

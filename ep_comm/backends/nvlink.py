@@ -128,8 +128,10 @@ class NVLinkBackend:
         return self.recorder.num_operations
 
     def destroy(self) -> None:
-        self.memory.free()
-        self._streams.forget()
+        try:
+            self.memory.free()
+        finally:
+            self._streams.forget()
 
     def set_num_sms(self, num_sms: int | None) -> None:
         self._check_num_sms(num_sms)
@@ -155,8 +157,10 @@ class NVLinkBackend:
             args.node.delay_ns = up_to_ns
 
     def synchronize(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise EPUnsupportedError("a CUDA graph cannot hold a wait of the host")
         self._streams.synchronize()
-        self.memory.check_fault()
+        self.memory.check()
 
     # --- plan ------------------------------------------------------------------------------------
 
@@ -230,6 +234,11 @@ class NVLinkBackend:
             # The caller's stream selects the probabilities by the experts that the plan finds.
             streams.wait(streams.current, stream)
         return routing
+
+    def wait_for_kernels(self) -> None:
+        """Of all operations so far; their counts are then in device memory."""
+        self._streams.synchronize()
+        self.memory.check_fault()
 
     def wait_for_sizes(self, routing: NVLinkRouting) -> RoutingSizes:
         """The plan's counts, as soon as they are in the mailbox."""

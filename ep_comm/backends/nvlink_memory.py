@@ -236,11 +236,16 @@ class NodeMemory:
         """Give the memory back, once no rank writes to it any more. Collective.
 
         After a fault nobody is waited for, and nothing is given back.
+
+        Raises:
+            EPTimeoutError, EPMismatchError, EPRoutingError: Of what was still in flight.
         """
-        torch.cuda.synchronize()  # what is in flight may yet find that a rank does not come
-        if not self.has_fault:
-            self._wait_for_all()
-            self.tensor = self._keep = None
+        if self.has_fault:
+            return
+        torch.cuda.synchronize()
+        self.check_fault()
+        self._wait_for_all()
+        self.tensor = self._keep = None
 
     def __del__(self) -> None:
         """After a fault the memory is never freed: a late peer may still write to it."""

@@ -103,7 +103,7 @@ class NVLinkRouting:
     def sizes(self) -> RoutingSizes:
         if self.capacity is None:
             return self.backend.wait_for_sizes(self)
-        self.backend.synchronize()
+        self.backend.wait_for_kernels()
         counts = (self.array(n).tolist() for n in ("num_sent", "num_recv", "expert_tokens"))
         return RoutingSizes(*map(tuple, counts), self.expert_alignment)
 

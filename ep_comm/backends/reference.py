@@ -119,8 +119,9 @@ class ReferenceBackend:
         return False  # the error itself says so
 
     def synchronize(self) -> None:
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
+        self._say_overflow()
 
     def keep_for_comm_stream(self, tensors: Iterable[Tensor | None]) -> None:
         pass

@@ -131,12 +131,12 @@ def train(
     """
     from ep_comm.bench.train_settings import find_examples, make_train_settings
     from ep_comm.errors import EPArgumentError
+    from ep_comm.exits import exit_together
 
     try:
         sys.path.insert(0, str(find_examples(config)))
     except EPArgumentError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise typer.Exit(2) from None
+        exit_together(error)
     from moe_launch import user_errors_exit
 
     # Whatever the trainings print is progress; the report alone goes to stdout.

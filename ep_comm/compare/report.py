@@ -173,7 +173,7 @@ def _verdict(variant: str, checks: Mapping[str, list], pairs: Mapping[str, Pairs
     needed = WIDE.get(name, REFERENCE if name == DEEPEP else None)
     if needed is None:
         return "not judged"
-    return f"not judged: needs {with_seed(needed, 2 if needed == REFERENCE else seed)}"
+    return f"not judged: needs {with_seed(needed, max(seed, 2) if needed == REFERENCE else seed)}"
 
 
 def _row(name: str, variant: dict[str, Any], noise: dict[str, Any] | None) -> list[str]:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import combinations, islice
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -267,7 +267,7 @@ def counterpart_of(name: str, among: Collection[str]) -> str | None:
 
 def standard_error(values: Collection[float]) -> float | None:
     """Of the mean of these values; None of one."""
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def judge(runs: Mapping[str, Run], tolerances: Tolerances) -> dict[str, list[Check]]:

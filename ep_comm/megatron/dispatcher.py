@@ -39,12 +39,10 @@ def synchronize_buffers() -> None:
     are written to a checkpoint.
 
     Raises:
-        EPTimeoutError, EPMismatchError, EPRoutingError: As `ep_comm.Buffer.synchronize`. What was
-            computed since is worth nothing.
+        EPError: As `ep_comm.Buffer.synchronize`. What was computed since is worth nothing.
     """
     for buffer in _buffers.values():
-        if buffer.is_usable:
-            buffer.synchronize()
+        buffer.synchronize()
 
 
 def destroy_buffers() -> None:
@@ -52,9 +50,11 @@ def destroy_buffers() -> None:
 
     A dispatcher that is used again makes a new one.
     """
-    for buffer in _buffers.values():
-        buffer.destroy()
-    _buffers.clear()
+    try:
+        for buffer in _buffers.values():
+            buffer.destroy()
+    finally:
+        _buffers.clear()
 
 
 class EPCommTokenDispatcher(MoETokenDispatcher):

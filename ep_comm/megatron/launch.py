@@ -48,7 +48,11 @@ def main() -> None:
         check_parsed = functools.partial(_check_parsed, script, training)
         if wants_ep_comm(arguments):
             register_optimizer_step_pre_hook(check_parsed)
-        runpy.run_path(str(script), run_name="__main__")
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit:  # Megatron ends like this at --exit-interval, or after SIGTERM
+            training.finish()
+            raise
         if wants_ep_comm(arguments):
             check_parsed()
             training.finish()

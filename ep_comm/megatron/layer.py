@@ -43,6 +43,9 @@ def _init(self: MoELayer, *args: Any, ep_options: EPOptions | None = None, **kwa
         _build(self, options, args, kwargs)
 
 
+MoELayer.__init__ = _init
+
+
 def use_ep_comm(spec: Any, options: EPOptions | None = None) -> Any:
     """Make the MoE layers of a spec use our dispatcher.
 
@@ -53,12 +56,11 @@ def use_ep_comm(spec: Any, options: EPOptions | None = None) -> Any:
         options: Defaults to ``EPOptions()``.
 
     Returns:
-        A copy of the spec.
+        A copy of the spec. A process that unpickles it imports this module first.
 
     Raises:
         EPArgumentError: The spec is of a layer without experts.
     """
-    MoELayer.__init__ = _init
     options = options or EPOptions()
     spec = copy.deepcopy(spec)
     block = spec if hasattr(spec, "layer_specs") else spec.submodules
@@ -98,7 +100,6 @@ def install(options: EPOptions | None = None) -> None:
             raise EPStateError(f"ep_comm is installed with {_installed}, not with {options}")
         return
     _installed = options
-    MoELayer.__init__ = _init
     if options.overlap_wgrad:
         _delay_wgrad_in_ddp()
 
