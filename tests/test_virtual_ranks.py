@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from cases import Case
+import torch
+from cases import Case, to_torch
 from test_buffer import CASES, check_results, on_gpus, random_case, run_case
+from test_capacity import exact_and_roomy
 from test_dispatch_fp8 import CASE as FP8_CASE
 from test_dispatch_fp8 import check_fp8_results, dispatch_all_ways
 from virtual_ranks import run_virtual_ranks
 
-from ep_comm import Buffer
+from ep_comm import Buffer, fp8
 
 pytestmark = pytest.mark.gpu
 
@@ -22,6 +24,42 @@ def run_on_buffer(rank: int, buffer: Buffer, case: Case) -> dict:
 
 def fp8_on_buffer(rank: int, buffer: Buffer, case: Case) -> dict:
     return dispatch_all_ways(rank, case, buffer)
+
+
+def small_fp8(rank: int, buffer: Buffer, case: Case) -> None:
+    x = to_torch(case.rows(rank, case.tokens[rank], salt=2), "cuda")
+    topk = to_torch(case.topk_idx(rank), "cuda")
+    probs = to_torch(case.probabilities(rank, tuple(topk.shape), salt=3), "cuda")
+    for layout in ("expert", "rank"):
+        out = buffer.dispatch(fp8.quantize(x), topk, probs, layout=layout)
+        again = buffer.dispatch(x, handle=out.handle, wire_dtype=fp8.FP8_DTYPE)
+        buffer.combine(again.recv_x, out.handle, out.recv_topk_weights)
+        buffer.synchronize()
+        assert out.recv_x[0].view(torch.uint8).any() and again.recv_x.any()
+
+
+def small_capacity(rank: int, buffer: Buffer, case: Case) -> None:
+    exact_and_roomy(rank, case, buffer)
+
+
+SMALL = {
+    "one-rank": (Case(tokens=(60,), experts_per_rank=32, num_topk=8, hidden=520), run_on_buffer),
+    "expert-major": (Case(tokens=(7, 5)), run_on_buffer),
+    "rank-major": (Case(tokens=(7, 5), layout="rank"), run_on_buffer),
+    "fp8": (Case(tokens=(9, 4), hidden=512, num_topk=5), small_fp8),
+    "capacity": (Case(tokens=(9, 6), hidden=128, num_topk=3), small_capacity),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_cases(name):
+    """What ``scripts/sanitize.sh`` runs under compute-sanitizer, where all takes its time."""
+    case, function = SMALL[name]
+    case = on_gpus(case, "nvlink")
+    config = dataclasses.replace(case.config(), timeout_s=100)
+    results = run_virtual_ranks(case.num_ranks, function, config, case)
+    if function is run_on_buffer:
+        check_results(case, results)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
