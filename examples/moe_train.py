@@ -68,6 +68,8 @@ def pretrain(config: PretrainConfig) -> None:
             loss, grad_norm = train_step(trainee, train_batches, config, num_microbatches)
             # One all-reduce for both: asking whether any rank is to stop costs four bytes.
             loss, stopping = _mean_over_ranks(loss, loss.new_tensor(stop.received))
+            # Over NVLink nobody knows before whether a rank was missing in the backward pass.
+            ep_megatron.synchronize_buffers()
             duration = time.perf_counter() - start
             trainee.scheduler.step(increment=config.global_batch_size)
             iteration += 1
@@ -132,7 +134,9 @@ def _validate(
         for _ in range(config.eval_iters)
     ]
     trainee.model.train()
-    return sum(_mean_over_ranks(*losses)) / len(losses)
+    mean = sum(_mean_over_ranks(*losses)) / len(losses)
+    ep_megatron.synchronize_buffers()  # no backward pass would say it
+    return mean
 
 
 def _forward_backward(
@@ -159,10 +163,7 @@ def _forward_backward(
 def _mean_over_ranks(*values: torch.Tensor) -> list[float]:
     sums = torch.stack(values)
     dist.all_reduce(sums)
-    means = [total / dist.get_world_size() for total in sums.tolist()]
-    # Over NVLink nobody knows before whether a rank was missing, in the backward pass say.
-    ep_megatron.synchronize_buffers()
-    return means
+    return [total / dist.get_world_size() for total in sums.tolist()]
 
 
 def _stopped(config: PretrainConfig, iteration: int) -> str:

@@ -100,7 +100,6 @@ class NodeMemory:
 
         def wait_for_all() -> None:
             dist.barrier(group, device_ids=[torch.cuda.current_device()])
-            torch.cuda.synchronize()
 
         # Everything is zero everywhere before anybody writes a flag.
         torch.cuda.synchronize()

@@ -129,14 +129,11 @@ def train(
     any other --key value goes to its configuration, as in --num-layers 2. Ratios are
     alltoall's time over the variant's (above 1: faster), for FP8 experts alltoall-fp8's.
     """
+    from ep_comm.bench import launch
     from ep_comm.bench.train_settings import find_examples, make_train_settings
-    from ep_comm.errors import EPArgumentError
-    from ep_comm.exits import exit_together
 
-    try:
+    with launch.user_errors_exit():
         sys.path.insert(0, str(find_examples(config)))
-    except EPArgumentError as error:
-        exit_together(error)
     from moe_launch import user_errors_exit
 
     # Whatever the trainings print is progress; the report alone goes to stdout.

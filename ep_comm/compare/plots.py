@@ -78,8 +78,8 @@ def _style(name: str) -> dict[str, object]:
     """All other seeds of a variant look the same."""
     if name in _STYLES:
         return _STYLES[name]
-    style = _STYLES[without_seed(name)]
-    return _NOISE if style is _STYLES[REFERENCE] else style | {"linewidth": 0.9}
+    variant = without_seed(name)
+    return _NOISE if variant == REFERENCE else _STYLES[variant] | {"linewidth": 0.9}
 
 
 def _scale_to(differences: list[np.ndarray], skipped: int, axes: Axes) -> None:
