@@ -246,6 +246,7 @@ def made_up_run(*, device: str = "cuda") -> TrainRun:
                 backward=(backward, backward, 99.0),
                 total=(3 + backward,) * 3,
                 combine=() if name == "alltoall" else (1.0, 1.0, 5.0),
+                hidden=(0.7, 0.8, 3.0) if name == "deepep-overlap" else (),
             ),
             **(on_gpu if device == "cuda" else {}),
         )
@@ -303,15 +304,7 @@ def test_without_the_reference_there_are_no_ratios():
     inspections = {"deepep-overlap": run.inspections["deepep-overlap"]}
     run = TrainRun(**{**vars(run), "blocks": blocks, "inspections": inspections})
     assert run.speedup("deepep", 1) is None and run.memory_ratio("deepep", 1) is None
-    assert run.layer_ratio("deepep-overlap") is None and run.hidden_share("deepep-overlap") is None
-
-
-def test_no_combine_of_ours_no_hidden_share():
-    run = made_up_run()
-    inspections = {**run.inspections, "alltoall-overlap": run.inspections["alltoall"]}
-    run = TrainRun(**{**vars(run), "inspections": inspections})
-    assert run.layer_ratio("alltoall-overlap") == 1
-    assert run.hidden_share("alltoall-overlap") is None
+    assert run.layer_ratio("deepep-overlap") is None
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -373,6 +366,8 @@ def test_a_run_on_the_cpu(tmp_path):
         assert len(found["layer"]["total"]) == 20 and found["step"] is None
         assert bool(found["layer"]["combine"]) == (name != "alltoall")
         assert found["phases_ms"].keys() == {"dispatch", "expert", "combine"}
+        pairs = found["layer"]["hidden"]
+        assert len(pairs) == (40 if name == "deepep-overlap" else 0)
     assert document["hidden_share"]["deepep-overlap"] is not None
 
 

@@ -76,6 +76,7 @@ class LayerAlone:
                 backward=watch.slowest(backward),
                 total=watch.slowest(total),
                 combine=self._combine_alone(watch),
+                hidden=self._hidden(watch, 2 * iters),
             )
 
     def _timed(self, watch: Stopwatch) -> tuple:
@@ -85,6 +86,40 @@ class LayerAlone:
         with timed(watch.device) as backward:
             self.backward(output)
         return forward, backward
+
+    def _hidden(self, watch: Stopwatch, pairs: int) -> tuple[float, ...]:
+        """How much longer the backward takes with the weight gradients behind its combine instead
+        of beside it, in ms; none of a variant that does not overlap them.
+
+        In pairs, now one first, now the other, so that whatever the machine does meets both.
+        """
+        dispatcher = self._layer.token_dispatcher
+        weight_gradients = getattr(dispatcher, "during_backward", None)
+        if weight_gradients is None:
+            return ()
+
+        def timed_backward(*, overlapped: bool):
+            dispatcher.during_backward = weight_gradients if overlapped else None
+            output = self.forward()
+            watch.align()
+            with timed(watch.device) as span:
+                self.backward(output)
+                if not overlapped:
+                    weight_gradients()
+            return span
+
+        spans = {False: [], True: []}
+        try:
+            for pair in range(pairs):
+                for overlapped in (False, True) if pair % 2 else (True, False):
+                    spans[overlapped].append(timed_backward(overlapped=overlapped))
+        finally:
+            dispatcher.during_backward = weight_gradients
+        behind, beside = (
+            watch.slowest([1e3 * span.seconds for span in spans[overlapped]])
+            for overlapped in (False, True)
+        )
+        return tuple(one - other for one, other in zip(behind, beside, strict=True))
 
     @torch.no_grad()
     def _combine_alone(self, watch: Stopwatch) -> tuple[float, ...]:

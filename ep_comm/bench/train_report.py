@@ -41,8 +41,8 @@ step, all variants see the same tokens"""
 _LAYER_NOTES = """\
 MoE layer alone: the first one, router to combine, ranks aligned, medians of the slowest rank; x \
 as above, of forward + backward
-combine alone: our backward combine's kernels, all SMs; hidden: (backward without the overlap - \
-backward with it) / combine of the former; far outside of 0 to 100%: the host decides, not the GPU
+combine alone: our backward combine's kernels, all SMs; hidden: what the backward gains, in that \
+unit, by weight gradients beside the combine instead of behind it, the median of pairs of passes
 dispatch, experts, combine of a step: forward, summed over layers and microbatches, permutation \
 and padding included, on the rank where it is longest"""
 _HOST_NOTES = """\

@@ -10,7 +10,7 @@ from typing import Any
 from ep_comm.bench.timing import Summary, summarize
 from ep_comm.bench.train_profile import Bar, Profile
 from ep_comm.bench.train_settings import TrainSettings
-from ep_comm.variants import reference_of, serial_of
+from ep_comm.variants import reference_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +46,15 @@ class LayerTimes:
         forward, backward, total: Of one pass, ranks aligned before the forward.
         combine: Our combine's kernels alone, of the backward's size, ranks aligned, with all SMs;
             empty with other dispatchers.
+        hidden: Of each pair of passes, the backward with the weight gradients behind its combine
+            less the backward with both at once, ranks aligned before it; empty without overlap.
     """
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     total: tuple[float, ...]
     combine: tuple[float, ...]
+    hidden: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,19 +173,13 @@ class TrainRun:
         return theirs / ours
 
     def hidden_share(self, name: str) -> float | None:
-        """Part of the backward combine that the weight gradients hide.
+        """Part of the backward combine that the weight gradients hide; None without our overlap.
 
-        (T_serial - T_overlapped) / T_combine: medians of the layer's backward without and with the
-        overlap, and of the combine alone at its fastest. None for a variant without overlap, where
-        the one without was not measured, or where the combine is not ours.
+        (T_serial - T_overlapped) / T_combine: the median of the pairs over that of the combine
+        alone at its fastest.
         """
-        serial = serial_of(name)
-        if serial not in self.inspections:
-            return None
-        apart, overlapped = (self.inspections[n].layer for n in (serial, name))
-        if not apart.combine:
-            return None
-        return (median(apart.backward) - median(overlapped.backward)) / median(apart.combine)
+        layer = self.inspections[name].layer
+        return median(layer.hidden) / median(layer.combine) if layer.hidden else None
 
     def _blocks(self, name: str, count: int) -> Iterator[Block]:
         return (b for b in self.blocks if (b.variant, b.microbatches) == (name, count))
