@@ -50,6 +50,8 @@ def compare(
     """
     with locked(out) as lock:
         directory = Directory(out, plan)
+        trained = [name for name in plan.skipped if is_finished(directory.log(name), plan)]
+        plan = plan.with_trained(trained)
         for name, reason in plan.skipped.items():
             console.print(f"{name} is skipped: {reason}", highlight=False, soft_wrap=True)
         try:

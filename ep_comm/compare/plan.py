@@ -7,8 +7,8 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,15 @@ class Plan:
     def steps(self) -> int:
         """Training steps of every run."""
         return self.settings["train_iters"]
+
+    def with_trained(self, variants: Iterable[str]) -> Plan:
+        """The plan with those of `skipped` that were trained on another machine."""
+        trained = set(variants)
+        return replace(
+            self,
+            variants=tuple(_in_order({*self.variants, *trained})),
+            skipped={name: why for name, why in self.skipped.items() if name not in trained},
+        )
 
     def seed(self, variant: str) -> int:
         """Seed of the weights of a variant."""
@@ -209,8 +218,12 @@ def _parse_variants(text: str) -> list[str]:
             f"--variants {text}: give {REFERENCE}, which the others are compared with, and at "
             f"least one other of {_OTHERS}"
         )
+    return _in_order(set(asked))
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
     order = list(VARIANTS)
-    return sorted(set(asked), key=lambda name: (order.index(without_seed(name)), seed_number(name)))
+    return sorted(names, key=lambda name: (order.index(without_seed(name)), seed_number(name)))
 
 
 def _find_script(config: Path) -> Path:
