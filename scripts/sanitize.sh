@@ -9,8 +9,8 @@ out=${1:-runs/sanitize}
 mkdir -p "$out"
 python3 setup.py --quiet build_ext --inplace
 
-# A tool allocates memory when a kernel is launched, and that waits for the kernels that run; where one of them
-# waits for the kernel that is to be launched, the case does not end. That is no verdict: once more.
+# Now and then a case does not end: a tool that needs memory for a kernel waits, it seems, for those that run, and
+# here one that runs may wait for that very kernel. That is no verdict: once more.
 check() {
     local case=$1 tool=$2 log=$out/$1-$2.txt
     for attempt in 1 2 3; do
