@@ -177,7 +177,7 @@ class Buffer:
         wire, recv = checks.wire_and_recv_dtype(
             rows, scales, wire_dtype, recv_dtype, self.config.hidden
         )
-        self._backend.check_wire_dtype(wire)
+        self._backend.check_wire_dtype(wire, recv)
         checks.check_num_sms(num_sms)
         if previous_event is not None:
             previous_event.current_stream_wait()
@@ -285,7 +285,7 @@ class Buffer:
         )
         checks.check_weights(topk_weights, weights_shape, x.device)
         grad_wire = checks.grad_wire_dtype(x, grad_wire_dtype)
-        self._backend.check_wire_dtype(grad_wire)
+        self._backend.check_wire_dtype(grad_wire, x.dtype)
         checks.check_num_sms(num_sms)
         if previous_event is not None:
             previous_event.current_stream_wait()
@@ -367,6 +367,8 @@ class Buffer:
     def destroy(self) -> None:
         """Free the buffer. Collective; every later call raises `EPStateError`.
 
+        One that failed waits for no other rank, and what these may still write to is never freed.
+
         Raises:
             EPError: What ended an operation that was still in flight.
         """
@@ -391,7 +393,8 @@ class Buffer:
         if not is_harmless and not isinstance(error, EPOverflowError):
             reason = str(error) if isinstance(error, EPError) else repr(error)
             self._unusable = f"an earlier operation failed: {reason}"
-        if has_started:
+            self._backend.give_up()
+        if has_started or self._backend.has_failed:
             self._backend.abandon()
 
     def _check_usable(self) -> None:

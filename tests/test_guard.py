@@ -19,12 +19,13 @@ from ep_comm.errors import (
 )
 
 CONFIG = EPConfig(num_experts=8, hidden=32, max_tokens_per_rank=16, num_topk=2)
+LATE = dict(op="combine", phase="rows", rank=0, late_ranks=(1,), epoch=3, timeout_s=2.0)
 
 
 def make_buffer(has_failed: bool = False) -> VirtualBuffer:
     backend = SimpleNamespace(
         rank=0, num_ranks=1, num_local_experts=8,
-        num_started=3, has_failed=has_failed, abandon=mock.Mock(),
+        num_started=3, has_failed=has_failed, abandon=mock.Mock(), give_up=mock.Mock(),
     )  # fmt: skip
     return VirtualBuffer(backend, CONFIG)
 
@@ -38,6 +39,8 @@ def make_buffer(has_failed: bool = False) -> VirtualBuffer:
         (EPRoutingError("why"), True, False, True),  # the others got all that they wait for
         (EPRoutingError("why"), True, True, False),
         (EPOverflowError(20, 10), False, False, True),
+        (EPTimeoutError(**LATE), False, True, False),  # of an operation before, found by this one
+        (MemoryError("why"), True, False, False),
         (KeyboardInterrupt("why"), False, False, False),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
@@ -48,9 +51,10 @@ def test_an_error_in_an_operation(error, started, has_failed, usable):
         backend.num_started += started
         raise error
     assert buffer.is_usable == usable
-    assert backend.abandon.called == started
+    assert backend.abandon.called == (started or has_failed)
+    assert backend.give_up.called == (not usable)  # then other ranks may not know
     if not usable:
-        with pytest.raises(EPStateError, match="why"):
+        with pytest.raises(EPStateError, match="an earlier operation failed: "):
             buffer.guard()
 
 
@@ -65,10 +69,7 @@ def test_what_is_left_behind_is_abandoned_even_if_that_fails():
 
 def test_waiting_for_operations_raises_what_ended_them():
     buffer = make_buffer(has_failed=True)
-    error = EPTimeoutError(
-        op="combine", phase="rows", rank=0, late_ranks=(1,), epoch=3, timeout_s=2.0
-    )
-    buffer._backend.synchronize = mock.Mock(side_effect=error)
+    buffer._backend.synchronize = mock.Mock(side_effect=EPTimeoutError(**LATE))
     with pytest.raises(EPTimeoutError):
         buffer.synchronize()
     with pytest.raises(EPStateError, match="waited 2 s for rank 1"):

@@ -30,6 +30,16 @@ def test_operations_are_ordered_where_they_would_not_fit():
     assert in_flight.start("d", 4, 100) == [1, 3]
 
 
+def test_a_larger_operation_before_the_last_one_counts():
+    in_flight = InFlight(100)
+    in_flight.start("dispatch", 1, 100)
+    assert in_flight.start("dispatch", 2, 8) == [1]
+    assert in_flight.start("combine", 3, 90) == [2]
+    in_flight.forget("dispatch")
+    in_flight.start("dispatch", 2, 8)
+    assert in_flight.start("combine", 3, 90) == []
+
+
 def test_a_buffer_may_be_collected_while_another_starts():
     in_flight = InFlight(100)
 

@@ -10,7 +10,7 @@ from ep_comm._native import structs
 from ep_comm.backends.nvlink_memory import NodeMemory
 
 
-@pytest.mark.parametrize("fault", ["none", "before", "in flight"])
+@pytest.mark.parametrize("fault", ["none", "before", "in flight", "given up"])
 def test_memory_is_given_back_only_without_a_fault(fault, monkeypatch):
     """What is in flight may find that a rank does not come while `free` waits for it."""
     done = []
@@ -31,12 +31,15 @@ def test_memory_is_given_back_only_without_a_fault(fault, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     if fault == "before":
         give_up()
+    memory._is_given_up = False
+    if fault == "given up":  # this rank alone knows
+        memory.give_up()
     if fault == "in flight":
         with pytest.raises(EPTimeoutError, match="waited 2 s for rank 1"):
             memory.free()
     else:
         memory.free()
     expected = ["synchronized", "waited for all"]
-    assert done == expected[: {"before": 0, "in flight": 1, "none": 2}[fault]]
+    assert done == expected[: {"in flight": 1, "none": 2}.get(fault, 0)]
     assert (memory.tensor is None) == (memory._keep is None) == (fault == "none")
-    memory._fault.code = structs.EP_FAULT_NONE  # there is nothing to leak
+    memory._fault.code, memory._is_given_up = structs.EP_FAULT_NONE, False  # nothing to leak

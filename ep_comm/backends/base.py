@@ -107,8 +107,9 @@ class Backend(Protocol):
     def set_num_sms(self, num_sms: int | None) -> None:
         """Limit the SMs of an operation, where the backend has kernels of its own."""
 
-    def check_wire_dtype(self, wire_dtype: torch.dtype) -> None:
-        """Raise `EPArgumentError` where rows of the buffer cannot travel as `wire_dtype`."""
+    def check_wire_dtype(self, wire_dtype: torch.dtype, recv_dtype: torch.dtype) -> None:
+        """Raise `EPArgumentError` where rows of the buffer cannot travel as `wire_dtype` and arrive
+        as `recv_dtype`."""
 
     def plan(
         self,
@@ -169,6 +170,9 @@ class Backend(Protocol):
     def keep_for_comm_stream(self, tensors: Iterable[Tensor | None]) -> None:
         """Memory of these outputs of an asynchronous operation is not used again before that is
         done, whenever they are freed."""
+
+    def give_up(self) -> None:
+        """After an error that other ranks may not know of: `destroy` is not to wait for them."""
 
     def abandon(self) -> None:
         """After an error: work of the current stream from now on waits for what was started, whose

@@ -147,9 +147,9 @@ class NVLinkBackend:
         self._check_num_sms(num_sms)
         return num_sms or self._num_sms or default_sms(self._available_sms, asynchronous)
 
-    def check_wire_dtype(self, wire_dtype: torch.dtype) -> None:
+    def check_wire_dtype(self, wire_dtype: torch.dtype, recv_dtype: torch.dtype) -> None:
         if wire_dtype == fp8.FP8_DTYPE:
-            nvlink_support.check_fp8_hidden(self.config.hidden)
+            nvlink_support.check_fp8_hidden(self.config.hidden, recv_dtype)
 
     def inject_delays(self, up_to_ns: int) -> None:
         """For tests: every wait and every signal of later operations is late, at random."""
@@ -415,6 +415,9 @@ class NVLinkBackend:
         """torch would use a dropped handle's memory again for its own stream, at once."""
         if self._streams.current != routing.stream:
             routing.arena.record_stream(torch.cuda.current_stream(self.device))
+
+    def give_up(self) -> None:
+        self.memory.give_up()
 
     def abandon(self) -> None:
         self._streams.abandon()

@@ -119,6 +119,7 @@ class NodeMemory:
         self.num_ranks = len(addresses)
         self.tensor: Tensor | None = tensor
         self._timeout_s = timeout_s
+        self._is_given_up = False
         self._keep = keep
         self._wait_for_all = wait_for_all
         self._addresses = (ctypes.c_void_p * structs.EP_MAX_NODE_RANKS)(*addresses)
@@ -234,21 +235,29 @@ class NodeMemory:
     def free(self) -> None:
         """Give the memory back, once no rank writes to it any more. Collective.
 
-        After a fault nobody is waited for, and nothing is given back.
+        After a fault, or where it was given up, nobody is waited for and nothing is given back.
 
         Raises:
             EPTimeoutError, EPMismatchError, EPRoutingError: Of what was still in flight.
         """
-        if self.has_fault:
+        if self._may_be_written_to:
             return
         torch.cuda.synchronize()
         self.check_fault()
         self._wait_for_all()
         self.tensor = self._keep = None
 
+    def give_up(self) -> None:
+        """This rank has failed in a way that the others do not know of."""
+        self._is_given_up = True
+
+    @property
+    def _may_be_written_to(self) -> bool:
+        return self._is_given_up or self.has_fault
+
     def __del__(self) -> None:
-        """After a fault the memory is never freed: a late peer may still write to it."""
-        if getattr(self, "_fault", None) is not None and self.has_fault:
+        """What a late peer may still write to is never freed."""
+        if getattr(self, "_fault", None) is not None and self._may_be_written_to:
             device = (self.counters, self._epochs, self._waits, self.abort)
             _leaked.append((self.tensor, self._keep, self._host, device))
 

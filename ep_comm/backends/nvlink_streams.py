@@ -114,6 +114,7 @@ class Streams:
                 torch.cuda.default_stream(device).synchronize()
             else:
                 ExternalStream(stream, device).synchronize()
+        self.forget()
 
     def comm_event(self, keep: tuple) -> EventOverlap:
         """The end of the communication stream. `keep` is what its kernels read: held until the
@@ -135,7 +136,8 @@ class InFlight:
 
     def __init__(self, num_sms: int) -> None:
         self._num_sms = num_sms
-        # Newest last; of each key the last operation, the earlier ones being in order before it.
+        # Newest last; of each key where the last operation runs, the earlier ones being in order
+        # before it, and the most SMs of any.
         self._operations: dict[object, tuple[int, int]] = {}
 
     def start(self, key: object, stream: int, num_sms: int) -> list[int]:
@@ -146,7 +148,7 @@ class InFlight:
             stream: Where it will run.
             num_sms: That its kernels occupy.
         """
-        last_stream, _ = self._operations.pop(key, (stream, 0))
+        last_stream, most_sms = self._operations.pop(key, (stream, 0))
         behind = [] if last_stream == stream else [last_stream]
         # One operation runs at a time on each stream: the largest counts.
         sms_of_stream: dict[int, int] = {}
@@ -161,7 +163,8 @@ class InFlight:
                 room -= other_sms
             else:
                 behind.append(other_stream)
-        self._operations[key] = (stream, num_sms)
+        # A larger one before it may be what runs, as far as the host knows.
+        self._operations[key] = (stream, max(num_sms, most_sms))
         return sorted(behind)
 
     def streams(self, keys: Iterable[object]) -> set[int]:

@@ -13,6 +13,8 @@ from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPMismatchError
 
 _MAX_ROW_BYTES = 92_000
+# Two rows as they arrive and one as it leaves fill an SM's shared memory.
+_MAX_HIDDEN_FP8_TO_FP32 = 30_208
 
 
 def unavailable_reason(group: dist.ProcessGroup, config: EPConfig) -> str | None:
@@ -60,8 +62,14 @@ def reason_here(num_ranks: int, config: EPConfig) -> str | None:
     return None
 
 
-def check_fp8_hidden(hidden: int) -> None:
-    """Raise `EPArgumentError` where this backend cannot send rows of `hidden` elements as FP8."""
+def check_fp8_hidden(hidden: int, recv_dtype: torch.dtype = torch.bfloat16) -> None:
+    """Raise `EPArgumentError` where this backend cannot send rows of `hidden` elements as FP8, or
+    cannot make `recv_dtype` of them."""
     # Bulk copies move multiples of 16 bytes, so the FP32 scales of a row must be that.
     if hidden % 512:
         raise EPArgumentError(f"FP8 over NVLink needs hidden to be a multiple of 512, got {hidden}")
+    if recv_dtype == torch.float32 and hidden > _MAX_HIDDEN_FP8_TO_FP32:
+        raise EPArgumentError(
+            f"FP8 over NVLink to FP32 needs hidden to be at most {_MAX_HIDDEN_FP8_TO_FP32}, got "
+            f"{hidden}: receive it as FP8 or BF16"
+        )

@@ -126,6 +126,9 @@ class ReferenceBackend:
     def keep_for_comm_stream(self, tensors: Iterable[Tensor | None]) -> None:
         pass
 
+    def give_up(self) -> None:
+        pass
+
     def abandon(self) -> None:
         pass
 
@@ -135,7 +138,7 @@ class ReferenceBackend:
     def set_num_sms(self, num_sms: int | None) -> None:
         pass
 
-    def check_wire_dtype(self, wire_dtype: torch.dtype) -> None:
+    def check_wire_dtype(self, wire_dtype: torch.dtype, recv_dtype: torch.dtype) -> None:
         pass
 
     # --- routing -------------------------------------------------------------------------------
