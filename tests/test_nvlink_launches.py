@@ -191,11 +191,20 @@ def test_an_input_that_was_made_after_the_plan_is_waited_for(backend, made, monk
     assert launch[1].is_behind_plan == (made == "nothing")
 
 
-@pytest.mark.parametrize("is_captured", [False, True], ids=["few-sms", "captured"])
-def test_where_the_halves_might_not_run_at_once_they_are_two_launches(backend, is_captured):
-    with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: is_captured):
-        num_sms = None if is_captured else 24
-        dispatch(backend, plan(backend, capacity=40, num_sms=num_sms))
+@pytest.mark.parametrize("num_sms", [None, 24])
+@pytest.mark.parametrize("source", [TOPK, torch.zeros(10, 8, dtype=torch.bool)])
+def test_a_graph_has_no_branches(backend, num_sms, source):
+    with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
+        handle = plan(backend, capacity=40, num_sms=num_sms, source=source, has_weights=True)
+        dispatch(backend, handle, weights=torch.rand(10, 4))
+    planned, both = backend.native.take()
+    assert planned[2:] == (CURRENT, CURRENT) and both[2] == CURRENT
+    assert both[1].is_planned and not both[1].is_behind_plan
+    assert both[1].num_push_blocks > 0 < both[1].num_expand_blocks
+
+
+def test_with_few_sms_the_halves_are_two_launches(backend):
+    dispatch(backend, plan(backend, capacity=40, num_sms=24))
     planned, push, expand, joined = backend.native.take()
     assert planned[2:] == (CURRENT, SIDE)
     assert (push[2], expand[2], joined) == (CURRENT, SIDE, ("wait", CURRENT, SIDE))

@@ -176,7 +176,8 @@ class NVLinkBackend:
         num_sms: int | None,
     ) -> NVLinkRouting:
         self.memory.check()
-        if capacity is None and torch.cuda.is_current_stream_capturing():
+        is_captured = torch.cuda.is_current_stream_capturing()
+        if capacity is None and is_captured:
             raise EPUnsupportedError(
                 "a new dispatch waits for the counts of its routing, which no CUDA graph can hold: "
                 "pass num_worst_tokens, or capture a cached dispatch"
@@ -191,12 +192,10 @@ class NVLinkBackend:
         selects_weights = has_weights and source.dtype == torch.bool
         sms = self._sms(num_sms, asynchronous)
         # Where the host waits for nothing one kernel can push and expand, beside the plan's second
-        # one; with few SMs there is no room for both, and a graph keeps to what every CUDA knows.
-        in_one = (
-            capacity is not None
-            and sms == self._available_sms
-            and not selects_weights
-            and not torch.cuda.is_current_stream_capturing()
+        # one; with few SMs there is no room for both. In a graph it comes after that one: of two
+        # branches CUDA might run first what expands, and so waits for the other ranks' pushes.
+        in_one = capacity is not None and (
+            is_captured or (sms == self._available_sms and not selects_weights)
         )
         stream = self._streams.begin(structs.EP_OP_DISPATCH, asynchronous, sms)
         record = self.recorder.start("dispatch", 0)
@@ -215,7 +214,7 @@ class NVLinkBackend:
             stream=self._streams.current,
             arena=arena,
             places=places,
-            first=FirstDispatch(stream, sms, record, selects_weights, in_one),
+            first=FirstDispatch(stream, sms, record, selects_weights, in_one, is_captured),
         )
         args = self._args.plan
         args.node.record = record
@@ -295,7 +294,7 @@ class NVLinkBackend:
             if was_made:
                 self._wait_for_input(first, asynchronous)
             # What is pushed has to be there: only an input of before the plan certainly is.
-            args.is_behind_plan = first.in_one and not was_made
+            args.is_behind_plan = first.in_one and not (was_made or first.is_captured)
             received = self._first(args, handle, recv_dtype, first)
         return self._pending(
             received, asynchronous, (x, scales, weights, routing.source, routing.arena)

@@ -125,6 +125,7 @@ class FirstDispatch(NamedTuple):
         record: Address of their record.
         selects_weights: Whether probabilities are selected by the plan's experts in between.
         in_one: Whether rows are pushed and expanded by one kernel, on the stream of the plan.
+        is_captured: In a CUDA graph.
     """
 
     stream: int
@@ -132,3 +133,4 @@ class FirstDispatch(NamedTuple):
     record: int
     selects_weights: bool
     in_one: bool
+    is_captured: bool
