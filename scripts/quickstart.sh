@@ -16,3 +16,4 @@ rm -rf runs/quickstart # of an earlier quickstart: the trainings are to be seen
 echo "== training configs/tiny-cpu.yaml on 2 processes with alltoall and with deepep, and comparing"
 ep-comm compare --config configs/tiny-cpu.yaml --variants alltoall,deepep \
     --out runs/quickstart --wandb-project ep_comm-quickstart --save-interval 60
+echo "== ep-comm, torchrun and wandb are in .venv: source .venv/bin/activate"

@@ -6,6 +6,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/sanitize}
+command -v compute-sanitizer >/dev/null || { echo "error: needs compute-sanitizer, of the CUDA toolkit" >&2; exit 2; }
+nvidia-smi -L >/dev/null 2>&1 || { echo "error: needs a GPU" >&2; exit 2; }
 mkdir -p "$out"
 python3 setup.py --quiet build_ext --inplace
 

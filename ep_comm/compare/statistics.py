@@ -120,15 +120,25 @@ class Pairs:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One number that must not be above its limit."""
+    """One number that must not be above its limit.
+
+    Attributes:
+        chance: What it may well be by chance; no more than the limit where that is not known.
+    """
 
     what: str
     value: float
     limit: float
+    chance: float = 0.0
 
     @property
     def passed(self) -> bool:
         return self.value <= self.limit  # NaN does not pass
+
+    @property
+    def is_unclear(self) -> bool:
+        """Above the limit, but not above what chance does."""
+        return self.limit < self.value <= self.chance
 
 
 def window_of(steps: int) -> int:
@@ -274,7 +284,9 @@ def judge(runs: Mapping[str, Run], tolerances: Tolerances) -> dict[str, list[Che
     """The checks of each variant that can be judged.
 
     deepep is judged where the noise is known, an FP8 wire where the same model was trained
-    with a BF16 wire and the same seeds; the checks stand with the first of these seeds.
+    with a BF16 wire and the same seeds; the checks stand with the first of these seeds. Where that
+    is one pair the noise, if known, is its chance: the runs of a pair part by rounding, and are
+    soon as far apart as two seeds.
     """
     checks: dict[str, list[Check]] = {}
     noise = noise_of(runs)
@@ -283,7 +295,10 @@ def judge(runs: Mapping[str, Run], tolerances: Tolerances) -> dict[str, list[Che
         checks[DEEPEP] = _within_noise(found, noise, tolerances.noise)
     for name, pairs in pairs_of(runs).items():
         if name != DEEPEP:
-            checks[with_seed(name, pairs.seeds[0])] = _within_share(pairs, tolerances.fp8)
+            chance = {}
+            if noise is not None and len(pairs.seeds) == 1:
+                chance = _relative_noise(noise, runs[REFERENCE])
+            checks[with_seed(name, pairs.seeds[0])] = _within_share(pairs, tolerances.fp8, chance)
     return checks
 
 
@@ -294,19 +309,36 @@ def _within_noise(found: Difference, noise: Noise, tolerance: float) -> list[Che
         Check(what="mean |Δ|", value=found.mean, limit=tolerance * noise.mean),
     ]
     if found.final_valid is not None and noise.final_valid is not None:
-        # Seeds may happen to end close to each other: the noise is not taken as smaller than
-        # it was on the whole way.
-        limit = tolerance * max(noise.final_valid, noise.mean)
+        limit = tolerance * _noise_at_the_end(noise)
         checks.append(Check(what="final validation |Δ|", value=found.final_valid, limit=limit))
     return checks
 
 
-def _within_share(pairs: Pairs, tolerance: float) -> list[Check]:
+def _noise_at_the_end(noise: Noise) -> float:
+    """Of the validation. Seeds may happen to end close to each other: it is not taken as smaller
+    than the noise was on the whole way."""
+    return max(noise.final_valid, noise.mean)
+
+
+def _relative_noise(noise: Noise, reference: Run) -> dict[str, float]:
+    """Of the final losses, by name."""
+    relative = {"train": noise.mean / reference.final_train}
+    if noise.final_valid is not None:
+        relative["validation"] = _noise_at_the_end(noise) / reference.final_valid
+    return relative
+
+
+def _within_share(pairs: Pairs, tolerance: float, chance: Mapping[str, float]) -> list[Check]:
     of_seeds = f", mean of {len(pairs.seeds)} seeds" if len(pairs.seeds) > 1 else ""
     return [
-        Check(what=f"final {loss} loss, relative |Δ|{of_seeds}", value=value, limit=tolerance)
+        Check(
+            what=f"final {loss} loss, relative |Δ|{of_seeds}",
+            value=abs(fmean(relative)),
+            limit=tolerance,
+            chance=chance.get(loss, 0.0),
+        )
         for loss, relative in (("train", pairs.final_train), ("validation", pairs.final_valid))
-        for value in ([abs(fmean(relative))] if relative else [])
+        if relative
     ]
 
 
