@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -70,7 +71,7 @@ def check_paths(config: PretrainConfig) -> Path | None:
 
     Raises:
         UserError: There is no checkpoint to load, it belongs to another model or run, or there is
-            one in the way of saving.
+            one in the way of saving, or no way to write there.
     """
     return on_rank_0(lambda: _check_paths(config))
 
@@ -236,11 +237,21 @@ def _check_paths(config: PretrainConfig) -> Path | None:
             f"{saved.read_text().strip()}: add --load {config.save} to go on from it, or "
             f"choose another folder"
         )
-    if not config.load or (goes_on and not saved.exists()):
-        return None
-    checkpoint = _latest(config.load)
-    _check_fingerprint(checkpoint, config)
+    checkpoint = None
+    if config.load and not (goes_on and not saved.exists()):
+        checkpoint = _latest(config.load)
+        _check_fingerprint(checkpoint, config)
+    if config.save:
+        _check_writable(config.save)
     return checkpoint
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"--save {folder} cannot be written: {error.strerror}") from None
 
 
 def _latest(folder: Path) -> Path:

@@ -1,5 +1,6 @@
-"""Stopping on SIGTERM: SLURM sends it before it takes a job's nodes away, torchrun passes it on.
+"""Stopping on SIGTERM, which SLURM sends before it takes a job's nodes away, and on Ctrl-C.
 
+torchrun passes both on.
 The step in progress is finished, a checkpoint is written, and the process exits with `EXIT_CODE`.
 """
 
@@ -11,19 +12,21 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether SIGTERM has reached this process since this was made.
+    """Whether SIGTERM or SIGINT has reached this process since this was made.
 
-    From then on SIGTERM does nothing else: SLURM and torchrun both send it, to each process of a
-    job and more than once, while the last checkpoint is being written. Until then it ends the
+    From then on they do nothing else: SLURM, a terminal and torchrun all send them, to each process
+    of a job and more than once, while the last checkpoint is being written. Until then they end the
     process, which has nothing to lose yet.
     """
 
     def __init__(self) -> None:
         self.received = False
-        signal.signal(signal.SIGTERM, self._receive)
+        for each in _SIGNALS:
+            signal.signal(each, self._receive)
 
     def _receive(self, *_: object) -> None:
         self.received = True
@@ -31,7 +34,8 @@ class StopRequest:
 
 @contextmanager
 def shielded_children() -> Iterator[None]:
-    """Processes that are started inside never get SIGTERM, which SLURM sends to all of a job.
+    """Processes that are started inside never get these signals, which SLURM and a terminal send to
+    all of a job.
 
     For those that the last checkpoint needs. Programs that handle SIGTERM (W&B's service) get it
     nevertheless.
@@ -39,7 +43,7 @@ def shielded_children() -> Iterator[None]:
     # Started now, since on its start multiprocessing lets SIGTERM through again.
     resource_tracker.ensure_running()
     # Blocked and not ignored: one that comes meanwhile reaches this process afterwards.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:

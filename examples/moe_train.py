@@ -33,7 +33,7 @@ def pretrain(config: PretrainConfig) -> None:
 
     Raises:
         UserError: Something is asked for that cannot be done. Nothing has been overwritten.
-        SystemExit: SIGTERM came, on any rank (`moe_stop`).
+        SystemExit: SIGTERM or Ctrl-C came, on any rank (`moe_stop`).
     """
     # Whatever can be wrong with the request comes first, before anything is written.
     num_microbatches = config.num_microbatches(dist.get_world_size())
@@ -167,7 +167,7 @@ def _mean_over_ranks(*values: torch.Tensor) -> list[float]:
 
 
 def _stopped(config: PretrainConfig, iteration: int) -> str:
-    done = f"SIGTERM: stopped after step {iteration} of {config.train_iters}"
+    done = f"asked to stop: stopped after step {iteration} of {config.train_iters}"
     if config.save:
         return f"{done}; --load {config.save} goes on from there"
     return f"{done}; nothing is saved, there is no --save"

@@ -5,8 +5,8 @@
 or, in a SLURM job, by srun with one task for each process (``scripts/slurm/pretrain_moe.sbatch``).
 ``--moe-token-dispatcher alltoall`` or ``allgather`` runs the same with Megatron's own dispatcher,
 ``--help`` lists everything else. With no ``--data-path`` it trains on the source of Python's
-standard library, byte by byte. On SIGTERM it finishes the step, writes a checkpoint to ``--save``
-and exits with 75; ``--load`` goes on from there.
+standard library, byte by byte. On SIGTERM or Ctrl-C it finishes the step, writes a checkpoint to
+``--save`` and exits with 75; ``--load`` goes on from there.
 
 This file starts the processes' work; `moe_train` is the training loop.
 """

@@ -187,6 +187,8 @@ def test_bad_data_and_folders(tmp_path):
         "--wandb-project p --wandb-save-dir one.txt/w": ["one.txt/w", "one.txt is no folder"],
         "--load nowhere": ["nowhere", "no checkpoint"],
         "--save taken": ["already holds checkpoints", "iteration 6", "--load"],
+        "--save one.txt": ["--save one.txt cannot be written", "File exists"],
+        "--save one.txt/below": ["--save one.txt/below cannot be written", "Not a directory"],
         # Refused once the processes' groups are made: one such case at most.
         "--fp8-format e4m3": ["--fp8-format needs a GPU and Transformer Engine; here: no --fp8"],
     }

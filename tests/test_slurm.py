@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -71,11 +72,11 @@ def send_term_to_rank_1(torchrun_process: subprocess.Popen) -> None:
     rank_1.terminate()
 
 
-def send_term_to_all(torchrun_process: subprocess.Popen) -> None:
-    """As SLURM does: also to processes that ranks have started."""
+def send_to_all(torchrun_process: subprocess.Popen, signum: int) -> None:
+    """Also to processes that ranks have started."""
     parent = psutil.Process(torchrun_process.pid)
     for process in [parent, *parent.children(recursive=True)]:
-        process.terminate()
+        process.send_signal(signum)
 
 
 # Writes half a checkpoint, then all ranks die as if by `kill -9`.
@@ -115,27 +116,39 @@ def test_a_run_stopped_in_every_way_repeats_the_uninterrupted_one(tmp_path, unin
     assert f"no checkpoint in {checkpoints} yet: from the start\n" in result.output
     first = int((checkpoints / LATEST).read_text())
     assert 3 <= first == max(losses(run_dir)) < STEPS
-    assert f"SIGTERM: stopped after step {first} of {STEPS}; --load {checkpoints}" in result.output
+    assert (
+        f"asked to stop: stopped after step {first} of {STEPS}; --load {checkpoints}"
+        in result.output
+    )
 
     def stop_all(process: subprocess.Popen) -> None:
         wait_for_step(run_dir, first + 13)  # a checkpoint has been written, as planned
-        send_term_to_all(process)
+        send_to_all(process, signal.SIGTERM)  # as SLURM does
 
     result = torchrun(*flags, "--save-interval", 10, meanwhile=stop_all)
     second = int((checkpoints / LATEST).read_text())
     assert first + 13 <= second == max(losses(run_dir)) < STEPS, result.output
-    assert f"SIGTERM: stopped after step {second} of {STEPS}" in result.output
+    assert f"asked to stop: stopped after step {second} of {STEPS}" in result.output
+
+    def press_ctrl_c(process: subprocess.Popen) -> None:
+        wait_for_step(run_dir, second + 3)
+        send_to_all(process, signal.SIGINT)  # as a terminal does
+
+    result = torchrun(*flags, meanwhile=press_ctrl_c)
+    third = int((checkpoints / LATEST).read_text())
+    assert second + 3 <= third == max(losses(run_dir)) < STEPS, result.output
+    assert f"asked to stop: stopped after step {third} of {STEPS}" in result.output
 
     script = tmp_path / "killed_in_save.py"
     script.write_text(KILLED_IN_SAVE)
-    result = torchrun(*flags, "--save-interval", second + 5, script=script)
+    result = torchrun(*flags, "--save-interval", third + 5, script=script)
     assert "SIGKILL" in result.output
     (half_written,) = checkpoints.glob("*.tmp")
-    assert half_written.name == f"iter_{second + 5:07d}.tmp"
+    assert half_written.name == f"iter_{third + 5:07d}.tmp"
 
     result = torchrun(*flags)
     assert result.code == 0, result.output
-    assert starts(run_dir) == [0, first, second, second]
+    assert starts(run_dir) == [0, first, second, third, third]
     assert_same_numbers(run_dir, uninterrupted)
 
 
@@ -333,7 +346,7 @@ def test_a_preempted_job_goes_on_and_repeats_the_uninterrupted_run(
     assert len(starts(run_dir)) == 3 and 22 <= starts(run_dir)[1] < starts(run_dir)[2] < STEPS
     assert_same_numbers(run_dir, uninterrupted)
     ranks = [(run_dir / "ranks" / f"{rank}.txt").read_text() for rank in (0, 1)]
-    assert "SIGTERM: stopped after step" in ranks[0] and "resumed at step" in ranks[0]
+    assert "asked to stop: stopped after step" in ranks[0] and "resumed at step" in ranks[0]
     assert "resumed at step" not in ranks[1]
 
 
