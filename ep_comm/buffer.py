@@ -11,7 +11,6 @@ from torch import Tensor
 from ep_comm import checks, fp8, ops
 from ep_comm.backends import make_backend
 from ep_comm.backends.base import Backend
-from ep_comm.backends.transport import backend_by_device_type
 from ep_comm.config import EPConfig
 from ep_comm.errors import (
     EPArgumentError,
@@ -69,21 +68,20 @@ class Buffer:
                 "torch.distributed is not initialised: call init_process_group before Buffer"
             )
         self.group = dist.group.WORLD if group is None else group
+        if self.group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise EPArgumentError("this process is not a member of the group")
         if not isinstance(self.group, dist.ProcessGroup):
             raise EPArgumentError(
                 f"group must be a ProcessGroup or None, got {type(group).__name__}"
             )
         self.config = config
         self.rank = dist.get_rank(self.group)
-        if self.rank < 0:
-            raise EPArgumentError("this process is not a member of the group")
         self.num_ranks = dist.get_world_size(self.group)
         config.check_group(self.num_ranks)
         self.num_local_experts = config.num_experts // self.num_ranks
         self._unusable: str | None = None
         self._backend: Backend
         self._backend, self.passed_over = make_backend(self.group, config)
-        self._device_types = _device_types(self.group)
 
     # --- the two operations ----------------------------------------------------------------------
 
@@ -173,7 +171,7 @@ class Buffer:
             raise EPArgumentError(
                 f"during_backward must be callable, got {type(during_backward).__name__}"
             )
-        checks.check_device("x", rows, self._device_types)
+        self._backend.check_device("x", rows)
         wire, recv = checks.wire_and_recv_dtype(
             rows, scales, wire_dtype, recv_dtype, self.config.hidden
         )
@@ -229,9 +227,7 @@ class Buffer:
             recv_topk_idx=handle.recv_topk_idx,
             recv_topk_weights=None if topk_weights is None else recv_weights,
             num_recv_tokens_per_expert_list=(
-                list(handle.routing.sizes.padded_expert_rows)
-                if handle.routing.capacity is None
-                else []
+                handle.num_recv_tokens_per_expert_list if handle.routing.capacity is None else []
             ),
             handle=handle,
             event=handle.event if async_finish else EventOverlap(),
@@ -278,7 +274,7 @@ class Buffer:
         checks.check_handle(handle, self)
         checks.check_tensor("x", x)
         checks.check_rows("x", x, handle.num_rows, self.config.hidden)
-        checks.check_device("x", x, self._device_types)
+        self._backend.check_device("x", x)
         checks.check_row_dtype("x", x, self.config)
         weights_shape = (
             (handle.num_rows,) if handle.layout == "expert" else (handle.num_rows, handle.num_topk)
@@ -426,14 +422,3 @@ class Buffer:
             )
         checks.check_weights(topk_weights, shape, x.device)
         return source, num_topk
-
-
-def _device_types(group: dist.ProcessGroup) -> tuple[str, ...]:
-    """Kinds of device that the group can send tensors between and this machine has. A gloo group
-    claims GPUs too, and has no point-to-point there."""
-    has_cuda = torch.cuda.is_available()
-    return tuple(
-        kind
-        for kind, backend in backend_by_device_type(group).items()
-        if kind == "cpu" or (kind == "cuda" and has_cuda and backend == "nccl")
-    )

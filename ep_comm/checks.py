@@ -22,15 +22,6 @@ def check_tensor(name: str, value: object) -> None:
         raise EPArgumentError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
-def check_device(name: str, tensor: Tensor, device_types: tuple[str, ...]) -> None:
-    kind = "cuda" if tensor.is_cuda else tensor.device.type  # the latter takes half a microsecond
-    if kind not in device_types:
-        raise EPArgumentError(
-            f"{name} is on {tensor.device}, but the buffer's group moves tensors on "
-            f"{' or '.join(device_types)}"
-        )
-
-
 def check_num_sms(num_sms: object) -> None:
     """A number of SMs, or None."""
     is_int = isinstance(num_sms, int) and not isinstance(num_sms, bool)

@@ -125,6 +125,12 @@ class DispatchHandle:
         return self.routing.sizes.received
 
     @property
+    def num_recv_tokens_per_expert_list(self) -> list[int]:
+        """See `DispatchOutput`."""
+        sizes = self.routing.sizes
+        return list(sizes.padded_expert_rows if self.layout == "expert" else sizes.expert_rows)
+
+    @property
     def tokens_per_expert(self) -> Tensor:
         """[E_local] int64 on the CPU, received tokens before padding. After a dispatch with
         ``num_worst_tokens`` reading it waits for the GPU."""
@@ -132,7 +138,8 @@ class DispatchHandle:
 
     @property
     def padded_tokens_per_expert(self) -> Tensor:
-        """[E_local] int64 on the CPU, rows of each expert's group in the output."""
+        """[E_local] int64 on the CPU, rows of each expert's group in the output. Expert layout
+        only."""
         return torch.tensor(self.routing.sizes.padded_expert_rows)
 
     @property
@@ -188,7 +195,8 @@ class DispatchOutput(NamedTuple):
             expert; see `DispatchHandle.recv_topk_idx`, which it is. Expert layout: None.
         recv_topk_weights: FP32; [N, K] in the rank layout, [M] in the expert layout (the
             probability of each row, 0 in padding); None where none were sent.
-        num_recv_tokens_per_expert_list: Rows of each local expert's group, padding included; []
+        num_recv_tokens_per_expert_list: Rows of each local expert's group, padding included; of the
+            rank layout, which has no groups, the tokens of each local expert; []
             with `num_worst_tokens`: see `DispatchHandle.device_expert_offsets`.
         handle: Pass it to `Buffer.combine`, or to `Buffer.dispatch` to repeat the routing.
         event: Completion of the operation.

@@ -51,7 +51,6 @@ class OpRecord:
         epoch: Number of the operation on its buffer, from 1.
         rows_to_rank: Token rows sent; the entry of the own rank counts rows that stayed.
         wire_bytes_to_rank: Payload and FP8 scale bytes that left this rank; own entry 0.
-        metadata_bytes: Headers, routing and probabilities that left this rank.
         wait_s_by_rank: Seconds that were waited for each rank. Reference backend: of the host
             until the rank's header was there, in rank order; empty where the transport is
             asynchronous to the host. NVLink: the longest wait of any thread on the GPU.
@@ -61,7 +60,6 @@ class OpRecord:
     epoch: int
     rows_to_rank: tuple[int, ...] = ()
     wire_bytes_to_rank: tuple[int, ...] = ()
-    metadata_bytes: int = 0
     wait_s_by_rank: tuple[float, ...] = ()
     span: _Span | Interval | None = field(default=None, repr=False)
 

@@ -71,9 +71,27 @@ def check_paths(config: PretrainConfig) -> Path | None:
 
     Raises:
         UserError: There is no checkpoint to load, it belongs to another model or run, or there is
-            one in the way of saving, or no way to write there.
+            one in the way of saving.
     """
     return on_rank_0(lambda: _check_paths(config))
+
+
+def check_writable(config: PretrainConfig) -> None:
+    """Make ``config.save``, if there is to be one; the last check before a run begins.
+
+    Raises:
+        UserError: Nothing can be written there.
+    """
+
+    def check() -> None:
+        try:
+            config.save.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=config.save).close()
+        except OSError as error:
+            raise UserError(f"--save {config.save} cannot be written: {error.strerror}") from None
+
+    if config.save:
+        on_rank_0(check)
 
 
 def save(
@@ -241,17 +259,7 @@ def _check_paths(config: PretrainConfig) -> Path | None:
     if config.load and not (goes_on and not saved.exists()):
         checkpoint = _latest(config.load)
         _check_fingerprint(checkpoint, config)
-    if config.save:
-        _check_writable(config.save)
     return checkpoint
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"--save {folder} cannot be written: {error.strerror}") from None
 
 
 def _latest(folder: Path) -> Path:

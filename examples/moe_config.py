@@ -10,7 +10,7 @@ import difflib
 import os
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from moe_launch import UserError
@@ -25,6 +25,8 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Group(BaseModel):
@@ -121,8 +123,8 @@ class Training(_Group):
     )
     clip_grad: NonNegativeFloat = _key(1.0, "highest gradient norm; 0: no clipping")
     weight_decay: NonNegativeFloat = _key(0.01, "weight decay of AdamW")
-    adam_beta1: NonNegativeFloat = _key(0.9, "decay of AdamW's first moment")
-    adam_beta2: NonNegativeFloat = _key(0.95, "decay of AdamW's second moment")
+    adam_beta1: Decay = _key(0.9, "decay of AdamW's first moment")
+    adam_beta2: Decay = _key(0.95, "decay of AdamW's second moment")
     seed: PositiveInt = _key(1234, "seed of weights, data order and dropout")
     data_seed: PositiveInt | None = _key(None, "seed of the data order; none: seed")
     bf16: bool = _key(False, "BF16 weights and activations, FP32 gradients and master weights")
@@ -206,7 +208,10 @@ _NEEDS = (
     ("overlap_param_gather", "use_distributed_optimizer"),
     ("overlap_param_gather", "overlap_grad_reduce"),
     ("manual_gc_interval", "manual_gc"),
+    ("recompute_modules", "recompute_granularity"),
 )
+# Only ep_comm does it; with another dispatcher it would be left out without a word.
+_NEED_DEEPEP = ("ep_fp8_dispatch", "ep_fp8_grad_dispatch")
 
 
 class PretrainConfig(Model, MixtureOfExperts, Dispatch, Training, Data, Output):
@@ -232,6 +237,17 @@ class PretrainConfig(Model, MixtureOfExperts, Dispatch, Training, Data, Output):
         for key, needed in _NEEDS:
             if getattr(self, key) and not getattr(self, needed):
                 raise ValueError(f"{key} needs {needed}")
+        for key in _NEED_DEEPEP:
+            if getattr(self, key) and self.moe_token_dispatcher != "deepep":
+                raise ValueError(
+                    f"{key} needs moe_token_dispatcher deepep, not {self.moe_token_dispatcher}"
+                )
+        channels = self.kv_channels or self.hidden_size // self.num_attention_heads
+        if channels % 2:
+            raise ValueError(
+                f"kv_channels (by default hidden_size / num_attention_heads) must be even for "
+                f"rotary embeddings, got {channels}"
+            )
         if (
             self.overlap_dispatch_backward_with_experts_wgrad
             and self.moe_token_dispatcher == "deepep"

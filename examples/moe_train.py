@@ -13,7 +13,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from moe_checkpoint import check_paths, load, save
+from moe_checkpoint import check_paths, check_writable, load, save
 from moe_config import PretrainConfig
 from moe_data import load_datasets, microbatches
 from moe_launch import UserError
@@ -41,6 +41,7 @@ def pretrain(config: PretrainConfig) -> None:
     checkpoint = check_paths(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     corpus, train_data, valid_data = load_datasets(config)
+    check_writable(config)
     trainee = build(config, corpus.vocab_size, device)
     iteration, consumed_samples = load(trainee, checkpoint) if checkpoint else (0, 0)
     stop = StopRequest()

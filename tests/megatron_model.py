@@ -127,6 +127,7 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
         metrics = meter.step()
         optimizer.step()
     return dict(
+        metrics_of_nothing=meter.step(),
         losses=losses,
         gradients={name: grad.float().cpu().numpy() for name, grad in gradients.items()},
         metrics=metrics,

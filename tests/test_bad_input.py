@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 
 from ep_comm import (
@@ -20,7 +21,7 @@ from ep_comm import (
     fp8,
 )
 from ep_comm.backends import make_backend
-from ep_comm.buffer import _device_types
+from ep_comm.backends.transport import backend_by_device_type, device_types
 
 SIZES = dict(num_experts=8, hidden=32, max_tokens_per_rank=6, num_topk=3, dtype=torch.float32)
 X = torch.ones(4, 32)
@@ -51,6 +52,16 @@ BAD_DISPATCH = {
     "map_too_many": (dict(x=X, routing_map=~MAP), "3"),
     "weights_dtype": (dict(x=X, topk_idx=TOPK, topk_weights=torch.ones(4, 3).double()), "float64"),
     "weights_shape": (dict(x=X, topk_idx=TOPK, topk_weights=torch.ones(4, 2)), r"\[4, 3\].*2"),
+    "x_device": (dict(x=X.to("meta"), topk_idx=TOPK), "x is on meta, .* moves tensors on cpu"),
+    "topk_device": (dict(x=X, topk_idx=TOPK.to("meta")), "the routing is on meta, x on cpu"),
+    "weights_device": (
+        dict(x=X, topk_idx=TOPK, topk_weights=torch.ones(4, 3, device="meta")),
+        "topk_weights is on meta, x on cpu",
+    ),
+    "weights_strides": (
+        dict(x=X, topk_idx=TOPK, topk_weights=torch.ones(3, 4).t()),
+        "topk_weights must be contiguous, got strides",
+    ),
     "layout": (dict(x=X, topk_idx=TOPK, layout="row"), "'row'"),
     "alignment": (dict(x=X, topk_idx=TOPK, expert_alignment=0), "expert_alignment.*0"),
     "alignment_type": (dict(x=X, topk_idx=TOPK, expert_alignment=2.5), "integer.*got 2.5"),
@@ -64,11 +75,32 @@ BAD_DISPATCH = {
 }
 
 
-def try_dispatch(rank: int) -> dict[str, str]:
-    """Run every bad call; give its message. One good call at the end."""
-    buffer = Buffer(None, EPConfig(**SIZES))
+WIDE = torch.ones(4, 128)
+FP8, SCALES = WIDE.to(fp8.FP8_DTYPE), torch.ones(4, 1)
+
+# The same for FP8, in a buffer of hidden 128.
+BAD_FP8 = {
+    "payload_dtype": (dict(x=(WIDE, SCALES)), "x with scales must be float8_e4m3fn, .*float32"),
+    "scales_shape": (dict(x=(FP8, torch.ones(4, 2))), r"scales must be \[4, 1\], got \[4, 2\]"),
+    "scales_dtype": (dict(x=(FP8, SCALES.double())), "scales must be float32 on cpu, .*float64"),
+    "scales_device": (dict(x=(FP8, SCALES.to("meta"))), "scales must be float32 on cpu, .*on meta"),
+    "wire_dtype": (dict(x=(FP8, SCALES), wire_dtype=torch.float32), "x's own dtype .*float8"),
+    "recv_dtype": (
+        dict(x=WIDE, wire_dtype=fp8.FP8_DTYPE, recv_dtype=torch.float16),
+        "recv_dtype must be bfloat16, float32 or float8, got torch.float16",
+    ),
+    "gradient": (
+        dict(x=WIDE.clone().requires_grad_(), wire_dtype=fp8.FP8_DTYPE, recv_dtype=fp8.FP8_DTYPE),
+        "x requires grad, so the received rows must have its dtype",
+    ),
+    "alignment": (dict(x=(FP8, SCALES), expert_alignment=6), "multiple of 4, got 6"),
+}
+
+
+def bad_calls(buffer: Buffer, cases: dict) -> dict[str, str]:
+    """Run every bad dispatch; give its message."""
     messages = {}
-    for name, (arguments, _) in BAD_DISPATCH.items():
+    for name, (arguments, _) in cases.items():
         try:
             buffer.dispatch(**arguments)
         except EPArgumentError as error:
@@ -76,6 +108,28 @@ def try_dispatch(rank: int) -> dict[str, str]:
         else:
             messages[name] = "accepted"
     assert buffer.records.num_operations == 0, "something was sent"
+    return messages
+
+
+def try_fp8(rank: int) -> dict[str, str]:
+    buffer = Buffer(None, EPConfig(**{**SIZES, "hidden": 128}))
+    cases = {name: ({"topk_idx": TOPK, **a}, m) for name, (a, m) in BAD_FP8.items()}
+    messages = bad_calls(buffer, cases)
+    good = buffer.dispatch((FP8, SCALES), TOPK)
+    assert good.recv_x[0].dtype == fp8.FP8_DTYPE
+    return messages
+
+
+def test_bad_fp8_arguments_are_named():
+    for messages in run_ranks(2, try_fp8):
+        for name, (_, pattern) in BAD_FP8.items():
+            assert re.search(pattern, messages[name]), f"{name}: {messages[name]}"
+
+
+def try_dispatch(rank: int) -> dict[str, str]:
+    """Run every bad call; give its message. One good call at the end."""
+    buffer = Buffer(None, EPConfig(**SIZES))
+    messages = bad_calls(buffer, BAD_DISPATCH)
     good = buffer.dispatch(X, TOPK)
     assert torch.equal(buffer.combine(good.recv_x, good.handle).combined_x, 2 * X)
     return messages
@@ -108,6 +162,10 @@ def try_combine(rank: int) -> dict[str, str]:
             rows, handle, grad_wire_dtype=fp8.FP8_DTYPE
         ),
         "x must be [4, 32]": lambda: buffer.dispatch(X[1:], handle=handle),
+        "topk_weights must be [4, 3], got [4, 1]": lambda: buffer.dispatch(
+            X, handle=handle, topk_weights=torch.ones(4, 1)
+        ),
+        "x is on meta": lambda: buffer.combine(rows.to("meta"), handle),
         "not two of them": lambda: buffer.dispatch(X, TOPK, handle=handle),
     }
     messages = {}
@@ -154,6 +212,10 @@ def test_bad_config_is_named(change, pattern):
 def try_groups(rank: int) -> None:
     with pytest.raises(EPArgumentError, match="config must be an EPConfig, got dict"):
         Buffer(None, SIZES)
+    of_rank_0 = dist.new_group([0])
+    if rank == 1:
+        with pytest.raises(EPArgumentError, match="this process is not a member of the group"):
+            Buffer(of_rank_0, EPConfig(**SIZES))
     with pytest.raises(EPArgumentError, match="group must be a ProcessGroup or None, got str"):
         Buffer("world", EPConfig(**SIZES))
     bf16 = Buffer(None, EPConfig(**{**SIZES, "dtype": torch.bfloat16}))
@@ -185,7 +247,7 @@ def test_buffer_needs_torch_distributed():
 def test_tensors_of_a_device_that_the_group_cannot_send_from(config, kinds, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: config)
-    assert _device_types(None) == kinds
+    assert device_types(backend_by_device_type(None)) == kinds
 
 
 def test_ranks_that_want_different_backends(monkeypatch):

@@ -121,6 +121,8 @@ def check_results(case: Case, results: list[dict]) -> None:
         else:
             rows = rank_rows(topk_idx, r, per_rank)
             check_recv_topk(case, topk_idx, rows, r, got)
+            _, counts = expert_rows(topk_idx, r, per_rank, 1)
+            assert got["padded"] == got["counts"] == counts  # nothing is padded there
         layouts.append(rows)
         zero = np.zeros(case.hidden, case.np_dtype)
         for name, source in (("x", x), ("grad_y", grad_out)):

@@ -54,6 +54,14 @@ MEGATRONS_OVERLAP = "--overlap-dispatch-backward-with-experts-wgrad"
         ),
         (["--overlap-param-gather"], ["overlap_param_gather needs use_distributed_optimizer"]),
         (["--manual-gc-interval", "5"], ["manual_gc_interval needs manual_gc"]),
+        (["--recompute-modules", "moe"], ["recompute_modules needs recompute_granularity"]),
+        (["--adam-beta1", "1.5"], ["adam_beta1", "less than 1", "1.5"]),
+        (["--adam-beta2", "1"], ["adam_beta2", "less than 1"]),
+        (["--kv-channels", "3"], ["kv_channels", "even", "got 3"]),
+        (
+            ["--ep-fp8-dispatch", "--moe-token-dispatcher", "alltoall"],
+            ["ep_fp8_dispatch needs moe_token_dispatcher deepep, not alltoall"],
+        ),
         (
             [MEGATRONS_OVERLAP, "--moe-token-dispatcher", "alltoall"],
             ["overlap_dispatch_backward_with_experts_wgrad needs moe_grouped_gemm"],

@@ -138,8 +138,13 @@ def test_repeats_itself_bitwise_on_four_ranks():
 
 
 def test_metrics_are_those_of_the_step():
-    metrics = run(Setup())[0]["metrics"]
+    ours = run(Setup())[0]
+    metrics = ours["metrics"]
     stock = run(Setup(dispatcher="alltoall"))[0]["metrics"]
+    assert ours["metrics_of_nothing"] == {
+        "ep/dispatch-ms": 0, "ep/combine-ms": 0, "ep/expert-ms": 0,
+        "ep/imbalance-rank": 1, "ep/imbalance-expert": 1, "ep/wire-mib": 0,
+    }  # fmt: skip
     for name in ("ep/dispatch-ms", "ep/combine-ms", "ep/expert-ms"):
         assert 0 < metrics[name] < 5000 and 0 < stock[name] < 5000
     assert 1 <= metrics["ep/imbalance-rank"] <= 2
@@ -361,7 +366,13 @@ def models_that_are_not_right(rank: int) -> None:
         check_model([torch.nn.Linear(2, 2)])
     with pytest.raises(EPUnsupportedError, match="Linear: nothing delays .* parameter weight"):
         delay_weight_gradients(torch.nn.Linear(2, 2))
-    for bad in (dict(timeout_s=-1), dict(expert_alignment=0), dict(max_tokens_per_rank=-5)):
+    for bad in (
+        dict(timeout_s=-1),
+        dict(expert_alignment=0),
+        dict(max_tokens_per_rank=-5),
+        dict(max_tokens_per_rank=True),
+        dict(overlap_wgrad="no"),
+    ):
         with pytest.raises(EPArgumentError, match=next(iter(bad))):
             EPOptions(**bad)
 

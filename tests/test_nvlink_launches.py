@@ -353,8 +353,8 @@ def test_after_an_error_or_the_end_nothing_is_left_behind(backend):
 def test_outputs_may_be_freed_where_the_communication_stream_keeps_them(backend, monkeypatch):
     kept = []
     monkeypatch.setattr(backend, "keep_for_comm_stream", kept.append)
+    monkeypatch.setattr(backend, "check_device", lambda *_: None)
     buffer = VirtualBuffer(backend, CONFIG)
-    buffer._device_types = ("cpu",)
     how = dict(async_finish=True, previous_event=EventOverlap(), allocate_on_comm_stream=True)
     out = buffer.dispatch(X, torch.zeros(10, 1, dtype=torch.int32), layout="rank", **how)
     assert kept.pop() == (out.recv_x, None, None, out.recv_topk_idx)
@@ -362,6 +362,35 @@ def test_outputs_may_be_freed_where_the_communication_stream_keeps_them(backend,
     assert kept.pop() == (combined, None)
     buffer.combine(out.recv_x, out.handle, async_finish=True)
     assert not kept
+
+
+def test_rows_that_are_not_on_the_buffers_gpu_are_refused(backend):
+    buffer = VirtualBuffer(backend, CONFIG)
+    handle = plan(backend)
+    handle.buffer = buffer
+    rows = torch.zeros(handle.num_rows, 512, dtype=torch.bfloat16)
+    backend.native.take()
+    for call in (lambda: buffer.dispatch(X, TOPK), lambda: buffer.combine(rows, handle)):
+        with pytest.raises(EPArgumentError, match="x is on cpu, the buffer on"):
+            call()
+    assert not backend.native.calls
+
+
+def test_the_backward_combine_is_in_flight_during_other_work(backend, monkeypatch):
+    monkeypatch.setattr(backend, "check_device", lambda *_: None)
+    buffer = VirtualBuffer(backend, CONFIG)
+    meanwhile = []
+    out = buffer.dispatch(
+        X.clone().requires_grad_(),
+        TOPK + torch.tensor([0, 1]),
+        during_backward=lambda: meanwhile.extend(backend.native.take()),
+    )
+    backend.native.take()
+    joined = SimpleNamespace(current_stream_wait=lambda: backend.native.calls.append(("joined",)))
+    with mock.patch.object(backend._streams, "comm_event", lambda keep: joined):
+        out.recv_x.sum().backward()
+    assert [(call[0], call[-1]) for call in meanwhile] == [("wait", CURRENT), ("ep_combine", COMM)]
+    assert backend.native.take() == [("joined",)]
 
 
 def test_a_routing_is_kept_for_the_stream_that_it_is_used_on(backend, monkeypatch):

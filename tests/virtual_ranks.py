@@ -36,7 +36,6 @@ class VirtualBuffer(Buffer):
         self.passed_over = {}
         self._unusable = None
         self._backend = backend
-        self._device_types = ("cuda",)
 
 
 def run_virtual_ranks(

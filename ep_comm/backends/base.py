@@ -107,6 +107,9 @@ class Backend(Protocol):
     def set_num_sms(self, num_sms: int | None) -> None:
         """Limit the SMs of an operation, where the backend has kernels of its own."""
 
+    def check_device(self, name: str, rows: Tensor) -> None:
+        """Raise `EPArgumentError` where `rows`, of that name, are not where it can send from."""
+
     def check_wire_dtype(self, wire_dtype: torch.dtype, recv_dtype: torch.dtype) -> None:
         """Raise `EPArgumentError` where rows of the buffer cannot travel as `wire_dtype` and arrive
         as `recv_dtype`."""

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 from ep_comm import checks, fp8
-from ep_comm.backends.rows import remote_bytes
 from ep_comm.backends.transport import Operation, Transport
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPMismatchError
@@ -64,7 +63,6 @@ def exchange_headers(
     send = [F.pad(header, (0, _NUM_INTS - header.numel())) for header in send]
     recv = torch.empty(len(send), _NUM_INTS, dtype=torch.int64, device=device)
     record.wait_s_by_rank = transport.exchange(send, recv.unbind(), operation, "header").wait()
-    record.metadata_bytes += remote_bytes(send, transport.rank)
     headers = transport.to_host(recv, operation, "header").tolist()
     for r, (length, *values) in enumerate(headers):
         theirs = dict(zip(mine, values[:length], strict=False))

@@ -147,6 +147,10 @@ class NVLinkBackend:
         self._check_num_sms(num_sms)
         return num_sms or self._num_sms or default_sms(self._available_sms, asynchronous)
 
+    def check_device(self, name: str, rows: Tensor) -> None:
+        if rows.get_device() != self.device.index:
+            raise EPArgumentError(f"{name} is on {rows.device}, the buffer on {self.device}")
+
     def check_wire_dtype(self, wire_dtype: torch.dtype, recv_dtype: torch.dtype) -> None:
         if wire_dtype == fp8.FP8_DTYPE:
             nvlink_support.check_fp8_hidden(self.config.hidden, recv_dtype)

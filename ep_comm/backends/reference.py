@@ -25,7 +25,6 @@ from ep_comm.backends.rows import (
     expert_rows,
     fit,
     fit_received,
-    remote_bytes,
     sum_expert_rows,
     sum_in_order,
     to_bytes,
@@ -33,7 +32,7 @@ from ep_comm.backends.rows import (
 )
 from ep_comm.backends.transport import Exchange, Operation, Transport
 from ep_comm.config import EPConfig
-from ep_comm.errors import EPOverflowError
+from ep_comm.errors import EPArgumentError, EPOverflowError
 from ep_comm.handle import DispatchHandle, RoutingSizes, RowLayout
 from ep_comm.layout import index_dtype, layout_of
 from ep_comm.records import OpRecord, Recorder
@@ -138,6 +137,13 @@ class ReferenceBackend:
     def set_num_sms(self, num_sms: int | None) -> None:
         pass
 
+    def check_device(self, name: str, rows: Tensor) -> None:
+        if rows.device.type not in self.transport.device_types:
+            raise EPArgumentError(
+                f"{name} is on {rows.device}, but the buffer's group moves tensors on "
+                f"{' or '.join(self.transport.device_types)}"
+            )
+
     def check_wire_dtype(self, wire_dtype: torch.dtype, recv_dtype: torch.dtype) -> None:
         pass
 
@@ -179,7 +185,6 @@ class ReferenceBackend:
         ]
         recv_topk_idx = routing.topk_idx.new_empty(sum(recv_rows), routing.topk_idx.shape[1])
         self._send_rows(record, send, recv_topk_idx, recv_rows, "routing").wait()
-        record.metadata_bytes += remote_bytes(send, self.transport.rank)
 
         counts, expert_row_NK = expert_rows(recv_topk_idx, self.num_local_experts, expert_alignment)
         if capacity is not None:
@@ -241,7 +246,6 @@ class ReferenceBackend:
                     record, send_weights, recv_weights, handle.num_recv_tokens_per_rank, "weights"
                 )
             )
-            record.metadata_bytes += remote_bytes(send_weights, self.transport.rank)
 
         def finish() -> Received:
             for exchange in exchanges:
@@ -300,7 +304,6 @@ class ReferenceBackend:
             exchanges.append(
                 self._send_rows(record, send_weights, recv_weights, sent_rows, "weights")
             )
-            record.metadata_bytes += remote_bytes(send_weights, self.transport.rank)
 
         def finish() -> Combined:
             for exchange in exchanges:

@@ -22,10 +22,6 @@ def to_bytes(rows: Tensor) -> Tensor:
     return rows.view(torch.uint8)
 
 
-def remote_bytes(send: Iterable[Tensor], rank: int) -> int:
-    return sum(t.numel() * t.element_size() for r, t in enumerate(send) if r != rank)
-
-
 def unpack(rows: Tensor, hidden: int, wire_dtype: torch.dtype, recv_dtype: torch.dtype) -> Received:
     """Bytes off the wire as rows of `recv_dtype`."""
     if wire_dtype != fp8.FP8_DTYPE:

@@ -34,6 +34,7 @@ class Transport:
         self.num_ranks = dist.get_world_size(group)
         self.timeout_s = timeout_s
         self.backends = backend_by_device_type(group)
+        self.device_types = device_types(self.backends)
         on_cpu = "cpu" in self.backends
         self.host_device = torch.device("cpu" if on_cpu else f"cuda:{torch.cuda.current_device()}")
 
@@ -174,3 +175,14 @@ def backend_by_device_type(group: dist.ProcessGroup) -> dict[str, str]:
     """Such as {"cpu": "gloo", "cuda": "nccl"}."""
     pairs = dist.get_backend_config(group).split(",")
     return dict(pair.split(":", 1) for pair in pairs)
+
+
+def device_types(backends: dict[str, str]) -> tuple[str, ...]:
+    """Of `backend_by_device_type`, the kinds of device that tensors can be sent between and this
+    machine has. A gloo group claims GPUs too, and has no point-to-point there."""
+    has_cuda = torch.cuda.is_available()
+    return tuple(
+        kind
+        for kind, backend in backends.items()
+        if kind == "cpu" or (kind == "cuda" and has_cuda and backend == "nccl")
+    )

@@ -53,8 +53,12 @@ class EPOptions:
         if self.expert_alignment is not None:
             check_alignment(self.expert_alignment)
         tokens = self.max_tokens_per_rank
-        if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+        is_int = isinstance(tokens, int) and not isinstance(tokens, bool)
+        if tokens is not None and (not is_int or tokens < 1):
             raise EPArgumentError(f"max_tokens_per_rank must be a positive integer, got {tokens!r}")
+        for name in ("fp8_dispatch", "fp8_grad_dispatch", "overlap_wgrad"):
+            if not isinstance(getattr(self, name), bool):
+                raise EPArgumentError(f"{name} must be a bool, got {getattr(self, name)!r}")
         check_num_sms(self.num_sms)
 
 
