@@ -16,7 +16,7 @@ from ep_comm.errors import EPArgumentError, EPRoutingError
 
 
 class RoutingLayout(NamedTuple):
-    """What `routing_layout` returns. All tensors are contiguous, on the device of the input.
+    """What `layout_of` returns. All tensors are contiguous, on the device of the input.
 
     T = tokens of this rank, K = top-k, E = experts, R = ranks.
 
@@ -38,44 +38,23 @@ class RoutingLayout(NamedTuple):
     send_slot: torch.Tensor
 
 
-def routing_layout(
-    topk_idx: torch.Tensor | None = None,
-    *,
-    routing_map: torch.Tensor | None = None,
-    num_topk: int | None = None,
-    num_experts: int,
-    num_ranks: int,
+def layout_of(
+    source: torch.Tensor, num_topk: int, num_experts: int, num_ranks: int
 ) -> RoutingLayout:
-    """Compute who is sent what, from exactly one of `topk_idx` and `routing_map`.
+    """Compute who is sent what.
 
     Expert e lives on rank ``e // (num_experts // num_ranks)``. The result depends on the input's
     values only, not on device, grid size or run. On CUDA the call waits for the current stream,
     to be able to raise on bad content.
 
     Args:
-        topk_idx: int32 or int64 [T, K], K <= 32, any strides. Expert of each copy; -1 = dropped.
-        routing_map: bool [T, E], any strides. Megatron's form: at most `num_topk` true in a row.
-        num_topk: K. Needed with `routing_map`; otherwise it must agree with `topk_idx`.
+        source, num_topk: What `checked_source` returned.
         num_experts: E, at most 4096, a multiple of `num_ranks`.
         num_ranks: R, at most 1024.
 
     Raises:
-        EPArgumentError: Type, shape or size of an argument is wrong.
         EPRoutingError: An entry is neither -1 nor an expert, a token names an expert twice, or a
-            row of `routing_map` has too many. Names the first such entry in order of tokens.
-    """
-    _check_sizes(num_experts, num_ranks)
-    source, num_topk = checked_source(topk_idx, routing_map, num_topk, num_experts)
-    return layout_of(source, num_topk, num_experts, num_ranks)
-
-
-def layout_of(
-    source: torch.Tensor, num_topk: int, num_experts: int, num_ranks: int
-) -> RoutingLayout:
-    """`routing_layout` of what `checked_source` returned, with checked sizes.
-
-    Raises:
-        EPRoutingError: As `routing_layout`.
+            row of a routing_map has too many. Names the first such entry in order of tokens.
     """
     native = _native.load_for(source.get_device()) if source.is_cuda else None
     if native is not None:
@@ -98,10 +77,16 @@ def checked_source(
     num_topk: int | None,
     num_experts: int,
 ) -> tuple[torch.Tensor, int]:
-    """`routing_layout`'s checks of its input on the host; the one given, contiguous, and K.
+    """Exactly one of `topk_idx` and `routing_map`, contiguous, and K.
+
+    Args:
+        topk_idx: int32 or int64 [T, K], K <= 32, any strides. Expert of each copy; -1 = dropped.
+        routing_map: bool [T, E], any strides. Megatron's form: at most `num_topk` true in a row.
+        num_topk: K. Needed with `routing_map`; otherwise it must agree with `topk_idx`.
+        num_experts: E.
 
     Raises:
-        EPArgumentError: As `routing_layout`.
+        EPArgumentError: Type, shape or size of an argument is wrong.
     """
     if (topk_idx is None) == (routing_map is None):
         given = "neither" if topk_idx is None else "both"
@@ -119,16 +104,6 @@ def checked_source(
 def _check_int(name: str, value: object, maximum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= maximum:
         raise EPArgumentError(f"{name} = {value!r}, expected an int in 1..{maximum}")
-
-
-def _check_sizes(num_experts: int, num_ranks: int) -> None:
-    _check_int("num_experts", num_experts, structs.EP_MAX_EXPERTS)
-    _check_int("num_ranks", num_ranks, structs.EP_MAX_RANKS)
-    if num_experts % num_ranks != 0:
-        raise EPArgumentError(
-            f"num_experts = {num_experts} is not divisible by num_ranks = {num_ranks}: every rank "
-            "holds the same number of experts"
-        )
 
 
 def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...], dims: str) -> None:
@@ -263,7 +238,7 @@ def launch_layout(
     """Start the kernels on the current stream, without waiting for them.
 
     Args:
-        source: `routing_layout`'s topk_idx or routing_map, checked and contiguous.
+        source: What `checked_source` returned.
 
     Returns:
         The layout, and what it found wrong with the content: int32 [4], for `raise_if_bad`.

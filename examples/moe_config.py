@@ -421,5 +421,5 @@ def _describe(error: ValidationError, path: str | None) -> str:
 
 
 def _did_you_mean(word: str, words: list[str]) -> str:
-    closest = difflib.get_close_matches(word, words, n=1)
+    closest = difflib.get_close_matches(word, words, n=1, cutoff=0.75)
     return f" (did you mean {closest[0]!r}?)" if closest else ""

@@ -458,6 +458,16 @@ def test_runs_with_other_versions_are_pointed_out(config):
     assert "not all trained with the same versions" in page and "torch 1; torch 2" in page
 
 
+def test_data_is_needed_only_where_something_is_to_be_trained(config):
+    flags = ("--data-path", "/nowhere/text")
+    begun(config, CURVES, plan=plan_of(config, *flags))
+    assert compare(config, *flags).exit_code == 0
+    result = compare(config, *flags, "--variants", f"{VARIANTS},deepep-seed2")
+    assert result.exit_code == 2
+    expected = "error: data_path /nowhere/text: no such file, and deepep-seed2 is still to be"
+    assert result.stderr.startswith(expected)
+
+
 def test_a_failing_run_ends_with_code_1_and_its_own_words(config):
     result = compare(config, "--variants", "alltoall,deepep")
     assert result.exit_code == 1, result.output

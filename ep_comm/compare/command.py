@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ep_comm.compare.directory import Directory, locked
-from ep_comm.compare.plan import Plan
+from ep_comm.compare.plan import CompareError, Plan
 from ep_comm.compare.progress import Display
 from ep_comm.compare.report import write_report
 from ep_comm.compare.runs import (
@@ -46,12 +46,18 @@ def compare(
         signal that interrupted it.
 
     Raises:
-        CompareError: `out` is in use, or holds another comparison.
+        CompareError: `out` is in use, or holds another comparison; there is no data to train with.
     """
     with locked(out) as lock:
         directory = Directory(out, plan)
         trained = [name for name in plan.skipped if is_finished(directory.log(name), plan)]
         plan = plan.with_trained(trained)
+        left = [name for name in plan.variants if not is_finished(directory.log(name), plan)]
+        if left and plan.missing_data:
+            raise CompareError(
+                f"data_path {plan.missing_data[0]}: no such file, and {left[0]} is still to be "
+                "trained"
+            )
         for name, reason in plan.skipped.items():
             console.print(f"{name} is skipped: {reason}", highlight=False, soft_wrap=True)
         try:

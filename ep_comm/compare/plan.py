@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import re
@@ -101,6 +102,12 @@ class Plan:
     def steps(self) -> int:
         """Training steps of every run."""
         return self.settings["train_iters"]
+
+    @property
+    def missing_data(self) -> list[str]:
+        """Of ``data_path``, what is neither a file nor a glob nor the prefix of a Megatron pair."""
+        names = self.settings["data_path"] or []
+        return [n for n in names if not glob.glob(n, recursive=True) and not glob.glob(f"{n}.idx")]
 
     def with_trained(self, variants: Iterable[str]) -> Plan:
         """The plan with those of `skipped` that were trained on another machine."""
