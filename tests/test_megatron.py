@@ -473,6 +473,32 @@ def test_autograd_copies_no_unfinished_gradients():
     run_ranks(1, unfinished_gradients_are_left_alone, pool="megatron")
 
 
+def buffers_of_a_layer(rank: int) -> None:
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    from ep_comm.megatron import EPOptions, destroy_buffers
+    from ep_comm.megatron.layer import moe_layers
+
+    parallel_state(Setup())
+    destroy_buffers()
+    config = make_config(Setup(), EPOptions())
+    _, layer = next(iter(moe_layers(make_model(Setup(), config, EPOptions()))))
+    tokens = 5 + 3 * rank
+    layer(torch.randn(tokens, 1, config.hidden_size))
+    buffer = layer.token_dispatcher.buffer
+    assert buffer.config.max_tokens_per_rank == 8  # of the rank with most
+    layer(torch.randn(tokens, 1, config.hidden_size))
+    assert layer.token_dispatcher.buffer is buffer
+    destroy_buffers()
+    layer(torch.randn(tokens, 1, config.hidden_size))
+    assert layer.token_dispatcher.buffer is not buffer and layer.token_dispatcher.buffer.is_usable
+
+
+def test_a_buffer_holds_the_first_tokens_of_all_ranks_and_is_made_anew():
+    run_ranks(2, buffers_of_a_layer, pool="megatron")
+
+
 def test_what_is_wrong_with_a_model_is_named():
     run_ranks(2, models_that_are_not_right, pool="megatron")
 

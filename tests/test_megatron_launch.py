@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
@@ -181,17 +184,82 @@ def test_scalars_go_to_megatrons_tensorboard_writer(ours):
     }
 
 
-def saving_after_an_error(rank: int) -> None:
+def import_launch_hooks(**global_vars: object) -> ModuleType:
+    """Without the rest of Megatron's training."""
     import ep_comm.megatron.cpu
 
     ep_comm.megatron.cpu.enable()
     names = ("get_args", "get_tensorboard_writer", "get_wandb_writer")
     stubs = {
         "megatron.training": ModuleType("megatron.training"),
-        "megatron.training.global_vars": SimpleNamespace(**dict.fromkeys(names)),
+        "megatron.training.global_vars": SimpleNamespace(
+            **{**dict.fromkeys(names, lambda: None), **global_vars}
+        ),
     }
     with mock.patch.dict(sys.modules, stubs):
         from ep_comm.megatron import launch_hooks
+    return launch_hooks
+
+
+def hooks_of_a_loop(rank: int) -> None:
+    """A loop of Megatron's, as far as its functions are wrapped."""
+    settings = SimpleNamespace(tensorboard_dir="x", wandb_project=None, tensorboard_log_interval=2)
+    written, done = [], []
+    writer = SimpleNamespace(add_scalar=lambda *values: written.append(values))
+    hooks = import_launch_hooks(get_args=lambda: settings, get_tensorboard_writer=lambda: writer)
+    optimizer = SimpleNamespace(step=lambda: done.append("stepped"))
+    training = SimpleNamespace(
+        __file__="/clone/megatron/training/training.py",
+        setup_model_and_optimizer=lambda: (["model"], optimizer, None),
+        training_log=lambda losses, iteration: "logged",
+        evaluate=lambda: "evaluated",
+        save_checkpoint=lambda: None,
+    )
+    meter = mock.Mock(step=mock.Mock(side_effect=[{"ep/x": n} for n in range(9)]))
+    checked = {name: mock.Mock(return_value=3) for name in ("check_model", "MoEMeter", "install")}
+    checked["MoEMeter"].return_value = meter
+    gradients = lambda model: done.append(("checked", model))  # noqa: E731
+    with mock.patch.multiple(hooks, check_weight_gradients=gradients, **checked):
+        hooks.Training(training, "0").use(EPOptions(overlap_wgrad=True))
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            training.setup_model_and_optimizer()
+        checked["check_model"].assert_called_once_with(["model"])
+        assert "3 MoE layers on rank 0" in output.getvalue()
+        optimizer.step()
+        assert done == [("checked", ["model"]), "stepped"]
+        for iteration in (1, 2):
+            assert training.training_log({}, iteration) == "logged"
+        assert training.evaluate() == "evaluated"
+        for iteration in (3, 4):
+            training.training_log({}, iteration=iteration)
+    # Measured in every step, written in every second; what was evaluated is in neither.
+    assert written == [("ep/x", 1, 2), ("ep/x", 4, 4)]
+
+
+def test_the_loop_checks_and_logs_what_it_should():
+    run_ranks(1, hooks_of_a_loop, fresh=True)
+
+
+@pytest.mark.parametrize("end", ["", "raise SystemExit(0)"], ids=["end", "exit"])
+def test_a_script_that_ended_well_still_waits_for_its_communication(end, tmp_path, monkeypatch):
+    script = tmp_path / "pretrain.py"
+    script.write_text(end)
+    error = EPTimeoutError(
+        op="combine", phase="rows", rank=0, late_ranks=(1,), epoch=3, timeout_s=2.0
+    )
+    training = SimpleNamespace(options=3, started=True, finish=mock.Mock(side_effect=error))
+    monkeypatch.setattr(sys, "argv", ["launch", str(script), "--moe-token-dispatcher", "deepep"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(launch, "_check_megatron", lambda script: "0")
+    monkeypatch.setattr(launch, "_hook_megatron", lambda version: training)
+    monkeypatch.setattr(launch, "register_optimizer_step_pre_hook", lambda hook: None)
+    with pytest.raises(EPTimeoutError):
+        launch.main()
+
+
+def saving_after_an_error(rank: int) -> None:
+    launch_hooks = import_launch_hooks()
     saved = []
     others = ("setup_model_and_optimizer", "training_log", "evaluate")
     training = SimpleNamespace(save_checkpoint=saved.append, **dict.fromkeys(others, lambda: None))
@@ -484,23 +552,28 @@ def build_across_nodes(rank: int, ranks_per_node: str) -> str:
     return ""
 
 
-def num_sms_of_the_backend(rank: int, num_sms: int) -> list[int | None]:
+def buffer_of_the_options(rank: int, **options: object) -> list[tuple]:
+    """What each buffer of a training was made with."""
     from ep_comm.backends.reference import ReferenceBackend
 
-    asked = []
+    made = []
     original = ReferenceBackend.set_num_sms
-    ReferenceBackend.set_num_sms = lambda self, num_sms: asked.append(num_sms)
+    ReferenceBackend.set_num_sms = lambda self, num_sms: made.append(
+        (num_sms, self.config.max_tokens_per_rank, self.config.timeout_s)
+    )
     try:
-        train(rank, Setup(steps=1, options=(("num_sms", num_sms),)))
+        train(rank, Setup(steps=1, options=tuple(options.items())))
     finally:
         ReferenceBackend.set_num_sms = original
-    return asked
+    return made
 
 
-def test_layers_refuse_nodes_and_hand_on_num_sms():
+def test_layers_refuse_nodes_and_hand_on_their_options():
     for message in run_ranks(2, build_across_nodes, "1", pool="launch"):
         assert "--expert-model-parallel-size is too large: the 2 ranks" in message
-    assert run_ranks(2, num_sms_of_the_backend, 24, pool="launch") == [[24], [24]]
+    options = dict(num_sms=24, max_tokens_per_rank=777, timeout_s=11.0)
+    made = run_ranks(2, partial(buffer_of_the_options, **options), pool="launch")
+    assert made == [[(24, 777, 11.0)]] * 2
 
 
 @pytest.mark.parametrize("num_sms", [1, 0, -3, 2.5])

@@ -376,6 +376,25 @@ def test_rows_that_are_not_on_the_buffers_gpu_are_refused(backend):
     assert not backend.native.calls
 
 
+def test_what_callers_say_of_an_operation_reaches_it(backend, monkeypatch):
+    monkeypatch.setattr(backend, "check_device", lambda *_: None)
+    monkeypatch.setattr(
+        EventOverlap, "current_stream_wait", lambda self: backend.native.calls.append(("before",))
+    )
+    buffer = VirtualBuffer(backend, CONFIG)
+    how = dict(previous_event=EventOverlap(), num_sms=48)
+    out = buffer.dispatch(X, TOPK, **how)
+    before, planned, *calls = backend.native.take()
+    assert before == ("before",) and planned[0] == "plan"
+    push, expand = (call for call in calls if call[0] == "ep_dispatch")
+    assert push[1].num_push_blocks + expand[1].num_expand_blocks == 48
+    combined = buffer.combine(out.recv_x, out.handle, async_finish=True, **how)
+    before, *_, launch = backend.native.take()
+    assert before == ("before",) and launch[0] == "ep_combine"
+    assert launch[1].num_blocks == 48 and launch[2] == COMM
+    assert combined.event is out.handle.event
+
+
 def test_the_backward_combine_is_in_flight_during_other_work(backend, monkeypatch):
     monkeypatch.setattr(backend, "check_device", lambda *_: None)
     buffer = VirtualBuffer(backend, CONFIG)
