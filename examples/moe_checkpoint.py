@@ -83,29 +83,38 @@ def check_writable(config: PretrainConfig) -> None:
         UserError: Nothing can be written there.
     """
 
-    def check() -> None:
-        try:
-            config.save.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=config.save).close()
-        except OSError as error:
-            raise UserError(f"--save {config.save} cannot be written: {error.strerror}") from None
+    def try_it() -> None:
+        config.save.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=config.save).close()
 
     if config.save:
-        on_rank_0(check)
+        _write(config, try_it)
 
 
 def save(
     trainee: Trainee, config: PretrainConfig, *, iteration: int, consumed_samples: int
 ) -> None:
-    """Write the checkpoint of `iteration` into ``config.save``; call it on all ranks."""
+    """Write the checkpoint of `iteration` into ``config.save``; call it on all ranks.
+
+    Raises:
+        UserError: Its folder cannot be written. The checkpoint before it is as it was.
+    """
     gather_parameters(trainee)
     folder = config.save / f"iter_{iteration:07d}"
     temporary = folder.with_suffix(".tmp")
-    if dist.get_rank() == 0:
+
+    def make_folder() -> None:
         for leftover in (temporary, folder):  # of a run that was killed before it named `folder`
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
-    dist.barrier()
+
+    def name_it() -> None:
+        temporary.rename(folder)
+        latest = config.save / (LATEST + ".tmp")
+        latest.write_text(f"{iteration}\n")
+        os.replace(latest, config.save / LATEST)
+
+    _write(config, make_folder)
     state = {
         **_sharded_state(trainee, is_loading=False),
         "iteration": iteration,
@@ -116,12 +125,7 @@ def save(
     }
     with shielded_children():  # Megatron keeps the processes that its first save starts
         dist_checkpointing.save(state, str(temporary))
-    if dist.get_rank() == 0:
-        temporary.rename(folder)
-        latest = config.save / (LATEST + ".tmp")
-        latest.write_text(f"{iteration}\n")
-        os.replace(latest, config.save / LATEST)
-    dist.barrier()
+    _write(config, name_it)
 
 
 @torch.no_grad()
@@ -244,6 +248,18 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["cuda"])
     tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+def _write(config: PretrainConfig, action: Callable[[], None]) -> None:
+    """Call `action`, which writes into ``config.save``, on rank 0; all ranks wait for it."""
+
+    def attempt() -> None:
+        try:
+            action()
+        except OSError as error:
+            raise UserError(f"--save {config.save} cannot be written: {error.strerror}") from None
+
+    on_rank_0(attempt)
 
 
 def _check_paths(config: PretrainConfig) -> Path | None:

@@ -33,12 +33,12 @@ setup_venv() {
     if ! python -c 'import torch' 2>/dev/null; then
         if nvidia-smi -L >/dev/null 2>&1; then
             echo "== installing torch"
-            pip install -qq torch
+            pip install -qq numpy torch
         else
             # A CPU build where pip is pointed at one (the exact version lets it be found), else
             # the default build: it works without a GPU too, but brings gigabytes of CUDA libraries.
             echo "== installing torch for CPU"
-            pip install -qq torch==2.13.0
+            pip install -qq numpy torch==2.13.0
         fi
     fi
     python -c 'import torch; print(f"torch=={torch.__version__}")' >"$constraints"
