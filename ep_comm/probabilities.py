@@ -73,5 +73,4 @@ def _launch(
         num_topk=num_topk,
         num_experts=ctx.num_experts,
     )
-    with torch.cuda.device(input.device):
-        native.launch(function, args, torch.cuda.current_stream().cuda_stream)
+    native.launch(function, args, torch.cuda.current_stream(input.device).cuda_stream)
