@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from ep_comm import Buffer, EPConfig, EPUnsupportedError
+from ep_comm import Buffer, EPArgumentError, EPConfig, EPUnsupportedError
 from ep_comm.backends.nvlink_streams import InFlight
+from ep_comm.backends.nvlink_support import check_fp8_hidden
 from ep_comm.backends.nvlink_tuning import split_dispatch
 
 SIZES = dict(num_experts=16, hidden=1024, max_tokens_per_rank=512, num_topk=4, backend="nvlink")
@@ -56,6 +57,15 @@ def test_a_buffer_may_be_collected_while_another_starts():
     in_flight.start("collected", 1, 100)
     assert in_flight.start("new", 3, 100) == [1, 2]
     assert in_flight.start("newer", 4, 100) == [2, 3]
+
+
+def test_fp8_rows_for_which_there_is_no_room_are_refused():
+    check_fp8_hidden(30_208, torch.float32)
+    check_fp8_hidden(45_568, torch.bfloat16)
+    with pytest.raises(EPArgumentError, match="to FP32 needs hidden to be at most 30208, got 307"):
+        check_fp8_hidden(30_720, torch.float32)
+    with pytest.raises(EPArgumentError, match="multiple of 512, got 640"):
+        check_fp8_hidden(640)
 
 
 @pytest.mark.parametrize("num_sms", [2, 3, 8, 16, 24, 63, 64, 132])
