@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from typing import NoReturn
@@ -73,4 +74,6 @@ def _reaches(store: dist.Store, key: str, count: int) -> bool:
 
 
 def _say(error: Exception) -> None:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    # Megatron appends the modules that it was building, outermost last.
+    text = re.sub(r"( when instantiating \w+)+$", "", str(error))
+    print(f"error: {text}", file=sys.stderr, flush=True)

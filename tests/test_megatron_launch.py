@@ -291,6 +291,7 @@ def test_what_layers_refuse_ends_all_ranks_with_one_line(script, tmp_path):
         script, "--moe-token-dispatcher", "deepep", "--ep-fp8-dispatch", "--save", tmp_path
     )
     assert_refused(result, "hidden 32 is not a multiple")
+    assert "when instantiating" not in result.output  # Megatron's addition
     assert not list(tmp_path.iterdir())
 
 

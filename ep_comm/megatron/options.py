@@ -145,7 +145,7 @@ def _refused(config: TransformerConfig) -> list[tuple[str, object, str]]:
         (
             "CUDA graphs over the MoE layer",
             graphed is not None and (not graphed or graphed & {"full_iteration", "moe"}),
-            ": token counts are host values; graphs of 'attn', 'mlp' and 'moe_router' work",
+            ": token counts are host values; 'attn', 'mlp' and 'moe_router' are left to Megatron",
         ),
         (
             "CUDA graphs of 'moe_preprocess'",
