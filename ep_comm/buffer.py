@@ -126,8 +126,8 @@ class Buffer:
             layout: "expert": rows grouped by local expert, each group padded with zero rows to
                 `expert_alignment`. "rank": rows by source rank, with ``recv_topk_idx``, as in
                 DeepEP. A cached dispatch takes both from its handle.
-            expert_alignment: Rows of each group are a multiple of this. 16 is what Transformer
-                Engine's FP8 GEMMs need.
+            expert_alignment: Expert layout: rows of each group are a multiple of this. 16 is what
+                Transformer Engine's FP8 GEMMs need.
             wire_dtype: None sends rows as they are; ``torch.float8_e4m3fn`` quantises BF16 or
                 FP32 rows for the way; hidden must be a multiple of 128, over NVLink of 512.
             recv_dtype: Type of the received rows; None is x's own. With FP8 on the wire:
@@ -181,6 +181,8 @@ class Buffer:
             previous_event.current_stream_wait()
         if handle is None:
             checks.check_layout(layout, expert_alignment)
+            if layout == "rank":  # nothing is padded there
+                expert_alignment = 1
             checks.check_num_worst_tokens(num_worst_tokens)
             source, num_topk = self._checked_routing(rows, topk_idx, topk_weights, routing_map)
         else:
@@ -227,7 +229,9 @@ class Buffer:
             recv_topk_idx=handle.recv_topk_idx,
             recv_topk_weights=None if topk_weights is None else recv_weights,
             num_recv_tokens_per_expert_list=(
-                handle.num_recv_tokens_per_expert_list if handle.routing.capacity is None else []
+                list(handle.routing.sizes.padded_expert_rows)
+                if handle.routing.capacity is None
+                else []
             ),
             handle=handle,
             event=handle.event if async_finish else EventOverlap(),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ep_comm import fp8
-from ep_comm.config import EPConfig
+from ep_comm.config import EPConfig, is_int
 from ep_comm.errors import EPArgumentError, EPRoutingError
 from ep_comm.events import EventOverlap
 from ep_comm.handle import DispatchHandle, Payload, RowLayout
@@ -24,15 +24,15 @@ def check_tensor(name: str, value: object) -> None:
 
 def check_num_sms(num_sms: object) -> None:
     """A number of SMs, or None."""
-    is_int = isinstance(num_sms, int) and not isinstance(num_sms, bool)
-    if num_sms is not None and (not is_int or num_sms < 2):
+    if num_sms is not None and (not is_int(num_sms) or num_sms < 2):
         raise EPArgumentError(f"num_sms must be at least 2, or None, got {num_sms!r}")
 
 
 def check_num_worst_tokens(num_worst_tokens: object) -> None:
     """A number of rows that an int32 can count, or None."""
-    is_int = isinstance(num_worst_tokens, int) and not isinstance(num_worst_tokens, bool)
-    if num_worst_tokens is not None and (not is_int or not 0 < num_worst_tokens < 2**31):
+    if num_worst_tokens is None:
+        return
+    if not is_int(num_worst_tokens) or not 0 < num_worst_tokens < 2**31:
         raise EPArgumentError(
             f"num_worst_tokens must be a positive number of rows, or None, got {num_worst_tokens!r}"
         )
@@ -158,8 +158,7 @@ def check_weights(weights: Tensor | None, shape: tuple[int, ...], device: torch.
 
 
 def check_alignment(expert_alignment: object) -> None:
-    is_int = isinstance(expert_alignment, int) and not isinstance(expert_alignment, bool)
-    if not is_int or not 1 <= expert_alignment <= _MAX_ALIGNMENT:
+    if not is_int(expert_alignment) or not 1 <= expert_alignment <= _MAX_ALIGNMENT:
         raise EPArgumentError(
             f"expert_alignment must be an integer from 1 to {_MAX_ALIGNMENT}, got "
             f"{expert_alignment!r}"

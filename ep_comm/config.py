@@ -16,6 +16,11 @@ BackendName = Literal["auto", "nvlink", "reference"]
 _MAX_TIMEOUT_S = 1e8  # three years; of more the nanoseconds of ten do not fit into 64 bits
 
 
+def is_int(value: object) -> bool:
+    """Whether it is an integer, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def check_timeout(timeout_s: object) -> None:
     """A bound of waits is a positive number of seconds."""
     is_number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
@@ -62,7 +67,7 @@ class EPConfig:
             names.append("ranks_per_node")
         for name in names:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_int(value) or value < 1:
                 raise EPArgumentError(f"{name} must be a positive integer, got {value!r}")
         for name, maximum in (("num_experts", EP_MAX_EXPERTS), ("num_topk", EP_MAX_TOPK)):
             if getattr(self, name) > maximum:

@@ -88,7 +88,8 @@ class DispatchHandle:
     Attributes:
         buffer: The buffer that made it, and the only one that accepts it.
         layout: Order of the received rows, see `Buffer.dispatch`.
-        expert_alignment: Rows of each local expert are padded to a multiple of this.
+        expert_alignment: Rows of each local expert are padded to a multiple of this; 1 in the rank
+            layout.
         routing: What the backend keeps of it.
         during_backward: See `Buffer.dispatch`; of the last dispatch with this handle.
         event: Completion of the last asynchronous operation with this handle.
@@ -125,12 +126,6 @@ class DispatchHandle:
         return self.routing.sizes.received
 
     @property
-    def num_recv_tokens_per_expert_list(self) -> list[int]:
-        """See `DispatchOutput`."""
-        sizes = self.routing.sizes
-        return list(sizes.padded_expert_rows if self.layout == "expert" else sizes.expert_rows)
-
-    @property
     def tokens_per_expert(self) -> Tensor:
         """[E_local] int64 on the CPU, received tokens before padding. After a dispatch with
         ``num_worst_tokens`` reading it waits for the GPU."""
@@ -138,8 +133,7 @@ class DispatchHandle:
 
     @property
     def padded_tokens_per_expert(self) -> Tensor:
-        """[E_local] int64 on the CPU, rows of each expert's group in the output. Expert layout
-        only."""
+        """[E_local] int64 on the CPU, rows of each expert's group in the output."""
         return torch.tensor(self.routing.sizes.padded_expert_rows)
 
     @property

@@ -12,6 +12,7 @@ import torch
 
 from ep_comm import _native
 from ep_comm._native import structs
+from ep_comm.config import is_int
 from ep_comm.errors import EPArgumentError, EPRoutingError
 
 
@@ -102,7 +103,7 @@ def checked_source(
 
 
 def _check_int(name: str, value: object, maximum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= maximum:
+    if not is_int(value) or not 1 <= value <= maximum:
         raise EPArgumentError(f"{name} = {value!r}, expected an int in 1..{maximum}")
 
 

@@ -307,6 +307,14 @@ def test_without_the_reference_there_are_no_ratios():
     assert run.layer_ratio("deepep-overlap") is None
 
 
+def test_no_combine_of_ours_no_hidden_share():
+    run = made_up_run()
+    inspections = {**run.inspections, "alltoall-overlap": run.inspections["alltoall"]}
+    run = TrainRun(**{**vars(run), "inspections": inspections})
+    assert run.layer_ratio("alltoall-overlap") == 1
+    assert run.hidden_share("alltoall-overlap") is None
+
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_report(device, tmp_path):
     console = Console(width=140, record=True, file=io.StringIO())

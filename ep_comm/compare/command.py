@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
 from pathlib import Path
@@ -50,9 +51,10 @@ def compare(
     """
     with locked(out) as lock:
         directory = Directory(out, plan)
-        trained = [name for name in plan.skipped if is_finished(directory.log(name), plan)]
-        plan = plan.with_trained(trained)
-        left = [name for name in plan.variants if not is_finished(directory.log(name), plan)]
+        asked = (*plan.variants, *plan.skipped)
+        finished = {name for name in asked if is_finished(directory.log(name), plan)}
+        plan = plan.with_trained(finished & plan.skipped.keys())
+        left = [name for name in plan.variants if name not in finished]
         if left and plan.missing_data:
             raise CompareError(
                 f"data_path {plan.missing_data[0]}: no such file, and {left[0]} is still to be "
@@ -63,7 +65,12 @@ def compare(
         try:
             with interruptible(), Display(console, plan) as display:
                 for variant in plan.variants:
-                    _train_if_needed(plan, directory, variant, lock, display)
+                    if variant in left:
+                        display.begin(variant, last_step(directory, variant))
+                        follow = functools.partial(display.follow, variant)
+                        train(plan, directory, variant, lock, follow)
+                    discard_checkpoints(directory, variant)
+                    display.finish(variant, before=variant in finished)
         except Interrupted as interrupt:
             console.print(f"interrupted ({interrupt}): the same command goes on from here")
             return 128 + interrupt.signum
@@ -75,17 +82,6 @@ def compare(
     console.print(_table(document))
     _say_where(plan, directory, console)
     return PASSED if document["passed"] else OUTSIDE_TOLERANCES
-
-
-def _train_if_needed(
-    plan: Plan, directory: Directory, variant: str, lock: int, display: Display
-) -> None:
-    finished = is_finished(directory.log(variant), plan)
-    if not finished:
-        display.begin(variant, last_step(directory, variant))
-        train(plan, directory, variant, lock, lambda r: display.follow(variant, r))
-    discard_checkpoints(directory, variant)
-    display.finish(variant, before=finished)
 
 
 def _table(document: dict[str, Any]) -> Table:

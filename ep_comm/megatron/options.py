@@ -11,7 +11,7 @@ import torch
 
 from ep_comm._native.structs import EP_MAX_EXPERTS, EP_MAX_TOPK
 from ep_comm.checks import check_alignment, check_num_sms
-from ep_comm.config import check_timeout
+from ep_comm.config import check_timeout, is_int
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 from ep_comm.megatron.fp8_support import check_fp8, check_transformer_engine
 
@@ -53,8 +53,7 @@ class EPOptions:
         if self.expert_alignment is not None:
             check_alignment(self.expert_alignment)
         tokens = self.max_tokens_per_rank
-        is_int = isinstance(tokens, int) and not isinstance(tokens, bool)
-        if tokens is not None and (not is_int or tokens < 1):
+        if tokens is not None and (not is_int(tokens) or tokens < 1):
             raise EPArgumentError(f"max_tokens_per_rank must be a positive integer, got {tokens!r}")
         for name in ("fp8_dispatch", "fp8_grad_dispatch", "overlap_wgrad"):
             if not isinstance(getattr(self, name), bool):
