@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ import torch.distributed as dist
 from cases import Case, assert_same, to_numpy, to_torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from oracle import combine, expert_rows, local_experts, rank_rows
+from oracle import combine, expert_rows, fp32_to_bf16, local_experts, rank_rows
 from ranks import run_ranks
 
 from ep_comm import Buffer, EPConfig
@@ -30,6 +33,8 @@ CASES = [
     Case(tokens=(9, 8, 7, 6), num_topk=6, experts_per_rank=2, as_routing_map=True, drop=0.2),
     Case(tokens=(40, 1, 33, 2), routing="zipf", hidden=1, alignment=16, drop=0.1),
     Case(tokens=(5, 5, 5, 5), routing="last_rank", alignment=1, hidden=130),
+    Case(tokens=(9, 0, 7, 30, 1, 12, 5, 8), ranks_per_node=4, num_topk=8, drop=0.1),
+    Case(tokens=(3, 14, 0, 6, 9, 2, 21, 4), layout="rank", routing="zipf", num_topk=6),
 ]
 
 
@@ -325,68 +330,125 @@ def test_any_case(case):
     check_case(case)
 
 
-def many_changing_operations(
-    rank: int, num_operations: int, delay_us: int = 0, beside_nccl: bool = False
-) -> None:
-    """Shapes that change with every operation, no reset between, each against the reference; if
-    asked for, with every wait and signal late, and with NCCL at work on a stream of its own."""
-    hidden, experts, topk_max, tokens_max = 64, 16, 4, 96
-    sizes = dict(
-        num_experts=experts, hidden=hidden, max_tokens_per_rank=tokens_max, num_topk=topk_max
-    )
-    ours = Buffer(None, EPConfig(**sizes, backend="nvlink", timeout_s=20))
-    reference = Buffer(None, EPConfig(**sizes, backend="reference", timeout_s=20))
+def changing_operations(
+    rank: int,
+    buffer: Buffer,
+    num_operations: int,
+    device: str,
+    sms: Sequence[int] = (),
+    beside: Callable[[], None] = lambda: None,
+) -> list[str]:
+    """Digests of what `num_operations` dispatches give, each repeated beside its combine.
+
+    Shapes change with every one, and nothing is reset between. Before each the SMs become one of
+    `sms`, and `beside` is called.
+    """
     shared, own = np.random.default_rng(1), np.random.default_rng([2, rank])
-    sms = torch.cuda.get_device_properties(rank).multi_processor_count
-    ours._backend.inject_delays(1000 * delay_us)
-    traffic, nccl_stream = torch.ones(2**20, device="cuda"), torch.cuda.Stream()
-    nccl_group = dist.new_group(backend="nccl") if beside_nccl else None
+    config, digests = buffer.config, []
     for i in range(num_operations):
         settings = dict(
             layout=str(shared.choice(["expert", "rank"])),
             expert_alignment=int(shared.choice([1, 16])),
+            async_finish=i % 3 == 0,
         )
-        num_topk = int(shared.integers(1, topk_max + 1))
-        ours.set_num_sms(int(own.choice([2, 5, 16, 24, sms])))
-        num_tokens = int(own.choice([0, 1, 17, tokens_max]))
-        x = torch.from_numpy(own.standard_normal((num_tokens, hidden))).cuda().bfloat16()
-        topk = np.array([own.permutation(experts)[:num_topk] for _ in range(num_tokens)])
-        topk = torch.from_numpy(topk.reshape(num_tokens, num_topk)).int().cuda()
-        if beside_nccl:
-            with torch.cuda.stream(nccl_stream):
-                dist.all_reduce(traffic, op=dist.ReduceOp.MAX, group=nccl_group)
-        mine = ours.dispatch(x, topk, **settings, async_finish=bool(i % 3 == 0))
-        mine.event.current_stream_wait()
-        theirs = reference.dispatch(x, topk, **settings)
-        assert torch.equal(mine.recv_x, theirs.recv_x), f"dispatch {i}"
-        y = torch.randn_like(theirs.recv_x)
+        num_topk = int(shared.integers(1, config.num_topk + 1))
+        num_tokens = int(own.choice([0, 1, 17, config.max_tokens_per_rank]))
+        topk = own.random((num_tokens, config.num_experts)).argsort(1)[:, :num_topk]
+        topk = to_torch(topk.astype(np.int32), device)
+        x = to_torch(random_rows(own, num_tokens, config.hidden), device)
+        if sms:
+            buffer.set_num_sms(int(own.choice(sms)))
+        beside()
+        out = buffer.dispatch(x, topk, **settings)
+        out.event.current_stream_wait()
+        y = to_torch(random_rows(own, out.handle.num_rows, config.hidden), device)
         # A dispatch is started before the combine on the other stream has been waited for.
-        one = ours.combine(y, mine.handle, async_finish=True)
-        again = ours.dispatch(x, handle=mine.handle)
-        one.event.current_stream_wait()
-        assert torch.equal(again.recv_x, theirs.recv_x), f"cached dispatch {i}"
-        two = reference.combine(y, theirs.handle).combined_x
-        assert torch.equal(one.combined_x, two), f"combine {i}"
-    ours.destroy()
-    again = Buffer(None, EPConfig(**sizes, backend="nvlink", timeout_s=20))
-    assert torch.equal(again.dispatch(x, topk, **settings).recv_x, theirs.recv_x)
+        back = buffer.combine(y, out.handle, async_finish=True)
+        again = buffer.dispatch(x, handle=out.handle)
+        back.event.current_stream_wait()
+        recv_x = to_numpy(out.recv_x)
+        assert_same(to_numpy(again.recv_x), recv_x, f"cached dispatch {i}")
+        digests += [digest(recv_x), digest(to_numpy(back.combined_x))]
+    return digests
+
+
+def random_rows(rng: np.random.Generator, num_rows: int, hidden: int) -> np.ndarray:
+    return fp32_to_bf16(rng.standard_normal((num_rows, hidden), np.float32))
+
+
+def digest(rows: np.ndarray) -> str:
+    return f"{rows.shape} {hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest()}"
+
+
+def changing_config(num_ranks: int, backend: str) -> EPConfig:
+    return EPConfig(
+        num_experts=4 * num_ranks,
+        hidden=64,
+        max_tokens_per_rank=96,
+        num_topk=4,
+        timeout_s=20,
+        backend=backend,
+    )
+
+
+def changing_on_reference(rank: int, num_operations: int) -> list[str]:
+    buffer = Buffer(None, changing_config(dist.get_world_size(), "reference"))
+    return changing_operations(rank, buffer, num_operations, "cpu")
+
+
+def changing_on_nvlink(
+    rank: int, num_operations: int, delay_us: int, beside_nccl: bool
+) -> list[str]:
+    config = changing_config(dist.get_world_size(), "nvlink")
+    buffer = Buffer(None, config)
+    buffer._backend.inject_delays(1000 * delay_us)
+    traffic, nccl_stream = torch.ones(2**20, device="cuda"), torch.cuda.Stream()
+    nccl_group = dist.new_group(backend="nccl") if beside_nccl else None
+
+    def reduce_beside() -> None:
+        with torch.cuda.stream(nccl_stream):
+            dist.all_reduce(traffic, op=dist.ReduceOp.MAX, group=nccl_group)
+
+    sms = [2, 5, 16, 24, torch.cuda.get_device_properties(rank).multi_processor_count]
+    beside = reduce_beside if beside_nccl else lambda: None
+    digests = changing_operations(rank, buffer, num_operations, "cuda", sms, beside)
+    buffer.destroy()
+    again = Buffer(None, config)
+    assert changing_operations(rank, again, 1, "cuda") == digests[:2]
     again.destroy()
+    return digests
+
+
+def check_changing_operations(
+    num_ranks: int,
+    num_operations: int,
+    delay_us: int = 0,
+    beside_nccl: bool = False,
+    **how_to_run: Any,
+) -> None:
+    """As the reference backend on CPU; if asked for, with every wait and signal late, and with NCCL
+    at work on a stream of its own."""
+    args = (num_operations, delay_us, beside_nccl)
+    got = run_ranks(num_ranks, changing_on_nvlink, *args, backend="nccl", **how_to_run)
+    assert got == run_ranks(num_ranks, changing_on_reference, num_operations, timeout_s=240)
+
+
+def test_changing_operations_twice():
+    assert run_ranks(8, changing_on_reference, 6) == run_ranks(8, changing_on_reference, 6)
 
 
 @pytest.mark.multi_gpu
 def test_a_thousand_changing_operations():
-    num_ranks = torch.cuda.device_count()
-    run_ranks(num_ranks, many_changing_operations, 340, backend="nccl", timeout_s=240)
+    check_changing_operations(torch.cuda.device_count(), 340, timeout_s=240)
 
 
 @pytest.mark.multi_gpu
 def test_changing_operations_with_delays():
-    num_ranks = torch.cuda.device_count()
-    run_ranks(num_ranks, many_changing_operations, 60, 200, backend="nccl", timeout_s=240)
+    check_changing_operations(torch.cuda.device_count(), 60, delay_us=200, timeout_s=240)
 
 
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("connections", [1, 8, 32])
 def test_changing_operations_beside_nccl(connections, monkeypatch):
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", str(connections))
-    run_ranks(2, many_changing_operations, 60, 50, True, backend="nccl", fresh=True, timeout_s=240)
+    check_changing_operations(2, 60, delay_us=50, beside_nccl=True, fresh=True, timeout_s=240)

@@ -101,8 +101,9 @@ def scales_a_row(scales: torch.Tensor, handle: DispatchHandle, case: Case) -> to
 
 
 @pytest.mark.parametrize("layout", ["expert", "rank"])
-def test_fp8_payload(layout):
-    check_fp8(dataclasses.replace(CASE, layout=layout))
+@pytest.mark.parametrize("tokens", [CASE.tokens, (6, 0, 9, 3, 1, 12, 4, 2)], ids=str)
+def test_fp8_payload(tokens, layout):
+    check_fp8(dataclasses.replace(CASE, tokens=tokens, layout=layout))
 
 
 @pytest.mark.multi_gpu

@@ -222,13 +222,13 @@ def test_resumed_with_another_dispatcher(checkpointed, tmp_path, flags, other, t
 
 
 def test_resumed_with_other_expert_parallel_sizes(checkpointed, tmp_path):
-    """EP 2 on two processes, then EP 4 on four, then one process with all experts."""
-    whole = checkpointed(*DISTRIBUTED)
+    """EP 2 on two processes, then EP 8 on eight, then one process with all experts."""
+    whole = checkpointed(*DISTRIBUTED, "--micro-batch-size", "1")
     checkpoints = killed_while_it_saved(whole.checkpoints, tmp_path)
     flags = [*whole.flags, "--save", checkpoints, "--load", checkpoints]
     flags += ["--moe-token-dispatcher", "deepep", "--expert-model-parallel-size"]
-    ep4 = train(tmp_path / "ep4", *flags, 4, "--train-iters", 4, processes=4)
-    assert_goes_on(ep4, whole, [4], 1e-5)
+    ep8 = train(tmp_path / "ep8", *flags, 8, "--train-iters", 4, processes=8)
+    assert_goes_on(ep8, whole, [4], 1e-5)
     ep1 = train(tmp_path / "ep1", *flags, 1, processes=1)
     assert_goes_on(ep1, whole, [5, 6], 1e-5)
 

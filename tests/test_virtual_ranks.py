@@ -1,4 +1,4 @@
-"""The NVLink kernels between ranks that share one GPU: what there are not enough GPUs for."""
+"""The NVLink kernels between ranks that share GPUs: what there are not enough GPUs for."""
 
 from __future__ import annotations
 
@@ -7,11 +7,21 @@ import dataclasses
 import pytest
 import torch
 from cases import Case, to_torch
-from test_buffer import CASES, check_results, on_gpus, random_case, run_case
+from ranks import run_ranks
+from test_buffer import (
+    CASES,
+    changing_config,
+    changing_on_reference,
+    changing_operations,
+    check_results,
+    on_gpus,
+    random_case,
+    run_case,
+)
 from test_capacity import exact_and_roomy
 from test_dispatch_fp8 import CASE as FP8_CASE
 from test_dispatch_fp8 import check_fp8_results, dispatch_all_ways
-from virtual_ranks import run_virtual_ranks
+from virtual_ranks import run_virtual_ranks, sms_of_a_rank
 
 from ep_comm import Buffer, fp8
 
@@ -101,3 +111,41 @@ def test_fp8(num_ranks, layout):
         on_gpus(FP8_CASE, "nvlink"), layout=layout, tokens=tokens, hidden=1024
     )
     check_fp8_results(case, run_virtual_ranks(num_ranks, fp8_on_buffer, case.config(), case))
+
+
+def changing_on_buffer(rank: int, buffer: Buffer, num_operations: int, num_gpus: int) -> list[str]:
+    share = sms_of_a_rank(buffer.num_ranks, num_gpus)
+    sms = [n for n in (2, 3, 5, share) if n <= share]
+    return changing_operations(rank, buffer, num_operations, "cuda", sms)
+
+
+def check_changing_operations(num_gpus: int, num_operations: int, delay_us: int = 0) -> None:
+    config = changing_config(8, "nvlink")
+    got = run_virtual_ranks(
+        8, changing_on_buffer, config, num_operations, num_gpus,
+        num_gpus=num_gpus, delay_us=delay_us, timeout_s=200,
+    )  # fmt: skip
+    assert got == run_ranks(8, changing_on_reference, num_operations, timeout_s=200)
+
+
+@pytest.mark.parametrize("delay_us", [0, 100])
+def test_changing_operations_of_eight_ranks(delay_us):
+    check_changing_operations(1, 60, delay_us)
+
+
+@pytest.mark.multi_gpu
+def test_a_thousand_changing_operations_of_eight_ranks():
+    check_changing_operations(torch.cuda.device_count(), 340)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("num_ranks", [5, 6, 7, 8])
+def test_random_cases_with_links(num_ranks):
+    """More ranks than GPUs, with NVLink between some of them."""
+    num_gpus = torch.cuda.device_count()
+    for seed in range(4):
+        case = random_case(1000 * num_ranks + seed, num_ranks)
+        results = run_virtual_ranks(
+            num_ranks, run_on_buffer, case.config(), case, num_gpus=num_gpus, delay_us=20
+        )
+        check_results(case, results)

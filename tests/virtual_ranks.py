@@ -1,7 +1,8 @@
-"""Ranks of the NVLink backend that are threads of one process and share one GPU.
+"""Ranks of the NVLink backend that are threads of one process and share a GPU, or a few.
 
-Each has its own streams and its own part of the SMs; their "symmetric memory" is the GPU's own. So
-one GPU tests the kernels of up to eight ranks, and sees what a sanitizer can only see there::
+Each has its own streams and its own part of the SMs; their "symmetric memory" is that of the GPUs.
+So one GPU tests the kernels of up to eight ranks, and sees what a sanitizer can only see there; two
+have NVLink between four ranks and four::
 
     outputs = run_virtual_ranks(3, my_function, config, argument)
 
@@ -43,19 +44,27 @@ def run_virtual_ranks(
     function: Callable[..., Any],
     config: EPConfig,
     *args: Any,
+    num_gpus: int = 1,
     delay_us: int = 0,
     timeout_s: float = 120.0,
 ) -> list[Any]:
-    """Run ``function(rank, buffer, *args)`` on `num_ranks` ranks of GPU 0; results in rank order.
+    """Run ``function(rank, buffer, *args)`` on `num_ranks` ranks; results in rank order.
 
-    With `delay_us` every wait and every signal is late by up to that.
+    Rank r has GPU r modulo `num_gpus`. With `delay_us` every wait and every signal is late by up to
+    that.
     """
     with mock.patch.dict(os.environ, _ENVIRONMENT):
         (results,) = run_ranks(
-            1, _all_ranks, num_ranks, function, config, args, delay_us, pool="virtual",
+            1, _all_ranks, num_ranks, num_gpus, function, config, args, delay_us, pool="virtual",
             timeout_s=timeout_s,
         )  # fmt: skip
     return results
+
+
+def sms_of_a_rank(num_ranks: int, num_gpus: int) -> int:
+    """So few that a dispatch and a combine of every rank find room at once."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    return sms // (2 * -(-num_ranks // num_gpus))
 
 
 # For the driver, which reads it when the process starts to use CUDA.
@@ -66,47 +75,63 @@ _ENVIRONMENT = {
     "CUDA_MODULE_LOADING": "EAGER",
 }
 _RESERVE = [2**19] * 32 + [2**26]
-_own_streams: list[torch.cuda.Stream] = []
+_own_streams: dict[int, list[torch.cuda.Stream]] = {}
 
 
-def _streams(count: int) -> list[torch.cuda.Stream]:
+def _streams(gpu: int, count: int) -> list[torch.cuda.Stream]:
     """Streams without torch's pool: that one has more than a GPU has queues for, and in a queue
     everything waits behind a kernel that waits for another rank."""
-    while len(_own_streams) < count:
-        address = ctypes.c_void_p()
-        torch.cuda.cudart().cudaStreamCreate(ctypes.addressof(address))
-        _own_streams.append(torch.cuda.ExternalStream(address.value))
-    return _own_streams[:count]
+    own = _own_streams.setdefault(gpu, [])
+    with torch.cuda.device(gpu):
+        while len(own) < count:
+            address = ctypes.c_void_p()
+            torch.cuda.cudart().cudaStreamCreate(ctypes.addressof(address))
+            own.append(torch.cuda.ExternalStream(address.value))
+    return own[:count]
+
+
+def _connect(num_gpus: int) -> None:
+    """Each GPU may write to the others' memory from now on: torch sees to it for its own copies."""
+    for gpu in range(num_gpus):
+        for peer in range(num_gpus):
+            torch.ones(1, device=f"cuda:{gpu}").to(f"cuda:{peer}")
+    for gpu in range(num_gpus):
+        torch.cuda.synchronize(gpu)
 
 
 def _all_ranks(
     _: int,
     num_ranks: int,
+    num_gpus: int,
     function: Callable[..., Any],
     config: EPConfig,
     args: tuple,
     delay_us: int,
 ) -> list[Any]:
-    torch.zeros(1, device="cuda")
+    _connect(num_gpus)
     from ep_comm.backends.nvlink import NVLinkBackend
     from ep_comm.backends.nvlink_memory import NodeMemory, Offsets
 
-    streams = _streams(3 * num_ranks)
+    ranks_per_gpu = -(-num_ranks // num_gpus)
+    streams = [_streams(gpu, 3 * ranks_per_gpu) for gpu in range(num_gpus)]
     barrier = threading.Barrier(num_ranks)
     num_bytes = Offsets(config, num_ranks).total
-    memory = [torch.zeros(num_bytes, dtype=torch.uint8, device="cuda") for _ in range(num_ranks)]
+    memory = [
+        torch.zeros(num_bytes, dtype=torch.uint8, device=f"cuda:{rank % num_gpus}")
+        for rank in range(num_ranks)
+    ]
     addresses = [tensor.data_ptr() for tensor in memory]
-    # A dispatch and a combine of every rank find room at once.
-    num_sms = torch.cuda.get_device_properties(0).multi_processor_count // (2 * num_ranks)
 
     class VirtualBackend(NVLinkBackend):
         @staticmethod
         def _new_stream(priority: int) -> torch.cuda.Stream:
-            return streams.pop()
+            return streams[torch.cuda.current_device()].pop()
 
     def run(rank: int) -> Any:
+        gpu = rank % num_gpus
+        torch.cuda.set_device(gpu)
         try:
-            with torch.cuda.stream(streams.pop()):
+            with torch.cuda.stream(streams[gpu].pop()):
                 node = NodeMemory(
                     rank, memory[rank], addresses, config.timeout_s, memory, barrier.wait
                 )
@@ -116,7 +141,7 @@ def _all_ranks(
                 backend = VirtualBackend(node, config)
                 backend.inject_delays(1000 * delay_us)
                 buffer = VirtualBuffer(backend, config)
-                buffer.set_num_sms(num_sms)
+                buffer.set_num_sms(sms_of_a_rank(num_ranks, num_gpus))
                 barrier.wait()
                 result = function(rank, buffer, *args)
                 torch.cuda.current_stream().synchronize()
@@ -126,7 +151,8 @@ def _all_ranks(
             barrier.abort()
             raise
 
-    torch.cuda.synchronize()
+    for gpu in range(num_gpus):
+        torch.cuda.synchronize(gpu)
     with ThreadPoolExecutor(num_ranks) as pool:
         futures = [pool.submit(run, rank) for rank in range(num_ranks)]
         errors = [future.exception() for future in futures]
