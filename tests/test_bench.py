@@ -238,6 +238,29 @@ def test_run_measures_every_case(layout):
     assert headline(found).startswith("2 ranks, 16 tokens x 128, top-3 of 8, uniform")
 
 
+def a_run_on_gpus(rank: int, settings: Settings) -> Run:
+    return run(settings, torch.device("cuda", rank), lambda text: None)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_run_on_gpus(layout):
+    shape = Shape(tokens=64, hidden=512, experts=8, topk=3)
+    settings = dataclasses.replace(SETTINGS, shape=shape, layout=layout)
+    found, other = run_ranks(2, a_run_on_gpus, settings, backend="nccl")
+    assert found == other and found.limit.gb_per_s > 0
+    graphs = [result for result in found.results if "CUDA graph" in result.case]
+    assert [(r.case, r.num_sms) for r in graphs] == [
+        (case, num_sms)
+        for num_sms in (0, 24)
+        for case in ("dispatch, fresh, CUDA graph", "combine, CUDA graph")
+    ]
+    wire_bytes = {result.case: result.wire_bytes for result in found.results}
+    for result in graphs:
+        assert result.wire_bytes == wire_bytes[result.case.removesuffix(", CUDA graph")] > 0
+        assert len(result.samples.call) == 3 and not result.samples.kernel
+
+
 def three_calls(rank: int) -> Samples:
     watch = Stopwatch(torch.device("cpu"), iters=3)
     return watch.measure(lambda i: [rank] * i)

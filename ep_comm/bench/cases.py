@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -130,6 +131,38 @@ def buffer_cases(buffer: Buffer, inputs: list[InputSet], settings: Settings) -> 
             fp8_case("FP8 dispatch, quantising, fresh", fresh, **both),
         ]
     return cases
+
+
+def graph_cases(cases: list[Case]) -> list[Case]:
+    """Of `buffer_cases`, a dispatch and a combine as CUDA graphs, with the SMs of this moment."""
+    by_name = {case.name: case for case in cases}
+    return [
+        _in_graphs("dispatch, fresh, CUDA graph", by_name["dispatch, fresh, no host wait"]),
+        _in_graphs("combine, CUDA graph", by_name["combine"]),
+    ]
+
+
+def _in_graphs(name: str, case: Case) -> Case:
+    """The same work, replayed: a graph for each set."""
+    graphs: list[torch.cuda.CUDAGraph] = []
+    wire_bytes: list[Sequence[int]] = []
+    for i in range(NUM_SETS):
+        case.call(i)
+        wire_bytes.append(case.wire_bytes_to_rank())
+        graphs.append(torch.cuda.CUDAGraph())
+        # NCCL's own thread may ask for events meanwhile.
+        with torch.cuda.graph(graphs[i], capture_error_mode="thread_local"):
+            case.call(i)
+    last = 0
+
+    def replay(i: int) -> None:
+        nonlocal last
+        last = i % NUM_SETS
+        graphs[last].replay()
+
+    return dataclasses.replace(
+        case, name=name, call=replay, wire_bytes_to_rank=lambda: wire_bytes[last]
+    )
 
 
 def alltoall_cases(alltoall: AllToAll, inputs: list[InputSet], settings: Settings) -> list[Case]:

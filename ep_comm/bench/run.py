@@ -17,6 +17,7 @@ from ep_comm.bench.cases import (
     InputSet,
     alltoall_cases,
     buffer_cases,
+    graph_cases,
     make_inputs,
 )
 from ep_comm.bench.probe import Limit, measure_limit
@@ -122,6 +123,8 @@ def run(
     for num_sms in settings.sms:
         buffer.set_num_sms(num_sms or None)
         measure(cases, num_sms, buffer.records)
+        if device.type == "cuda":
+            measure(graph_cases(cases), num_sms)
     buffer.set_num_sms(None)
     backend, buffer_bytes = buffer.describe(), buffer.buffer_bytes
     del cases  # and with them the buffer's outputs
