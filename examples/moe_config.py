@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=1, le=2**31 - 1)]  # numpy takes 32 bits, and Megatron adds to it
 
 
 class _Group(BaseModel):
@@ -102,10 +103,12 @@ class Dispatch(_Group):
     ep_expert_alignment: PositiveInt | None = _key(
         None, "pad every expert's rows to a multiple of this; none: as the experts need"
     )
-    ep_num_sms: PositiveInt | None = _key(
+    ep_num_sms: Annotated[int, Field(ge=2)] | None = _key(
         None, "SMs of a dispatch or combine; none: all, and 24 beside weight gradients"
     )
-    ep_timeout: PositiveFloat = _key(30.0, "seconds to wait for a rank before giving up")
+    ep_timeout: Annotated[float, Field(gt=0, le=1e8)] = _key(
+        30.0, "seconds to wait for a rank before giving up"
+    )
 
 
 class Training(_Group):
@@ -125,8 +128,8 @@ class Training(_Group):
     weight_decay: NonNegativeFloat = _key(0.01, "weight decay of AdamW")
     adam_beta1: Decay = _key(0.9, "decay of AdamW's first moment")
     adam_beta2: Decay = _key(0.95, "decay of AdamW's second moment")
-    seed: PositiveInt = _key(1234, "seed of weights, data order and dropout")
-    data_seed: PositiveInt | None = _key(None, "seed of the data order; none: seed")
+    seed: Seed = _key(1234, "seed of weights, data order and dropout")
+    data_seed: Seed | None = _key(None, "seed of the data order; none: seed")
     bf16: bool = _key(False, "BF16 weights and activations, FP32 gradients and master weights")
     fp8_format: Literal["e4m3"] | None = _key(
         None, "GEMMs of the layers in FP8, activations and weights in BF16; needs TE; none: no FP8"
@@ -211,7 +214,7 @@ _NEEDS = (
     ("recompute_modules", "recompute_granularity"),
 )
 # Only ep_comm does it; with another dispatcher it would be left out without a word.
-_NEED_DEEPEP = ("ep_fp8_dispatch", "ep_fp8_grad_dispatch")
+_NEED_DEEPEP = ("ep_fp8_dispatch", "ep_fp8_grad_dispatch", "ep_overlap_wgrad")
 
 
 class PretrainConfig(Model, MixtureOfExperts, Dispatch, Training, Data, Output):

@@ -154,8 +154,11 @@ def _train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    # The trainer takes memory for as many tokens as it is asked for, if there is text or not.
+    highest = _BYTES + sum(len(document.encode()) for document in documents)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=min(vocab_size - 1, highest),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(documents, trainer, length=len(documents))
     learnt = tokenizer.get_vocab_size() + 1

@@ -341,9 +341,9 @@ def changing_operations(
     """Digests of what `num_operations` dispatches give, each repeated beside its combine.
 
     Shapes change with every one, and nothing is reset between. Before each the SMs become one of
-    `sms`, and `beside` is called.
+    `sms`, and `beside` is called; no result depends on either.
     """
-    shared, own = np.random.default_rng(1), np.random.default_rng([2, rank])
+    shared, own, of_sms = (np.random.default_rng(seed) for seed in (1, [2, rank], [3, rank]))
     config, digests = buffer.config, []
     for i in range(num_operations):
         settings = dict(
@@ -357,7 +357,7 @@ def changing_operations(
         topk = to_torch(topk.astype(np.int32), device)
         x = to_torch(random_rows(own, num_tokens, config.hidden), device)
         if sms:
-            buffer.set_num_sms(int(own.choice(sms)))
+            buffer.set_num_sms(int(of_sms.choice(sms)))
         beside()
         out = buffer.dispatch(x, topk, **settings)
         out.event.current_stream_wait()

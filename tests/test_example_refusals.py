@@ -57,10 +57,17 @@ MEGATRONS_OVERLAP = "--overlap-dispatch-backward-with-experts-wgrad"
         (["--recompute-modules", "moe"], ["recompute_modules needs recompute_granularity"]),
         (["--adam-beta1", "1.5"], ["adam_beta1", "less than 1", "1.5"]),
         (["--adam-beta2", "1"], ["adam_beta2", "less than 1"]),
+        (["--seed", "4294967296"], ["seed", "less than or equal to 2147483647"]),
+        (["--ep-num-sms", "1"], ["ep_num_sms", "greater than or equal to 2"]),
+        (["--ep-timeout", "1e300"], ["ep_timeout", "less than or equal to"]),
         (["--kv-channels", "3"], ["kv_channels", "even", "got 3"]),
         (
             ["--ep-fp8-dispatch", "--moe-token-dispatcher", "alltoall"],
             ["ep_fp8_dispatch needs moe_token_dispatcher deepep, not alltoall"],
+        ),
+        (
+            ["--ep-overlap-wgrad", "--moe-token-dispatcher", "allgather"],
+            ["ep_overlap_wgrad needs moe_token_dispatcher deepep, not allgather"],
         ),
         (
             [MEGATRONS_OVERLAP, "--moe-token-dispatcher", "alltoall"],

@@ -202,6 +202,7 @@ def test_install_reaches_every_layer():
         ({"hidden_size": 640, "gpu": (9, 0)}, {"fp8_dispatch": True}, "multiple of 512, got 640"),
         ({"delay_wgrad_compute": True}, {}, "--delay-wgrad-compute"),
         ({"expert_tensor_parallel_size": 32}, {}, "--moe-router-topk 2 with --expert-tensor"),
+        ({"moe_router_topk": 40}, {}, "--moe-router-topk 40 yet: at most 32"),
         ({"cuda_graph_impl": "transformer_engine", "graphed": ["moe"]}, {}, "over the MoE layer"),
         (
             {"cuda_graph_impl": "transformer_engine", "graphed": ["moe_router", "moe_preprocess"]},

@@ -121,9 +121,10 @@ def processes():
         (b"\xff\xfe" * 50, VOCAB_SIZE, ["no UTF-8 text"]),
         (gzip.compress(bytes(1000))[:-9], VOCAB_SIZE, ["is damaged"]),
         (b"a rose is a rose is a rose", VOCAB_SIZE, ["more text, or --vocab-size", "got 400"]),
+        (b"a rose", 10**14, ["more text, or --vocab-size", "got 100000000000000"]),
         (b"a rose", 256, ["--vocab-size 256", "at least 257"]),
     ],
-    ids=["missing", "empty", "binary", "truncated", "too little", "small vocabulary"],
+    ids=["missing", "empty", "binary", "truncated", "too little", "huge vocabulary", "small one"],
 )
 def test_refusals(tmp_path, content, vocab_size, words):
     text = tmp_path / "text"

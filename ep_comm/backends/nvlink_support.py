@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,29 +19,75 @@ _MAX_ROW_BYTES = 92_000
 _MAX_HIDDEN_FP8_TO_FP32 = 30_208
 
 
+class _Member(NamedTuple):
+    """What the ranks of a group tell each other. `reason` is `reason_here`'s."""
+
+    config: EPConfig
+    host: str
+    gpu: str
+    reason: str | None
+
+
 def unavailable_reason(group: dist.ProcessGroup, config: EPConfig) -> str | None:
     """Why NVLink cannot serve `group`, or None where it can. Collective.
 
     Raises:
         EPMismatchError: Ranks have different configs.
+        EPArgumentError: Ranks have the same GPU.
     """
     if "cuda:nccl" not in dist.get_backend_config(group):
         return f"the group has no NCCL backend ({dist.get_backend_config(group)})"
-    mine = (socket.gethostname(), reason_here(dist.get_world_size(group), config), config)
-    answers: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(answers, mine, group=group)
-    for rank, (_, _, theirs) in enumerate(answers):
-        if theirs != config:
+    mine = _Member(
+        config=config,
+        host=socket.gethostname(),
+        gpu=gpu_id(torch.cuda.current_device()),
+        reason=reason_here(dist.get_world_size(group), config),
+    )
+    members: list[_Member] = _gather(mine, group)
+    for rank, member in enumerate(members):
+        if member.config != config:
             raise EPMismatchError(
                 f"ranks disagree: rank {dist.get_rank(group)} has {config}; rank {rank} has "
-                f"{theirs}"
+                f"{member.config}"
             )
-    hosts = {host for host, _, _ in answers}
+    gpus = [member.gpu for member in members]
+    for rank, gpu in enumerate(gpus):
+        if gpus.index(gpu) != rank:
+            raise EPArgumentError(
+                f"ranks {gpus.index(gpu)} and {rank} have the same GPU: every process calls "
+                "torch.cuda.set_device(its local rank) before it makes a Buffer"
+            )
+    hosts = {member.host for member in members}
     if len(hosts) > 1:
         return f"the group spans {len(hosts)} hosts"
-    for rank, (_, reason, _) in enumerate(answers):
-        if reason is not None:
-            return f"rank {rank}: {reason}"
+    for rank, member in enumerate(members):
+        if member.reason is not None:
+            return f"rank {rank}: {member.reason}"
+    for rank, unreached in enumerate(_gather(_first_unreached(gpus), group)):
+        if unreached is not None:
+            return f"rank {rank}: its GPU has no peer access to that of rank {unreached}"
+    return None
+
+
+def _gather(mine: object, group: dist.ProcessGroup) -> list:
+    answers: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(answers, mine, group=group)
+    return answers
+
+
+def gpu_id(gpu: int) -> str:
+    """The same in every process, whatever number a GPU has there."""
+    return str(torch.cuda.get_device_properties(gpu).uuid)
+
+
+def _first_unreached(gpus: Sequence[str]) -> int | None:
+    """The first rank whose GPU this process's cannot write to, as far as it is visible here."""
+    mine = torch.cuda.current_device()
+    visible = {gpu_id(i): i for i in range(torch.cuda.device_count())}
+    for rank, gpu in enumerate(gpus):
+        other = visible.get(gpu, mine)
+        if other != mine and not torch.cuda.can_device_access_peer(mine, other):
+            return rank
     return None
 
 

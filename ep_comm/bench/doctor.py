@@ -70,10 +70,7 @@ def backend_choice(num_gpus: int) -> str:
         if not torch.cuda.can_device_access_peer(i, j)
     ]
     if strangers:
-        return (
-            f"nvlink, and it will fail: GPUs {', '.join(strangers)} have no peer access; "
-            'pass EPConfig(backend="reference")'
-        )
+        return f"reference, over NCCL: GPUs {', '.join(strangers)} have no peer access"
     return f"nvlink, for up to {num_ranks} GPUs of this host in an NCCL group"
 
 

@@ -88,7 +88,7 @@ def check_one_node(ranks: Sequence[int]) -> None:
 
     `ranks` are the global ranks of the group.
     Nodes are known from LOCAL_WORLD_SIZE, which torchrun and our launcher set; without it nothing
-    is checked. On CPU the reference backend works anywhere.
+    is checked, and the start-up line names the reference backend. On CPU that one works anywhere.
 
     Raises:
         EPUnsupportedError: Names the flag.
@@ -108,14 +108,12 @@ def check_one_node(ranks: Sequence[int]) -> None:
 def _refused(config: TransformerConfig) -> list[tuple[str, object, str]]:
     """(flag, whether it is set, reason). docs/megatron.md lists the same."""
     shards = config.expert_tensor_parallel_size or 1
+    sharded = f" with --expert-tensor-parallel-size {shards}" if shards > 1 else ""
+    limit = ": their product is at most" if shards > 1 else ": at most"
     graphed = _graphed_modules(config)
     return [
         *(
-            (
-                f"{flag} {value} with --expert-tensor-parallel-size {shards}",
-                value * shards > maximum,
-                f": their product is at most {maximum}",
-            )
+            (f"{flag} {value}{sharded}", value * shards > maximum, f"{limit} {maximum}")
             for flag, value, maximum in (
                 ("--moe-router-topk", config.moe_router_topk, EP_MAX_TOPK),
                 ("--num-experts", config.num_moe_experts, EP_MAX_EXPERTS),
