@@ -104,9 +104,18 @@ class Case:
         return rng.random(shape).astype(np.float32) - 0.25
 
 
+def before_host_waits() -> None:
+    """Replaced by tests/virtual_ranks.py, to have ranks meet."""
+
+
+def wait_for_stream() -> None:
+    before_host_waits()
+    torch.cuda.current_stream().synchronize()
+
+
 def to_torch(rows: np.ndarray, device: str = "cpu") -> torch.Tensor:
     if device == "cuda":
-        torch.cuda.current_stream().synchronize()  # as in `finished`
+        wait_for_stream()  # as in `finished`
     if rows.dtype == np.uint16:
         return torch.from_numpy(rows.view(np.int16).copy()).to(device).view(torch.bfloat16)
     return torch.from_numpy(rows.copy()).to(device)
@@ -115,7 +124,7 @@ def to_torch(rows: np.ndarray, device: str = "cpu") -> torch.Tensor:
 def finished(rows: torch.Tensor) -> torch.Tensor:
     """The tensor, complete. Not left to the copy: that would hold up the other virtual ranks."""
     if rows.is_cuda:
-        torch.cuda.current_stream().synchronize()
+        wait_for_stream()
     return rows
 
 

@@ -20,16 +20,18 @@ from threading import BrokenBarrierError
 from typing import Any
 from unittest import mock
 
+import cases
 import torch
 from ranks import run_ranks
 
-from ep_comm import Buffer, EPConfig
+from ep_comm import Buffer, CombineOutput, DispatchOutput, EPConfig
+from ep_comm.records import Records
 
 
 class VirtualBuffer(Buffer):
-    """A buffer of a rank without a process group."""
+    """A buffer of a rank without a process group; `meet` is called before operations and waits."""
 
-    def __init__(self, backend: Any, config: EPConfig) -> None:
+    def __init__(self, backend: Any, config: EPConfig, meet: Callable[[], object]) -> None:
         self.group = None
         self.config = config
         self.rank, self.num_ranks = backend.rank, backend.num_ranks
@@ -37,6 +39,24 @@ class VirtualBuffer(Buffer):
         self.passed_over = {}
         self._unusable = None
         self._backend = backend
+        self._meet = meet
+
+    def dispatch(self, *args: Any, **kwargs: Any) -> DispatchOutput:
+        self._meet()
+        return super().dispatch(*args, **kwargs)
+
+    def combine(self, *args: Any, **kwargs: Any) -> CombineOutput:
+        self._meet()
+        return super().combine(*args, **kwargs)
+
+    def synchronize(self) -> None:
+        self._meet()
+        super().synchronize()
+
+    @property
+    def records(self) -> Records:
+        self._meet()  # reading them waits
+        return super().records
 
 
 def run_virtual_ranks(
@@ -46,17 +66,20 @@ def run_virtual_ranks(
     *args: Any,
     num_gpus: int = 1,
     delay_us: int = 0,
+    in_step: bool = False,
     timeout_s: float = 120.0,
 ) -> list[Any]:
     """Run ``function(rank, buffer, *args)`` on `num_ranks` ranks; results in rank order.
 
     Rank r has GPU r modulo `num_gpus`. With `delay_us` every wait and every signal is late by up to
-    that.
+    that. With `in_step` ranks meet before every operation and before the host waits: under a
+    sanitizer a thread that waits for its stream holds up the launches of the others, and what it
+    waits for may need them.
     """
     with mock.patch.dict(os.environ, _ENVIRONMENT):
         (results,) = run_ranks(
-            1, _all_ranks, num_ranks, num_gpus, function, config, args, delay_us, pool="virtual",
-            timeout_s=timeout_s,
+            1, _all_ranks, num_ranks, num_gpus, function, config, args, delay_us, in_step,
+            pool="virtual", timeout_s=timeout_s,
         )  # fmt: skip
     return results
 
@@ -107,6 +130,7 @@ def _all_ranks(
     config: EPConfig,
     args: tuple,
     delay_us: int,
+    in_step: bool,
 ) -> list[Any]:
     _connect(num_gpus)
     from ep_comm.backends.nvlink import NVLinkBackend
@@ -115,6 +139,7 @@ def _all_ranks(
     ranks_per_gpu = -(-num_ranks // num_gpus)
     streams = [_streams(gpu, 3 * ranks_per_gpu) for gpu in range(num_gpus)]
     barrier = threading.Barrier(num_ranks)
+    meet = barrier.wait if in_step else lambda: None
     num_bytes = Offsets(config, num_ranks).total
     memory = [
         torch.zeros(num_bytes, dtype=torch.uint8, device=f"cuda:{rank % num_gpus}")
@@ -140,11 +165,11 @@ def _all_ranks(
                 del reserve
                 backend = VirtualBackend(node, config)
                 backend.inject_delays(1000 * delay_us)
-                buffer = VirtualBuffer(backend, config)
+                buffer = VirtualBuffer(backend, config, meet)
                 buffer.set_num_sms(sms_of_a_rank(num_ranks, num_gpus))
                 barrier.wait()
                 result = function(rank, buffer, *args)
-                torch.cuda.current_stream().synchronize()
+                cases.wait_for_stream()
                 buffer.destroy()
                 return result
         except BaseException:
@@ -153,7 +178,10 @@ def _all_ranks(
 
     for gpu in range(num_gpus):
         torch.cuda.synchronize(gpu)
-    with ThreadPoolExecutor(num_ranks) as pool:
+    with (
+        mock.patch.object(cases, "before_host_waits", meet),
+        ThreadPoolExecutor(num_ranks) as pool,
+    ):
         futures = [pool.submit(run, rank) for rank in range(num_ranks)]
         errors = [future.exception() for future in futures]
     for error in sorted(filter(None, errors), key=lambda e: isinstance(e, BrokenBarrierError)):
