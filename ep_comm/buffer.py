@@ -39,8 +39,10 @@ class Buffer:
 
     Names and meaning follow DeepEP's ``Buffer`` wherever the same thing exists. The constructor,
     `dispatch`, `combine` and `destroy` are collective: every rank of the group calls them, in the
-    same order. A recomputation that ends early may leave them out on one rank only: inside
-    ``torch.utils.checkpoint(use_reentrant=False)`` turn that off (``set_checkpoint_early_stop``).
+    same order. With ``torch.utils.checkpoint(use_reentrant=False)`` a recomputation may stop early
+    and leave a dispatch out on one rank only, for which the others then wait until the timeout:
+    turn that off with ``set_checkpoint_early_stop(False)``. On GPUs a process first chooses its own
+    with ``torch.cuda.set_device``.
 
     Args:
         group: Ranks that share the experts; None is the default group.
@@ -54,7 +56,7 @@ class Buffer:
 
     Raises:
         EPStateError: torch.distributed is not initialised.
-        EPArgumentError: `config` does not fit the group.
+        EPArgumentError: `config` does not fit the group, or two ranks have the same GPU.
         EPMismatchError: Ranks passed different configs.
         EPTimeoutError: A rank did not arrive. (On a group with NCCL ranks meet by torch's
             collectives, which the group's own timeout bounds.)
@@ -132,12 +134,14 @@ class Buffer:
                 FP32 rows for the way; hidden must be a multiple of 128, over NVLink of 512.
             recv_dtype: Type of the received rows; None is x's own. With FP8 on the wire:
                 ``float8_e4m3fn`` gives (rows, scales) as they came, BF16 or FP32 dequantises.
-            num_worst_tokens: Rows of the output, padding included. The host then waits for
-                nothing, so that the call can be captured in a CUDA graph; counts are on the
-                device (`DispatchHandle.device_tokens_per_expert`), and rows behind the last group
-                are padding. Rows for which there is no room are dropped, and the next call raises
-                `EPOverflowError` (one for all that overflowed before it). A cached dispatch takes
-                it from its handle.
+            num_worst_tokens: Rows of the output, padding included; room for all in any case have,
+                with R ranks and E experts on each, R max_tokens_per_rank min(K, E) + E
+                (`expert_alignment` - 1), in the rank layout R max_tokens_per_rank. The host then
+                waits for nothing, so that the call can be captured in a CUDA graph; counts are on
+                the device (`DispatchHandle.device_tokens_per_expert`), and rows behind the last
+                group are padding. Rows for which there is no room are dropped, and the next call
+                raises `EPOverflowError` (one for all that overflowed before it). A cached dispatch
+                takes it from its handle.
             num_sms: SMs that the kernels occupy; None is what `set_num_sms` says. The backward
                 always takes that.
             previous_event: The operation starts after this event.
