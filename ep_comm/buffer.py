@@ -95,8 +95,8 @@ class Buffer:
         *,
         routing_map: Tensor | None = None,
         handle: DispatchHandle | None = None,
-        layout: RowLayout = "expert",
-        expert_alignment: int = 16,
+        layout: RowLayout | None = None,
+        expert_alignment: int | None = None,
         wire_dtype: torch.dtype | None = None,
         recv_dtype: torch.dtype | None = None,
         num_worst_tokens: int | None = None,
@@ -125,11 +125,11 @@ class Buffer:
                 ``config.num_topk`` true entries a token.
             handle: Repeat the routing of an earlier dispatch (cached dispatch).
                 `topk_weights` are then [T, K] of the handle's ``topk_idx``.
-            layout: "expert": rows grouped by local expert, each group padded with zero rows to
-                `expert_alignment`. "rank": rows by source rank, with ``recv_topk_idx``, as in
-                DeepEP. A cached dispatch takes both from its handle.
-            expert_alignment: Expert layout: rows of each group are a multiple of this. 16 is what
-                Transformer Engine's FP8 GEMMs need.
+            layout: "expert", the default: rows grouped by local expert, each group padded with zero
+                rows to `expert_alignment`. "rank": rows by source rank, with ``recv_topk_idx``, as
+                in DeepEP. A cached dispatch has both from its handle.
+            expert_alignment: Expert layout: rows of each group are a multiple of this. The default,
+                16, is what Transformer Engine's FP8 GEMMs need.
             wire_dtype: None sends rows as they are; ``torch.float8_e4m3fn`` quantises BF16 or
                 FP32 rows for the way; hidden must be a multiple of 128, over NVLink of 512.
             recv_dtype: Type of the received rows; None is x's own. With FP8 on the wire:
@@ -184,6 +184,8 @@ class Buffer:
         if previous_event is not None:
             previous_event.current_stream_wait()
         if handle is None:
+            layout = "expert" if layout is None else layout
+            expert_alignment = 16 if expert_alignment is None else expert_alignment
             checks.check_layout(layout, expert_alignment)
             if layout == "rank":  # nothing is padded there
                 expert_alignment = 1
@@ -195,6 +197,7 @@ class Buffer:
                 raise EPArgumentError("pass topk_idx, routing_map or a handle, not two of them")
             if num_worst_tokens is not None:
                 raise EPArgumentError("num_worst_tokens is that of the handle: leave it out")
+            checks.check_repeated(handle, layout, expert_alignment)
             layout, expert_alignment = handle.layout, handle.expert_alignment
             checks.check_rows("x", rows, handle.num_tokens, self.config.hidden)
             checks.check_weights(topk_weights, (handle.num_tokens, handle.num_topk), rows.device)

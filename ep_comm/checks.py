@@ -171,6 +171,19 @@ def check_layout(layout: RowLayout, expert_alignment: int) -> None:
     check_alignment(expert_alignment)
 
 
+def check_repeated(
+    handle: DispatchHandle, layout: RowLayout | None, expert_alignment: int | None
+) -> None:
+    """What is given along with a handle is what the handle has."""
+    if layout not in (None, handle.layout):
+        raise EPArgumentError(f"layout is that of the handle, {handle.layout!r}, got {layout!r}")
+    if handle.layout == "expert" and expert_alignment not in (None, handle.expert_alignment):
+        raise EPArgumentError(
+            f"expert_alignment is that of the handle, {handle.expert_alignment}, got "
+            f"{expert_alignment!r}"
+        )
+
+
 def check_handle(handle: object, buffer: object) -> None:
     if not isinstance(handle, DispatchHandle):
         raise EPArgumentError(f"handle must be a DispatchHandle, got {type(handle).__name__}")

@@ -20,7 +20,7 @@ from ep_comm import (
     _native,
     fp8,
 )
-from ep_comm.backends import make_backend
+from ep_comm.backends import make_backend, nvlink_support
 from ep_comm.backends.transport import backend_by_device_type, device_types
 
 SIZES = dict(num_experts=8, hidden=32, max_tokens_per_rank=6, num_topk=3, dtype=torch.float32)
@@ -167,7 +167,14 @@ def try_combine(rank: int) -> dict[str, str]:
         ),
         "x is on meta": lambda: buffer.combine(rows.to("meta"), handle),
         "not two of them": lambda: buffer.dispatch(X, TOPK, handle=handle),
+        "layout is that of the handle, 'expert', got 'rank'": lambda: buffer.dispatch(
+            X, handle=handle, layout="rank"
+        ),
+        "expert_alignment is that of the handle, 16, got 8": lambda: buffer.dispatch(
+            X, handle=handle, expert_alignment=8
+        ),
     }
+    buffer.dispatch(X, handle=handle, layout="expert", expert_alignment=16)
     messages = {}
     for name, call in calls.items():
         with pytest.raises(EPArgumentError) as caught:
@@ -258,13 +265,14 @@ def test_ranks_that_want_different_backends(monkeypatch):
         "get_world_size": lambda group: 2,
         "get_rank": lambda group: 0,
         "all_gather_object": lambda all, own, group: all.__setitem__(
-            slice(2), [own, (*own[:2], theirs)]
+            slice(2), [own, own._replace(config=theirs)]
         ),
     }
     for name, answer in answers.items():
         monkeypatch.setattr(torch.distributed, name, answer)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(_native, "unusable_reason", lambda gpu: None)
+    monkeypatch.setattr(nvlink_support, "gpu_id", str)
     with pytest.raises(EPMismatchError, match="backend='reference'.*rank 1 .*backend='auto'"):
         make_backend(None, mine)
 
