@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from unittest import mock
 
@@ -10,10 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from rich.console import Console
 
 from ep_comm import Buffer, EPConfig
-from ep_comm.bench import timing
+from ep_comm.bench import command, timing
 from ep_comm.bench.alltoall import AllToAll
 from ep_comm.bench.launch import UserError
 from ep_comm.bench.probe import Limit
@@ -327,7 +327,7 @@ def made_up_run(limit: Limit) -> Run:
 
 
 def text_of(found: Run) -> str:
-    console = Console(width=140)
+    console = command._console(io.StringIO())
     with console.capture() as capture:
         console.print(render(found))
     return capture.get()
@@ -343,6 +343,17 @@ def test_table():
         "1.20",
     ]  # fmt: skip
     assert "1.010 of tokens a rank, 1.200 an expert" in text and "1024 MiB" in text
+
+
+def test_no_figure_is_cut():
+    found = made_up_run(LIMIT)
+    result = found.results[-2]
+    slow = {name: tuple(99 * us for us in times) for name, times in vars(result.samples).items()}
+    result = dataclasses.replace(
+        result, case="FP8 dispatch, fresh, no host wait", samples=Samples(**slow)
+    )
+    text = text_of(dataclasses.replace(found, results=(result,)))
+    assert "…" not in text and all(name in text for name in (result.case, "unaligned", "x limit"))
 
 
 def test_void_run_says_so(tmp_path):

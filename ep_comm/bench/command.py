@@ -16,7 +16,7 @@ from ep_comm.variants import VARIANTS
 if TYPE_CHECKING:
     from ep_comm.bench.train_settings import TrainSettings
 
-_TABLE_WIDTH = 140  # where the output is no terminal
+_TABLE_WIDTH = 160  # of the widest table: less would cut figures
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -179,5 +179,4 @@ def _train(settings: TrainSettings, out: Path) -> None:
 
 
 def _console(file: IO[str] | None = None) -> Console:
-    console = Console(file=file)
-    return console if console.is_terminal else Console(file=file, width=_TABLE_WIDTH)
+    return Console(file=file, width=max(Console(file=file).width, _TABLE_WIDTH))
