@@ -374,7 +374,9 @@ class Buffer:
     def destroy(self) -> None:
         """Free the buffer. Collective; every later call raises `EPStateError`.
 
-        One that failed waits for no other rank, and what these may still write to is never freed.
+        One that failed waits for no other rank. One that did not waits for the others, for at most
+        ``config.timeout_s``; where a rank does not come, a warning names it. What another rank may
+        still write to is never freed.
 
         Raises:
             EPError: What ended an operation that was still in flight.

@@ -152,6 +152,45 @@ def test_absent_gpu_is_named_and_the_others_go_on(how):
         assert f"rank {rank} waited 2 s for rank {num_ranks - 1}" in messages[rank]
 
 
+def one_rank_destroys_late(rank: int, how: str) -> None:
+    """No other rank hangs, and none frees what the late one may still write to."""
+    x, topk = X.cuda(), TOPK.cuda()
+    buffer = Buffer(None, EPConfig(**SIZES, timeout_s=3, backend="nvlink"))
+    out = buffer.dispatch(x, topk)
+    buffer.synchronize()
+    dist.barrier()
+    start = time.monotonic()
+    if rank == 1 and how == "failed":
+        with pytest.raises(TypeError), buffer.guard():
+            raise TypeError("of the host, which the other ranks do not know of")
+        buffer.destroy()
+        assert time.monotonic() - start < 2
+    elif rank == 1:
+        time.sleep(5)
+        buffer.combine(out.recv_x, out.handle)  # writes to the others
+        with pytest.raises(EPTimeoutError):
+            buffer.synchronize()
+        buffer.destroy()
+    elif how == "failed":
+        buffer.destroy()
+        assert time.monotonic() - start < 2
+    else:
+        with pytest.warns(match="keeps the memory of its buffer: rank 1 did not destroy its own"):
+            buffer.destroy()
+        assert 2 < time.monotonic() - start < 5
+    dist.barrier()
+    torch.cuda.synchronize()
+    again = Buffer(None, EPConfig(**SIZES, timeout_s=20, backend="nvlink"))
+    assert torch.equal(again.dispatch(x, topk).recv_x, out.recv_x)
+    again.destroy()
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("how", ["failed", "late"])
+def test_destroy_waits_for_a_late_gpu_only_so_long(how):
+    run_ranks(2, one_rank_destroys_late, how, fresh=True, backend="nccl")
+
+
 def gpus_disagree(rank: int) -> str:
     x, topk = X.cuda(), TOPK.cuda()
     buffer = Buffer(None, EPConfig(**SIZES, timeout_s=10, backend="nvlink"))

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 
 from ep_comm import EPTimeoutError
 from ep_comm._native import structs
+from ep_comm.backends.nvlink_farewell import Farewell
 from ep_comm.backends.nvlink_memory import NodeMemory
 
 
-@pytest.mark.parametrize("fault", ["none", "before", "in flight", "given up"])
+@pytest.mark.parametrize("fault", ["none", "before", "in flight", "given up", "late rank"])
 def test_memory_is_given_back_only_without_a_fault(fault, monkeypatch):
     """What is in flight may find that a rank does not come while `free` waits for it."""
     done = []
+
+    class Watched:
+        def say(self) -> None:
+            done.append("said farewell")
+
+        def wait(self, timeout_s: float) -> list[int]:
+            done.append(f"waited {timeout_s:g} s at most")
+            return [1, 3] if fault == "late rank" else []
+
     memory = NodeMemory.__new__(NodeMemory)
     memory.rank, memory._timeout_s, memory._fault = 0, 2.0, structs.Fault()
     memory.tensor = memory._keep = object()
-    memory._wait_for_all = lambda: done.append("waited for all")
+    memory._farewell = Watched()
 
     def give_up() -> None:
         memory._fault.code, memory._fault.peer = structs.EP_FAULT_TIMEOUT, 1
@@ -37,9 +50,41 @@ def test_memory_is_given_back_only_without_a_fault(fault, monkeypatch):
     if fault == "in flight":
         with pytest.raises(EPTimeoutError, match="waited 2 s for rank 1"):
             memory.free()
+    elif fault == "late rank":
+        with pytest.warns(match="rank 0 keeps the memory of its buffer: rank 1, 3 did not .* 2 s"):
+            memory.free()
     else:
         memory.free()
-    expected = ["synchronized", "waited for all"]
-    assert done == expected[: {"in flight": 1, "none": 2}.get(fault, 0)]
+    # Whatever happened to this rank, the others need not wait for it.
+    assert done[:3] == ["synchronized", "said farewell", "synchronized"]
+    waits = fault in ("none", "late rank")
+    assert done[3:] == (["waited 2 s at most"] if waits else [])
     assert (memory.tensor is None) == (memory._keep is None) == (fault == "none")
     memory._fault.code, memory._is_given_up = structs.EP_FAULT_NONE, False  # nothing to leak
+
+
+def test_a_broken_gpu_does_not_keep_a_failed_buffer_from_being_destroyed(monkeypatch):
+    memory = NodeMemory.__new__(NodeMemory)
+    memory._fault, memory._is_given_up = structs.Fault(), True
+
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    memory.free()
+    memory._is_given_up = False
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        memory.free()
+
+
+def test_farewell_waits_for_all_and_names_who_is_late():
+    flags_of = [torch.zeros(3, dtype=torch.int32) for _ in range(3)]
+    farewells = [Farewell(rank, flags_of) for rank in range(3)]
+    farewells[1].say()
+    assert farewells[0].wait(0.05) == [0, 2]
+    farewells[0].say()
+    last = threading.Timer(0.1, farewells[2].say)
+    last.start()
+    start = time.monotonic()
+    assert farewells[0].wait(20) == [] and 0.05 < time.monotonic() - start < 10
+    assert farewells[1].wait(0) == farewells[2].wait(0) == []

@@ -31,7 +31,9 @@ from ep_comm.records import Records
 class VirtualBuffer(Buffer):
     """A buffer of a rank without a process group; `meet` is called before operations and waits."""
 
-    def __init__(self, backend: Any, config: EPConfig, meet: Callable[[], object]) -> None:
+    def __init__(
+        self, backend: Any, config: EPConfig, meet: Callable[[], object] = lambda: None
+    ) -> None:
         self.group = None
         self.config = config
         self.rank, self.num_ranks = backend.rank, backend.num_ranks
@@ -134,18 +136,20 @@ def _all_ranks(
 ) -> list[Any]:
     _connect(num_gpus)
     from ep_comm.backends.nvlink import NVLinkBackend
+    from ep_comm.backends.nvlink_farewell import Farewell
     from ep_comm.backends.nvlink_memory import NodeMemory, Offsets
 
     ranks_per_gpu = -(-num_ranks // num_gpus)
     streams = [_streams(gpu, 3 * ranks_per_gpu) for gpu in range(num_gpus)]
     barrier = threading.Barrier(num_ranks)
     meet = barrier.wait if in_step else lambda: None
-    num_bytes = Offsets(config, num_ranks).total
+    offsets = Offsets(config, num_ranks)
     memory = [
-        torch.zeros(num_bytes, dtype=torch.uint8, device=f"cuda:{rank % num_gpus}")
+        torch.zeros(offsets.total, dtype=torch.uint8, device=f"cuda:{rank % num_gpus}")
         for rank in range(num_ranks)
     ]
     addresses = [tensor.data_ptr() for tensor in memory]
+    flags_of = [offsets.farewell_flags(tensor, num_ranks) for tensor in memory]
 
     class VirtualBackend(NVLinkBackend):
         @staticmethod
@@ -157,9 +161,8 @@ def _all_ranks(
         torch.cuda.set_device(gpu)
         try:
             with torch.cuda.stream(streams[gpu].pop()):
-                node = NodeMemory(
-                    rank, memory[rank], addresses, config.timeout_s, memory, barrier.wait
-                )
+                farewell = Farewell(rank, flags_of)
+                node = NodeMemory(rank, memory[rank], addresses, config.timeout_s, memory, farewell)
                 # From here on nothing may be allocated anew: that too waits for kernels that run.
                 reserve = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in _RESERVE]
                 del reserve

@@ -71,8 +71,8 @@ class NVLinkBackend:
 
     @classmethod
     def create(cls, group: dist.ProcessGroup, config: EPConfig) -> NVLinkBackend:
-        num_bytes = Offsets(config, dist.get_world_size(group)).total
-        return cls(NodeMemory.of_group(group, num_bytes, config.timeout_s), config)
+        offsets = Offsets(config, dist.get_world_size(group))
+        return cls(NodeMemory.of_group(group, offsets, config.timeout_s), config)
 
     def __init__(self, memory: NodeMemory, config: EPConfig) -> None:
         self.config = config

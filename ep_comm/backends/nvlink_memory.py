@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from ep_comm import checks
 from ep_comm._native import structs
+from ep_comm.backends.nvlink_farewell import Farewell
 from ep_comm.backends.nvlink_tuning import MIN_CHUNK_TOKENS
 from ep_comm.config import EPConfig
 from ep_comm.errors import (
@@ -51,6 +54,7 @@ class Offsets:
         row_bytes = config.hidden * config.dtype.itemsize
         slot_bytes = -(-(row_bytes + 16 * -(-num_topk // 4)) // 128) * 128
         self.max_chunks = -(-tokens // MIN_CHUNK_TOKENS)
+        self.farewells = self._take(4 * num_ranks)
         self.plan_flags = self._take(4 * num_ranks)
         self.dispatch_credits = self._take(4 * num_ranks)
         self.combine_credits = self._take(4 * num_ranks)
@@ -63,6 +67,10 @@ class Offsets:
         self.combine_rows = self._take((num_ranks - 1) * tokens * row_bytes)
         self.zeros = self._take(row_bytes)  # never written
         self.total = self._end
+
+    def farewell_flags(self, memory: Tensor, num_ranks: int) -> Tensor:
+        """[R] int32 in a rank's memory, for its `Farewell`."""
+        return memory[self.farewells :][: 4 * num_ranks].view(torch.int32)
 
     def _take(self, num_bytes: int) -> int:
         start = self._end
@@ -80,31 +88,35 @@ class NodeMemory:
         addresses: Of every rank's memory, as mapped here.
         timeout_s: Bound of every wait.
         keep: What has to live as long as the mapping.
-        wait_for_all: Ends when every rank has come to it.
+        farewell: Of its ranks.
     """
 
     @classmethod
-    def of_group(cls, group: dist.ProcessGroup, num_bytes: int, timeout_s: float) -> NodeMemory:
-        """`num_bytes` at each rank of a group. Collective."""
+    def of_group(cls, group: dist.ProcessGroup, offsets: Offsets, timeout_s: float) -> NodeMemory:
+        """Memory with these offsets at each rank of a group. Collective."""
+        rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
         device = torch.device("cuda", torch.cuda.current_device())
-        if dist.get_world_size(group) == 1:
-            tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        if num_ranks == 1:
+            tensor = torch.zeros(offsets.total, dtype=torch.uint8, device=device)
             rendezvous, addresses = None, [tensor.data_ptr()]
+            flags_of = [offsets.farewell_flags(tensor, num_ranks)]
         else:
             import torch.distributed._symmetric_memory as symmetric_memory
 
-            tensor = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+            tensor = symmetric_memory.empty(offsets.total, dtype=torch.uint8, device=device)
             rendezvous = symmetric_memory.rendezvous(tensor, group)
             addresses = list(rendezvous.buffer_ptrs)
+            flags_of = [
+                offsets.farewell_flags(
+                    rendezvous.get_buffer(r, (offsets.total,), torch.uint8), num_ranks
+                )
+                for r in range(num_ranks)
+            ]
             tensor.zero_()
-
-        def wait_for_all() -> None:
-            dist.barrier(group, device_ids=[torch.cuda.current_device()])
-
         # Everything is zero everywhere before anybody writes a flag.
         torch.cuda.synchronize()
-        wait_for_all()
-        return cls(dist.get_rank(group), tensor, addresses, timeout_s, rendezvous, wait_for_all)
+        dist.barrier(group, device_ids=[torch.cuda.current_device()])
+        return cls(rank, tensor, addresses, timeout_s, rendezvous, Farewell(rank, flags_of))
 
     def __init__(
         self,
@@ -113,7 +125,7 @@ class NodeMemory:
         addresses: Sequence[int],
         timeout_s: float,
         keep: object,
-        wait_for_all: Callable[[], None],
+        farewell: Farewell,
     ) -> None:
         self.rank = rank
         self.num_ranks = len(addresses)
@@ -121,7 +133,7 @@ class NodeMemory:
         self._timeout_s = timeout_s
         self._is_given_up = False
         self._keep = keep
-        self._wait_for_all = wait_for_all
+        self._farewell: Farewell | None = farewell
         self._addresses = (ctypes.c_void_p * structs.EP_MAX_NODE_RANKS)(*addresses)
         # A row each for dispatch, combine and plan, so that they share no cache line.
         self.counters = torch.zeros(3, 64, dtype=torch.int32, device=tensor.device)
@@ -233,19 +245,36 @@ class NodeMemory:
         )
 
     def free(self) -> None:
-        """Give the memory back, once no rank writes to it any more. Collective.
+        """Give the memory back, once no rank writes to it any more.
 
-        After a fault, or where it was given up, nobody is waited for and nothing is given back.
+        It is kept, and nobody is waited for, after a fault, or where it was given up; and kept,
+        with a warning, where a rank does not come to this within the timeout.
 
         Raises:
             EPTimeoutError, EPMismatchError, EPRoutingError: Of what was still in flight.
         """
         if self._may_be_written_to:
+            with contextlib.suppress(RuntimeError):  # the GPU itself may have failed
+                self._say_farewell()
             return
-        torch.cuda.synchronize()
+        self._say_farewell()
         self.check_fault()
-        self._wait_for_all()
-        self.tensor = self._keep = None
+        late_ranks = self._farewell.wait(self._timeout_s)
+        if late_ranks:
+            self.give_up()
+            warnings.warn(
+                f"rank {self.rank} keeps the memory of its buffer: rank "
+                f"{', '.join(map(str, late_ranks))} did not destroy its own within "
+                f"{self._timeout_s:g} s",
+                stacklevel=4,
+            )
+            return
+        self.tensor = self._keep = self._farewell = None
+
+    def _say_farewell(self) -> None:
+        torch.cuda.synchronize()  # from here on this rank writes to nobody
+        self._farewell.say()
+        torch.cuda.synchronize()
 
     def give_up(self) -> None:
         """This rank has failed in a way that the others do not know of."""
@@ -259,7 +288,7 @@ class NodeMemory:
         """What a late peer may still write to is never freed."""
         if getattr(self, "_fault", None) is not None and self._may_be_written_to:
             device = (self.counters, self._epochs, self._waits, self.abort)
-            _leaked.append((self.tensor, self._keep, self._host, device))
+            _leaked.append((self.tensor, self._keep, self._farewell, self._host, device))
 
 
 _leaked: list = []
