@@ -7,7 +7,7 @@ for callers that know nothing of ep_comm.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 class EPError(Exception):
@@ -42,7 +42,12 @@ class EPStateError(EPError, RuntimeError):
     """The buffer can no longer be used: it was destroyed, or an earlier operation failed on it."""
 
 
-@dataclass
+def _with_fields(error: type[EPError], fields: dict[str, object]) -> EPError:
+    """What pickle makes such an error with: by itself it knows of ``args`` only."""
+    return error(**fields)
+
+
+@dataclass(eq=False)
 class EPOverflowError(EPError, RuntimeError):
     """More rows came than the output of a dispatch with ``num_worst_tokens`` has; the rest was
     dropped. The buffer stays usable; what was computed from the output is wrong.
@@ -55,6 +60,9 @@ class EPOverflowError(EPError, RuntimeError):
     num_rows: int
     capacity: int
 
+    def __reduce__(self) -> tuple:
+        return _with_fields, (type(self), asdict(self))
+
     def __str__(self) -> str:
         return (
             f"a dispatch with num_worst_tokens={self.capacity} received {self.num_rows} rows, "
@@ -62,7 +70,7 @@ class EPOverflowError(EPError, RuntimeError):
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class EPTimeoutError(EPError, RuntimeError):
     """A bounded wait ran out. Names who waited for whom, and for what.
 
@@ -81,6 +89,9 @@ class EPTimeoutError(EPError, RuntimeError):
     late_ranks: tuple[int, ...]
     epoch: int
     timeout_s: float
+
+    def __reduce__(self) -> tuple:
+        return _with_fields, (type(self), asdict(self))
 
     def __str__(self) -> str:
         late = (

@@ -253,6 +253,8 @@ class NodeMemory:
         Raises:
             EPTimeoutError, EPMismatchError, EPRoutingError: Of what was still in flight.
         """
+        if self._farewell is None:
+            return  # given back before
         if self._may_be_written_to:
             with contextlib.suppress(RuntimeError):  # the GPU itself may have failed
                 self._say_farewell()
