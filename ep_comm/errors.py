@@ -42,13 +42,19 @@ class EPStateError(EPError, RuntimeError):
     """The buffer can no longer be used: it was destroyed, or an earlier operation failed on it."""
 
 
-def _with_fields(error: type[EPError], fields: dict[str, object]) -> EPError:
-    """What pickle makes such an error with: by itself it knows of ``args`` only."""
+class _WithFields(EPError, RuntimeError):
+    """Dataclasses that reach other processes: by itself pickle knows of ``args`` only."""
+
+    def __reduce__(self) -> tuple:
+        return _make, (type(self), asdict(self))
+
+
+def _make(error: type[_WithFields], fields: dict[str, object]) -> _WithFields:
     return error(**fields)
 
 
 @dataclass(eq=False)
-class EPOverflowError(EPError, RuntimeError):
+class EPOverflowError(_WithFields):
     """More rows came than the output of a dispatch with ``num_worst_tokens`` has; the rest was
     dropped. The buffer stays usable; what was computed from the output is wrong.
 
@@ -60,9 +66,6 @@ class EPOverflowError(EPError, RuntimeError):
     num_rows: int
     capacity: int
 
-    def __reduce__(self) -> tuple:
-        return _with_fields, (type(self), asdict(self))
-
     def __str__(self) -> str:
         return (
             f"a dispatch with num_worst_tokens={self.capacity} received {self.num_rows} rows, "
@@ -71,7 +74,7 @@ class EPOverflowError(EPError, RuntimeError):
 
 
 @dataclass(eq=False)
-class EPTimeoutError(EPError, RuntimeError):
+class EPTimeoutError(_WithFields):
     """A bounded wait ran out. Names who waited for whom, and for what.
 
     Attributes:
@@ -89,9 +92,6 @@ class EPTimeoutError(EPError, RuntimeError):
     late_ranks: tuple[int, ...]
     epoch: int
     timeout_s: float
-
-    def __reduce__(self) -> tuple:
-        return _with_fields, (type(self), asdict(self))
 
     def __str__(self) -> str:
         late = (
