@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
 
 import torch
@@ -32,6 +34,7 @@ from ep_comm.handle import (
 from ep_comm.layout import checked_source
 from ep_comm.probabilities import select_probabilities
 from ep_comm.records import Records
+from ep_comm.tracing import check_not_saved, plain_tensor, unseen, untraced
 
 
 class Buffer:
@@ -42,7 +45,8 @@ class Buffer:
     same order. With ``torch.utils.checkpoint(use_reentrant=False)`` a recomputation may stop early
     and leave a dispatch out on one rank only, for which the others then wait until the timeout:
     turn that off with ``set_checkpoint_early_stop(False)``. On GPUs a process first chooses its own
-    with ``torch.cuda.set_device``.
+    with ``torch.cuda.set_device``. One thread at a time uses a buffer; a forked process makes its
+    own.
 
     Args:
         group: Ranks that share the experts; None is the default group.
@@ -58,8 +62,7 @@ class Buffer:
         EPStateError: torch.distributed is not initialised.
         EPArgumentError: `config` does not fit the group, or two ranks have the same GPU.
         EPMismatchError: Ranks passed different configs.
-        EPTimeoutError: A rank did not arrive. (On a group with NCCL ranks meet by torch's
-            collectives, which the group's own timeout bounds.)
+        EPTimeoutError: A rank did not arrive within ``config.timeout_s``.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, config: EPConfig) -> None:
@@ -76,17 +79,24 @@ class Buffer:
             raise EPArgumentError(
                 f"group must be a ProcessGroup or None, got {type(group).__name__}"
             )
+        if dist.get_backend(self.group) == "fake":
+            raise EPArgumentError('the group has torch\'s backend "fake", which moves no data')
         self.config = config
         self.rank = dist.get_rank(self.group)
         self.num_ranks = dist.get_world_size(self.group)
         config.check_group(self.num_ranks)
         self.num_local_experts = config.num_experts // self.num_ranks
+        self._begin(*make_backend(self.group, config))
+
+    def _begin(self, backend: Backend, passed_over: dict[str, str]) -> None:
+        self._backend, self.passed_over = backend, passed_over
         self._unusable: str | None = None
-        self._backend: Backend
-        self._backend, self.passed_over = make_backend(self.group, config)
+        self._process = os.getpid()
+        self._in_use = threading.RLock()
 
     # --- the two operations ----------------------------------------------------------------------
 
+    @untraced
     def dispatch(
         self,
         x: Payload,
@@ -107,6 +117,9 @@ class Buffer:
         during_backward: Callable[[], None] | None = None,
     ) -> DispatchOutput:
         """Send each token once to every rank that owns one of its experts. Differentiable.
+
+        ``torch.compile`` breaks its graph here, and at `combine`. Selective checkpointing may not
+        save the result.
 
         Rows arrive bit for bit as they were sent, by source rank and then by token index; in the
         expert layout that is the order inside each local expert's group, a token standing in the
@@ -164,7 +177,8 @@ class Buffer:
             EPTimeoutError: A rank did not arrive within ``config.timeout_s``.
             EPStateError: The buffer failed earlier or was destroyed.
             EPUnsupportedError: FP8 with scales that are no powers of two; capture in a CUDA graph
-                without `num_worst_tokens`.
+                without `num_worst_tokens`; a tensor without memory of its own, such as a DTensor;
+                selective checkpointing that saves the result.
             EPOverflowError: Of an earlier dispatch, see `num_worst_tokens`; said before anything is
                 started, and once.
         """
@@ -190,7 +204,8 @@ class Buffer:
             if layout == "rank":  # nothing is padded there
                 expert_alignment = 1
             checks.check_num_worst_tokens(num_worst_tokens)
-            source, num_topk = self._checked_routing(rows, topk_idx, topk_weights, routing_map)
+            source, num_topk = self._checked_routing(rows, topk_idx, routing_map)
+            topk_weights = checks.checked_weights(topk_weights, source.shape, rows.device)
         else:
             checks.check_handle(handle, self)
             if topk_idx is not None or routing_map is not None:
@@ -200,25 +215,30 @@ class Buffer:
             checks.check_repeated(handle, layout, expert_alignment)
             layout, expert_alignment = handle.layout, handle.expert_alignment
             checks.check_rows("x", rows, handle.num_tokens, self.config.hidden)
-            checks.check_weights(topk_weights, (handle.num_tokens, handle.num_topk), rows.device)
+            weights_shape = (handle.num_tokens, handle.num_topk)
+            topk_weights = checks.checked_weights(topk_weights, weights_shape, rows.device)
 
         if recv == fp8.FP8_DTYPE and layout == "expert" and expert_alignment % 4:
             raise EPArgumentError(
                 "FP8 rows with scales in the expert layout need expert_alignment to be a multiple "
                 f"of 4, got {expert_alignment}"
             )
+        if ops.needs_grad(rows, topk_weights):
+            op_args = (rows, scales, topk_weights, wire, recv, async_finish, num_sms)
+            check_not_saved(torch.ops.ep_comm.dispatch.default, *op_args)
         with self.guard() as backend:
             if handle is None:
-                routing = backend.plan(
-                    source,
-                    num_topk,
-                    layout,
-                    expert_alignment,
-                    topk_weights is not None,
-                    num_worst_tokens,
-                    async_finish,
-                    num_sms,
-                )
+                with unseen():
+                    routing = backend.plan(
+                        source,
+                        num_topk,
+                        layout,
+                        expert_alignment,
+                        topk_weights is not None,
+                        num_worst_tokens,
+                        async_finish,
+                        num_sms,
+                    )
                 handle = DispatchHandle(
                     buffer=self, layout=layout, expert_alignment=expert_alignment, routing=routing
                 )
@@ -244,6 +264,7 @@ class Buffer:
             event=handle.event if async_finish else EventOverlap(),
         )
 
+    @untraced
     def combine(
         self,
         x: Tensor,
@@ -283,14 +304,14 @@ class Buffer:
         self._check_usable()
         checks.check_stream_arguments(previous_event, async_finish, allocate_on_comm_stream)
         checks.check_handle(handle, self)
-        checks.check_tensor("x", x)
+        x = plain_tensor("x", x)
         checks.check_rows("x", x, handle.num_rows, self.config.hidden)
         self._backend.check_device("x", x)
         checks.check_row_dtype("x", x, self.config)
         weights_shape = (
             (handle.num_rows,) if handle.layout == "expert" else (handle.num_rows, handle.num_topk)
         )
-        checks.check_weights(topk_weights, weights_shape, x.device)
+        topk_weights = checks.checked_weights(topk_weights, weights_shape, x.device)
         grad_wire = checks.grad_wire_dtype(x, grad_wire_dtype)
         self._backend.check_wire_dtype(grad_wire, x.dtype)
         checks.check_num_sms(num_sms)
@@ -392,7 +413,7 @@ class Buffer:
         no other rank waits for what they should have started.
         """
         self._check_usable()
-        return Guard(self._backend, self._take_error)
+        return Guard(self._backend, self._in_use, self._take_error)
 
     def _take_error(self, error: BaseException, has_started: bool) -> None:
         is_harmless = not self._backend.has_failed and (
@@ -409,12 +430,16 @@ class Buffer:
     def _check_usable(self) -> None:
         if self._unusable is not None:
             raise EPStateError(f"the buffer can no longer be used: {self._unusable}")
+        if self._process != os.getpid():
+            raise EPStateError(
+                f"the buffer belongs to process {self._process}, of which this one ({os.getpid()}) "
+                "is a fork: make one in the process that uses it"
+            )
 
     def _checked_routing(
         self,
         x: Tensor,
         topk_idx: Tensor | None,
-        topk_weights: Tensor | None,
         routing_map: Tensor | None,
     ) -> tuple[Tensor, int]:
         """The routing of a new dispatch and its K, after all checks that the host can make."""
@@ -433,5 +458,4 @@ class Buffer:
                 f"topk_idx has {num_topk} entries a token, the buffer was made for "
                 f"num_topk {config.num_topk}"
             )
-        checks.check_weights(topk_weights, shape, x.device)
         return source, num_topk

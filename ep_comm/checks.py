@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ep_comm import fp8
 from ep_comm.config import EPConfig, is_int
-from ep_comm.errors import EPArgumentError, EPRoutingError
+from ep_comm.errors import EPArgumentError, EPTooManyTokensError
 from ep_comm.events import EventOverlap
 from ep_comm.handle import DispatchHandle, Payload, RowLayout
+from ep_comm.tracing import plain_tensor
 
 ROW_DTYPES = (torch.bfloat16, torch.float32)
 _MAX_ALIGNMENT = 4096
-
-
-def check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise EPArgumentError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
 def check_num_sms(num_sms: object) -> None:
@@ -63,30 +59,18 @@ def check_row_dtype(name: str, x: Tensor, config: EPConfig) -> None:
         )
 
 
-def check_num_tokens(tokens_of_rank: Iterable[tuple[int, int]], config: EPConfig) -> None:
-    """Raise `EPRoutingError` where one of these (rank, tokens) is more than the buffer holds."""
-    for rank, num_tokens in tokens_of_rank:
-        if num_tokens > config.max_tokens_per_rank:
-            raise too_many_tokens(rank, num_tokens, config.max_tokens_per_rank)
-
-
-def too_many_tokens(rank: int, num_tokens: int, max_tokens: int) -> EPRoutingError:
-    """What all ranks raise where one has more tokens than the buffer holds."""
-    return EPRoutingError(
-        f"rank {rank} dispatches {num_tokens} tokens, more than the {max_tokens} that the buffer "
-        "was made for: raise max_tokens_per_rank (under Megatron --ep-max-tokens-per-rank)"
-    )
+def check_num_tokens(num_tokens: Sequence[int], config: EPConfig) -> None:
+    """Raise `EPTooManyTokensError` where a rank's tokens are more than the buffer holds."""
+    if max(num_tokens) > config.max_tokens_per_rank:
+        raise EPTooManyTokensError(tuple(num_tokens), config.max_tokens_per_rank)
 
 
 def checked_payload(x: Payload, config: EPConfig) -> tuple[Tensor, Tensor | None]:
     """Rows to dispatch: BF16 or FP32 [T, hidden], or FP8 with scales [T, hidden / 128]."""
     if isinstance(x, tuple) and len(x) == 2:
-        rows, scales = x
-        check_tensor("x[0]", rows)
-        check_tensor("x[1]", scales)
+        rows, scales = plain_tensor("x[0]", x[0]), plain_tensor("x[1]", x[1])
     else:
-        rows, scales = x, None
-        check_tensor("x", rows)
+        rows, scales = plain_tensor("x", x), None
     check_rows("x", rows, None, config.hidden)
     if scales is None:
         check_row_dtype("x", rows, config)
@@ -141,12 +125,14 @@ def grad_wire_dtype(x: Tensor, wire_dtype: torch.dtype | None) -> torch.dtype:
     return wire
 
 
-def check_weights(weights: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
+def checked_weights(
+    weights: Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> Tensor | None:
     """Probabilities: FP32 of that shape, contiguous, on that device."""
     name = "topk_weights"
     if weights is None:
-        return
-    check_tensor(name, weights)
+        return None
+    weights = plain_tensor(name, weights)
     if weights.dtype != torch.float32:
         raise EPArgumentError(f"{name} must be float32, got {weights.dtype}")
     if weights.shape != shape:
@@ -155,6 +141,7 @@ def check_weights(weights: Tensor | None, shape: tuple[int, ...], device: torch.
         raise EPArgumentError(f"{name} is on {weights.device}, x on {device}")
     if not weights.is_contiguous():
         raise EPArgumentError(f"{name} must be contiguous, got strides {list(weights.stride())}")
+    return weights
 
 
 def check_alignment(expert_alignment: object) -> None:

@@ -24,14 +24,19 @@ class EPRoutingError(EPArgumentError):
     or ``routing_map``; or more tokens, on any rank, than the buffer was made for.
 
     Over NVLink it is found when the routing was sent: the dispatch is complete on the other ranks,
-    what was wrong dropped; with too many tokens all ranks raise, and the buffer is no longer
-    usable. On the reference backend a rank raises for its own entries before it sends anything, and
-    the others wait for it; too many tokens are raised on all, and the buffer stays usable.
+    what was wrong dropped. On the reference backend a rank raises for its own entries before it
+    sends anything, and the others wait for it. Too many tokens are raised on all ranks, as
+    `EPTooManyTokensError`. The buffer stays usable.
     """
 
 
 class EPUnsupportedError(EPError, NotImplementedError):
     """A feature that this version refuses by name."""
+
+
+SAME_CALLS = (
+    "Every rank of the group must make the same calls, in the same order, with the same settings."
+)
 
 
 class EPMismatchError(EPError, RuntimeError):
@@ -42,7 +47,7 @@ class EPStateError(EPError, RuntimeError):
     """The buffer can no longer be used: it was destroyed, or an earlier operation failed on it."""
 
 
-class _WithFields(EPError, RuntimeError):
+class _WithFields(EPError):
     """Dataclasses that reach other processes: by itself pickle knows of ``args`` only."""
 
     def __reduce__(self) -> tuple:
@@ -54,7 +59,30 @@ def _make(error: type[_WithFields], fields: dict[str, object]) -> _WithFields:
 
 
 @dataclass(eq=False)
-class EPOverflowError(_WithFields):
+class EPTooManyTokensError(_WithFields, EPRoutingError):
+    """A rank dispatches more tokens than the buffer was made for. Raised on all ranks.
+
+    Attributes:
+        num_tokens: What each rank dispatches, by group rank.
+        max_tokens: What there is room for.
+    """
+
+    num_tokens: tuple[int, ...]
+    max_tokens: int
+
+    def __str__(self) -> str:
+        rank, tokens = next(
+            (r, tokens) for r, tokens in enumerate(self.num_tokens) if tokens > self.max_tokens
+        )
+        return (
+            f"rank {rank} dispatches {tokens} tokens, more than the {self.max_tokens} that the "
+            "buffer was made for: raise max_tokens_per_rank (under Megatron "
+            "--ep-max-tokens-per-rank)"
+        )
+
+
+@dataclass(eq=False)
+class EPOverflowError(_WithFields, RuntimeError):
     """More rows came than the output of a dispatch with ``num_worst_tokens`` has; the rest was
     dropped. The buffer stays usable; what was computed from the output is wrong.
 
@@ -74,7 +102,7 @@ class EPOverflowError(_WithFields):
 
 
 @dataclass(eq=False)
-class EPTimeoutError(_WithFields):
+class EPTimeoutError(_WithFields, RuntimeError):
     """A bounded wait ran out. Names who waited for whom, and for what.
 
     Attributes:

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -101,6 +101,15 @@ class DispatchHandle:
     routing: Any = field(repr=False)
     during_backward: Callable[[], None] | None = field(default=None, repr=False)
     event: EventOverlap = field(default_factory=EventOverlap, repr=False)
+
+    def __copy__(self) -> DispatchHandle:
+        return self  # there is one of each dispatch, and nothing in it changes
+
+    def __deepcopy__(self, _: dict) -> DispatchHandle:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a DispatchHandle belongs to its process and cannot be pickled")
 
     @cached_property
     def id(self) -> int:

@@ -14,6 +14,7 @@ from ep_comm import _native
 from ep_comm._native import structs
 from ep_comm.config import is_int
 from ep_comm.errors import EPArgumentError, EPRoutingError
+from ep_comm.tracing import plain_tensor
 
 
 class RoutingLayout(NamedTuple):
@@ -93,8 +94,10 @@ def checked_source(
         given = "neither" if topk_idx is None else "both"
         raise EPArgumentError(f"pass exactly one of topk_idx and routing_map, not {given}")
     if topk_idx is not None:
+        topk_idx = plain_tensor("topk_idx", topk_idx)
         _check_topk_idx(topk_idx, num_topk)
         return topk_idx.contiguous(), topk_idx.shape[1]
+    routing_map = plain_tensor("routing_map", routing_map)
     _check_routing_map(routing_map, num_topk, num_experts)
     return routing_map.contiguous(), num_topk
 
@@ -107,9 +110,9 @@ def _check_int(name: str, value: object, maximum: int) -> None:
         raise EPArgumentError(f"{name} = {value!r}, expected an int in 1..{maximum}")
 
 
-def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...], dims: str) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise EPArgumentError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+def _check_tensor(
+    name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], dims: str
+) -> None:
     if tensor.dtype not in dtypes:
         expected = " or ".join(map(str, dtypes))
         raise EPArgumentError(f"{name} has dtype {tensor.dtype}, expected {expected}")

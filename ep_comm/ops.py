@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from ep_comm.backends.base import Backend, Pending, Result
 from ep_comm.checks import ROW_DTYPES
 from ep_comm.handle import DispatchHandle, handle_by_id
+from ep_comm.tracing import plain_tensor
 
 _library = torch.library.Library("ep_comm", "DEF")
 _library.define(
@@ -51,7 +52,7 @@ def dispatch(
     """The op, inside `Buffer.guard`; without gradients to record straight to the backend: torch's
     way costs 15 µs. A result that does not exist is None, or empty where the op made it."""
     args = (x, scales, topk_weights, wire_dtype, recv_dtype, asynchronous, num_sms)
-    if _needs_grad(x, topk_weights):
+    if needs_grad(x, topk_weights):
         return torch.ops.ep_comm.dispatch.default(*args, handle.id)
     return _result(backend.dispatch(handle, *args), handle, asynchronous)
 
@@ -67,13 +68,14 @@ def combine(
 ) -> tuple[Tensor, Tensor | None]:
     """As `dispatch`."""
     args = (x, topk_weights, grad_wire_dtype, asynchronous, num_sms)
-    if _needs_grad(x, topk_weights):
+    if needs_grad(x, topk_weights):
         return torch.ops.ep_comm.combine.default(*args, handle.id)
     pending = backend.combine(handle, x, topk_weights, asynchronous, num_sms)
     return _result(pending, handle, asynchronous)
 
 
-def _needs_grad(x: Tensor, topk_weights: Tensor | None) -> bool:
+def needs_grad(x: Tensor, topk_weights: Tensor | None) -> bool:
+    """Whether the op is called, rather than the backend: gradients are to be recorded."""
     return torch.is_grad_enabled() and (
         x.requires_grad or (topk_weights is not None and topk_weights.requires_grad)
     )
@@ -206,6 +208,7 @@ def _gradients(
 
 def _packed(tensor: Tensor) -> Tensor:
     """As the backends need it: contiguous, and at an address that bulk copies take."""
+    tensor = plain_tensor("a gradient", tensor)
     if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)

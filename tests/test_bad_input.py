@@ -17,10 +17,8 @@ from ep_comm import (
     EPRoutingError,
     EPStateError,
     EventOverlap,
-    _native,
     fp8,
 )
-from ep_comm.backends import make_backend, nvlink_support
 from ep_comm.backends.transport import backend_by_device_type, device_types
 
 SIZES = dict(num_experts=8, hidden=32, max_tokens_per_rank=6, num_topk=3, dtype=torch.float32)
@@ -253,28 +251,20 @@ def test_buffer_needs_torch_distributed():
 )
 def test_tensors_of_a_device_that_the_group_cannot_send_from(config, kinds, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: config)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda group: config)
     assert device_types(backend_by_device_type(None)) == kinds
 
 
-def test_ranks_that_want_different_backends(monkeypatch):
-    """On a group of GPUs; here torch.distributed says that this is one."""
-    mine, theirs = (EPConfig(**SIZES, backend=name) for name in ("reference", "auto"))
-    answers = {
-        "get_backend_config": lambda group: "cuda:nccl",
-        "get_world_size": lambda group: 2,
-        "get_rank": lambda group: 0,
-        "all_gather_object": lambda all, own, group: all.__setitem__(
-            slice(2), [own, own._replace(config=theirs)]
-        ),
-    }
-    for name, answer in answers.items():
-        monkeypatch.setattr(torch.distributed, name, answer)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(_native, "unusable_reason", lambda gpu: None)
-    monkeypatch.setattr(nvlink_support, "gpu_id", str)
-    with pytest.raises(EPMismatchError, match="backend='reference'.*rank 1 .*backend='auto'"):
-        make_backend(None, mine)
+def ranks_want_different_backends(rank: int) -> str:
+    with pytest.raises(EPMismatchError) as caught:
+        Buffer(None, EPConfig(**SIZES, backend="auto" if rank else "reference"))
+    return str(caught.value)
+
+
+def test_ranks_that_want_different_backends():
+    for rank, message in enumerate(run_ranks(2, ranks_want_different_backends)):
+        mine, other = ("auto", "reference") if rank else ("reference", "auto")
+        assert f"rank {rank} has backend='{mine}'; rank {1 - rank} has backend='{other}'" in message
 
 
 def stream_arguments_on_cpu(rank: int) -> None:

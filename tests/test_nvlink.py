@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankFailure, run_ranks
+from ranks import run_ranks
 
 from ep_comm import Buffer, EPArgumentError, EPConfig, EPUnsupportedError
 from ep_comm.backends import nvlink_support
@@ -69,28 +69,31 @@ def test_fp8_rows_for_which_there_is_no_room_are_refused():
         check_fp8_hidden(640)
 
 
-def answers_on(rank: int, gpus: tuple[str, ...], strangers: tuple[int, int]) -> str | None:
+def reason_of_two(patch, gpus: tuple[str, ...], strangers: tuple[int, int]) -> str | None:
     """What two ranks find out that see these GPUs; the first of `strangers` cannot reach the
     other."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "get_backend_config", lambda group: "cpu:gloo,cuda:nccl")
-        patch.setattr(nvlink_support, "reason_here", lambda num_ranks, config: None)
-        patch.setattr(nvlink_support, "gpu_id", lambda i: gpus[i])
-        patch.setattr(torch.cuda, "device_count", lambda: len(gpus))
-        patch.setattr(torch.cuda, "current_device", lambda: rank % len(gpus))
-        patch.setattr(torch.cuda, "can_device_access_peer", lambda *pair: pair != strangers)
-        return nvlink_support.unavailable_reason(dist.group.WORLD, EPConfig(**SIZES))
+    patch.setattr(dist, "get_backend", lambda group: "cpu:gloo,cuda:nccl")
+    patch.setattr(dist, "get_world_size", lambda group: 2)
+    patch.setattr(nvlink_support, "reason_here", lambda num_ranks, config: None)
+    patch.setattr(nvlink_support, "gpu_id", lambda i: gpus[i])
+    patch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    patch.setattr(torch.cuda, "can_device_access_peer", lambda *pair: pair != strangers)
+    facts = []
+    for rank in range(2):
+        patch.setattr(torch.cuda, "current_device", lambda: rank % len(gpus))  # noqa: B023
+        facts.append(nvlink_support.facts_of(None, EPConfig(**SIZES)))
+    return nvlink_support.unavailable_reason(facts)
 
 
-def test_gpus_without_peer_access_leave_the_reference_backend():
-    assert run_ranks(2, answers_on, ("GPU-a", "GPU-b"), (0, 0)) == [None] * 2
-    (reason, other) = run_ranks(2, answers_on, ("GPU-a", "GPU-b"), (1, 0))
-    assert reason == other == "rank 1: its GPU has no peer access to that of rank 0"
+def test_gpus_without_peer_access_leave_the_reference_backend(monkeypatch):
+    assert reason_of_two(monkeypatch, ("GPU-a", "GPU-b"), (0, 0)) is None
+    reason = reason_of_two(monkeypatch, ("GPU-a", "GPU-b"), (1, 0))
+    assert reason == "rank 1: its GPU has no peer access to that of rank 0"
 
 
-def test_ranks_that_share_a_gpu_are_named():
-    with pytest.raises(RankFailure, match="ranks 0 and 1 have the same GPU: every process calls"):
-        run_ranks(2, answers_on, ("GPU-a",), (0, 0))
+def test_ranks_that_share_a_gpu_are_named(monkeypatch):
+    with pytest.raises(EPArgumentError, match="ranks 0 and 1 have the same GPU: every process"):
+        reason_of_two(monkeypatch, ("GPU-a",), (0, 0))
 
 
 @pytest.mark.parametrize("num_sms", [2, 3, 8, 16, 24, 63, 64, 132])

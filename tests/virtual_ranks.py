@@ -38,9 +38,7 @@ class VirtualBuffer(Buffer):
         self.config = config
         self.rank, self.num_ranks = backend.rank, backend.num_ranks
         self.num_local_experts = backend.num_local_experts
-        self.passed_over = {}
-        self._unusable = None
-        self._backend = backend
+        self._begin(backend, passed_over={})
         self._meet = meet
 
     def dispatch(self, *args: Any, **kwargs: Any) -> DispatchOutput:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import NamedTuple
+
 import torch.distributed as dist
 
 from ep_comm.backends.base import Backend
+from ep_comm.backends.meeting import Meeting, meet
 from ep_comm.backends.nvlink import NVLinkBackend
 from ep_comm.backends.reference import ReferenceBackend
 from ep_comm.config import EPConfig
-from ep_comm.errors import EPArgumentError
+from ep_comm.errors import EPArgumentError, EPMismatchError
 
 # Fastest first: "auto" takes the first that is available.
 BACKENDS: tuple[type[Backend], ...] = (NVLinkBackend, ReferenceBackend)
 
 
+class _Member(NamedTuple):
+    """What a rank says at the meeting; `facts` are those of each backend, by name."""
+
+    config: EPConfig
+    facts: dict[str, object]
+
+
 def make_backend(group: dist.ProcessGroup, config: EPConfig) -> tuple[Backend, dict[str, str]]:
-    """Build the backend that `config` asks for on `group`. Collective.
+    """Build the backend that `config` asks for on `group`. Collective, and bounded.
 
     Returns:
         The backend, and why each faster one was passed over.
@@ -23,15 +34,36 @@ def make_backend(group: dist.ProcessGroup, config: EPConfig) -> tuple[Backend, d
     Raises:
         EPArgumentError: The backend asked for is not available; says why.
         EPMismatchError: Ranks passed different configs.
+        EPTimeoutError: A rank did not come.
     """
+    mine = _Member(config, {backend.name: backend.facts(group, config) for backend in BACKENDS})
+    meeting = meet(group, "make a Buffer", mine, config.timeout_s)
+    _check_same_config(meeting, dist.get_rank(group))
     passed_over: dict[str, str] = {}
     for backend in BACKENDS:
-        # Asked of those that this rank does not want, too: ranks compare what they want there.
-        reason = backend.unavailable_reason(group, config)
         if config.backend not in ("auto", backend.name):
             continue
+        facts = [member.facts[backend.name] for member in meeting.answers]
+        reason = backend.unavailable_reason(facts)
         if reason is None:
-            return backend.create(group, config), passed_over
+            return backend.create(group, config, meeting), passed_over
         passed_over[backend.name] = reason
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
     raise EPArgumentError(f"no backend for this group: {reasons}")
+
+
+def _check_same_config(meeting: Meeting, rank: int) -> None:
+    mine = meeting.answers[rank].config
+    for other, member in enumerate(meeting.answers):
+        if member.config == mine:
+            continue
+        names = [field.name for field in dataclasses.fields(mine)]
+        different = [n for n in names if getattr(mine, n) != getattr(member.config, n)]
+        here, there = (
+            ", ".join(f"{name}={getattr(config, name)!r}" for name in different)
+            for config in (mine, member.config)
+        )
+        raise EPMismatchError(
+            f"ranks disagree: rank {rank} has {here}; rank {other} has {there}. Every rank of the "
+            "group must pass the same EPConfig."
+        )

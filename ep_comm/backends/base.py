@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ep_comm.backends.meeting import Meeting
 from ep_comm.config import EPConfig
 from ep_comm.events import EventOverlap
 from ep_comm.handle import DispatchHandle, Routing, RowLayout
@@ -79,15 +80,20 @@ class Backend(Protocol):
     recorder: Records
 
     @classmethod
-    def unavailable_reason(cls, group: dist.ProcessGroup, config: EPConfig) -> str | None:
-        """Why this backend cannot serve `group`, or None where it can.
+    def facts(cls, group: dist.ProcessGroup, config: EPConfig) -> object:
+        """What the other ranks need to know of this one to choose a backend; pickled."""
 
-        Collective, and the same answer on all ranks.
+    @classmethod
+    def unavailable_reason(cls, facts: list) -> str | None:
+        """Why this backend cannot serve a group, or None where it can.
+
+        Args:
+            facts: Of every rank, by group rank.
         """
 
     @classmethod
-    def create(cls, group: dist.ProcessGroup, config: EPConfig) -> Self:
-        """The backend of one buffer. Collective."""
+    def create(cls, group: dist.ProcessGroup, config: EPConfig, meeting: Meeting) -> Self:
+        """The backend of one buffer, whose ranks met at `meeting`. Collective."""
 
     @property
     def buffer_bytes(self) -> int:

@@ -23,6 +23,7 @@ from ep_comm import _native, fp8
 from ep_comm._native import structs
 from ep_comm.backends import nvlink_support
 from ep_comm.backends.base import Combined, Pending, Received
+from ep_comm.backends.meeting import Meeting
 from ep_comm.backends.nvlink_args import kernel_args
 from ep_comm.backends.nvlink_memory import NodeMemory, Offsets
 from ep_comm.backends.nvlink_records import DeviceRecorder
@@ -66,13 +67,19 @@ class NVLinkBackend:
     name = "nvlink"
 
     @classmethod
-    def unavailable_reason(cls, group: dist.ProcessGroup, config: EPConfig) -> str | None:
-        return nvlink_support.unavailable_reason(group, config)
+    def facts(cls, group: dist.ProcessGroup, config: EPConfig) -> nvlink_support.Facts:
+        return nvlink_support.facts_of(group, config)
 
     @classmethod
-    def create(cls, group: dist.ProcessGroup, config: EPConfig) -> NVLinkBackend:
+    def unavailable_reason(cls, facts: list[nvlink_support.Facts]) -> str | None:
+        return nvlink_support.unavailable_reason(facts)
+
+    @classmethod
+    def create(
+        cls, group: dist.ProcessGroup, config: EPConfig, meeting: Meeting
+    ) -> NVLinkBackend:
         offsets = Offsets(config, dist.get_world_size(group))
-        return cls(NodeMemory.of_group(group, offsets, config.timeout_s), config)
+        return cls(NodeMemory.of_group(group, meeting, offsets, config.timeout_s), config)
 
     def __init__(self, memory: NodeMemory, config: EPConfig) -> None:
         self.config = config

@@ -6,13 +6,14 @@ import contextlib
 import ctypes
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_comm import checks
 from ep_comm._native import structs
+from ep_comm.backends.meeting import Meeting, meet
 from ep_comm.backends.nvlink_farewell import Farewell
 from ep_comm.backends.nvlink_tuning import MIN_CHUNK_TOKENS
 from ep_comm.config import EPConfig
@@ -22,6 +23,7 @@ from ep_comm.errors import (
     EPOverflowError,
     EPRoutingError,
     EPTimeoutError,
+    EPTooManyTokensError,
 )
 
 _ALIGNMENT = 256
@@ -92,8 +94,10 @@ class NodeMemory:
     """
 
     @classmethod
-    def of_group(cls, group: dist.ProcessGroup, offsets: Offsets, timeout_s: float) -> NodeMemory:
-        """Memory with these offsets at each rank of a group. Collective."""
+    def of_group(
+        cls, group: dist.ProcessGroup, meeting: Meeting, offsets: Offsets, timeout_s: float
+    ) -> NodeMemory:
+        """Memory with these offsets at each rank of a group. Collective, and bounded."""
         rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
         device = torch.device("cuda", torch.cuda.current_device())
         if num_ranks == 1:
@@ -101,10 +105,7 @@ class NodeMemory:
             rendezvous, addresses = None, [tensor.data_ptr()]
             flags_of = [offsets.farewell_flags(tensor, num_ranks)]
         else:
-            import torch.distributed._symmetric_memory as symmetric_memory
-
-            tensor = symmetric_memory.empty(offsets.total, dtype=torch.uint8, device=device)
-            rendezvous = symmetric_memory.rendezvous(tensor, group)
+            tensor, rendezvous = _symmetric(offsets.total, device, meeting.name, rank, num_ranks)
             addresses = list(rendezvous.buffer_ptrs)
             flags_of = [
                 offsets.farewell_flags(
@@ -115,7 +116,7 @@ class NodeMemory:
             tensor.zero_()
         # Everything is zero everywhere before anybody writes a flag.
         torch.cuda.synchronize()
-        dist.barrier(group, device_ids=[torch.cuda.current_device()])
+        meet(group, "use the memory of a Buffer", None, timeout_s)
         return cls(rank, tensor, addresses, timeout_s, rendezvous, Farewell(rank, flags_of))
 
     def __init__(
@@ -213,7 +214,9 @@ class NodeMemory:
         fault = self._fault
         op = _OPS[fault.op]
         if fault.code == structs.EP_FAULT_TOO_MANY:
-            return checks.too_many_tokens(fault.peer, fault.seen, fault.expected)
+            tokens = [0] * self.num_ranks
+            tokens[fault.peer] = fault.seen
+            return EPTooManyTokensError(tuple(tokens), fault.expected)
         if fault.field == structs.EP_FIELD_CALL:
             return EPMismatchError(
                 f"ranks disagree: rank {self.rank} and rank {fault.peer} made different {op} "
@@ -291,6 +294,23 @@ class NodeMemory:
         if getattr(self, "_fault", None) is not None and self._may_be_written_to:
             device = (self.counters, self._epochs, self._waits, self.abort)
             _leaked.append((self.tensor, self._keep, self._farewell, self._host, device))
+
+
+def _symmetric(
+    num_bytes: int, device: torch.device, name: str, rank: int, num_ranks: int
+) -> tuple[Tensor, Any]:
+    """Memory here that all ranks have mapped, and torch's handle of all ranks'. Collective.
+
+    The ranks meet there under a name of our own, not the process group's: that may be a wrapper
+    that torch has never heard of, around a group that comes and goes.
+    """
+    import torch.distributed._symmetric_memory as symmetric_memory
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+    _SymmetricMemory.set_group_info(name, rank, num_ranks, store)
+    tensor = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+    return tensor, _SymmetricMemory.rendezvous(tensor, name)
 
 
 _leaked: list = []

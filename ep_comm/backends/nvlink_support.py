@@ -11,68 +11,67 @@ import torch.distributed as dist
 
 from ep_comm import _native
 from ep_comm._native import structs
+from ep_comm.backends.transport import backend_by_device_type
 from ep_comm.config import EPConfig
-from ep_comm.errors import EPArgumentError, EPMismatchError
+from ep_comm.errors import EPArgumentError
 
 _MAX_ROW_BYTES = 92_000
 # Two rows as they arrive and one as it leaves fill an SM's shared memory.
 _MAX_HIDDEN_FP8_TO_FP32 = 30_208
 
 
-class _Member(NamedTuple):
-    """What the ranks of a group tell each other. `reason` is `reason_here`'s."""
+class Facts(NamedTuple):
+    """What a rank says of itself.
 
-    config: EPConfig
+    Attributes:
+        host: Its name.
+        gpu: See `gpu_id`; "" where there is none.
+        unreached: GPUs visible to it that it cannot write to.
+        reason: Why it cannot take part, or None where it can.
+    """
+
     host: str
     gpu: str
+    unreached: tuple[str, ...]
     reason: str | None
 
 
-def unavailable_reason(group: dist.ProcessGroup, config: EPConfig) -> str | None:
-    """Why NVLink cannot serve `group`, or None where it can. Collective.
+def facts_of(group: dist.ProcessGroup, config: EPConfig) -> Facts:
+    """Find out what the other ranks of `group` need to know of this one."""
+    host, backends = socket.gethostname(), backend_by_device_type(group)
+    if backends.get("cuda") != "nccl":
+        return Facts(host, "", (), f"the group has no NCCL backend ({dist.get_backend(group)})")
+    gpu = gpu_id(torch.cuda.current_device())
+    return Facts(host, gpu, _unreached(), reason_here(dist.get_world_size(group), config))
+
+
+def unavailable_reason(facts: Sequence[Facts]) -> str | None:
+    """Say why NVLink cannot serve the group, or None where it can.
+
+    Args:
+        facts: Of every rank, by group rank.
 
     Raises:
-        EPMismatchError: Ranks have different configs.
         EPArgumentError: Ranks have the same GPU.
     """
-    if "cuda:nccl" not in dist.get_backend_config(group):
-        return f"the group has no NCCL backend ({dist.get_backend_config(group)})"
-    mine = _Member(
-        config=config,
-        host=socket.gethostname(),
-        gpu=gpu_id(torch.cuda.current_device()),
-        reason=reason_here(dist.get_world_size(group), config),
-    )
-    members: list[_Member] = _gather(mine, group)
-    for rank, member in enumerate(members):
-        if member.config != config:
-            raise EPMismatchError(
-                f"ranks disagree: rank {dist.get_rank(group)} has {config}; rank {rank} has "
-                f"{member.config}"
-            )
-    gpus = [member.gpu for member in members]
+    gpus = [each.gpu for each in facts]
     for rank, gpu in enumerate(gpus):
-        if gpus.index(gpu) != rank:
+        if gpu and gpus.index(gpu) != rank:
             raise EPArgumentError(
                 f"ranks {gpus.index(gpu)} and {rank} have the same GPU: every process calls "
                 "torch.cuda.set_device(its local rank) before it makes a Buffer"
             )
-    hosts = {member.host for member in members}
+    hosts = {each.host for each in facts}
     if len(hosts) > 1:
         return f"the group spans {len(hosts)} hosts"
-    for rank, member in enumerate(members):
-        if member.reason is not None:
-            return f"rank {rank}: {member.reason}"
-    for rank, unreached in enumerate(_gather(_first_unreached(gpus), group)):
-        if unreached is not None:
-            return f"rank {rank}: its GPU has no peer access to that of rank {unreached}"
+    for rank, each in enumerate(facts):
+        if each.reason is not None:
+            return each.reason if not each.gpu else f"rank {rank}: {each.reason}"
+    for rank, each in enumerate(facts):
+        for other, gpu in enumerate(gpus):
+            if gpu in each.unreached:
+                return f"rank {rank}: its GPU has no peer access to that of rank {other}"
     return None
-
-
-def _gather(mine: object, group: dist.ProcessGroup) -> list:
-    answers: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(answers, mine, group=group)
-    return answers
 
 
 def gpu_id(gpu: int) -> str:
@@ -80,15 +79,14 @@ def gpu_id(gpu: int) -> str:
     return str(torch.cuda.get_device_properties(gpu).uuid)
 
 
-def _first_unreached(gpus: Sequence[str]) -> int | None:
-    """The first rank whose GPU this process's cannot write to, as far as it is visible here."""
+def _unreached() -> tuple[str, ...]:
+    """GPUs visible to this process that its own cannot write to."""
     mine = torch.cuda.current_device()
-    visible = {gpu_id(i): i for i in range(torch.cuda.device_count())}
-    for rank, gpu in enumerate(gpus):
-        other = visible.get(gpu, mine)
-        if other != mine and not torch.cuda.can_device_access_peer(mine, other):
-            return rank
-    return None
+    return tuple(
+        gpu_id(other)
+        for other in range(torch.cuda.device_count())
+        if other != mine and not torch.cuda.can_device_access_peer(mine, other)
+    )
 
 
 def reason_here(num_ranks: int, config: EPConfig) -> str | None:

@@ -8,7 +8,7 @@ one copy of a token per destination rank, and one partial sum back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from ep_comm import fp8
 from ep_comm.backends.base import Combined, Pending, Received
 from ep_comm.backends.headers import exchange_headers
+from ep_comm.backends.meeting import Meeting
 from ep_comm.backends.rows import (
     collapse_weights,
     expand,
@@ -32,7 +33,7 @@ from ep_comm.backends.rows import (
 )
 from ep_comm.backends.transport import Exchange, Operation, Transport
 from ep_comm.config import EPConfig
-from ep_comm.errors import EPArgumentError, EPOverflowError
+from ep_comm.errors import EPArgumentError, EPMismatchError, EPOverflowError
 from ep_comm.handle import DispatchHandle, RoutingSizes, RowLayout
 from ep_comm.layout import index_dtype, layout_of
 from ep_comm.records import OpRecord, Recorder
@@ -86,21 +87,27 @@ class ReferenceBackend:
     name = "reference"
 
     @classmethod
-    def create(cls, group: dist.ProcessGroup, config: EPConfig) -> ReferenceBackend:
-        return cls(group, config)
-
-    @classmethod
-    def unavailable_reason(cls, group: dist.ProcessGroup, config: EPConfig) -> str | None:
+    def facts(cls, group: dist.ProcessGroup, config: EPConfig) -> None:
         return None
 
-    def __init__(self, group: dist.ProcessGroup, config: EPConfig) -> None:
+    @classmethod
+    def unavailable_reason(cls, facts: list) -> str | None:
+        return None
+
+    @classmethod
+    def create(
+        cls, group: dist.ProcessGroup, config: EPConfig, meeting: Meeting
+    ) -> ReferenceBackend:
+        return cls(group, config, meeting.number)
+
+    def __init__(self, group: dist.ProcessGroup, config: EPConfig, number: int) -> None:
         self.config = config
+        self.number = number
         self.recorder = Recorder()
         self.transport = Transport(group, config.timeout_s)
-        self._exchange_headers = partial(exchange_headers, self.transport, config)
+        self._exchange_headers = partial(exchange_headers, self.transport, config, number)
         self.num_local_experts = config.num_experts // self.transport.num_ranks
         self._overflow: EPOverflowError | None = None
-        self._check_config_is_equal_everywhere()
 
     @property
     def buffer_bytes(self) -> int:
@@ -185,6 +192,7 @@ class ReferenceBackend:
         ]
         recv_topk_idx = routing.topk_idx.new_empty(sum(recv_rows), routing.topk_idx.shape[1])
         self._send_rows(record, send, recv_topk_idx, recv_rows, "routing").wait()
+        self._check_received(recv_topk_idx)
 
         counts, expert_row_NK = expert_rows(recv_topk_idx, self.num_local_experts, expert_alignment)
         if capacity is not None:
@@ -354,6 +362,17 @@ class ReferenceBackend:
         if overflow is not None:
             raise overflow
 
+    def _check_received(self, recv_topk_idx: Tensor) -> None:
+        """What a peer sent is used as an index."""
+        if not recv_topk_idx.numel():
+            return
+        lowest, highest = (int(value) for value in recv_topk_idx.aminmax())
+        if lowest < -1 or highest >= self.num_local_experts:
+            raise EPMismatchError(
+                f"rank {self.transport.rank} received tokens for local expert "
+                f"{lowest if lowest < -1 else highest}, and has {self.num_local_experts}"
+            )
+
     # --- messages ------------------------------------------------------------------------------
 
     def _owner(self, topk_idx: Tensor) -> Tensor:
@@ -365,14 +384,15 @@ class ReferenceBackend:
         record: OpRecord,
         send: Iterable[Tensor],
         recv: Tensor,
-        recv_rows: Iterable[int],
+        recv_rows: Sequence[int],
         phase: str,
     ) -> Exchange:
         """Send ``send[r]`` to rank r; `recv` takes the rows of all ranks, in rank order."""
         return self.transport.exchange(
             [tensor.contiguous() for tensor in send],
-            recv.split(tuple(recv_rows)),
-            Operation(record.op, record.epoch),
+            recv,
+            recv_rows,
+            Operation(record.op, record.epoch, self.number),
             phase,
         )
 
@@ -383,19 +403,3 @@ class ReferenceBackend:
         record.wire_bytes_to_rank = tuple(
             0 if r == rank else rows.numel() for r, rows in enumerate(send)
         )
-
-    def _check_config_is_equal_everywhere(self) -> None:
-        config = self.config
-        record = self.recorder.start("create", self.transport.host_device)
-        self._exchange_headers(
-            record,
-            [0] * self.transport.num_ranks,
-            num_experts=config.num_experts,
-            hidden=config.hidden,
-            max_tokens_per_rank=config.max_tokens_per_rank,
-            num_topk=config.num_topk,
-            dtype=config.dtype,
-            ranks_per_node=config.ranks_per_node or self.transport.num_ranks,
-            timeout_ms=int(1e3 * config.timeout_s),
-        )
-        self.recorder.num_operations = 0

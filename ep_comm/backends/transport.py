@@ -10,8 +10,14 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import BackendConfig
 
 from ep_comm.errors import EPStateError, EPTimeoutError
+
+_HEADER = "header"
+_PHASES = (_HEADER, "routing", "rows", "weights")
+# Far from the tags that a user's own messages have on the same group, 0 as a rule.
+_FIRST_TAG = 1 << 30
 
 
 class Operation(NamedTuple):
@@ -19,13 +25,38 @@ class Operation(NamedTuple):
 
     op: str
     epoch: int
+    buffer: int
+
+    def tag(self, phase: str) -> int:
+        """The tag of its messages, by which nothing else is taken for them.
+
+        All headers on a group have the same: so one that belongs to another buffer is seen, and
+        named. The rest is exchanged once headers agree.
+        """
+        if phase == _HEADER:
+            return _FIRST_TAG
+        place = _PHASES.index(phase) << 28 | self.buffer % 1024 << 18 | self.epoch % 2**18
+        return _FIRST_TAG | place
+
+
+class Wait(NamedTuple):
+    """Whom this rank waits for; None where the transport cannot tell."""
+
+    op: str
+    phase: str
+    epoch: int
+    rank: int | None
 
 
 class Transport:
-    """Sends one tensor to, and receives one from, every peer of a group.
+    """Sends one tensor to, and receives one from, every rank of a group.
 
-    gloo blocks the host, so that every wait can be bounded and its late peer named. NCCL enqueues
-    on the current stream; only `to_host` blocks, and there the late peer is unknown.
+    gloo blocks the host, so that every wait can be bounded and its late peer named; its messages
+    carry tags. NCCL enqueues on the current stream, and takes messages in the order in which they
+    come, whosever they are; only `to_host` blocks, and there the late peer is unknown.
+
+    Attributes:
+        waiting: What the host is waiting for at the moment, if anything.
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
@@ -33,6 +64,7 @@ class Transport:
         self.rank = dist.get_rank(group)
         self.num_ranks = dist.get_world_size(group)
         self.timeout_s = timeout_s
+        self.waiting: Wait | None = None
         self.backends = backend_by_device_type(group)
         self.device_types = device_types(self.backends)
         on_cpu = "cpu" in self.backends
@@ -44,14 +76,18 @@ class Transport:
         return [(self.rank + i) % self.num_ranks for i in range(1, self.num_ranks)]
 
     def exchange(
-        self, send: Sequence[Tensor], recv: Sequence[Tensor], operation: Operation, phase: str
+        self,
+        send: Sequence[Tensor],
+        recv: Tensor,
+        recv_rows: Sequence[int],
+        operation: Operation,
+        phase: str,
     ) -> Exchange:
-        """Start sending ``send[r]`` to rank r and filling ``recv[r]`` from it.
+        """Start sending ``send[r]`` to rank r, and receiving ``recv_rows[r]`` rows from it.
 
-        Both sides know the sizes: empty tensors are not sent. The own entry is copied at once.
+        Both sides know the sizes. `recv` takes the rows of all ranks, in rank order.
         """
-        recv[self.rank].copy_(send[self.rank])
-        return Exchange(self, send, recv, operation, phase)
+        return Exchange(self, send, recv, recv_rows, operation, phase)
 
     def to_host(self, tensor: Tensor, operation: Operation, phase: str) -> Tensor:
         """`tensor` on the CPU, waiting at most the timeout for the stream to get there."""
@@ -62,10 +98,14 @@ class Transport:
         done = torch.cuda.Event()
         done.record()
         deadline = time.monotonic() + self.timeout_s
-        while not done.query():
-            if time.monotonic() > deadline:
-                raise self.timeout(operation, phase, late_ranks=())
-            time.sleep(20e-6)
+        self.waiting = Wait(operation.op, phase, operation.epoch, None)
+        try:
+            while not done.query():
+                if time.monotonic() > deadline:
+                    raise self.timeout(operation, phase, late_ranks=())
+                time.sleep(20e-6)
+        finally:
+            self.waiting = None
         return host
 
     def timeout(
@@ -88,7 +128,8 @@ class Exchange:
         self,
         transport: Transport,
         send: Sequence[Tensor],
-        recv: Sequence[Tensor],
+        recv: Tensor,
+        recv_rows: Sequence[int],
         operation: Operation,
         phase: str,
     ) -> None:
@@ -98,24 +139,25 @@ class Exchange:
         self._tensors = (send, recv)
         self._sends: list[tuple[int, dist.Work]] = []
         self._recvs: list[tuple[int, dist.Work]] = []
-        self._batch: list[dist.Work] = []
+        self._collective: dist.Work | None = None
         group, peers = transport.group, transport.peers
+        if recv.is_cuda and transport.backends.get("cuda") == "nccl":
+            sizes = [list(recv_rows), [len(rows) for rows in send]]
+            self._collective = dist.all_to_all_single(
+                recv, torch.cat(tuple(send)), *sizes, group=group, async_op=True
+            )
+            return
+        tag, recvs = operation.tag(phase), recv.split(tuple(recv_rows))
+        recvs[transport.rank].copy_(send[transport.rank])
         try:
-            if send[transport.rank].is_cuda and transport.backends.get("cuda") == "nccl":
-                ops = [
-                    dist.P2POp(call, tensor[r], group=group, group_peer=r)
-                    for r in peers
-                    for call, tensor in ((dist.isend, send), (dist.irecv, recv))
-                    if tensor[r].numel()
-                ]
-                self._batch = dist.batch_isend_irecv(ops) if ops else []
-                return
             for r in peers:
-                if recv[r].numel():
-                    self._recvs.append((r, dist.irecv(recv[r], group=group, group_src=r)))
+                if recvs[r].numel():
+                    work = dist.irecv(recvs[r], group=group, group_src=r, tag=tag)
+                    self._recvs.append((r, work))
             for r in peers:
                 if send[r].numel():
-                    self._sends.append((r, dist.isend(send[r], group=group, group_dst=r)))
+                    work = dist.isend(send[r], group=group, group_dst=r, tag=tag)
+                    self._sends.append((r, work))
         except RuntimeError as error:
             raise self._lost_peer(error) from error
 
@@ -130,15 +172,15 @@ class Exchange:
             EPTimeoutError: A peer did not arrive in time; names all that are missing.
             EPStateError: A peer closed its connection.
         """
-        if self._batch:
-            for work in self._batch:
-                work.wait()
+        if self._collective is not None:
+            self._collective.wait()
             return ()
         start = time.monotonic()
         waited = [0.0] * self._transport.num_ranks
         arrived = {self._transport.rank}
         for r, work in [*self._recvs, *self._sends]:
             left = self._transport.timeout_s - (time.monotonic() - start)
+            self._transport.waiting = self._wait_for(r)
             try:
                 work.wait(timedelta(seconds=max(left, 1e-3)))
             except RuntimeError as error:
@@ -148,9 +190,14 @@ class Exchange:
                 raise self._transport.timeout(
                     self._operation, self._phase, tuple(sorted(late))
                 ) from error
+            finally:
+                self._transport.waiting = None
             waited[r] = max(waited[r], time.monotonic() - start)
             arrived.add(r)
         return tuple(waited)
+
+    def _wait_for(self, rank: int) -> Wait:
+        return Wait(self._operation.op, self._phase, self._operation.epoch, rank)
 
     def _missing(self, known: set[int]) -> set[int]:
         """Ranks outside `known` whose message has not come either."""
@@ -173,8 +220,8 @@ class Exchange:
 
 def backend_by_device_type(group: dist.ProcessGroup) -> dict[str, str]:
     """Such as {"cpu": "gloo", "cuda": "nccl"}."""
-    pairs = dist.get_backend_config(group).split(",")
-    return dict(pair.split(":", 1) for pair in pairs)
+    # Not get_backend_config: frameworks that wrap process groups do not unwrap them for it.
+    return BackendConfig(dist.get_backend(group)).get_device_backend_map()
 
 
 def device_types(backends: dict[str, str]) -> tuple[str, ...]:

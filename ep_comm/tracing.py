@@ -1,0 +1,117 @@
+"""What torch may do with calls instead of making them: trace them, or use results of before.
+
+Neither may happen to communication, which other ranks take part in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+
+from ep_comm.errors import EPArgumentError, EPUnsupportedError
+
+Method = TypeVar("Method", bound=Callable)
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_POLICIES_THAT_SAVE = (
+    True,
+    checkpoint.CheckpointPolicy.MUST_SAVE,
+    checkpoint.CheckpointPolicy.PREFER_SAVE,
+)
+
+
+def untraced(method: Method) -> Method:
+    """Have ``torch.compile`` break its graph at `method`, and run it as it is.
+
+    ``torch.compiler.disable`` does that, but takes seconds to import what it needs: a process
+    that compiles nothing is spared them.
+    """
+    disabled = functools.cache(lambda: torch.compiler.disable(method))
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" in sys.modules:
+            return disabled()(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    call._torchdynamo_disable = True  # what disable() sets, and Dynamo asks for before it looks in
+    return call
+
+
+def plain_tensor(name: str, value: object) -> Tensor:
+    """Return `value` as a tensor that kernels can read: one with memory of its own.
+
+    Results of asynchronous collectives are waited for, and a pending negation is made.
+
+    Raises:
+        EPArgumentError: It is no tensor.
+        EPUnsupportedError: It has no memory: a DTensor, a fake tensor, one of ``torch.func``.
+    """
+    if not isinstance(value, Tensor):
+        raise EPArgumentError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if type(value) not in _PLAIN and hasattr(value, "trigger_wait"):  # AsyncCollectiveTensor
+        return value.clone() if value.requires_grad else value.trigger_wait()
+    if not _has_memory(value):
+        raise EPUnsupportedError(
+            f"{name} is a {_kind(value)}, which has no memory that can be sent: pass the plain "
+            f"tensor that it stands for (of a DTensor {name}.to_local())"
+        )
+    return value.resolve_neg() if value.is_neg() else value
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    if type(tensor) not in _PLAIN and (
+        hasattr(tensor, "__tensor_flatten__") or type(tensor).__name__ == "FakeTensor"
+    ):
+        return False  # a wrapper, whose address may not even be asked for
+    try:
+        # One on "meta" is refused for its device, like any other.
+        return tensor.data_ptr() != 0 or not tensor.numel() or tensor.is_meta
+    except RuntimeError:  # sparse, or under torch.func
+        return False
+
+
+def _kind(tensor: Tensor) -> str:
+    if type(tensor) not in _PLAIN:
+        return type(tensor).__name__
+    if tensor.layout != torch.strided:
+        return f"{tensor.layout} tensor"
+    return f"tensor on {tensor.device} without data"
+
+
+def check_not_saved(op: Any, *args: Any) -> None:
+    """Refuse an op whose result selective checkpointing is to keep, before it has begun.
+
+    Recomputation would then leave the op out, but not what belongs to it and other ranks wait for.
+
+    Raises:
+        EPUnsupportedError: Names the op.
+    """
+    if not torch._C._len_torch_dispatch_stack():
+        return
+    context = checkpoint.SelectiveCheckpointContext(is_recompute=False)
+    for mode in _get_current_dispatch_mode_stack():
+        if not isinstance(mode, checkpoint._CachingTorchDispatchMode):
+            continue
+        if mode.policy_fn(context, op, *args) in _POLICIES_THAT_SAVE:
+            raise EPUnsupportedError(
+                f"selective checkpointing cannot save the result of {op}: its routing would be "
+                "exchanged again without it. Let the policy return PREFER_RECOMPUTE for it (that "
+                "of ep_comm::combine may be saved)"
+            )
+
+
+def unseen() -> contextlib.AbstractContextManager:
+    """Hide what happens inside from the modes that torch has: from selective checkpointing, which
+    might leave half of it out when it recomputes."""
+    if torch._C._len_torch_dispatch_stack():
+        return _disable_current_modes()
+    return contextlib.nullcontext()
