@@ -34,15 +34,18 @@ def untraced(method: Method) -> Method:
     ``torch.compiler.disable`` does that, but takes seconds to import what it needs: a process
     that compiles nothing is spared them.
     """
-    disabled = functools.cache(lambda: torch.compiler.disable(method))
+    disabled = None
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if "torch._dynamo" in sys.modules:
-            return disabled()(*args, **kwargs)
-        return method(*args, **kwargs)
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return method(*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(method)
+        return disabled(*args, **kwargs)
 
-    call._torchdynamo_disable = True  # what disable() sets, and Dynamo asks for before it looks in
+    call._torchdynamo_disable = True  # as disable() does: no caller is traced into it
     return call
 
 
