@@ -74,9 +74,9 @@ constexpr int32_t kNotice[] = {
 #define F(field) EP_OFFSET(ep_routing, field)
 constexpr int32_t kRouting[] = {
     EP_SIZE(ep_routing),
-    F(topk_idx), F(send_slot), F(recv_topk_idx), F(row_of_k), F(rows_ascending), F(num_sent),
-    F(num_recv), F(source_tokens), F(expert_tokens), F(expert_first_row), F(num_tokens),
-    F(num_topk), F(num_topk4), F(expert_major),
+    F(topk_idx), F(send_slot), F(entries), F(num_sent), F(num_recv), F(first_of_source),
+    F(source_tokens), F(expert_tokens), F(expert_first_row), F(num_tokens), F(num_topk),
+    F(num_topk4), F(expert_major), F(last_entry),
 };
 #undef F
 
@@ -108,10 +108,10 @@ constexpr int32_t kProbabilitiesArgs[] = {
 constexpr int32_t kDispatchArgs[] = {
     EP_SIZE(ep_dispatch_args),
     F(node), F(routing), F(x), F(scales), F(weights), F(recv_x), F(recv_scales),
-    F(recv_weights), F(recv_topk_idx), F(counter), F(flag_offset), F(credit_offset),
-    F(slot_offset), F(tag), F(max_tokens), F(max_chunks), F(chunk_tokens), F(row_bytes),
+    F(recv_weights), F(recv_topk_idx), F(planned_entries), F(counter), F(flag_offset),
+    F(credit_offset), F(slot_offset), F(tag), F(max_tokens), F(max_chunks), F(chunk_tokens), F(row_bytes),
     F(scale_bytes), F(weight_bytes), F(num_local_experts), F(recv_kind), F(recv_idx_bytes),
-    F(num_rows), F(is_planned), F(is_behind_plan), F(num_push_blocks), F(num_expand_blocks),
+    F(num_received), F(num_rows), F(is_planned), F(is_behind_plan), F(num_push_blocks), F(num_expand_blocks),
     F(num_blocks),
 };
 #undef F

@@ -147,11 +147,10 @@ class Routing(ctypes.Structure):
     _fields_ = [
         ("topk_idx", _POINTER),
         ("send_slot", _POINTER),
-        ("recv_topk_idx", _POINTER),
-        ("row_of_k", _POINTER),
-        ("rows_ascending", _POINTER),
+        ("entries", _POINTER),
         ("num_sent", _POINTER),
         ("num_recv", _POINTER),
+        ("first_of_source", _POINTER),
         ("source_tokens", _POINTER),
         ("expert_tokens", _POINTER),
         ("expert_first_row", _POINTER),
@@ -159,6 +158,7 @@ class Routing(ctypes.Structure):
         ("num_topk", _INT32),
         ("num_topk4", _INT32),
         ("expert_major", _INT32),
+        ("last_entry", _INT32),
     ]
 
 
@@ -228,6 +228,7 @@ class DispatchArgs(ctypes.Structure):
         ("recv_scales", _POINTER),
         ("recv_weights", _POINTER),
         ("recv_topk_idx", _POINTER),
+        ("planned_entries", _POINTER),
         ("counter", _POINTER),
         ("flag_offset", _INT64),
         ("credit_offset", _INT64),
@@ -242,6 +243,7 @@ class DispatchArgs(ctypes.Structure):
         ("num_local_experts", _INT32),
         ("recv_kind", _INT32),
         ("recv_idx_bytes", _INT32),
+        ("num_received", _INT32),
         ("num_rows", _INT32),
         ("is_planned", _INT32),
         ("is_behind_plan", _INT32),

@@ -67,6 +67,13 @@ class ReferenceRouting:
         return self.topk_idx.shape[1]
 
     @property
+    def num_bytes(self) -> int:
+        tensors = [self.topk_idx, self.expert_row_NK, *self.sent_tokens]
+        if self.recv_topk_idx is not None:
+            tensors.append(self.recv_topk_idx)
+        return sum(tensor.nbytes for tensor in tensors)
+
+    @property
     def device_tokens_per_expert(self) -> Tensor:
         offsets = self.device_expert_offsets
         tokens = torch.tensor(self.sizes.expert_rows, dtype=torch.int32, device=offsets.device)
