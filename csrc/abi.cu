@@ -41,6 +41,13 @@ constexpr int32_t kFault[] = {
 };
 #undef F
 
+#define F(field) EP_OFFSET(ep_progress, field)
+constexpr int32_t kProgress[] = {
+    EP_SIZE(ep_progress),
+    F(dispatch), F(combine),
+};
+#undef F
+
 #define F(field) EP_OFFSET(ep_record, field)
 constexpr int32_t kRecord[] = {
     EP_SIZE(ep_record),
@@ -51,8 +58,8 @@ constexpr int32_t kRecord[] = {
 #define F(field) EP_OFFSET(ep_node, field)
 constexpr int32_t kNode[] = {
     EP_SIZE(ep_node),
-    F(memory), F(fault), F(abort), F(epoch), F(longest_wait_ns), F(record), F(wire_bytes),
-    F(timeout_ns), F(delay_ns), F(op), F(rank), F(num_ranks),
+    F(memory), F(fault), F(progress), F(abort), F(epoch), F(longest_wait_ns), F(record),
+    F(wire_bytes), F(timeout_ns), F(delay_ns), F(op), F(rank), F(num_ranks),
 };
 #undef F
 
@@ -143,6 +150,7 @@ struct StructLayout {
 constexpr StructLayout kStructs[] = {
     EP_STRUCT("ep_layout_args", kLayoutArgs),
     EP_STRUCT("ep_fault", kFault),
+    EP_STRUCT("ep_progress", kProgress),
     EP_STRUCT("ep_record", kRecord),
     EP_STRUCT("ep_node", kNode),
     EP_STRUCT("ep_mailbox", kMailbox),

@@ -140,6 +140,15 @@ typedef struct ep_fault {
   int64_t seen;     /* epoch, or the peer's value, or its tokens */
 } ep_fault;
 
+/* For whom kernels have been waiting for more than a second; host memory that the device sees. For
+ * each peer 0, or phase << 32 | what ep_fault.expected would say, in 32 bits. Of several threads that
+ * wait the last one to write counts. One whose wait ends writes 0; those that still wait write again
+ * within a second or two. After a fault it stays. */
+typedef struct ep_progress {
+  int64_t dispatch[EP_MAX_NODE_RANKS];
+  int64_t combine[EP_MAX_NODE_RANKS];
+} ep_progress;
+
 /* What an operation did, written at its end; device memory. Times are of %globaltimer. */
 typedef struct ep_record {
   int64_t begin_ns;
@@ -152,6 +161,7 @@ typedef struct ep_record {
 typedef struct ep_node {
   uint8_t* memory[EP_MAX_NODE_RANKS]; /* each rank's symmetric memory, as mapped here */
   ep_fault* fault;                    /* host memory, mapped */
+  int64_t* progress;                  /* host memory, mapped: [R] of ep_progress, of this kind */
   int32_t* abort;                     /* device memory: set together with the fault */
   uint32_t* epoch;                    /* device memory: operations of this kind that have ended, so
                                          that a captured graph counts on when it is replayed */
@@ -334,7 +344,7 @@ typedef struct ep_dispatch_args {
   int32_t num_local_experts;
   int32_t recv_kind;
   int32_t recv_idx_bytes;       /* 4 or 8: an entry of recv_topk_idx */
-  int32_t num_received;         /* rows: entries to copy */
+  int32_t num_received;         /* rows that came: entries to copy */
   int32_t num_rows;             /* of the output; those behind the last group become padding */
   int32_t is_planned;           /* ep_plan has begun this operation: else it begins here */
   int32_t is_behind_plan;       /* ep_plan is the last thing on this stream, and the input is older: may

@@ -88,6 +88,15 @@ class Fault(ctypes.Structure):
     ]
 
 
+class Progress(ctypes.Structure):
+    """``ep_progress``: for whom kernels have been waiting for long."""
+
+    _fields_ = [
+        ("dispatch", _INT64 * EP_MAX_NODE_RANKS),
+        ("combine", _INT64 * EP_MAX_NODE_RANKS),
+    ]
+
+
 class Record(ctypes.Structure):
     """``ep_record``: what an operation did."""
 
@@ -105,6 +114,7 @@ class Node(ctypes.Structure):
     _fields_ = [
         ("memory", _POINTER * EP_MAX_NODE_RANKS),
         ("fault", _POINTER),
+        ("progress", _POINTER),
         ("abort", _POINTER),
         ("epoch", _POINTER),
         ("longest_wait_ns", _POINTER),
@@ -297,6 +307,7 @@ class ProbeArgs(ctypes.Structure):
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "ep_layout_args": LayoutArgs,
     "ep_fault": Fault,
+    "ep_progress": Progress,
     "ep_record": Record,
     "ep_node": Node,
     "ep_mailbox": Mailbox,
