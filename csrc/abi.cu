@@ -41,6 +41,13 @@ constexpr int32_t kFault[] = {
 };
 #undef F
 
+#define F(field) EP_OFFSET(ep_progress, field)
+constexpr int32_t kProgress[] = {
+    EP_SIZE(ep_progress),
+    F(dispatch), F(combine),
+};
+#undef F
+
 #define F(field) EP_OFFSET(ep_record, field)
 constexpr int32_t kRecord[] = {
     EP_SIZE(ep_record),
@@ -51,8 +58,8 @@ constexpr int32_t kRecord[] = {
 #define F(field) EP_OFFSET(ep_node, field)
 constexpr int32_t kNode[] = {
     EP_SIZE(ep_node),
-    F(memory), F(fault), F(abort), F(epoch), F(longest_wait_ns), F(record), F(wire_bytes),
-    F(timeout_ns), F(delay_ns), F(op), F(rank), F(num_ranks),
+    F(memory), F(fault), F(progress), F(abort), F(epoch), F(longest_wait_ns), F(record),
+    F(wire_bytes), F(timeout_ns), F(delay_ns), F(op), F(rank), F(num_ranks),
 };
 #undef F
 
@@ -74,9 +81,9 @@ constexpr int32_t kNotice[] = {
 #define F(field) EP_OFFSET(ep_routing, field)
 constexpr int32_t kRouting[] = {
     EP_SIZE(ep_routing),
-    F(topk_idx), F(send_slot), F(recv_topk_idx), F(row_of_k), F(rows_ascending), F(num_sent),
-    F(num_recv), F(source_tokens), F(expert_tokens), F(expert_first_row), F(num_tokens),
-    F(num_topk), F(num_topk4), F(expert_major),
+    F(topk_idx), F(send_slot), F(entries), F(num_sent), F(num_recv), F(first_of_source),
+    F(source_tokens), F(expert_tokens), F(expert_first_row), F(num_tokens), F(num_topk),
+    F(num_topk4), F(expert_major), F(last_entry),
 };
 #undef F
 
@@ -108,10 +115,10 @@ constexpr int32_t kProbabilitiesArgs[] = {
 constexpr int32_t kDispatchArgs[] = {
     EP_SIZE(ep_dispatch_args),
     F(node), F(routing), F(x), F(scales), F(weights), F(recv_x), F(recv_scales),
-    F(recv_weights), F(recv_topk_idx), F(counter), F(flag_offset), F(credit_offset),
-    F(slot_offset), F(tag), F(max_tokens), F(max_chunks), F(chunk_tokens), F(row_bytes),
+    F(recv_weights), F(recv_topk_idx), F(planned_entries), F(counter), F(flag_offset),
+    F(credit_offset), F(slot_offset), F(tag), F(max_tokens), F(max_chunks), F(chunk_tokens), F(row_bytes),
     F(scale_bytes), F(weight_bytes), F(num_local_experts), F(recv_kind), F(recv_idx_bytes),
-    F(num_rows), F(is_planned), F(is_behind_plan), F(num_push_blocks), F(num_expand_blocks),
+    F(num_received), F(num_rows), F(is_planned), F(is_behind_plan), F(num_push_blocks), F(num_expand_blocks),
     F(num_blocks),
 };
 #undef F
@@ -143,6 +150,7 @@ struct StructLayout {
 constexpr StructLayout kStructs[] = {
     EP_STRUCT("ep_layout_args", kLayoutArgs),
     EP_STRUCT("ep_fault", kFault),
+    EP_STRUCT("ep_progress", kProgress),
     EP_STRUCT("ep_record", kRecord),
     EP_STRUCT("ep_node", kNode),
     EP_STRUCT("ep_mailbox", kMailbox),

@@ -13,6 +13,7 @@
 #include <algorithm>
 
 #include "node.cuh"
+#include "routing.cuh"
 #include "rows.cuh"
 #include "status.cuh"
 #include "warp.cuh"
@@ -34,12 +35,13 @@ __device__ inline int32_t take(int32_t* counter) {
 }
 
 // Output rows of received row n in ascending order of experts, [K4]; -1 behind the last.
-__device__ inline const int4* output_rows(const ep_combine_args& args, int64_t n) {
-  return reinterpret_cast<const int4*>(args.routing.rows_ascending + n * args.routing.num_topk4);
+__device__ inline const int4* output_rows(const ep_combine_args& args, int32_t n) {
+  return reinterpret_cast<const int4*>(args.routing.entries +
+                                       place_in_entries(args.routing, n, kRowsAscending));
 }
 
 // How many there are, 1 where none fitted into the output: that is listed too.
-__device__ inline int32_t count_rows(const ep_combine_args& args, int64_t n) {
+__device__ inline int32_t count_rows(const ep_combine_args& args, int32_t n) {
   const int4* const rows = output_rows(args, n);
   int32_t count = 0;
   for (int32_t i = 0; i < args.routing.num_topk4 / 4; ++i) {
@@ -59,7 +61,7 @@ __device__ inline const uint4* input_row(const ep_combine_args& args, int32_t ro
 
 // Lists the `count` output rows of received row n as one sum, or as part of one: kFirst of `what`
 // belongs to the first of them, the rest to the last.
-__device__ inline void list_rows(const ep_combine_args& args, int64_t n, int32_t count,
+__device__ inline void list_rows(const ep_combine_args& args, int32_t n, int32_t count,
                                  uint32_t what, ListedRow* list) {
   const auto* const rows = reinterpret_cast<const int32_t*>(output_rows(args, n));
   for (int32_t i = 0; i < count; ++i) {
@@ -70,10 +72,11 @@ __device__ inline void list_rows(const ep_combine_args& args, int64_t n, int32_t
 }
 
 // Probability gradient of entry k of received row n.
-__device__ inline float weight_of(const ep_combine_args& args, int64_t n, int32_t k) {
+__device__ inline float weight_of(const ep_combine_args& args, int32_t n, int32_t k) {
   const ep_routing& routing = args.routing;
-  if (routing.recv_topk_idx[n * routing.num_topk4 + k] < 0) return 0.0f;
-  const int32_t row = routing.row_of_k[n * routing.num_topk4 + (routing.expert_major ? k : 0)];
+  if (routing.entries[place_in_entries(routing, n, kLocalExperts) + k] < 0) return 0.0f;
+  const int32_t* const rows = routing.entries + place_in_entries(routing, n, kRowOfK);
+  const int32_t row = rows[routing.expert_major ? k : 0];
   if (row < 0) return 0.0f;
   return args.weights[routing.expert_major ? row : int64_t{row} * routing.num_topk + k];
 }
@@ -110,7 +113,7 @@ __device__ inline bool may_push(const ep_node& node, int64_t credit_offset) {
 __device__ int32_t list_unit(const ep_combine_args& args, int32_t owner, int32_t begin, int32_t end,
                              ListedRow* list) {
   const int32_t slot = begin + lane_id();
-  const int64_t n = static_cast<int64_t>(owner) * args.max_tokens + slot;
+  const int32_t n = args.routing.first_of_source[owner] + slot;
   const int32_t count = slot < end ? count_rows(args, n) : 0;
   int32_t total;
   const int32_t at = sum_before(count, &total);
@@ -122,11 +125,11 @@ __device__ int32_t list_unit(const ep_combine_args& args, int32_t owner, int32_t
 __device__ void send_weights(const ep_combine_args& args, int32_t owner, int32_t begin, int32_t end) {
   const ep_node& node = args.node;
   const int32_t num_topk = args.routing.num_topk;
-  const int64_t from = (static_cast<int64_t>(owner) * args.max_tokens + begin) * num_topk;
+  const int32_t first_n = args.routing.first_of_source[owner] + begin;
   const int64_t to = (static_cast<int64_t>(node.rank) * args.max_tokens + begin) * num_topk;
   float* const weights = in_memory_of<float>(node, owner, args.weight_offset);
   for (int32_t i = lane_id(); i < (end - begin) * num_topk; i += kWarpSize) {
-    weights[to + i] = weight_of(args, (from + i) / num_topk, i % num_topk);
+    weights[to + i] = weight_of(args, first_n + i / num_topk, i % num_topk);
   }
 }
 
@@ -221,12 +224,12 @@ __device__ inline uint32_t place_in_sums(const ep_combine_args& args, uint32_t r
 __device__ int32_t list_group(const ep_combine_args& args, const Token& token, ListedRow* list) {
   const ep_node& node = args.node;
   uint32_t ranks = 0;  // that the token went to
-  int64_t own_n = -1;  // its received row on this one
+  int32_t own_n = -1;  // its received row on this one
 #pragma unroll
   for (int32_t r = 0; r < EP_MAX_NODE_RANKS; ++r) {
     if (token.slot[r] < 0) continue;
     ranks |= 1u << r;
-    if (r == node.rank) own_n = static_cast<int64_t>(r) * args.max_tokens + token.slot[r];
+    if (r == node.rank) own_n = args.routing.first_of_source[r] + token.slot[r];
   }
   const int32_t own_rows = own_n < 0 ? 0 : count_rows(args, own_n);
   // Where another rank's part comes before, this rank's rows are added up first, and kept until then.
@@ -274,8 +277,11 @@ __device__ void gather_weights(const ep_combine_args& args, int32_t begin, int32
     if (expert >= 0) {
       const int32_t t = i / num_topk, k = i % num_topk, r = expert / args.num_local_experts;
       const int32_t slot = args.routing.send_slot[static_cast<int64_t>(t) * node.num_ranks + r];
-      const int64_t n = static_cast<int64_t>(r) * args.max_tokens + slot;
-      weight = r == node.rank ? weight_of(args, n, k) : staged[n * num_topk + k];
+      if (r == node.rank) {
+        weight = weight_of(args, args.routing.first_of_source[r] + slot, k);
+      } else {
+        weight = staged[(static_cast<int64_t>(r) * args.max_tokens + slot) * num_topk + k];
+      }
     }
     args.combined_weights[i] = weight;
   }

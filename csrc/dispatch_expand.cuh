@@ -8,6 +8,7 @@
 #include <cuda_fp8.h>
 
 #include "dispatch_slots.cuh"
+#include "routing.cuh"
 
 namespace ep::dispatch {
 
@@ -75,6 +76,18 @@ __device__ inline void write_padding(const ep_dispatch_args& args, int32_t warp,
   }
 }
 
+// Keeps what the plan found in the routing's own memory, which is as large as what came: the next plan
+// writes over the plan's. Nothing of this kernel reads the copy.
+__device__ inline void copy_entries(const ep_dispatch_args& args, int32_t warp, int32_t num_warps) {
+  const auto* const __restrict__ from = reinterpret_cast<const uint4*>(args.planned_entries);
+  auto* const __restrict__ to = reinterpret_cast<uint4*>(args.routing.entries);
+  const int32_t vectors_of_a_row = kEntryParts * args.routing.num_topk4 / 4;
+  const int64_t num_vectors = static_cast<int64_t>(args.num_received) * vectors_of_a_row;
+  const int64_t step = static_cast<int64_t>(num_warps) * kWarpSize;
+#pragma unroll 4
+  for (int64_t i = warp * kWarpSize + lane_id(); i < num_vectors; i += step) to[i] = from[i];
+}
+
 __device__ inline float2 fp8x2_to_float2(uint16_t pair) {
   const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3);
   return __half22float2(__half2(raw));
@@ -103,11 +116,12 @@ __device__ inline void convert(const ep_dispatch_args& args, const uint8_t* stag
 }
 
 // A run of received rows: bit j of `rows` says that there is a row j. Rows from other ranks stand in
-// slots first_slot + j; rows of this rank are tokens first_token + j.
+// slots first + j; rows of this rank are tokens first + j.
 struct Unit {
   int32_t source = 0;
   int32_t first = 0;
   uint32_t rows = 0;
+  int32_t first_of_source = 0;  // the received row in the source's slot 0
 };
 
 __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages, int32_t epoch,
@@ -129,6 +143,9 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
   ptx::fence_proxy_async_global();  // output rows are read by bulk loads
   // After a fault in the plan there are no indices: with a given number of rows nobody stopped this.
   if (__any_sync(kFullWarp, aborted(node))) return;
+  const bool copies = args.is_planned && args.planned_entries != nullptr;
+  if (copies) copy_entries(args, warp, num_warps);
+  const int32_t* const entries = copies ? args.planned_entries : args.routing.entries;
   write_padding(args, warp, num_warps);
 
   int32_t num_chunks = 0;
@@ -146,6 +163,7 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
     unit->rows = 0;
     unit->first = chunk * chunk_tokens;
     if (chunk * chunk_tokens >= args.routing.source_tokens[source]) return true;
+    unit->first_of_source = args.routing.first_of_source[source];
     if (source == node.rank) {
       const int32_t t = unit->first + lane;
       const bool stays = lane < chunk_tokens && t < args.routing.num_tokens &&
@@ -182,7 +200,6 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
     const bool own = unit.source == node.rank;
     int32_t slot = unit.first + j;
     if (own) slot = args.routing.send_slot[static_cast<int64_t>(slot) * num_ranks + node.rank];
-    const int64_t n = static_cast<int64_t>(unit.source) * args.max_tokens + slot;
     if (own) {
       load_own_token(args, stages, i, unit.first + j, indices_bytes);
     } else {
@@ -193,12 +210,10 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
                          (region * args.max_tokens + slot) * stride,
                      bytes, stages.barrier(i));
     }
+    const int32_t n = unit.first_of_source + slot;
+    static_assert(kLocalExperts == kRowOfK + 1, "the experts stand behind the output rows");
     ptx::bulk_load(stages.stage(i) + rows_offset,
-                   args.routing.row_of_k + n * args.routing.num_topk4, index_bytes,
-                   stages.barrier(i));
-    if (!needs_experts) return;
-    ptx::bulk_load(stages.stage(i) + experts_offset,
-                   args.routing.recv_topk_idx + n * args.routing.num_topk4, index_bytes,
+                   entries + place_in_entries(args.routing, n, kRowOfK), indices_bytes,
                    stages.barrier(i));
   };
 

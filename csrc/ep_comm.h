@@ -18,7 +18,7 @@ extern "C" {
 #define EP_API __attribute__((visibility("default")))
 
 /* Raise it with every change that an older caller would not survive; ep_comm/_native mirrors it. */
-#define EP_ABI_VERSION 8
+#define EP_ABI_VERSION 9
 
 /* What a function that returns a status may answer. ep_last_error() has the text. */
 enum {
@@ -140,6 +140,15 @@ typedef struct ep_fault {
   int64_t seen;     /* epoch, or the peer's value, or its tokens */
 } ep_fault;
 
+/* For whom kernels have been waiting for more than a second; host memory that the device sees. For
+ * each peer 0, or phase << 32 | what ep_fault.expected would say, in 32 bits. Of several threads that
+ * wait the last one to write counts. One whose wait ends writes 0; those that still wait write again
+ * within a second or two. After a fault it stays. */
+typedef struct ep_progress {
+  int64_t dispatch[EP_MAX_NODE_RANKS];
+  int64_t combine[EP_MAX_NODE_RANKS];
+} ep_progress;
+
 /* What an operation did, written at its end; device memory. Times are of %globaltimer. */
 typedef struct ep_record {
   int64_t begin_ns;
@@ -152,6 +161,7 @@ typedef struct ep_record {
 typedef struct ep_node {
   uint8_t* memory[EP_MAX_NODE_RANKS]; /* each rank's symmetric memory, as mapped here */
   ep_fault* fault;                    /* host memory, mapped */
+  int64_t* progress;                  /* host memory, mapped: [R] of ep_progress, of this kind */
   int32_t* abort;                     /* device memory: set together with the fault */
   uint32_t* epoch;                    /* device memory: operations of this kind that have ended, so
                                          that a captured graph counts on when it is replayed */
@@ -197,17 +207,20 @@ enum {
 };
 
 /* Where the rows of one dispatch go: device memory, written by ep_plan and read by every operation
- * with that routing. S = max_tokens, the rows that each source rank has room for; N = num_ranks * S. A
- * received row has index source * S + slot. K4 is K rounded up to a multiple of 4: rows of 16 bytes. */
+ * with that routing. K4 is K rounded up to a multiple of 4: rows of 16 bytes. Received rows are
+ * numbered by source rank, then by slot: row first_of_source[source] + slot.
+ *
+ * The entry of a received row is int32 [3, K4]: the output row of each of its experts, -1 where there
+ * is none; its local experts, -1 elsewhere (from column K on nothing is written); and the output rows
+ * again, ascending, then -1. Rows behind last_entry share that one: the output has room for none of
+ * them. */
 typedef struct ep_routing {
   int32_t* topk_idx;          /* [T, K] of this rank's own tokens: global experts or -1 */
   int32_t* send_slot;         /* [T, R] */
-  int32_t* recv_topk_idx;     /* [N, K4] local experts, -1 elsewhere and in rows not sent; from
-                                 column K on nothing is written */
-  int32_t* row_of_k;          /* [N, K4] output row of each entry, -1 where there is none */
-  int32_t* rows_ascending;    /* [N, K4] the same rows ascending, then -1 */
+  int32_t* entries;           /* of the received rows, but at most last_entry + 1 */
   int32_t* num_sent;          /* [R] rows to each rank */
   int32_t* num_recv;          /* [R] rows from each rank */
+  int32_t* first_of_source;   /* [R] rows from the ranks before each */
   int32_t* source_tokens;     /* [R] T of each rank */
   int32_t* expert_tokens;     /* [E_local] rows of each group, without padding */
   int32_t* expert_first_row;  /* [E_local + 1] first row of each group, then the end; of rank-major
@@ -216,9 +229,11 @@ typedef struct ep_routing {
   int32_t num_topk;
   int32_t num_topk4;
   int32_t expert_major;       /* else rank-major: one row a token, in column 0 */
+  int32_t last_entry;
 } ep_routing;
 
-/* Offsets are into the symmetric memory of every rank. */
+/* Offsets are into the symmetric memory of every rank. S = max_tokens, the rows that each source rank
+ * has room for there. */
 typedef struct ep_plan_args {
   ep_node node;
   ep_routing routing;
@@ -312,6 +327,8 @@ typedef struct ep_dispatch_args {
                                    expert-major for each expert [B, rows of its group] */
   float* recv_weights;          /* expert-major [rows], rank-major [rows, K]; or NULL */
   void* recv_topk_idx;          /* rank-major [rows, K] local experts, -1 elsewhere; or NULL */
+  const int32_t* planned_entries; /* is_planned: where ep_plan left the routing's entries, if not
+                                   there; those that expand copy them. Or NULL */
   int32_t* counter;             /* zero; left zero */
   int64_t flag_offset;          /* uint64 [R, chunks] */
   int64_t credit_offset;        /* uint32 [R] */
@@ -327,6 +344,7 @@ typedef struct ep_dispatch_args {
   int32_t num_local_experts;
   int32_t recv_kind;
   int32_t recv_idx_bytes;       /* 4 or 8: an entry of recv_topk_idx */
+  int32_t num_received;         /* rows that came: entries to copy */
   int32_t num_rows;             /* of the output; those behind the last group become padding */
   int32_t is_planned;           /* ep_plan has begun this operation: else it begins here */
   int32_t is_behind_plan;       /* ep_plan is the last thing on this stream, and the input is older: may

@@ -60,11 +60,46 @@ __device__ inline void signal(const ep_node& node, Flag* flag, Flag value) {
   ptx::store_release_sys(flag, value);
 }
 
+constexpr int kSpinsBetweenChecks = 256;
+constexpr uint64_t kLongWaitNs = 1000000000;
+
+// The rest of a wait that has lasted for kLongWaitNs since `start`: it is told to the host (ep_progress),
+// and told again, for another thread's wait for the same peer may have ended. Blocks that wait for one
+// another say nothing: one of them waits for somebody else.
+template <typename Flag, typename Arrived>
+__device__ inline bool wait_for_long(const ep_node& node, const Flag* flag, const Arrived& arrived,
+                                     Flag* value, int32_t phase, int32_t peer, int64_t expected,
+                                     uint64_t start) {
+  volatile int64_t* const progress = node.progress + peer;
+  const bool tells = peer != node.rank;
+  const int64_t what = static_cast<int64_t>(phase) << 32 | static_cast<uint32_t>(expected);
+  uint64_t told_ns = 0;
+  for (int spins = 1;; ++spins) {
+    *value = ptx::load_acquire_sys(flag);
+    if (arrived(*value)) {
+      if (told_ns != 0) *progress = 0;
+      atomicMax(reinterpret_cast<long long*>(&node.longest_wait_ns[peer]),
+                static_cast<long long>(ptx::global_timer_ns() - start));
+      return true;
+    }
+    if (spins % kSpinsBetweenChecks != 0) continue;
+    if (aborted(node)) return false;
+    const uint64_t waited_ns = ptx::global_timer_ns() - start;
+    if (waited_ns > static_cast<uint64_t>(node.timeout_ns)) {
+      raise_fault(node, EP_FAULT_TIMEOUT, phase, peer, 0, expected, static_cast<int64_t>(*value));
+      return false;
+    }
+    if (tells && waited_ns - told_ns > kLongWaitNs) {
+      *progress = what;
+      told_ns = waited_ns;
+    }
+  }
+}
+
 // Spins until arrived(value of *flag); false after the timeout or a fault elsewhere.
 template <typename Flag, typename Arrived>
 __device__ inline bool wait_flag(const ep_node& node, const Flag* flag, const Arrived& arrived,
                                  Flag* value, int32_t phase, int32_t peer, int64_t expected) {
-  constexpr int kSpinsBetweenChecks = 256;
   delay(node);
   *value = ptx::load_acquire_sys(flag);
   if (arrived(*value)) return true;
@@ -78,9 +113,13 @@ __device__ inline bool wait_flag(const ep_node& node, const Flag* flag, const Ar
     }
     if (spins % kSpinsBetweenChecks != 0) continue;
     if (aborted(node)) return false;
-    if (ptx::global_timer_ns() - start > static_cast<uint64_t>(node.timeout_ns)) {
+    const uint64_t waited_ns = ptx::global_timer_ns() - start;
+    if (waited_ns > static_cast<uint64_t>(node.timeout_ns)) {
       raise_fault(node, EP_FAULT_TIMEOUT, phase, peer, 0, expected, static_cast<int64_t>(*value));
       return false;
+    }
+    if (waited_ns > kLongWaitNs) {
+      return wait_for_long(node, flag, arrived, value, phase, peer, expected, start);
     }
   }
 }

@@ -19,7 +19,7 @@ int64_t cut_scratch(int64_t max_tokens, int32_t num_experts, int32_t num_ranks, 
   const int32_t num_local_experts = num_experts / num_ranks;
   layout::Shape largest = layout::make_shape(max_tokens, 1, num_experts, num_ranks, kMaxPlanBlocks);
   largest.num_blocks = kMaxPlanBlocks;  // fewer tokens may take more blocks
-  scratch->receive.num_chunks =
+  scratch->receive.max_chunks =
       static_cast<int32_t>((max_tokens * num_ranks + kChunkTokens - 1) / kChunkTokens);
   uintptr_t next = base;
   const auto take = [&next](int64_t bytes) {
@@ -31,7 +31,7 @@ int64_t cut_scratch(int64_t max_tokens, int32_t num_experts, int32_t num_ranks, 
   scratch->receive.expert_count =
       reinterpret_cast<int32_t*>(take(4 * int64_t{kMaxPlanBlocks} * num_local_experts));
   scratch->receive.chunk_rows = reinterpret_cast<uint32_t*>(
-      take(4 * static_cast<int64_t>(scratch->receive.num_chunks) * num_local_experts));
+      take(4 * static_cast<int64_t>(scratch->receive.max_chunks) * num_local_experts));
   const uintptr_t workspace = next;
   return static_cast<int64_t>(workspace - base) +
          layout::cut_workspace(largest, workspace, &scratch->layout);
@@ -67,11 +67,9 @@ int32_t launch_send(const ep_plan_args& args, const Scratch& scratch, cudaStream
 int32_t launch_receive(const ep_plan_args& args, Scratch scratch, cudaStream_t stream) {
   const int32_t num_local_experts = args.num_experts / args.node.num_ranks;
   Receive& receive = scratch.receive;
-  receive.chunks_per_block =
-      std::max(1, layout::ceil_div(receive.num_chunks, args.num_receive_blocks));
+  const int32_t blocks = std::clamp(args.num_receive_blocks, 1, receive.max_chunks);
   receive.chunks_per_group = std::clamp(kMaxGroupWords / num_local_experts, 1,
-                                        receive.chunks_per_block);
-  const int32_t blocks = layout::ceil_div(receive.num_chunks, receive.chunks_per_block);
+                                        layout::ceil_div(receive.max_chunks, blocks));
   receive_kernel<<<blocks, kThreads, receive.shared_bytes(num_local_experts), stream>>>(args,
                                                                                        scratch);
   return check_cuda(cudaGetLastError(), "ep_plan: receive_kernel");

@@ -16,12 +16,11 @@ constexpr int kMaxLocalExperts = 1024;  // as many as a mailbox has room for
 
 enum Counter { kSendBarrier, kSendEnd, kReceiveBarrier, kReceiveEnd };
 
-// Received rows in chunks of 32; each block owns a contiguous run of chunks. C = num_chunks.
+// Received rows in chunks of 32; each block owns a contiguous run of the chunks that came.
 struct Receive {
   int32_t* expert_count;  // [blocks, E_local]
-  uint32_t* chunk_rows;   // [C, E_local] bit t: row t of the chunk goes to the expert
-  int32_t num_chunks;
-  int32_t chunks_per_block;
+  uint32_t* chunk_rows;   // [max_chunks, E_local] bit t: row t of the chunk goes to the expert
+  int32_t max_chunks;
   int32_t chunks_per_group;  // at most so many in shared memory at a time
 
   __host__ __device__ int32_t shared_bytes(int32_t num_local_experts) const {

@@ -1,10 +1,12 @@
 // The second kernel of a plan: waits for the flags and copies the routing out of the staging memory, which
 // the next plan overwrites; counts the rows of each expert, tells the host, and says where every row
 // stands in the output. It is the layout again, each local expert taken for a rank: the slot of a
-// received row is its place in the expert's group.
+// received row is its place in the expert's group. How many rows came is known before the first is
+// looked at: only these are.
 #pragma once
 
 #include "plan.cuh"
+#include "routing.cuh"
 #include "warp.cuh"
 
 namespace ep::plan {
@@ -61,6 +63,13 @@ __device__ inline int32_t prefix_of_groups(const int32_t* size, int32_t num_grou
   return total;
 }
 
+// The last source whose rows begin at n or before: it has received row n.
+__device__ inline int32_t source_of(int32_t n, const int32_t* first_of_source, int32_t num_ranks) {
+  int32_t source = 0;
+  while (source + 1 < num_ranks && first_of_source[source + 1] <= n) ++source;
+  return source;
+}
+
 // Counts, for the host and for the dispatch: one block. first_row and num_rows: of the groups.
 __device__ inline void publish(const ep_plan_args& args, const int32_t* sent_error,
                                const int32_t* expert_tokens, const int32_t* first_row,
@@ -113,7 +122,6 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t num_ranks = node.num_ranks;
   const int32_t num_topk = args.routing.num_topk, num_topk4 = args.routing.num_topk4;
   const int32_t num_experts = args.num_experts / num_ranks;  // of this rank
-  const int32_t max_tokens = args.max_tokens, num_rows_in_all = num_ranks * max_tokens;
   const int32_t group_words = receive.chunks_per_group * num_experts;
   auto* const mask = reinterpret_cast<uint32_t*>(shared);  // [group, E] rows of a chunk as bits
   int32_t* const chunk_first_row = shared + group_words;   // [group, E]
@@ -121,6 +129,7 @@ __global__ void __launch_bounds__(kThreads)
   int32_t* const tokens = next_row + num_experts;          // [E] of all blocks
   int32_t* const first_row = tokens + num_experts;         // [E] of each expert's group
   __shared__ int32_t num_rows[EP_MAX_NODE_RANKS], first_of_source[EP_MAX_NODE_RANKS];
+  int32_t* const entries = args.routing.entries;
   const int32_t epoch = epoch_of(node);
   uint32_t* const counters = reinterpret_cast<uint32_t*>(args.counters);
 
@@ -128,11 +137,16 @@ __global__ void __launch_bounds__(kThreads)
     wait_for_header(args, threadIdx.x, epoch, num_rows);
   }
   for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) next_row[e] = tokens[e] = 0;
-  __syncthreads();
+  const int32_t num_received = prefix_of_groups(num_rows, num_ranks, 1, first_of_source);
+  if (blockIdx.x == 0 && static_cast<int32_t>(threadIdx.x) < num_ranks) {
+    args.routing.first_of_source[threadIdx.x] = first_of_source[threadIdx.x];
+  }
 
   // What the other ranks wrote, copied and counted.
-  const int32_t begin = blockIdx.x * receive.chunks_per_block;
-  const int32_t end = min(begin + receive.chunks_per_block, receive.num_chunks);
+  const int32_t num_all_chunks = layout::ceil_div(num_received, kChunkTokens);
+  const int32_t chunks_per_block = layout::ceil_div(num_all_chunks, gridDim.x);
+  const int32_t begin = blockIdx.x * chunks_per_block;
+  const int32_t end = min(begin + chunks_per_block, num_all_chunks);
   const auto* const staged = in_memory_of<const int32_t>(node, node.rank, args.idx_offset);
   for (int32_t chunk = begin; chunk < end; chunk += receive.chunks_per_group) {
     const int32_t num_chunks = min(receive.chunks_per_group, end - chunk);
@@ -141,13 +155,15 @@ __global__ void __launch_bounds__(kThreads)
     for (int32_t i = threadIdx.x; i < num_chunks * kChunkTokens * num_topk; i += kThreads) {
       const int32_t row = i / num_topk;
       const int32_t n = chunk * kChunkTokens + row;
-      if (n >= num_rows_in_all) break;
-      const bool sent = n % max_tokens < num_rows[n / max_tokens];
-      const int64_t entry = static_cast<int64_t>(chunk) * kChunkTokens * num_topk + i;
-      const int32_t expert = sent ? staged[entry] : -1;
+      if (n >= num_received) break;
+      const int32_t source = source_of(n, first_of_source, num_ranks), k = i % num_topk;
+      const int32_t slot = n - first_of_source[source];
+      const int32_t expert =
+          staged[(static_cast<int64_t>(source) * args.max_tokens + slot) * num_topk + k];
       const bool is_expert = expert >= 0 && expert < num_experts;
-      args.routing.recv_topk_idx[static_cast<int64_t>(n) * num_topk4 + i % num_topk] =
-          is_expert ? expert : -1;
+      if (n <= args.routing.last_entry) {
+        entries[place_in_entries(args.routing, n, kLocalExperts) + k] = is_expert ? expert : -1;
+      }
       if (is_expert) {
         atomicOr(&mask[row / kChunkTokens * num_experts + expert], 1u << row % kChunkTokens);
       }
@@ -186,11 +202,10 @@ __global__ void __launch_bounds__(kThreads)
   }
   const int32_t end_of_groups =
       prefix_of_groups(tokens, num_experts, args.expert_alignment, first_row);
-  const int32_t end_of_sources = prefix_of_groups(num_rows, num_ranks, 1, first_of_source);
   for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) next_row[e] += first_row[e];
   if (blockIdx.x == 0) {
     publish(args, scratch.sent_error, tokens, first_row, num_rows,
-            args.routing.expert_major ? end_of_groups : end_of_sources);
+            args.routing.expert_major ? end_of_groups : num_received);
   }
   __syncthreads();
 
@@ -211,11 +226,10 @@ __global__ void __launch_bounds__(kThreads)
     for (int32_t i = threadIdx.x; i < num_chunks * kChunkTokens * num_topk4; i += kThreads) {
       const int32_t in_group = i / num_topk4, k = i % num_topk4;
       const int32_t n = chunk * kChunkTokens + in_group;
-      if (n >= num_rows_in_all) break;
-      const int64_t first_entry = static_cast<int64_t>(n) * num_topk4;
+      if (n >= num_received || n > args.routing.last_entry) break;
       int32_t row = -1, place = k;  // place among the row's ascending rows
       if (args.routing.expert_major) {
-        const int32_t* const experts = args.routing.recv_topk_idx + first_entry;
+        const int32_t* const experts = entries + place_in_entries(args.routing, n, kLocalExperts);
         const int32_t expert = k < num_topk ? experts[k] : -1;
         int32_t smaller = 0, present = 0, absent_before = max(0, k - num_topk);
         for (int32_t other = 0; other < num_topk; ++other) {
@@ -230,13 +244,12 @@ __global__ void __launch_bounds__(kThreads)
           row = chunk_first_row[word] +
                 __popc(mask[word] & ((1u << in_group % kChunkTokens) - 1));
         }
-      } else {
-        const int32_t source = n / max_tokens, slot = n % max_tokens;
-        if (k == 0 && slot < num_rows[source]) row = first_of_source[source] + slot;
+      } else if (k == 0) {
+        row = n;
       }
       if (row >= args.capacity) row = -1;
-      args.routing.row_of_k[first_entry + k] = row;
-      args.routing.rows_ascending[first_entry + place] = row;
+      entries[place_in_entries(args.routing, n, kRowOfK) + k] = row;
+      entries[place_in_entries(args.routing, n, kRowsAscending) + place] = row;
     }
     __syncthreads();
   }

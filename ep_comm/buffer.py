@@ -35,6 +35,7 @@ from ep_comm.layout import checked_source
 from ep_comm.probabilities import select_probabilities
 from ep_comm.records import Records
 from ep_comm.tracing import check_not_saved, plain_tensor, unseen, untraced
+from ep_comm.watch import watch
 
 
 class Buffer:
@@ -62,7 +63,8 @@ class Buffer:
         EPStateError: torch.distributed is not initialised.
         EPArgumentError: `config` does not fit the group, or two ranks have the same GPU.
         EPMismatchError: Ranks passed different configs.
-        EPTimeoutError: A rank did not arrive within ``config.timeout_s``.
+        EPTimeoutError: A rank did not arrive within ``config.timeout_s``. One that is late for 30 s
+            is named before, by a warning of the logger "ep_comm".
     """
 
     def __init__(self, group: dist.ProcessGroup | None, config: EPConfig) -> None:
@@ -87,6 +89,7 @@ class Buffer:
         config.check_group(self.num_ranks)
         self.num_local_experts = config.num_experts // self.num_ranks
         self._begin(*make_backend(self.group, config))
+        watch(self._backend, self.rank, config.timeout_s)
 
     def _begin(self, backend: Backend, passed_over: dict[str, str]) -> None:
         self._backend, self.passed_over = backend, passed_over

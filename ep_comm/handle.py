@@ -66,7 +66,7 @@ class Routing(Protocol):
         sizes: May wait for the device, bounded, when it is first asked for.
         recv_topk_idx: See `DispatchHandle`.
         capacity: Rows of the output, where the caller said how many; else None.
-        device_tokens_per_expert, device_expert_offsets: See `DispatchHandle`.
+        device_tokens_per_expert, device_expert_offsets, num_bytes: See `DispatchHandle`.
     """
 
     topk_idx: Tensor
@@ -76,6 +76,7 @@ class Routing(Protocol):
     capacity: int | None
     device_tokens_per_expert: Tensor
     device_expert_offsets: Tensor
+    num_bytes: int
 
     @property
     def sizes(self) -> RoutingSizes: ...
@@ -166,6 +167,11 @@ class DispatchHandle:
     def num_topk(self) -> int:
         """K: entries of ``topk_idx`` a token."""
         return self.routing.num_topk
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the tensors that it keeps, on the buffer's device: `recv_topk_idx` is one."""
+        return self.routing.num_bytes
 
     @property
     def num_recv_tokens(self) -> int:

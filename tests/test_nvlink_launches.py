@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from types import SimpleNamespace
 from unittest import mock
 
@@ -55,7 +56,7 @@ class Launches:
         return calls
 
 
-def make_backend() -> NVLinkBackend:
+def make_backend(config: EPConfig) -> NVLinkBackend:
     """By its own constructor; what that asks of CUDA is answered for a CPU."""
     mailbox = structs.Mailbox()
     mailbox.num_sent_tokens[0], mailbox.num_recv_tokens[1] = 10, 7
@@ -78,17 +79,17 @@ def make_backend() -> NVLinkBackend:
         mock.patch.object(nvlink._native, "load", Launches),
         mock.patch.object(nvlink_streams, "in_flight", lambda _: InFlight(132)),
     ):
-        return NVLinkBackend(memory, CONFIG)
+        return NVLinkBackend(memory, config)
 
 
 @pytest.fixture
-def backend():
+def backend(request):
     with (
         mock.patch.object(nvlink_streams, "raw_stream", lambda _: CURRENT),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
         mock.patch.object(nvlink_streams, "EventOverlap", lambda *args: SimpleNamespace(args=args)),
     ):
-        yield make_backend()
+        yield make_backend(getattr(request, "param", CONFIG))
 
 
 def plan(backend: NVLinkBackend, capacity=None, asynchronous=False, num_sms=None, **changes):
@@ -127,19 +128,106 @@ def test_a_new_dispatch_pushes_while_the_host_waits(backend):
     assert planned[1].num_send_blocks == planned[1].num_receive_blocks == 64
 
 
-def test_arrays_of_a_routing_stand_where_kernels_look_for_them(backend):
-    routing = plan(backend).routing
+@pytest.mark.parametrize("capacity", [None, 40])
+def test_arrays_of_a_routing_stand_where_kernels_look_for_them(backend, capacity):
+    routing = plan(backend, capacity).routing
     first_word = {name: first for name, (first, _) in routing.places.items()}
+    if capacity is None:  # nobody knows yet how many rows will come
+        assert routing.native.entries == backend._planned_entries.data_ptr()
+        assert routing.places["entries"][1] == 0 and first_word.pop("entries")
     for name, kind in structs.Routing._fields_:
         if kind is ctypes.c_void_p:
-            address = getattr(routing.native, name)
-            assert address == routing.arena.data_ptr() + 4 * first_word.pop(name)
+            if name in first_word:
+                address = getattr(routing.native, name)
+                assert address == routing.arena.data_ptr() + 4 * first_word.pop(name)
         else:
             assert (
                 getattr(routing.native, name)
-                == dict(num_tokens=10, num_topk=2, num_topk4=4, expert_major=True)[name]
+                == dict(num_tokens=10, num_topk=2, num_topk4=4, expert_major=True, last_entry=31)[
+                    name
+                ]
             )
     assert not first_word
+
+
+ENTRY_BYTES = 4 * 3 * 4  # of two experts a token
+
+
+def bytes_of_own_tokens(num_tokens: int) -> int:
+    """Experts and slots of 2 ranks, 5 arrays of 2 numbers or 4 and one of 5; all whole 16 bytes."""
+    return 4 * num_tokens * (2 + 2) + 5 * 16 + 32
+
+
+ROOMY = dataclasses.replace(CONFIG, max_tokens_per_rank=1600)
+
+
+@pytest.mark.parametrize("backend", [CONFIG, ROOMY], ids=["exact", "roomy"], indirect=True)
+def test_a_handle_is_as_large_as_what_came(backend):
+    """7 rows do, for 10 tokens of this rank; the buffer alone has room for more."""
+    handle = plan(backend)
+    dispatch(backend, handle)
+    assert handle.num_bytes == bytes_of_own_tokens(10) + 7 * ENTRY_BYTES
+    room = 2 * backend.config.max_tokens_per_rank * ENTRY_BYTES
+    assert backend._planned_entries.nbytes == room
+    assert backend.buffer_bytes - backend.offsets.total >= backend._planned_entries.nbytes
+    handle = plan(backend, layout="rank")
+    dispatch(backend, handle)
+    experts = handle.recv_topk_idx.nbytes
+    assert handle.num_bytes == bytes_of_own_tokens(10) + 7 * ENTRY_BYTES + experts
+
+
+@pytest.mark.parametrize(
+    "layout, capacity, entries",
+    [("expert", 5, 32), ("expert", 500, 32), ("rank", 5, 6), ("rank", 31, 32), ("rank", 500, 32)],
+)
+def test_a_handle_that_nobody_waits_for_has_room_for_the_worst(backend, layout, capacity, entries):
+    """In the rank layout that is what the output has, and an entry for the rows that it has not."""
+    handle = plan(backend, capacity, layout=layout)
+    assert handle.routing.native.last_entry == entries - 1
+    assert handle.num_bytes == bytes_of_own_tokens(10) + entries * ENTRY_BYTES
+    dispatch(backend, handle)
+    [launch] = [call for call in backend.native.take() if call[0] == "ep_dispatch"]
+    assert launch[1].planned_entries is None
+    assert launch[1].routing.entries == handle.routing.native.entries
+
+
+def test_entries_are_copied_by_the_kernel_that_expands_for_the_first_time(backend):
+    """Several handles at once, used in another order: each has its own, a plan's are used anew."""
+    handles = [plan_and_dispatch(backend) for _ in range(3)]
+    planned = backend._planned_entries.data_ptr()
+    for (_, calls), number in zip(handles, (1, 2, 3), strict=True):
+        plans, (push, expand) = calls[0], [call[1] for call in calls if call[0] == "ep_dispatch"]
+        assert plans[1].ticket == number and plans[1].routing.entries == planned
+        assert push.routing.entries == planned and not push.num_expand_blocks
+        assert expand.planned_entries == planned and expand.num_received == 7
+        assert expand.routing.entries not in (planned, None)
+        assert expand.routing.topk_idx == push.routing.topk_idx
+    own = [calls[3][1].routing.entries for _, calls in handles]
+    assert len(set(own)) == 3
+    rows = torch.zeros(16, 512, dtype=torch.bfloat16)
+    for i in (1, 0, 2):
+        backend.combine(handles[i][0], rows, None, False, None)
+        dispatch(backend, handles[i][0])
+        combine, cached = (call[1] for call in backend.native.take())
+        assert combine.routing.entries == cached.routing.entries == own[i]
+        assert not cached.is_planned  # so that nothing is copied
+
+
+def plan_and_dispatch(backend: NVLinkBackend) -> tuple[DispatchHandle, list[tuple]]:
+    handle = plan(backend)
+    dispatch(backend, handle)
+    return handle, backend.native.take()
+
+
+def test_the_input_of_a_plan_is_let_go_with_the_first_dispatch(backend):
+    topk = TOPK.clone()
+    handle = plan(backend, source=topk)
+    assert handle.routing.first.source is topk
+    pending = dispatch(backend, handle, asynchronous=True)
+    keep = pending.event.args[1]  # until the kernels are done
+    assert any(kept is topk for kept in keep)
+    assert any(kept is handle.routing.memory for kept in keep) and len(handle.routing.memory) == 2
+    assert not any(value is topk for value in vars(handle.routing).values())
 
 
 def test_the_first_rank_major_dispatch_writes_the_experts_of_its_rows(backend):
@@ -424,7 +512,7 @@ def test_a_routing_is_kept_for_the_stream_that_it_is_used_on(backend, monkeypatc
         monkeypatch.setattr(nvlink_streams, "raw_stream", lambda _: 9)
         dispatch(backend, handle)
         backend.combine(handle, rows, None, True, None)
-        assert record_stream.call_args_list == [mock.call(another)] * 2
+        assert record_stream.call_args_list == [mock.call(another)] * 4  # two tensors
 
 
 def test_outputs_are_kept_for_the_communication_stream(backend):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 
@@ -12,6 +13,7 @@ from ep_comm import EPTimeoutError
 from ep_comm._native import structs
 from ep_comm.backends.nvlink_farewell import Farewell
 from ep_comm.backends.nvlink_memory import NodeMemory
+from ep_comm.watch import Wait
 
 
 @pytest.mark.parametrize("fault", ["none", "before", "in flight", "given up", "late rank"])
@@ -78,6 +80,36 @@ def test_a_broken_gpu_does_not_keep_a_failed_buffer_from_being_destroyed(monkeyp
     memory._is_given_up = False
     with pytest.raises(RuntimeError, match="illegal memory access"):
         memory.free()
+
+
+def test_long_waits_are_read_from_host_memory():
+    memory = NodeMemory.__new__(NodeMemory)
+    memory._fault, memory._is_given_up = structs.Fault(), False
+    memory._progress = progress = structs.Progress()
+    assert memory.waits() == []
+    progress.combine[7] = structs.EP_PHASE_ROWS << 32 | 12
+    progress.dispatch[1] = structs.EP_PHASE_PLAN << 32 | 2**32 - 1
+    progress.dispatch[3] = structs.EP_PHASE_CREDIT << 32 | 0
+    assert memory.waits() == [
+        Wait(op="dispatch", phase="plan", epoch=2**32 - 1, rank=1),
+        Wait(op="dispatch", phase="credit", epoch=1, rank=3),  # which operation 1 waits for
+        Wait(op="combine", phase="rows", epoch=12, rank=7),
+    ]
+    progress.dispatch[1] = progress.dispatch[3] = progress.combine[7] = 0
+    assert memory.waits() == []
+
+
+def test_each_kind_of_operation_has_its_words(monkeypatch):
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, pin_memory=None, **how: zeros(*size, **how))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    memory = NodeMemory(1, zeros(1), [1, 2], 2.0, None, Farewell(1, []))
+    for op, name in ((structs.EP_OP_DISPATCH, "dispatch"), (structs.EP_OP_COMBINE, "combine")):
+        words = (ctypes.c_int64 * 2).from_address(memory.node(op, 0).progress)
+        words[0] = structs.EP_PHASE_ROWS << 32 | 5  # as a kernel would
+        assert memory.waits() == [Wait(name, "rows", 5, 0)]
+        words[0] = 0
+    assert memory.waits() == [] and not memory.has_fault and memory.mailbox.ticket == 0
 
 
 def test_farewell_waits_for_all_and_names_who_is_late():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 
 import pytest
 import torch
-from cases import Case, to_numpy, to_torch
+from cases import Case, to_numpy, to_torch, wait_for_stream
 from ranks import run_ranks
 from test_buffer import (
     CASES,
@@ -112,6 +114,39 @@ def test_fp8(num_ranks, layout):
         on_gpus(FP8_CASE, "nvlink"), layout=layout, tokens=tokens, hidden=1024
     )
     check_fp8_results(case, run_virtual_ranks(num_ranks, fp8_on_buffer, case.config(), case))
+
+
+def rank_one_is_late(rank: int, buffer: Buffer, case: Case) -> list[tuple]:
+    """What another thread sees of the waits of this rank."""
+    memory, seen, done = buffer._backend.memory, set(), threading.Event()
+    x = to_torch(case.rows(rank, case.tokens[rank], salt=2), "cuda")
+    topk = to_torch(case.topk_idx(rank), "cuda")
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            seen.update(memory.waits())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        time.sleep(3 * (rank == 1))
+        out = buffer.dispatch(x, topk)
+        wait_for_stream()
+        time.sleep(3 * (rank == 1))
+        buffer.combine(out.recv_x, out.handle)
+        buffer.synchronize()
+    finally:
+        done.set()
+        watcher.join()
+    assert memory.waits() == []
+    return sorted(seen)
+
+
+def test_who_is_late_is_seen_while_it_is_waited_for():
+    case = on_gpus(Case(tokens=(9, 6, 8), num_topk=3), "nvlink")
+    waits = run_virtual_ranks(3, rank_one_is_late, case.config(), case)
+    assert waits[0] == waits[2] == [("combine", "rows", 1, 1), ("dispatch", "plan", 1, 1)]
+    assert waits[1] == []
 
 
 def changing_on_buffer(rank: int, buffer: Buffer, num_operations: int, num_gpus: int) -> list[str]:

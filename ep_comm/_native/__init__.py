@@ -20,7 +20,7 @@ from ep_comm._native import structs
 from ep_comm._native.structs import EP_ERR_ARGUMENT, EP_OK, STRUCTS
 from ep_comm.errors import EPArgumentError, EPStateError
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 LIBRARY_PATH = Path(__file__).with_name("libep_comm.so")
 
 _MAILBOX_ARRIVED = 1

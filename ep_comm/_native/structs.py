@@ -88,6 +88,15 @@ class Fault(ctypes.Structure):
     ]
 
 
+class Progress(ctypes.Structure):
+    """``ep_progress``: for whom kernels have been waiting for long."""
+
+    _fields_ = [
+        ("dispatch", _INT64 * EP_MAX_NODE_RANKS),
+        ("combine", _INT64 * EP_MAX_NODE_RANKS),
+    ]
+
+
 class Record(ctypes.Structure):
     """``ep_record``: what an operation did."""
 
@@ -105,6 +114,7 @@ class Node(ctypes.Structure):
     _fields_ = [
         ("memory", _POINTER * EP_MAX_NODE_RANKS),
         ("fault", _POINTER),
+        ("progress", _POINTER),
         ("abort", _POINTER),
         ("epoch", _POINTER),
         ("longest_wait_ns", _POINTER),
@@ -147,11 +157,10 @@ class Routing(ctypes.Structure):
     _fields_ = [
         ("topk_idx", _POINTER),
         ("send_slot", _POINTER),
-        ("recv_topk_idx", _POINTER),
-        ("row_of_k", _POINTER),
-        ("rows_ascending", _POINTER),
+        ("entries", _POINTER),
         ("num_sent", _POINTER),
         ("num_recv", _POINTER),
+        ("first_of_source", _POINTER),
         ("source_tokens", _POINTER),
         ("expert_tokens", _POINTER),
         ("expert_first_row", _POINTER),
@@ -159,6 +168,7 @@ class Routing(ctypes.Structure):
         ("num_topk", _INT32),
         ("num_topk4", _INT32),
         ("expert_major", _INT32),
+        ("last_entry", _INT32),
     ]
 
 
@@ -228,6 +238,7 @@ class DispatchArgs(ctypes.Structure):
         ("recv_scales", _POINTER),
         ("recv_weights", _POINTER),
         ("recv_topk_idx", _POINTER),
+        ("planned_entries", _POINTER),
         ("counter", _POINTER),
         ("flag_offset", _INT64),
         ("credit_offset", _INT64),
@@ -242,6 +253,7 @@ class DispatchArgs(ctypes.Structure):
         ("num_local_experts", _INT32),
         ("recv_kind", _INT32),
         ("recv_idx_bytes", _INT32),
+        ("num_received", _INT32),
         ("num_rows", _INT32),
         ("is_planned", _INT32),
         ("is_behind_plan", _INT32),
@@ -295,6 +307,7 @@ class ProbeArgs(ctypes.Structure):
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "ep_layout_args": LayoutArgs,
     "ep_fault": Fault,
+    "ep_progress": Progress,
     "ep_record": Record,
     "ep_node": Node,
     "ep_mailbox": Mailbox,

@@ -14,6 +14,7 @@ from ep_comm.config import EPConfig
 from ep_comm.events import EventOverlap
 from ep_comm.handle import DispatchHandle, Routing, RowLayout
 from ep_comm.records import Records
+from ep_comm.watch import Wait
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -106,6 +107,9 @@ class Backend(Protocol):
     @property
     def has_failed(self) -> bool:
         """Whether ranks may have given an operation up halfway: no other one can be trusted."""
+
+    def waits(self) -> list[Wait]:
+        """Say whom this rank waits for at the moment, without a call of CUDA; from any thread."""
 
     def describe(self) -> str:
         """The backend and its transport in a few words, for the start-up line."""

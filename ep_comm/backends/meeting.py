@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import time
 from collections import Counter
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ import torch.distributed as dist
 
 from ep_comm.errors import SAME_CALLS, EPMismatchError, EPStateError, EPTimeoutError
 
+_LEFT = b"left"
+_POLL_S = 0.05
 # Meetings so far of the same global ranks. Only one that all came to counts.
 _num_held: Counter[tuple[int, ...]] = Counter()
 
@@ -59,18 +62,18 @@ def meet(
     store = dist.distributed_c10d._get_default_store()
     try:
         store.set(keys[rank], pickle.dumps((what_for, answer)))
-        missing = _missing(store, keys, timeout_s)
-        if missing:
-            store.delete_key(keys[rank])  # whoever comes later is not to believe us there
+        values, late_ranks = _values(store, keys, timeout_s)
+        if late_ranks:
+            store.set(keys[rank], _LEFT)  # whoever comes later is not to believe us there
             raise EPTimeoutError(
                 op=op,
                 phase=what_for,
                 rank=rank,
-                late_ranks=missing,
-                epoch=0,
+                late_ranks=late_ranks,
+                epoch=number,
                 timeout_s=timeout_s,
             )
-        said = [pickle.loads(store.get(key)) for key in keys]
+        said = [pickle.loads(value) for value in values]
         # All that are here have read what was said before.
         store.delete_key(f"ep_comm/{members}/{number - 1}/{rank}")
     except dist.DistError as error:
@@ -88,13 +91,24 @@ def meet(
     return Meeting(name, number, [answer for _, answer in said])
 
 
-def _missing(store: dist.Store, keys: list[str], timeout_s: float) -> tuple[int, ...]:
-    """The ranks whose keys do not come in time."""
-    try:
-        store.wait(keys, timedelta(seconds=timeout_s))
-    except dist.DistNetworkError:
-        raise
-    except RuntimeError:
-        # DistStoreError, or what the store at hand raises after a timeout.
-        return tuple(rank for rank, key in enumerate(keys) if not store.check([key]))
-    return ()
+def _values(
+    store: dist.Store, keys: list[str], timeout_s: float
+) -> tuple[list[bytes], tuple[int, ...]]:
+    """The values of all keys, or the ranks that are to blame that there are none in time.
+
+    A rank that has given up is not here, but it is to blame only where all others are.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        left = max(deadline - time.monotonic(), 1e-3)
+        try:
+            store.wait(keys, timedelta(seconds=left))
+        except dist.DistNetworkError:
+            raise
+        except RuntimeError:  # DistStoreError, or what the store at hand raises after a timeout
+            return [], tuple(rank for rank, key in enumerate(keys) if not store.check([key]))
+        values = [store.get(key) for key in keys]
+        gone = tuple(rank for rank, value in enumerate(values) if value == _LEFT)
+        if not gone or time.monotonic() > deadline:
+            return values, gone
+        time.sleep(_POLL_S)

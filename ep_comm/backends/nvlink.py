@@ -31,6 +31,7 @@ from ep_comm.backends.nvlink_routing import (
     FirstDispatch,
     NVLinkRouting,
     arena_places,
+    entry_size,
     native_routing,
 )
 from ep_comm.backends.nvlink_rows import (
@@ -52,6 +53,7 @@ from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 from ep_comm.handle import DispatchHandle, RoutingSizes, RowLayout
 from ep_comm.layout import INPUT_KINDS, raise_if_bad
+from ep_comm.watch import Wait
 
 _MAX_ROWS = 2**31 - 1
 
@@ -102,6 +104,10 @@ class NVLinkBackend:
             dtype=torch.uint8,
             device=self.device,
         )
+        # Where plans leave the entries of rows that nobody knows the number of yet.
+        self._planned_entries = torch.empty(
+            self._max_rows * entry_size(config.num_topk), dtype=torch.int32, device=self.device
+        )
         properties = torch.cuda.get_device_properties(self.device)
         self._available_sms: int = properties.multi_processor_count
         self._num_sms: int | None = None
@@ -120,11 +126,15 @@ class NVLinkBackend:
 
     @property
     def buffer_bytes(self) -> int:
-        return self.offsets.total + self._scratch.numel() + self.recorder.num_bytes
+        own = self._scratch.nbytes + self._planned_entries.nbytes
+        return self.offsets.total + own + self.recorder.num_bytes
 
     def describe(self) -> str:
         sms = self._num_sms or self._available_sms
         return f"nvlink ({self.num_ranks} GPUs of one host, {sms} SMs)"
+
+    def waits(self) -> list[Wait]:
+        return self.memory.waits()
 
     @property
     def has_failed(self) -> bool:
@@ -198,7 +208,11 @@ class NVLinkBackend:
         if asked_tokens > config.max_tokens_per_rank:
             source = source[:0]  # the kernels tell all ranks
         num_tokens = source.shape[0]
-        sizes = (num_tokens, num_topk, self._max_rows, self.num_ranks, self.num_local_experts)
+        num_entries = self._max_rows
+        if capacity is not None and layout == "rank":  # rows from there on share one entry
+            num_entries = min(num_entries, capacity + 1)
+        in_arena = 0 if capacity is None else num_entries
+        sizes = (num_tokens, num_topk, in_arena, self.num_ranks, self.num_local_experts)
         places, total = arena_places(*sizes)
         selects_weights = has_weights and source.dtype == torch.bool
         sms = self._sms(num_sms, asynchronous)
@@ -212,7 +226,10 @@ class NVLinkBackend:
         record = self.recorder.start("dispatch", 0)
         self._num_plans += 1
         arena = torch.empty(total, dtype=torch.int32, device=self.device)
-        native = native_routing(arena.data_ptr(), *sizes, layout == "expert")
+        planned = self._planned_entries.data_ptr()
+        native = native_routing(
+            arena.data_ptr(), *sizes, layout == "expert", num_entries - 1, planned
+        )
         routing = NVLinkRouting(
             backend=self,
             native=native,
@@ -221,11 +238,11 @@ class NVLinkBackend:
             capacity=capacity,
             num_tokens=num_tokens,
             num_topk=num_topk,
-            source=source,
             stream=self._streams.current,
             arena=arena,
             places=places,
-            first=FirstDispatch(stream, sms, record, selects_weights, in_one, is_captured),
+            memory=(arena,),
+            first=FirstDispatch(source, stream, sms, record, selects_weights, in_one, is_captured),
         )
         args = self._args.plan
         args.node.record = record
@@ -307,9 +324,8 @@ class NVLinkBackend:
             # What is pushed has to be there: only an input of before the plan certainly is.
             args.is_behind_plan = first.in_one and not (was_made or first.is_captured)
             received = self._first(args, handle, recv_dtype, first)
-        return self._pending(
-            received, asynchronous, (x, scales, weights, routing.source, routing.arena)
-        )
+        keep = (x, scales, weights, first and first.source, routing.memory)
+        return self._pending(received, asynchronous, keep)
 
     def _repeat(
         self,
@@ -360,7 +376,14 @@ class NVLinkBackend:
             self.native.launch("ep_dispatch", args, stream)
         received = allocate_rows(args, handle, self.config.hidden, recv_dtype, self.device)
         if handle.layout == "rank":
-            routing.recv_topk_idx = allocate_experts(args, handle, self.device)
+            routing.recv_topk_idx = allocate_experts(args, handle, first.source, self.device)
+        args.planned_entries = None
+        if routing.capacity is None:
+            # What expands copies them: the next plan, on the same stream, is behind it.
+            args.planned_entries = routing.native.entries
+            args.num_received = routing.sizes.num_received
+            routing.allocate_entries(args.num_received)
+            args.routing = routing.native
         args.num_expand_blocks = expand_blocks
         if first.in_one:
             self.native.launch("ep_dispatch", args, stream)
@@ -371,7 +394,7 @@ class NVLinkBackend:
         if routing.capacity is None:
             raise_if_bad(
                 list(self.memory.mailbox.routing_error),
-                routing.source,
+                first.source,
                 routing.num_topk,
                 self.config.num_experts,
             )
@@ -411,7 +434,7 @@ class NVLinkBackend:
         self._keep_for_current_stream(routing)
         args.node.record = self.recorder.start("combine", row_bytes)
         self.native.launch("ep_combine", args, stream)
-        keep = (x, topk_weights, routing.arena)
+        keep = (x, topk_weights, routing.memory)
         return self._pending(Combined(combined, weights), asynchronous, keep)
 
     # --- order ------------------------------------------------------------------------------------
@@ -424,7 +447,9 @@ class NVLinkBackend:
     def _keep_for_current_stream(self, routing: NVLinkRouting) -> None:
         """torch would use a dropped handle's memory again for its own stream, at once."""
         if self._streams.current != routing.stream:
-            routing.arena.record_stream(torch.cuda.current_stream(self.device))
+            current = torch.cuda.current_stream(self.device)
+            for tensor in routing.memory:
+                tensor.record_stream(current)
 
     def give_up(self) -> None:
         self.memory.give_up()

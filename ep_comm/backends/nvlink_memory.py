@@ -25,6 +25,7 @@ from ep_comm.errors import (
     EPTimeoutError,
     EPTooManyTokensError,
 )
+from ep_comm.watch import Wait
 
 _ALIGNMENT = 256
 _PHASES = {
@@ -82,7 +83,7 @@ class Offsets:
 
 class NodeMemory:
     """One rank's view of the symmetric memory of a buffer, with its counters on the device, and its
-    mailbox, fault and notice on the host.
+    mailbox, fault, notice and progress on the host.
 
     Args:
         rank: Of this GPU.
@@ -142,16 +143,17 @@ class NodeMemory:
         self._waits = torch.zeros(3, structs.EP_MAX_NODE_RANKS, dtype=torch.int64).to(tensor.device)
         self.abort = torch.zeros(1, dtype=torch.int32, device=tensor.device)
         # Pinned host memory has one address for host and device.
-        sizes = [ctypes.sizeof(struct) for struct in (structs.Fault, structs.Notice)]
-        assert max(sizes) <= _HOST_STRIDE
-        self._host = torch.zeros(
-            2 * _HOST_STRIDE + ctypes.sizeof(structs.Mailbox), dtype=torch.uint8, pin_memory=True
-        )
+        small = (structs.Fault, structs.Notice, structs.Progress)
+        assert max(map(ctypes.sizeof, small)) <= _HOST_STRIDE
+        num_bytes = len(small) * _HOST_STRIDE + ctypes.sizeof(structs.Mailbox)
+        self._host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
         self.fault_address = self._host.data_ptr()
         self.notice_address = self.fault_address + _HOST_STRIDE
-        self.mailbox_address = self.notice_address + _HOST_STRIDE
+        self._progress_address = self.notice_address + _HOST_STRIDE
+        self.mailbox_address = self._progress_address + _HOST_STRIDE
         self._fault = structs.Fault.from_address(self.fault_address)
         self._notice = structs.Notice.from_address(self.notice_address)
+        self._progress = structs.Progress.from_address(self._progress_address)
         self.mailbox = structs.Mailbox.from_address(self.mailbox_address)
         torch.cuda.synchronize()
 
@@ -161,6 +163,7 @@ class NodeMemory:
         return structs.Node(
             memory=self._addresses,
             fault=self.fault_address,
+            progress=self._progress_address + getattr(structs.Progress, _OPS[op]).offset,
             abort=self.abort.data_ptr(),
             epoch=self._epochs[op].data_ptr(),
             longest_wait_ns=self._waits[op].data_ptr(),
@@ -175,6 +178,16 @@ class NodeMemory:
     def has_fault(self) -> bool:
         """Whether a kernel has given up; those after it then do too."""
         return self._fault.code != structs.EP_FAULT_NONE
+
+    def waits(self) -> list[Wait]:
+        """For whom kernels have been waiting for more than a second; after a fault, for whom they
+        were. Reads host memory alone, from any thread."""
+        return [
+            Wait(op, *_phase_and_epoch(word >> 32, word & 0xFFFFFFFF), rank)
+            for op in _OPS.values()
+            for rank, word in enumerate(getattr(self._progress, op))
+            if word
+        ]
 
     def check_fault(self) -> None:
         """Raise what a kernel reported, if one did.
@@ -231,9 +244,8 @@ class NodeMemory:
                 f"{fault.peer} has {field}={fault.seen}. Every rank of the group must make the "
                 "same calls, in the same order, with the same settings."
             )
-        # A credit is for the operation before.
-        epoch = int(fault.expected) + (fault.phase == structs.EP_PHASE_CREDIT)
-        return self.timeout(op, _PHASES[fault.phase], (fault.peer,), epoch)
+        phase, epoch = _phase_and_epoch(fault.phase, fault.expected)
+        return self.timeout(op, phase, (fault.peer,), epoch)
 
     def timeout(
         self, op: str, phase: str, late_ranks: tuple[int, ...], epoch: int
@@ -311,6 +323,11 @@ def _symmetric(
     _SymmetricMemory.set_group_info(name, rank, num_ranks, store)
     tensor = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
     return tensor, _SymmetricMemory.rendezvous(tensor, name)
+
+
+def _phase_and_epoch(phase: int, expected: int) -> tuple[str, int]:
+    """Of a wait (EP_PHASE_*): a credit is for the operation before."""
+    return _PHASES[phase], expected + (phase == structs.EP_PHASE_CREDIT)
 
 
 _leaked: list = []

@@ -20,20 +20,23 @@ def whole_vectors(num_topk: int) -> int:
     return -(-num_topk // 4) * 4
 
 
+def entry_size(num_topk: int) -> int:
+    """int32 numbers of a received row's entry."""
+    return 3 * whole_vectors(num_topk)
+
+
 @lru_cache(maxsize=64)
 def arena_places(
-    num_tokens: int, num_topk: int, num_rows: int, num_ranks: int, num_local_experts: int
+    num_tokens: int, num_topk: int, num_entries: int, num_ranks: int, num_local_experts: int
 ) -> tuple[dict[str, tuple[int, int]], int]:
     """(first int32, count) of each index array of one routing, and their total."""
-    num_topk4 = whole_vectors(num_topk)
     counts = {
         "topk_idx": num_tokens * num_topk,
         "send_slot": num_tokens * num_ranks,
-        "recv_topk_idx": num_rows * num_topk4,
-        "row_of_k": num_rows * num_topk4,
-        "rows_ascending": num_rows * num_topk4,
+        "entries": num_entries * entry_size(num_topk),
         "num_sent": num_ranks,
         "num_recv": num_ranks,
+        "first_of_source": num_ranks,
         "source_tokens": num_ranks,
         "expert_tokens": num_local_experts,
         "expert_first_row": num_local_experts + 1,
@@ -50,29 +53,45 @@ def native_routing(
     arena: int,
     num_tokens: int,
     num_topk: int,
-    num_rows: int,
+    num_entries: int,
     num_ranks: int,
     num_local_experts: int,
     expert_major: bool,
+    last_entry: int,
+    entries: int,
 ) -> structs.Routing:
-    """The index arrays in the allocation at address `arena`, for kernels; not to be changed.
+    """The index arrays in the allocation at address `arena`, for kernels; not to be changed. Where
+    it has no entries, they are at address `entries`.
 
     torch gives the same addresses again and again, and to fill one in costs 4 µs.
     """
-    places, _ = arena_places(num_tokens, num_topk, num_rows, num_ranks, num_local_experts)
-    addresses = [arena + 4 * first for first, _ in places.values()]
-    return structs.Routing(*addresses, num_tokens, num_topk, whole_vectors(num_topk), expert_major)
+    places, _ = arena_places(num_tokens, num_topk, num_entries, num_ranks, num_local_experts)
+    addresses = {name: arena + 4 * first for name, (first, _) in places.items()}
+    if not num_entries:
+        addresses["entries"] = entries
+    return structs.Routing(
+        **addresses,
+        num_tokens=num_tokens,
+        num_topk=num_topk,
+        num_topk4=whole_vectors(num_topk),
+        expert_major=expert_major,
+        last_entry=last_entry,
+    )
 
 
 @dataclass(kw_only=True, eq=False)
 class NVLinkRouting:
-    """See `ep_comm.handle.Routing`. The index arrays of csrc/ep_comm.h's ``ep_routing``, in one
-    allocation: row ``source * max_tokens_per_rank + slot`` is a received row.
+    """See `ep_comm.handle.Routing`. The index arrays of csrc/ep_comm.h's ``ep_routing``.
+
+    Where the host waits for the counts, the entries of received rows are an allocation of their
+    own, as large as what came. Until the first dispatch copies them there they are the buffer's.
 
     Attributes:
-        native: The same for kernels.
+        native: The arrays for kernels.
         number: Of the plan, from 1; the ticket of its counts.
-        stream: The caller's, to which the memory of these arrays belongs.
+        stream: The caller's, to which the memory of the arrays belongs.
+        arena: The arrays whose size is known before the plan.
+        memory: All of them, to keep alive what kernels read.
         first: What the plan leaves to the dispatch that follows it; None afterwards.
         recv_topk_idx: Rank layout: written by the first dispatch.
     """
@@ -84,12 +103,24 @@ class NVLinkRouting:
     capacity: int | None
     num_tokens: int
     num_topk: int
-    source: Tensor
     stream: int
     arena: Tensor
     places: dict[str, tuple[int, int]]
+    memory: tuple[Tensor, ...]
     first: FirstDispatch | None
     recv_topk_idx: Tensor | None = None
+
+    def allocate_entries(self, num_received: int) -> None:
+        """Memory for the entries of so many rows, instead of the buffer's."""
+        entries = self.arena.new_empty(num_received * entry_size(self.num_topk))
+        self.memory = (self.arena, entries)
+        self.native = structs.Routing.from_buffer_copy(self.native)
+        self.native.entries = entries.data_ptr()
+
+    @property
+    def num_bytes(self) -> int:
+        experts = () if self.recv_topk_idx is None else (self.recv_topk_idx,)
+        return sum(tensor.nbytes for tensor in (*self.memory, *experts))
 
     def array(self, name: str) -> Tensor:
         first, count = self.places[name]
@@ -120,6 +151,7 @@ class FirstDispatch(NamedTuple):
     """What belongs to both a plan and the dispatch that follows it.
 
     Attributes:
+        source: What the plan was made from.
         stream: Where they run.
         num_sms: That they occupy.
         record: Address of their record.
@@ -128,6 +160,7 @@ class FirstDispatch(NamedTuple):
         is_captured: In a CUDA graph.
     """
 
+    source: Tensor
     stream: int
     num_sms: int
     record: int

@@ -77,10 +77,11 @@ def allocate_rows(
 
 
 def allocate_experts(
-    args: structs.DispatchArgs, handle: DispatchHandle, device: torch.device
+    args: structs.DispatchArgs, handle: DispatchHandle, source: Tensor, device: torch.device
 ) -> Tensor:
-    """Local experts of the rows [N, K], for a first dispatch of the rank layout to fill."""
-    dtype = index_dtype(handle.routing.source)
+    """Local experts of the rows [N, K], for a first dispatch of the rank layout to fill; in the
+    type of those of its `source`."""
+    dtype = index_dtype(source)
     experts = torch.empty(handle.num_rows, handle.num_topk, dtype=dtype, device=device)
     args.recv_topk_idx = experts.data_ptr()
     args.recv_idx_bytes = dtype.itemsize

@@ -37,6 +37,7 @@ from ep_comm.errors import EPArgumentError, EPMismatchError, EPOverflowError
 from ep_comm.handle import DispatchHandle, RoutingSizes, RowLayout
 from ep_comm.layout import index_dtype, layout_of
 from ep_comm.records import OpRecord, Recorder
+from ep_comm.watch import Wait
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,13 @@ class ReferenceRouting:
     @property
     def num_topk(self) -> int:
         return self.topk_idx.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = [self.topk_idx, self.expert_row_NK, *self.sent_tokens]
+        if self.recv_topk_idx is not None:
+            tensors.append(self.recv_topk_idx)
+        return sum(tensor.nbytes for tensor in tensors)
 
     @property
     def device_tokens_per_expert(self) -> Tensor:
@@ -119,6 +127,9 @@ class ReferenceBackend:
 
     def describe(self) -> str:
         return f"reference over {'/'.join(sorted(set(self.transport.backends.values())))}"
+
+    def waits(self) -> list[Wait]:
+        return self.transport.waits()
 
     @property
     def has_failed(self) -> bool:

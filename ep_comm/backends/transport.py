@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import BackendConfig
 
 from ep_comm.errors import EPStateError, EPTimeoutError
+from ep_comm.watch import Wait
 
 _HEADER = "header"
 _PHASES = (_HEADER, "routing", "rows", "weights")
@@ -39,24 +40,12 @@ class Operation(NamedTuple):
         return _FIRST_TAG | place
 
 
-class Wait(NamedTuple):
-    """Whom this rank waits for; None where the transport cannot tell."""
-
-    op: str
-    phase: str
-    epoch: int
-    rank: int | None
-
-
 class Transport:
     """Sends one tensor to, and receives one from, every rank of a group.
 
     gloo blocks the host, so that every wait can be bounded and its late peer named; its messages
     carry tags. NCCL enqueues on the current stream, and takes messages in the order in which they
     come, whosever they are; only `to_host` blocks, and there the late peer is unknown.
-
-    Attributes:
-        waiting: What the host is waiting for at the moment, if anything.
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
@@ -64,7 +53,7 @@ class Transport:
         self.rank = dist.get_rank(group)
         self.num_ranks = dist.get_world_size(group)
         self.timeout_s = timeout_s
-        self.waiting: Wait | None = None
+        self._waiting: Wait | None = None
         self.backends = backend_by_device_type(group)
         self.device_types = device_types(self.backends)
         on_cpu = "cpu" in self.backends
@@ -89,6 +78,11 @@ class Transport:
         """
         return Exchange(self, send, recv, recv_rows, operation, phase)
 
+    def waits(self) -> list[Wait]:
+        """Say whom the host waits for at the moment; from any thread."""
+        waiting = self._waiting
+        return [] if waiting is None else [waiting]
+
     def to_host(self, tensor: Tensor, operation: Operation, phase: str) -> Tensor:
         """`tensor` on the CPU, waiting at most the timeout for the stream to get there."""
         if not tensor.is_cuda:
@@ -98,14 +92,14 @@ class Transport:
         done = torch.cuda.Event()
         done.record()
         deadline = time.monotonic() + self.timeout_s
-        self.waiting = Wait(operation.op, phase, operation.epoch, None)
+        self._waiting = Wait(operation.op, phase, operation.epoch, None)
         try:
             while not done.query():
                 if time.monotonic() > deadline:
                     raise self.timeout(operation, phase, late_ranks=())
                 time.sleep(20e-6)
         finally:
-            self.waiting = None
+            self._waiting = None
         return host
 
     def timeout(
@@ -180,7 +174,7 @@ class Exchange:
         arrived = {self._transport.rank}
         for r, work in [*self._recvs, *self._sends]:
             left = self._transport.timeout_s - (time.monotonic() - start)
-            self._transport.waiting = self._wait_for(r)
+            self._transport._waiting = self._wait_for(r)
             try:
                 work.wait(timedelta(seconds=max(left, 1e-3)))
             except RuntimeError as error:
@@ -191,7 +185,7 @@ class Exchange:
                     self._operation, self._phase, tuple(sorted(late))
                 ) from error
             finally:
-                self._transport.waiting = None
+                self._transport._waiting = None
             waited[r] = max(waited[r], time.monotonic() - start)
             arrived.add(r)
         return tuple(waited)
