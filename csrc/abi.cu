@@ -66,7 +66,7 @@ constexpr int32_t kNode[] = {
 #define F(field) EP_OFFSET(ep_mailbox, field)
 constexpr int32_t kMailbox[] = {
     EP_SIZE(ep_mailbox),
-    F(ticket), F(routing_error), F(num_sent_tokens), F(num_recv_tokens),
+    F(ticket), F(routing_error), F(asked_tokens), F(num_sent_tokens), F(num_recv_tokens),
     F(num_tokens_per_expert),
 };
 #undef F
@@ -74,7 +74,7 @@ constexpr int32_t kMailbox[] = {
 #define F(field) EP_OFFSET(ep_notice, field)
 constexpr int32_t kNotice[] = {
     EP_SIZE(ep_notice),
-    F(code), F(routing_error), F(num_rows), F(capacity),
+    F(code), F(routing_error), F(asked_tokens), F(num_rows), F(capacity),
 };
 #undef F
 

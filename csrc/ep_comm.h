@@ -107,8 +107,7 @@ enum {
 enum {
   EP_FAULT_NONE = 0,
   EP_FAULT_TIMEOUT = 1,  /* the peer did not arrive */
-  EP_FAULT_MISMATCH = 2, /* the peer plans something else */
-  EP_FAULT_TOO_MANY = 3  /* the peer has `seen` tokens, there is room for `expected` */
+  EP_FAULT_MISMATCH = 2  /* the peer plans something else */
 };
 
 /* What the ranks of one plan must agree on; ep_fault.field. */
@@ -136,8 +135,8 @@ typedef struct ep_fault {
   int32_t phase;    /* EP_PHASE_* */
   int32_t peer;     /* rank that was waited for, or that disagrees */
   int32_t field;    /* EP_FAULT_MISMATCH: EP_FIELD_* */
-  int64_t expected; /* epoch, or this rank's value of the field, or tokens */
-  int64_t seen;     /* epoch, or the peer's value, or its tokens */
+  int64_t expected; /* epoch, or this rank's value of the field */
+  int64_t seen;     /* epoch, or the peer's value */
 } ep_fault;
 
 /* For whom kernels have been waiting for more than a second; host memory that the device sees. For
@@ -186,6 +185,7 @@ EP_API int32_t ep_load_kernels(void);
 typedef struct ep_mailbox {
   int32_t ticket;                              /* of the plan; written last */
   int32_t routing_error[4];                    /* of this rank's own input; as ep_layout_args */
+  int32_t asked_tokens[EP_MAX_NODE_RANKS];     /* of each rank; more than max_tokens: none was sent */
   int32_t num_sent_tokens[EP_MAX_NODE_RANKS];  /* rows to each rank */
   int32_t num_recv_tokens[EP_MAX_NODE_RANKS];  /* rows from each rank */
   int32_t num_tokens_per_expert[1024];         /* [E_local] before padding */
@@ -196,14 +196,16 @@ typedef struct ep_mailbox {
 typedef struct ep_notice {
   int32_t code;              /* EP_NOTICE_*, written last */
   int32_t routing_error[4];  /* EP_NOTICE_ROUTING: as ep_layout_args.error */
+  int32_t asked_tokens[EP_MAX_NODE_RANKS]; /* EP_NOTICE_TOO_MANY: as ep_mailbox.asked_tokens */
   int32_t num_rows;          /* EP_NOTICE_OVERFLOW: rows that the output would have needed */
-  int32_t capacity;          /* rows that it has */
+  int32_t capacity;          /* rows that it has; EP_NOTICE_TOO_MANY: ep_plan_args.max_tokens */
 } ep_notice;
 
 enum {
   EP_NOTICE_NONE = 0,
   EP_NOTICE_ROUTING = 1,
-  EP_NOTICE_OVERFLOW = 2
+  EP_NOTICE_OVERFLOW = 2,
+  EP_NOTICE_TOO_MANY = 3
 };
 
 /* Where the rows of one dispatch go: device memory, written by ep_plan and read by every operation
@@ -252,8 +254,8 @@ typedef struct ep_plan_args {
   int32_t input_kind;
   int32_t num_experts;
   int32_t max_tokens;
-  int32_t asked_tokens;       /* routing.num_tokens; or more than max_tokens, while that is 0: all
-                                 ranks then end with EP_FAULT_TOO_MANY */
+  int32_t asked_tokens;       /* routing.num_tokens; or more than max_tokens, while that is 0: the
+                                 operation goes on without them, and all ranks hear of it */
   int32_t hidden;             /* only compared between ranks */
   int32_t expert_alignment;
   int32_t num_send_blocks;    /* of the two kernels; all of one must fit on the GPU at once */

@@ -11,20 +11,18 @@
 
 namespace ep::plan {
 
-// Thread `source`: waits for that rank's routing and reads its header; 0 rows after a fault.
+// Thread `source`: waits for that rank's routing and reads its header. A rank with more tokens than
+// there is room for sends none, and all hear how many it asked for; 0 rows after a fault.
 __device__ inline void wait_for_header(const ep_plan_args& args, int32_t source, int32_t epoch,
-                                       int32_t* num_rows) {
+                                       int32_t* num_rows, int32_t* asked_tokens) {
   const ep_node& node = args.node;
   const uint32_t* const flag = in_memory_of<uint32_t>(node, node.rank, args.flag_offset) + source;
-  int32_t rows = 0, tokens = 0;
+  int32_t rows = 0, asked = 0;
   if (wait_epoch(node, flag, epoch, EP_PHASE_PLAN, source)) {
     const volatile int32_t* const header =
         in_memory_of<int32_t>(node, node.rank, args.header_offset) + source * kHeaderInts;
     rows = min(max(header[0], 0), args.max_tokens);
-    tokens = min(max(header[1], 0), args.max_tokens);
-    if (header[1] > args.max_tokens) {
-      raise_fault(node, EP_FAULT_TOO_MANY, EP_PHASE_PLAN, source, 0, args.max_tokens, header[1]);
-    }
+    asked = max(header[1], 0);
     for (int i = 0; i < EP_NUM_FIELDS; ++i) {
       const int32_t ours = field_of(args, i), theirs = header[2 + i];
       if (theirs == ours) continue;
@@ -34,9 +32,10 @@ __device__ inline void wait_for_header(const ep_plan_args& args, int32_t source,
     }
   }
   num_rows[source] = rows;
+  asked_tokens[source] = asked;
   if (blockIdx.x == 0) {
     args.routing.num_recv[source] = rows;
-    args.routing.source_tokens[source] = tokens;
+    args.routing.source_tokens[source] = asked <= args.max_tokens ? asked : 0;
   }
 }
 
@@ -73,7 +72,7 @@ __device__ inline int32_t source_of(int32_t n, const int32_t* first_of_source, i
 // Counts, for the host and for the dispatch: one block. first_row and num_rows: of the groups.
 __device__ inline void publish(const ep_plan_args& args, const int32_t* sent_error,
                                const int32_t* expert_tokens, const int32_t* first_row,
-                               const int32_t* num_rows, int32_t end) {
+                               const int32_t* num_rows, const int32_t* asked_tokens, int32_t end) {
   const int32_t num_ranks = args.node.num_ranks;
   const int32_t num_local_experts = args.num_experts / num_ranks;
   const int32_t capacity = args.capacity;
@@ -92,16 +91,24 @@ __device__ inline void publish(const ep_plan_args& args, const int32_t* sent_err
   if (args.ticket == 0) {
     volatile ep_notice* const notice = args.notice;
     if (threadIdx.x != 0 || notice->code != EP_NOTICE_NONE) return;
-    if (sent_error[0] == EP_ROUTING_OK && end <= capacity) return;
+    bool too_many = false;
+    for (int32_t r = 0; r < num_ranks; ++r) {
+      notice->asked_tokens[r] = asked_tokens[r];
+      too_many |= asked_tokens[r] > args.max_tokens;
+    }
+    if (!too_many && sent_error[0] == EP_ROUTING_OK && end <= capacity) return;
     for (int i = 0; i < 4; ++i) notice->routing_error[i] = sent_error[i];
     notice->num_rows = end;
-    notice->capacity = capacity;
+    notice->capacity = too_many ? args.max_tokens : capacity;
     __threadfence_system();
-    notice->code = sent_error[0] != EP_ROUTING_OK ? EP_NOTICE_ROUTING : EP_NOTICE_OVERFLOW;
+    notice->code = too_many                         ? EP_NOTICE_TOO_MANY
+                   : sent_error[0] != EP_ROUTING_OK ? EP_NOTICE_ROUTING
+                                                    : EP_NOTICE_OVERFLOW;
     return;
   }
   if (threadIdx.x < EP_MAX_NODE_RANKS) {
     const int32_t r = threadIdx.x;
+    args.mailbox->asked_tokens[r] = r < num_ranks ? asked_tokens[r] : 0;
     args.mailbox->num_sent_tokens[r] = r < num_ranks ? args.routing.num_sent[r] : 0;
     args.mailbox->num_recv_tokens[r] = r < num_ranks ? num_rows[r] : 0;
   }
@@ -129,12 +136,13 @@ __global__ void __launch_bounds__(kThreads)
   int32_t* const tokens = next_row + num_experts;          // [E] of all blocks
   int32_t* const first_row = tokens + num_experts;         // [E] of each expert's group
   __shared__ int32_t num_rows[EP_MAX_NODE_RANKS], first_of_source[EP_MAX_NODE_RANKS];
+  __shared__ int32_t asked_tokens[EP_MAX_NODE_RANKS];
   int32_t* const entries = args.routing.entries;
   const int32_t epoch = epoch_of(node);
   uint32_t* const counters = reinterpret_cast<uint32_t*>(args.counters);
 
   if (static_cast<int32_t>(threadIdx.x) < num_ranks) {
-    wait_for_header(args, threadIdx.x, epoch, num_rows);
+    wait_for_header(args, threadIdx.x, epoch, num_rows, asked_tokens);
   }
   for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) next_row[e] = tokens[e] = 0;
   const int32_t num_received = prefix_of_groups(num_rows, num_ranks, 1, first_of_source);
@@ -204,7 +212,7 @@ __global__ void __launch_bounds__(kThreads)
       prefix_of_groups(tokens, num_experts, args.expert_alignment, first_row);
   for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) next_row[e] += first_row[e];
   if (blockIdx.x == 0) {
-    publish(args, scratch.sent_error, tokens, first_row, num_rows,
+    publish(args, scratch.sent_error, tokens, first_row, num_rows, asked_tokens,
             args.routing.expert_major ? end_of_groups : num_received);
   }
   __syncthreads();

@@ -14,6 +14,7 @@ from ep_comm.errors import (
     EPRoutingError,
     EPStateError,
     EPTimeoutError,
+    EPTooManyTokensError,
     EPUnsupportedError,
 )
 from ep_comm.events import EventOverlap
@@ -32,6 +33,7 @@ __all__ = [
     "EPRoutingError",
     "EPStateError",
     "EPTimeoutError",
+    "EPTooManyTokensError",
     "EPUnsupportedError",
     "EventOverlap",
     "__version__",

@@ -6,13 +6,14 @@ import pickle
 
 import pytest
 
-from ep_comm import EPOverflowError, EPTimeoutError
+from ep_comm import EPOverflowError, EPTimeoutError, EPTooManyTokensError
 
 
 @pytest.mark.parametrize(
     "error",
     [
         EPOverflowError(num_rows=7, capacity=4),
+        EPTooManyTokensError(num_tokens=(3, 9), max_tokens=8),
         EPTimeoutError(
             op="combine", phase="rows", rank=0, late_ranks=(1, 2), epoch=3, timeout_s=2.0
         ),

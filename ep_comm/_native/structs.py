@@ -28,7 +28,6 @@ EP_PHASE_ROWS = 3
 EP_FAULT_NONE = 0
 EP_FAULT_TIMEOUT = 1
 EP_FAULT_MISMATCH = 2
-EP_FAULT_TOO_MANY = 3
 EP_FIELD_NUM_TOPK = 0
 EP_FIELD_HIDDEN = 1
 EP_FIELD_NUM_EXPERTS = 2
@@ -41,6 +40,7 @@ EP_OP_COMBINE = 2
 EP_NOTICE_NONE = 0
 EP_NOTICE_ROUTING = 1
 EP_NOTICE_OVERFLOW = 2
+EP_NOTICE_TOO_MANY = 3
 EP_RECV_BYTES = 0
 EP_RECV_BF16 = 1
 EP_RECV_FP32 = 2
@@ -134,6 +134,7 @@ class Mailbox(ctypes.Structure):
     _fields_ = [
         ("ticket", _INT32),
         ("routing_error", _INT32 * 4),
+        ("asked_tokens", _INT32 * EP_MAX_NODE_RANKS),
         ("num_sent_tokens", _INT32 * EP_MAX_NODE_RANKS),
         ("num_recv_tokens", _INT32 * EP_MAX_NODE_RANKS),
         ("num_tokens_per_expert", _INT32 * 1024),
@@ -146,6 +147,7 @@ class Notice(ctypes.Structure):
     _fields_ = [
         ("code", _INT32),
         ("routing_error", _INT32 * 4),
+        ("asked_tokens", _INT32 * EP_MAX_NODE_RANKS),
         ("num_rows", _INT32),
         ("capacity", _INT32),
     ]

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_comm import _native, fp8
+from ep_comm import _native, checks, fp8
 from ep_comm._native import structs
 from ep_comm.backends import nvlink_support
 from ep_comm.backends.base import Combined, Pending, Received
@@ -392,8 +392,10 @@ class NVLinkBackend:
             self.native.launch("ep_dispatch", args, streams.side)
             streams.wait(stream, streams.side)
         if routing.capacity is None:
+            mailbox = self.memory.mailbox
+            checks.check_num_tokens(mailbox.asked_tokens[: self.num_ranks], self.config)
             raise_if_bad(
-                list(self.memory.mailbox.routing_error),
+                list(mailbox.routing_error),
                 first.source,
                 routing.num_topk,
                 self.config.num_experts,

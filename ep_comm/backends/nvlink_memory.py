@@ -214,9 +214,14 @@ class NodeMemory:
         notice = self._notice
         code, routing_error = notice.code, list(notice.routing_error)
         overflow = EPOverflowError(num_rows=notice.num_rows, capacity=notice.capacity)
+        too_many = EPTooManyTokensError(
+            tuple(notice.asked_tokens[: self.num_ranks]), notice.capacity
+        )
         notice.code = structs.EP_NOTICE_NONE
         if code == structs.EP_NOTICE_OVERFLOW:
             return overflow
+        if code == structs.EP_NOTICE_TOO_MANY:
+            return too_many
         kind, token, place, value = routing_error
         return EPRoutingError(
             f"an earlier dispatch with num_worst_tokens got a bad routing: token {token}, entry "
@@ -226,10 +231,6 @@ class NodeMemory:
     def _error(self) -> EPError:
         fault = self._fault
         op = _OPS[fault.op]
-        if fault.code == structs.EP_FAULT_TOO_MANY:
-            tokens = [0] * self.num_ranks
-            tokens[fault.peer] = fault.seen
-            return EPTooManyTokensError(tuple(tokens), fault.expected)
         if fault.field == structs.EP_FIELD_CALL:
             return EPMismatchError(
                 f"ranks disagree: rank {self.rank} and rank {fault.peer} made different {op} "
