@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import queue
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,6 +107,32 @@ def test_overlapped_weight_gradients_are_the_same_bits(feature, overlap_grad_red
         assert a["losses"] == b["losses"]
         for name in a["gradients"]:
             assert np.array_equal(a["gradients"][name], b["gradients"][name]), name
+
+
+FROZEN = {
+    "router": r"router",
+    "all_but_experts": r"^(?!.*experts)",  # the first dispatch has no backward
+    "all_but_the_last_experts": r"^(?!.*layers\.1\.mlp\.experts)",
+    "experts": r"experts",
+    "one_expert": r"local_experts\.1\.",
+    "all_but_one_expert": r"^(?!.*local_experts\.1\.)",
+    "first_linear_layers": r"linear_fc1",
+}
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_overlapped_weight_gradients_where_parts_are_frozen(frozen):
+    setup = Setup(frozen=FROZEN[frozen], microbatches=2, overlap_grad_reduce=True)
+    ours = run(dataclasses.replace(setup, options=(("overlap_wgrad", True),)))
+    assert ours[0]["gradients"]
+    assert_close_runs(ours, run(dataclasses.replace(setup, dispatcher="alltoall")), CLOSE)
+
+
+def test_overlapped_weight_gradients_where_parts_are_frozen_and_recomputed():
+    """Megatron's recomputation needs something trainable before it, as with alltoall."""
+    setup = Setup(frozen=r"^(?!.*(experts|embedding))", config=RECOMPUTE_FULL)
+    ours = run(dataclasses.replace(setup, options=(("overlap_wgrad", True),)))
+    assert_close_runs(ours, run(dataclasses.replace(setup, dispatcher="alltoall")), CLOSE)
 
 
 WIDE = (("hidden_size", 128),)
@@ -472,6 +500,35 @@ def unfinished_gradients_are_left_alone(rank: int) -> None:
 
 def test_autograd_copies_no_unfinished_gradients():
     run_ranks(1, unfinished_gradients_are_left_alone, pool="megatron")
+
+
+class StoringLinear(torch.nn.Module):
+    """Keeps a queue of delayed gradients; some of Transformer Engine's raise where it is empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3, 2))
+        self.wgrad_store = SimpleNamespace(context=queue.Queue())
+
+    def backward_dw(self) -> None:
+        self.wgrad_store.context.get_nowait()
+
+
+def only_owed_gradients_are_computed(rank: int) -> None:
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    from ep_comm.megatron.wgrad import delay_weight_gradients
+
+    frozen, trained = StoringLinear(), StoringLinear()
+    compute = delay_weight_gradients(torch.nn.Sequential(frozen, trained))
+    trained.wgrad_store.context.put("operands")
+    compute()
+    assert trained.wgrad_store.context.empty()
+
+
+def test_frozen_layers_are_asked_for_no_gradient():
+    run_ranks(1, only_owed_gradients_are_computed, pool="megatron")
 
 
 def buffers_of_a_layer(rank: int) -> None:

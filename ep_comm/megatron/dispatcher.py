@@ -29,6 +29,7 @@ from torch import Tensor
 import ep_comm
 from ep_comm import Buffer, DispatchHandle, EPConfig, fp8
 from ep_comm.megatron.options import EPOptions
+from ep_comm.megatron.wgrad import at_end_of_backward
 
 # One buffer a process group and configuration: all layers of a model share it.
 _buffers: dict[tuple, Buffer] = {}
@@ -63,7 +64,8 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
     Args:
         num_local_experts, local_expert_indices, config, pg_collection: As Megatron passes them.
         options: Settings of ep_comm.
-        during_backward: Run while the backward combine is in flight (delayed weight gradients).
+        during_backward: Run while the backward combine is in flight (delayed weight gradients), or
+            at the end of a backward pass that has none: nothing before the experts is trainable.
 
     The configuration is one that `ep_comm.megatron.options.check_supported` accepts.
     """
@@ -118,6 +120,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             during_backward=self.during_backward,
         )
         self._routing_map = None
+        self._has_backward = out.recv_x.requires_grad
         self.handle = out.handle
         return out.recv_x, out.recv_topk_weights
 
@@ -137,6 +140,8 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Expert-major rows [M, H] to the sums [T, H]."""
+        if self.during_backward is not None and not self._has_backward:
+            at_end_of_backward(hidden_states, self.during_backward)
         return self.buffer.combine(
             hidden_states.contiguous(),
             self.handle,

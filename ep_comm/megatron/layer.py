@@ -159,15 +159,14 @@ def _build(layer: MoELayer, options: EPOptions, args: tuple, kwargs: dict) -> No
     if options.overlap_wgrad:
         arguments["submodules"] = _with_delayed_experts(arguments["submodules"])
     _original_init(layer, **arguments)
-    if options.overlap_wgrad:
-        delay_weight_gradients(layer.experts)
+    during_backward = delay_weight_gradients(layer.experts) if options.overlap_wgrad else None
     layer.token_dispatcher = EPCommTokenDispatcher(
         layer.num_local_experts,
         layer.local_expert_indices,
         config=layer.config,
         pg_collection=pg_collection,
         options=options,
-        during_backward=layer.experts.backward_dw if options.overlap_wgrad else None,
+        during_backward=during_backward,
     )
     if layer.use_shared_expert and layer.shared_expert_overlap:
         layer.token_dispatcher.set_shared_experts(layer.shared_experts)
