@@ -239,6 +239,13 @@ def test_install_reaches_every_layer():
         ),
         ({"overlap_moe_expert_parallel_comm": True}, {}, "the 1F1B overlap"),
         ({"overlap_dispatch_backward_with_experts_wgrad": True}, {}, "experts-wgrad"),
+        ({"fp16": True, "params_dtype": torch.float16}, {}, "--fp16 yet: tokens travel as BF16"),
+        ({"params_dtype": torch.float64}, {}, "params_dtype=torch.float64"),
+        (
+            {"enable_autocast": True, "autocast_dtype": torch.float16},
+            {},
+            "autocast_dtype=torch.float16",
+        ),
         ({"moe_latent_size": 16}, {}, "--moe-latent-size"),
         ({"fp4": "e2m1"}, {}, "--fp4-format"),
         ({"transformer_impl": "inference_optimized"}, {}, "inference_optimized"),

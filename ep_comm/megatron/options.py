@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ep_comm._native.structs import EP_MAX_EXPERTS, EP_MAX_TOPK
-from ep_comm.checks import check_alignment, check_num_sms
+from ep_comm.checks import ROW_DTYPES, check_alignment, check_num_sms
 from ep_comm.config import check_timeout, is_int
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 from ep_comm.megatron.fp8_support import check_fp8, check_transformer_engine
@@ -111,7 +111,15 @@ def _refused(config: TransformerConfig) -> list[tuple[str, object, str]]:
     sharded = f" with --expert-tensor-parallel-size {shards}" if shards > 1 else ""
     limit = ": their product is at most" if shards > 1 else ": at most"
     graphed = _graphed_modules(config)
+    types = ": tokens travel as BF16 or FP32, so take --bf16"
     return [
+        ("--fp16", config.fp16, types),
+        (f"params_dtype={config.params_dtype}", config.params_dtype not in ROW_DTYPES, types),
+        (
+            f"autocast_dtype={config.autocast_dtype}",
+            config.enable_autocast and config.autocast_dtype not in ROW_DTYPES,
+            types,
+        ),
         *(
             (f"{flag} {value}{sharded}", value * shards > maximum, f"{limit} {maximum}")
             for flag, value, maximum in (
