@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ep_comm import fp8
 from ep_comm.config import EPConfig, is_int
-from ep_comm.errors import EPArgumentError, EPRoutingError
+from ep_comm.errors import EPArgumentError, EPRoutingError, setting
 from ep_comm.events import EventOverlap
 from ep_comm.handle import DispatchHandle, Payload, RowLayout
 
@@ -74,7 +74,7 @@ def too_many_tokens(rank: int, num_tokens: int, max_tokens: int) -> EPRoutingErr
     """What all ranks raise where one has more tokens than the buffer holds."""
     return EPRoutingError(
         f"rank {rank} dispatches {num_tokens} tokens, more than the {max_tokens} that the buffer "
-        "was made for: raise max_tokens_per_rank (under Megatron --ep-max-tokens-per-rank)"
+        f"was made for: raise {setting('max_tokens_per_rank')}"
     )
 
 

@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 
-from ep_comm import EPOverflowError, EPTimeoutError
+from ep_comm import EPOverflowError, EPTimeoutError, errors
+from ep_comm.checks import too_many_tokens
 
 
 @pytest.mark.parametrize(
@@ -23,3 +24,12 @@ def test_errors_reach_another_process(error):
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error) and str(again) == str(error)
     assert again in {again}
+
+
+def test_messages_name_the_setting_of_the_tool_in_use(monkeypatch):
+    late = EPTimeoutError(op="plan", phase="rows", rank=0, late_ranks=(1,), epoch=3, timeout_s=2.0)
+    monkeypatch.setattr(errors, "_name_of_setting", None)
+    for name_of in ("EPConfig({}=...)".format, "--{}".format):
+        errors.name_settings(name_of)
+        assert f"or raise {name_of('timeout_s')} if" in str(late)
+        assert str(too_many_tokens(0, 5, 4)).endswith(f"raise {name_of('max_tokens_per_rank')}")

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import queue
 import warnings
+from datetime import timedelta
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +25,7 @@ from megatron_model import (
 from ranks import RankFailure, run_ranks, stop_pool
 
 import ep_comm
+from ep_comm import EPTimeoutError
 
 pytest.importorskip("megatron.core")
 
@@ -558,6 +560,38 @@ def buffers_of_a_layer(rank: int) -> None:
     destroy_buffers()
     layer(torch.randn(tokens, 1, config.hidden_size))
     assert layer.token_dispatcher.buffer is not buffer and layer.token_dispatcher.buffer.is_usable
+
+
+def bounds_of_waits(rank: int) -> None:
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    from ep_comm.megatron import EPOptions
+    from ep_comm.megatron.dispatcher import _default_timeout
+    from ep_comm.megatron.layer import moe_layers
+
+    parallel_state(Setup())
+
+    def bound(seconds: float, **options: float) -> float:
+        config = make_config(Setup(), None)
+        model = make_model(Setup(), config, EPOptions(**options))
+        _, layer = next(iter(moe_layers(model)))
+        group = dist.new_group([0, 1], timeout=timedelta(seconds=seconds))
+        layer.token_dispatcher.tp_ep_group = group
+        layer(torch.randn(4, 1, config.hidden_size))
+        return layer.token_dispatcher.buffer.config.timeout_s
+
+    assert bound(50) == 25
+    assert bound(1800) == 300
+    assert bound(50, timeout_s=40) == 40
+    for untold in (dist.ProcessGroup(0, 1), SimpleNamespace(_get_backend=lambda device: object())):
+        assert _default_timeout(untold, torch.device("cpu")) == 300
+    late = EPTimeoutError(op="plan", phase="x", rank=0, late_ranks=(1,), epoch=1, timeout_s=2.0)
+    assert "raise EPOptions(timeout_s=...) if" in str(late)
+
+
+def test_waits_are_bounded_by_half_of_the_groups_timeout():
+    run_ranks(2, bounds_of_waits, pool="megatron")
 
 
 def test_a_buffer_holds_the_first_tokens_of_all_ranks_and_is_made_anew():

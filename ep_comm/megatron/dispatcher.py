@@ -33,6 +33,7 @@ from ep_comm.megatron.wgrad import at_end_of_backward
 
 # One buffer a process group and configuration: all layers of a model share it.
 _buffers: dict[tuple, Buffer] = {}
+_MAX_DEFAULT_TIMEOUT_S = 300.0
 
 
 def synchronize_buffers() -> None:
@@ -198,7 +199,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
                     max_tokens_per_rank=max_tokens,
                     num_topk=config.moe_router_topk * self.tp_size,
                     dtype=hidden_states.dtype,
-                    timeout_s=options.timeout_s,
+                    timeout_s=options.timeout_s or _default_timeout(group, hidden_states.device),
                 ),
             )
             _buffers[key].set_num_sms(options.num_sms)
@@ -237,6 +238,20 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             f"wire {out} out, {own} back, gradients {gradients_out} out, {own} back; "
             f"buffer {buffer.buffer_bytes} bytes; off: {', '.join(off)}"
         )
+
+
+def _default_timeout(group: dist.ProcessGroup, device: torch.device) -> float:
+    """Half of the group's own timeout, at most five minutes.
+
+    A rank that is late for us makes others late for NCCL, whose watchdog ends them without a name:
+    ours comes first. A group that does not tell (a wrapper's, another torch's) is taken to have
+    torch's defaults, which are ten minutes and more.
+    """
+    try:
+        seconds = group._get_backend(device).options._timeout.total_seconds()
+    except (AttributeError, RuntimeError):
+        return _MAX_DEFAULT_TIMEOUT_S
+    return min(seconds / 2, _MAX_DEFAULT_TIMEOUT_S)
 
 
 def _quantisation_alignment(config) -> int:

@@ -24,7 +24,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
-from ep_comm.errors import EPArgumentError, EPStateError, EPUnsupportedError
+from ep_comm.errors import EPArgumentError, EPStateError, EPUnsupportedError, name_settings
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
 from ep_comm.megatron.options import EPOptions, check_one_node, check_supported
 from ep_comm.megatron.wgrad import delay_weight_gradients, with_delayed_wgrad
@@ -44,6 +44,7 @@ def _init(self: MoELayer, *args: Any, ep_options: EPOptions | None = None, **kwa
 
 
 MoELayer.__init__ = _init
+name_settings("EPOptions({}=...)".format)  # until a tool with flags says otherwise
 
 
 def use_ep_comm(spec: Any, options: EPOptions | None = None) -> Any:
@@ -102,6 +103,14 @@ def install(options: EPOptions | None = None) -> None:
     _installed = options
     if options.overlap_wgrad:
         _delay_wgrad_in_ddp()
+
+
+def complete(**settings: Any) -> EPOptions:
+    """Give what the installed options leave at None, before a model is built; returns them."""
+    global _installed
+    left = {name: value for name, value in settings.items() if getattr(_installed, name) is None}
+    _installed = dataclasses.replace(_installed, **left)
+    return _installed
 
 
 def check_model(model_chunks: Iterable[nn.Module]) -> int:

@@ -37,7 +37,8 @@ class EPOptions:
             micro-batch's, over all ranks.
         num_sms: SMs that each operation's kernels may occupy; None is all of the GPU's, and 24 of
             a combine beside weight gradients. No effect with the reference backend.
-        timeout_s: Bound of every wait for another rank, in seconds.
+        timeout_s: Bound of every wait for another rank, in seconds; None takes half of the process
+            group's own timeout, at most five minutes.
     """
 
     fp8_dispatch: bool = False
@@ -46,10 +47,11 @@ class EPOptions:
     expert_alignment: int | None = None
     max_tokens_per_rank: int | None = None
     num_sms: int | None = None
-    timeout_s: float = 30.0
+    timeout_s: float | None = None
 
     def __post_init__(self) -> None:
-        check_timeout(self.timeout_s)
+        if self.timeout_s is not None:
+            check_timeout(self.timeout_s)
         if self.expert_alignment is not None:
             check_alignment(self.expert_alignment)
         tokens = self.max_tokens_per_rank
