@@ -190,10 +190,13 @@ def install_and_train(rank: int, setup: Setup) -> dict:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     from ep_comm.megatron import EPOptions, install
+    from ep_comm.megatron.layer import complete
 
     install(EPOptions(**dict(setup.options)))  # again: nothing happens
     with pytest.raises(EPStateError, match="is installed with"):
         install(EPOptions(timeout_s=1))
+    completed = complete(max_tokens_per_rank=5, overlap_wgrad=False)
+    assert completed == EPOptions(overlap_wgrad=True, max_tokens_per_rank=5)
     assert MoELayer.__init__.__wrapped__ is not None
     return result
 
