@@ -7,7 +7,25 @@ for callers that know nothing of ep_comm.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+
+_name_of_setting: Callable[[str], str] = "EPConfig({}=...)".format
+
+
+def name_settings(name_of: Callable[[str], str]) -> None:
+    """Have this process's messages call a setting what its user knows it by.
+
+    `name_of` takes the field of `EPConfig`, such as ``"timeout_s"``.
+    A tool with switches of its own gives theirs, such as ``--ep-timeout``.
+    """
+    global _name_of_setting
+    _name_of_setting = name_of
+
+
+def setting(field: str) -> str:
+    """What the user of this process knows that field of `EPConfig` by."""
+    return _name_of_setting(field)
 
 
 class EPError(Exception):
@@ -76,8 +94,7 @@ class EPTooManyTokensError(_WithFields, EPRoutingError):
         )
         return (
             f"rank {rank} dispatches {tokens} tokens, more than the {self.max_tokens} that the "
-            "buffer was made for: raise max_tokens_per_rank (under Megatron "
-            "--ep-max-tokens-per-rank)"
+            f"buffer was made for: raise {setting('max_tokens_per_rank')}"
         )
 
 
@@ -128,5 +145,5 @@ class EPTimeoutError(_WithFields, RuntimeError):
         return (
             f"{self.op} #{self.epoch}: rank {self.rank} waited {self.timeout_s:g} s for {late} "
             f"(phase: {self.phase}). The buffer is no longer usable; build a new one on a group "
-            "without the missing rank, or raise timeout_s if the rank is only slow."
+            f"without the missing rank, or raise {setting('timeout_s')} if the rank is only slow."
         )

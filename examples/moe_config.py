@@ -106,8 +106,8 @@ class Dispatch(_Group):
     ep_num_sms: Annotated[int, Field(ge=2)] | None = _key(
         None, "SMs of a dispatch or combine; none: all, and 24 beside weight gradients"
     )
-    ep_timeout: Annotated[float, Field(gt=0, le=1e8)] = _key(
-        30.0, "seconds to wait for a rank before giving up"
+    ep_timeout: Annotated[float, Field(gt=0, le=1e8)] | None = _key(
+        None, "seconds to wait for a rank before giving up; none: half of the process group's 600"
     )
 
 

@@ -28,6 +28,7 @@ from moe_config import PretrainConfig
 from moe_launch import UserError, agree
 
 from ep_comm import megatron as ep_megatron
+from ep_comm.errors import name_settings
 
 DEEPEP = "deepep"
 NEEDS_TRANSFORMER_ENGINE = (
@@ -216,11 +217,18 @@ def _layer_spec(config: PretrainConfig) -> ModuleSpec:
             fp8_grad_dispatch=config.ep_fp8_grad_dispatch,
             overlap_wgrad=config.ep_overlap_wgrad,
             expert_alignment=config.ep_expert_alignment,
+            max_tokens_per_rank=config.micro_batch_size * config.seq_length,
             num_sms=config.ep_num_sms,
             timeout_s=config.ep_timeout,
         )
         spec = ep_megatron.use_ep_comm(spec, options)
+        name_settings(_flag)
     return spec
+
+
+def _flag(setting: str) -> str:
+    """The flag that gives this setting of ep_comm, for its messages."""
+    return f"--ep-{setting.removesuffix('_s').replace('_', '-')}"
 
 
 def _gpt_model(

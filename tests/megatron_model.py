@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -27,7 +28,8 @@ class Setup:
 
     `tp` above 1 means sequence parallelism too, as Megatron wants it for MoE. `vpp` is the number
     of model chunks a pipeline stage. `te` takes Transformer Engine's modules, on GPUs; `fused` has
-    them accumulate gradients as the example does.
+    them accumulate gradients as the example does. `frozen` matches the names of parameters that are
+    not trained.
     """
 
     dispatcher: str = "deepep"
@@ -48,6 +50,7 @@ class Setup:
     through_install: bool = False
     te: bool = False
     fused: bool = False
+    frozen: str | None = None
     seq: int = SEQ
     lr: float = 1e-2
 
@@ -123,6 +126,7 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
             f"{i}.{name}": p.main_grad.clone()
             for i, chunk in enumerate(model)
             for name, p in chunk.named_parameters()
+            if p.requires_grad
         }
         metrics = meter.step()
         optimizer.step()
@@ -272,6 +276,9 @@ def make_model(setup: Setup, config, options) -> list:
             from moe_model import fuse_accumulation
 
             fuse_accumulation(chunk)
+        for name, parameter in chunk.named_parameters():
+            if setup.frozen and re.search(setup.frozen, name):
+                parameter.requires_grad_(False)
         if setup.bf16:
             chunk = chunk.bfloat16()
         chunks.append(DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0))

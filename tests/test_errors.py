@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from ep_comm import EPOverflowError, EPTimeoutError, EPTooManyTokensError
+from ep_comm import EPOverflowError, EPTimeoutError, EPTooManyTokensError, errors
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,13 @@ def test_errors_reach_another_process(error):
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error) and str(again) == str(error)
     assert again in {again}
+
+
+def test_messages_name_the_setting_of_the_tool_in_use(monkeypatch):
+    too_many = EPTooManyTokensError(num_tokens=(5, 0), max_tokens=4)
+    late = EPTimeoutError(op="plan", phase="rows", rank=0, late_ranks=(1,), epoch=3, timeout_s=2.0)
+    monkeypatch.setattr(errors, "_name_of_setting", None)
+    for name_of in ("EPConfig({}=...)".format, "--{}".format):
+        errors.name_settings(name_of)
+        assert f"or raise {name_of('timeout_s')} if" in str(late)
+        assert str(too_many).endswith(f"raise {name_of('max_tokens_per_rank')}")

@@ -354,3 +354,26 @@ def test_failed_run_ends_its_logs(tmp_path):
     assert f"log: {tmp_path / LOG_FILE}\n" in result.output
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     assert [r["exit_code"] for r in wandb_records(folder)["exit"]] == [1]
+
+
+def options_of_the_layers(rank: int, flags: list[str]) -> tuple[float | None, int | None]:
+    from moe_config import parse_args
+    from moe_launch import prepare_megatron
+
+    prepare_megatron()
+    from moe_model import _layer_spec
+
+    mlp = _layer_spec(parse_args(flags)).submodules.mlp
+    options = getattr(mlp, "params", None) or mlp.keywords  # before megatron-core 0.18, or after
+    return options["ep_options"].timeout_s, options["ep_options"].max_tokens_per_rank
+
+
+def test_buffers_are_sized_by_the_configuration():
+    flags = [*map(str, TINY), "--micro-batch-size", "3", "--global-batch-size", "6"]
+    flags += ["--seq-length", "20"]
+    assert run_ranks(1, options_of_the_layers, flags, fresh=True) == [(None, 60)]
+
+
+def test_a_late_rank_is_waited_for_as_long_as_the_flag_says(tmp_path):
+    with pytest.raises(RankFailure, match="waited 1e-06 s .* or raise --ep-timeout if"):
+        train(tmp_path / "late", *TINY, "--ep-timeout", "1e-6")

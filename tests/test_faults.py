@@ -88,7 +88,7 @@ def one_rank_has_too_many_tokens(rank: int, device: str, backend: str, capacity=
 def test_too_many_tokens_on_one_rank_are_named_on_all():
     for message in run_ranks(3, one_rank_has_too_many_tokens, "cpu", "reference"):
         assert "rank 1 dispatches 9 tokens, more than the 8" in message
-        assert "--ep-max-tokens-per-rank" in message
+        assert "raise EPConfig(max_tokens_per_rank=...)" in message
 
 
 @pytest.mark.multi_gpu

@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import queue
+import time
 import warnings
+from datetime import timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +26,7 @@ from megatron_model import (
 from ranks import RankFailure, run_ranks, stop_pool
 
 import ep_comm
+from ep_comm import EPMismatchError, EPTimeoutError
 
 pytest.importorskip("megatron.core")
 
@@ -107,6 +112,32 @@ def test_overlapped_weight_gradients_are_the_same_bits(feature, overlap_grad_red
             assert np.array_equal(a["gradients"][name], b["gradients"][name]), name
 
 
+FROZEN = {
+    "router": r"router",
+    "all_but_experts": r"^(?!.*experts)",  # the first dispatch has no backward
+    "all_but_the_last_experts": r"^(?!.*layers\.1\.mlp\.experts)",
+    "experts": r"experts",
+    "one_expert": r"local_experts\.1\.",
+    "all_but_one_expert": r"^(?!.*local_experts\.1\.)",
+    "first_linear_layers": r"linear_fc1",
+}
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_overlapped_weight_gradients_where_parts_are_frozen(frozen):
+    setup = Setup(frozen=FROZEN[frozen], microbatches=2, overlap_grad_reduce=True)
+    ours = run(dataclasses.replace(setup, options=(("overlap_wgrad", True),)))
+    assert ours[0]["gradients"]
+    assert_close_runs(ours, run(dataclasses.replace(setup, dispatcher="alltoall")), CLOSE)
+
+
+def test_overlapped_weight_gradients_where_parts_are_frozen_and_recomputed():
+    """Megatron's recomputation needs something trainable before it, as with alltoall."""
+    setup = Setup(frozen=r"^(?!.*(experts|embedding))", config=RECOMPUTE_FULL)
+    ours = run(dataclasses.replace(setup, options=(("overlap_wgrad", True),)))
+    assert_close_runs(ours, run(dataclasses.replace(setup, dispatcher="alltoall")), CLOSE)
+
+
 WIDE = (("hidden_size", 128),)
 BLOCKWISE = {"fp8": "e4m3", "fp8_recipe": "blockwise"}
 
@@ -160,10 +191,13 @@ def install_and_train(rank: int, setup: Setup) -> dict:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     from ep_comm.megatron import EPOptions, install
+    from ep_comm.megatron.layer import complete
 
     install(EPOptions(**dict(setup.options)))  # again: nothing happens
     with pytest.raises(EPStateError, match="is installed with"):
         install(EPOptions(timeout_s=1))
+    completed = complete(max_tokens_per_rank=5, overlap_wgrad=False)
+    assert completed == EPOptions(overlap_wgrad=True, max_tokens_per_rank=5)
     assert MoELayer.__init__.__wrapped__ is not None
     return result
 
@@ -211,6 +245,13 @@ def test_install_reaches_every_layer():
         ),
         ({"overlap_moe_expert_parallel_comm": True}, {}, "the 1F1B overlap"),
         ({"overlap_dispatch_backward_with_experts_wgrad": True}, {}, "experts-wgrad"),
+        ({"fp16": True, "params_dtype": torch.float16}, {}, "--fp16 yet: tokens travel as BF16"),
+        ({"params_dtype": torch.float64}, {}, "params_dtype=torch.float64"),
+        (
+            {"enable_autocast": True, "autocast_dtype": torch.float16},
+            {},
+            "autocast_dtype=torch.float16",
+        ),
         ({"moe_latent_size": 16}, {}, "--moe-latent-size"),
         ({"fp4": "e2m1"}, {}, "--fp4-format"),
         ({"transformer_impl": "inference_optimized"}, {}, "inference_optimized"),
@@ -474,6 +515,35 @@ def test_autograd_copies_no_unfinished_gradients():
     run_ranks(1, unfinished_gradients_are_left_alone, pool="megatron")
 
 
+class StoringLinear(torch.nn.Module):
+    """Keeps a queue of delayed gradients; some of Transformer Engine's raise where it is empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3, 2))
+        self.wgrad_store = SimpleNamespace(context=queue.Queue())
+
+    def backward_dw(self) -> None:
+        self.wgrad_store.context.get_nowait()
+
+
+def only_owed_gradients_are_computed(rank: int) -> None:
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    from ep_comm.megatron.wgrad import delay_weight_gradients
+
+    frozen, trained = StoringLinear(), StoringLinear()
+    compute = delay_weight_gradients(torch.nn.Sequential(frozen, trained))
+    trained.wgrad_store.context.put("operands")
+    compute()
+    assert trained.wgrad_store.context.empty()
+
+
+def test_frozen_layers_are_asked_for_no_gradient():
+    run_ranks(1, only_owed_gradients_are_computed, pool="megatron")
+
+
 def buffers_of_a_layer(rank: int) -> None:
     import ep_comm.megatron.cpu
 
@@ -494,6 +564,116 @@ def buffers_of_a_layer(rank: int) -> None:
     destroy_buffers()
     layer(torch.randn(tokens, 1, config.hidden_size))
     assert layer.token_dispatcher.buffer is not buffer and layer.token_dispatcher.buffer.is_usable
+
+
+def batches_that_grow(rank: int) -> None:
+    """A longer batch makes a larger buffer; what went through the smaller one has its gradients."""
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    from ep_comm.megatron import EPOptions, MoEMeter, destroy_buffers, synchronize_buffers
+    from ep_comm.megatron.layer import moe_layers
+
+    parallel_state(Setup())
+    destroy_buffers()
+    config = make_config(Setup(), EPOptions())
+    model = make_model(Setup(), config, EPOptions())
+    layer, other = [layer for _, layer in moe_layers(model)][:2]
+    meter = MoEMeter(model)
+
+    def inputs(tokens: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(100 * tokens + rank)
+        return torch.randn(tokens, 1, config.hidden_size, generator=generator).requires_grad_()
+
+    def gradient(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(y.square().sum(), x)[0]
+
+    small, large = inputs(4), inputs(6 + 20 * rank)
+    through_small = layer(small)[0]
+    assert layer.token_dispatcher.buffer.config.max_tokens_per_rank == 4
+    through_large = layer(large)[0]
+    assert layer.token_dispatcher.buffer.config.max_tokens_per_rank == 26
+    assert other(large)[0].shape == large.shape  # a layer that has seen none of it
+    assert other.token_dispatcher.buffer is layer.token_dispatcher.buffer
+    got = [gradient(small, through_small), gradient(large, through_large)]
+    assert meter.step()["ep/wire-mib"] > 0
+    want = [gradient(x, layer(x)[0]) for x in (small, large)]  # all through the larger one
+    assert all(map(torch.equal, got, want))
+    layer(inputs(27))
+    assert layer.token_dispatcher.buffer.config.max_tokens_per_rank == 32  # a quarter more
+    synchronize_buffers()
+    destroy_buffers()
+    layer(small)
+    assert len(layer.token_dispatcher.buffers) == 1
+
+
+def test_a_longer_batch_makes_a_larger_buffer():
+    run_ranks(2, batches_that_grow, pool="megatron")
+
+
+def other_dispatcher_on_a_rank(rank: int) -> str | None:
+    """The rank that has another dispatcher is named in time, and so is one with other settings."""
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    from ep_comm.megatron import EPOptions
+    from ep_comm.megatron.layer import moe_layers
+
+    parallel_state(Setup())
+    start = time.monotonic()
+    with pytest.raises(EPMismatchError, match="find the most tokens"):
+        options = EPOptions(timeout_s=9.0, max_tokens_per_rank=64 if rank else None)
+        config = make_config(Setup(), options)
+        _, layer = next(iter(moe_layers(make_model(Setup(), config, options))))
+        layer(torch.randn(4, 1, config.hidden_size))
+    assert time.monotonic() - start < 9
+    if rank == 1:
+        dist.barrier()
+        return None
+    options = EPOptions(timeout_s=2.0)
+    config = make_config(Setup(), options)
+    _, layer = next(iter(moe_layers(make_model(Setup(), config, options))))
+    with pytest.raises(EPTimeoutError) as caught:
+        layer(torch.randn(4, 1, config.hidden_size))
+    dist.barrier()
+    return str(caught.value)
+
+
+def test_a_rank_with_another_dispatcher_is_named():
+    message = run_ranks(2, other_dispatcher_on_a_rank, fresh=True)[0]
+    assert "rank 0 waited 2 s for rank 1 (phase: find the most tokens of a rank)" in message
+
+
+def bounds_of_waits(rank: int) -> None:
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    from ep_comm.megatron import EPOptions
+    from ep_comm.megatron.dispatcher import _default_timeout
+    from ep_comm.megatron.layer import moe_layers
+
+    parallel_state(Setup())
+
+    def bound(seconds: float, **options: float) -> float:
+        config = make_config(Setup(), None)
+        model = make_model(Setup(), config, EPOptions(**options))
+        _, layer = next(iter(moe_layers(model)))
+        group = dist.new_group([0, 1], timeout=timedelta(seconds=seconds))
+        layer.token_dispatcher.tp_ep_group = group
+        layer(torch.randn(4, 1, config.hidden_size))
+        return layer.token_dispatcher.buffer.config.timeout_s
+
+    assert bound(50) == 25
+    assert bound(1800) == 300
+    assert bound(50, timeout_s=40) == 40
+    for untold in (dist.ProcessGroup(0, 1), SimpleNamespace(_get_backend=lambda device: object())):
+        assert _default_timeout(untold, torch.device("cpu")) == 300
+    late = EPTimeoutError(op="plan", phase="x", rank=0, late_ranks=(1,), epoch=1, timeout_s=2.0)
+    assert "raise EPOptions(timeout_s=...) if" in str(late)
+
+
+def test_waits_are_bounded_by_half_of_the_groups_timeout():
+    run_ranks(2, bounds_of_waits, pool="megatron")
 
 
 def test_a_buffer_holds_the_first_tokens_of_all_ranks_and_is_made_anew():

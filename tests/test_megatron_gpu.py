@@ -254,3 +254,20 @@ def test_overlap_trains_the_same_bits(fused):
         for name, gradient in plain["gradients"].items():
             assert np.array_equal(gradient, control["gradients"][name]), f"{name}: no repeat"
             assert np.array_equal(gradient, ours["gradients"][name]), name
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [r"^(?!.*experts)", r"experts", r"linear_fc1"],
+    ids=["all-but-experts", "experts", "first-linear-layers"],
+)
+def test_overlap_trains_the_same_bits_where_parts_are_frozen(frozen):
+    setup = dataclasses.replace(
+        MODEL, microbatches=2, dist_opt=True, overlap_grad_reduce=True, frozen=frozen
+    )
+    plain = run(deterministic, setup)
+    overlapped = run(deterministic, with_options(setup, overlap_wgrad=True))
+    for one, other in zip(plain, overlapped, strict=True):
+        assert one["losses"] == other["losses"]
+        for name, gradient in one["gradients"].items():
+            assert np.array_equal(gradient, other["gradients"][name]), name

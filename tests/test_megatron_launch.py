@@ -29,9 +29,15 @@ from example_runs import ROOT, assert_refused, environment
 from megatron_model import Setup, make_config, make_model, parallel_state, train
 from ranks import run_ranks, stop_pool
 
+from ep_comm.checks import too_many_tokens
 from ep_comm.errors import EPArgumentError, EPTimeoutError, EPUnsupportedError
 from ep_comm.megatron import EPOptions, launch
-from ep_comm.megatron.launch_flags import LaunchError, extend_parser, wants_ep_comm
+from ep_comm.megatron.launch_flags import (
+    LaunchError,
+    extend_parser,
+    tokens_per_rank,
+    wants_ep_comm,
+)
 from ep_comm.megatron.options import check_one_node
 from ep_comm.megatron.versions import SUPPORTED, is_supported
 
@@ -134,6 +140,7 @@ def test_start_up_says_what_is_used(stock, ours):
     (line,) = (line for line in ours.output.splitlines() if "MoE layers" in line)
     assert "3 MoE layers on rank 0, all with our dispatcher" in line
     assert "overlap_wgrad=True" in line and "num_sms=24" in line
+    assert "max_tokens_per_rank=32" in line  # two sequences of 16
 
 
 def test_checkpoints_hold_plain_values_of_ours(ours, stock):
@@ -153,7 +160,7 @@ def test_checkpoints_hold_plain_values_of_ours(ours, stock):
         "ep_expert_alignment": None,
         "ep_max_tokens_per_rank": None,
         "ep_num_sms": 24,
-        "ep_timeout_s": 30.0,
+        "ep_timeout_s": None,
     }
     assert args["moe_token_dispatcher_type"] == stock_args["moe_token_dispatcher_type"]
 
@@ -216,14 +223,17 @@ def hooks_of_a_loop(rank: int) -> None:
         save_checkpoint=lambda: None,
     )
     meter = mock.Mock(step=mock.Mock(side_effect=[{"ep/x": n} for n in range(9)]))
-    checked = {name: mock.Mock(return_value=3) for name in ("check_model", "MoEMeter", "install")}
+    names = ("check_model", "MoEMeter", "install", "complete", "tokens_per_rank")
+    checked = {name: mock.Mock(return_value=3) for name in names}
     checked["MoEMeter"].return_value = meter
+    checked["complete"].return_value = EPOptions(overlap_wgrad=True, max_tokens_per_rank=3)
     gradients = lambda model: done.append(("checked", model))  # noqa: E731
     with mock.patch.multiple(hooks, check_weight_gradients=gradients, **checked):
         hooks.Training(training, "0").use(EPOptions(overlap_wgrad=True))
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             training.setup_model_and_optimizer()
+        checked["complete"].assert_called_once_with(max_tokens_per_rank=3)
         checked["check_model"].assert_called_once_with(["model"])
         assert "3 MoE layers on rank 0" in output.getvalue()
         optimizer.step()
@@ -269,6 +279,8 @@ def saving_after_an_error(rank: int) -> None:
     late = EPTimeoutError(
         op="combine", phase="rows", rank=0, late_ranks=(1,), epoch=3, timeout_s=2.0
     )
+    assert "or raise --ep-timeout if" in str(late)
+    assert str(too_many_tokens(0, 5, 4)).endswith("raise --ep-max-tokens-per-rank")
     with mock.patch.object(launch_hooks, "synchronize_buffers", side_effect=late):
         for call in (lambda: training.save_checkpoint(7), hooks.finish):
             with pytest.raises(EPTimeoutError):
@@ -459,6 +471,31 @@ def test_every_option_has_its_flag():
     )
     assert used == [options]
     assert {n: args[f"ep_{n}"] for n in vars(options)} == vars(options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tokens"),
+    [
+        ({}, 3 * 1000),
+        (dict(tensor_model_parallel_size=2), 3 * 1000),  # each has the whole sequence
+        (dict(tensor_model_parallel_size=2, sequence_parallel=True), 3 * 500),
+        (dict(context_parallel_size=4), 3 * 250),
+        (dict(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=4), 375),
+        (dict(tensor_model_parallel_size=7, sequence_parallel=True), 429),
+        (dict(eval_micro_batch_size=5), 5 * 1000),
+        (dict(eval_micro_batch_size=2), 3 * 1000),
+        (dict(decoder_seq_length=1500), 3 * 1500),
+        (dict(decoder_seq_length=100), 3 * 1000),
+        (dict(seq_length=None), None),
+        (dict(variable_seq_lengths=True), None),
+        (dict(hybrid_context_parallel=True), None),
+        (dict(perform_rl_step=True), None),
+    ],
+)
+def test_tokens_of_a_rank_by_megatrons_arguments(arguments, tokens):
+    settings = dict(micro_batch_size=3, seq_length=1000, context_parallel_size=1)
+    settings |= dict(tensor_model_parallel_size=1, sequence_parallel=False)
+    assert tokens_per_rank(argparse.Namespace(**{**settings, **arguments})) == tokens
 
 
 DEEPEP = "--moe-token-dispatcher deepep --num-experts 4"

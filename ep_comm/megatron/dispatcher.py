@@ -18,6 +18,7 @@ gather before the experts and no reduction behind them, and backward sums the sh
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -27,11 +28,16 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
 import ep_comm
-from ep_comm import Buffer, DispatchHandle, EPConfig, fp8
+from ep_comm import Buffer, DispatchHandle, DispatchOutput, EPConfig, EPTooManyTokensError, fp8
+from ep_comm.backends.meeting import meet
 from ep_comm.megatron.options import EPOptions
+from ep_comm.megatron.wgrad import at_end_of_backward
 
-# One buffer a process group and configuration: all layers of a model share it.
-_buffers: dict[tuple, Buffer] = {}
+# Of a process group and configuration the buffers, the last one in use: all layers of a model share
+# it. Those before it were too small; backward passes may still go through them.
+_buffers: dict[tuple, list[Buffer]] = {}
+_GROWTH = 1.25  # at least: so that lengths that creep up leave few behind
+_MAX_DEFAULT_TIMEOUT_S = 300.0
 
 
 def synchronize_buffers() -> None:
@@ -41,7 +47,7 @@ def synchronize_buffers() -> None:
     Raises:
         EPError: As `ep_comm.Buffer.synchronize`. What was computed since is worth nothing.
     """
-    for buffer in _buffers.values():
+    for buffer in chain.from_iterable(_buffers.values()):
         buffer.synchronize()
 
 
@@ -51,10 +57,11 @@ def destroy_buffers() -> None:
     A dispatcher that is used again makes a new one.
     """
     try:
-        for buffer in _buffers.values():
+        for buffer in chain.from_iterable(_buffers.values()):
             buffer.destroy()
     finally:
-        _buffers.clear()
+        for buffers in _buffers.values():
+            buffers.clear()
 
 
 class EPCommTokenDispatcher(MoETokenDispatcher):
@@ -63,7 +70,8 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
     Args:
         num_local_experts, local_expert_indices, config, pg_collection: As Megatron passes them.
         options: Settings of ep_comm.
-        during_backward: Run while the backward combine is in flight (delayed weight gradients).
+        during_backward: Run while the backward combine is in flight (delayed weight gradients), or
+            at the end of a backward pass that has none: nothing before the experts is trainable.
 
     The configuration is one that `ep_comm.megatron.options.check_supported` accepts.
     """
@@ -87,7 +95,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         self.expert_alignment = options.expert_alignment
         if self.expert_alignment is None:
             self.expert_alignment = _quantisation_alignment(config)
-        self.buffer: Buffer | None = None
+        self.buffers: list[Buffer] = []
         self.handle: DispatchHandle | None = None
 
     # --- tokens to experts -----------------------------------------------------------------------
@@ -106,9 +114,20 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """[T, H] and [T, E * ETP] to expert-major rows [M, H] and their probabilities [M]."""
-        if self.buffer is None or not self.buffer.is_usable:
-            self.buffer = self._shared_buffer(hidden_states)
-        out = self.buffer.dispatch(
+        try:
+            out = self._dispatch(self._shared_buffer(hidden_states), hidden_states, probs)
+        except EPTooManyTokensError as error:  # on all ranks
+            if self.options.max_tokens_per_rank is not None:
+                raise
+            larger = self._larger_buffer(hidden_states, max(error.num_tokens))
+            out = self._dispatch(larger, hidden_states, probs)
+        self._routing_map = None
+        self._has_backward = out.recv_x.requires_grad
+        self.handle = out.handle
+        return out.recv_x, out.recv_topk_weights
+
+    def _dispatch(self, buffer: Buffer, hidden_states: Tensor, probs: Tensor) -> DispatchOutput:
+        return buffer.dispatch(
             hidden_states,
             routing_map=self._routing_map,
             topk_weights=probs,
@@ -117,9 +136,6 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             wire_dtype=fp8.FP8_DTYPE if self.options.fp8_dispatch else None,
             during_backward=self.during_backward,
         )
-        self._routing_map = None
-        self.handle = out.handle
-        return out.recv_x, out.recv_topk_weights
 
     def dispatch_postprocess(
         self, hidden_states: Tensor, probs: Tensor
@@ -137,7 +153,9 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Expert-major rows [M, H] to the sums [T, H]."""
-        return self.buffer.combine(
+        if self.during_backward is not None and not self._has_backward:
+            at_end_of_backward(hidden_states, self.during_backward)
+        return self.handle.buffer.combine(
             hidden_states.contiguous(),
             self.handle,
             grad_wire_dtype=fp8.FP8_DTYPE if self.options.fp8_grad_dispatch else None,
@@ -167,39 +185,53 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
 
     # --- the buffer ------------------------------------------------------------------------------
 
+    @property
+    def buffer(self) -> Buffer | None:
+        """The buffer that the next dispatch uses; None before the first one."""
+        return self.buffers[-1] if self.buffers else None
+
     def _shared_buffer(self, hidden_states: Tensor) -> Buffer:
-        """The buffer of this group, made by the first layer's first dispatch. Collective."""
-        config, options = self.config, self.options
-        group = self.tp_ep_group
-        key = (
+        """The buffer of this group, made by the first layer's first dispatch. Collective then."""
+        if self.buffers and self.buffers[-1].is_usable:
+            return self.buffers[-1]
+        config, options, group = self.config, self.options, self.tp_ep_group
+        sizes = (config.num_moe_experts, hidden_states.shape[-1], config.moe_router_topk)
+        self.buffers = _buffers.setdefault((group, *sizes, hidden_states.dtype, options), [])
+        if self.buffers and self.buffers[-1].is_usable:
+            return self.buffers[-1]
+        self.buffers.clear()
+        max_tokens = options.max_tokens_per_rank
+        if max_tokens is None:
+            what_for, mine = "find the most tokens of a rank", hidden_states.shape[0]
+            max_tokens = max(meet(group, what_for, mine, self._timeout_s(hidden_states)).answers)
+        return self._make_buffer(hidden_states, max(max_tokens, 1))
+
+    def _larger_buffer(self, hidden_states: Tensor, num_tokens: int) -> Buffer:
+        """A buffer with room for so many tokens instead of the one there is. Collective."""
+        room = int(_GROWTH * self.buffers[-1].config.max_tokens_per_rank)
+        return self._make_buffer(hidden_states, max(num_tokens, room))
+
+    def _make_buffer(self, hidden_states: Tensor, max_tokens: int) -> Buffer:
+        config, group = self.config, self.tp_ep_group
+        buffer = Buffer(
             group,
-            config.num_moe_experts,
-            hidden_states.shape[-1],
-            hidden_states.dtype,
-            config.moe_router_topk,
-            options,
+            EPConfig(
+                num_experts=config.num_moe_experts * self.tp_size,
+                hidden=hidden_states.shape[-1],
+                max_tokens_per_rank=max_tokens,
+                num_topk=config.moe_router_topk * self.tp_size,
+                dtype=hidden_states.dtype,
+                timeout_s=self._timeout_s(hidden_states),
+            ),
         )
-        if key not in _buffers or not _buffers[key].is_usable:
-            max_tokens = options.max_tokens_per_rank
-            if max_tokens is None:
-                most = torch.tensor([hidden_states.shape[0]], device=hidden_states.device)
-                dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
-                max_tokens = max(int(most), 1)
-            _buffers[key] = Buffer(
-                group,
-                EPConfig(
-                    num_experts=config.num_moe_experts * self.tp_size,
-                    hidden=hidden_states.shape[-1],
-                    max_tokens_per_rank=max_tokens,
-                    num_topk=config.moe_router_topk * self.tp_size,
-                    dtype=hidden_states.dtype,
-                    timeout_s=options.timeout_s,
-                ),
-            )
-            _buffers[key].set_num_sms(options.num_sms)
-            if dist.get_rank(group) == 0 and dist.get_rank(self._expert_dp_group) == 0:
-                print(self._startup_line(_buffers[key], hidden_states), flush=True)
-        return _buffers[key]
+        buffer.set_num_sms(self.options.num_sms)
+        self.buffers.append(buffer)
+        if dist.get_rank(group) == 0 and dist.get_rank(self._expert_dp_group) == 0:
+            print(self._startup_line(buffer, hidden_states), flush=True)
+        return buffer
+
+    def _timeout_s(self, hidden_states: Tensor) -> float:
+        return self.options.timeout_s or _default_timeout(self.tp_ep_group, hidden_states.device)
 
     def _startup_line(self, buffer: Buffer, hidden_states: Tensor) -> str:
         """Version, backend, wire format, memory, and what is off and why; one a pipeline stage."""
@@ -232,6 +264,20 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             f"wire {out} out, {own} back, gradients {gradients_out} out, {own} back; "
             f"buffer {buffer.buffer_bytes} bytes; off: {', '.join(off)}"
         )
+
+
+def _default_timeout(group: dist.ProcessGroup, device: torch.device) -> float:
+    """Half of the group's own timeout, at most five minutes.
+
+    A rank that is late for us makes others late for NCCL, whose watchdog ends them without a name:
+    ours comes first. A group that does not tell (a wrapper's, another torch's) is taken to have
+    torch's defaults, which are ten minutes and more.
+    """
+    try:
+        seconds = group._get_backend(device).options._timeout.total_seconds()
+    except (AttributeError, RuntimeError):
+        return _MAX_DEFAULT_TIMEOUT_S
+    return min(seconds / 2, _MAX_DEFAULT_TIMEOUT_S)
 
 
 def _quantisation_alignment(config) -> int:

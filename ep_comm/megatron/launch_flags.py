@@ -74,7 +74,8 @@ def add_flags(parser: argparse.ArgumentParser, dispatchers: Sequence[str]) -> No
         type=float,
         metavar="SECONDS",
         dest="ep_timeout_s",
-        help=f"bound of every wait for another rank (default: {EPOptions.timeout_s:g})",
+        help="bound of every wait for another rank (default: half of the process group's own "
+        "timeout, at most 300)",
     )
     add(
         "--ep-expert-alignment",
@@ -87,7 +88,8 @@ def add_flags(parser: argparse.ArgumentParser, dispatchers: Sequence[str]) -> No
         "--ep-max-tokens-per-rank",
         type=int,
         metavar="N",
-        help="most tokens of one micro-batch on one rank (default: those of the first)",
+        help="most tokens of one micro-batch on one rank (default: by the batch, sequence and "
+        "parallel sizes)",
     )
 
 
@@ -173,6 +175,30 @@ def resolve(args: argparse.Namespace, stock_default: str) -> EPOptions | None:
     for name, field in _OPTIONS.items():
         setattr(args, name, getattr(options, field))
     return options
+
+
+def tokens_per_rank(args: argparse.Namespace) -> int | None:
+    """Most tokens of a micro-batch on one rank, by Megatron's validated arguments.
+
+    None where these do not say how long sequences are.
+    """
+    lengths_vary = any(
+        getattr(args, name, False)
+        for name in ("variable_seq_lengths", "hybrid_context_parallel", "perform_rl_step")
+    )
+    length = max(args.seq_length or 0, getattr(args, "decoder_seq_length", None) or 0)
+    if lengths_vary or not length:
+        return None
+    ranks = args.context_parallel_size
+    if args.sequence_parallel:
+        ranks *= args.tensor_model_parallel_size
+    sequences = max(args.micro_batch_size, getattr(args, "eval_micro_batch_size", None) or 0)
+    return -(-sequences * length // ranks)
+
+
+def flag(option: str) -> str:
+    """The flag of a field of our options."""
+    return _flag(f"ep_{option}")
 
 
 def _check_others(args: argparse.Namespace) -> None:

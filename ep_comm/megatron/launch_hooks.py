@@ -13,8 +13,10 @@ from megatron.training.global_vars import get_args, get_tensorboard_writer, get_
 from torch import nn
 
 import ep_comm
+from ep_comm.errors import name_settings
 from ep_comm.megatron.dispatcher import synchronize_buffers
-from ep_comm.megatron.layer import check_model, install
+from ep_comm.megatron.launch_flags import flag, tokens_per_rank
+from ep_comm.megatron.layer import check_model, complete, install
 from ep_comm.megatron.meter import MoEMeter
 from ep_comm.megatron.options import EPOptions
 from ep_comm.megatron.wgrad import check_weight_gradients
@@ -34,6 +36,7 @@ class Training:
 
     def __init__(self, training: ModuleType, version: str) -> None:
         self.options: EPOptions | None = None
+        self._asked: EPOptions | None = None
         self.started = False
         self._training = training
         self._version = version
@@ -41,29 +44,33 @@ class Training:
 
     def use(self, options: EPOptions) -> None:
         """Put our dispatcher into all MoE layers that are built from now on."""
+        if options == self._asked:  # the command line was parsed once more
+            return
         install(options)
-        if self.options is None:
-            for wrap in (
-                self._setup_model_and_optimizer,
-                self._training_log,
-                self._evaluate,
-                self._save_checkpoint,
-            ):
-                name = wrap.__name__.removeprefix("_")
-                original = getattr(self._training, name)
-                setattr(self._training, name, functools.wraps(original)(wrap(original)))
-        self.options = options
+        name_settings(flag)
+        for wrap in (
+            self._setup_model_and_optimizer,
+            self._training_log,
+            self._evaluate,
+            self._save_checkpoint,
+        ):
+            name = wrap.__name__.removeprefix("_")
+            original = getattr(self._training, name)
+            setattr(self._training, name, functools.wraps(original)(wrap(original)))
+        self.options = self._asked = options
 
     def finish(self) -> None:
         """Raise what went wrong in the last step: no later call does."""
         synchronize_buffers()
 
     def _setup_model_and_optimizer(self, original: Any) -> Any:
-        """Check the built model; log its MoE layers if somebody will read it."""
+        """Size buffers by the validated arguments; check the built model; log its MoE layers if
+        somebody will read it."""
 
         def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> tuple:
-            model, optimizer, scheduler = original(*args, **kwargs)
             settings = get_args()
+            self.options = complete(max_tokens_per_rank=tokens_per_rank(settings))
+            model, optimizer, scheduler = original(*args, **kwargs)
             num_layers = check_model(model)
             if dist.get_rank() == 0:
                 print(self._summary(num_layers), flush=True)

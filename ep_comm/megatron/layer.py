@@ -24,7 +24,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
-from ep_comm.errors import EPArgumentError, EPStateError, EPUnsupportedError
+from ep_comm.errors import EPArgumentError, EPStateError, EPUnsupportedError, name_settings
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
 from ep_comm.megatron.options import EPOptions, check_one_node, check_supported
 from ep_comm.megatron.wgrad import delay_weight_gradients, with_delayed_wgrad
@@ -44,6 +44,7 @@ def _init(self: MoELayer, *args: Any, ep_options: EPOptions | None = None, **kwa
 
 
 MoELayer.__init__ = _init
+name_settings("EPOptions({}=...)".format)  # until a tool with flags says otherwise
 
 
 def use_ep_comm(spec: Any, options: EPOptions | None = None) -> Any:
@@ -104,6 +105,14 @@ def install(options: EPOptions | None = None) -> None:
         _delay_wgrad_in_ddp()
 
 
+def complete(**settings: Any) -> EPOptions:
+    """Give what the installed options leave at None, before a model is built; returns them."""
+    global _installed
+    left = {name: value for name, value in settings.items() if getattr(_installed, name) is None}
+    _installed = dataclasses.replace(_installed, **left)
+    return _installed
+
+
 def check_model(model_chunks: Iterable[nn.Module]) -> int:
     """Assert that every MoE layer of this rank has our dispatcher; gives their number.
 
@@ -159,15 +168,14 @@ def _build(layer: MoELayer, options: EPOptions, args: tuple, kwargs: dict) -> No
     if options.overlap_wgrad:
         arguments["submodules"] = _with_delayed_experts(arguments["submodules"])
     _original_init(layer, **arguments)
-    if options.overlap_wgrad:
-        delay_weight_gradients(layer.experts)
+    during_backward = delay_weight_gradients(layer.experts) if options.overlap_wgrad else None
     layer.token_dispatcher = EPCommTokenDispatcher(
         layer.num_local_experts,
         layer.local_expert_indices,
         config=layer.config,
         pg_collection=pg_collection,
         options=options,
-        during_backward=layer.experts.backward_dw if options.overlap_wgrad else None,
+        during_backward=during_backward,
     )
     if layer.use_shared_expert and layer.shared_expert_overlap:
         layer.token_dispatcher.set_shared_experts(layer.shared_experts)

@@ -96,10 +96,11 @@ class MoEMeter:
     def _wire_mib(self) -> float:
         """What left this rank since the last call; -1 without our dispatcher."""
         buffers = {
-            layer.token_dispatcher.buffer
+            buffer
             for layer in self._layers
             if isinstance(layer.token_dispatcher, EPCommTokenDispatcher)
-        } - {None}
+            for buffer in layer.token_dispatcher.buffers
+        }
         if not buffers:
             return -1.0
         before, self._wire_bytes = self._wire_bytes, sum(b.records.wire_bytes for b in buffers)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ep_comm._native.structs import EP_MAX_EXPERTS, EP_MAX_TOPK
-from ep_comm.checks import check_alignment, check_num_sms
+from ep_comm.checks import ROW_DTYPES, check_alignment, check_num_sms
 from ep_comm.config import check_timeout, is_int
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 from ep_comm.megatron.fp8_support import check_fp8, check_transformer_engine
@@ -33,11 +33,13 @@ class EPOptions:
             `install` sets itself.
         expert_alignment: Rows of each expert's group are padded to a multiple of this; None
             takes what Megatron's quantisation needs, and 1, no padding, without quantisation.
-        max_tokens_per_rank: Most tokens of one micro-batch on one rank; None takes the first
-            micro-batch's, over all ranks.
+        max_tokens_per_rank: Most tokens of one micro-batch on one rank. None takes the first
+            micro-batch's, over all ranks, and makes a larger buffer when a larger one comes; the
+            smaller one is kept until `destroy_buffers`.
         num_sms: SMs that each operation's kernels may occupy; None is all of the GPU's, and 24 of
             a combine beside weight gradients. No effect with the reference backend.
-        timeout_s: Bound of every wait for another rank, in seconds.
+        timeout_s: Bound of every wait for another rank, in seconds; None takes half of the process
+            group's own timeout, at most five minutes.
     """
 
     fp8_dispatch: bool = False
@@ -46,10 +48,11 @@ class EPOptions:
     expert_alignment: int | None = None
     max_tokens_per_rank: int | None = None
     num_sms: int | None = None
-    timeout_s: float = 30.0
+    timeout_s: float | None = None
 
     def __post_init__(self) -> None:
-        check_timeout(self.timeout_s)
+        if self.timeout_s is not None:
+            check_timeout(self.timeout_s)
         if self.expert_alignment is not None:
             check_alignment(self.expert_alignment)
         tokens = self.max_tokens_per_rank
@@ -111,7 +114,15 @@ def _refused(config: TransformerConfig) -> list[tuple[str, object, str]]:
     sharded = f" with --expert-tensor-parallel-size {shards}" if shards > 1 else ""
     limit = ": their product is at most" if shards > 1 else ": at most"
     graphed = _graphed_modules(config)
+    types = ": tokens travel as BF16 or FP32, so take --bf16"
     return [
+        ("--fp16", config.fp16, types),
+        (f"params_dtype={config.params_dtype}", config.params_dtype not in ROW_DTYPES, types),
+        (
+            f"autocast_dtype={config.autocast_dtype}",
+            config.enable_autocast and config.autocast_dtype not in ROW_DTYPES,
+            types,
+        ),
         *(
             (f"{flag} {value}{sharded}", value * shards > maximum, f"{limit} {maximum}")
             for flag, value, maximum in (

@@ -4,9 +4,10 @@ Backward through an expert gives two gradients. The one of its input is what the
 waits for; the one of its weights nobody needs before the optimizer. So the linear layers of the
 routed experts put (input, output gradient) aside, and `DelayedWeightGradient.backward_dw` makes
 weight gradients of them when the dispatcher's backward calls it, between the start of the combine
-and the wait for it. Transformer Engine's layers can do this themselves; here the same is done for
-Megatron's own `ColumnParallelLinear` and `RowParallelLinear`, with the same GEMM and so the same
-bits.
+and the wait for it. Where nothing before the experts is trainable, dispatch has no backward, and
+the end of the whole backward pass calls it instead. Transformer Engine's layers can put operands
+aside themselves; here the same is done for Megatron's own `ColumnParallelLinear` and
+`RowParallelLinear`, with the same GEMM and so the same bits.
 
 Megatron's `DistributedDataParallel` takes part by a protocol: built with ``delay_wgrad_compute`` it
 leaves parameters marked ``skip_backward_post_hook`` to their module, which calls the hooks given to
@@ -18,12 +19,13 @@ from __future__ import annotations
 import copy
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
+from torch.autograd import Variable
 
 from ep_comm.errors import EPStateError, EPUnsupportedError
 
@@ -91,16 +93,16 @@ class _LinearWithDelayedWgrad(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         input, weight = ctx.saved_tensors
         ctx.saved.append((input, grad_output))
-        return grad_output.matmul(weight), None, None
+        return grad_output.matmul(weight) if ctx.needs_input_grad[0] else None, None, None
 
 
-def delay_weight_gradients(experts: nn.Module) -> None:
-    """Make ``experts.backward_dw()`` the only place where weight gradients are computed.
+def delay_weight_gradients(experts: nn.Module) -> Callable[[], None]:
+    """Put the experts' weight gradients off until the returned function is called.
 
     Raises:
         EPUnsupportedError: The experts have a weight that nobody here knows how to delay.
     """
-    delayed = set()
+    linears, delayed = [], set()
     for module in experts.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             DelayedWeightGradient(module)
@@ -108,12 +110,33 @@ def delay_weight_gradients(experts: nn.Module) -> None:
         elif getattr(module, "wgrad_store", None) is not None:  # Transformer Engine
             delayed.update(module.parameters(recurse=False))
             _skip_unfinished_gradients(module)
+        else:
+            continue
+        linears.append(module)
     for name, parameter in experts.named_parameters():
         if parameter not in delayed and not name.rpartition(".")[2].startswith("bias"):
             raise EPUnsupportedError(
                 f"overlap_wgrad does not support {type(experts).__name__}: nothing delays the "
                 f"gradient of its parameter {name}"
             )
+    return functools.partial(_compute_owed, linears)
+
+
+@torch.no_grad()
+def _compute_owed(linears: list[nn.Module]) -> None:
+    """Compute what the layers owe, in the order of the backward pass.
+
+    A frozen layer owes nothing, and Transformer Engine's may raise when asked for it.
+    """
+    for linear in reversed(linears):
+        if _num_owed(linear):
+            linear.backward_dw()
+
+
+def at_end_of_backward(output: Tensor, call: Callable[[], None]) -> None:
+    """Have every backward pass through `output` end with `call`."""
+    if output.requires_grad:
+        output.register_hook(lambda _: Variable._execution_engine.queue_callback(call))
 
 
 def _skip_unfinished_gradients(linear: nn.Module) -> None:
@@ -150,12 +173,13 @@ def with_delayed_wgrad(config: Any) -> Any:
     return config
 
 
-def _owed(experts: nn.Module) -> Iterator[tuple[str, int]]:
-    for name, module in experts.named_modules():
-        if (delayed := getattr(module, "ep_comm_wgrad", None)) is not None:
-            yield name, len(delayed)
-        elif (store := getattr(module, "wgrad_store", None)) is not None and store.context:
-            yield name, store.context.qsize()
+def _num_owed(linear: nn.Module) -> int:
+    """Weight gradients that a module, of any kind, has put off and not computed."""
+    if (delayed := getattr(linear, "ep_comm_wgrad", None)) is not None:
+        return len(delayed)
+    if (store := getattr(linear, "wgrad_store", None)) is not None and store.context:
+        return store.context.qsize()
+    return 0
 
 
 def check_weight_gradients(model_chunks: Iterable[nn.Module]) -> None:
@@ -164,6 +188,11 @@ def check_weight_gradients(model_chunks: Iterable[nn.Module]) -> None:
     Raises:
         EPStateError: Names the layers that still owe gradients.
     """
-    owed = [f"{name} ({count})" for chunk in model_chunks for name, count in _owed(chunk) if count]
+    owed = [
+        f"{name} ({count})"
+        for chunk in model_chunks
+        for name, module in chunk.named_modules()
+        if (count := _num_owed(module))
+    ]
     if owed:
         raise EPStateError(f"weight gradients were never computed: {', '.join(owed)}")

@@ -22,7 +22,7 @@ _SWITCHES = """
     use-checkpoint-args moe-enable-deepep use-megatron-fsdp use-torch-fsdp2 disable-bias-linear
     no-persist-layer-norm no-gradient-accumulation-fusion use-cpu-initialization
     no-masked-softmax-fusion no-bias-gelu-fusion no-bias-swiglu-fusion no-bias-dropout-fusion
-    no-rope-fusion swiglu
+    no-rope-fusion swiglu sequence-parallel
 """
 
 
@@ -37,6 +37,8 @@ def add_megatron_arguments(parser):
     for name, default in (
         ("seed", 1234),
         ("pipeline-model-parallel-size", 1),
+        ("tensor-model-parallel-size", 1),
+        ("context-parallel-size", 1),
         ("tensorboard-log-interval", 1),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
