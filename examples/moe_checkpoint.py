@@ -15,6 +15,7 @@ are then those of the uninterrupted run, up to the rounding of sums in another o
 from __future__ import annotations
 
 import itertools
+import multiprocessing.dummy
 import os
 import random
 import shutil
@@ -22,6 +23,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,12 +36,12 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedBase,
     ShardedObject,
 )
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from moe_config import PretrainConfig
 from moe_launch import UserError, agree, on_rank_0
 from moe_model import Trainee, gather_parameters
-from moe_stop import shielded_children
 from torch.distributed.checkpoint.api import CheckpointException
 
 T = TypeVar("T")
@@ -129,8 +131,8 @@ def save(
         "fingerprint": _fingerprint(config),
         "ranks": _ranks(trainee),
     }
-    with shielded_children():  # Megatron keeps the processes that its first save starts
-        dist_checkpointing.save(state, str(temporary))
+    _write_in_threads()
+    dist_checkpointing.save(state, str(temporary))
     _write(config, name_it)
 
 
@@ -162,6 +164,15 @@ def load(trainee: Trainee, checkpoint: Path) -> tuple[int, int]:
     if same_ranks:
         _set_rng_state(state["rng_state"])
     return state["iteration"], state["consumed_samples"]
+
+
+def _write_in_threads() -> None:
+    """Have Megatron write with threads where it would start processes.
+
+    A process would outlive this one if that is killed. A thread never does, and SIGTERM to all of
+    a job does not end it while the last checkpoint is written.
+    """
+    filesystem_async.mp = SimpleNamespace(get_context=lambda method: multiprocessing.dummy)
 
 
 def _ranks(trainee: Trainee) -> dict[str, int]:
