@@ -14,6 +14,8 @@ are then those of the uninterrupted run, up to the rounding of sums in another o
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing.dummy
 import os
 import random
 import shutil
@@ -21,19 +23,25 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedObject,
+)
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from moe_config import PretrainConfig
 from moe_launch import UserError, agree, on_rank_0
 from moe_model import Trainee, gather_parameters
-from moe_stop import shielded_children
 from torch.distributed.checkpoint.api import CheckpointException
 
 T = TypeVar("T")
@@ -123,8 +131,8 @@ def save(
         "fingerprint": _fingerprint(config),
         "ranks": _ranks(trainee),
     }
-    with shielded_children():  # Megatron keeps the processes that its first save starts
-        dist_checkpointing.save(state, str(temporary))
+    _write_in_threads()
+    dist_checkpointing.save(state, str(temporary))
     _write(config, name_it)
 
 
@@ -143,20 +151,28 @@ def load(trainee: Trainee, checkpoint: Path) -> tuple[int, int]:
     wanted = _sharded_state(trainee, is_loading=True)
     if not same_ranks:
         del wanted["rng_state"]  # each rank's own; nothing here is random after initialisation
+    optimizer = wanted.pop("optimizer")
+    wanted["optimizer_parts"] = _parts(optimizer)
     # It communicates, inside `agree`: torch reports a shard that one rank cannot read on all.
     state = agree(
         lambda: _readable(checkpoint, lambda: dist_checkpointing.load(wanted, str(checkpoint)))
     )
-    if not same_ranks:
-        wanted = _sharded_state(trainee, is_loading=True)
-        state["optimizer"] = _loaded_parts(wanted["optimizer"], state["optimizer"])
     trainee.model.module.load_state_dict(state["model"])
-    trainee.optimizer.load_state_dict(state["optimizer"])
+    trainee.optimizer.load_state_dict(_with_parts(optimizer, state["optimizer_parts"]))
     _set_optimizer_steps(trainee, state["iteration"])
     trainee.scheduler.load_state_dict(state["scheduler"])
     if same_ranks:
         _set_rng_state(state["rng_state"])
     return state["iteration"], state["consumed_samples"]
+
+
+def _write_in_threads() -> None:
+    """Have Megatron write with threads where it would start processes.
+
+    A process would outlive this one if that is killed. A thread never does, and SIGTERM to all of
+    a job does not end it while the last checkpoint is written.
+    """
+    filesystem_async.mp = SimpleNamespace(get_context=lambda method: multiprocessing.dummy)
 
 
 def _ranks(trainee: Trainee) -> dict[str, int]:
@@ -167,18 +183,27 @@ def _ranks(trainee: Trainee) -> dict[str, int]:
     }
 
 
-def _loaded_parts(wanted: Any, loaded: Any) -> Any:
-    """`wanted` with its sharded parts as loaded; the rest, hyperparameters, as it is.
+def _parts(optimizer: dict[str, Any]) -> dict[int, ShardedBase]:
+    """The tensors of an optimizer's state, numbered.
 
-    With an expert-parallel size above 1 Megatron has an optimizer for the experts and one for all
-    else, each with hyperparameters of its own; those of another size do not fit.
+    Only they are read. The rest, hyperparameters, is grouped in the checkpoint by its own
+    expert-parallel size: above 1 Megatron has an optimizer for the experts and one for all else.
+    The configuration and the scheduler say the same.
     """
-    if isinstance(wanted, ShardedBase):
-        return loaded
-    if isinstance(wanted, dict):
-        loaded = loaded or {}
-        return {key: _loaded_parts(value, loaded.get(key)) for key, value in wanted.items()}
-    return wanted
+    leaves = nested_values(optimizer)
+    return dict(enumerate(leaf for leaf in leaves if isinstance(leaf, ShardedBase)))
+
+
+def _with_parts(optimizer: dict[str, Any], loaded: dict[int, Any]) -> dict[str, Any]:
+    """`optimizer` with its `_parts` as loaded."""
+    numbers = itertools.count()
+
+    def fill(leaf: Any) -> Any:
+        if isinstance(leaf, ShardedBase):
+            return loaded[next(numbers)]
+        return leaf.unwrap() if isinstance(leaf, LocalNonpersistentObject) else leaf
+
+    return dict_list_map_outplace(fill, optimizer)
 
 
 def _sharded_state(trainee: Trainee, *, is_loading: bool) -> dict[str, Any]:
@@ -198,38 +223,38 @@ def _optimizers(trainee: Trainee) -> list[MegatronOptimizer]:
 
 
 def _prepare_torch_optimizers(trainee: Trainee) -> None:
-    """What Megatron's distributed optimizer lacks to load into torch's AdamW.
+    """Give torch's AdamW, which Megatron takes where Transformer Engine is missing, what it lacks.
 
-    It takes torch's where Transformer Engine is missing. That one must have state, which a first
-    step creates, and looks for a step count among each parameter's tensors.
+    To be loaded into, it must have state, with a step count for each parameter.
     """
     for optimizer in _optimizers(trainee):
-        if isinstance(optimizer, DistributedOptimizer) and isinstance(
-            optimizer.optimizer, torch.optim.AdamW
-        ):
-            optimizer._init_optimizer_states_with_dummy_values()
-            optimizer._set_main_param_and_optimizer_states = partial(
-                _set_with_step, optimizer._set_main_param_and_optimizer_states
-            )
+        if isinstance(optimizer.optimizer, torch.optim.AdamW):
+            optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+            for state in optimizer.optimizer.state.values():
+                # The count itself comes later; Megatron takes 0 for none.
+                state["step"] = torch.tensor(1.0)
+            if isinstance(optimizer, DistributedOptimizer):
+                optimizer._set_main_param_and_optimizer_states = partial(
+                    _set_with_step, optimizer._set_main_param_and_optimizer_states
+                )
 
 
 def _set_with_step(set_tensors: Callable, param: torch.Tensor, tensors: dict) -> None:
-    set_tensors(param, {"step": torch.tensor(0.0), **tensors})  # the count itself comes later
+    set_tensors(param, {"step": torch.tensor(1.0), **tensors})
 
 
 def _set_optimizer_steps(trainee: Trainee, iteration: int) -> None:
-    """Megatron restores the step count of some optimizers' groups only; torch goes by parameters.
+    """Restore the step count, which torch keeps for each parameter, Transformer Engine for a group.
 
     No step is ever skipped here: that is for FP16.
     """
     for optimizer in _optimizers(trainee):
         for group in optimizer.optimizer.param_groups:
-            if "step" in group:
+            if not isinstance(optimizer.optimizer, torch.optim.AdamW):
                 group["step"] = iteration
+                continue
             for param in group["params"]:
-                state = optimizer.optimizer.state[param]
-                if "step" in state:
-                    state["step"] = torch.tensor(float(iteration))
+                optimizer.optimizer.state[param]["step"] = torch.tensor(float(iteration))
 
 
 def _rng_state() -> dict[str, Any]:

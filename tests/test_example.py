@@ -233,6 +233,46 @@ def test_resumed_with_other_expert_parallel_sizes(checkpointed, tmp_path):
     assert_goes_on(ep1, whole, [5, 6], 1e-5)
 
 
+# What differs between Megatron's optimizers in a checkpoint, and how far rounding takes the losses.
+OPTIMIZERS = {
+    "FP32": ((), 1e-5),
+    "BF16": (("--bf16",), 5e-3),
+    "distributed FP32": (("--use-distributed-optimizer",), 1e-5),
+    "distributed BF16": (("--bf16", "--use-distributed-optimizer"), 5e-3),
+}
+EP = "--expert-model-parallel-size"
+
+
+@pytest.mark.parametrize("optimizer", ["FP32", "BF16"])
+def test_resumed_on_one_process(checkpointed, tmp_path, optimizer):
+    """The distributed optimizer is above; without it the state is grouped by where experts are."""
+    flags, tolerance = OPTIMIZERS[optimizer]
+    whole = checkpointed("alltoall", *flags)
+    checkpoints = killed_while_it_saved(whole.checkpoints, tmp_path)
+    resumed = train(tmp_path / "run", *whole.flags, "--load", checkpoints, EP, 1, processes=1)
+    assert_goes_on(resumed, whole, [4, 5, 6], tolerance)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("there", [(1, 1), (2, 2), (4, 2)], ids="{0[0]} processes EP {0[1]}".format)
+def test_resumed_with_any_other_ranks(tmp_path, optimizer, there):
+    """A checkpoint of any number of processes goes on with any other, and expert-parallel size."""
+    flags, tolerance = OPTIMIZERS[optimizer]
+    flags = [*SMALL, "--train-iters", 6, "--moe-token-dispatcher", "alltoall", *flags]
+    processes, expert_parallel = there
+    whole = SimpleNamespace(run_dir=tmp_path / "whole", checkpoints=tmp_path / "checkpoints")
+    save = ["--save", whole.checkpoints, "--save-interval", 3]
+    train(whole.run_dir, *flags, *save, EP, expert_parallel, processes=processes)
+    checkpoints = killed_while_it_saved(whole.checkpoints, tmp_path / "copy")
+    for processes, expert_parallel in [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]:
+        run_dir = tmp_path / f"{processes} processes EP {expert_parallel}"
+        load = ["--load", checkpoints, EP, expert_parallel]
+        resumed = train(run_dir, *flags, *load, processes=processes)
+        same = (processes, expert_parallel) == there
+        assert_goes_on(resumed, whole, [4, 5, 6], 0 if same else tolerance)
+
+
 def assert_goes_on(
     resumed: dict[int, float], whole: SimpleNamespace, steps: list[int], tolerance: float
 ) -> None:

@@ -81,7 +81,7 @@ def send_to_all(torchrun_process: subprocess.Popen, signum: int) -> None:
 
 # Writes half a checkpoint, then all ranks die as if by `kill -9`.
 KILLED_IN_SAVE = f"""if __name__ == "__main__":
-    import os, psutil, signal, sys
+    import os, signal, sys
     sys.path.insert(0, {str(EXAMPLES)!r})
     import torch.distributed as dist
     from ep_comm.megatron import cpu
@@ -93,8 +93,6 @@ KILLED_IN_SAVE = f"""if __name__ == "__main__":
         dist.barrier()
         largest = max(os.scandir(folder), key=lambda entry: entry.stat().st_size)
         os.truncate(largest, largest.stat().st_size // 3)
-        for child in psutil.Process().children():  # they would keep torchrun's output open
-            child.kill()
         os.kill(os.getpid(), signal.SIGKILL)
     dist_checkpointing.save = half
     from pretrain_moe import main
@@ -150,6 +148,25 @@ def test_a_run_stopped_in_every_way_repeats_the_uninterrupted_one(tmp_path, unin
     assert result.code == 0, result.output
     assert starts(run_dir) == [0, first, second, third, third]
     assert_same_numbers(run_dir, uninterrupted)
+
+
+def test_nothing_outlives_killed_workers(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+
+    def kill_workers(process: subprocess.Popen) -> None:
+        while not (checkpoints / LATEST).exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        launcher = psutil.Process(process.pid)
+        descendants = launcher.children(recursive=True)
+        for worker in launcher.children():
+            worker.kill()
+        _, alive = psutil.wait_procs(descendants, timeout=10)
+        assert not alive
+
+    flags = ["--run-dir", tmp_path / "run", "--save", checkpoints, "--save-interval", 2]
+    result = torchrun(*RUN, *flags, meanwhile=kill_workers)
+    assert "SIGKILL" in result.output
 
 
 def test_a_stopped_run_without_save_says_that_nothing_is_saved(tmp_path):
