@@ -29,8 +29,12 @@ from example_runs import ROOT, assert_refused, environment
 from megatron_model import Setup, make_config, make_model, parallel_state, train
 from ranks import run_ranks, stop_pool
 
-from ep_comm.checks import too_many_tokens
-from ep_comm.errors import EPArgumentError, EPTimeoutError, EPUnsupportedError
+from ep_comm.errors import (
+    EPArgumentError,
+    EPTimeoutError,
+    EPTooManyTokensError,
+    EPUnsupportedError,
+)
 from ep_comm.megatron import EPOptions, launch
 from ep_comm.megatron.launch_flags import (
     LaunchError,
@@ -280,7 +284,8 @@ def saving_after_an_error(rank: int) -> None:
         op="combine", phase="rows", rank=0, late_ranks=(1,), epoch=3, timeout_s=2.0
     )
     assert "or raise --ep-timeout if" in str(late)
-    assert str(too_many_tokens(0, 5, 4)).endswith("raise --ep-max-tokens-per-rank")
+    too_many = EPTooManyTokensError(num_tokens=(5, 0), max_tokens=4)
+    assert str(too_many).endswith("raise --ep-max-tokens-per-rank")
     with mock.patch.object(launch_hooks, "synchronize_buffers", side_effect=late):
         for call in (lambda: training.save_checkpoint(7), hooks.finish):
             with pytest.raises(EPTimeoutError):

@@ -314,16 +314,24 @@ def _symmetric(
 ) -> tuple[Tensor, Any]:
     """Memory here that all ranks have mapped, and torch's handle of all ranks'. Collective.
 
-    The ranks meet there under a name of our own, not the process group's: that may be a wrapper
-    that torch has never heard of, around a group that comes and goes.
+    torch looks the ranks up by the name of a process group. The caller's may be a wrapper that it
+    has never heard of, around a group that comes and goes, so it gets one that is no more than a
+    name and a store.
     """
     import torch.distributed._symmetric_memory as symmetric_memory
-    from torch._C._distributed_c10d import _SymmetricMemory
+    from torch._C._distributed_c10d import (
+        _register_process_group,
+        _SymmetricMemory,
+        _unregister_process_group,
+    )
 
     store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
-    _SymmetricMemory.set_group_info(name, rank, num_ranks, store)
     tensor = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
-    return tensor, _SymmetricMemory.rendezvous(tensor, name)
+    _register_process_group(name, dist.ProcessGroup(store, rank, num_ranks))
+    try:
+        return tensor, _SymmetricMemory.rendezvous(tensor, name)
+    finally:
+        _unregister_process_group(name)
 
 
 def _phase_and_epoch(phase: int, expected: int) -> tuple[str, int]:
