@@ -327,7 +327,8 @@ def _symmetric(
 
     store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
     tensor = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
-    _register_process_group(name, dist.ProcessGroup(store, rank, num_ranks))
+    group = dist.ProcessGroup(store, rank, num_ranks)  # torch itself does not keep it
+    _register_process_group(name, group)
     try:
         return tensor, _SymmetricMemory.rendezvous(tensor, name)
     finally:
