@@ -276,6 +276,8 @@ def make_model(setup: Setup, config, options) -> list:
             from moe_model import fuse_accumulation
 
             fuse_accumulation(chunk)
+        if setup.te:
+            chunk.cuda()  # DDP would bring along only what is trainable
         for name, parameter in chunk.named_parameters():
             if setup.frozen and re.search(setup.frozen, name):
                 parameter.requires_grad_(False)
