@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
 from virtual_ranks import VirtualBuffer
 
-from ep_comm import EPConfig
+from ep_comm import Buffer, EPConfig
 from ep_comm.errors import (
     EPArgumentError,
     EPOverflowError,
@@ -81,3 +88,67 @@ def test_an_operation_without_an_error():
     with buffer.guard() as backend:
         backend.num_started += 1
     assert buffer.is_usable and not backend.abandon.called
+
+
+def test_one_thread_at_a_time():
+    buffer = make_buffer()
+    with buffer.guard(), buffer.guard():  # as an op inside of a call does
+        with ThreadPoolExecutor(1) as pool, pytest.raises(EPStateError, match="another thread"):
+            pool.submit(buffer.guard().__enter__).result()
+    with ThreadPoolExecutor(1) as pool:  # as autograd does, when the caller waits
+        pool.submit(lambda: buffer.guard().__enter__()).result()
+    assert buffer.is_usable
+
+
+def test_a_fork_has_no_buffer(monkeypatch):
+    buffer = make_buffer()
+    monkeypatch.setattr(os, "getpid", lambda: -5)
+    with pytest.raises(
+        EPStateError, match=r"belongs to process \d+, of which this one \(-5\) is a"
+    ):
+        buffer.guard()
+    monkeypatch.undo()
+    assert buffer.guard() and buffer.is_usable
+
+
+X, TOPK = torch.ones(4, 8), torch.tensor([[0, 2], [1, 3], [2, 1], [3, 0]])
+
+
+def work_in_a_fork(rank: int) -> None:
+    """The child is told; the buffer of the others lives."""
+    sizes = dict(num_experts=4, hidden=8, max_tokens_per_rank=8, num_topk=2, dtype=torch.float32)
+    buffer = Buffer(None, EPConfig(**sizes, timeout_s=10))
+    if rank == 0:
+        child = os.fork()
+        if not child:
+            try:
+                buffer.dispatch(X, TOPK)
+            except EPStateError:
+                os._exit(17)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
+    out = buffer.dispatch(X, TOPK)
+    for handle in (copy.copy(out.handle), copy.deepcopy(out.handle)):
+        assert handle is out.handle
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(out.handle)
+    assert torch.equal(buffer.combine(out.recv_x, out.handle).combined_x, 2 * X)
+
+
+def test_a_fork_is_told_and_a_handle_is_not_copied():
+    run_ranks(2, work_in_a_fork, fresh=True)
+
+
+def use_the_fake_backend(_: int) -> str:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    with pytest.raises(EPArgumentError) as caught:
+        Buffer(None, CONFIG)
+    return str(caught.value)
+
+
+def test_the_fake_backend_is_refused():
+    (message,) = run_ranks(1, use_the_fake_backend, fresh=True)
+    assert message == 'the group has torch\'s backend "fake", which moves no data'
