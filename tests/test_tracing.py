@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -104,8 +105,16 @@ def asynchronous_gradient(rank: int) -> None:
     buffer = make_buffer()
     x = torch.randn(4, 8, requires_grad=True)
     out = buffer.dispatch(x, TOPK)
-    Late.apply(buffer.combine(Late.apply(out.recv_x), out.handle).combined_x).sum().backward()
+    y = Late.apply(buffer.combine(Late.apply(out.recv_x), out.handle).combined_x)
+    backend = buffer._backend
+    with (
+        mock.patch.object(backend, "dispatch", wraps=backend.dispatch) as dispatch,
+        mock.patch.object(backend, "combine", wraps=backend.combine) as combine,
+    ):
+        y.sum().backward()
     assert torch.equal(x.grad, torch.full((4, 8), 2.0))
+    for call in (dispatch, combine):  # kernels would take its address
+        assert type(call.call_args.args[1]) is torch.Tensor
 
 
 def test_gradients_that_are_not_plain():
