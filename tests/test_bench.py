@@ -13,21 +13,22 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from ep_comm import Buffer, EPConfig
-from ep_comm.bench import command, timing
-from ep_comm.bench.alltoall import AllToAll
-from ep_comm.bench.launch import UserError
-from ep_comm.bench.probe import Limit
-from ep_comm.bench.report import headline, render, write_json, write_plot
-from ep_comm.bench.routing import (
+from ep_comm.bench import timing
+from ep_comm.bench.ops.alltoall import AllToAll
+from ep_comm.bench.ops.probe import Limit
+from ep_comm.bench.ops.report import headline, render, write_json, write_plot
+from ep_comm.bench.ops.routing import (
     RoutingSpec,
     imbalance,
     make_routing,
     tokens_per_expert,
     tokens_per_rank,
 )
-from ep_comm.bench.run import Result, Run, run
-from ep_comm.bench.settings import PRESETS, Settings, Shape, parse_sms
+from ep_comm.bench.ops.run import Result, Run, run
+from ep_comm.bench.ops.settings import PRESETS, Settings, Shape, parse_sms
 from ep_comm.bench.timing import Samples, Stopwatch, summarize
+from ep_comm.cli import bench
+from ep_comm.job.start import UserError
 
 SPECS = [
     RoutingSpec(),
@@ -327,7 +328,7 @@ def made_up_run(limit: Limit) -> Run:
 
 
 def text_of(found: Run) -> str:
-    console = command._console(io.StringIO())
+    console = bench._console(io.StringIO())
     with console.capture() as capture:
         console.print(render(found))
     return capture.get()

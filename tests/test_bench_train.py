@@ -19,15 +19,15 @@ from ranks import run_ranks, stop_pool
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ep_comm.bench import train_profile as profiling
-from ep_comm.bench.train_profile import BACKWARD, STEP, Bar, Profile, bars, covered, summarize_trace
-from ep_comm.bench.train_report import write_report
-from ep_comm.bench.train_results import Block, Inspection, LayerTimes, TrainRun
-from ep_comm.bench.train_settings import find_examples, make_train_settings
-from ep_comm.bench.train_timeline import draw_timelines, kind_of
-from ep_comm.cli import app
+from ep_comm.bench.train import profile as profiling
+from ep_comm.bench.train.profile import BACKWARD, STEP, Bar, Profile, bars, covered, summarize_trace
+from ep_comm.bench.train.report import write_report
+from ep_comm.bench.train.results import Block, Inspection, LayerTimes, TrainRun
+from ep_comm.bench.train.settings import find_examples, make_train_settings
+from ep_comm.bench.train.timeline import draw_timelines, kind_of
+from ep_comm.cli.main import app
 from ep_comm.errors import EPArgumentError
-from ep_comm.variants import VARIANTS, reference_of, serial_of
+from ep_comm.pretrain.variants import VARIANTS, reference_of, serial_of
 
 TINY = CONFIGS / "tiny-cpu.yaml"
 SMALL = ("--num-layers", "1", "--seq-length", "32", "--micro-batch-size", "2")
@@ -389,13 +389,12 @@ def test_a_mistake_ends_the_job_with_one_line(tmp_path):
 
 def free_one(rank: int) -> list[str]:
     """Types of what outlives a variant that was measured and freed, of its model and optimizer."""
-    from moe_launch import prepare_megatron
+    from ep_comm.pretrain.start import prepare_megatron
 
     prepare_megatron()
-    from moe_config import parse_args
-
-    from ep_comm.bench.train import _inspect
-    from ep_comm.bench.train_model import Trainer
+    from ep_comm.bench.train.model import Trainer
+    from ep_comm.bench.train.run import _inspect
+    from ep_comm.pretrain.config import parse_args
 
     asked = settings(variants="deepep-overlap", microbatches="1", steps=1, warmup=0)
     flags = ["--expert-model-parallel-size", "1", "--use-distributed-optimizer"]

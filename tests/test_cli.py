@@ -14,10 +14,10 @@ from test_bench import made_up_run
 from typer.testing import CliRunner
 
 from ep_comm import __version__, _native
-from ep_comm.bench import doctor
-from ep_comm.bench.probe import Limit
-from ep_comm.bench.settings import PRESETS
-from ep_comm.cli import app
+from ep_comm.bench.ops.probe import Limit
+from ep_comm.bench.ops.settings import PRESETS
+from ep_comm.cli import doctor
+from ep_comm.cli.main import app
 
 # Two GPUs; nvidia-smi marks the header with escapes, and a NIC has a row too.
 TOPOLOGY = """\
@@ -90,8 +90,8 @@ def test_bench_without_a_gpu_ends_every_rank_with_one_line(tmp_path):
 
 @pytest.mark.parametrize(("rate", "is_void"), [(331.0, False), (300.0, True)])
 def test_bench_prints_and_writes_even_a_void_run(rate, is_void, monkeypatch, tmp_path):
-    monkeypatch.setattr("ep_comm.bench.launch.join", lambda: "cpu")
-    monkeypatch.setattr("ep_comm.bench.launch.on_rank_0", lambda action: action())
+    monkeypatch.setattr("ep_comm.job.start.join", lambda: "cpu")
+    monkeypatch.setattr("ep_comm.job.start.on_rank_0", lambda action: action())
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
     for name in ("barrier", "destroy_process_group"):
@@ -104,7 +104,7 @@ def test_bench_prints_and_writes_even_a_void_run(rate, is_void, monkeypatch, tmp
         asked.append(settings)
         return made_up_run(Limit(gb_per_s_by_sms={16: rate}))
 
-    monkeypatch.setattr("ep_comm.bench.run.run", run)
+    monkeypatch.setattr("ep_comm.bench.ops.run.run", run)
     command = ["bench", "--preset", "W2", "--topk", "4", "--sms", "0,24", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output

@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ep_comm.cli import app
+from ep_comm.cli.main import app
 from ep_comm.compare.directory import Directory, locked
 from ep_comm.compare.log import LOG_FILE
 from ep_comm.compare.plan import VARIANTS as ALL_VARIANTS

@@ -24,10 +24,10 @@ from example_runs import (  # noqa: E402
     train,
     wandb_records,
 )
-from moe_config import parse_args  # noqa: E402
 
 from ep_comm.compare.log import LOG_FILE  # noqa: E402
 from ep_comm.compare.plan import VARIANTS  # noqa: E402
+from ep_comm.pretrain.config import parse_args  # noqa: E402
 
 STEPS, SAVE_INTERVAL = 30, 10
 FLAGS = [*SMALL, "--save-interval", str(SAVE_INTERVAL), "--eval-interval", "15"]

@@ -12,7 +12,7 @@ from oracle import expert_rows, fp32_to_bf16, rank_rows
 from ranks import run_ranks
 
 from ep_comm import Buffer, DispatchHandle, fp8
-from ep_comm.records import OpRecord
+from ep_comm.telemetry.records import OpRecord
 
 # The value of each byte: sign, 4 bits of exponent, 3 of mantissa.
 E4M3 = np.array(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,8 +17,6 @@ pytest.importorskip("megatron.core")
 pytest.importorskip("pydantic")
 
 from example_runs import (  # noqa: E402
-    EXAMPLES,
-    ROOT,
     SMALL,
     TINY,
     assert_refused,
@@ -32,10 +29,10 @@ from example_runs import (  # noqa: E402
     train,
     wandb_records,
 )
-from moe_config import PretrainConfig  # noqa: E402
 from ranks import RankFailure, run_ranks  # noqa: E402
 
 from ep_comm.compare.log import LOG_FILE, read_log  # noqa: E402
+from ep_comm.pretrain.config import PretrainConfig  # noqa: E402
 
 OF_EACH_RANK = ("iteration-time", "throughput")  # measured by the one that logs them
 LATEST = "latest_checkpointed_iteration.txt"
@@ -110,8 +107,8 @@ def test_data_seed_alone_decides_the_order_of_the_data():
         cpu.enable()
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         import sys
-        from moe_config import parse_args
-        from moe_data import load_datasets
+        from ep_comm.pretrain.config import parse_args
+        from ep_comm.pretrain.data import load_datasets
         for seeds in (["--seed", "1"], ["--seed", "2"], ["--seed", "2", "--data-seed", "1"]):
             _, train, valid = load_datasets(parse_args([*sys.argv[1:], *seeds]))
             print(*(data[i]["tokens"].tolist() for data in (train, valid) for i in range(4)))
@@ -120,7 +117,7 @@ def test_data_seed_alone_decides_the_order_of_the_data():
         [sys.executable, "-c", code, *SMALL, "--expert-model-parallel-size", "1"],
         capture_output=True,
         text=True,
-        env={**environment(), "PYTHONPATH": f"{ROOT}{os.pathsep}{EXAMPLES}"},
+        env=environment(),
     )
     first, second, mixed = (x for x in result.stdout.splitlines() if x.startswith("["))
     assert first != second and first == mixed
@@ -304,7 +301,7 @@ def test_damaged_checkpoint(checkpointed, tmp_path, damaged):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(RankFailure) as failure:
         train(tmp_path / "run", *run.flags, "--load", checkpoints)
-    error = f"moe_launch.UserError: checkpoint {path.parent} cannot be read: "
+    error = f"ep_comm.pretrain.start.UserError: checkpoint {path.parent} cannot be read: "
     assert str(failure.value).count(error) == 2  # on both ranks
     assert not (tmp_path / "run").exists()
 
@@ -397,11 +394,11 @@ def test_failed_run_ends_its_logs(tmp_path):
 
 
 def options_of_the_layers(rank: int, flags: list[str]) -> tuple[float | None, int | None]:
-    from moe_config import parse_args
-    from moe_launch import prepare_megatron
+    from ep_comm.pretrain.config import parse_args
+    from ep_comm.pretrain.start import prepare_megatron
 
     prepare_megatron()
-    from moe_model import _layer_spec
+    from ep_comm.pretrain.model import _layer_spec
 
     mlp = _layer_spec(parse_args(flags)).submodules.mlp
     options = getattr(mlp, "params", None) or mlp.keywords  # before megatron-core 0.18, or after

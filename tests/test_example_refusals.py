@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +15,6 @@ pytest.importorskip("pydantic")
 
 from example_runs import (  # noqa: E402
     CONFIGS,
-    EXAMPLES,
-    ROOT,
     SMALL,
     TINY,
     assert_refused,
@@ -26,10 +23,10 @@ from example_runs import (  # noqa: E402
     torchrun,
 )
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
-from moe_config import parse_args  # noqa: E402
-from moe_launch import UserError  # noqa: E402
 
-from ep_comm.variants import FP8_EXPERTS  # noqa: E402
+from ep_comm.pretrain.config import parse_args  # noqa: E402
+from ep_comm.pretrain.start import UserError  # noqa: E402
+from ep_comm.pretrain.variants import FP8_EXPERTS  # noqa: E402
 
 FUSED_ROUTER = ["--moe-router-fusion", "--use-distributed-optimizer"]
 MEGATRONS_OVERLAP = "--overlap-dispatch-backward-with-experts-wgrad"
@@ -100,15 +97,15 @@ def test_bad_flags(flags, words):
     ids=["megatron-core", "transformer-engine"],
 )
 def test_what_megatrons_overlap_needs(fields, has_te, words, monkeypatch):
-    import moe_model
+    from ep_comm.pretrain import model
 
     known = {flag.removeprefix("--").replace("-", "_"): False for flag in fields}
-    monkeypatch.setattr(moe_model, "TransformerConfig", SimpleNamespace(**known))
-    monkeypatch.setattr(moe_model, "is_te_min_version", lambda version: has_te)
+    monkeypatch.setattr(model, "TransformerConfig", SimpleNamespace(**known))
+    monkeypatch.setattr(model, "is_te_min_version", lambda version: has_te)
     flags = ["--moe-token-dispatcher", "alltoall", "--moe-grouped-gemm"]
-    assert moe_model.megatrons_overlap(parse_args([*TINY, *flags])) == {}
+    assert model.megatrons_overlap(parse_args([*TINY, *flags])) == {}
     with pytest.raises(UserError, match=words):
-        moe_model.megatrons_overlap(parse_args([*TINY, *flags, MEGATRONS_OVERLAP]))
+        model.megatrons_overlap(parse_args([*TINY, *flags, MEGATRONS_OVERLAP]))
 
 
 def test_unknown_config_key(tmp_path):
@@ -143,11 +140,10 @@ def test_processes_that_form_no_groups_of_experts(tmp_path):
 def test_more_processes_than_gpus(tmp_path):
     """Refused before the ranks can wait for each other; rank 0 is the slowest one here."""
     script = tmp_path / "script.py"
-    script.write_text(f"""if True:
-        import os, sys, time
+    script.write_text("""if True:
+        import os, time
         import torch
-        sys.path.insert(0, {str(EXAMPLES)!r})
-        from moe_launch import init_process_group, user_errors_exit
+        from ep_comm.pretrain.start import init_process_group, user_errors_exit
         torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
         time.sleep(2 * (os.environ["RANK"] == "0"))
         with user_errors_exit():
@@ -214,9 +210,9 @@ def test_bad_data_and_folders(tmp_path):
         from ep_comm.megatron import cpu
         cpu.enable()
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        from moe_config import parse_args
-        from moe_launch import UserError
-        from moe_train import pretrain
+        from ep_comm.pretrain.config import parse_args
+        from ep_comm.pretrain.start import UserError
+        from ep_comm.pretrain.loop import pretrain
         for line in sys.stdin:
             try:
                 pretrain(parse_args(line.split()))
@@ -232,7 +228,7 @@ def test_bad_data_and_folders(tmp_path):
         text=True,
         timeout=300,
         cwd=tmp_path,
-        env={**environment(), "PYTHONPATH": f"{ROOT}{os.pathsep}{EXAMPLES}"},
+        env=environment(),
     )
     errors = [line for line in result.stdout.splitlines() if line.startswith("error: ")]
     assert len(errors) == len(cases), result.stdout + result.stderr
@@ -248,8 +244,8 @@ def test_wandb_is_not_installed(tmp_path):
         sys.modules["wandb"] = None  # what cannot be imported
         import torch.distributed as dist
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        from moe_config import parse_args
-        from moe_log import check_wandb
+        from ep_comm.pretrain.config import parse_args
+        from ep_comm.pretrain.log import check_wandb
         check_wandb(parse_args(sys.argv[1:]))
         check_wandb(parse_args([*sys.argv[1:], "--wandb-project", "p"]))
     """
@@ -257,6 +253,6 @@ def test_wandb_is_not_installed(tmp_path):
         [sys.executable, "-c", code, *SMALL, "--run-dir", str(tmp_path / "run")],
         capture_output=True,
         text=True,
-        env={**environment(), "PYTHONPATH": f"{ROOT}{os.pathsep}{EXAMPLES}"},
+        env=environment(),
     )
     assert "UserError" in result.stderr and "pip install 'ep_comm[wandb]'" in result.stderr

@@ -8,7 +8,7 @@ from example_runs import torchrun
 SCRIPT = """
 import os, time
 import torch.distributed as dist
-from ep_comm import exits
+from ep_comm.job import exits
 
 exits._MEETING_S = 2.0
 rank = int(os.environ["RANK"])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ep_comm import _native
 from ep_comm.errors import EPArgumentError, EPRoutingError
-from ep_comm.layout import RoutingLayout, checked_source, layout_of
+from ep_comm.routing.layout import RoutingLayout, checked_source, layout_of
 
 INT_TYPES = (torch.int32, torch.int64)
 

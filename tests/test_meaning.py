@@ -10,7 +10,7 @@ from ranks import run_ranks
 from torch.utils.checkpoint import checkpoint
 
 from ep_comm import Buffer, EPConfig, fp8
-from ep_comm.probabilities import select_probabilities
+from ep_comm.routing.probabilities import select_probabilities
 
 EXPERTS, TOPK, HIDDEN, TOKENS = 12, 3, 8, 10
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from ep_comm import Buffer, EPConfig, EPMismatchError, EPTimeoutError
-from ep_comm.backends.meeting import meet
+from ep_comm.job.meeting import meet
 
 CONFIG = EPConfig(num_experts=6, hidden=8, max_tokens_per_rank=8, num_topk=2, timeout_s=2)
 

@@ -35,8 +35,9 @@ from ep_comm.errors import (
     EPTooManyTokensError,
     EPUnsupportedError,
 )
-from ep_comm.megatron import EPOptions, launch
-from ep_comm.megatron.launch_flags import (
+from ep_comm.megatron import EPOptions
+from ep_comm.megatron.launch import main as launch
+from ep_comm.megatron.launch.flags import (
     LaunchError,
     extend_parser,
     tokens_per_rank,
@@ -208,7 +209,7 @@ def import_launch_hooks(**global_vars: object) -> ModuleType:
         ),
     }
     with mock.patch.dict(sys.modules, stubs):
-        from ep_comm.megatron import launch_hooks
+        from ep_comm.megatron.launch import hooks as launch_hooks
     return launch_hooks
 
 
@@ -597,7 +598,7 @@ def build_across_nodes(rank: int, ranks_per_node: str) -> str:
 
 def buffer_of_the_options(rank: int, **options: object) -> list[tuple]:
     """What each buffer of a training was made with."""
-    from ep_comm.backends.reference import ReferenceBackend
+    from ep_comm.backends.reference.backend import ReferenceBackend
 
     made = []
     original = ReferenceBackend.set_num_sms

@@ -8,10 +8,10 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from ep_comm import Buffer, EPArgumentError, EPConfig, EPUnsupportedError
-from ep_comm.backends import nvlink_support
-from ep_comm.backends.nvlink_streams import InFlight
-from ep_comm.backends.nvlink_support import check_fp8_hidden
-from ep_comm.backends.nvlink_tuning import split_dispatch
+from ep_comm.backends.nvlink import support as nvlink_support
+from ep_comm.backends.nvlink.streams import InFlight
+from ep_comm.backends.nvlink.support import check_fp8_hidden
+from ep_comm.backends.nvlink.tuning import split_dispatch
 
 SIZES = dict(num_experts=16, hidden=1024, max_tokens_per_rank=512, num_topk=4, backend="nvlink")
 

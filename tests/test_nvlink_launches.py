@@ -13,12 +13,13 @@ from virtual_ranks import VirtualBuffer
 
 from ep_comm import EPConfig, EventOverlap
 from ep_comm._native import structs
-from ep_comm.backends import nvlink, nvlink_streams
-from ep_comm.backends.nvlink import NVLinkBackend
-from ep_comm.backends.nvlink_records import DeviceRecorder
-from ep_comm.backends.nvlink_streams import InFlight
+from ep_comm.backends.nvlink import backend as nvlink
+from ep_comm.backends.nvlink import streams as nvlink_streams
+from ep_comm.backends.nvlink.backend import NVLinkBackend
+from ep_comm.backends.nvlink.streams import InFlight
 from ep_comm.errors import EPArgumentError, EPRoutingError, EPUnsupportedError
 from ep_comm.handle import DispatchHandle
+from ep_comm.telemetry.device import DeviceRecorder
 
 CURRENT, SIDE, COMM = 5, 6, 7
 CONFIG = EPConfig(num_experts=8, hidden=512, max_tokens_per_rank=16, num_topk=2)

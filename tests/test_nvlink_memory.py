@@ -11,9 +11,9 @@ import torch
 
 from ep_comm import EPTimeoutError
 from ep_comm._native import structs
-from ep_comm.backends.nvlink_farewell import Farewell
-from ep_comm.backends.nvlink_memory import NodeMemory
-from ep_comm.watch import Wait
+from ep_comm.backends.nvlink.farewell import Farewell
+from ep_comm.backends.nvlink.memory import NodeMemory
+from ep_comm.telemetry.watch import Wait
 
 
 @pytest.mark.parametrize("fault", ["none", "before", "in flight", "given up", "late rank"])

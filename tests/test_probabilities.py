@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ep_comm.probabilities import select_probabilities
+from ep_comm.routing.probabilities import select_probabilities
 
 
 def by_hand(probs, topk_idx, grad):

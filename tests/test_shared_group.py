@@ -11,8 +11,8 @@ from ranks import run_ranks
 from virtual_ranks import run_virtual_ranks
 
 from ep_comm import Buffer, EPConfig, EPError, EPMismatchError, EPTimeoutError
-from ep_comm.backends import reference
-from ep_comm.backends.transport import Operation
+from ep_comm.backends.reference import backend as reference
+from ep_comm.backends.reference.messages import Operation
 
 SIZES = dict(num_experts=4, hidden=8, max_tokens_per_rank=8, num_topk=2, dtype=torch.float32)
 TOPK = torch.tensor([[0, 2], [1, 3], [2, 1], [3, 0]])

@@ -28,10 +28,10 @@ from example_runs import (  # noqa: E402
     train,
     wait_for_step,
 )
-from moe_log import LOG_FILE, read_log  # noqa: E402
 
 from ep_comm.errors import EPArgumentError  # noqa: E402
-from ep_comm.slurm import rank_variables  # noqa: E402
+from ep_comm.job.ranks import rank_variables  # noqa: E402
+from ep_comm.pretrain.log import LOG_FILE, read_log  # noqa: E402
 
 SCRIPTS = ROOT / "scripts" / "slurm"
 LATEST = "latest_checkpointed_iteration.txt"

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from ep_comm import Buffer, EPConfig, watch
-from ep_comm.watch import Wait
+from ep_comm import Buffer, EPConfig
+from ep_comm.telemetry import watch
+from ep_comm.telemetry.watch import Wait
 
 SIZES = dict(num_experts=4, hidden=8, max_tokens_per_rank=8, num_topk=2, dtype=torch.float32)
 X, TOPK = torch.ones(4, 8), torch.tensor([[0, 2], [1, 3], [2, 1], [3, 0]])
