@@ -24,7 +24,7 @@ from ep_comm import _native
 from ep_comm._native import structs
 from ep_comm.errors import EPArgumentError, EPStateError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HEADER = ROOT / "csrc" / "ep_comm.h"
 
 

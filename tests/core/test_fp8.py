@@ -9,7 +9,7 @@ import torch
 from ep_comm import fp8
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 
-GOLDEN = np.load(Path(__file__).parent / "data" / "te_block_fp8_golden.npz")
+GOLDEN = np.load(Path(__file__).parents[1] / "data" / "te_block_fp8_golden.npz")
 
 
 def golden_input() -> torch.Tensor:

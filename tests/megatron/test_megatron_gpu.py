@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.multi_gpu,
     pytest.mark.skipif(
         importlib.util.find_spec("transformer_engine") is None
-        or importlib.util.find_spec("megatron") is None,
+        or importlib.util.find_spec("megatron.core") is None,
         reason="needs Transformer Engine and megatron-core",
     ),
 ]
