@@ -31,11 +31,11 @@ from ep_comm.handle import (
     Payload,
     RowLayout,
 )
-from ep_comm.layout import checked_source
-from ep_comm.probabilities import select_probabilities
-from ep_comm.records import Records
+from ep_comm.routing.layout import checked_source
+from ep_comm.routing.probabilities import select_probabilities
+from ep_comm.telemetry.records import Records
+from ep_comm.telemetry.watch import watch
 from ep_comm.tracing import check_not_saved, plain_tensor, unseen, untraced
-from ep_comm.watch import watch
 
 
 class Buffer:

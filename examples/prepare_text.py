@@ -28,9 +28,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from moe_launch import UserError, user_errors_exit
 from rich.console import Console
 from rich.progress import track
+
+from ep_comm.pretrain.start import UserError, user_errors_exit
 
 warnings.filterwarnings("ignore", module="megatron")  # it misses packages that only training needs
 from megatron.core.datasets.indexed_dataset import (  # noqa: E402
@@ -39,14 +40,15 @@ from megatron.core.datasets.indexed_dataset import (  # noqa: E402
     get_bin_path,
     get_idx_path,
 )
-from moe_data import add_document  # noqa: E402
+
+from ep_comm.pretrain.data import add_document  # noqa: E402
 
 try:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 except ImportError:
     sys.exit("error: tokenizers is missing: pip install tokenizers")
 
-END_OF_DOCUMENT = "<|endoftext|>"  # its token is the last of the vocabulary, as moe_data takes it
+END_OF_DOCUMENT = "<|endoftext|>"  # its token is the last of the vocabulary, as pretrain takes it
 _NEW_DOCUMENT = re.compile(r"\n(?:[ \t]*\n)+(?=\S)")
 _GZIP_MAGIC = b"\x1f\x8b"
 _BYTES = 256

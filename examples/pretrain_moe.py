@@ -8,23 +8,22 @@ or, in a SLURM job, by srun with one task for each process (``scripts/slurm/pret
 standard library, byte by byte. On SIGTERM or Ctrl-C it finishes the step, writes a checkpoint to
 ``--save`` and exits with 75; ``--load`` goes on from there.
 
-This file starts the processes' work; `moe_train` is the training loop.
+This file starts the processes' work; `ep_comm.pretrain.loop` is the training loop.
 """
 
 from __future__ import annotations
 
 import os
 
-from moe_config import parse_args
-from moe_launch import (
+from ep_comm.job.ranks import rank_variables
+from ep_comm.pretrain.config import parse_args
+from ep_comm.pretrain.start import (
     UserError,
     agree,
     init_process_group,
     prepare_megatron,
     user_errors_exit,
 )
-
-from ep_comm.slurm import rank_variables
 
 
 def main() -> None:
@@ -40,7 +39,7 @@ def main() -> None:
         init_process_group()
         config = agree(parse_args)
         prepare_megatron()
-        from moe_train import pretrain  # imports Megatron: only now
+        from ep_comm.pretrain.loop import pretrain  # imports Megatron: only now
 
         pretrain(config)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the small cases of tests/test_virtual_ranks.py under compute-sanitizer's memcheck and racecheck, each in
+# Run the small cases of tests/backends/test_virtual_ranks.py under compute-sanitizer's memcheck and racecheck, each in
 # a process of its own, side by side: two to seven minutes on one GPU. (synccheck calls every barrier of a part
 # of a block an error.)
 #   bash scripts/sanitize.sh [OUT]      verdicts on the screen, the tools' output in OUT (default: runs/sanitize)
@@ -14,7 +14,7 @@ python3 setup.py --quiet build_ext --inplace
 check() {
     local case=$1 tool=$2 log=$out/$1-$2.txt
     if compute-sanitizer --target-processes all --tool "$tool" --print-limit 10 --error-exitcode 1 \
-        python3 -m pytest -q "tests/test_virtual_ranks.py::test_small_cases[$case]" \
+        python3 -m pytest -q "tests/backends/test_virtual_ranks.py::test_small_cases[$case]" \
         >"$log" 2>&1 && grep -q " passed" "$log"; then # a skipped case is none
         echo "$case-$tool: passed; $(grep SUMMARY "$log" | tail -1)"
     else

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+TESTS = Path(__file__).parent
+# Their modules import each other by name, also in processes of their own (`ranks`).
+FOLDERS = [TESTS, *sorted({path.parent for path in TESTS.glob("*/test_*.py")})]
+sys.path[:0] = [str(folder) for folder in FOLDERS]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

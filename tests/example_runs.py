@@ -86,11 +86,11 @@ def pretrain(rank: int, flags: list[str]) -> None:
     variables = environment()
     os.environ.clear()
     os.environ.update(variables)
-    from moe_launch import prepare_megatron
+    from ep_comm.pretrain.start import prepare_megatron
 
     prepare_megatron()
-    from moe_config import parse_args
-    from moe_train import pretrain as train_on_all_ranks
+    from ep_comm.pretrain.config import parse_args
+    from ep_comm.pretrain.loop import pretrain as train_on_all_ranks
 
     train_on_all_ranks(parse_args(flags))
 
@@ -140,7 +140,7 @@ def assert_refused(result: SimpleNamespace, *words: str) -> None:
         assert word in errors[0]
     assert "Traceback" not in ours, result.output
     assert not re.search(r"^error: ", report, flags=re.MULTILINE), result.output
-    assert str(EXAMPLES / "moe_") not in result.output  # no frame of a stack trace
+    assert str(ROOT / "ep_comm" / "pretrain") not in result.output  # no frame of a stack trace
     # torchrun lists the rank that ended first last, and ends those still running (-15, SIGTERM).
     *others, first = re.findall(r"exitcode\s*: (-?\d+)", report)
     assert first == "2" and set(others) <= {"2", "-15"}, result.output

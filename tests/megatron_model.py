@@ -272,8 +272,7 @@ def make_model(setup: Setup, config, options) -> list:
     for i in range(setup.vpp):
         chunk = gpt_model(setup, config, options, i if setup.vpp > 1 else None)
         if setup.fused:
-            import example_runs  # noqa: F401, it puts the examples into sys.path
-            from moe_model import fuse_accumulation
+            from ep_comm.pretrain.model import fuse_accumulation
 
             fuse_accumulation(chunk)
         if setup.te:

@@ -25,7 +25,7 @@ import torch
 from ranks import run_ranks
 
 from ep_comm import Buffer, CombineOutput, DispatchOutput, EPConfig
-from ep_comm.records import Records
+from ep_comm.telemetry.records import Records
 
 
 class VirtualBuffer(Buffer):
@@ -133,9 +133,9 @@ def _all_ranks(
     in_step: bool,
 ) -> list[Any]:
     _connect(num_gpus)
-    from ep_comm.backends.nvlink import NVLinkBackend
-    from ep_comm.backends.nvlink_farewell import Farewell
-    from ep_comm.backends.nvlink_memory import NodeMemory, Offsets
+    from ep_comm.backends.nvlink.backend import NVLinkBackend
+    from ep_comm.backends.nvlink.farewell import Farewell
+    from ep_comm.backends.nvlink.memory import NodeMemory, Offsets
 
     ranks_per_gpu = -(-num_ranks // num_gpus)
     streams = [_streams(gpu, 3 * ranks_per_gpu) for gpu in range(num_gpus)]

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from ep_comm.backends.base import Backend
-from ep_comm.backends.meeting import Meeting, meet
-from ep_comm.backends.nvlink import NVLinkBackend
-from ep_comm.backends.reference import ReferenceBackend
+from ep_comm.backends.nvlink.backend import NVLinkBackend
+from ep_comm.backends.reference.backend import ReferenceBackend
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPMismatchError
+from ep_comm.job.meeting import Meeting, meet
 
 # Fastest first: "auto" takes the first that is available.
 BACKENDS: tuple[type[Backend], ...] = (NVLinkBackend, ReferenceBackend)

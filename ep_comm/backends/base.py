@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_comm.backends.meeting import Meeting
 from ep_comm.config import EPConfig
 from ep_comm.events import EventOverlap
 from ep_comm.handle import DispatchHandle, Routing, RowLayout
-from ep_comm.records import Records
-from ep_comm.watch import Wait
+from ep_comm.job.meeting import Meeting
+from ep_comm.telemetry.records import Records
+from ep_comm.telemetry.watch import Wait
 
 if TYPE_CHECKING:
     from typing_extensions import Self

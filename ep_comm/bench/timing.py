@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ep_comm.records import Records
+from ep_comm.telemetry.records import Records
 
 UNALIGNED_CALLS = 20
 _UNALIGNED_REPEATS = 5

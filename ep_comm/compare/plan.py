@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ep_comm import variants
-from ep_comm.variants import TRAINING_SCRIPT, find_training_script, first_owned
+from ep_comm.pretrain import variants
+from ep_comm.pretrain.variants import TRAINING_SCRIPT, find_training_script, first_owned
 
 REFERENCE = "alltoall"
 DEEPEP = "deepep"

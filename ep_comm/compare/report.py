@@ -10,7 +10,6 @@ from datetime import datetime, timezone
 from statistics import fmean
 from typing import Any
 
-from ep_comm.bench.environment import gpu_names, versions
 from ep_comm.compare.directory import Directory, write_text
 from ep_comm.compare.plan import (
     DEEPEP,
@@ -37,6 +36,7 @@ from ep_comm.compare.statistics import (
     steps_skipped,
     window_of,
 )
+from ep_comm.job.environment import gpu_names, versions
 
 LOSS_PLOT = "loss.png"
 DIFFERENCE_PLOT = "difference.png"

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import ep_comm
 from ep_comm import Buffer, DispatchHandle, DispatchOutput, EPConfig, EPTooManyTokensError, fp8
-from ep_comm.backends.meeting import meet
+from ep_comm.job.meeting import meet
 from ep_comm.megatron.options import EPOptions
 from ep_comm.megatron.wgrad import at_end_of_backward
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from packaging.version import Version
 
 from ep_comm import fp8
-from ep_comm.backends import nvlink_support
+from ep_comm.backends.nvlink import support as nvlink_support
 from ep_comm.errors import EPUnsupportedError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ep_comm.errors import EPStateError
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
 from ep_comm.megatron.layer import is_pipelined, moe_layers
-from ep_comm.records import timed
+from ep_comm.telemetry.records import timed
 
 _PHASES = {
     "dispatch": ("dispatch_preprocess", "token_dispatch", "dispatch_postprocess"),

@@ -1,0 +1,1 @@
+"""The backend of one host's GPUs, over NVLink."""

@@ -1,0 +1,72 @@
+"""Arguments of the NVLink kernels that stay the same from call to call."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ep_comm._native import structs
+from ep_comm.backends.nvlink.memory import NodeMemory, Offsets
+from ep_comm.backends.nvlink.tuning import COMBINE_PUSH_PERCENT
+from ep_comm.config import EPConfig
+
+
+class KernelArgs(NamedTuple):
+    """One of each, which every call fills in anew."""
+
+    plan: structs.PlanArgs
+    dispatch: structs.DispatchArgs
+    combine: structs.CombineArgs
+
+
+def kernel_args(
+    config: EPConfig, memory: NodeMemory, offsets: Offsets, scratch: int, wire_bytes: int
+) -> KernelArgs:
+    """Of one buffer.
+
+    Args:
+        memory: Of this rank, cut up by `offsets`.
+        scratch: Address of the plan's scratch memory.
+        wire_bytes: Where kernels count what they send, see `NodeMemory.node`.
+    """
+    dispatch_node = memory.node(structs.EP_OP_DISPATCH, wire_bytes)
+    sizes = dict(
+        max_tokens=config.max_tokens_per_rank,
+        max_chunks=offsets.max_chunks,
+        num_local_experts=config.num_experts // memory.num_ranks,
+    )
+    return KernelArgs(
+        plan=structs.PlanArgs(
+            node=dispatch_node,
+            scratch=scratch,
+            mailbox=memory.mailbox_address,
+            notice=memory.notice_address,
+            counters=memory.counters[2].data_ptr(),
+            flag_offset=offsets.plan_flags,
+            credit_offset=offsets.dispatch_credits,
+            header_offset=offsets.plan_headers,
+            idx_offset=offsets.plan_idx,
+            num_experts=config.num_experts,
+            max_tokens=config.max_tokens_per_rank,
+            hidden=config.hidden,
+        ),
+        dispatch=structs.DispatchArgs(
+            node=dispatch_node,
+            counter=memory.counters[0].data_ptr(),
+            flag_offset=offsets.dispatch_flags,
+            credit_offset=offsets.dispatch_credits,
+            slot_offset=offsets.dispatch_slots,
+            **sizes,
+        ),
+        combine=structs.CombineArgs(
+            node=memory.node(structs.EP_OP_COMBINE, wire_bytes),
+            counters=memory.counters[1].data_ptr(),
+            flag_offset=offsets.combine_flags,
+            credit_offset=offsets.combine_credits,
+            row_offset=offsets.combine_rows,
+            weight_offset=offsets.combine_weights,
+            zero_offset=offsets.zeros,
+            ranks_per_node=config.ranks_per_node or memory.num_ranks,
+            push_percent=COMBINE_PUSH_PERCENT,
+            **sizes,
+        ),
+    )

@@ -1,0 +1,466 @@
+"""The NVLink backend: our kernels between the GPUs of one host.
+
+A rank writes into the others' memory (torch symmetric memory); nothing is read across NVLink. The
+host waits once in a new dispatch, for the counts that the outputs are allocated by, while the rows
+are already on their way (csrc/plan.cu, dispatch.cu, combine.cu). It waits for nothing where the
+caller says how many rows the output has; epochs are counted on the device, so that all of it can be
+captured in a CUDA graph.
+
+Operations run on the caller's stream, asynchronous ones on the communication stream. Beside them a
+new dispatch uses a side stream: it takes the routing in and moves arrived rows to their places
+while the other one pushes. Two operations run at once where both find room (streams.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_comm import _native, checks, fp8
+from ep_comm._native import structs
+from ep_comm.backends.base import Combined, Pending, Received
+from ep_comm.backends.nvlink import support
+from ep_comm.backends.nvlink.args import kernel_args
+from ep_comm.backends.nvlink.memory import NodeMemory, Offsets
+from ep_comm.backends.nvlink.routing import (
+    FirstDispatch,
+    NVLinkRouting,
+    arena_places,
+    entry_size,
+    native_routing,
+)
+from ep_comm.backends.nvlink.rows import (
+    allocate_experts,
+    allocate_rows,
+    describe_rows,
+    whole_weight_rows,
+)
+from ep_comm.backends.nvlink.streams import Streams
+from ep_comm.backends.nvlink.tuning import (
+    COMBINE_CHUNK_BYTES,
+    chunk_tokens,
+    combine_chunks_per_unit,
+    default_sms,
+    split_dispatch,
+    split_plan,
+)
+from ep_comm.config import EPConfig
+from ep_comm.errors import EPArgumentError, EPUnsupportedError
+from ep_comm.handle import DispatchHandle, RoutingSizes, RowLayout
+from ep_comm.job.meeting import Meeting
+from ep_comm.routing.layout import INPUT_KINDS, raise_if_bad
+from ep_comm.telemetry.device import DeviceRecorder
+from ep_comm.telemetry.watch import Wait
+
+_MAX_ROWS = 2**31 - 1
+
+
+def _tag(*call: int) -> int:
+    """0 to 255, the same for the same call on every rank: chunks carry it."""
+    return hash(call) & 0xFF  # of integers the hash is the same in every process
+
+
+class NVLinkBackend:
+    """See `ep_comm.backends.base.Backend`, whose methods these are."""
+
+    name = "nvlink"
+
+    @classmethod
+    def facts(cls, group: dist.ProcessGroup, config: EPConfig) -> support.Facts:
+        return support.facts_of(group, config)
+
+    @classmethod
+    def unavailable_reason(cls, facts: list[support.Facts]) -> str | None:
+        return support.unavailable_reason(facts)
+
+    @classmethod
+    def create(
+        cls, group: dist.ProcessGroup, config: EPConfig, meeting: Meeting
+    ) -> NVLinkBackend:
+        offsets = Offsets(config, dist.get_world_size(group))
+        return cls(NodeMemory.of_group(group, meeting, offsets, config.timeout_s), config)
+
+    def __init__(self, memory: NodeMemory, config: EPConfig) -> None:
+        self.config = config
+        self.memory = memory
+        self.rank, self.num_ranks = memory.rank, memory.num_ranks
+        self.num_local_experts = config.num_experts // self.num_ranks
+        self._max_rows = self.num_ranks * config.max_tokens_per_rank
+        self.native = _native.load()
+        self.native.load_kernels()
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self._streams = Streams(self.native, self.device.index, self._new_stream)
+        self.recorder = DeviceRecorder(
+            self.rank, self.num_ranks, self.device, self._streams.synchronize
+        )
+        self.offsets = Offsets(config, self.num_ranks)
+        self._scratch = torch.empty(
+            self.native.plan_scratch_bytes(
+                config.max_tokens_per_rank, config.num_experts, self.num_ranks
+            ),
+            dtype=torch.uint8,
+            device=self.device,
+        )
+        # Where plans leave the entries of rows that nobody knows the number of yet.
+        self._planned_entries = torch.empty(
+            self._max_rows * entry_size(config.num_topk), dtype=torch.int32, device=self.device
+        )
+        properties = torch.cuda.get_device_properties(self.device)
+        self._available_sms: int = properties.multi_processor_count
+        self._num_sms: int | None = None
+        self._num_plans = 0
+        self._args = kernel_args(
+            config,
+            memory,
+            self.offsets,
+            self._scratch.data_ptr(),
+            self.recorder.wire_bytes_address,
+        )
+
+    @staticmethod
+    def _new_stream(priority: int) -> torch.cuda.Stream:
+        return torch.cuda.Stream(priority=priority)
+
+    @property
+    def buffer_bytes(self) -> int:
+        own = self._scratch.nbytes + self._planned_entries.nbytes
+        return self.offsets.total + own + self.recorder.num_bytes
+
+    def describe(self) -> str:
+        sms = self._num_sms or self._available_sms
+        return f"nvlink ({self.num_ranks} GPUs of one host, {sms} SMs)"
+
+    def waits(self) -> list[Wait]:
+        return self.memory.waits()
+
+    @property
+    def has_failed(self) -> bool:
+        return self.memory.has_fault
+
+    @property
+    def num_started(self) -> int:
+        return self.recorder.num_operations
+
+    def destroy(self) -> None:
+        try:
+            self.memory.free()
+        finally:
+            self._streams.forget()
+
+    def set_num_sms(self, num_sms: int | None) -> None:
+        self._check_num_sms(num_sms)
+        self._num_sms = num_sms
+
+    def _check_num_sms(self, num_sms: int | None) -> None:
+        if num_sms is not None and not 2 <= num_sms <= self._available_sms:
+            raise EPArgumentError(
+                f"num_sms must be 2 to {self._available_sms}, or None, got {num_sms}"
+            )
+
+    def _sms(self, num_sms: int | None, asynchronous: bool) -> int:
+        self._check_num_sms(num_sms)
+        return num_sms or self._num_sms or default_sms(self._available_sms, asynchronous)
+
+    def check_device(self, name: str, rows: Tensor) -> None:
+        if rows.get_device() != self.device.index:
+            raise EPArgumentError(f"{name} is on {rows.device}, the buffer on {self.device}")
+
+    def check_wire_dtype(self, wire_dtype: torch.dtype, recv_dtype: torch.dtype) -> None:
+        if wire_dtype == fp8.FP8_DTYPE:
+            support.check_fp8_hidden(self.config.hidden, recv_dtype)
+
+    def inject_delays(self, up_to_ns: int) -> None:
+        """For tests: every wait and every signal of later operations is late, at random."""
+        for args in self._args:
+            args.node.delay_ns = up_to_ns
+
+    def synchronize(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise EPUnsupportedError("a CUDA graph cannot hold a wait of the host")
+        self._streams.synchronize()
+        self.memory.check()
+
+    # --- plan ------------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        source: Tensor,
+        num_topk: int,
+        layout: RowLayout,
+        expert_alignment: int,
+        has_weights: bool,
+        capacity: int | None,
+        asynchronous: bool,
+        num_sms: int | None,
+    ) -> NVLinkRouting:
+        self.memory.check()
+        is_captured = torch.cuda.is_current_stream_capturing()
+        if capacity is None and is_captured:
+            raise EPUnsupportedError(
+                "a new dispatch waits for the counts of its routing, which no CUDA graph can hold: "
+                "pass num_worst_tokens, or capture a cached dispatch"
+            )
+        config = self.config
+        asked_tokens = source.shape[0]
+        if asked_tokens > config.max_tokens_per_rank:
+            source = source[:0]  # the kernels tell all ranks
+        num_tokens = source.shape[0]
+        num_entries = self._max_rows
+        if capacity is not None and layout == "rank":  # rows from there on share one entry
+            num_entries = min(num_entries, capacity + 1)
+        in_arena = 0 if capacity is None else num_entries
+        sizes = (num_tokens, num_topk, in_arena, self.num_ranks, self.num_local_experts)
+        places, total = arena_places(*sizes)
+        selects_weights = has_weights and source.dtype == torch.bool
+        sms = self._sms(num_sms, asynchronous)
+        # Where the host waits for nothing one kernel can push and expand, beside the plan's second
+        # one; with few SMs there is no room for both. In a graph it comes after that one: of two
+        # branches CUDA might run first what expands, and so waits for the other ranks' pushes.
+        in_one = capacity is not None and (
+            is_captured or (sms == self._available_sms and not selects_weights)
+        )
+        stream = self._streams.begin(structs.EP_OP_DISPATCH, asynchronous, sms)
+        record = self.recorder.start("dispatch", 0)
+        self._num_plans += 1
+        arena = torch.empty(total, dtype=torch.int32, device=self.device)
+        planned = self._planned_entries.data_ptr()
+        native = native_routing(
+            arena.data_ptr(), *sizes, layout == "expert", num_entries - 1, planned
+        )
+        routing = NVLinkRouting(
+            backend=self,
+            native=native,
+            number=self._num_plans,
+            expert_alignment=expert_alignment,
+            capacity=capacity,
+            num_tokens=num_tokens,
+            num_topk=num_topk,
+            stream=self._streams.current,
+            arena=arena,
+            places=places,
+            memory=(arena,),
+            first=FirstDispatch(source, stream, sms, record, selects_weights, in_one, is_captured),
+        )
+        args = self._args.plan
+        args.node.record = record
+        args.routing = native
+        args.input = source.data_ptr()
+        args.ticket = 0 if capacity is not None else routing.number
+        args.capacity = _MAX_ROWS if capacity is None else capacity
+        args.input_kind = INPUT_KINDS[source.dtype]
+        args.asked_tokens = asked_tokens
+        args.expert_alignment = expert_alignment
+        _, expand_sms = split_dispatch(sms, self.num_ranks)
+        args.num_send_blocks, args.num_receive_blocks = split_plan(sms, expand_sms)
+        streams = self._streams
+        self.native.plan(args, stream, stream if in_one else streams.side, streams.event)
+        if asynchronous and selects_weights:
+            # The caller's stream selects the probabilities by the experts that the plan finds.
+            streams.wait(streams.current, stream)
+        return routing
+
+    def wait_for_kernels(self) -> None:
+        """Of all operations so far; their counts are then in device memory."""
+        self._streams.synchronize()
+        self.memory.check_fault()
+
+    def wait_for_sizes(self, routing: NVLinkRouting) -> RoutingSizes:
+        """The plan's counts, as soon as they are in the mailbox."""
+        mailbox = self.memory.mailbox
+        arrived = self.native.mailbox_wait(
+            self.memory.mailbox_address,
+            self.memory.fault_address,
+            routing.number,
+            # The kernels' own bound names the late rank; it begins when they start.
+            10 * self.config.timeout_s,
+            self._streams.side,
+        )
+        self.memory.check_fault()
+        if not arrived:
+            raise self.memory.timeout("dispatch", "plan", (), routing.number)
+        return RoutingSizes(
+            sent=tuple(mailbox.num_sent_tokens[: self.num_ranks]),
+            received=tuple(mailbox.num_recv_tokens[: self.num_ranks]),
+            expert_rows=tuple(mailbox.num_tokens_per_expert[: self.num_local_experts]),
+            alignment=routing.expert_alignment,
+        )
+
+    # --- dispatch --------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        handle: DispatchHandle,
+        x: Tensor,
+        scales: Tensor | None,
+        topk_weights: Tensor | None,
+        wire_dtype: torch.dtype,
+        recv_dtype: torch.dtype,
+        asynchronous: bool,
+        num_sms: int | None,
+    ) -> Pending[Received]:
+        routing: NVLinkRouting = handle.routing
+        first, routing.first = routing.first, None
+        if first is None:
+            self.memory.check()
+        quantises = wire_dtype == fp8.FP8_DTYPE and scales is None
+        if quantises:
+            x, scales = fp8.quantize(x)
+        weights = whole_weight_rows(topk_weights)
+        args = self._args.dispatch
+        describe_rows(args, routing, x, scales, weights, recv_dtype)
+        args.tag = _tag(
+            routing.number, first is not None, args.row_bytes, args.scale_bytes, args.weight_bytes
+        )
+        if first is None:
+            sms = self._sms(num_sms, asynchronous)
+            received = self._repeat(args, handle, recv_dtype, asynchronous, sms)
+        else:
+            was_made = quantises or first.selects_weights or weights is not topk_weights
+            if was_made:
+                self._wait_for_input(first, asynchronous)
+            # What is pushed has to be there: only an input of before the plan certainly is.
+            args.is_behind_plan = first.in_one and not (was_made or first.is_captured)
+            received = self._first(args, handle, recv_dtype, first)
+        keep = (x, scales, weights, first and first.source, routing.memory)
+        return self._pending(received, asynchronous, keep)
+
+    def _repeat(
+        self,
+        args: structs.DispatchArgs,
+        handle: DispatchHandle,
+        recv_dtype: torch.dtype,
+        asynchronous: bool,
+        sms: int,
+    ) -> Received:
+        """A dispatch whose routing is known: one kernel."""
+        received = allocate_rows(args, handle, self.config.hidden, recv_dtype, self.device)
+        stream = self._streams.begin(structs.EP_OP_DISPATCH, asynchronous, sms)
+        self._keep_for_current_stream(handle.routing)
+        args.node.record = self.recorder.start("dispatch", args.row_bytes + args.scale_bytes)
+        args.is_planned = args.is_behind_plan = False
+        push_blocks, expand_blocks = split_dispatch(sms, self.num_ranks)
+        args.num_push_blocks, args.num_expand_blocks = push_blocks, expand_blocks
+        args.num_blocks = push_blocks + expand_blocks
+        self.native.launch("ep_dispatch", args, stream)
+        return received
+
+    def _wait_for_input(self, first: FirstDispatch, asynchronous: bool) -> None:
+        """The first dispatch goes on when what was made since its plan is there. The plan's own
+        streams are behind everything older."""
+        streams = self._streams
+        if asynchronous:
+            streams.wait(first.stream, streams.current)
+        if not first.in_one:
+            streams.wait(streams.side, first.stream)
+
+    def _first(
+        self,
+        args: structs.DispatchArgs,
+        handle: DispatchHandle,
+        recv_dtype: torch.dtype,
+        first: FirstDispatch,
+    ) -> Received:
+        """The dispatch after its plan: it pushes while the plan and the host go on."""
+        routing: NVLinkRouting = handle.routing
+        streams, stream = self._streams, first.stream
+        self.recorder.set_row_bytes(args.row_bytes + args.scale_bytes)
+        args.node.record = first.record
+        args.is_planned = True
+        push_blocks, expand_blocks = split_dispatch(first.num_sms, self.num_ranks)
+        args.num_blocks = push_blocks + expand_blocks
+        args.num_push_blocks, args.num_expand_blocks = push_blocks, 0
+        if push_blocks and not first.in_one:
+            self.native.launch("ep_dispatch", args, stream)
+        received = allocate_rows(args, handle, self.config.hidden, recv_dtype, self.device)
+        if handle.layout == "rank":
+            routing.recv_topk_idx = allocate_experts(args, handle, first.source, self.device)
+        args.planned_entries = None
+        if routing.capacity is None:
+            # What expands copies them: the next plan, on the same stream, is behind it.
+            args.planned_entries = routing.native.entries
+            args.num_received = routing.sizes.num_received
+            routing.allocate_entries(args.num_received)
+            args.routing = routing.native
+        args.num_expand_blocks = expand_blocks
+        if first.in_one:
+            self.native.launch("ep_dispatch", args, stream)
+        else:
+            args.num_push_blocks = 0
+            self.native.launch("ep_dispatch", args, streams.side)
+            streams.wait(stream, streams.side)
+        if routing.capacity is None:
+            mailbox = self.memory.mailbox
+            checks.check_num_tokens(mailbox.asked_tokens[: self.num_ranks], self.config)
+            raise_if_bad(
+                list(mailbox.routing_error),
+                first.source,
+                routing.num_topk,
+                self.config.num_experts,
+            )
+        return received
+
+    # --- combine ---------------------------------------------------------------------------------
+
+    def combine(
+        self,
+        handle: DispatchHandle,
+        x: Tensor,
+        topk_weights: Tensor | None,
+        asynchronous: bool,
+        num_sms: int | None,
+    ) -> Pending[Combined]:
+        self.memory.check()
+        routing: NVLinkRouting = handle.routing
+        num_tokens, hidden = routing.num_tokens, x.shape[1]
+        combined = torch.empty(num_tokens, hidden, dtype=x.dtype, device=self.device)
+        weights = None
+        if topk_weights is not None:
+            weights = topk_weights.new_empty(num_tokens, routing.num_topk)
+        args = self._args.combine
+        args.x = x.data_ptr()
+        args.weights = None if topk_weights is None else topk_weights.data_ptr()
+        args.routing = routing.native
+        args.combined_x = combined.data_ptr()
+        args.combined_weights = None if weights is None else weights.data_ptr()
+        args.row_bytes = row_bytes = hidden * x.element_size()
+        args.tag = _tag(routing.number, row_bytes, weights is not None)
+        args.chunk_rows = chunk_tokens(COMBINE_CHUNK_BYTES, row_bytes)
+        sms = self._sms(num_sms, asynchronous)
+        args.chunks_per_unit = combine_chunks_per_unit(sms, args.chunk_rows)
+        args.dtype = structs.EP_BF16 if x.dtype == torch.bfloat16 else structs.EP_FP32
+        args.num_blocks = sms
+        stream = self._streams.begin(structs.EP_OP_COMBINE, asynchronous, sms)
+        self._keep_for_current_stream(routing)
+        args.node.record = self.recorder.start("combine", row_bytes)
+        self.native.launch("ep_combine", args, stream)
+        keep = (x, topk_weights, routing.memory)
+        return self._pending(Combined(combined, weights), asynchronous, keep)
+
+    # --- order ------------------------------------------------------------------------------------
+
+    def keep_for_comm_stream(self, tensors: Iterable[Tensor | None]) -> None:
+        for tensor in tensors:
+            if tensor is not None:
+                tensor.record_stream(self._streams.comm)
+
+    def _keep_for_current_stream(self, routing: NVLinkRouting) -> None:
+        """torch would use a dropped handle's memory again for its own stream, at once."""
+        if self._streams.current != routing.stream:
+            current = torch.cuda.current_stream(self.device)
+            for tensor in routing.memory:
+                tensor.record_stream(current)
+
+    def give_up(self) -> None:
+        self.memory.give_up()
+
+    def abandon(self) -> None:
+        self._streams.abandon()
+
+    def _pending(self, result, asynchronous: bool, keep: tuple) -> Pending:
+        """`keep` is what the kernels read."""
+        if not asynchronous:
+            return Pending(result)
+        return Pending(result, self._streams.comm_event(keep))

@@ -1,0 +1,343 @@
+"""Memory that the ranks of a node write into each other's, and what the host reads of it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_comm._native import structs
+from ep_comm.backends.nvlink.farewell import Farewell
+from ep_comm.backends.nvlink.tuning import MIN_CHUNK_TOKENS
+from ep_comm.config import EPConfig
+from ep_comm.errors import (
+    EPError,
+    EPMismatchError,
+    EPOverflowError,
+    EPRoutingError,
+    EPTimeoutError,
+    EPTooManyTokensError,
+)
+from ep_comm.job.meeting import Meeting, meet
+from ep_comm.telemetry.watch import Wait
+
+_ALIGNMENT = 256
+_PHASES = {
+    structs.EP_PHASE_CREDIT: "credit",
+    structs.EP_PHASE_PLAN: "plan",
+    structs.EP_PHASE_ROWS: "rows",
+}
+_ROUTING_PROBLEMS = {
+    structs.EP_ROUTING_OUT_OF_RANGE: "no expert has number",
+    structs.EP_ROUTING_DUPLICATE: "a second time expert",
+    structs.EP_ROUTING_TOO_MANY: "one selected expert too many of",
+}
+_HOST_STRIDE = 128  # bytes between what the device writes
+_OPS = {structs.EP_OP_DISPATCH: "dispatch", structs.EP_OP_COMBINE: "combine"}
+# In the order of EP_FIELD_*.
+_FIELDS = ("num_topk", "hidden", "num_experts", "expert-major layout", "expert_alignment")
+
+
+class Offsets:
+    """Where things are in every rank's symmetric memory; the same on all ranks.
+
+    With R ranks, S = max_tokens_per_rank, rows of B bytes and K = num_topk it is mostly
+    2 (R - 1) S B bytes of rows (dispatch and combine), and R S K 8 bytes of routing and weights.
+    """
+
+    def __init__(self, config: EPConfig, num_ranks: int) -> None:
+        self._end = 0
+        tokens, num_topk = config.max_tokens_per_rank, config.num_topk
+        row_bytes = config.hidden * config.dtype.itemsize
+        slot_bytes = -(-(row_bytes + 16 * -(-num_topk // 4)) // 128) * 128
+        self.max_chunks = -(-tokens // MIN_CHUNK_TOKENS)
+        self.farewells = self._take(4 * num_ranks)
+        self.plan_flags = self._take(4 * num_ranks)
+        self.dispatch_credits = self._take(4 * num_ranks)
+        self.combine_credits = self._take(4 * num_ranks)
+        self.plan_headers = self._take(64 * num_ranks)
+        self.dispatch_flags = self._take(8 * num_ranks * self.max_chunks)
+        self.combine_flags = self._take(4 * num_ranks * self.max_chunks)
+        self.plan_idx = self._take(4 * num_ranks * tokens * num_topk)
+        self.combine_weights = self._take(4 * num_ranks * tokens * num_topk)
+        self.dispatch_slots = self._take((num_ranks - 1) * tokens * slot_bytes)
+        self.combine_rows = self._take((num_ranks - 1) * tokens * row_bytes)
+        self.zeros = self._take(row_bytes)  # never written
+        self.total = self._end
+
+    def farewell_flags(self, memory: Tensor, num_ranks: int) -> Tensor:
+        """[R] int32 in a rank's memory, for its `Farewell`."""
+        return memory[self.farewells :][: 4 * num_ranks].view(torch.int32)
+
+    def _take(self, num_bytes: int) -> int:
+        start = self._end
+        self._end += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        return start
+
+
+class NodeMemory:
+    """One rank's view of the symmetric memory of a buffer, with its counters on the device, and its
+    mailbox, fault, notice and progress on the host.
+
+    Args:
+        rank: Of this GPU.
+        tensor: This rank's memory, all zero.
+        addresses: Of every rank's memory, as mapped here.
+        timeout_s: Bound of every wait.
+        keep: What has to live as long as the mapping.
+        farewell: Of its ranks.
+    """
+
+    @classmethod
+    def of_group(
+        cls, group: dist.ProcessGroup, meeting: Meeting, offsets: Offsets, timeout_s: float
+    ) -> NodeMemory:
+        """Memory with these offsets at each rank of a group. Collective, and bounded."""
+        rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        device = torch.device("cuda", torch.cuda.current_device())
+        if num_ranks == 1:
+            tensor = torch.zeros(offsets.total, dtype=torch.uint8, device=device)
+            rendezvous, addresses = None, [tensor.data_ptr()]
+            flags_of = [offsets.farewell_flags(tensor, num_ranks)]
+        else:
+            tensor, rendezvous = _symmetric(offsets.total, device, meeting.name, rank, num_ranks)
+            addresses = list(rendezvous.buffer_ptrs)
+            flags_of = [
+                offsets.farewell_flags(
+                    rendezvous.get_buffer(r, (offsets.total,), torch.uint8), num_ranks
+                )
+                for r in range(num_ranks)
+            ]
+            tensor.zero_()
+        # Everything is zero everywhere before anybody writes a flag.
+        torch.cuda.synchronize()
+        meet(group, "use the memory of a Buffer", None, timeout_s)
+        return cls(rank, tensor, addresses, timeout_s, rendezvous, Farewell(rank, flags_of))
+
+    def __init__(
+        self,
+        rank: int,
+        tensor: Tensor,
+        addresses: Sequence[int],
+        timeout_s: float,
+        keep: object,
+        farewell: Farewell,
+    ) -> None:
+        self.rank = rank
+        self.num_ranks = len(addresses)
+        self.tensor: Tensor | None = tensor
+        self._timeout_s = timeout_s
+        self._is_given_up = False
+        self._keep = keep
+        self._farewell: Farewell | None = farewell
+        self._addresses = (ctypes.c_void_p * structs.EP_MAX_NODE_RANKS)(*addresses)
+        # A row each for dispatch, combine and plan, so that they share no cache line.
+        self.counters = torch.zeros(3, 64, dtype=torch.int32, device=tensor.device)
+        self._epochs = torch.zeros(3, 64, dtype=torch.int32, device=tensor.device)
+        self._waits = torch.zeros(3, structs.EP_MAX_NODE_RANKS, dtype=torch.int64).to(tensor.device)
+        self.abort = torch.zeros(1, dtype=torch.int32, device=tensor.device)
+        # Pinned host memory has one address for host and device.
+        small = (structs.Fault, structs.Notice, structs.Progress)
+        assert max(map(ctypes.sizeof, small)) <= _HOST_STRIDE
+        num_bytes = len(small) * _HOST_STRIDE + ctypes.sizeof(structs.Mailbox)
+        self._host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+        self.fault_address = self._host.data_ptr()
+        self.notice_address = self.fault_address + _HOST_STRIDE
+        self._progress_address = self.notice_address + _HOST_STRIDE
+        self.mailbox_address = self._progress_address + _HOST_STRIDE
+        self._fault = structs.Fault.from_address(self.fault_address)
+        self._notice = structs.Notice.from_address(self.notice_address)
+        self._progress = structs.Progress.from_address(self._progress_address)
+        self.mailbox = structs.Mailbox.from_address(self.mailbox_address)
+        torch.cuda.synchronize()
+
+    def node(self, op: int, wire_bytes: int) -> structs.Node:
+        """What the kernels of an operation (EP_OP_*) need to know of the others; they count what
+        they send at the address `wire_bytes`."""
+        return structs.Node(
+            memory=self._addresses,
+            fault=self.fault_address,
+            progress=self._progress_address + getattr(structs.Progress, _OPS[op]).offset,
+            abort=self.abort.data_ptr(),
+            epoch=self._epochs[op].data_ptr(),
+            longest_wait_ns=self._waits[op].data_ptr(),
+            wire_bytes=wire_bytes,
+            timeout_ns=int(self._timeout_s * 1e9),
+            op=op,
+            rank=self.rank,
+            num_ranks=self.num_ranks,
+        )
+
+    @property
+    def has_fault(self) -> bool:
+        """Whether a kernel has given up; those after it then do too."""
+        return self._fault.code != structs.EP_FAULT_NONE
+
+    def waits(self) -> list[Wait]:
+        """For whom kernels have been waiting for more than a second; after a fault, for whom they
+        were. Reads host memory alone, from any thread."""
+        return [
+            Wait(op, *_phase_and_epoch(word >> 32, word & 0xFFFFFFFF), rank)
+            for op in _OPS.values()
+            for rank, word in enumerate(getattr(self._progress, op))
+            if word
+        ]
+
+    def check_fault(self) -> None:
+        """Raise what a kernel reported, if one did.
+
+        Raises:
+            EPTimeoutError, EPMismatchError, EPRoutingError: By name of the rank.
+        """
+        if self.has_fault:
+            raise self._error()
+
+    def check(self) -> None:
+        """Raise what kernels reported, before an operation begins.
+
+        Raises:
+            EPTimeoutError, EPMismatchError: As `check_fault`.
+            EPOverflowError, EPRoutingError: Of an earlier dispatch that no host waited for; said
+                once.
+        """
+        self.check_fault()
+        if self._notice.code != structs.EP_NOTICE_NONE:
+            raise self._take_notice()
+
+    def _take_notice(self) -> EPError:
+        notice = self._notice
+        code, routing_error = notice.code, list(notice.routing_error)
+        overflow = EPOverflowError(num_rows=notice.num_rows, capacity=notice.capacity)
+        too_many = EPTooManyTokensError(
+            tuple(notice.asked_tokens[: self.num_ranks]), notice.capacity
+        )
+        notice.code = structs.EP_NOTICE_NONE
+        if code == structs.EP_NOTICE_OVERFLOW:
+            return overflow
+        if code == structs.EP_NOTICE_TOO_MANY:
+            return too_many
+        kind, token, place, value = routing_error
+        return EPRoutingError(
+            f"an earlier dispatch with num_worst_tokens got a bad routing: token {token}, entry "
+            f"{place}, {_ROUTING_PROBLEMS[kind]} {value}. What was wrong counted as dropped."
+        )
+
+    def _error(self) -> EPError:
+        fault = self._fault
+        op = _OPS[fault.op]
+        if fault.field == structs.EP_FIELD_CALL:
+            return EPMismatchError(
+                f"ranks disagree: rank {self.rank} and rank {fault.peer} made different {op} "
+                "calls: handles of different dispatches, a new dispatch and a cached one, or "
+                "another dtype, FP8 or probabilities on one side only. Every rank of the group "
+                "must make the same calls, in the same order, with the same settings."
+            )
+        if fault.code == structs.EP_FAULT_MISMATCH:
+            field = _FIELDS[fault.field]
+            return EPMismatchError(
+                f"ranks disagree: rank {self.rank} has {field}={fault.expected}; rank "
+                f"{fault.peer} has {field}={fault.seen}. Every rank of the group must make the "
+                "same calls, in the same order, with the same settings."
+            )
+        phase, epoch = _phase_and_epoch(fault.phase, fault.expected)
+        return self.timeout(op, phase, (fault.peer,), epoch)
+
+    def timeout(
+        self, op: str, phase: str, late_ranks: tuple[int, ...], epoch: int
+    ) -> EPTimeoutError:
+        return EPTimeoutError(
+            op=op,
+            phase=phase,
+            rank=self.rank,
+            late_ranks=late_ranks,
+            epoch=epoch,
+            timeout_s=self._timeout_s,
+        )
+
+    def free(self) -> None:
+        """Give the memory back, once no rank writes to it any more.
+
+        It is kept, and nobody is waited for, after a fault, or where it was given up; and kept,
+        with a warning, where a rank does not come to this within the timeout.
+
+        Raises:
+            EPTimeoutError, EPMismatchError, EPRoutingError: Of what was still in flight.
+        """
+        if self._farewell is None:
+            return  # given back before
+        if self._may_be_written_to:
+            with contextlib.suppress(RuntimeError):  # the GPU itself may have failed
+                self._say_farewell()
+            return
+        self._say_farewell()
+        self.check_fault()
+        late_ranks = self._farewell.wait(self._timeout_s)
+        if late_ranks:
+            self.give_up()
+            warnings.warn(
+                f"rank {self.rank} keeps the memory of its buffer: rank "
+                f"{', '.join(map(str, late_ranks))} did not destroy its own within "
+                f"{self._timeout_s:g} s",
+                stacklevel=4,
+            )
+            return
+        self.tensor = self._keep = self._farewell = None
+
+    def _say_farewell(self) -> None:
+        torch.cuda.synchronize()  # from here on this rank writes to nobody
+        self._farewell.say()
+        torch.cuda.synchronize()
+
+    def give_up(self) -> None:
+        """This rank has failed in a way that the others do not know of."""
+        self._is_given_up = True
+
+    @property
+    def _may_be_written_to(self) -> bool:
+        return self._is_given_up or self.has_fault
+
+    def __del__(self) -> None:
+        """What a late peer may still write to is never freed."""
+        if getattr(self, "_fault", None) is not None and self._may_be_written_to:
+            device = (self.counters, self._epochs, self._waits, self.abort)
+            _leaked.append((self.tensor, self._keep, self._farewell, self._host, device))
+
+
+def _symmetric(
+    num_bytes: int, device: torch.device, name: str, rank: int, num_ranks: int
+) -> tuple[Tensor, Any]:
+    """Memory here that all ranks have mapped, and torch's handle of all ranks'. Collective.
+
+    torch looks the ranks up by the name of a process group. The caller's may be a wrapper that it
+    has never heard of, around a group that comes and goes, so it gets one that is no more than a
+    name and a store.
+    """
+    import torch.distributed._symmetric_memory as symmetric_memory
+    from torch._C._distributed_c10d import (
+        _register_process_group,
+        _SymmetricMemory,
+        _unregister_process_group,
+    )
+
+    store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+    tensor = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+    group = dist.ProcessGroup(store, rank, num_ranks)  # torch itself does not keep it
+    _register_process_group(name, group)
+    try:
+        return tensor, _SymmetricMemory.rendezvous(tensor, name)
+    finally:
+        _unregister_process_group(name)
+
+
+def _phase_and_epoch(phase: int, expected: int) -> tuple[str, int]:
+    """Of a wait (EP_PHASE_*): a credit is for the operation before."""
+    return _PHASES[phase], expected + (phase == structs.EP_PHASE_CREDIT)
+
+
+_leaked: list = []

@@ -1,0 +1,169 @@
+"""The index arrays of one routing on the NVLink backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from ep_comm._native import structs
+from ep_comm.handle import RoutingSizes
+
+if TYPE_CHECKING:
+    from ep_comm.backends.nvlink.backend import NVLinkBackend
+
+
+def whole_vectors(num_topk: int) -> int:
+    """K4: `num_topk` rounded up to rows of 16 bytes."""
+    return -(-num_topk // 4) * 4
+
+
+def entry_size(num_topk: int) -> int:
+    """int32 numbers of a received row's entry."""
+    return 3 * whole_vectors(num_topk)
+
+
+@lru_cache(maxsize=64)
+def arena_places(
+    num_tokens: int, num_topk: int, num_entries: int, num_ranks: int, num_local_experts: int
+) -> tuple[dict[str, tuple[int, int]], int]:
+    """(first int32, count) of each index array of one routing, and their total."""
+    counts = {
+        "topk_idx": num_tokens * num_topk,
+        "send_slot": num_tokens * num_ranks,
+        "entries": num_entries * entry_size(num_topk),
+        "num_sent": num_ranks,
+        "num_recv": num_ranks,
+        "first_of_source": num_ranks,
+        "source_tokens": num_ranks,
+        "expert_tokens": num_local_experts,
+        "expert_first_row": num_local_experts + 1,
+    }
+    places, total = {}, 0
+    for name, count in counts.items():
+        places[name] = (total, count)
+        total += -(-count // 4) * 4  # each begins on a multiple of 16 bytes
+    return places, total
+
+
+@lru_cache(maxsize=1024)
+def native_routing(
+    arena: int,
+    num_tokens: int,
+    num_topk: int,
+    num_entries: int,
+    num_ranks: int,
+    num_local_experts: int,
+    expert_major: bool,
+    last_entry: int,
+    entries: int,
+) -> structs.Routing:
+    """The index arrays in the allocation at address `arena`, for kernels; not to be changed. Where
+    it has no entries, they are at address `entries`.
+
+    torch gives the same addresses again and again, and to fill one in costs 4 µs.
+    """
+    places, _ = arena_places(num_tokens, num_topk, num_entries, num_ranks, num_local_experts)
+    addresses = {name: arena + 4 * first for name, (first, _) in places.items()}
+    if not num_entries:
+        addresses["entries"] = entries
+    return structs.Routing(
+        **addresses,
+        num_tokens=num_tokens,
+        num_topk=num_topk,
+        num_topk4=whole_vectors(num_topk),
+        expert_major=expert_major,
+        last_entry=last_entry,
+    )
+
+
+@dataclass(kw_only=True, eq=False)
+class NVLinkRouting:
+    """See `ep_comm.handle.Routing`. The index arrays of csrc/ep_comm.h's ``ep_routing``.
+
+    Where the host waits for the counts, the entries of received rows are an allocation of their
+    own, as large as what came. Until the first dispatch copies them there they are the buffer's.
+
+    Attributes:
+        native: The arrays for kernels.
+        number: Of the plan, from 1; the ticket of its counts.
+        stream: The caller's, to which the memory of the arrays belongs.
+        arena: The arrays whose size is known before the plan.
+        memory: All of them, to keep alive what kernels read.
+        first: What the plan leaves to the dispatch that follows it; None afterwards.
+        recv_topk_idx: Rank layout: written by the first dispatch.
+    """
+
+    backend: NVLinkBackend
+    native: structs.Routing
+    number: int
+    expert_alignment: int
+    capacity: int | None
+    num_tokens: int
+    num_topk: int
+    stream: int
+    arena: Tensor
+    places: dict[str, tuple[int, int]]
+    memory: tuple[Tensor, ...]
+    first: FirstDispatch | None
+    recv_topk_idx: Tensor | None = None
+
+    def allocate_entries(self, num_received: int) -> None:
+        """Memory for the entries of so many rows, instead of the buffer's."""
+        entries = self.arena.new_empty(num_received * entry_size(self.num_topk))
+        self.memory = (self.arena, entries)
+        self.native = structs.Routing.from_buffer_copy(self.native)
+        self.native.entries = entries.data_ptr()
+
+    @property
+    def num_bytes(self) -> int:
+        experts = () if self.recv_topk_idx is None else (self.recv_topk_idx,)
+        return sum(tensor.nbytes for tensor in (*self.memory, *experts))
+
+    def array(self, name: str) -> Tensor:
+        first, count = self.places[name]
+        return self.arena[first : first + count]
+
+    @cached_property
+    def topk_idx(self) -> Tensor:
+        return self.array("topk_idx").view(self.num_tokens, self.num_topk)
+
+    @cached_property
+    def sizes(self) -> RoutingSizes:
+        if self.capacity is None:
+            return self.backend.wait_for_sizes(self)
+        self.backend.wait_for_kernels()
+        counts = (self.array(n).tolist() for n in ("num_sent", "num_recv", "expert_tokens"))
+        return RoutingSizes(*map(tuple, counts), self.expert_alignment)
+
+    @property
+    def device_tokens_per_expert(self) -> Tensor:
+        return self.array("expert_tokens")
+
+    @property
+    def device_expert_offsets(self) -> Tensor:
+        return self.array("expert_first_row")
+
+
+class FirstDispatch(NamedTuple):
+    """What belongs to both a plan and the dispatch that follows it.
+
+    Attributes:
+        source: What the plan was made from.
+        stream: Where they run.
+        num_sms: That they occupy.
+        record: Address of their record.
+        selects_weights: Whether probabilities are selected by the plan's experts in between.
+        in_one: Whether rows are pushed and expanded by one kernel, on the stream of the plan.
+        is_captured: In a CUDA graph.
+    """
+
+    source: Tensor
+    stream: int
+    num_sms: int
+    record: int
+    selects_weights: bool
+    in_one: bool
+    is_captured: bool

@@ -1,0 +1,121 @@
+"""Where the NVLink backend can work."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from ep_comm import _native
+from ep_comm._native import structs
+from ep_comm.backends.reference.messages import backend_by_device_type
+from ep_comm.config import EPConfig
+from ep_comm.errors import EPArgumentError
+
+_MAX_ROW_BYTES = 92_000
+# Two rows as they arrive and one as it leaves fill an SM's shared memory.
+_MAX_HIDDEN_FP8_TO_FP32 = 30_208
+
+
+class Facts(NamedTuple):
+    """What a rank says of itself.
+
+    Attributes:
+        host: Its name.
+        gpu: See `gpu_id`; "" where there is none.
+        unreached: GPUs visible to it that it cannot write to.
+        reason: Why it cannot take part, or None where it can.
+    """
+
+    host: str
+    gpu: str
+    unreached: tuple[str, ...]
+    reason: str | None
+
+
+def facts_of(group: dist.ProcessGroup, config: EPConfig) -> Facts:
+    """Find out what the other ranks of `group` need to know of this one."""
+    host, backends = socket.gethostname(), backend_by_device_type(group)
+    if backends.get("cuda") != "nccl":
+        return Facts(host, "", (), f"the group has no NCCL backend ({dist.get_backend(group)})")
+    gpu = gpu_id(torch.cuda.current_device())
+    return Facts(host, gpu, _unreached(), reason_here(dist.get_world_size(group), config))
+
+
+def unavailable_reason(facts: Sequence[Facts]) -> str | None:
+    """Say why NVLink cannot serve the group, or None where it can.
+
+    Args:
+        facts: Of every rank, by group rank.
+
+    Raises:
+        EPArgumentError: Ranks have the same GPU.
+    """
+    gpus = [each.gpu for each in facts]
+    for rank, gpu in enumerate(gpus):
+        if gpu and gpus.index(gpu) != rank:
+            raise EPArgumentError(
+                f"ranks {gpus.index(gpu)} and {rank} have the same GPU: every process calls "
+                "torch.cuda.set_device(its local rank) before it makes a Buffer"
+            )
+    hosts = {each.host for each in facts}
+    if len(hosts) > 1:
+        return f"the group spans {len(hosts)} hosts"
+    for rank, each in enumerate(facts):
+        if each.reason is not None:
+            return each.reason if not each.gpu else f"rank {rank}: {each.reason}"
+    for rank, each in enumerate(facts):
+        for other, gpu in enumerate(gpus):
+            if gpu in each.unreached:
+                return f"rank {rank}: its GPU has no peer access to that of rank {other}"
+    return None
+
+
+def gpu_id(gpu: int) -> str:
+    """The same in every process, whatever number a GPU has there."""
+    return str(torch.cuda.get_device_properties(gpu).uuid)
+
+
+def _unreached() -> tuple[str, ...]:
+    """GPUs visible to this process that its own cannot write to."""
+    mine = torch.cuda.current_device()
+    return tuple(
+        gpu_id(other)
+        for other in range(torch.cuda.device_count())
+        if other != mine and not torch.cuda.can_device_access_peer(mine, other)
+    )
+
+
+def reason_here(num_ranks: int, config: EPConfig) -> str | None:
+    """Why this process cannot be one of `num_ranks` ranks of a node, or None where it can."""
+    reason = _native.unusable_reason(torch.cuda.current_device())
+    if reason is not None:
+        return reason
+    if num_ranks > structs.EP_MAX_NODE_RANKS:
+        return f"{num_ranks} ranks, at most {structs.EP_MAX_NODE_RANKS} of one host"
+    row_bytes = config.hidden * 2
+    if row_bytes % 16:
+        return f"rows of {row_bytes} bytes are not a multiple of 16"
+    if config.hidden * config.dtype.itemsize > _MAX_ROW_BYTES:
+        return f"rows of more than {_MAX_ROW_BYTES} bytes do not fit shared memory twice"
+    if config.max_tokens_per_rank * num_ranks * config.num_topk >= 2**31:
+        return "max_tokens_per_rank x ranks x num_topk is not below 2^31"
+    if config.num_experts // num_ranks > 1024:
+        return f"{config.num_experts // num_ranks} experts a rank, at most 1024"
+    return None
+
+
+def check_fp8_hidden(hidden: int, recv_dtype: torch.dtype = torch.bfloat16) -> None:
+    """Raise `EPArgumentError` where this backend cannot send rows of `hidden` elements as FP8, or
+    cannot make `recv_dtype` of them."""
+    # Bulk copies move multiples of 16 bytes, so the FP32 scales of a row must be that.
+    if hidden % 512:
+        raise EPArgumentError(f"FP8 over NVLink needs hidden to be a multiple of 512, got {hidden}")
+    if recv_dtype == torch.float32 and hidden > _MAX_HIDDEN_FP8_TO_FP32:
+        raise EPArgumentError(
+            f"FP8 over NVLink to FP32 needs hidden to be at most {_MAX_HIDDEN_FP8_TO_FP32}, got "
+            f"{hidden}: receive it as FP8 or BF16"
+        )

@@ -1,0 +1,1 @@
+"""The reference backend, in plain torch over any process group."""

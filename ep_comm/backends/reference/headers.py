@@ -1,0 +1,109 @@
+"""What ranks tell one another before an operation of the reference backend moves data.
+
+So that a rank that does something else, or nothing, is named before anybody waits for its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from ep_comm import checks, fp8
+from ep_comm.backends.reference.messages import Operation, Transport
+from ep_comm.config import EPConfig
+from ep_comm.errors import SAME_CALLS, EPMismatchError
+from ep_comm.telemetry.records import OpRecord
+
+# Fields that travel as the place of their value in these.
+_NAMED: dict[str, tuple] = {
+    "op": ("plan", "dispatch", "combine"),
+    "layout": ("rank", "expert"),
+    "dtype": (torch.bfloat16, torch.float32, fp8.FP8_DTYPE),
+}
+_MAGIC = 0x65705F636F6D6D01  # "ep_comm", and the format of the rest
+_NUM_INTS = 16
+
+
+def exchange_headers(
+    transport: Transport,
+    config: EPConfig,
+    buffer: int,
+    record: OpRecord,
+    rows_to_rank: Sequence[int],
+    num_tokens: int = 0,
+    **fields: Any,
+) -> tuple[int, ...]:
+    """Tell every rank what this one is about to do, and check that all do the same.
+
+    Args:
+        buffer: Number of the buffer on its group.
+        record: Of the operation; gets the waits and bytes.
+        num_tokens: Of a plan, those of this rank; may differ between ranks, as rows may.
+        fields: What must be equal on all ranks: integers, a layout, a dtype.
+
+    Returns:
+        Rows that each rank announced for this one.
+
+    Raises:
+        EPMismatchError: A rank does something else; names both sides.
+        EPTooManyTokensError: A rank has more tokens than there is room for; raised on all.
+        EPTimeoutError: A rank does nothing.
+    """
+    operation = Operation(record.op, record.epoch, buffer)
+    mine = {
+        key: _NAMED[key].index(value) if key in _NAMED else int(value)
+        for key, value in dict(buffer=buffer, op=record.op, epoch=record.epoch, **fields).items()
+    }
+    device = transport.host_device
+    send = torch.zeros(len(rows_to_rank), _NUM_INTS, dtype=torch.int64)
+    for header, rows in zip(send, rows_to_rank, strict=True):
+        # Other operations have other fields: room for the longest, sent at full length.
+        filled = [_MAGIC, rows, num_tokens, len(mine), *mine.values()]
+        header[: len(filled)] = torch.tensor(filled)
+    recv = torch.empty_like(send, device=device)
+    exchange = transport.exchange(
+        send.to(device).split(1), recv, [1] * len(recv), operation, "header"
+    )
+    record.wait_s_by_rank = exchange.wait()
+    headers = transport.to_host(recv, operation, "header").tolist()
+    for r, (magic, _, _, length, *values) in enumerate(headers):
+        if magic != _MAGIC:
+            raise EPMismatchError(
+                f"rank {transport.rank} expected the header of a {record.op} from rank {r}, and "
+                f"got other data of this group, which begins with {magic:#x}. {SAME_CALLS}"
+            )
+        theirs = dict(zip(mine, values[:length], strict=False))
+        if theirs != mine or length != len(mine):
+            raise _mismatch(transport.rank, mine, r, theirs)
+    rows, tokens = ([header[i] for header in headers] for i in (1, 2))
+    if record.op == "plan":
+        checks.check_num_tokens(tokens, config)
+    for r, num_rows in enumerate(rows):
+        if not 0 <= num_rows <= config.max_tokens_per_rank:
+            raise EPMismatchError(f"rank {r} announces {num_rows} rows of {tokens[r]} tokens")
+    return tuple(rows)
+
+
+def _mismatch(
+    rank: int, mine: dict[str, int], peer: int, theirs: dict[str, int]
+) -> EPMismatchError:
+    def show(header: dict[str, int], keys: Iterable[str]) -> str:
+        return ", ".join(f"{key}={_shown(key, header.get(key))}" for key in keys)
+
+    different = [key for key in mine if mine[key] != theirs.get(key)]
+    for key in ("buffer", "op"):  # the other fields mean something else there
+        if key in different:
+            different = [key, "epoch"]
+            break
+    return EPMismatchError(
+        f"ranks disagree: rank {rank} has {show(mine, different)}; "
+        f"rank {peer} has {show(theirs, different)}. {SAME_CALLS}"
+    )
+
+
+def _shown(key: str, value: int | None) -> object:
+    """A field's value, whatever a peer has sent."""
+    names = _NAMED.get(key, ())
+    return names[value] if value is not None and 0 <= value < len(names) else value

@@ -1,0 +1,229 @@
+"""Point-to-point messages between the ranks of a torch.distributed group, with bounded waits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import BackendConfig
+
+from ep_comm.errors import EPStateError, EPTimeoutError
+from ep_comm.telemetry.watch import Wait
+
+_HEADER = "header"
+_PHASES = (_HEADER, "routing", "rows", "weights")
+# Far from the tags that a user's own messages have on the same group, 0 as a rule.
+_FIRST_TAG = 1 << 30
+
+
+class Operation(NamedTuple):
+    """What a wait is part of; error messages name it."""
+
+    op: str
+    epoch: int
+    buffer: int
+
+    def tag(self, phase: str) -> int:
+        """The tag of its messages, by which nothing else is taken for them.
+
+        All headers on a group have the same: so one that belongs to another buffer is seen, and
+        named. The rest is exchanged once headers agree.
+        """
+        if phase == _HEADER:
+            return _FIRST_TAG
+        place = _PHASES.index(phase) << 28 | self.buffer % 1024 << 18 | self.epoch % 2**18
+        return _FIRST_TAG | place
+
+
+class Transport:
+    """Sends one tensor to, and receives one from, every rank of a group.
+
+    gloo blocks the host, so that every wait can be bounded and its late peer named; its messages
+    carry tags. NCCL enqueues on the current stream, and takes messages in the order in which they
+    come, whosever they are; only `to_host` blocks, and there the late peer is unknown.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.num_ranks = dist.get_world_size(group)
+        self.timeout_s = timeout_s
+        self._waiting: Wait | None = None
+        self.backends = backend_by_device_type(group)
+        self.device_types = device_types(self.backends)
+        on_cpu = "cpu" in self.backends
+        self.host_device = torch.device("cpu" if on_cpu else f"cuda:{torch.cuda.current_device()}")
+
+    @property
+    def peers(self) -> list[int]:
+        """The other ranks, the next one first, so that not all ranks write to the same one."""
+        return [(self.rank + i) % self.num_ranks for i in range(1, self.num_ranks)]
+
+    def exchange(
+        self,
+        send: Sequence[Tensor],
+        recv: Tensor,
+        recv_rows: Sequence[int],
+        operation: Operation,
+        phase: str,
+    ) -> Exchange:
+        """Start sending ``send[r]`` to rank r, and receiving ``recv_rows[r]`` rows from it.
+
+        Both sides know the sizes. `recv` takes the rows of all ranks, in rank order.
+        """
+        return Exchange(self, send, recv, recv_rows, operation, phase)
+
+    def waits(self) -> list[Wait]:
+        """Say whom the host waits for at the moment; from any thread."""
+        waiting = self._waiting
+        return [] if waiting is None else [waiting]
+
+    def to_host(self, tensor: Tensor, operation: Operation, phase: str) -> Tensor:
+        """`tensor` on the CPU, waiting at most the timeout for the stream to get there."""
+        if not tensor.is_cuda:
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        deadline = time.monotonic() + self.timeout_s
+        self._waiting = Wait(operation.op, phase, operation.epoch, None)
+        try:
+            while not done.query():
+                if time.monotonic() > deadline:
+                    raise self.timeout(operation, phase, late_ranks=())
+                time.sleep(20e-6)
+        finally:
+            self._waiting = None
+        return host
+
+    def timeout(
+        self, operation: Operation, phase: str, late_ranks: tuple[int, ...]
+    ) -> EPTimeoutError:
+        return EPTimeoutError(
+            op=operation.op,
+            phase=phase,
+            rank=self.rank,
+            late_ranks=late_ranks,
+            epoch=operation.epoch,
+            timeout_s=self.timeout_s,
+        )
+
+
+class Exchange:
+    """Messages in flight. Keeps the tensors alive; `wait` before reading any of them."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        send: Sequence[Tensor],
+        recv: Tensor,
+        recv_rows: Sequence[int],
+        operation: Operation,
+        phase: str,
+    ) -> None:
+        self._transport = transport
+        self._operation = operation
+        self._phase = phase
+        self._tensors = (send, recv)
+        self._sends: list[tuple[int, dist.Work]] = []
+        self._recvs: list[tuple[int, dist.Work]] = []
+        self._collective: dist.Work | None = None
+        group, peers = transport.group, transport.peers
+        if recv.is_cuda and transport.backends.get("cuda") == "nccl":
+            sizes = [list(recv_rows), [len(rows) for rows in send]]
+            self._collective = dist.all_to_all_single(
+                recv, torch.cat(tuple(send)), *sizes, group=group, async_op=True
+            )
+            return
+        tag, recvs = operation.tag(phase), recv.split(tuple(recv_rows))
+        recvs[transport.rank].copy_(send[transport.rank])
+        try:
+            for r in peers:
+                if recvs[r].numel():
+                    work = dist.irecv(recvs[r], group=group, group_src=r, tag=tag)
+                    self._recvs.append((r, work))
+            for r in peers:
+                if send[r].numel():
+                    work = dist.isend(send[r], group=group, group_dst=r, tag=tag)
+                    self._sends.append((r, work))
+        except RuntimeError as error:
+            raise self._lost_peer(error) from error
+
+    def wait(self) -> tuple[float, ...]:
+        """Complete the exchange.
+
+        Returns:
+            Host seconds until each rank's message was there, waited for in rank order; empty
+            where the host does not block.
+
+        Raises:
+            EPTimeoutError: A peer did not arrive in time; names all that are missing.
+            EPStateError: A peer closed its connection.
+        """
+        if self._collective is not None:
+            self._collective.wait()
+            return ()
+        start = time.monotonic()
+        waited = [0.0] * self._transport.num_ranks
+        arrived = {self._transport.rank}
+        for r, work in [*self._recvs, *self._sends]:
+            left = self._transport.timeout_s - (time.monotonic() - start)
+            self._transport._waiting = self._wait_for(r)
+            try:
+                work.wait(timedelta(seconds=max(left, 1e-3)))
+            except RuntimeError as error:
+                if time.monotonic() - start < 0.95 * self._transport.timeout_s:
+                    raise self._lost_peer(error) from error
+                late = {r} | self._missing(arrived | {r})
+                raise self._transport.timeout(
+                    self._operation, self._phase, tuple(sorted(late))
+                ) from error
+            finally:
+                self._transport._waiting = None
+            waited[r] = max(waited[r], time.monotonic() - start)
+            arrived.add(r)
+        return tuple(waited)
+
+    def _wait_for(self, rank: int) -> Wait:
+        return Wait(self._operation.op, self._phase, self._operation.epoch, rank)
+
+    def _missing(self, known: set[int]) -> set[int]:
+        """Ranks outside `known` whose message has not come either."""
+        missing = set()
+        for r, work in self._recvs:
+            if r in known:
+                continue
+            try:
+                work.wait(timedelta(milliseconds=1))
+            except RuntimeError:
+                missing.add(r)
+        return missing
+
+    def _lost_peer(self, error: RuntimeError) -> EPStateError:
+        return EPStateError(
+            f"{self._operation.op} #{self._operation.epoch}: rank {self._transport.rank} lost the "
+            f"connection to a peer (phase: {self._phase}): {error}"
+        )
+
+
+def backend_by_device_type(group: dist.ProcessGroup) -> dict[str, str]:
+    """Such as {"cpu": "gloo", "cuda": "nccl"}."""
+    # Not get_backend_config: frameworks that wrap process groups do not unwrap them for it.
+    return BackendConfig(dist.get_backend(group)).get_device_backend_map()
+
+
+def device_types(backends: dict[str, str]) -> tuple[str, ...]:
+    """Of `backend_by_device_type`, the kinds of device that tensors can be sent between and this
+    machine has. A gloo group claims GPUs too, and has no point-to-point there."""
+    has_cuda = torch.cuda.is_available()
+    return tuple(
+        kind
+        for kind, backend in backends.items()
+        if kind == "cpu" or (kind == "cuda" and has_cuda and backend == "nccl")
+    )

@@ -1,0 +1,87 @@
+"""The limit: what the links between the GPUs carry, by plain bulk pushes of whole rows."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ep_comm import _native
+from ep_comm._native import structs
+from ep_comm.bench.timing import Stopwatch
+from ep_comm.job.start import UserError
+
+REQUIRED_GB_PER_S = 320.0
+_SMS = (16, 32)
+_NUM_ROWS = 4096  # 59 MB to each peer, beyond what any L2 keeps
+_LAUNCHES = 10
+_REPEATS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """What the links carried in this run.
+
+    Attributes:
+        gb_per_s_by_sms: 10^9 bytes a second that left each GPU, of the slowest one, by SMs used.
+    """
+
+    gb_per_s_by_sms: dict[int, float]
+
+    @property
+    def gb_per_s(self) -> float:
+        return max(self.gb_per_s_by_sms.values())
+
+    @property
+    def is_void(self) -> bool:
+        """Whether something held the links up, so that no figure of the run counts."""
+        return self.gb_per_s < REQUIRED_GB_PER_S
+
+    def floor_us(self, wire_bytes: float) -> float:
+        """The least time in which that many bytes leave a GPU, in µs."""
+        return wire_bytes / self.gb_per_s / 1e3
+
+
+def measure_limit(watch: Stopwatch) -> Limit:
+    """Push rows from every GPU to every other one. Collective over the default group.
+
+    Raises:
+        UserError: The CUDA library is not there.
+    """
+    # Imported here: it is not in every build of torch.
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    native = _native.load_for(watch.device.index)
+    if native is None:
+        reason = _native.unusable_reason(watch.device.index)
+        raise UserError(f"the CUDA library cannot be used: {reason}")
+    native.load_kernels()
+    num_ranks, row_bytes = dist.get_world_size(), structs.EP_PROBE_ROW_BYTES
+    wire_bytes = (num_ranks - 1) * _NUM_ROWS * row_bytes
+    source = torch.zeros(_NUM_ROWS * row_bytes, dtype=torch.uint8, device=watch.device)
+    memory = symmetric_memory.empty(wire_bytes, dtype=torch.uint8, device=watch.device)
+    mapped = symmetric_memory.rendezvous(memory, dist.group.WORLD)
+    args = structs.ProbeArgs(
+        node=structs.Node(
+            memory=(ctypes.c_void_p * structs.EP_MAX_NODE_RANKS)(*mapped.buffer_ptrs),
+            rank=dist.get_rank(),
+            num_ranks=num_ranks,
+        ),
+        source=source.data_ptr(),
+        num_rows=_NUM_ROWS,
+    )
+    stream = torch.cuda.current_stream(watch.device).cuda_stream
+
+    def push(_: int) -> None:
+        native.launch("ep_probe", args, stream)
+
+    rates = {}
+    for num_sms in _SMS:
+        args.num_blocks = num_sms
+        watch.back_to_back(push, 2)  # warm
+        times_us = [watch.back_to_back(push, _LAUNCHES) for _ in range(_REPEATS)]
+        rates[num_sms] = wire_bytes / min(watch.slowest(times_us)) / 1e3
+    dist.barrier()  # nobody frees what another one still writes to
+    return Limit(gb_per_s_by_sms=rates)

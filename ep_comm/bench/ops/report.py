@@ -1,0 +1,169 @@
+"""A run as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from ep_comm.bench.ops.probe import REQUIRED_GB_PER_S
+from ep_comm.bench.ops.run import Result, Run
+from ep_comm.bench.timing import UNALIGNED_CALLS, summarize
+from ep_comm.job.environment import commit, gpu_names, versions
+
+_NOTES = f"""\
+times in µs, the slowest rank's median. call: public call, aligned ranks, with its min and p90
+kernel: from the first kernel's begin to the last one's end; unaligned: one of {UNALIGNED_CALLS} \
+calls back to back; idle: the call after host and GPU were idle
+host: until the call returns to the host, the queue being filled or (idle) empty
+wire: remote payload and scales, busiest link; logical: a row for each expert of each token
+x limit: call against the time in which the limit carries one copy of a row a rank"""
+
+
+def headline(run: Run) -> str:
+    """Sizes and the limit; of a void run, that it is void and why."""
+    shape, settings = run.settings.shape, run.settings
+    limit = f"limit {run.limit.gb_per_s:.0f} GB/s"
+    if run.limit.is_void:
+        limit = (
+            f"VOID: the links carried {run.limit.gb_per_s:.1f} GB/s, below the "
+            f"{REQUIRED_GB_PER_S:.0f} that a run needs"
+        )
+    return (
+        f"{run.num_ranks} ranks, {shape.tokens} tokens x {shape.hidden}, top-{shape.topk} of "
+        f"{shape.experts}, {settings.routing.describe()}, {settings.layout}-major; {limit}"
+    )
+
+
+def floor_us(run: Run, result: Result) -> float:
+    """The least time of a result's work at the run's limit, in µs."""
+    return run.limit.floor_us(result.floor_bytes)
+
+
+def ratio(run: Run, result: Result) -> float:
+    """Median call over its floor; at the limit it is 1."""
+    return summarize(result.samples.call).median / floor_us(run, result)
+
+
+def gb_per_s(num_bytes: float, us: float) -> float:
+    """10^9 bytes a second."""
+    return num_bytes / us / 1e3
+
+
+def render(run: Run) -> Group:
+    """What rank 0 prints."""
+    table = Table(title=headline(run), title_style="bold red" if run.limit.is_void else "bold")
+    table.add_column("case", no_wrap=True)
+    for name in (
+        "SMs", "kernel", "call", "min", "p90", "unaligned", "idle", "host", "host idle",
+        "wire GB/s", "logical GB/s", "x limit",
+    ):  # fmt: skip
+        table.add_column(name, justify="right", no_wrap=True)
+    for result in run.results:
+        table.add_row(result.case, *_cells(run, result))
+    routing = (
+        f"routing: largest over mean {run.rank_imbalance:.3f} of tokens a rank, "
+        f"{run.expert_imbalance:.3f} an expert; {run.backend}, "
+        f"{run.buffer_bytes / 2**20:.0f} MiB beyond outputs"
+    )
+    return Group(table, Text(routing), Text(_NOTES, style="dim"))
+
+
+def write_json(run: Run, path: Path) -> None:
+    """Everything: settings, surroundings, and every sample in µs."""
+    document = {
+        "headline": headline(run),
+        "void": run.limit.is_void,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "commit": commit(),
+        "versions": versions(),
+        "gpus": gpu_names(),
+        "num_ranks": run.num_ranks,
+        "settings": {**asdict(run.settings), "shape": run.settings.shape._asdict()},
+        "backend": run.backend,
+        "buffer_bytes": run.buffer_bytes,
+        "limit": {
+            "gb_per_s": run.limit.gb_per_s,
+            "required_gb_per_s": REQUIRED_GB_PER_S,
+            "gb_per_s_by_sms": run.limit.gb_per_s_by_sms,
+        },
+        "imbalance": {"rank": run.rank_imbalance, "expert": run.expert_imbalance},
+        "results": [
+            {
+                "case": result.case,
+                "num_sms": result.num_sms,
+                "wire_bytes": result.wire_bytes,
+                "floor_bytes": result.floor_bytes,
+                "logical_bytes": result.logical_bytes,
+                "floor_us": floor_us(run, result),
+                "ratio": ratio(run, result),
+                "samples_us": asdict(result.samples),
+            }
+            for result in run.results
+        ],
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def write_plot(run: Run, available_sms: int, path: Path) -> None:
+    """Time of the call against SMs, a line a case, each with its floor."""
+    from matplotlib.figure import Figure  # slow to import, and seldom needed
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    swept = [result for result in run.results if result.num_sms is not None]
+    for case in dict.fromkeys(result.case for result in swept):
+        points = sorted(
+            (result.num_sms or available_sms, summarize(result.samples.call).median)
+            for result in swept
+            if result.case == case
+        )
+        (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=case)
+        floor = next(floor_us(run, result) for result in swept if result.case == case)
+        axes.axhline(floor, color=line.get_color(), linestyle=":", linewidth=1)
+    axes.set_xscale("log", base=2)
+    counts = sorted({count or available_sms for count in run.settings.sms})
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("SMs that an operation may occupy")
+    axes.set_ylabel("median public call, µs (dotted: at the limit of the links)")
+    axes.set_title(headline(run), fontsize=9, color="red" if run.limit.is_void else "black")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def _cells(run: Run, result: Result) -> list[str]:
+    samples = result.samples
+    call = summarize(samples.call)
+    kernel, median, *others = (
+        "-" if times is None else f"{times.median:.0f}"
+        for times in map(
+            summarize,
+            (
+                *(samples.kernel, samples.call, samples.unaligned, samples.idle),
+                *(samples.host, samples.host_idle),
+            ),
+        )
+    )
+    sms = {None: "-", 0: "all"}.get(result.num_sms, str(result.num_sms))
+    return [
+        sms,
+        kernel,
+        median,
+        f"{call.min:.0f}",
+        f"{call.p90:.0f}",
+        *others,
+        f"{gb_per_s(result.wire_bytes, call.median):.0f}",
+        f"{gb_per_s(result.logical_bytes, call.median):.0f}",
+        f"{ratio(run, result):.2f}",
+    ]

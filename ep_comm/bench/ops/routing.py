@@ -1,0 +1,120 @@
+"""Routings to measure with: which experts each token selects. Deterministic by seed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ep_comm.job.start import UserError
+
+KINDS = ("uniform", "group-limited", "zipf")
+_PERMUTATION_SEED = 0  # the same experts are hot on every rank and in every set
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingSpec:
+    """How tokens select experts.
+
+    Attributes:
+        kind: "uniform": every set of experts is as likely. "group-limited": as DeepSeek-V3 does,
+            see `make_routing`. "zipf": some experts are drawn more often.
+        skew: Of "zipf": the expert of popularity rank i (from 0) has weight 1 / (1 + i)^skew.
+        num_groups: Of "group-limited": equal groups of consecutive experts.
+        group_topk: Of "group-limited": groups that a token's experts come from.
+    """
+
+    kind: str = "uniform"
+    skew: float = 1.2
+    num_groups: int = 8
+    group_topk: int = 4
+
+    def check(self, num_experts: int, num_topk: int) -> None:
+        """Raise `UserError` where `num_topk` of `num_experts` cannot be selected like this."""
+        if self.kind not in KINDS:
+            raise UserError(f"--routing {self.kind!r} is none of {', '.join(KINDS)}")
+        if self.kind == "zipf" and not (self.skew >= 0 and math.isfinite(self.skew)):
+            raise UserError(f"--skew {self.skew} must be a finite number of at least 0")
+        if self.kind != "group-limited":
+            return
+        if self.num_groups < 1 or num_experts % self.num_groups:
+            raise UserError(
+                f"--groups {self.num_groups} does not divide --experts {num_experts} into equal "
+                "groups"
+            )
+        if not 1 <= self.group_topk <= self.num_groups:
+            raise UserError(
+                f"--group-topk {self.group_topk} is not in 1 to --groups {self.num_groups}"
+            )
+        reachable = self.group_topk * (num_experts // self.num_groups)
+        if reachable < num_topk:
+            raise UserError(
+                f"--group-topk {self.group_topk} of --groups {self.num_groups} leaves a token "
+                f"{reachable} experts, fewer than --topk {num_topk}"
+            )
+
+    def describe(self) -> str:
+        """The routing in a few words."""
+        if self.kind == "zipf":
+            return f"zipf, skew {self.skew:g}"
+        if self.kind == "group-limited":
+            return f"{self.group_topk} of {self.num_groups} groups"
+        return self.kind
+
+
+def make_routing(
+    spec: RoutingSpec, num_tokens: int, num_experts: int, num_topk: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Draw the experts of `num_tokens` tokens, and their probabilities.
+
+    A token takes the experts of its `num_topk` highest random scores. Group-limited: a group counts
+    as much as its two highest scores together, and only experts of the best groups are taken. Zipf:
+    the scores are such (log weight plus Gumbel noise) that experts are drawn one by one, without
+    repetition, in proportion to their weights.
+
+    Returns:
+        [T, K] int64 without repetition in a row, and [T, K] FP32 that sum to 1; on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scores_TE = torch.rand(num_tokens, num_experts, generator=generator)
+    if spec.kind == "group-limited":
+        scores_TE = _in_best_groups(scores_TE, spec)
+    elif spec.kind == "zipf":
+        gumbel_TE = -torch.log(torch.empty_like(scores_TE).exponential_(generator=generator))
+        scores_TE = gumbel_TE - spec.skew * _popularity(num_experts).add(1).log()
+    topk_scores, topk_idx = scores_TE.topk(num_topk, dim=1)
+    return topk_idx, topk_scores.softmax(dim=1)
+
+
+def imbalance(counts: Tensor) -> float:
+    """Largest over mean; 1 is even."""
+    return float(counts.max() / counts.double().mean())
+
+
+def tokens_per_expert(topk_idx_TK: Tensor, num_experts: int) -> Tensor:
+    """[E] int64: tokens that select each expert."""
+    return torch.bincount(topk_idx_TK.flatten(), minlength=num_experts)
+
+
+def tokens_per_rank(topk_idx_TK: Tensor, num_experts: int, num_ranks: int) -> Tensor:
+    """[R] int64: tokens that go to each rank, once however many of its experts they select."""
+    goes_TR = torch.zeros(topk_idx_TK.shape[0], num_ranks, dtype=torch.int64)
+    goes_TR.scatter_(1, topk_idx_TK // (num_experts // num_ranks), 1)
+    return goes_TR.sum(dim=0)
+
+
+def _in_best_groups(scores_TE: Tensor, spec: RoutingSpec) -> Tensor:
+    """The scores, and minus infinity outside each token's best groups."""
+    scores_TGe = scores_TE.unflatten(1, (spec.num_groups, -1))
+    best_two = scores_TGe.topk(min(2, scores_TGe.shape[2]), dim=2).values.sum(dim=2)
+    chosen = best_two.topk(spec.group_topk, dim=1).indices
+    outside_TG = torch.ones_like(best_two, dtype=torch.bool).scatter_(1, chosen, False)
+    return scores_TGe.masked_fill(outside_TG.unsqueeze(2), -torch.inf).flatten(1)
+
+
+def _popularity(num_experts: int) -> Tensor:
+    """[E] popularity rank of each expert, 0 the most popular: a fixed random permutation."""
+    generator = torch.Generator().manual_seed(_PERMUTATION_SEED)
+    return torch.randperm(num_experts, generator=generator)

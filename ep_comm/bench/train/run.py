@@ -1,0 +1,238 @@
+"""One run of ``ep-comm bench train``: the variants in turn, block by block.
+
+First each variant alone: kernels are compiled and loaded, and what would disturb the timed blocks
+is measured: a profile, the MoE layer alone, and the phases of the MoE layers. Then a model of every
+variant stays in memory, so that visits are short and what the machine does besides meets all alike.
+
+Imports Megatron, see `model`.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_comm.bench.timing import Stopwatch
+from ep_comm.bench.train.layer import LayerAlone
+from ep_comm.bench.train.model import Trainer, vocabulary
+from ep_comm.bench.train.profile import (
+    BACKWARD,
+    FORWARD,
+    STEP,
+    bars,
+    record,
+    summarize_trace,
+)
+from ep_comm.bench.train.results import Block, Inspection, TrainRun
+from ep_comm.bench.train.settings import TrainSettings
+from ep_comm.megatron import MoEMeter
+from ep_comm.pretrain.config import PretrainConfig
+from ep_comm.pretrain.start import UserError
+from ep_comm.telemetry.records import timed
+
+_DISCARDED_STEPS = 5  # of the visit before the blocks, besides the warm-up
+_LAYER_ITERS = 20
+_METER_STEPS = 5
+
+
+def run(
+    settings: TrainSettings,
+    configs: dict[str, PretrainConfig],
+    device: torch.device,
+    out: Path,
+    progress: Callable[[str], None],
+) -> TrainRun:
+    """Measure everything that `settings` asks for. Collective over the default group.
+
+    Args:
+        settings: Checked before.
+        configs: The example's configuration of each variant.
+        device: This rank's.
+        out: Folder that the traces go to.
+        progress: Told what is measured next.
+    """
+    inspections: dict[str, Inspection] = {}
+    blocks: list[Block] = []
+    for name in settings.variants:
+        progress(f"{name}: profile, MoE layer alone")
+        trainer = Trainer(configs[name], device)
+        inspections[name] = _inspect(trainer, settings, out / f"trace-{name}")
+        _free(trainer, progress)
+    trainers: dict[str, Trainer] = {}
+    own_bytes: dict[str, int] = {}  # of each model while it rests
+    for name in settings.variants:
+        progress(f"{name}: warm-up")
+        before = _allocated(device)
+        trainers[name] = _warm(configs[name], settings, device)
+        own_bytes[name] = _allocated(device) - before
+    with next(iter(trainers.values())).garbage_collection():
+        for block in range(settings.blocks):
+            for microbatches in settings.microbatches:
+                for name in settings.order(block):
+                    blocks.append(
+                        _measure(
+                            trainers[name], settings, name, microbatches, block, own_bytes[name]
+                        )
+                    )
+                    progress(_describe(blocks[-1], settings))
+    for trainer in trainers.values():
+        trainer.free()
+    return TrainRun(
+        settings=settings,
+        configs={name: config.model_dump(mode="json") for name, config in configs.items()},
+        vocab_size=vocabulary(configs[settings.variants[0]]),
+        device=device.type,
+        num_ranks=dist.get_world_size(),
+        inspections=inspections,
+        blocks=tuple(blocks),
+    )
+
+
+def _warm(config: PretrainConfig, settings: TrainSettings, device: torch.device) -> Trainer:
+    """A model that has taken its first steps.
+
+    Raises:
+        UserError: There is no room for it beside the others.
+    """
+    try:
+        trainer = Trainer(config, device)
+        for microbatches in settings.microbatches:
+            for _ in range(settings.warmup):
+                trainer.step(microbatches)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the models of all variants do not fit in memory together: fewer --variants, or a "
+            f"smaller model ({str(error).splitlines()[0]})"
+        ) from None
+    return trainer
+
+
+def _measure(
+    trainer: Trainer,
+    settings: TrainSettings,
+    name: str,
+    microbatches: int,
+    block: int,
+    own_bytes: int,
+) -> Block:
+    """One visit: `settings.steps` steps, after one for the caches."""
+    watch = Stopwatch(trainer.device, settings.steps)
+    on_gpu = trainer.device.type == "cuda"
+    gc.collect()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(trainer.device)
+        others = _allocated(trainer.device) - own_bytes
+    trainer.step(microbatches)
+    if on_gpu:
+        allocations_before = _num_allocations(trainer)
+    watch.align_from_idle()
+    spans, host_ms = [], []
+    for _ in range(settings.steps):
+        begin = time.perf_counter()
+        with timed(trainer.device) as span:
+            loss = trainer.step(microbatches)
+        spans.append(span)
+        host_ms.append(1e3 * (time.perf_counter() - begin))
+    step_ms = [1e3 * span.seconds for span in spans]
+    return Block(
+        variant=name,
+        microbatches=microbatches,
+        block=block,
+        step_ms=watch.slowest(step_ms),
+        host_ms=watch.slowest(host_ms),
+        loss=_mean(loss),
+        peak_bytes=_peak_bytes(trainer, others, watch) if on_gpu else None,
+        num_allocations=(
+            _most(_num_allocations(trainer) - allocations_before, watch) if on_gpu else None
+        ),
+    )
+
+
+def _inspect(trainer: Trainer, settings: TrainSettings, trace: Path) -> Inspection:
+    """A variant alone, before the blocks."""
+    microbatches = settings.microbatches[0]
+    for _ in range(settings.warmup + _DISCARDED_STEPS):
+        trainer.step(microbatches)
+    layer = LayerAlone(trainer)
+    times = layer.measure(Stopwatch(trainer.device, _LAYER_ITERS), _LAYER_ITERS)
+    profiles = _profile(trainer, layer, microbatches, trace)
+    phases_ms, imbalance = _phases(trainer, microbatches)  # last: it puts clocks into the model
+    return Inspection(phases_ms=phases_ms, imbalance=imbalance, layer=times, **profiles)
+
+
+def _profile(trainer: Trainer, layer: LayerAlone, microbatches: int, trace: Path) -> dict:
+    """Of a step and of the layer alone; on a CPU and on ranks other than 0 nothing."""
+    if trainer.device.type != "cuda":
+        return {}
+    step_events = record(
+        lambda: trainer.step(microbatches), trainer.device, trace.with_suffix(".json.gz")
+    )
+    with layer.undisturbed():
+        layer_trace = trace.with_name(f"{trace.name}-layer.json.gz")
+        layer_events = record(layer.once, trainer.device, layer_trace)
+    if not step_events:
+        return {}
+    return dict(
+        step=summarize_trace(step_events, STEP),
+        layer_forward=summarize_trace(layer_events, FORWARD),
+        layer_backward=summarize_trace(layer_events, BACKWARD),
+        backward_bars=tuple(bars(layer_events, BACKWARD)),
+    )
+
+
+def _phases(trainer: Trainer, microbatches: int) -> tuple[dict[str, float], dict[str, float]]:
+    meter = MoEMeter([trainer.trainee.model])
+    steps = []
+    for _ in range(_METER_STEPS):
+        trainer.step(microbatches)
+        steps.append(meter.step())
+    medians = {key: torch.tensor([step[key] for step in steps]).median().item() for key in steps[0]}
+    phases = {phase: medians[f"ep/{phase}-ms"] for phase in ("dispatch", "expert", "combine")}
+    imbalance = {what: medians[f"ep/imbalance-{what}"] for what in ("rank", "expert")}
+    return phases, imbalance
+
+
+def _peak_bytes(trainer: Trainer, others: int, watch: Stopwatch) -> int:
+    outside_torch = sum(buffer.buffer_bytes for buffer in trainer.buffers())
+    torchs = torch.cuda.max_memory_allocated(trainer.device) - others
+    return _most(torchs + outside_torch, watch)
+
+
+def _allocated(device: torch.device) -> int:
+    """Bytes that torch has given out; 0 on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _num_allocations(trainer: Trainer) -> int:
+    return torch.cuda.memory_stats(trainer.device)["num_device_alloc"]
+
+
+def _most(count: int, watch: Stopwatch) -> int:
+    """Of any rank."""
+    return int(watch.slowest([float(count)])[0])
+
+
+def _mean(loss: Tensor) -> float:
+    total = loss.clone()
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
+
+
+def _free(trainer: Trainer, progress: Callable[[str], None]) -> None:
+    left = trainer.free()
+    if left > 2**28:  # workspaces of libraries are less
+        progress(f"warning: {left / 2**30:.2f} GiB are still allocated")
+
+
+def _describe(block: Block, settings: TrainSettings) -> str:
+    median = sorted(block.step_ms)[len(block.step_ms) // 2]
+    return (
+        f"block {block.block + 1}/{settings.blocks}: {block.variant}, {block.microbatches} "
+        f"microbatch(es): {median:.1f} ms, loss {block.loss:.4f}"
+    )

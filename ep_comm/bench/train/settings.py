@@ -1,0 +1,125 @@
+"""What ``ep-comm bench train`` measures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ep_comm.errors import EPArgumentError
+from ep_comm.pretrain.variants import TRAINING_SCRIPT, VARIANTS, find_training_script, first_owned
+
+# What the benchmark decides itself, by flag, with what to use instead.
+_OWN_FLAGS = {
+    "--global-batch-size": "--microbatches",
+    "--train-iters": "--steps",
+    **{flag: "--variants" for flags in VARIANTS.values() for flag in flags if flag[:2] == "--"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """One run; equal on all ranks.
+
+    Attributes:
+        config: YAML file of the training example.
+        flags: Further flags of the example, for all variants.
+        variants: What is measured, by name.
+        microbatches: Numbers of forward passes of an optimizer step to measure with.
+        blocks: Visits of each variant, with each number of microbatches.
+        steps: Timed steps of a visit, after one that is not.
+        warmup: Steps of each variant before the first block, with each number of microbatches.
+    """
+
+    config: Path
+    flags: tuple[str, ...]
+    variants: tuple[str, ...]
+    microbatches: tuple[int, ...]
+    blocks: int
+    steps: int
+    warmup: int
+
+    def arguments(self, variant: str) -> list[str]:
+        """The example's command line for a variant."""
+        return ["--config", str(self.config), *self.flags, *VARIANTS[variant]]
+
+    def order(self, block: int) -> tuple[str, ...]:
+        """The variants in the order of a block: each block begins with another one."""
+        first = block % len(self.variants)
+        return self.variants[first:] + self.variants[:first]
+
+
+def make_train_settings(
+    *,
+    config: Path,
+    extra: Sequence[str],
+    variants: str,
+    microbatches: str,
+    blocks: int,
+    steps: int,
+    warmup: int,
+) -> TrainSettings:
+    """Check what the user asked for, as far as the example's configuration is not needed.
+
+    Args:
+        variants, microbatches: Comma-separated.
+        extra: Further flags of the example.
+
+    Raises:
+        EPArgumentError: Something of it is wrong.
+    """
+    if own := first_owned(extra, _OWN_FLAGS):
+        raise EPArgumentError(f"{own[0]} is what is measured: use {own[1]}")
+    for name, value, least in (
+        ("--blocks", blocks, 1),
+        ("--steps", steps, 1),
+        ("--warmup", warmup, 0),
+    ):
+        if value < least:
+            raise EPArgumentError(f"{name} {value} must be at least {least}")
+    return TrainSettings(
+        config=config,
+        flags=tuple(extra),
+        variants=_parse_variants(variants),
+        microbatches=_parse_microbatches(microbatches),
+        blocks=blocks,
+        steps=steps,
+        warmup=warmup,
+    )
+
+
+def find_examples(config: Path) -> Path:
+    """The folder of the training example, in the checkout that holds `config` or is the cwd.
+
+    Raises:
+        EPArgumentError: There is no such checkout, or no such file.
+    """
+    if not config.is_file():
+        raise EPArgumentError(f"--config {config}: no such file")
+    script = find_training_script(config)
+    if script is None:
+        raise EPArgumentError(
+            f"no {TRAINING_SCRIPT} beside or above {config} or in {Path.cwd()}: bench train needs "
+            "a checkout"
+        )
+    return script.parent
+
+
+def _parse_variants(text: str) -> tuple[str, ...]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in VARIANTS:
+            raise EPArgumentError(f"--variants {name!r} is none of {', '.join(VARIANTS)}")
+    return tuple(dict.fromkeys(names))
+
+
+def _parse_microbatches(text: str) -> tuple[int, ...]:
+    try:
+        counts = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        counts = []
+    if not counts or counts[0] < 1:
+        raise EPArgumentError(
+            f"--microbatches {text!r} must be comma-separated positive numbers, such as 1,8"
+        )
+    return tuple(counts)

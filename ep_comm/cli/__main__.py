@@ -1,0 +1,4 @@
+from ep_comm.cli.main import main
+
+if __name__ == "__main__":
+    main()

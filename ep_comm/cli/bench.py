@@ -1,0 +1,185 @@
+"""``ep-comm bench`` and ``ep-comm bench train``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from ep_comm.pretrain.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from ep_comm.bench.train.settings import TrainSettings
+
+_TABLE_WIDTH = 160  # of the widest table: less would cut figures
+
+app = typer.Typer(
+    invoke_without_command=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def bench(
+    context: typer.Context,
+    preset: Annotated[str, typer.Option(help="W1 or W2: sizes not given below.")] = "W1",
+    tokens: Annotated[int | None, typer.Option(help="Tokens of each rank.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Elements of a token.")] = None,
+    experts: Annotated[int | None, typer.Option(help="Experts over all ranks.")] = None,
+    topk: Annotated[int | None, typer.Option(help="Experts of a token.")] = None,
+    routing: Annotated[str, typer.Option(help="uniform, group-limited or zipf.")] = "uniform",
+    skew: Annotated[float, typer.Option(help="Of zipf: exponent of the popularity.")] = 1.2,
+    groups: Annotated[int, typer.Option(help="Of group-limited: groups of experts.")] = 8,
+    group_topk: Annotated[int, typer.Option(help="Of group-limited: groups of a token.")] = 4,
+    sms: Annotated[str, typer.Option(help="SM counts, such as 0,24,16; 0 is all.")] = "0",
+    fp8: Annotated[bool, typer.Option("--fp8", help="FP8 dispatch too.")] = False,
+    layout: Annotated[str, typer.Option(help="Order of the rows: expert or rank.")] = "expert",
+    iters: Annotated[int, typer.Option(help="Samples of each time.")] = 20,
+    out: Annotated[Path, typer.Option(help="Folder of bench.json and the picture.")] = Path(
+        "runs/bench"
+    ),
+) -> None:
+    """Time dispatch and combine against the limit of the links and NCCL's alltoall.
+
+    Run by torchrun, one process a GPU. Where the links carried too little for the figures to count
+    the tables say VOID. The subcommand train times whole training steps.
+    """
+    if context.invoked_subcommand is not None:
+        for name in context.params:
+            if context.get_parameter_source(name).name == "COMMANDLINE":
+                raise typer.BadParameter(
+                    f"--{name.replace('_', '-')} before {context.invoked_subcommand} has no effect"
+                )
+        return
+    # Imported here, so that --help and doctor need not wait for it.
+    import torch
+    import torch.distributed as dist
+
+    from ep_comm.bench.ops.report import render, write_json, write_plot
+    from ep_comm.bench.ops.routing import RoutingSpec
+    from ep_comm.bench.ops.run import run
+    from ep_comm.bench.ops.settings import PRESETS, Settings, parse_sms
+    from ep_comm.job.start import UserError, join, on_rank_0, user_errors_exit
+
+    with user_errors_exit():
+        if preset not in PRESETS:
+            raise UserError(f"--preset {preset!r} is none of {', '.join(PRESETS)}")
+        sizes = dict(tokens=tokens, hidden=hidden, experts=experts, topk=topk)
+        settings = Settings(
+            shape=PRESETS[preset]._replace(
+                **{name: size for name, size in sizes.items() if size is not None}
+            ),
+            routing=RoutingSpec(kind=routing, skew=skew, num_groups=groups, group_topk=group_topk),
+            sms=parse_sms(sms),
+            fp8=fp8,
+            layout=layout,
+            iters=iters,
+        )
+        settings.check()
+        device = join()
+        available_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        settings.check_job(dist.get_world_size(), available_sms)
+        on_rank_0(lambda: out.mkdir(parents=True, exist_ok=True))
+        is_first = dist.get_rank() == 0
+        progress = Console(stderr=True, quiet=not is_first)
+        result = run(settings, device, progress.print)
+
+        def report() -> None:
+            console = _console()
+            console.print(render(result))
+            write_json(result, out / "bench.json")
+            if len(settings.sms) > 1:
+                write_plot(result, available_sms, out / "bench.png")
+            console.print(f"written to {out}", highlight=False)
+
+        on_rank_0(report)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    config: Annotated[Path, typer.Option(help="YAML file of examples/pretrain_moe.py.")],
+    variants: Annotated[
+        str,
+        typer.Option(
+            help=f"What to train, out of {', '.join(VARIANTS)}. fp8: FP8 on the wire; fp8-experts: "
+            "FP8 GEMMs; fp8-all: both; overlap: weight gradients of experts beside communication."
+        ),
+    ] = "alltoall,deepep,deepep-overlap",
+    microbatches: Annotated[str, typer.Option(help="Of an optimizer step.")] = "1,8",
+    blocks: Annotated[int, typer.Option(help="Visits of each variant.")] = 5,
+    steps: Annotated[int, typer.Option(help="Timed steps of a visit, after one that is not.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Steps of each before the first visit.")] = 5,
+    out: Annotated[Path, typer.Option(help="Folder of figures, traces and pictures.")] = Path(
+        "runs/bench-train"
+    ),
+) -> None:
+    """Time whole training steps with several dispatchers, interleaved block by block.
+
+    Run by torchrun, one process a GPU. The model is the training example's, fed with random tokens;
+    any other --key value goes to its configuration, as in --num-layers 2. Ratios are
+    alltoall's time over the variant's (above 1: faster), for FP8 experts alltoall-fp8's.
+    """
+    from ep_comm.bench.train.settings import find_examples, make_train_settings
+    from ep_comm.pretrain.start import user_errors_exit
+
+    # Whatever the trainings print is progress; the report alone goes to stdout.
+    with user_errors_exit(), contextlib.redirect_stdout(sys.stderr):
+        find_examples(config)
+        settings = make_train_settings(
+            config=config,
+            extra=context.args,
+            variants=variants,
+            microbatches=microbatches,
+            blocks=blocks,
+            steps=steps,
+            warmup=warmup,
+        )
+        _train(settings, out)
+
+
+def _train(settings: TrainSettings, out: Path) -> None:
+    """Join the job, measure and report."""
+    import torch
+    import torch.distributed as dist
+
+    from ep_comm.bench.train.configs import make_configs
+    from ep_comm.pretrain.start import (
+        UserError,
+        agree,
+        init_process_group,
+        on_rank_0,
+        prepare_megatron,
+    )
+
+    if "RANK" not in os.environ:
+        make_configs(settings, num_ranks=None)  # mistakes, without torchrun
+        raise UserError(
+            "start it with torchrun --nproc_per_node=N -m ep_comm.cli bench train --config ..."
+        )
+    init_process_group()
+    configs = agree(lambda: make_configs(settings, dist.get_world_size()))
+    on_rank_0(lambda: out.mkdir(parents=True, exist_ok=True))
+    prepare_megatron()
+    from ep_comm.bench.train.report import write_report
+    from ep_comm.bench.train.run import run  # imports Megatron: only now
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    progress = Console(stderr=True, quiet=dist.get_rank() != 0, soft_wrap=True, highlight=False)
+    result = run(settings, configs, device, out, progress.print)
+    on_rank_0(lambda: write_report(result, out, _console(sys.__stdout__)))
+    dist.destroy_process_group()
+
+
+def _console(file: IO[str] | None = None) -> Console:
+    return Console(file=file, width=max(Console(file=file).width, _TABLE_WIDTH))

@@ -1,0 +1,140 @@
+"""``ep-comm doctor``: what this machine has, what will be used, and why. Needs no GPU."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from rich.table import Table
+from rich.text import Text
+
+from ep_comm import EPConfig, _native
+from ep_comm._native import structs
+from ep_comm.backends.nvlink import support as nvlink_support
+from ep_comm.job.environment import versions
+
+# What changes how the links, the queues and the network are used.
+ENVIRONMENT = (
+    "NCCL_NVLS_ENABLE",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "NVSHMEM_IB_SL",
+)
+
+
+def diagnose() -> Table:
+    """One screen about this machine."""
+    num_gpus = torch.cuda.device_count()
+    sections: list[tuple[str, object]] = [
+        ("versions", _grid(versions().items())),
+        ("CUDA library", Text(_native.status())),
+        ("symmetric memory", Text(symmetric_memory_status())),
+        ("GPUs", _gpus(num_gpus) if num_gpus else Text(no_gpu_reason())),
+    ]
+    if num_gpus > 1:
+        sections.append(("peer access", _peers(num_gpus)))
+    settings = [(name, os.environ.get(name, "not set")) for name in ENVIRONMENT]
+    sections += [
+        ("environment", _grid(settings)),
+        ("will be used", Text(backend_choice(num_gpus), style="bold")),
+    ]
+    screen = Table.grid(padding=(0, 2))
+    screen.add_column(style="cyan", no_wrap=True)
+    screen.add_column()
+    for name, content in sections:
+        screen.add_row(name, content)
+    return screen
+
+
+def backend_choice(num_gpus: int) -> str:
+    """Backend of a group of all GPUs of this host, and the reason."""
+    if num_gpus == 0:
+        return "reference, over gloo: there is no GPU"
+    if not dist.is_nccl_available():
+        return "reference, over gloo: this torch has no NCCL"
+    num_ranks = min(num_gpus, structs.EP_MAX_NODE_RANKS)
+    sizes = EPConfig(num_experts=num_ranks, hidden=1024, max_tokens_per_rank=1, num_topk=1)
+    reason = nvlink_support.reason_here(num_ranks, sizes)
+    if reason is not None:
+        return f"reference, over NCCL: {reason}"
+    strangers = [
+        f"{i} and {j}"
+        for i in range(num_ranks)
+        for j in range(i + 1, num_ranks)
+        if not torch.cuda.can_device_access_peer(i, j)
+    ]
+    if strangers:
+        return f"reference, over NCCL: GPUs {', '.join(strangers)} have no peer access"
+    return f"nvlink, for up to {num_ranks} GPUs of this host in an NCCL group"
+
+
+def no_gpu_reason() -> str:
+    if torch.version.cuda is None:
+        return "none: this torch was built without CUDA"
+    return "none that torch sees (driver, or CUDA_VISIBLE_DEVICES)"
+
+
+def symmetric_memory_status() -> str:
+    try:
+        importlib.import_module("torch.distributed._symmetric_memory")
+    except ImportError as error:
+        return f"cannot be imported: {error}"
+    return "importable"
+
+
+def link_names(topology: str) -> list[list[str]]:
+    """Kind of link between each two GPUs, from the text of ``nvidia-smi topo -m``."""
+    rows = [line.split()[1:] for line in topology.splitlines() if re.match(r"GPU\d+\s", line)]
+    return [row[: len(rows)] for row in rows]
+
+
+def _links(num_gpus: int) -> list[list[str]] | None:
+    """Kinds of links in torch's numbering of the GPUs, where that can be known."""
+    nvidia_smi = shutil.which("nvidia-smi")
+    if nvidia_smi is None or os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return None  # nvidia-smi numbers all GPUs, torch the visible ones
+    try:
+        result = subprocess.run(
+            [nvidia_smi, "topo", "-m"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    links = link_names(result.stdout)
+    return links if len(links) == num_gpus else None
+
+
+def _grid(rows: Iterable[Iterable[str]]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    for row in rows:
+        grid.add_row(*(Text(cell, no_wrap=True) for cell in row))
+    return grid
+
+
+def _gpus(num_gpus: int) -> Table:
+    rows = []
+    for i in range(num_gpus):
+        gpu = torch.cuda.get_device_properties(i)
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        sms = f"{gpu.multi_processor_count} SMs"
+        rows.append((str(i), gpu.name, memory, sms, f"sm_{gpu.major}{gpu.minor}"))
+    return _grid(rows)
+
+
+def _peers(num_gpus: int) -> Table:
+    """A row a GPU: whether it reaches each other one, and over what."""
+    links = _links(num_gpus)
+
+    def cell(i: int, j: int) -> str:
+        if i == j:
+            return "-"
+        reaches = "yes" if torch.cuda.can_device_access_peer(i, j) else "NO"
+        return f"{reaches} {links[i][j]}" if links else reaches
+
+    gpus = range(num_gpus)
+    return _grid([["", *map(str, gpus)], *([str(i), *(cell(i, j) for j in gpus)] for i in gpus)])

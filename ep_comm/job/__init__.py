@@ -1,0 +1,1 @@
+"""The processes of a job: their ranks, where they meet, and how they end."""

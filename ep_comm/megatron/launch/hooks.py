@@ -1,0 +1,145 @@
+"""What the launcher adds to Megatron's training loop: our dispatcher, checks, scalars."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch.distributed as dist
+from megatron.training.global_vars import get_args, get_tensorboard_writer, get_wandb_writer
+from torch import nn
+
+import ep_comm
+from ep_comm.errors import name_settings
+from ep_comm.megatron.dispatcher import synchronize_buffers
+from ep_comm.megatron.launch.flags import flag, tokens_per_rank
+from ep_comm.megatron.layer import check_model, complete, install
+from ep_comm.megatron.meter import MoEMeter
+from ep_comm.megatron.options import EPOptions
+from ep_comm.megatron.wgrad import check_weight_gradients
+
+
+class Training:
+    """Wraps the functions that every version of Megatron's loop looks up by name.
+
+    Args:
+        training: ``megatron.training.training``. Left alone until `use` is called.
+        version: Of this Megatron.
+
+    Attributes:
+        options: What our dispatcher was installed with; None without it.
+        started: Whether the model is built and checked.
+    """
+
+    def __init__(self, training: ModuleType, version: str) -> None:
+        self.options: EPOptions | None = None
+        self._asked: EPOptions | None = None
+        self.started = False
+        self._training = training
+        self._version = version
+        self._meter: MoEMeter | None = None
+
+    def use(self, options: EPOptions) -> None:
+        """Put our dispatcher into all MoE layers that are built from now on."""
+        if options == self._asked:  # the command line was parsed once more
+            return
+        install(options)
+        name_settings(flag)
+        for wrap in (
+            self._setup_model_and_optimizer,
+            self._training_log,
+            self._evaluate,
+            self._save_checkpoint,
+        ):
+            name = wrap.__name__.removeprefix("_")
+            original = getattr(self._training, name)
+            setattr(self._training, name, functools.wraps(original)(wrap(original)))
+        self.options = self._asked = options
+
+    def finish(self) -> None:
+        """Raise what went wrong in the last step: no later call does."""
+        synchronize_buffers()
+
+    def _setup_model_and_optimizer(self, original: Any) -> Any:
+        """Size buffers by the validated arguments; check the built model; log its MoE layers if
+        somebody will read it."""
+
+        def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> tuple:
+            settings = get_args()
+            self.options = complete(max_tokens_per_rank=tokens_per_rank(settings))
+            model, optimizer, scheduler = original(*args, **kwargs)
+            num_layers = check_model(model)
+            if dist.get_rank() == 0:
+                print(self._summary(num_layers), flush=True)
+            if settings.tensorboard_dir or settings.wandb_project:
+                self._meter = MoEMeter(model)
+            if optimizer is not None and self.options.overlap_wgrad:
+                optimizer.step = _checking_gradients(optimizer.step, model)
+            self.started = True
+            return model, optimizer, scheduler
+
+        return setup_model_and_optimizer
+
+    def _training_log(self, original: Any) -> Any:
+        """Add our scalars to Megatron's, where and when it writes its own."""
+        signature = inspect.signature(original)
+
+        def training_log(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if self._meter is not None:
+                metrics = self._meter.step()  # collective: on all ranks, after each step
+                iteration = signature.bind(*args, **kwargs).arguments["iteration"]
+                if iteration % get_args().tensorboard_log_interval == 0:
+                    _log(metrics, iteration)
+            return result
+
+        return training_log
+
+    def _evaluate(self, original: Any) -> Any:
+        """Forget what an evaluation dispatched: it belongs to no training step."""
+
+        def evaluate(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if self._meter is not None:
+                self._meter.step()
+            return result
+
+        return evaluate
+
+    def _save_checkpoint(self, original: Any) -> Any:
+        """Save nothing after a backward pass whose communication failed."""
+
+        def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+            synchronize_buffers()
+            return original(*args, **kwargs)
+
+        return save_checkpoint
+
+    def _summary(self, num_layers: int) -> str:
+        """One line of rank 0's: which Megatron, how many layers, what settings."""
+        folder = Path(self._training.__file__).parents[1]
+        return (
+            f"ep_comm {ep_comm.__version__} in Megatron {self._version} ({folder}): {num_layers} "
+            f"MoE layers on rank 0, all with our dispatcher; {self.options}"
+        )
+
+
+def _checking_gradients(step: Any, model: list[nn.Module]) -> Any:
+    @functools.wraps(step)
+    def checked_step(*args: Any, **kwargs: Any) -> Any:
+        check_weight_gradients(model)
+        return step(*args, **kwargs)
+
+    return checked_step
+
+
+def _log(metrics: dict[str, float], iteration: int) -> None:
+    """On the rank that has Megatron's writers, which is the last one."""
+    if (writer := get_tensorboard_writer()) is not None:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, iteration)
+    if (wandb := get_wandb_writer()) is not None:
+        wandb.log(metrics, iteration)

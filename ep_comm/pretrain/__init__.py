@@ -1,0 +1,1 @@
+"""The pretraining that ``examples/pretrain_moe.py`` starts, see `loop`."""

@@ -1,0 +1,429 @@
+"""Configuration of `pretrain_moe.py`: a YAML file, and a flag for every key in it.
+
+Names are Megatron-LM's wherever it has one. Keys that begin with ``ep_`` belong to ep_comm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from ep_comm.pretrain.start import UserError
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=1, le=2**31 - 1)]  # numpy takes 32 bits, and Megatron adds to it
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _key(default: Any, description: str) -> Any:
+    return Field(default, description=description)
+
+
+class Model(_Group):
+    """model"""
+
+    num_layers: PositiveInt = _key(..., "transformer layers, each of them with experts")
+    hidden_size: PositiveInt = _key(..., "elements of a token's hidden state")
+    num_attention_heads: PositiveInt = _key(..., "attention heads")
+    num_query_groups: PositiveInt | None = _key(None, "key/value heads; none: one per head")
+    kv_channels: PositiveInt | None = _key(None, "head size; none: hidden size / heads")
+    qk_layernorm: bool = _key(False, "normalise queries and keys")
+    rotary_base: PositiveInt = _key(10_000, "base period of the rotary position embedding")
+    seq_length: PositiveInt = _key(..., "tokens of a training sequence")
+
+
+class MixtureOfExperts(_Group):
+    """mixture of experts"""
+
+    num_experts: PositiveInt = _key(..., "experts of a layer, over all ranks")
+    moe_ffn_hidden_size: PositiveInt = _key(..., "hidden size of an expert")
+    moe_router_topk: PositiveInt = _key(2, "experts that a token selects")
+    moe_router_score_function: Literal["softmax", "sigmoid"] = _key("softmax", "router scores")
+    moe_router_load_balancing_type: Literal[
+        "aux_loss", "seq_aux_loss", "global_aux_loss", "none"
+    ] = _key("aux_loss", "loss that balances the experts")
+    moe_aux_loss_coeff: NonNegativeFloat = _key(0.0, "weight of the balancing loss")
+    moe_router_enable_expert_bias: bool = _key(
+        False, "balance by a bias on the scores, without a loss; needs sigmoid scores"
+    )
+    moe_router_bias_update_rate: PositiveFloat = _key(1e-3, "step of the expert bias")
+    moe_router_force_load_balancing: bool = _key(
+        False, "route every token at random: for measurements of speed, nothing is learnt"
+    )
+    moe_shared_expert_intermediate_size: PositiveInt | None = _key(
+        None, "hidden size of the expert that every token passes; none: no such expert"
+    )
+    moe_shared_expert_overlap: bool = _key(
+        False, "run that expert beside dispatch and combine; with deepep set ep_num_sms too"
+    )
+    moe_grouped_gemm: bool = _key(False, "all local experts in one grouped GEMM; needs TE")
+    moe_permute_fusion: bool = _key(False, "fused permutation kernels of alltoall; needs TE")
+    moe_router_fusion: bool = _key(False, "fused kernels of the router; needs TE")
+    moe_router_padding_for_fp8: bool = _key(
+        False, "fill up the experts of alltoall with more tokens, as FP8 GEMMs need; needs TE"
+    )
+
+
+class Dispatch(_Group):
+    """token dispatch (ep_* apply to deepep only)"""
+
+    expert_model_parallel_size: PositiveInt = _key(1, "ranks that share the experts of a layer")
+    moe_token_dispatcher: Literal["deepep", "alltoall", "allgather"] = _key(
+        "deepep", "ep_comm's dispatcher, or one of Megatron's for comparison"
+    )
+    overlap_dispatch_backward_with_experts_wgrad: bool = _key(
+        False,
+        "compute the experts' weight gradients while the backward of Megatron's own dispatch is "
+        "under way; needs TE",
+    )
+    ep_fp8_dispatch: bool = _key(False, "send tokens to the experts in FP8")
+    ep_fp8_grad_dispatch: bool = _key(False, "send gradients to the experts in FP8")
+    ep_overlap_wgrad: bool = _key(
+        False, "compute the experts' weight gradients while the backward combine is under way"
+    )
+    ep_expert_alignment: PositiveInt | None = _key(
+        None, "pad every expert's rows to a multiple of this; none: as the experts need"
+    )
+    ep_num_sms: Annotated[int, Field(ge=2)] | None = _key(
+        None, "SMs of a dispatch or combine; none: all, and 24 beside weight gradients"
+    )
+    ep_timeout: Annotated[float, Field(gt=0, le=1e8)] | None = _key(
+        None, "seconds to wait for a rank before giving up; none: half of the process group's 600"
+    )
+
+
+class Training(_Group):
+    """training"""
+
+    micro_batch_size: PositiveInt = _key(..., "sequences of one forward pass on one rank")
+    global_batch_size: PositiveInt = _key(..., "sequences of one step, over all ranks")
+    train_iters: PositiveInt = _key(..., "steps")
+    lr: PositiveFloat = _key(..., "highest learning rate")
+    min_lr: NonNegativeFloat = _key(0.0, "learning rate at the end of the decay")
+    lr_warmup_iters: NonNegativeInt = _key(0, "steps of linear warm-up")
+    lr_decay_iters: PositiveInt | None = _key(None, "steps until min_lr; none: train_iters")
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = _key(
+        "cosine", "shape of the decay"
+    )
+    clip_grad: NonNegativeFloat = _key(1.0, "highest gradient norm; 0: no clipping")
+    weight_decay: NonNegativeFloat = _key(0.01, "weight decay of AdamW")
+    adam_beta1: Decay = _key(0.9, "decay of AdamW's first moment")
+    adam_beta2: Decay = _key(0.95, "decay of AdamW's second moment")
+    seed: Seed = _key(1234, "seed of weights, data order and dropout")
+    data_seed: Seed | None = _key(None, "seed of the data order; none: seed")
+    bf16: bool = _key(False, "BF16 weights and activations, FP32 gradients and master weights")
+    fp8_format: Literal["e4m3"] | None = _key(
+        None, "GEMMs of the layers in FP8, activations and weights in BF16; needs TE; none: no FP8"
+    )
+    fp8_recipe: Literal["blockwise", "delayed", "tensorwise"] = _key(
+        "blockwise", "scales of FP8 GEMMs; FP8 dispatch changes no output of blockwise ones"
+    )
+    fp8_param_gather: bool = _key(
+        False, "weights of FP8 GEMMs stored and gathered in FP8; needs TE"
+    )
+    gradient_accumulation_fusion: bool = _key(
+        False,
+        "add weight gradients up inside the GEMMs that compute them, except in the output layer; "
+        "needs TE, but not Apex",
+    )
+    use_distributed_optimizer: bool = _key(False, "share the optimizer state between ranks")
+    overlap_grad_reduce: bool = _key(False, "reduce gradients during the backward pass")
+    overlap_param_gather: bool = _key(False, "gather updated weights during the forward pass")
+    recompute_granularity: Literal["full", "selective"] | None = _key(
+        None, "recompute activations in the backward pass: whole layers, or recompute_modules"
+    )
+    recompute_modules: list[str] | None = _key(
+        None, "what selective recomputation covers, such as core_attn, moe, moe_act"
+    )
+    manual_gc: bool = _key(
+        False, "collect Python's garbage at the same steps on all ranks, not at any time on each"
+    )
+    manual_gc_interval: NonNegativeInt = _key(
+        0, "steps between two such collections; 0: only around validations"
+    )
+
+
+class Data(_Group):
+    """data"""
+
+    data_path: list[str] = _key(
+        [],
+        "text files, folders or globs, read as bytes, or the prefix of one Megatron .bin/.idx "
+        "pair; none: the source of Python's standard library",
+    )
+    vocab_size: PositiveInt | None = _key(None, "tokens of a .bin/.idx pair's tokenizer")
+    split: str = Field(
+        "95,5",
+        pattern=r"^\d+(\.\d+)?,\d+(\.\d+)?$",
+        description="shares of training and validation data",
+    )
+    data_cache_path: Path | None = _key(
+        None, "folder for tokenized data, visible to all nodes; none: the user's cache folder"
+    )
+
+
+class Output(_Group):
+    """validation, checkpoints, logs"""
+
+    eval_interval: PositiveInt = _key(100, "steps between validations; one more at the end")
+    eval_iters: NonNegativeInt = _key(8, "global batches of one validation; 0: no validation")
+    save: Path | None = _key(None, "folder to write checkpoints to")
+    save_interval: PositiveInt | None = _key(
+        None, "steps between checkpoints; one more at the end; none: only that one"
+    )
+    load: Path | None = _key(
+        None, "folder of checkpoints to resume from, at the latest one; may be empty if it is save"
+    )
+    run_dir: Path | None = _key(None, "folder of the logs; none: runs/CONFIG-DISPATCHER")
+    log_interval: PositiveInt = _key(1, "steps between lines on the screen; log.jsonl has all")
+    wandb_project: str | None = _key(None, "W&B project; none: no W&B")
+    wandb_exp_name: str | None = _key(None, "W&B run name; none: the name of run_dir")
+    wandb_entity: str | None = _key(None, "W&B user or team")
+    wandb_save_dir: Path | None = _key(None, "folder of W&B's files; none: run_dir")
+
+
+# Keys that, set, need another one.
+_NEEDS = (
+    ("fp8_param_gather", "fp8_format"),
+    ("fp8_param_gather", "use_distributed_optimizer"),
+    ("moe_router_padding_for_fp8", "fp8_format"),
+    ("moe_shared_expert_overlap", "moe_shared_expert_intermediate_size"),
+    ("overlap_dispatch_backward_with_experts_wgrad", "moe_grouped_gemm"),
+    ("overlap_param_gather", "use_distributed_optimizer"),
+    ("overlap_param_gather", "overlap_grad_reduce"),
+    ("manual_gc_interval", "manual_gc"),
+    ("recompute_modules", "recompute_granularity"),
+)
+# Only ep_comm does it; with another dispatcher it would be left out without a word.
+_NEED_DEEPEP = ("ep_fp8_dispatch", "ep_fp8_grad_dispatch", "ep_overlap_wgrad")
+
+
+class PretrainConfig(Model, MixtureOfExperts, Dispatch, Training, Data, Output):
+    """Everything that `pretrain_moe.py` can be told."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PretrainConfig:
+        if self.num_experts % self.expert_model_parallel_size:
+            raise ValueError(
+                f"num_experts {self.num_experts} is not divisible by "
+                f"expert_model_parallel_size {self.expert_model_parallel_size}"
+            )
+        if self.moe_router_topk > self.num_experts:
+            raise ValueError(
+                f"moe_router_topk {self.moe_router_topk} is more than "
+                f"num_experts {self.num_experts}"
+            )
+        if self.num_query_groups and self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_query_groups {self.num_query_groups}"
+            )
+        for key, needed in _NEEDS:
+            if getattr(self, key) and not getattr(self, needed):
+                raise ValueError(f"{key} needs {needed}")
+        for key in _NEED_DEEPEP:
+            if getattr(self, key) and self.moe_token_dispatcher != "deepep":
+                raise ValueError(
+                    f"{key} needs moe_token_dispatcher deepep, not {self.moe_token_dispatcher}"
+                )
+        channels = self.kv_channels or self.hidden_size // self.num_attention_heads
+        if channels % 2:
+            raise ValueError(
+                f"kv_channels (by default hidden_size / num_attention_heads) must be even for "
+                f"rotary embeddings, got {channels}"
+            )
+        if (
+            self.overlap_dispatch_backward_with_experts_wgrad
+            and self.moe_token_dispatcher == "deepep"
+        ):
+            raise ValueError(
+                "overlap_dispatch_backward_with_experts_wgrad is for Megatron's own dispatchers: "
+                "with moe_token_dispatcher deepep use ep_overlap_wgrad"
+            )
+        if (
+            self.moe_router_padding_for_fp8
+            and self.moe_router_fusion
+            and self.moe_token_dispatcher == "alltoall"
+        ):
+            # Megatron-Core's pads, in place, the map that the fused router keeps for its backward.
+            raise ValueError(
+                "moe_router_padding_for_fp8 with moe_token_dispatcher alltoall fails in the "
+                "backward of moe_router_fusion: turn that off (--no-moe-router-fusion)"
+            )
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is more than lr {self.lr}")
+        if self.lr_warmup_iters >= self.decay_iters:
+            raise ValueError(
+                f"lr_warmup_iters {self.lr_warmup_iters} must be less than lr_decay_iters (by "
+                f"default train_iters), which is {self.decay_iters}"
+            )
+        return self
+
+    @property
+    def decay_iters(self) -> int:
+        """Steps until the learning rate has reached its minimum."""
+        return self.lr_decay_iters or self.train_iters
+
+    def num_microbatches(self, world_size: int) -> int:
+        """Forward passes of one step on one rank; all ranks are data-parallel.
+
+        Raises:
+            UserError: The parallel sizes or batch sizes do not fit this number of ranks.
+        """
+        if world_size % self.expert_model_parallel_size:
+            raise UserError(
+                f"{world_size} processes cannot form groups of expert_model_parallel_size "
+                f"{self.expert_model_parallel_size}: start a multiple of it "
+                f"(torchrun --nproc_per_node), or change --expert-model-parallel-size"
+            )
+        samples = self.micro_batch_size * world_size
+        if self.global_batch_size % samples:
+            raise UserError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of "
+                f"micro_batch_size {self.micro_batch_size} x {world_size} processes = {samples}"
+            )
+        return self.global_batch_size // samples
+
+
+def parse_args(argv: list[str] | None = None) -> PretrainConfig:
+    """Read the YAML file named by ``--config``, then the flags, which win.
+
+    ``--print-config`` ends the process with the result as JSON, as ``--help`` does with the flags.
+
+    Raises:
+        UserError: A key, a flag or a value is wrong.
+    """
+    flags = vars(_parser().parse_args(argv))
+    path, print_config = flags.pop("config", None), flags.pop("print_config", False)
+    values = _read_yaml(path) if path else {}
+    name = Path(path).stem if path else "pretrain"
+    try:
+        config = PretrainConfig(**{**values, **flags})
+    except ValidationError as error:
+        raise UserError(_describe(error, path)) from None
+    run_dir = config.run_dir or Path("runs") / f"{name}-{config.moe_token_dispatcher}"
+    config = config.model_copy(update={"run_dir": run_dir})
+    if print_config:
+        if _is_first():
+            print(config.model_dump_json(indent=1))
+        sys.exit()
+    return config
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+class _Parser(argparse.ArgumentParser):
+    def print_help(self, file: Any = None) -> None:
+        if _is_first():
+            super().print_help(file)
+
+    def error(self, message: str) -> None:
+        hint = ""
+        if message.startswith("unrecognized arguments: "):
+            flag = message.split(": ", 1)[1].split()[0].split("=")[0]
+            hint = _did_you_mean(flag, list(self._option_string_actions))
+        raise UserError(f"{message}{hint}; --help lists all flags")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="pretrain_moe.py",
+        usage="torchrun --nproc_per_node=N examples/pretrain_moe.py --config FILE [--KEY VALUE]",
+        description="Pretrain a Megatron-Core mixture-of-experts model through ep_comm.",
+        epilog="Every flag is also a key of the YAML file: --train-iters 60 is train_iters: 60.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file, such as configs/tiny-cpu.yaml")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print every key's value as JSON, and exit"
+    )
+    for group_type in (Model, MixtureOfExperts, Dispatch, Training, Data, Output):
+        group = parser.add_argument_group(group_type.__doc__)
+        for key, field in group_type.model_fields.items():
+            default = "required" if field.is_required() else f"default: {_show(field.default)}"
+            options: dict[str, Any] = {"help": f"{field.description} ({default})"}
+            if field.annotation is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            else:
+                # Types and choices are pydantic's business: it checks the YAML file as well.
+                options["metavar"] = _metavar(field.annotation)
+                if "list" in str(field.annotation):
+                    options["nargs"] = "+"
+            group.add_argument(f"--{key.replace('_', '-')}", **options)
+    return parser
+
+
+def _metavar(annotation: Any) -> str:
+    choices = getattr(annotation, "__args__", ())
+    choices = getattr(choices[0], "__args__", choices) if choices else ()
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return "{" + ",".join(choices) + "}"
+    text = str(annotation)
+    return next((name.upper() for name in ("int", "float", "Path") if name in text), "STR")
+
+
+def _show(default: Any) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return "none" if default in (None, []) else str(default)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read --config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path} must hold 'key: value' lines")
+    return {str(key): value for key, value in values.items()}
+
+
+def _describe(error: ValidationError, path: str | None) -> str:
+    """One line for all of pydantic's complaints."""
+    problems, missing = [], []
+    for problem in error.errors():
+        key = str(problem["loc"][0]) if problem["loc"] else ""
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "missing":
+            missing.append(f"--{key.replace('_', '-')}")
+        elif problem["type"] == "extra_forbidden":
+            hint = _did_you_mean(key, list(PretrainConfig.model_fields))
+            problems.append(f"unknown key {key!r} in {path}{hint}")
+        elif key:
+            message = message.replace("Input should be", "must be")
+            problems.append(f"{key} {message}, got {problem['input']!r}")
+        else:
+            problems.append(message)
+    if missing:
+        problems.append(f"not set: {', '.join(missing)}; give them, or a --config that has them")
+    return "; ".join(problems)
+
+
+def _did_you_mean(word: str, words: list[str]) -> str:
+    closest = difflib.get_close_matches(word, words, n=1, cutoff=0.75)
+    return f" (did you mean {closest[0]!r}?)" if closest else ""

@@ -1,0 +1,281 @@
+"""Where a run's numbers go: the screen, ``log.jsonl``, and Weights & Biases if asked for.
+
+`ep_comm.compare.log` describes and reads ``log.jsonl``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ep_comm.compare.log import LOG_FILE, TRAIN_LOSS, VALID_LOSS, read_log
+from ep_comm.pretrain.config import PretrainConfig
+from ep_comm.pretrain.start import UserError, agree, on_rank_0
+
+
+class RunLog:
+    """Takes the same numbers on every rank; rank 0 prints and writes, the last rank runs W&B.
+
+    Use it in a ``with`` statement: it finishes all outputs, also those of a run that fails.
+    """
+
+    def __init__(
+        self, config: PretrainConfig, versions: dict[str, str], *, first_iteration: int
+    ) -> None:
+        self._config = config
+        on_rank_0(lambda: _make_run_dir(config.run_dir))
+        start = {
+            "type": "start",
+            "iteration": first_iteration,
+            "dispatcher": config.moe_token_dispatcher,
+            "processes": dist.get_world_size(),
+            "versions": versions,
+            "config": config.model_dump(mode="json"),
+        }
+        earlier: list[dict[str, Any]] = []
+        if config.wandb_project:
+            earlier = on_rank_0(lambda: _earlier_records(config, first_iteration))
+            start["wandb_run_id"] = on_rank_0(lambda: _wandb_run_id(earlier))
+        self._file = self._screen = self._wandb = None
+        if dist.get_rank() == 0:
+            self._file = _open_log(config.run_dir / LOG_FILE)
+            self._screen = _Screen(config, first_iteration)
+            self._write(start)
+        if config.wandb_project and _is_last_rank():
+            self._wandb = _WandB(config, start, earlier)
+
+    def message(self, text: str) -> None:
+        """Print a line, on rank 0."""
+        if self._screen:
+            self._screen.line(text)
+
+    def train(self, iteration: int, scalars: dict[str, float]) -> None:
+        """Record one training step."""
+        self._write({"type": "train", "iteration": iteration, **scalars})
+        if self._screen:
+            self._screen.step(iteration, scalars)
+        if self._wandb:
+            self._wandb.log(iteration, scalars)
+
+    def valid(self, iteration: int, loss: float) -> None:
+        """Record one validation."""
+        scalars = {VALID_LOSS: loss}
+        self._write({"type": "valid", "iteration": iteration, **scalars})
+        self.message(f"step {iteration}: validation loss {loss:.6f}")
+        if self._wandb:
+            self._wandb.log(iteration, scalars)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        self.message(f"log: {self._config.run_dir / LOG_FILE}")
+        if self._screen:
+            self._screen.close()
+        if self._file:
+            self._file.close()
+        if self._wandb:
+            self._wandb.close(failed=error_type is not None)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._file:
+            self._file.write(json.dumps(record) + "\n")
+
+
+def check_wandb(config: PretrainConfig) -> None:
+    """Refuse W&B logging that cannot work; call it on all ranks.
+
+    Raises:
+        UserError: The client is not installed, or its folder cannot be written.
+    """
+    if config.wandb_project:
+        agree(lambda: _check_wandb(config) if _is_last_rank() else None)
+
+
+def _check_wandb(config: PretrainConfig) -> None:
+    try:
+        from wandb import init  # noqa: F401  (a folder ./wandb of old runs can be imported too)
+    except ImportError:
+        raise UserError(
+            "--wandb-project needs the W&B client: pip install 'ep_comm[wandb]', or leave "
+            "--wandb-project out"
+        ) from None
+    # Where it cannot write, the client would log to a temporary folder.
+    folder = _wandb_dir(config) / "wandb"
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        problem = "cannot be written" if existing.is_dir() else "is no folder"
+        raise UserError(
+            f"W&B's folder {folder} cannot be used: {existing} {problem}; "
+            f"--wandb-save-dir chooses another"
+        )
+
+
+def _wandb_dir(config: PretrainConfig) -> Path:
+    return config.wandb_save_dir or config.run_dir
+
+
+def _earlier_records(config: PretrainConfig, first_iteration: int) -> list[dict[str, Any]]:
+    """What the log tells of the run that is resumed after `first_iteration`."""
+    log = config.run_dir / LOG_FILE
+    if first_iteration == 0 or not log.exists():
+        return []
+    return [record for record in read_log(log) if record["iteration"] <= first_iteration]
+
+
+def _wandb_run_id(earlier: list[dict[str, Any]]) -> str:
+    """The W&B run that a resumed run goes on with, if its log names one; else a new one."""
+    ids = [record["wandb_run_id"] for record in earlier if "wandb_run_id" in record]
+    return os.environ.get("WANDB_RUN_ID") or (ids[-1] if ids else secrets.token_hex(4))
+
+
+def _is_last_rank() -> bool:
+    return dist.get_rank() == dist.get_world_size() - 1
+
+
+def _make_run_dir(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create --run-dir {run_dir}: {error.strerror}") from None
+
+
+def _open_log(path: Path) -> Any:
+    unfinished = path.exists() and not path.read_bytes().endswith(b"\n")
+    file = path.open("a", encoding="utf-8", buffering=1)  # whole lines reach the disk at once
+    if unfinished:
+        file.write("\n")
+    return file
+
+
+class _Screen:
+    """A progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, config: PretrainConfig, first_iteration: int) -> None:
+        self._config = config
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task(
+            "training", total=config.train_iters, completed=first_iteration, status=""
+        )
+        self._progress.start()
+
+    def line(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def step(self, iteration: int, scalars: dict[str, float]) -> None:
+        loss, rate = scalars[TRAIN_LOSS], scalars["throughput"]
+        status = f"loss {loss:.4f}  {rate:,.0f} tokens/s"
+        self._progress.update(self._task, completed=iteration, status=status)
+        if iteration % self._config.log_interval and iteration != self._config.train_iters:
+            return
+        ep = "  ".join(
+            f"{name.removeprefix('ep/')} {value:.2f}"
+            for name, value in scalars.items()
+            if name.startswith("ep/")
+        )
+        self.line(
+            f"step {iteration}/{self._config.train_iters}  loss {loss:.6f}  "
+            f"grad-norm {scalars['grad-norm']:.3f}  lr {scalars['learning-rate']:.2e}  "
+            f"{scalars['iteration-time'] * 1e3:.0f} ms  {rate:,.0f} tokens/s  {ep}".rstrip()
+        )
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class _WandB:
+    """Weights & Biases through its client; whatever fails there costs a warning, not the run.
+
+    The client buffers: of a run that is killed, an offline file has little or nothing. So a
+    resumed run logs `earlier` steps again, those that W&B does not have, and the latest offline
+    file has the whole run.
+    """
+
+    def __init__(
+        self, config: PretrainConfig, start: dict[str, Any], earlier: list[dict[str, Any]]
+    ) -> None:
+        self._run = None
+        try:
+            self._run = self._start(config, start)
+        except Exception as error:  # the client's failures have no common type
+            self._warn(error)
+            return
+        for record in earlier:
+            if record["type"] != "start":
+                values = {k: v for k, v in record.items() if k not in ("type", "iteration")}
+                self.log(record["iteration"], values)
+
+    @staticmethod
+    def _start(config: PretrainConfig, start: dict[str, Any]) -> Any:
+        """A run that is online if a key is configured and the server answers, else offline."""
+        import wandb
+
+        folder = _wandb_dir(config)
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("WANDB_SILENT", "true")
+
+        def init(mode: str | None) -> Any:
+            return wandb.init(
+                project=config.wandb_project,
+                name=config.wandb_exp_name or config.run_dir.name,
+                entity=config.wandb_entity,
+                id=start["wandb_run_id"],
+                resume="allow",
+                dir=folder,
+                # As Megatron-LM has it: every argument a key of its own.
+                config={
+                    **start["config"],
+                    "world_size": start["processes"],
+                    "versions": start["versions"],
+                },
+                mode=mode,
+                settings=wandb.Settings(init_timeout=30),
+            )
+
+        try:
+            if "WANDB_MODE" in os.environ or wandb.login(prompt=False):
+                return init(None)
+        except Exception as error:
+            text = " ".join(str(error).split())
+            print(f"warning: W&B does not answer, logging offline: {text}", file=sys.stderr)
+        return init("offline")
+
+    def log(self, iteration: int, scalars: dict[str, float]) -> None:
+        # A run that was resumed online has steps already, and takes none of them twice.
+        self._call(lambda: iteration >= self._run.step and self._run.log(scalars, step=iteration))
+
+    def close(self, *, failed: bool) -> None:
+        run = self._run
+        self._call(lambda: run.finish(exit_code=int(failed)))
+        if run is not None and run.offline:
+            print(f"W&B run, offline; to upload it: wandb sync {Path(run.dir).parent}", flush=True)
+
+    def _call(self, action: Any) -> None:
+        if self._run is None:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        self._run = None
+        text = " ".join(str(error).split())
+        print(f"warning: no more W&B logging, training goes on: {text}", file=sys.stderr)

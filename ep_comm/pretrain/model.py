@@ -1,0 +1,298 @@
+"""The model, its optimizer and its learning-rate schedule, built from Megatron-Core's parts."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import megatron.core
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import is_te_min_version
+
+from ep_comm import megatron as ep_megatron
+from ep_comm.errors import name_settings
+from ep_comm.pretrain.config import PretrainConfig
+from ep_comm.pretrain.start import UserError, agree
+
+DEEPEP = "deepep"
+NEEDS_TRANSFORMER_ENGINE = (
+    *("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion"),
+    *("fp8_format", "fp8_param_gather", "moe_router_padding_for_fp8"),
+    "gradient_accumulation_fusion",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainee:
+    """What a step changes, and a checkpoint holds."""
+
+    config: TransformerConfig
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+
+def build(config: PretrainConfig, vocab_size: int, device: torch.device) -> Trainee:
+    """Build everything on this rank, with the same weights for the same seed.
+
+    A further call in the same process uses the process groups of the first one.
+
+    Raises:
+        UserError: Megatron-Core or ep_comm refuses the configuration.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            expert_model_parallel_size=config.expert_model_parallel_size
+        )
+    torch.manual_seed(config.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
+
+    transformer_config = agree(lambda: _transformer_config(config))
+    spec = agree(lambda: _layer_spec(config))
+    model = agree(lambda: _gpt_model(config, transformer_config, spec, vocab_size, device))
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.adam_beta1,
+            adam_beta2=config.adam_beta2,
+            clip_grad=config.clip_grad,
+            bf16=config.bf16,
+            params_dtype=transformer_config.params_dtype,
+            use_distributed_optimizer=config.use_distributed_optimizer,
+            overlap_param_gather=config.overlap_param_gather,
+            fp8_recipe=config.fp8_recipe if config.fp8_format else None,
+        ),
+        [model],
+    )
+    transformer_config.finalize_model_grads_func = finalize_model_grads
+    transformer_config.grad_scale_func = optimizer.scale_loss
+    if config.overlap_grad_reduce:
+        # Only the last microbatch's gradients are reduced.
+        transformer_config.no_sync_func = model.no_sync
+    return Trainee(
+        config=transformer_config,
+        model=model,
+        optimizer=optimizer,
+        scheduler=_scheduler(config, optimizer),
+    )
+
+
+def gather_parameters(trainee: Trainee) -> None:
+    """Complete the parameters after a step, for whoever reads them before a forward pass.
+
+    With ``overlap_param_gather`` a rank has updated its own share, and that pass would gather the
+    rest.
+    """
+    if trainee.model.ddp_config.overlap_param_gather:
+        trainee.model.start_param_sync(force_sync=True)
+
+
+def have_transformer_engine() -> bool:
+    """Whether Transformer Engine can be used: it is installed, and there is a GPU."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def _transformer_config(config: PretrainConfig) -> TransformerConfig:
+    on_cpu = not torch.cuda.is_available()
+    fused = have_transformer_engine()
+    for key in NEEDS_TRANSFORMER_ENGINE:
+        if getattr(config, key) and not fused:
+            flag = key.replace("_", "-")
+            without = f"--no-{flag}" if getattr(config, key) is True else f"no --{flag}"
+            raise UserError(f"--{flag} needs a GPU and Transformer Engine; here: {without}")
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    full_recompute = config.recompute_granularity == "full"
+    deepep = config.moe_token_dispatcher == DEEPEP
+    try:
+        return TransformerConfig(
+            num_layers=config.num_layers,
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            num_query_groups=config.num_query_groups,
+            kv_channels=config.kv_channels,
+            qk_layernorm=config.qk_layernorm,
+            normalization="RMSNorm",
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            add_bias_linear=False,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            num_moe_experts=config.num_experts,
+            ffn_hidden_size=config.moe_ffn_hidden_size,  # of dense layers; there are none
+            moe_ffn_hidden_size=config.moe_ffn_hidden_size,
+            moe_router_topk=config.moe_router_topk,
+            moe_router_dtype="fp32",
+            moe_router_score_function=config.moe_router_score_function,
+            moe_router_load_balancing_type=config.moe_router_load_balancing_type,
+            moe_aux_loss_coeff=config.moe_aux_loss_coeff,
+            moe_router_enable_expert_bias=config.moe_router_enable_expert_bias,
+            moe_router_bias_update_rate=config.moe_router_bias_update_rate,
+            moe_router_force_load_balancing=config.moe_router_force_load_balancing,
+            moe_shared_expert_intermediate_size=config.moe_shared_expert_intermediate_size,
+            moe_shared_expert_overlap=config.moe_shared_expert_overlap,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            moe_permute_fusion=config.moe_permute_fusion,
+            moe_router_fusion=config.moe_router_fusion,
+            moe_router_padding_for_quantization=config.moe_router_padding_for_fp8,
+            # Megatron validates other features against its own dispatchers' names; ep_comm's
+            # takes the place of alltoall in the layer spec.
+            moe_token_dispatcher_type="alltoall" if deepep else config.moe_token_dispatcher,
+            expert_model_parallel_size=config.expert_model_parallel_size,
+            recompute_granularity=config.recompute_granularity,
+            recompute_modules=config.recompute_modules,
+            recompute_method="uniform" if full_recompute else None,
+            recompute_num_layers=1 if full_recompute else None,
+            bf16=config.bf16,
+            fp8=config.fp8_format,
+            fp8_recipe=config.fp8_recipe,
+            fp8_param=config.fp8_param_gather,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            use_cpu_initialization=on_cpu,
+            bias_activation_fusion=fused,
+            bias_dropout_fusion=fused,
+            apply_rope_fusion=fused,
+            # Megatron would ask for Apex on behalf of its own layers: see fuse_accumulation.
+            gradient_accumulation_fusion=False,
+            **megatrons_overlap(config),
+        )
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"megatron-core refuses the configuration: {error}") from None
+
+
+def megatrons_overlap(config: PretrainConfig) -> dict[str, bool]:
+    """Megatron's own overlap as arguments of the `TransformerConfig`: none unless it is on.
+
+    Raises:
+        UserError: Megatron-Core or Transformer Engine is too old for it.
+    """
+    key = "overlap_dispatch_backward_with_experts_wgrad"
+    if not getattr(config, key):
+        return {}
+    flag = "--" + key.replace("_", "-")
+    if not hasattr(TransformerConfig, key):
+        version = megatron.core.__version__
+        raise UserError(f"{flag} needs megatron-core 0.18 or newer, this is {version}")
+    # What Megatron asks for where DDP is to reduce delayed gradients during the backward pass.
+    if not is_te_min_version("2.8.0"):
+        raise UserError(f"{flag} needs Transformer Engine 2.8 or newer")
+    return {key: True}
+
+
+def _layer_spec(config: PretrainConfig) -> ModuleSpec:
+    if have_transformer_engine():
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
+    else:
+        spec = get_gpt_layer_local_spec(
+            num_experts=config.num_experts,
+            moe_grouped_gemm=False,
+            qk_layernorm=config.qk_layernorm,
+            normalization="RMSNorm",
+        )
+    if config.moe_token_dispatcher == DEEPEP:
+        options = ep_megatron.EPOptions(
+            fp8_dispatch=config.ep_fp8_dispatch,
+            fp8_grad_dispatch=config.ep_fp8_grad_dispatch,
+            overlap_wgrad=config.ep_overlap_wgrad,
+            expert_alignment=config.ep_expert_alignment,
+            max_tokens_per_rank=config.micro_batch_size * config.seq_length,
+            num_sms=config.ep_num_sms,
+            timeout_s=config.ep_timeout,
+        )
+        spec = ep_megatron.use_ep_comm(spec, options)
+        name_settings(_flag)
+    return spec
+
+
+def _flag(setting: str) -> str:
+    """The flag that gives this setting of ep_comm, for its messages."""
+    return f"--ep-{setting.removesuffix('_s').replace('_', '-')}"
+
+
+def _gpt_model(
+    config: PretrainConfig,
+    transformer_config: TransformerConfig,
+    spec: ModuleSpec,
+    vocab_size: int,
+    device: torch.device,
+) -> DistributedDataParallel:
+    deepep = config.moe_token_dispatcher == DEEPEP
+    model = GPTModel(
+        transformer_config,
+        spec,
+        vocab_size=-(-vocab_size // 128) * 128,  # whole tiles for the output GEMM
+        max_sequence_length=config.seq_length,
+        position_embedding_type="rope",
+        rotary_base=config.rotary_base,
+        share_embeddings_and_output_weights=False,
+    ).to(device)
+    if config.gradient_accumulation_fusion:
+        fuse_accumulation(model)
+    if config.bf16:
+        model = Float16Module(transformer_config, model)
+    model = DistributedDataParallel(
+        transformer_config,
+        DistributedDataParallelConfig(
+            use_distributed_optimizer=config.use_distributed_optimizer,
+            overlap_grad_reduce=config.overlap_grad_reduce,
+            overlap_param_gather=config.overlap_param_gather,
+            fp8_param_gather=config.fp8_param_gather,
+            grad_reduce_in_fp32=True,
+            # Without it DDP takes the experts' gradients when backward has gone through them, which
+            # is before either overlap has computed them.
+            delay_wgrad_compute=config.overlap_dispatch_backward_with_experts_wgrad
+            or (deepep and config.ep_overlap_wgrad),
+        ),
+        model,
+    )
+    if deepep:
+        ep_megatron.check_model([model])
+    return model
+
+
+def fuse_accumulation(model: torch.nn.Module) -> None:
+    """Have Transformer Engine's layers add their weight gradients to DDP's buffers in the GEMMs
+    that compute them. Megatron's own layers, here the output layer, would need Apex for that."""
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+
+
+def _scheduler(config: PretrainConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    # Megatron counts the schedule in samples.
+    samples = config.global_batch_size
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.lr_warmup_iters * samples,
+        lr_decay_steps=config.decay_iters * samples,
+        lr_decay_style=config.lr_decay_style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=config.decay_iters * samples,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,1 @@
+"""What each operation moved and whom it waited for, and what is waited for now."""

@@ -1,0 +1,94 @@
+"""What NVLink operations moved and waited for: written by kernels, read when somebody asks."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import torch
+
+from ep_comm._native import structs
+from ep_comm.telemetry.records import Interval, OpRecord
+
+RING_LENGTH = 1024
+_RECORD_BYTES = ctypes.sizeof(structs.Record)
+
+
+class DeviceRecorder:
+    """The last `RING_LENGTH` operations of a buffer, in a ring in device memory.
+
+    See `ep_comm.telemetry.records.Recorder`, whose interface this is. A captured operation has the
+    numbers of its graph's last replay. Reading waits for the operations.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        num_ranks: int,
+        device: torch.device,
+        synchronize: Callable[[], None],
+    ) -> None:
+        self.num_operations = 0
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self._synchronize = synchronize
+        self._ring = torch.zeros(RING_LENGTH, _RECORD_BYTES, dtype=torch.uint8, device=device)
+        self._wire_bytes = torch.zeros((), dtype=torch.int64, device=device)
+        self._started: deque[tuple[str, int, int]] = deque(maxlen=RING_LENGTH)
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of the ring."""
+        return self._ring.numel()
+
+    @property
+    def wire_bytes_address(self) -> int:
+        return self._wire_bytes.data_ptr()
+
+    @property
+    def wire_bytes(self) -> int:
+        self._synchronize()
+        return int(self._wire_bytes)
+
+    def start(self, op: str, row_bytes: int) -> int:
+        """Address of the record of the next operation, whose rows have `row_bytes`."""
+        slot = self.num_operations % RING_LENGTH
+        self.num_operations += 1
+        self._started.append((op, self.num_operations, row_bytes))
+        return self._ring.data_ptr() + slot * _RECORD_BYTES
+
+    def set_row_bytes(self, row_bytes: int) -> None:
+        """Of the operation that was started last, whose rows were not known yet."""
+        op, epoch, _ = self._started.pop()
+        self._started.append((op, epoch, row_bytes))
+
+    def __iter__(self) -> Iterator[OpRecord]:
+        return iter(self.since(0))
+
+    def since(self, epoch: int) -> list[OpRecord]:
+        started = [entry for entry in self._started if entry[1] > epoch]
+        if not started:
+            return []
+        self._synchronize()
+        slots = torch.tensor([(entry[1] - 1) % RING_LENGTH for entry in started])
+        rows = self._ring[slots.to(self._ring.device)].cpu().numpy()
+        return [
+            self._record(*entry, row.tobytes()) for entry, row in zip(started, rows, strict=True)
+        ]
+
+    def _record(self, op: str, epoch: int, row_bytes: int, raw: bytes) -> OpRecord:
+        record = structs.Record.from_buffer_copy(raw)
+        rows = tuple(record.num_rows[: self._num_ranks])
+        waits = [wait / 1e9 for wait in record.longest_wait_ns[: self._num_ranks]]
+        waits[self._rank] = 0.0  # its own blocks, for one another
+        return OpRecord(
+            op=op,
+            epoch=epoch,
+            rows_to_rank=rows,
+            wire_bytes_to_rank=tuple(
+                0 if r == self._rank else count * row_bytes for r, count in enumerate(rows)
+            ),
+            wait_s_by_rank=tuple(waits),
+            span=Interval((record.end_ns - record.begin_ns) / 1e9),
+        )

@@ -1,0 +1,543 @@
+"""What the NVLink backend launches, in which order and with which arguments; no GPU is needed."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from virtual_ranks import VirtualBuffer
+
+from ep_comm import EPConfig, EventOverlap
+from ep_comm._native import structs
+from ep_comm.backends.nvlink import backend as nvlink
+from ep_comm.backends.nvlink import streams as nvlink_streams
+from ep_comm.backends.nvlink.backend import NVLinkBackend
+from ep_comm.backends.nvlink.streams import InFlight
+from ep_comm.errors import EPArgumentError, EPRoutingError, EPUnsupportedError
+from ep_comm.handle import DispatchHandle
+from ep_comm.telemetry.device import DeviceRecorder
+
+CURRENT, SIDE, COMM = 5, 6, 7
+CONFIG = EPConfig(num_experts=8, hidden=512, max_tokens_per_rank=16, num_topk=2)
+X = torch.zeros(10, 512, dtype=torch.bfloat16)
+TOPK = torch.zeros(10, 2, dtype=torch.int64)
+
+
+class Launches:
+    """Stands for the native library: keeps what it is called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    def plan(self, args, stream, side_stream, event) -> None:
+        self.calls.append(("plan", type(args).from_buffer_copy(args), stream, side_stream))
+
+    def launch(self, name, args, stream) -> None:
+        self.calls.append((name, type(args).from_buffer_copy(args), stream))
+
+    def stream_wait(self, waiting, other, event) -> None:
+        self.calls.append(("wait", waiting, other))
+
+    def mailbox_wait(self, *_) -> bool:
+        self.calls.append(("mailbox",))
+        return True
+
+    def load_kernels(self) -> None:
+        pass
+
+    def plan_scratch_bytes(self, *_) -> int:
+        return 16
+
+    def take(self) -> list[tuple]:
+        calls, self.calls = self.calls, []
+        return calls
+
+
+def make_backend(config: EPConfig) -> NVLinkBackend:
+    """By its own constructor; what that asks of CUDA is answered for a CPU."""
+    mailbox = structs.Mailbox()
+    mailbox.num_sent_tokens[0], mailbox.num_recv_tokens[1] = 10, 7
+    mailbox.num_tokens_per_expert[0] = 9
+    memory = mock.Mock(
+        rank=0, num_ranks=2,
+        mailbox=mailbox, mailbox_address=0, fault_address=0, notice_address=0,
+        counters=torch.zeros(3, 64, dtype=torch.int32), node=lambda *_: structs.Node(),
+    )  # fmt: skip
+    cpu = torch.device("cpu", 0)
+    answers = {
+        "Event": lambda: mock.Mock(cuda_event=1),
+        "Stream": lambda priority: mock.Mock(cuda_stream={0: SIDE, -1: COMM}[priority]),
+        "current_device": lambda: 0,
+        "get_device_properties": lambda _: SimpleNamespace(multi_processor_count=132),
+    }
+    with (
+        mock.patch.multiple(torch.cuda, **answers),
+        mock.patch.object(torch, "device", lambda *_: cpu),
+        mock.patch.object(nvlink._native, "load", Launches),
+        mock.patch.object(nvlink_streams, "in_flight", lambda _: InFlight(132)),
+    ):
+        return NVLinkBackend(memory, config)
+
+
+@pytest.fixture
+def backend(request):
+    with (
+        mock.patch.object(nvlink_streams, "raw_stream", lambda _: CURRENT),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
+        mock.patch.object(nvlink_streams, "EventOverlap", lambda *args: SimpleNamespace(args=args)),
+    ):
+        yield make_backend(getattr(request, "param", CONFIG))
+
+
+def plan(backend: NVLinkBackend, capacity=None, asynchronous=False, num_sms=None, **changes):
+    routing = dict(source=TOPK, num_topk=2, layout="expert", has_weights=False)
+    settings = {**routing, **changes}
+    planned = backend.plan(
+        expert_alignment=16, capacity=capacity, asynchronous=asynchronous, num_sms=num_sms,
+        **settings,
+    )  # fmt: skip
+    return DispatchHandle(
+        buffer=None, layout=settings["layout"], expert_alignment=16, routing=planned
+    )
+
+
+def dispatch(backend: NVLinkBackend, handle, asynchronous=False, num_sms=None, weights=None):
+    dtype = torch.bfloat16
+    return backend.dispatch(handle, X, None, weights, dtype, dtype, asynchronous, num_sms)
+
+
+def test_a_new_dispatch_pushes_while_the_host_waits(backend):
+    received = dispatch(backend, plan(backend))
+    planned, push, mailbox, expand, joined = backend.native.take()
+    assert planned[0] == "plan" and planned[2:] == (CURRENT, SIDE) and planned[1].ticket == 1
+    assert planned[1].capacity == 2**31 - 1
+    assert joined == ("wait", CURRENT, SIDE)
+    assert mailbox == ("mailbox",)
+    assert push[0] == expand[0] == "ep_dispatch" and (push[2], expand[2]) == (CURRENT, SIDE)
+    assert (push[1].num_push_blocks, push[1].num_expand_blocks) == (24, 0)
+    assert (expand[1].num_push_blocks, expand[1].num_expand_blocks) == (0, 108)
+    assert push[1].num_blocks == expand[1].num_blocks == 132
+    assert (
+        push[1].is_planned
+        and push[1].node.record == expand[1].node.record == planned[1].node.record
+    )
+    assert received.result.x.shape == (16, 512) == (expand[1].num_rows, 512)
+    assert planned[1].num_send_blocks == planned[1].num_receive_blocks == 64
+
+
+@pytest.mark.parametrize("capacity", [None, 40])
+def test_arrays_of_a_routing_stand_where_kernels_look_for_them(backend, capacity):
+    routing = plan(backend, capacity).routing
+    first_word = {name: first for name, (first, _) in routing.places.items()}
+    if capacity is None:  # nobody knows yet how many rows will come
+        assert routing.native.entries == backend._planned_entries.data_ptr()
+        assert routing.places["entries"][1] == 0 and first_word.pop("entries")
+    for name, kind in structs.Routing._fields_:
+        if kind is ctypes.c_void_p:
+            if name in first_word:
+                address = getattr(routing.native, name)
+                assert address == routing.arena.data_ptr() + 4 * first_word.pop(name)
+        else:
+            assert (
+                getattr(routing.native, name)
+                == dict(num_tokens=10, num_topk=2, num_topk4=4, expert_major=True, last_entry=31)[
+                    name
+                ]
+            )
+    assert not first_word
+
+
+ENTRY_BYTES = 4 * 3 * 4  # of two experts a token
+
+
+def bytes_of_own_tokens(num_tokens: int) -> int:
+    """Experts and slots of 2 ranks, 5 arrays of 2 numbers or 4 and one of 5; all whole 16 bytes."""
+    return 4 * num_tokens * (2 + 2) + 5 * 16 + 32
+
+
+ROOMY = dataclasses.replace(CONFIG, max_tokens_per_rank=1600)
+
+
+@pytest.mark.parametrize("backend", [CONFIG, ROOMY], ids=["exact", "roomy"], indirect=True)
+def test_a_handle_is_as_large_as_what_came(backend):
+    """7 rows do, for 10 tokens of this rank; the buffer alone has room for more."""
+    handle = plan(backend)
+    dispatch(backend, handle)
+    assert handle.num_bytes == bytes_of_own_tokens(10) + 7 * ENTRY_BYTES
+    room = 2 * backend.config.max_tokens_per_rank * ENTRY_BYTES
+    assert backend._planned_entries.nbytes == room
+    assert backend.buffer_bytes - backend.offsets.total >= backend._planned_entries.nbytes
+    handle = plan(backend, layout="rank")
+    dispatch(backend, handle)
+    experts = handle.recv_topk_idx.nbytes
+    assert handle.num_bytes == bytes_of_own_tokens(10) + 7 * ENTRY_BYTES + experts
+
+
+@pytest.mark.parametrize(
+    "layout, capacity, entries",
+    [("expert", 5, 32), ("expert", 500, 32), ("rank", 5, 6), ("rank", 31, 32), ("rank", 500, 32)],
+)
+def test_a_handle_that_nobody_waits_for_has_room_for_the_worst(backend, layout, capacity, entries):
+    """In the rank layout that is what the output has, and an entry for the rows that it has not."""
+    handle = plan(backend, capacity, layout=layout)
+    assert handle.routing.native.last_entry == entries - 1
+    assert handle.num_bytes == bytes_of_own_tokens(10) + entries * ENTRY_BYTES
+    dispatch(backend, handle)
+    [launch] = [call for call in backend.native.take() if call[0] == "ep_dispatch"]
+    assert launch[1].planned_entries is None
+    assert launch[1].routing.entries == handle.routing.native.entries
+
+
+def test_entries_are_copied_by_the_kernel_that_expands_for_the_first_time(backend):
+    """Several handles at once, used in another order: each has its own, a plan's are used anew."""
+    handles = [plan_and_dispatch(backend) for _ in range(3)]
+    planned = backend._planned_entries.data_ptr()
+    for (_, calls), number in zip(handles, (1, 2, 3), strict=True):
+        plans, (push, expand) = calls[0], [call[1] for call in calls if call[0] == "ep_dispatch"]
+        assert plans[1].ticket == number and plans[1].routing.entries == planned
+        assert push.routing.entries == planned and not push.num_expand_blocks
+        assert expand.planned_entries == planned and expand.num_received == 7
+        assert expand.routing.entries not in (planned, None)
+        assert expand.routing.topk_idx == push.routing.topk_idx
+    own = [calls[3][1].routing.entries for _, calls in handles]
+    assert len(set(own)) == 3
+    rows = torch.zeros(16, 512, dtype=torch.bfloat16)
+    for i in (1, 0, 2):
+        backend.combine(handles[i][0], rows, None, False, None)
+        dispatch(backend, handles[i][0])
+        combine, cached = (call[1] for call in backend.native.take())
+        assert combine.routing.entries == cached.routing.entries == own[i]
+        assert not cached.is_planned  # so that nothing is copied
+
+
+def plan_and_dispatch(backend: NVLinkBackend) -> tuple[DispatchHandle, list[tuple]]:
+    handle = plan(backend)
+    dispatch(backend, handle)
+    return handle, backend.native.take()
+
+
+def test_the_input_of_a_plan_is_let_go_with_the_first_dispatch(backend):
+    topk = TOPK.clone()
+    handle = plan(backend, source=topk)
+    assert handle.routing.first.source is topk
+    pending = dispatch(backend, handle, asynchronous=True)
+    keep = pending.event.args[1]  # until the kernels are done
+    assert any(kept is topk for kept in keep)
+    assert any(kept is handle.routing.memory for kept in keep) and len(handle.routing.memory) == 2
+    assert not any(value is topk for value in vars(handle.routing).values())
+
+
+def test_the_first_rank_major_dispatch_writes_the_experts_of_its_rows(backend):
+    routing_map = torch.zeros(10, 8, dtype=torch.bool)
+    for source, dtype in (
+        (TOPK, torch.int64),
+        (TOPK.int(), torch.int32),
+        (routing_map, torch.int32),
+    ):
+        for num_sms in (None, 24):  # one launch, and two
+            handle = plan(backend, capacity=40, layout="rank", source=source, num_sms=num_sms)
+            dispatch(backend, handle)
+            dispatch(backend, handle)
+            calls = backend.native.take()
+            *push, expand, again = [call[1] for call in calls if call[0] == "ep_dispatch"]
+            assert len(push) == (num_sms is not None)
+            experts = handle.recv_topk_idx
+            assert experts.shape == (40, 2) and experts.dtype == dtype
+            assert expand.recv_topk_idx == experts.data_ptr()
+            assert expand.recv_idx_bytes == experts.element_size()
+            assert all(launch.recv_topk_idx is None for launch in (*push, again))
+
+
+def test_a_given_number_of_rows_spares_the_wait_and_a_launch(backend):
+    handle = plan(backend, capacity=40)
+    received = dispatch(backend, handle)
+    planned, both = backend.native.take()  # and nothing else: no wait
+    assert planned[0] == "plan" and planned[2:] == (CURRENT, CURRENT)
+    assert planned[1].ticket == 0 and planned[1].capacity == 40
+    assert both[0] == "ep_dispatch" and both[2] == CURRENT
+    assert both[1].is_planned and both[1].is_behind_plan
+    assert (both[1].num_push_blocks, both[1].num_expand_blocks) == (24, 108)
+    assert received.result.x.shape == (40, 512)
+    dispatch(backend, handle)
+    [cached] = backend.native.take()
+    assert not cached[1].is_behind_plan
+
+
+@pytest.mark.parametrize("made", ["nothing", "rows", "probabilities"])
+def test_an_input_that_was_made_after_the_plan_is_waited_for(backend, made, monkeypatch):
+    quantized = X.to(torch.float8_e4m3fn), torch.ones(10, 4)
+    monkeypatch.setattr(nvlink.fp8, "quantize", lambda x: quantized)
+    handle = plan(backend, capacity=40)
+    wire = torch.float8_e4m3fn if made == "rows" else torch.bfloat16
+    weights = torch.rand(10, 2 if made == "probabilities" else 4)  # rows of 8 bytes are copied
+    backend.dispatch(handle, X, None, weights, wire, torch.bfloat16, False, None)
+    _, launch = backend.native.take()  # in order on one stream: nothing to wait for
+    assert launch[0] == "ep_dispatch" and launch[2] == CURRENT
+    assert launch[1].is_behind_plan == (made == "nothing")
+
+
+@pytest.mark.parametrize("num_sms", [None, 24])
+@pytest.mark.parametrize("source", [TOPK, torch.zeros(10, 8, dtype=torch.bool)])
+def test_a_graph_has_no_branches(backend, num_sms, source):
+    with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
+        handle = plan(backend, capacity=40, num_sms=num_sms, source=source, has_weights=True)
+        dispatch(backend, handle, weights=torch.rand(10, 4))
+    planned, both = backend.native.take()
+    assert planned[2:] == (CURRENT, CURRENT) and both[2] == CURRENT
+    assert both[1].is_planned and not both[1].is_behind_plan
+    assert both[1].num_push_blocks > 0 < both[1].num_expand_blocks
+
+
+def test_with_few_sms_the_halves_are_two_launches(backend):
+    dispatch(backend, plan(backend, capacity=40, num_sms=24))
+    planned, push, expand, joined = backend.native.take()
+    assert planned[2:] == (CURRENT, SIDE)
+    assert (push[2], expand[2], joined) == (CURRENT, SIDE, ("wait", CURRENT, SIDE))
+    assert not push[1].is_behind_plan and not expand[1].is_behind_plan
+
+
+def test_a_cached_dispatch_and_a_combine_are_one_launch_each(backend):
+    handle = plan(backend)
+    received = dispatch(backend, handle).result
+    backend.native.take()
+    dispatch(backend, handle)
+    backend.combine(handle, received.x, None, False, None)
+    cached, combine = backend.native.take()
+    assert cached[0] == "ep_dispatch" and not cached[1].is_planned
+    assert (cached[1].num_push_blocks, cached[1].num_expand_blocks) == (24, 108)
+    assert combine[0] == "ep_combine"
+    assert combine[1].num_blocks == 132
+    assert combine[1].node.record > cached[1].node.record > 0  # records of their own
+
+
+def test_asynchronous_operations_run_beside_others_on_few_sms(backend):
+    handle = plan(backend)
+    received = dispatch(backend, handle).result
+    backend.native.take()
+    combined = backend.combine(handle, received.x, None, True, None)
+    fork, combine = backend.native.take()
+    assert fork == ("wait", COMM, CURRENT) and combine[2] == COMM
+    assert combine[1].num_blocks == 24
+    keep = combined.event.args[1]
+    assert any(tensor is received.x for tensor in keep)
+    dispatch(backend, handle, num_sms=108)
+    assert [call[0] for call in backend.native.take()] == ["ep_dispatch"]  # both fit
+    dispatch(backend, handle, num_sms=109)
+    assert backend.native.take()[0] == ("wait", CURRENT, COMM)
+
+
+def test_an_asynchronous_plan_with_probabilities_of_a_map_is_waited_for(backend):
+    routing_map = torch.zeros(10, 8, dtype=torch.bool)
+    plan(backend, capacity=32, asynchronous=True, source=routing_map, has_weights=True)
+    assert backend.native.take()[-1] == ("wait", CURRENT, COMM)
+
+
+def test_what_is_made_after_the_plan_is_waited_for(backend):
+    def first(weights, asynchronous=False, **routing) -> list[tuple]:
+        handle = plan(backend, 32, asynchronous, num_sms=24, has_weights=True, **routing)
+        backend.native.take()
+        dispatch(backend, handle, asynchronous, num_sms=24, weights=weights)
+        return backend.native.take()
+
+    whole = torch.zeros(10, 4)
+    assert [call[0] for call in first(whole)] == ["ep_dispatch", "ep_dispatch", "wait"]
+    padded = whole[:, :2]
+    assert first(padded)[0] == ("wait", SIDE, CURRENT)
+    assert first(padded, asynchronous=True)[:2] == [("wait", COMM, CURRENT), ("wait", SIDE, COMM)]
+    routing_map = torch.zeros(10, 8, dtype=torch.bool)
+    selected = first(whole, source=routing_map)
+    assert selected[0] == ("wait", SIDE, CURRENT)
+    misaligned = torch.zeros(44)[1:41].view(10, 4)
+    assert first(misaligned)[0] == ("wait", SIDE, CURRENT)
+
+
+def test_rows_quantised_after_the_plan_are_waited_for(backend):
+    fp8, bf16 = torch.float8_e4m3fn, torch.bfloat16
+    for asynchronous, waits in (
+        (False, [("wait", SIDE, CURRENT)]),
+        (True, [("wait", COMM, CURRENT), ("wait", SIDE, COMM)]),
+    ):
+        handle = plan(backend, 32, asynchronous, num_sms=24)
+        backend.native.take()
+        backend.dispatch(handle, X, None, None, fp8, bf16, asynchronous, 24)
+        calls = backend.native.take()
+        assert [call for call in calls if call[0] == "wait"][: len(waits)] == waits
+        assert calls.index(waits[-1]) < [call[0] for call in calls].index("ep_dispatch")
+
+
+def test_what_was_started_outlives_an_error(backend):
+    backend.memory.mailbox.routing_error[0] = structs.EP_ROUTING_OUT_OF_RANGE
+    with pytest.raises(EPRoutingError):
+        dispatch(backend, plan(backend))
+    backend.native.take()
+    backend.abandon()
+    assert backend.native.take() == [("wait", CURRENT, SIDE), ("wait", CURRENT, COMM)]
+
+
+def test_inside_a_graph_only_what_it_holds_is_waited_for(backend):
+    handle = plan(backend, capacity=32)
+    dispatch(backend, handle)
+    dispatch(backend, handle, asynchronous=True)
+    backend.native.take()
+    with (
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),
+        mock.patch.object(backend._streams, "_is_within_reach", lambda stream: stream == COMM),
+    ):
+        dispatch(backend, handle)
+        assert backend.native.take()[0] == ("wait", CURRENT, COMM)
+        with pytest.raises(EPUnsupportedError, match="num_worst_tokens"):
+            plan(backend)
+        backend.abandon()
+        assert backend.native.take() == []
+    with mock.patch.object(backend._streams, "_is_within_reach", lambda stream: False):
+        dispatch(backend, handle, asynchronous=True)
+        backend.native.take()
+        dispatch(backend, handle)
+        assert [call[0] for call in backend.native.take()] == ["ep_dispatch"]
+
+
+@pytest.mark.parametrize("num_sms", [1, 133])
+def test_sms_that_there_are_not(backend, num_sms):
+    with pytest.raises(EPArgumentError, match="num_sms must be 2 to 132"):
+        plan(backend, num_sms=num_sms)
+    assert backend.recorder.num_operations == 0
+
+
+def test_records_are_what_the_kernels_wrote():
+    recorder = DeviceRecorder(1, 3, torch.device("cpu"), lambda: None)
+    recorder.start("dispatch", 0)
+    recorder.set_row_bytes(100)
+    recorder.start("combine", 7)
+    written = structs.Record(begin_ns=1_000, end_ns=4_000)
+    written.num_rows[:3] = 5, 6, 2
+    written.longest_wait_ns[:3] = 0, 900, 2_000
+    recorder._ring[0] = torch.frombuffer(bytearray(written), dtype=torch.uint8)
+    dispatch_record, combine_record = recorder
+    assert (dispatch_record.op, dispatch_record.epoch) == ("dispatch", 1)
+    assert dispatch_record.rows_to_rank == (5, 6, 2)
+    assert dispatch_record.wire_bytes_to_rank == (500, 0, 200)
+    assert dispatch_record.wait_s_by_rank == (0.0, 0.0, 2e-6)
+    assert dispatch_record.slowest_rank == 2 and dispatch_record.seconds == pytest.approx(3e-6)
+    assert combine_record.wire_bytes == 0 and recorder.since(1)[0].op == "combine"
+    assert recorder.since(2) == []
+
+
+def test_after_an_error_or_the_end_nothing_is_left_behind(backend):
+    handle = plan(backend)
+    dispatch(backend, handle)
+    backend.native.take()
+    backend.abandon()
+    assert backend.native.take() == [("wait", CURRENT, SIDE), ("wait", CURRENT, COMM)]
+    in_flight = backend._streams._in_flight
+    assert in_flight.start("another buffer's", COMM, 100) == [CURRENT]
+    backend.destroy()
+    assert backend.memory.free.called
+    assert in_flight.start("another buffer's", SIDE, 100) == [COMM]
+
+
+def test_outputs_may_be_freed_where_the_communication_stream_keeps_them(backend, monkeypatch):
+    kept = []
+    monkeypatch.setattr(backend, "keep_for_comm_stream", kept.append)
+    monkeypatch.setattr(backend, "check_device", lambda *_: None)
+    buffer = VirtualBuffer(backend, CONFIG)
+    how = dict(async_finish=True, previous_event=EventOverlap(), allocate_on_comm_stream=True)
+    out = buffer.dispatch(X, torch.zeros(10, 1, dtype=torch.int32), layout="rank", **how)
+    assert kept.pop() == (out.recv_x, None, None, out.recv_topk_idx)
+    combined = buffer.combine(out.recv_x, out.handle, **how).combined_x
+    assert kept.pop() == (combined, None)
+    buffer.combine(out.recv_x, out.handle, async_finish=True)
+    assert not kept
+
+
+def test_rows_that_are_not_on_the_buffers_gpu_are_refused(backend):
+    buffer = VirtualBuffer(backend, CONFIG)
+    handle = plan(backend)
+    handle.buffer = buffer
+    rows = torch.zeros(handle.num_rows, 512, dtype=torch.bfloat16)
+    backend.native.take()
+    for call in (lambda: buffer.dispatch(X, TOPK), lambda: buffer.combine(rows, handle)):
+        with pytest.raises(EPArgumentError, match="x is on cpu, the buffer on"):
+            call()
+    assert not backend.native.calls
+
+
+def test_what_callers_say_of_an_operation_reaches_it(backend, monkeypatch):
+    monkeypatch.setattr(backend, "check_device", lambda *_: None)
+    monkeypatch.setattr(
+        EventOverlap, "current_stream_wait", lambda self: backend.native.calls.append(("before",))
+    )
+    buffer = VirtualBuffer(backend, CONFIG)
+    how = dict(previous_event=EventOverlap(), num_sms=48)
+    out = buffer.dispatch(X, TOPK, **how)
+    before, planned, *calls = backend.native.take()
+    assert before == ("before",) and planned[0] == "plan"
+    push, expand = (call for call in calls if call[0] == "ep_dispatch")
+    assert push[1].num_push_blocks + expand[1].num_expand_blocks == 48
+    combined = buffer.combine(out.recv_x, out.handle, async_finish=True, **how)
+    before, *_, launch = backend.native.take()
+    assert before == ("before",) and launch[0] == "ep_combine"
+    assert launch[1].num_blocks == 48 and launch[2] == COMM
+    assert combined.event is out.handle.event
+
+
+def test_the_backward_combine_is_in_flight_during_other_work(backend, monkeypatch):
+    monkeypatch.setattr(backend, "check_device", lambda *_: None)
+    buffer = VirtualBuffer(backend, CONFIG)
+    meanwhile = []
+    out = buffer.dispatch(
+        X.clone().requires_grad_(),
+        TOPK + torch.tensor([0, 1]),
+        during_backward=lambda: meanwhile.extend(backend.native.take()),
+    )
+    backend.native.take()
+    joined = SimpleNamespace(current_stream_wait=lambda: backend.native.calls.append(("joined",)))
+    with mock.patch.object(backend._streams, "comm_event", lambda keep: joined):
+        out.recv_x.sum().backward()
+    assert [(call[0], call[-1]) for call in meanwhile] == [("wait", CURRENT), ("ep_combine", COMM)]
+    assert backend.native.take() == [("joined",)]
+
+
+def test_a_routing_is_kept_for_the_stream_that_it_is_used_on(backend, monkeypatch):
+    handle, another = plan(backend), object()
+    rows = torch.zeros(9, 512, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: another)
+    with mock.patch.object(torch.Tensor, "record_stream") as record_stream:
+        dispatch(backend, handle)
+        dispatch(backend, handle)
+        backend.combine(handle, rows, None, False, None)
+        assert not record_stream.called
+        monkeypatch.setattr(nvlink_streams, "raw_stream", lambda _: 9)
+        dispatch(backend, handle)
+        backend.combine(handle, rows, None, True, None)
+        assert record_stream.call_args_list == [mock.call(another)] * 4  # two tensors
+
+
+def test_outputs_are_kept_for_the_communication_stream(backend):
+    tensor = mock.Mock()
+    backend.keep_for_comm_stream((tensor, None))
+    tensor.record_stream.assert_called_once_with(backend._streams.comm)
+
+
+@pytest.mark.parametrize("current", [CURRENT, 0], ids=["stream", "default"])
+def test_reading_waits_for_every_stream_with_an_operation(backend, current, monkeypatch):
+    waited = []
+
+    def stream(handle, *_):
+        return SimpleNamespace(synchronize=lambda: waited.append(handle))
+
+    monkeypatch.setattr(nvlink_streams, "raw_stream", lambda _: current)
+    monkeypatch.setattr(nvlink_streams, "ExternalStream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream("another"))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: stream("default"))
+    handle = plan(backend)
+    dispatch(backend, handle)  # before the caller goes on with another stream
+    backend.combine(handle, torch.zeros(9, 512, dtype=torch.bfloat16), None, True, None)
+    backend.memory.check.reset_mock()
+    backend.synchronize()
+    assert backend.memory.check.called
+    assert waited[0] == "another"
+    assert set(waited[1:]) == {current or "default", COMM} and len(waited) == 3

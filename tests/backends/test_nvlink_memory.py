@@ -1,0 +1,125 @@
+"""The host's side of the memory that ranks write into each other's."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+
+import pytest
+import torch
+
+from ep_comm import EPTimeoutError
+from ep_comm._native import structs
+from ep_comm.backends.nvlink.farewell import Farewell
+from ep_comm.backends.nvlink.memory import NodeMemory
+from ep_comm.telemetry.watch import Wait
+
+
+@pytest.mark.parametrize("fault", ["none", "before", "in flight", "given up", "late rank"])
+def test_memory_is_given_back_only_without_a_fault(fault, monkeypatch):
+    """What is in flight may find that a rank does not come while `free` waits for it."""
+    done = []
+
+    class Watched:
+        def say(self) -> None:
+            done.append("said farewell")
+
+        def wait(self, timeout_s: float) -> list[int]:
+            done.append(f"waited {timeout_s:g} s at most")
+            return [1, 3] if fault == "late rank" else []
+
+    memory = NodeMemory.__new__(NodeMemory)
+    memory.rank, memory._timeout_s, memory._fault = 0, 2.0, structs.Fault()
+    memory.tensor = memory._keep = object()
+    memory._farewell = Watched()
+
+    def give_up() -> None:
+        memory._fault.code, memory._fault.peer = structs.EP_FAULT_TIMEOUT, 1
+        memory._fault.op, memory._fault.phase = structs.EP_OP_COMBINE, structs.EP_PHASE_ROWS
+
+    def synchronize() -> None:
+        done.append("synchronized")
+        if fault == "in flight":
+            give_up()
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    if fault == "before":
+        give_up()
+    memory._is_given_up = False
+    if fault == "given up":  # this rank alone knows
+        memory.give_up()
+    if fault == "in flight":
+        with pytest.raises(EPTimeoutError, match="waited 2 s for rank 1"):
+            memory.free()
+    elif fault == "late rank":
+        with pytest.warns(match="rank 0 keeps the memory of its buffer: rank 1, 3 did not .* 2 s"):
+            memory.free()
+    else:
+        memory.free()
+        if fault == "none":
+            memory.free()  # a second time is nothing
+    # Whatever happened to this rank, the others need not wait for it.
+    assert done[:3] == ["synchronized", "said farewell", "synchronized"]
+    waits = fault in ("none", "late rank")
+    assert done[3:] == (["waited 2 s at most"] if waits else [])
+    assert (memory.tensor is None) == (memory._keep is None) == (fault == "none")
+    memory._fault.code, memory._is_given_up = structs.EP_FAULT_NONE, False  # nothing to leak
+
+
+def test_a_broken_gpu_does_not_keep_a_failed_buffer_from_being_destroyed(monkeypatch):
+    memory = NodeMemory.__new__(NodeMemory)
+    memory._fault, memory._is_given_up = structs.Fault(), True
+
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    memory._farewell = Farewell(0, [])
+    memory.free()
+    memory._is_given_up = False
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        memory.free()
+
+
+def test_long_waits_are_read_from_host_memory():
+    memory = NodeMemory.__new__(NodeMemory)
+    memory._fault, memory._is_given_up = structs.Fault(), False
+    memory._progress = progress = structs.Progress()
+    assert memory.waits() == []
+    progress.combine[7] = structs.EP_PHASE_ROWS << 32 | 12
+    progress.dispatch[1] = structs.EP_PHASE_PLAN << 32 | 2**32 - 1
+    progress.dispatch[3] = structs.EP_PHASE_CREDIT << 32 | 0
+    assert memory.waits() == [
+        Wait(op="dispatch", phase="plan", epoch=2**32 - 1, rank=1),
+        Wait(op="dispatch", phase="credit", epoch=1, rank=3),  # which operation 1 waits for
+        Wait(op="combine", phase="rows", epoch=12, rank=7),
+    ]
+    progress.dispatch[1] = progress.dispatch[3] = progress.combine[7] = 0
+    assert memory.waits() == []
+
+
+def test_each_kind_of_operation_has_its_words(monkeypatch):
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, pin_memory=None, **how: zeros(*size, **how))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    memory = NodeMemory(1, zeros(1), [1, 2], 2.0, None, Farewell(1, []))
+    for op, name in ((structs.EP_OP_DISPATCH, "dispatch"), (structs.EP_OP_COMBINE, "combine")):
+        words = (ctypes.c_int64 * 2).from_address(memory.node(op, 0).progress)
+        words[0] = structs.EP_PHASE_ROWS << 32 | 5  # as a kernel would
+        assert memory.waits() == [Wait(name, "rows", 5, 0)]
+        words[0] = 0
+    assert memory.waits() == [] and not memory.has_fault and memory.mailbox.ticket == 0
+
+
+def test_farewell_waits_for_all_and_names_who_is_late():
+    flags_of = [torch.zeros(3, dtype=torch.int32) for _ in range(3)]
+    farewells = [Farewell(rank, flags_of) for rank in range(3)]
+    farewells[1].say()
+    assert farewells[0].wait(0.05) == [0, 2]
+    farewells[0].say()
+    last = threading.Timer(0.1, farewells[2].say)
+    last.start()
+    start = time.monotonic()
+    assert farewells[0].wait(20) == [] and 0.05 < time.monotonic() - start < 10
+    assert farewells[1].wait(0) == farewells[2].wait(0) == []

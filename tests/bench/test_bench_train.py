@@ -1,0 +1,417 @@
+"""``ep-comm bench train``: settings, traces, figures, and a run on the CPU."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from example_runs import CONFIGS, EXAMPLES, ROOT, environment
+from ranks import run_ranks, stop_pool
+from rich.console import Console
+from typer.testing import CliRunner
+
+from ep_comm.bench.train import profile as profiling
+from ep_comm.bench.train.profile import BACKWARD, STEP, Bar, Profile, bars, covered, summarize_trace
+from ep_comm.bench.train.report import write_report
+from ep_comm.bench.train.results import Block, Inspection, LayerTimes, TrainRun
+from ep_comm.bench.train.settings import find_examples, make_train_settings
+from ep_comm.bench.train.timeline import draw_timelines, kind_of
+from ep_comm.cli.main import app
+from ep_comm.errors import EPArgumentError
+from ep_comm.pretrain.variants import VARIANTS, reference_of, serial_of
+
+TINY = CONFIGS / "tiny-cpu.yaml"
+SMALL = ("--num-layers", "1", "--seq-length", "32", "--micro-batch-size", "2")
+
+
+def settings(**changes):
+    asked = dict(
+        config=TINY,
+        extra=SMALL,
+        variants="alltoall,deepep,deepep-overlap",
+        microbatches="1,2",
+        blocks=2,
+        steps=2,
+        warmup=1,
+    )
+    return make_train_settings(**{**asked, **changes})
+
+
+# ---- Settings ------------------------------------------------------------------------------------
+
+
+def test_variants_and_microbatches_are_named_once():
+    found = settings(variants="deepep, alltoall,deepep", microbatches="8,1,8")
+    assert found.variants == ("deepep", "alltoall") and found.microbatches == (1, 8)
+    arguments = found.arguments("deepep")
+    assert arguments[:2] == ["--config", str(TINY)] and arguments[-2:] == [*VARIANTS["deepep"]]
+
+
+def test_each_block_begins_with_another_variant():
+    found = settings()
+    assert [found.order(block)[0] for block in range(4)] == [
+        *found.variants,
+        found.variants[0],
+    ]
+    assert all(sorted(found.order(block)) == sorted(found.variants) for block in range(3))
+
+
+def test_what_variants_are_compared_with():
+    assert reference_of("deepep-overlap") == "alltoall" == reference_of("alltoall")
+    assert reference_of("deepep-fp8-all") == "alltoall-fp8" == reference_of("alltoall-fp8")
+    assert serial_of("deepep") is None and serial_of("deepep-overlap") == "deepep"
+    assert reference_of("alltoall-overlap") == "alltoall" == serial_of("alltoall-overlap")
+    for name in VARIANTS:
+        assert reference_of(name) in VARIANTS and (serial_of(name) or name) in VARIANTS
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"variants": "alltoall,deep"},
+            "--variants 'deep' is none of alltoall, alltoall-overlap, ",
+        ),
+        ({"microbatches": "1,0"}, "--microbatches '1,0'"),
+        ({"microbatches": "one"}, "--microbatches 'one'"),
+        ({"blocks": 0}, "--blocks 0 must be at least 1"),
+        ({"steps": 0}, "--steps 0 must be at least 1"),
+        ({"warmup": -1}, "--warmup -1 must be at least 0"),
+        ({"extra": ("--no-ep-fp8-dispatch",)}, "--no-ep-fp8-dispatch is what is measured: use --v"),
+        ({"extra": ("--global-batch-size=8",)}, "--global-batch-size is what is measured: use --m"),
+    ],
+)
+def test_bad_settings(changes, words):
+    with pytest.raises(EPArgumentError) as error:
+        settings(**changes)
+    assert words in str(error.value)
+
+
+def test_a_checkout_is_needed(tmp_path, monkeypatch):
+    assert find_examples(TINY) == EXAMPLES
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EPArgumentError, match="--config no.yaml: no such file"):
+        find_examples(Path("no.yaml"))
+    Path("x.yaml").touch()
+    with pytest.raises(EPArgumentError, match="bench train needs a checkout"):
+        find_examples(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", "0"], "--steps 0"),
+        (["--variants", "ours"], "--variants 'ours'"),
+        (["--moe-router-topk", "9"], "alltoall: moe_router_topk 9 is more than num_experts 8"),
+        (["--no-such-key", "1"], "--no-such-key"),
+        (["--variants", "alltoall-overlap"], "alltoall-overlap: overlap_dispatch_backward_with"),
+        ([], "start it with torchrun"),
+    ],
+)
+def test_refused_in_one_line_before_a_job_is_joined(arguments, words, monkeypatch, capfd):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    result = CliRunner().invoke(app, ["bench", "train", "--config", str(TINY), *arguments])
+    assert result.exit_code == 2
+    error = capfd.readouterr().err + result.output
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+
+
+def test_options_of_the_other_benchmark_are_refused():
+    command = ["bench", "--preset", "W2", "train", "--config", str(TINY)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2 and "--preset before train has no effect" in result.output
+
+
+def test_help():
+    assert "train" in CliRunner().invoke(app, ["bench", "--help"]).output
+    text = CliRunner().invoke(app, ["bench", "train", "--help"], terminal_width=300).output
+    for word in ("--config", "--variants", "--microbatches", "--blocks", "--out", *VARIANTS):
+        assert word in text
+
+
+# ---- Traces --------------------------------------------------------------------------------------
+
+
+def event(cat: str, name: str, ts: float, dur: float, **args) -> dict:
+    return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "args": args}
+
+
+# Host: a step of 100 µs that launches three kernels and a copy and waits twice; before it another
+# launch. GPU: streams 7 and 13, partly at once; the last kernel ends behind the step.
+EVENTS = [
+    event("cuda_runtime", "cudaLaunchKernel", 990, 5, correlation=1),
+    event("kernel", "before", 1001, 4, correlation=1, stream=7),
+    event("user_annotation", STEP, 1000, 100),
+    event("gpu_user_annotation", STEP, 1010, 200, stream=7),
+    event("cpu_op", "aten::mm", 1005, 10),
+    event("cuda_runtime", "cudaLaunchKernel", 1006, 5, correlation=2),
+    event("user_annotation", BACKWARD, 1020, 60),
+    event("cuda_runtime", "cudaLaunchKernelExC", 1021, 5, correlation=3),
+    event("cuda_driver", "cuLaunchKernelEx", 1027, 5, correlation=4),
+    event("cuda_runtime", "cudaMemcpyAsync", 1040, 2, correlation=5),
+    event("cuda_runtime", "cudaStreamSynchronize", 1042, 20, correlation=6),
+    event("user_annotation", profiling._SIZES, 1085, 10),
+    event("cuda_runtime", "cudaDeviceSynchronize", 1101, 99, correlation=7),
+    event("kernel", "nvjet_tst_gemm", 1010, 10, correlation=2, stream=7),
+    event("kernel", "ep::combine_kernel(args)", 1030, 40, correlation=3, stream=13),
+    event("kernel", "nvjet_tst_wgrad", 1040, 80, correlation=4, stream=7),
+    event("gpu_memcpy", "Memcpy DtoH", 1050, 5, correlation=5, stream=7),
+]
+
+
+def test_intervals_that_overlap_count_once():
+    assert covered([]) == 0
+    assert covered([(5, 7), (0, 2), (1, 3), (1, 2), (7, 8)]) == 3 + 3
+
+
+def test_a_step_of_a_trace():
+    assert summarize_trace(EVENTS, STEP) == Profile(
+        kernels=3, copies=1, waits=2, wait_us=30, host_us=70, busy_us=10 + 90, wall_us=120
+    )
+    backward = summarize_trace(EVENTS, BACKWARD)
+    assert (backward.kernels, backward.copies, backward.waits, backward.host_us) == (2, 1, 1, 40)
+
+
+def test_timeline_of_a_trace():
+    found = bars(EVENTS, BACKWARD)
+    assert [(bar.stream, bar.start_us, bar.duration_us) for bar in found] == [
+        (13, 0, 40),
+        (7, 10, 80),
+        (7, 20, 5),
+    ]
+    assert [kind_of(bar.name) for bar in found] == ["combine", "GEMM", "other"]
+
+
+def test_kinds_of_kernels():
+    assert kind_of("void cutlass::device_kernel<...>") == "GEMM"
+    assert kind_of("dispatch_kernel(ep_dispatch_args, Ring)") == "dispatch"
+    assert kind_of("ncclDevKernel_SendRecv(...)") == "NCCL"
+    assert kind_of("at::native::vectorized_elementwise_kernel") == "other"
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available", "ignore:Warning. Profiler clears")
+def test_torchs_profiler_writes_such_a_trace(tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    calls = []
+
+    def call():
+        with profiling.named(BACKWARD):
+            calls.append(torch.ones(64, 64) @ torch.ones(64, 64))
+
+    events = profiling.record(call, torch.device("cpu"), tmp_path / "trace.json.gz")
+    assert len(calls) == 2
+    step, backward = (summarize_trace(events, name) for name in (STEP, BACKWARD))
+    assert 0 < backward.host_us < step.host_us
+    assert step.kernels == step.waits == 0 and bars(events, STEP) == []
+
+
+# ---- Figures -------------------------------------------------------------------------------------
+
+
+def made_up_run(*, device: str = "cuda") -> TrainRun:
+    """Steps of 12, 10 and 8 ms; in the second block deepep is as slow as alltoall."""
+    found = settings()
+    base_ms = {"alltoall": 12.0, "deepep": 10.0, "deepep-overlap": 8.0}
+    backward_ms = {"alltoall": 7.0, "deepep": 6.0, "deepep-overlap": 5.2}
+    profile = Profile(
+        kernels=50, copies=4, waits=3, wait_us=100, host_us=900, busy_us=800, wall_us=1100
+    )
+    timeline = (
+        Bar(name="combine_kernel", stream=13, start_us=0, duration_us=900),
+        Bar(name="nvjet_gemm", stream=7, start_us=50, duration_us=1500),
+    )
+
+    def inspection(name: str) -> Inspection:
+        backward = backward_ms[name]
+        on_gpu = dict(
+            step=profile, layer_forward=profile, layer_backward=profile, backward_bars=timeline
+        )
+        return Inspection(
+            phases_ms={"dispatch": 1.0, "expert": 2.0, "combine": 1.0},
+            imbalance={"rank": 1.1, "expert": 1.5},
+            layer=LayerTimes(
+                forward=(3.0, 3.0, 9.0),
+                backward=(backward, backward, 99.0),
+                total=(3 + backward,) * 3,
+                combine=() if name == "alltoall" else (1.0, 1.0, 5.0),
+                hidden=(0.7, 0.8, 3.0) if name == "deepep-overlap" else (),
+            ),
+            **(on_gpu if device == "cuda" else {}),
+        )
+
+    def block(name: str, count: int, index: int) -> Block:
+        slow = 2.0 if (name, index) == ("deepep", 1) else 0.0
+        ms = count * (base_ms[name] + slow)
+        return Block(
+            variant=name,
+            microbatches=count,
+            block=index,
+            step_ms=(ms, ms + 1, ms - 1),
+            host_ms=(ms,) * 3,
+            loss=5.5,
+            peak_bytes={"alltoall": 10, "deepep": 11, "deepep-overlap": 12}[name] * 2**30,
+            num_allocations=3 if name == "deepep" else 0,
+        )
+
+    config = dict(num_layers=2, hidden_size=128, num_experts=8, moe_ffn_hidden_size=64)
+    config |= dict(moe_router_topk=2, micro_batch_size=2, seq_length=32, manual_gc=True)
+    config |= dict(expert_model_parallel_size=2, moe_permute_fusion=False)
+    return TrainRun(
+        settings=found,
+        configs={name: config for name in found.variants},
+        vocab_size=257,
+        device=device,
+        num_ranks=2,
+        inspections={name: inspection(name) for name in found.variants},
+        blocks=tuple(
+            block(name, count, index)
+            for index in range(2)
+            for name in found.order(index)
+            for count in found.microbatches
+        ),
+    )
+
+
+def test_figures():
+    run = made_up_run()
+    assert run.speedup("deepep", 1).of_blocks == (12 / 10, 12 / 12)
+    assert run.speedup("deepep", 2).median == pytest.approx(1.1)
+    assert run.speedup("deepep", 2).worst == 1
+    assert run.step_ms("deepep-overlap", 1).median == 8
+    assert run.tokens_per_s("deepep-overlap", 2) == pytest.approx(2 * 2 * 32 / 16e-3)
+    assert run.memory_ratio("deepep", 1) == pytest.approx(1.1)
+    assert run.num_allocations("deepep", 1) == 6 and run.num_allocations("alltoall", 2) == 0
+    assert run.layer_ratio("deepep") == pytest.approx(10 / 9)
+    assert run.hidden_share("deepep-overlap") == pytest.approx(0.8)
+    assert run.hidden_share("deepep") is None
+
+
+def test_without_the_reference_there_are_no_ratios():
+    run = made_up_run()
+    blocks = tuple(block for block in run.blocks if block.variant != "alltoall")
+    inspections = {"deepep-overlap": run.inspections["deepep-overlap"]}
+    run = TrainRun(**{**vars(run), "blocks": blocks, "inspections": inspections})
+    assert run.speedup("deepep", 1) is None and run.memory_ratio("deepep", 1) is None
+    assert run.layer_ratio("deepep-overlap") is None
+
+
+def test_no_combine_of_ours_no_hidden_share():
+    run = made_up_run()
+    inspections = {**run.inspections, "alltoall-overlap": run.inspections["alltoall"]}
+    run = TrainRun(**{**vars(run), "inspections": inspections})
+    assert run.layer_ratio("alltoall-overlap") == 1
+    assert run.hidden_share("alltoall-overlap") is None
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_report(device, tmp_path):
+    console = Console(width=140, record=True, file=io.StringIO())
+    write_report(made_up_run(device=device), tmp_path, console)
+    text = console.export_text()
+    deepep = next(line for line in text.splitlines() if "deepep " in line)
+    cells = [cell.strip() for cell in deepep.strip("│ ").split("│")]
+    assert cells == [
+        "deepep", "1", "11.0", "9.0", "13.0", "5,818", "1.100", "1.000", "11.0", "1.100", "6",
+        "5.5000",
+    ]  # fmt: skip
+    assert "80%" in text and "manual_gc on" in text and "moe_permute_fusion off" in text
+    assert ("there is no GPU" in text) == (device == "cpu")
+    document = json.loads((tmp_path / "bench-train.json").read_text())
+    assert {"commit", "versions", "configs", "baseline"} <= document.keys()
+    assert document["hidden_share"]["deepep-overlap"] == pytest.approx(0.8)
+    assert len(document["blocks"]) == 12 and document["results"][0]["step_ms"]["median"] == 12
+    pictures = {"steps.png"} | ({"overlap.png"} if device == "cuda" else set())
+    assert {path.name for path in tmp_path.glob("*.png")} == pictures
+
+
+def test_timelines_of_any_number(tmp_path):
+    bar = Bar(name="x", stream=7, start_us=0, duration_us=1)
+    draw_timelines({"one": [bar]}, "title", tmp_path / "one.png")
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+
+def bench_train(*flags: object) -> SimpleNamespace:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "-m", "ep_comm.cli", "bench", "train"]
+    return subprocess.run(
+        [*command, *map(str, flags)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(),
+        cwd=ROOT,
+    )
+
+
+def test_a_run_on_the_cpu(tmp_path):
+    flags = ["--config", TINY, *SMALL, "--microbatches", "1,2", "--blocks", 1, "--steps", 2]
+    result = bench_train(*flags, "--warmup", 0, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "tokens/s/GPU" in result.stdout and "block 1/1: deepep-overlap, 2" in result.stderr
+    document = json.loads((tmp_path / "bench-train.json").read_text())
+    assert document["settings"]["variants"] == ["alltoall", "deepep", "deepep-overlap"]
+    for count in (1, 2):
+        losses = [b["loss"] for b in document["blocks"] if b["microbatches"] == count]
+        assert len(losses) == 3 and max(losses) - min(losses) < 1e-5
+    for block in document["blocks"]:
+        assert len(block["step_ms"]) == 2 and min(block["step_ms"]) > 0
+    for name, found in document["inspections"].items():
+        assert len(found["layer"]["total"]) == 20 and found["step"] is None
+        assert bool(found["layer"]["combine"]) == (name != "alltoall")
+        assert found["phases_ms"].keys() == {"dispatch", "expert", "combine"}
+        pairs = found["layer"]["hidden"]
+        assert len(pairs) == (40 if name == "deepep-overlap" else 0)
+    assert document["hidden_share"]["deepep-overlap"] is not None
+
+
+def test_a_mistake_ends_the_job_with_one_line(tmp_path):
+    wrong = ("--expert-model-parallel-size", 4)
+    result = bench_train("--config", TINY, *wrong, "--out", tmp_path / "out")
+    assert result.returncode != 0 and not (tmp_path / "out").exists()
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "alltoall: 2 processes" in errors[0]
+
+
+def free_one(rank: int) -> list[str]:
+    """Types of what outlives a variant that was measured and freed, of its model and optimizer."""
+    from ep_comm.pretrain.start import prepare_megatron
+
+    prepare_megatron()
+    from ep_comm.bench.train.model import Trainer
+    from ep_comm.bench.train.run import _inspect
+    from ep_comm.pretrain.config import parse_args
+
+    asked = settings(variants="deepep-overlap", microbatches="1", steps=1, warmup=0)
+    flags = ["--expert-model-parallel-size", "1", "--use-distributed-optimizer"]
+    config = parse_args([*asked.arguments("deepep-overlap"), *flags, "--overlap-grad-reduce"])
+    trainer = Trainer(config, torch.device("cpu"))
+    parts = [trainer.trainee.model, trainer.trainee.optimizer, *trainer.trainee.model.parameters()]
+    watched = [weakref.ref(part) for part in parts]
+    del parts
+    _inspect(trainer, asked, Path("unused"))
+    trainer.free()
+    gc.collect()
+    assert len(watched) > 10
+    return [type(ref()).__name__ for ref in watched if ref() is not None]
+
+
+def test_a_freed_variant_leaves_nothing_behind():
+    try:
+        assert run_ranks(1, free_one, pool="bench-train") == [[]]
+    finally:
+        stop_pool("bench-train")

@@ -1,0 +1,163 @@
+"""The ``ep-comm`` command: what it says, and with which exit code."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_bench import made_up_run
+from typer.testing import CliRunner
+
+from ep_comm import __version__, _native
+from ep_comm.bench.ops.probe import Limit
+from ep_comm.bench.ops.settings import PRESETS
+from ep_comm.cli import doctor
+from ep_comm.cli.main import app
+
+# Two GPUs; nvidia-smi marks the header with escapes, and a NIC has a row too.
+TOPOLOGY = """\
+\t\x1b[4mGPU0\tGPU1\tNIC0\tCPU Affinity\x1b[0m
+GPU0\t X \tNV18\tSYS\t0-15
+GPU1\tNV18\t X \tSYS\t0-15
+NIC0\tSYS\tSYS\t X
+
+Legend:
+"""
+
+
+@pytest.fixture
+def no_job(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def test_help_names_all_commands():
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    assert all(name in result.output for name in ("bench", "compare", "doctor"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "start it with torchrun"),
+        (["--preset", "W9"], "--preset 'W9' is none of W1, W2"),
+        (["--sms", "few"], "--sms 'few' must be"),
+        (["--layout", "token"], "--layout 'token' is none of"),
+    ],
+)
+def test_bench_outside_of_torchrun(no_job, capfd, flags, words):
+    result = CliRunner().invoke(app, ["bench", *flags])
+    assert result.exit_code == 2
+    error = capfd.readouterr().err + result.output
+    assert error.startswith(f"error: {words}") and error.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_bench_without_a_gpu_ends_every_rank_with_one_line(tmp_path):
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ep_comm.cli", "bench", "--out", str(tmp_path)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2]
+    assert "error: bench needs CUDA GPUs" in errors[0]
+    assert "Traceback" not in errors[0] + errors[1] and "error:" not in errors[1]
+
+
+@pytest.mark.parametrize(("rate", "is_void"), [(331.0, False), (300.0, True)])
+def test_bench_prints_and_writes_even_a_void_run(rate, is_void, monkeypatch, tmp_path):
+    monkeypatch.setattr("ep_comm.job.start.join", lambda: "cpu")
+    monkeypatch.setattr("ep_comm.job.start.on_rank_0", lambda action: action())
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda: None)
+    gpu = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    asked = []
+
+    def run(settings, *_):
+        asked.append(settings)
+        return made_up_run(Limit(gb_per_s_by_sms={16: rate}))
+
+    monkeypatch.setattr("ep_comm.bench.ops.run.run", run)
+    command = ["bench", "--preset", "W2", "--topk", "4", "--sms", "0,24", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert ("VOID" in result.output) == is_void
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.png"}
+    assert asked[0].shape == PRESETS["W2"]._replace(topk=4) and asked[0].sms == (0, 24)
+
+
+def test_doctor_fits_on_one_screen():
+    result = CliRunner().invoke(app, ["doctor"], terminal_width=80)
+    assert result.exit_code == 0
+    text = result.output
+    assert __version__ in text and torch.__version__ in text
+    assert "transformer-engine" in text and "symmetric memory" in text and "importable" in text
+    for name in doctor.ENVIRONMENT:
+        assert name in text
+    assert len(text.splitlines()) < 50
+
+
+def test_doctor_says_whether_the_library_is_there(monkeypatch):
+    monkeypatch.setattr(_native, "status", lambda: "somewhere (ABI version 7)")
+    assert "somewhere (ABI version 7)" in CliRunner().invoke(app, ["doctor"]).output
+
+
+def test_backend_choice_without_gpus():
+    assert doctor.backend_choice(0).startswith("reference, over gloo: there is no GPU")
+
+
+def test_backend_choice_with_gpus(monkeypatch):
+    monkeypatch.setattr(doctor.dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda i, j: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(_native, "unusable_reason", lambda gpu: None)
+    assert doctor.backend_choice(4).startswith("nvlink, for up to 4 GPUs")
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda i, j: (i, j) != (0, 1))
+    assert doctor.backend_choice(4).startswith("reference, over NCCL: GPUs 0 and 1 have no peer")
+    monkeypatch.setattr(_native, "unusable_reason", lambda gpu: f"GPU {gpu} is an A100")
+    assert doctor.backend_choice(4) == "reference, over NCCL: GPU 0 is an A100"
+
+
+def test_gpus_and_links_are_shown(monkeypatch):
+    class Gpu:
+        name, total_memory, multi_processor_count, major, minor = "H200", 150e9, 132, 9, 0
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Gpu)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda i, j: True)
+    monkeypatch.setattr(doctor, "_links", lambda num_gpus: doctor.link_names(TOPOLOGY))
+    text = CliRunner().invoke(app, ["doctor"]).output
+    assert "140 GiB" in text and "132 SMs" in text and "sm_90" in text
+    assert text.count("yes NV18") == 2
+
+
+def test_links_of_nvidia_smi():
+    assert doctor.link_names(TOPOLOGY) == [["X", "NV18"], ["NV18", "X"]]
+    assert doctor.link_names("") == []

@@ -1,0 +1,273 @@
+"""Megatron-Core with Transformer Engine's grouped experts on GPUs: our dispatcher and its switches.
+
+All tests share two processes: importing Transformer Engine takes ten seconds in each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron_model import BATCH, Setup, make_config, make_model, parallel_state, train
+from packaging.version import Version
+from ranks import run_ranks, stop_pool
+
+pytestmark = [
+    pytest.mark.multi_gpu,
+    pytest.mark.skipif(
+        importlib.util.find_spec("transformer_engine") is None
+        or importlib.util.find_spec("megatron.core") is None,
+        reason="needs Transformer Engine and megatron-core",
+    ),
+]
+
+NUM_RANKS = 2
+HIDDEN = 1024
+MODEL = Setup(
+    te=True,
+    bf16=True,
+    seq=256,
+    lr=3e-4,
+    config=(
+        ("hidden_size", HIDDEN),
+        ("num_attention_heads", 16),
+        ("ffn_hidden_size", 512),
+        ("moe_ffn_hidden_size", 512),
+        ("num_moe_experts", 8),
+        ("moe_router_topk", 2),
+        ("moe_router_load_balancing_type", "none"),
+        ("moe_aux_loss_coeff", 0.0),
+    ),
+)
+FP8_EXPERTS = (
+    ("fp8", "e4m3"),
+    ("fp8_recipe", "blockwise"),
+    ("moe_router_padding_for_quantization", True),
+)
+LAYER = dataclasses.replace(MODEL, config=(*MODEL.config, ("num_layers", 1)))
+FP8_LAYER = dataclasses.replace(LAYER, config=(*LAYER.config, *FP8_EXPERTS))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes():
+    yield
+    stop_pool("megatron-gpu")
+
+
+def run(function: Any, *args: Any) -> list[dict]:
+    return run_ranks(NUM_RANKS, function, *args, timeout_s=300, pool="megatron-gpu", backend="nccl")
+
+
+def with_options(setup: Setup, **options: Any) -> Setup:
+    return dataclasses.replace(setup, options=tuple(options.items()))
+
+
+def deterministic(rank: int, setup: Setup) -> dict[str, Any]:
+    """`train`, with what Transformer Engine asks for before it repeats itself bit by bit."""
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    return train(rank, setup)
+
+
+def layer_step(rank: int, setup: Setup, skewed: bool) -> dict[str, Any]:
+    """One MoE layer forward and backward, as FP32: what comes out, and every gradient.
+
+    `skewed`: all tokens go to rank 0, whatever their router says.
+    """
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    from megatron.core.fp8_utils import get_fp8_context
+
+    from ep_comm.megatron import EPOptions, check_weight_gradients
+    from ep_comm.megatron.layer import moe_layers
+
+    parallel_state(setup)
+    config = make_config(setup, None)
+    model = make_model(setup, config, EPOptions(**dict(setup.options)))
+    _, layer = next(iter(moe_layers(model)))
+    generator = torch.Generator().manual_seed(100 + rank)
+    hidden = torch.randn(setup.seq, BATCH, HIDDEN, generator=generator)
+    grad = torch.randn(setup.seq, BATCH, HIDDEN, generator=generator).bfloat16().cuda()
+    if skewed:
+        hidden[..., 0] = 8.0
+        with torch.no_grad():
+            half = config.num_moe_experts // NUM_RANKS
+            layer.router.weight[:half, 0], layer.router.weight[half:, 0] = 4.0, -4.0
+    hidden = hidden.bfloat16().cuda().requires_grad_()
+    with get_fp8_context(config):
+        output, _ = layer(hidden)
+    output.backward(grad)
+    check_weight_gradients(model)
+    rows = getattr(layer.token_dispatcher, "handle", None)
+    return dict(
+        tensors={
+            "output": to_fp32(output),
+            "hidden": to_fp32(hidden.grad),
+            **{name: to_fp32(p.main_grad) for name, p in layer.named_parameters()},
+        },
+        num_rows=None if rows is None else rows.num_rows,
+        stores=[
+            module.wgrad_store.context.qsize()
+            for module in layer.experts.modules()
+            if getattr(module, "wgrad_store", None) is not None and module.wgrad_store.context
+        ],
+    )
+
+
+def to_fp32(tensor: torch.Tensor) -> np.ndarray:
+    array = tensor.detach().float().cpu().numpy()
+    assert np.isfinite(array).all()
+    return array
+
+
+def differing(ours: list[dict], theirs: list[dict]) -> set[str]:
+    """Names of the tensors that are not bitwise the same on every rank."""
+    return {
+        name
+        for mine, other in zip(ours, theirs, strict=True)
+        for name in mine["tensors"]
+        if not np.array_equal(mine["tensors"][name], other["tensors"][name])
+    }
+
+
+def of_linear(result: dict, linear: str) -> set[str]:
+    """Weights of all local experts in that linear layer."""
+    names = {name for name in result["tensors"] if f"experts.{linear}.weight" in name}
+    assert names
+    return names
+
+
+def assert_close(ours: list[dict], theirs: list[dict], tolerance: float) -> None:
+    """Each tensor, relative to its largest element."""
+    for mine, other in zip(ours, theirs, strict=True):
+        for name, tensor in mine["tensors"].items():
+            error = np.abs(tensor - other["tensors"][name]).max()
+            largest = np.abs(other["tensors"][name]).max()
+            assert error <= tolerance * largest, f"{name}: {error} of {largest}"
+
+
+def test_layer_is_alltoalls():
+    """A token's two outputs are added in another order and precision: BF16 keeps 8 bits, and the
+    sums differ by one or two units in the last of them. What is behind them is off by as much."""
+    ours = run(layer_step, LAYER, False)
+    stock = run(layer_step, dataclasses.replace(LAYER, dispatcher="alltoall"), False)
+    assert_close(ours, stock, tolerance=2**-6)
+
+
+def test_fused_accumulation_changes_the_rounding_of_weight_gradients():
+    """They are not rounded to BF16 on the way to the FP32 that they are added up in."""
+    plain = run(layer_step, LAYER, False)
+    fused = run(layer_step, dataclasses.replace(LAYER, fused=True), False)
+    experts = of_linear(plain[0], "linear_fc1") | of_linear(plain[0], "linear_fc2")
+    assert set() < differing(plain, fused) <= experts
+    assert_close(fused, plain, tolerance=2**-8)
+
+
+@pytest.mark.parametrize("skewed", [False, True], ids=["even", "skewed"])
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
+@pytest.mark.parametrize("experts", ["bf16", "fp8"])
+def test_overlapped_weight_gradients_are_the_same_bits(experts, fused, skewed):
+    setup = dataclasses.replace(LAYER if experts == "bf16" else FP8_LAYER, fused=fused)
+    plain = run(layer_step, setup, skewed)
+    overlapped = run(layer_step, with_options(setup, overlap_wgrad=True), skewed)
+    assert plain[0]["stores"] == [] and overlapped[0]["stores"] == [0, 0]
+    assert differing(plain, overlapped) == set()
+
+
+@pytest.mark.parametrize("skewed", [False, True], ids=["even", "skewed"])
+def test_fp8_wire_gives_fp8_experts_the_same_values(skewed):
+    """The forward pass and all but one linear layer's weight gradients, whose GEMM reads columns:
+    their blocks are quantised from what arrived, not from what was sent."""
+    plain = run(layer_step, FP8_LAYER, skewed)
+    in_fp8 = run(layer_step, with_options(FP8_LAYER, fp8_dispatch=True), skewed)
+    assert (in_fp8[1]["num_rows"] == 0) == skewed
+    assert "output" not in differing(plain, in_fp8)
+    assert differing(plain, in_fp8) <= of_linear(plain[0], "linear_fc1")
+    assert_close(plain, in_fp8, tolerance=0.05)
+
+    grads_too = with_options(FP8_LAYER, fp8_dispatch=True, fp8_grad_dispatch=True)
+    both = run(layer_step, grads_too, skewed)
+    assert differing(in_fp8, both) <= of_linear(plain[0], "linear_fc2")
+    assert_close(in_fp8, both, tolerance=0.05)
+    if skewed:
+        for linear in ("linear_fc1", "linear_fc2"):
+            for name in of_linear(both[1], linear):
+                assert not both[1]["tensors"][name].any(), f"{name} on the rank without tokens"
+
+
+@pytest.mark.parametrize("overlap_wgrad", [False, True], ids=["serial", "overlapped"])
+def test_fp8_on_both_legs_trains(overlap_wgrad):
+    setup = dataclasses.replace(
+        MODEL,
+        dist_opt=True,
+        overlap_grad_reduce=True,
+        config=(*MODEL.config, *FP8_EXPERTS, ("fp8_param", True)),
+    )
+    in_fp8 = with_options(
+        setup, fp8_dispatch=True, fp8_grad_dispatch=True, overlap_wgrad=overlap_wgrad
+    )
+    for result in run(deterministic, in_fp8):
+        losses = result["losses"]
+        assert np.isfinite(losses).all() and losses[-1] < losses[0], losses
+
+
+@pytest.mark.parametrize("overlap_grad_reduce", [False, True], ids=["reduce", "overlap-reduce"])
+def test_megatrons_own_overlap_trains_the_same_bits(overlap_grad_reduce):
+    """The baseline ``alltoall-overlap`` of ``bench train`` computes what alltoall does."""
+    if Version(importlib.metadata.version("megatron-core")) < Version("0.18"):
+        pytest.skip("this Megatron has no overlap of its own")
+    setup = dataclasses.replace(
+        MODEL,
+        dispatcher="alltoall",
+        microbatches=2,
+        dist_opt=True,
+        overlap_grad_reduce=overlap_grad_reduce,
+    )
+    switch = ("overlap_dispatch_backward_with_experts_wgrad", True)
+    overlapped = dataclasses.replace(setup, config=(*setup.config, switch))
+    for plain, theirs in zip(
+        run(deterministic, setup), run(deterministic, overlapped), strict=True
+    ):
+        assert theirs["losses"] == plain["losses"]
+        for name, gradient in plain["gradients"].items():
+            assert np.array_equal(gradient, theirs["gradients"][name]), name
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
+def test_overlap_trains_the_same_bits(fused):
+    """Two layers, four steps. The same run twice is the control: what differs there is not ours."""
+    setup = dataclasses.replace(MODEL, dist_opt=True, overlap_grad_reduce=True, fused=fused)
+    first, second = run(deterministic, setup), run(deterministic, setup)
+    overlapped = run(deterministic, with_options(setup, overlap_wgrad=True))
+    for rank, results in enumerate(zip(first, second, overlapped, strict=True)):
+        print(f"rank {rank}: losses", *(result["losses"] for result in results), sep="\n  ")
+    for control, plain, ours in zip(second, first, overlapped, strict=True):
+        assert control["losses"] == plain["losses"], "the run itself does not repeat"
+        assert ours["losses"] == plain["losses"]
+        for name, gradient in plain["gradients"].items():
+            assert np.array_equal(gradient, control["gradients"][name]), f"{name}: no repeat"
+            assert np.array_equal(gradient, ours["gradients"][name]), name
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [r"^(?!.*experts)", r"experts", r"linear_fc1"],
+    ids=["all-but-experts", "experts", "first-linear-layers"],
+)
+def test_overlap_trains_the_same_bits_where_parts_are_frozen(frozen):
+    setup = dataclasses.replace(
+        MODEL, microbatches=2, dist_opt=True, overlap_grad_reduce=True, frozen=frozen
+    )
+    plain = run(deterministic, setup)
+    overlapped = run(deterministic, with_options(setup, overlap_wgrad=True))
+    for one, other in zip(plain, overlapped, strict=True):
+        assert one["losses"] == other["losses"]
+        for name, gradient in one["gradients"].items():
+            assert np.array_equal(gradient, other["gradients"][name]), name

@@ -1,0 +1,324 @@
+"""The CUDA library: how it is built, what it exports, what it depends on, how it is loaded.
+
+Nothing here needs a GPU. What needs the built library is skipped where there is no nvcc.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+from setuptools.dist import Distribution
+from setuptools.errors import CompileError
+
+from ep_comm import _native
+from ep_comm._native import structs
+from ep_comm.errors import EPArgumentError, EPStateError
+
+ROOT = Path(__file__).resolve().parents[2]
+HEADER = ROOT / "csrc" / "ep_comm.h"
+
+
+@pytest.fixture
+def setup_module(monkeypatch):
+    """setup.py as a module, its call of setup() left out."""
+    monkeypatch.setattr(setuptools, "setup", lambda **kwargs: None)
+    spec = importlib.util.spec_from_file_location("ep_comm_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def nvcc(setup_module) -> Path:
+    found = setup_module.find_nvcc()
+    if found is None:
+        pytest.skip("CUDA library NOT tested: no nvcc on this machine")
+    return Path(found)
+
+
+@pytest.fixture
+def library(nvcc) -> _native.NativeLibrary:
+    """The loaded library. Where there is nvcc, that it is not built is a failure."""
+    loaded = _native.load()
+    assert loaded is not None, _native.status()
+    return loaded
+
+
+@pytest.fixture
+def fresh_loader():
+    """Lets a test load anew, and leaves no trace of it in the cache."""
+    _native._load.cache_clear()
+    yield
+    _native._load.cache_clear()
+
+
+def tool(name: str, nvcc: Path | None = None) -> str:
+    beside_nvcc = shutil.which(name, path=str(nvcc.resolve().parent)) if nvcc else None
+    found = shutil.which(name) or beside_nvcc
+    if found is None:
+        pytest.skip(f"no {name} on this machine")
+    return found
+
+
+def output_of(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+# ---- Header --------------------------------------------------------------------------------------
+
+
+def test_header_is_c11(tmp_path):
+    source = tmp_path / "header.c"
+    source.write_text(
+        '#include "ep_comm.h"\nint64_t size(void) { return sizeof(ep_layout_args); }\n'
+    )
+    gcc = tool("gcc")
+    flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-pedantic", f"-I{HEADER.parent}"]
+    subprocess.run([gcc, *flags, "-c", source, "-o", tmp_path / "header.o"], check=True)
+
+
+def test_constants_mirror_the_header():
+    pairs = re.findall(r"^(?:#define )?\s*(EP_[A-Z0-9_]+) (?:= )?(\d+)", HEADER.read_text(), re.M)
+    constants = {name: int(value) for name, value in pairs}
+    assert constants.pop("EP_ABI_VERSION") == _native.ABI_VERSION
+    mirrored = {name: value for name, value in vars(structs).items() if name.startswith("EP_")}
+    assert mirrored == constants
+
+
+# ---- Built library -------------------------------------------------------------------------------
+
+
+def test_versions_and_struct_layouts_match(library):
+    # The constructor verifies both, so a library that loaded has passed.
+    assert library.abi_version == _native.ABI_VERSION
+    assert str(library.path) in _native.status()
+    assert f"ABI version {_native.ABI_VERSION}" in _native.status()
+
+
+def test_exports_only_its_api(library):
+    lines = output_of(tool("nm"), "-D", "--defined-only", library.path).splitlines()
+    exported = {line.split()[-1] for line in lines}
+    declared = set(re.findall(r"^EP_API [\w *]*?(ep_\w+)\(", HEADER.read_text(), re.M))
+    assert exported == declared == {"ep_abi_version", *_native._FUNCTIONS}
+
+
+def test_needs_neither_driver_nor_cuda_runtime(library):
+    dynamic = output_of(tool("readelf"), "-d", library.path)
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
+    assert needed, dynamic
+    assert not [name for name in needed if "cuda" in name or "torch" in name or "python" in name]
+
+
+def test_loads_without_torch_in_a_bare_interpreter(library):
+    code = f"import ctypes; print(ctypes.CDLL({str(library.path)!r}).ep_abi_version())"
+    assert output_of(sys.executable, "-S", "-c", code).strip() == str(_native.ABI_VERSION)
+
+
+def test_holds_code_for_its_architectures(library, nvcc, setup_module):
+    listing = output_of(tool("cuobjdump", nvcc), "--list-elf", library.path)
+    assert set(re.findall(r"\.(sm_\w+)\.cubin", listing)) == {f"sm_{a}" for a in library.cuda_archs}
+    if "EP_COMM_CUDA_ARCHS" not in os.environ:
+        assert ",".join(library.cuda_archs) == setup_module.DEFAULT_CUDA_ARCHS
+
+
+def test_refuses_bad_arguments_before_any_launch(library):
+    def refusal(**fields: int) -> str:
+        args = {"num_tokens": 1, "num_topk": 1, "num_experts": 4, "num_ranks": 2, **fields}
+        with pytest.raises(EPArgumentError) as raised:
+            library.launch("ep_layout", structs.LayoutArgs(**args), 0)
+        return str(raised.value)
+
+    assert refusal(num_topk=33) == "libep_comm: num_topk = 33 is not in [1, 32]"
+    assert refusal(num_tokens=-1) == "libep_comm: num_tokens = -1 is not in [0, 2147483647]"
+    assert "num_ranks = 1025 is not in [1, 1024]" in refusal(num_ranks=1025)
+    assert "num_experts = 5 is not in [1, 4096] and a multiple of num_ranks = 2" in refusal(
+        num_experts=5
+    )
+    assert "input_kind = 3" in refusal(input_kind=3)
+    assert "input is NULL" in refusal()
+    pointers = [name for name, kind in structs.LayoutArgs._fields_ if kind is ctypes.c_void_p]
+    given = dict.fromkeys(pointers, 16)
+    assert "send_slot is NULL" in refusal(**given | {"send_slot": 0})
+    assert "workspace is not aligned to 16 bytes" in refusal(**given | {"workspace": 8})
+    assert "workspace has 0 bytes, " in refusal(**given)
+    with pytest.raises(EPArgumentError, match="num_experts = 7 "):
+        library.layout_workspace_bytes(1, 7, 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would launch on pointers to host memory")
+def test_reports_cuda_failures(library):
+    memory = (ctypes.c_int32 * 8)()
+    address = ctypes.addressof(memory)
+    args = structs.LayoutArgs(
+        num_tokens_per_rank=address,
+        num_tokens_per_expert=address,
+        error=address,
+        num_topk=1,
+        num_experts=1,
+        num_ranks=1,
+    )
+    with pytest.raises(EPStateError, match=r"ep_layout: place_kernel: .* \(cudaError\w+\)"):
+        library.launch("ep_layout", args, 0)
+
+
+# ---- Loader --------------------------------------------------------------------------------------
+
+
+def test_missing_library_is_no_surprise(monkeypatch, fresh_loader, tmp_path, recwarn):
+    monkeypatch.setattr(_native, "LIBRARY_PATH", tmp_path / "libep_comm.so")
+    assert _native.load() is None
+    assert "was not built" in _native.status() and "reference backend" in _native.status()
+    assert not recwarn.list
+
+
+def test_other_abi_version_names_both(monkeypatch, library, fresh_loader):
+    monkeypatch.setattr(_native, "ABI_VERSION", 999)
+    with pytest.warns(UserWarning, match="runs without its CUDA library"):
+        assert _native.load() is None
+    assert f"has ABI version {library.abi_version}, this ep_comm needs version 999: rebuild" in (
+        _native.status()
+    )
+
+
+def test_other_struct_layout_is_refused(monkeypatch, library, fresh_loader):
+    class Shorter(ctypes.Structure):
+        _fields_ = structs.LayoutArgs._fields_[:-1]
+
+    monkeypatch.setattr(_native, "STRUCTS", {"ep_layout_args": Shorter})
+    with pytest.warns(UserWarning, match="lays out ep_layout_args as"):
+        assert _native.load() is None
+
+
+def test_broken_library_is_refused(monkeypatch, fresh_loader, tmp_path):
+    broken = tmp_path / "libep_comm.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(_native, "LIBRARY_PATH", broken)
+    with pytest.warns(UserWarning, match="cannot be loaded"):
+        assert _native.load() is None
+
+
+@pytest.mark.parametrize(
+    "arch, capability, runs",
+    [
+        ("90a", (9, 0), True),
+        ("90a", (10, 0), False),
+        ("100a", (10, 3), False),
+        ("100f", (10, 3), True),
+        ("90", (9, 0), True),
+        ("86", (8, 9), True),
+        ("86", (8, 0), False),
+        ("86", (9, 0), False),
+    ],
+)
+def test_code_runs_where_cuda_says(arch, capability, runs):
+    assert _native._runs_on(arch, capability) == runs
+
+
+def test_a_gpu_without_code_does_without_the_library(monkeypatch, library):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: [(9, 0), (8, 0)][gpu])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: ["H200", "A100"][gpu])
+    monkeypatch.setattr(_native, "_has_code", _native._has_code.__wrapped__)
+    monkeypatch.setattr(library, "cuda_archs", ("90a", "100a"))
+    assert _native.load_for(0) is library and _native.unusable_reason(0) is None
+    assert _native.load_for(1) is None
+    assert _native.unusable_reason(1) == (
+        "GPU 1, A100, is sm_80; the CUDA library has code for sm_90a, sm_100a"
+    )
+
+
+# ---- setup.py ------------------------------------------------------------------------------------
+
+
+def build_command(setup_module, build_lib: Path):
+    command = setup_module.BuildNative(Distribution({"ext_modules": [setup_module.LIBRARY]}))
+    command.build_lib = str(build_lib)
+    command.ensure_finalized()
+    return command
+
+
+def fake_nvcc(monkeypatch, home: Path, script: str) -> None:
+    nvcc = home / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\n{script}\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(home))
+
+
+def test_without_nvcc_setup_says_so_and_succeeds(setup_module, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(setup_module, "DEFAULT_CUDA_HOME", str(tmp_path))
+    command = build_command(setup_module, tmp_path)
+    left_over = tmp_path / "ep_comm" / "_native" / "libep_comm.so"
+    left_over.parent.mkdir(parents=True)
+    left_over.touch()
+    command.run()
+    assert not left_over.exists()
+    assert "The CUDA library was NOT built; the reference backend is what is left" in caplog.text
+    assert command.get_outputs() == []
+    wheel = setup_module.PlatformWheel(Distribution({"ext_modules": [setup_module.LIBRARY]}))
+    assert wheel.get_tag() == ("py3", "none", "any")
+
+
+def test_failing_nvcc_fails_the_build(setup_module, monkeypatch, tmp_path):
+    fake_nvcc(monkeypatch, tmp_path, "exit 3")
+    monkeypatch.setenv("EP_COMM_CUDA_ARCHS", "90a")
+    with pytest.raises(CompileError, match=r"nvcc failed with status 3.*\(now 90a\)"):
+        build_command(setup_module, tmp_path).run()
+
+
+def test_compiles_only_what_is_out_of_date(setup_module, monkeypatch, tmp_path):
+    # Leaves a line in `calls`, and in its output what csrc/abi.cu would leave there.
+    script = """
+    echo called >> "$CUDA_HOME/calls"
+    while [ $# -gt 0 ]; do
+        case $1 in -DEP_CUDA_ARCHS=*) archs=${1#-D} ;; -o) printf '%s\\0' "$archs" > "$2" ;; esac
+        shift
+    done"""
+    fake_nvcc(monkeypatch, tmp_path, script)
+
+    def calls_after_build(archs: str) -> int:
+        monkeypatch.setenv("EP_COMM_CUDA_ARCHS", archs)
+        build_command(setup_module, tmp_path / "lib").run()
+        return len((tmp_path / "calls").read_text().splitlines())
+
+    assert calls_after_build("90a") == 1
+    assert calls_after_build("90a") == 1
+    assert calls_after_build("90a, 100a") == 2
+    os.utime(tmp_path / "lib" / "ep_comm" / "_native" / "libep_comm.so", (0, 0))
+    assert calls_after_build("90a,100a") == 3
+
+
+def test_bad_architecture_is_named(setup_module, monkeypatch, tmp_path):
+    fake_nvcc(monkeypatch, tmp_path, "exit 0")
+    monkeypatch.setenv("EP_COMM_CUDA_ARCHS", "90a,hopper")
+    with pytest.raises(CompileError, match="'hopper' is no architecture; expected something like"):
+        build_command(setup_module, tmp_path).run()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(row_bytes=24), "24 bytes"),
+        (dict(row_bytes=0), "0 bytes"),
+        (dict(chunk_rows=16, chunks_per_unit=3), "48 rows a unit"),
+        (dict(num_blocks=0), "0 blocks"),
+        (dict(push_percent=101), "101 %"),
+        (dict(dtype=7), "dtype = 7"),
+    ],
+)
+def test_a_combine_that_cannot_be_is_refused_before_its_launch(library, change, message):
+    sizes = dict(row_bytes=64, chunk_rows=4, chunks_per_unit=1, num_blocks=8, push_percent=40)
+    args = structs.CombineArgs(**{**sizes, **change})
+    with pytest.raises(EPArgumentError, match=message):
+        library.launch("ep_combine", args, 0)
