@@ -28,8 +28,8 @@ DEFAULT_CUDA_ARCHS = "90a,100a"  # Hopper, Blackwell
 DEFAULT_CUDA_HOME = "/usr/local/cuda"
 LIBRARY = Extension(
     name="ep_comm._native.libep_comm",
-    sources=sorted(f"csrc/{source.name}" for source in (ROOT / "csrc").glob("*.cu")),
-    depends=sorted(f"csrc/{header.name}" for header in (ROOT / "csrc").glob("*h")),  # .h, .cuh
+    sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cu")),
+    depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*h")),  # .h, .cuh
 )
 NOT_BUILT = """\
 ******************************************************************************************
@@ -68,6 +68,8 @@ def nvcc_command(nvcc: str, archs: list[str], output: Path) -> list[str]:
         nvcc,
         *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs),
         f"-DEP_CUDA_ARCHS={'+'.join(archs)}",
+        "-Icsrc",
+        "-Icsrc/include",
         "-O3",
         "-std=c++17",
         "-lineinfo",

@@ -5,7 +5,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "status.cuh"
+#include "common/launch.cuh"
 
 #ifndef EP_CUDA_ARCHS
 #error "EP_CUDA_ARCHS names the architectures that are compiled for, such as 90a+100a; see setup.py"

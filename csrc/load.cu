@@ -1,7 +1,7 @@
 // Loading the kernels: CUDA loads one at its first launch, and then may wait for those that run, which
 // may be waiting for another rank.
 
-#include "status.cuh"
+#include "common/launch.cuh"
 
 int32_t ep_load_kernels(void) {
   int32_t status = ep::load_layout_kernels();

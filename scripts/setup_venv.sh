@@ -26,7 +26,7 @@ setup_venv() {
     source .venv/bin/activate
 
     local stamp
-    stamp="$extras $(cat pyproject.toml setup.py csrc/* 2>/dev/null | cksum)"
+    stamp="$extras $({ cat pyproject.toml setup.py; find csrc -type f | sort | xargs cat; } | cksum)"
     if [ "$(cat .venv/installed.txt 2>/dev/null)" = "$stamp" ]; then
         return
     fi

@@ -1,4 +1,4 @@
-"""The CUDA library ``libep_comm.so`` through ctypes: loaded once, checked against csrc/ep_comm.h.
+"""The CUDA library ``libep_comm.so`` through ctypes: loaded once, checked against csrc/include/ep_comm.h.
 
 The library has a plain C ABI and needs no NVIDIA driver to load, so `status` says on any machine
 whether the installed build fits this Python code.

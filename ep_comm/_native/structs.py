@@ -1,4 +1,4 @@
-"""Mirrors of the structs, enums and limits of csrc/ep_comm.h, which documents every field.
+"""Mirrors of the structs, enums and limits of csrc/include/ep_comm.h, which documents every field.
 
 The loader compares each mirror with the library field by field, and tests/native/test_native.py
 compares the numbers with the header.

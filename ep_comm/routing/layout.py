@@ -1,7 +1,7 @@
 """Routing layout: which token goes to which rank, and into which slot there.
 
 Everything that is sent follows from it, so it is the same on every backend, bit by bit: a torch
-reference that runs anywhere, and CUDA kernels (csrc/layout.cuh) where the library is built.
+reference that runs anywhere, and CUDA kernels (csrc/routing/slots.cuh) where the library is built.
 """
 
 from __future__ import annotations

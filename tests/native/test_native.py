@@ -25,7 +25,7 @@ from ep_comm._native import structs
 from ep_comm.errors import EPArgumentError, EPStateError
 
 ROOT = Path(__file__).resolve().parents[2]
-HEADER = ROOT / "csrc" / "ep_comm.h"
+HEADER = ROOT / "csrc" / "include" / "ep_comm.h"
 
 
 @pytest.fixture

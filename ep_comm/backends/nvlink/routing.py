@@ -81,7 +81,7 @@ def native_routing(
 
 @dataclass(kw_only=True, eq=False)
 class NVLinkRouting:
-    """See `ep_comm.handle.Routing`. The index arrays of csrc/ep_comm.h's ``ep_routing``.
+    """See `ep_comm.handle.Routing`. The index arrays of csrc/include/ep_comm.h's ``ep_routing``.
 
     Where the host waits for the counts, the entries of received rows are an allocation of their
     own, as large as what came. Until the first dispatch copies them there they are the buffer's.

@@ -1,12 +1,12 @@
-// The routing of a dispatch, from the ranks that send (plan_send.cuh) to the ranks that receive
-// (plan_receive.cuh): two kernels, whose blocks wait for one another in the middle (grid_barrier).
+// The routing of a dispatch, from the ranks that send (plan/send.cuh) to the ranks that receive
+// (plan/receive.cuh): two kernels, whose blocks wait for one another in the middle (grid_barrier).
 
 #include <algorithm>
 #include <ctime>
 
-#include "plan_receive.cuh"
-#include "plan_send.cuh"
-#include "status.cuh"
+#include "common/launch.cuh"
+#include "plan/receive.cuh"
+#include "plan/send.cuh"
 
 namespace {
 

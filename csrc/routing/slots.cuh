@@ -7,7 +7,7 @@
 //                  rank, copies per expert, first error.
 //   place_tokens   adds up the counts of the blocks before its own; a token's slot is that, plus
 //                  the chunks before its own, plus the set bits below its own.
-// ep_layout launches a kernel for each; plan.cu has both in one.
+// ep_layout launches a kernel for each; plan/plan.cu has both in one.
 // Integer sums do not depend on their order, so neither the shared-memory atomics nor the cut into
 // blocks shows in the result.
 #pragma once
@@ -17,8 +17,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/warp.cuh"
 #include "ep_comm.h"
-#include "warp.cuh"
 
 namespace ep::layout {
 

@@ -4,9 +4,9 @@
 // shared memory; its first lane fills them from this GPU's memory and stores each row into every
 // other rank's. Destinations rotate (rank r begins with r + 1), so no link is asked by all at once.
 
-#include "node.cuh"
-#include "status.cuh"
-#include "warp.cuh"
+#include "common/launch.cuh"
+#include "common/peers.cuh"
+#include "common/warp.cuh"
 
 namespace {
 

@@ -1,10 +1,10 @@
-// ep_layout(): checks arguments, cuts up the workspace, launches the steps of layout.cuh.
+// ep_layout(): checks arguments, cuts up the workspace, launches the steps of routing/slots.cuh.
 
 #include <algorithm>
 #include <climits>
 
-#include "layout.cuh"
-#include "status.cuh"
+#include "common/launch.cuh"
+#include "routing/slots.cuh"
 
 namespace {
 

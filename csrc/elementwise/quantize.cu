@@ -4,8 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
 
+#include "common/launch.cuh"
 #include "ep_comm.h"
-#include "status.cuh"
 
 namespace {
 

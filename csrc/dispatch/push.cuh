@@ -4,7 +4,7 @@
 // waits for nothing but the ranks' having read what the last dispatch sent them.
 #pragma once
 
-#include "dispatch_slots.cuh"
+#include "dispatch/slots.cuh"
 
 namespace ep::dispatch {
 

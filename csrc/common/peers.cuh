@@ -1,8 +1,8 @@
 // Waiting for other ranks of the node, with a bound, and saying whose fault it was.
 #pragma once
 
+#include "common/ptx.cuh"
 #include "ep_comm.h"
-#include "ptx.cuh"
 
 namespace ep {
 

@@ -2,8 +2,8 @@
 // in shared memory that each warp has, filled by bulk loads and emptied by bulk stores.
 #pragma once
 
-#include "node.cuh"
-#include "warp.cuh"
+#include "common/peers.cuh"
+#include "common/warp.cuh"
 
 namespace ep::dispatch {
 

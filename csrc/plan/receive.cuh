@@ -5,9 +5,9 @@
 // looked at: only these are.
 #pragma once
 
-#include "plan.cuh"
-#include "routing.cuh"
-#include "warp.cuh"
+#include "common/warp.cuh"
+#include "plan/plan.cuh"
+#include "routing/entries.cuh"
 
 namespace ep::plan {
 

@@ -1,12 +1,12 @@
 // Dispatch: rows go once to every rank that owns one of their experts, and from there to the places
 // where the experts want them. One kernel with two kinds of blocks, which may also be launched apart:
-// those that push (dispatch_push.cuh) and those that expand (dispatch_expand.cuh).
+// those that push (dispatch/push.cuh) and those that expand (dispatch/expand.cuh).
 
 #include <algorithm>
 
-#include "dispatch_expand.cuh"
-#include "dispatch_push.cuh"
-#include "status.cuh"
+#include "common/launch.cuh"
+#include "dispatch/expand.cuh"
+#include "dispatch/push.cuh"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // Combine: a token's rows are added up on each rank that has some, and the partial rows on the
 // token's own rank. The order of every sum is fixed (docs/architecture.md, "Numerics").
 //
-// One kernel of teams (rows.cuh), one block an SM. Their listers decide what is added:
+// One kernel of teams (combine/teams.cuh), one block an SM. Their listers decide what is added:
 //   pushing  takes (run of received rows, owner) units: each row's expert rows in ascending expert
 //            order become a partial row, which goes to the owner's memory; a unit's chunks are
 //            flagged there. Owners rotate. Rows of this rank's own tokens need no slot.
@@ -12,11 +12,11 @@
 
 #include <algorithm>
 
-#include "node.cuh"
-#include "routing.cuh"
-#include "rows.cuh"
-#include "status.cuh"
-#include "warp.cuh"
+#include "combine/teams.cuh"
+#include "common/launch.cuh"
+#include "common/peers.cuh"
+#include "common/warp.cuh"
+#include "routing/entries.cuh"
 
 namespace {
 

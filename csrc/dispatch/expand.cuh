@@ -7,8 +7,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
 
-#include "dispatch_slots.cuh"
-#include "routing.cuh"
+#include "dispatch/slots.cuh"
+#include "routing/entries.cuh"
 
 namespace ep::dispatch {
 

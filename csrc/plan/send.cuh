@@ -1,9 +1,9 @@
-// The first kernel of a plan: finds which token goes where, and into which slot (layout.cuh); writes each
+// The first kernel of a plan: finds which token goes where, and into which slot (routing/slots.cuh); writes each
 // token's local experts into the memory of the ranks it goes to, then a header with the counts, then a
 // flag.
 #pragma once
 
-#include "plan.cuh"
+#include "plan/plan.cuh"
 
 namespace ep::plan {
 

@@ -1,8 +1,8 @@
 // What both kernels of a plan know: the scratch that they share, and the fields that must agree.
 #pragma once
 
-#include "layout.cuh"
-#include "node.cuh"
+#include "common/peers.cuh"
+#include "routing/slots.cuh"
 
 namespace ep::plan {
 

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
+#include "common/launch.cuh"
 #include "ep_comm.h"
-#include "status.cuh"
 
 namespace {
 

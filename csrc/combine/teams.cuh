@@ -15,8 +15,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "ptx.cuh"
-#include "warp.cuh"
+#include "common/ptx.cuh"
+#include "common/warp.cuh"
 
 namespace ep {
 
