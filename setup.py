@@ -11,6 +11,7 @@ Environment:
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -26,10 +27,13 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 DEFAULT_CUDA_ARCHS = "90a,100a"  # Hopper, Blackwell
 DEFAULT_CUDA_HOME = "/usr/local/cuda"
+HEADER = ROOT / "ep_comm" / "_native" / "ep_comm.h"  # Python reads it too
 LIBRARY = Extension(
     name="ep_comm._native.libep_comm",
     sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cu")),
-    depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*h")),  # .h, .cuh
+    depends=sorted(
+        str(path.relative_to(ROOT)) for path in [HEADER, *(ROOT / "csrc").rglob("*.cuh")]
+    ),
 )
 NOT_BUILT = """\
 ******************************************************************************************
@@ -68,8 +72,9 @@ def nvcc_command(nvcc: str, archs: list[str], output: Path) -> list[str]:
         nvcc,
         *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs),
         f"-DEP_CUDA_ARCHS={'+'.join(archs)}",
+        f"-DEP_HEADER_DIGEST={hashlib.sha256(HEADER.read_bytes()).hexdigest()}",
         "-Icsrc",
-        "-Icsrc/include",
+        f"-I{HEADER.parent}",
         "-O3",
         "-std=c++17",
         "-lineinfo",

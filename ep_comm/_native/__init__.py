@@ -1,7 +1,7 @@
-"""The CUDA library ``libep_comm.so`` through ctypes: loaded once, checked against csrc/include/ep_comm.h.
+"""The CUDA library ``libep_comm.so`` through ctypes: loaded once, built from the ``ep_comm.h`` here.
 
 The library has a plain C ABI and needs no NVIDIA driver to load, so `status` says on any machine
-whether the installed build fits this Python code.
+whether there is a build that fits.
 
     native = load_for(gpu)   # None where the GPU cannot use it; unusable_reason(gpu) says why
     native.launch("ep_layout", args, stream)
@@ -16,69 +16,31 @@ from pathlib import Path
 
 import torch
 
-from ep_comm._native import structs
-from ep_comm._native.structs import EP_ERR_ARGUMENT, EP_OK, STRUCTS
+from ep_comm._native import header
+from ep_comm._native.header import EP_ERR_ARGUMENT, EP_OK
 from ep_comm.errors import EPArgumentError, EPStateError
 
-ABI_VERSION = 9
 LIBRARY_PATH = Path(__file__).with_name("libep_comm.so")
 
 _MAILBOX_ARRIVED = 1
 _MAILBOX_CUDA_ERROR = 3
 
 
-def _launch(args: type[ctypes.Structure]) -> tuple[type, list[type]]:
-    """Signature of a function that launches kernels: (arguments, stream) to a status."""
-    return ctypes.c_int32, [ctypes.POINTER(args), ctypes.c_void_p]
-
-
-# Name -> (result, arguments) of every function but ep_abi_version, which is looked up before any
-# other: a library of another version may lack some of these.
-_FUNCTIONS: dict[str, tuple[type, list[type]]] = {
-    "ep_cuda_archs": (ctypes.c_char_p, []),
-    "ep_last_error": (ctypes.c_char_p, []),
-    "ep_struct_layout": (
-        ctypes.c_int32,
-        [ctypes.c_char_p, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32],
-    ),
-    "ep_layout_workspace_bytes": (
-        ctypes.c_int64,
-        [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32],
-    ),
-    "ep_layout": _launch(structs.LayoutArgs),
-    "ep_load_kernels": (ctypes.c_int32, []),
-    "ep_plan_scratch_bytes": (
-        ctypes.c_int64,
-        [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32],
-    ),
-    "ep_plan": (
-        ctypes.c_int32,
-        [ctypes.POINTER(structs.PlanArgs), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p],
-    ),
-    "ep_stream_wait": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]),
-    "ep_mailbox_wait": (
-        ctypes.c_int32,
-        [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p],
-    ),
-    "ep_quantize": _launch(structs.QuantizeArgs),
-    "ep_select_probabilities": _launch(structs.ProbabilitiesArgs),
-    "ep_scatter_probabilities": _launch(structs.ProbabilitiesArgs),
-    "ep_dispatch": _launch(structs.DispatchArgs),
-    "ep_combine": _launch(structs.CombineArgs),
-    "ep_probe": _launch(structs.ProbeArgs),
-}
-
-
 class _UnusableLibrary(Exception):
     """The library is missing or does not fit; the text says what to do about it."""
 
 
+def _digest_of(dll: ctypes.CDLL) -> str:
+    """The `DIGEST` of the header that the library was built from. Nothing else is called before."""
+    dll.ep_header_digest.restype = ctypes.c_char_p
+    return dll.ep_header_digest().decode()
+
+
 class NativeLibrary:
-    """A loaded ``libep_comm.so`` whose ABI version and struct layouts have been verified.
+    """A loaded ``libep_comm.so`` that was built from the same ``ep_comm.h`` as is here.
 
     Attributes:
         path: File that was loaded.
-        abi_version: ABI version of the library, equal to `ABI_VERSION`.
         cuda_archs: GPU architectures that it holds code for, such as ``("90a", "100a")``.
     """
 
@@ -90,36 +52,20 @@ class NativeLibrary:
             )
         try:
             dll = ctypes.CDLL(str(path))
-            dll.ep_abi_version.restype = ctypes.c_int32
-            self.abi_version: int = dll.ep_abi_version()
-            if self.abi_version != ABI_VERSION:
-                raise _UnusableLibrary(
-                    f"{path} has ABI version {self.abi_version}, this ep_comm needs version "
-                    f"{ABI_VERSION}: rebuild it by reinstalling ep_comm."
-                )
-            for name, (restype, argtypes) in _FUNCTIONS.items():
-                function = getattr(dll, name)
-                function.restype = restype
-                function.argtypes = argtypes
-        except (OSError, AttributeError) as error:
+        except OSError as error:
             raise _UnusableLibrary(f"{path} cannot be loaded: {error}") from error
+        if not hasattr(dll, "ep_header_digest") or _digest_of(dll) != header.DIGEST:
+            raise _UnusableLibrary(
+                f"{path} was built from another ep_comm.h than this ep_comm has: rebuild it by "
+                "reinstalling ep_comm."
+            )
+        for name, (restype, argtypes) in header.FUNCTIONS.items():
+            function = getattr(dll, name)
+            function.restype = restype
+            function.argtypes = argtypes
         self.path = path
         self._dll = dll
         self.cuda_archs: tuple[str, ...] = tuple(dll.ep_cuda_archs().decode().split("+"))
-        for struct_name, mirror in STRUCTS.items():
-            self._verify_struct(struct_name, mirror)
-
-    def _verify_struct(self, name: str, mirror: type[ctypes.Structure]) -> None:
-        fields = [field[0] for field in mirror._fields_]
-        expected = [ctypes.sizeof(mirror), *(getattr(mirror, field).offset for field in fields)]
-        values = (ctypes.c_int32 * len(expected))()
-        count = self._dll.ep_struct_layout(name.encode(), values, len(expected))
-        if count != len(expected) or list(values) != expected:
-            raise _UnusableLibrary(
-                f"{self.path} lays out {name} as {list(values)} ({count} values: size, then "
-                f"offsets of its fields), this ep_comm as {expected}: rebuild it by reinstalling "
-                "ep_comm."
-            )
 
     @property
     def arch_names(self) -> str:
@@ -156,7 +102,7 @@ class NativeLibrary:
 
         Args:
             function: Such as ``"ep_layout"``.
-            args: The mirror of its struct (`ep_comm._native.structs`).
+            args: Its struct, of `ep_comm._native.header`.
             stream: ``cudaStream_t`` as an integer, of the current device.
 
         Raises:
@@ -179,7 +125,7 @@ class NativeLibrary:
             self.check(EP_ERR_ARGUMENT)
         return num_bytes
 
-    def plan(self, args: structs.PlanArgs, stream: int, side_stream: int, event: int) -> None:
+    def plan(self, args: header.PlanArgs, stream: int, side_stream: int, event: int) -> None:
         """Launch a plan: its layout on `stream`, the rest on `side_stream`, behind `event`."""
         self.check(self._dll.ep_plan(args, stream, side_stream, event))
 
@@ -200,7 +146,7 @@ class NativeLibrary:
         """
         answer = self._dll.ep_mailbox_wait(mailbox, fault, epoch, int(timeout_s * 1e9), stream)
         if answer == _MAILBOX_CUDA_ERROR:
-            self.check(structs.EP_ERR_CUDA)
+            self.check(header.EP_ERR_CUDA)
         return answer == _MAILBOX_ARRIVED
 
 
@@ -213,7 +159,7 @@ def _load() -> tuple[NativeLibrary | None, str]:
             # Built, yet unusable: not what the user expects, so do not fall back in silence.
             warnings.warn(f"ep_comm runs without its CUDA library: {error}", stacklevel=3)
         return None, str(error)
-    return library, f"{library.path} (ABI version {library.abi_version}, {library.arch_names})"
+    return library, f"{library.path} ({library.arch_names})"
 
 
 def load() -> NativeLibrary | None:
@@ -255,5 +201,5 @@ def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
 
 
 def status() -> str:
-    """What `load` loaded (path, ABI version, architectures), or why it did not."""
+    """What `load` loaded (path, architectures), or why it did not."""
     return _load()[1]

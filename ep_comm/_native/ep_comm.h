@@ -17,9 +17,6 @@ extern "C" {
 
 #define EP_API __attribute__((visibility("default")))
 
-/* Raise it with every change that an older caller would not survive; ep_comm/_native mirrors it. */
-#define EP_ABI_VERSION 9
-
 /* What a function that returns a status may answer. ep_last_error() has the text. */
 enum {
   EP_OK = 0,
@@ -27,19 +24,15 @@ enum {
   EP_ERR_CUDA = 2      /* a CUDA call failed */
 };
 
-/* EP_ABI_VERSION of the library (not of the header that the caller was built with). */
-EP_API int32_t ep_abi_version(void);
+/* SHA-256 of the text of this header, as the library was built from it. A caller that reads another
+ * text must not call anything else. */
+EP_API const char* ep_header_digest(void);
 
 /* GPU architectures that the library holds code for, such as "90a+100a". */
 EP_API const char* ep_cuda_archs(void);
 
 /* Text of the calling thread's last failure; "" where there was none. Valid until its next one. */
 EP_API const char* ep_last_error(void);
-
-/* Layout of a struct of this header, so that a mirror in another language can be checked field by
- * field: writes sizeof, then the offset of each field in order of declaration, at most `capacity`
- * values. Returns how many values there are in all, or -1 for an unknown `struct_name`. */
-EP_API int32_t ep_struct_layout(const char* struct_name, int32_t* values, int32_t capacity);
 
 /* ---- Routing layout ------------------------------------------------------------------------- */
 
