@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from ep_comm._native.structs import EP_MAX_EXPERTS, EP_MAX_TOPK
+from ep_comm._native.header import EP_MAX_EXPERTS, EP_MAX_TOPK
 from ep_comm.errors import EPArgumentError
 
 BackendName = Literal["auto", "nvlink", "reference"]

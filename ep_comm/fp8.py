@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from ep_comm import _native
-from ep_comm._native import structs
+from ep_comm._native import header
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 
 BLOCK = 128
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = 448.0
 
-_NATIVE_DTYPES = {torch.bfloat16: structs.EP_BF16, torch.float32: structs.EP_FP32}
+_NATIVE_DTYPES = {torch.bfloat16: header.EP_BF16, torch.float32: header.EP_FP32}
 _EXPONENT_BITS = 0x7F800000
 _TWO_POW_127_BITS = 0x7F000000
 
@@ -73,7 +73,7 @@ def _native_quantize(native: _native.NativeLibrary, x_TH: Tensor) -> tuple[Tenso
     num_tokens, hidden = x_TH.shape
     data = torch.empty(num_tokens, hidden, dtype=FP8_DTYPE, device=x_TH.device)
     scales = torch.empty(num_tokens, hidden // BLOCK, dtype=torch.float32, device=x_TH.device)
-    args = structs.QuantizeArgs(
+    args = header.QuantizeArgs(
         x=x_TH.data_ptr(),
         data=data.data_ptr(),
         scales=scales.data_ptr(),

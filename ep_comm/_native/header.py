@@ -1,8 +1,8 @@
 """The C interface of the CUDA library, read from ``ep_comm.h``, which documents every field.
 
-What it declares is here under names of Python's style: constants as they are, ``ep_plan_args`` as the
-ctypes structure `PlanArgs`. So an interface is written down once, and `DIGEST` tells whether a library
-was built from the same text.
+What it declares is here under names of Python's style: constants as they are, ``ep_plan_args`` as
+the ctypes structure `PlanArgs`. So the interface is written down once, and `DIGEST` tells whether a
+library was built from the same text.
 """
 
 from __future__ import annotations
@@ -78,5 +78,5 @@ globals().update(CONSTANTS, **{_python_name(name): kind for name, kind in STRUCT
 
 
 def __getattr__(name: str) -> Any:
-    """What the header declares is set above; this is for what it does not, and for type checkers."""
+    """Raise for what the header does not declare: what it does is set above."""
     raise AttributeError(f"{PATH} declares no {name}")

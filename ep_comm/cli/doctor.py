@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ep_comm import EPConfig, _native
-from ep_comm._native import structs
+from ep_comm._native import header
 from ep_comm.backends.nvlink import support as nvlink_support
 from ep_comm.job.environment import versions
 
@@ -58,7 +58,7 @@ def backend_choice(num_gpus: int) -> str:
         return "reference, over gloo: there is no GPU"
     if not dist.is_nccl_available():
         return "reference, over gloo: this torch has no NCCL"
-    num_ranks = min(num_gpus, structs.EP_MAX_NODE_RANKS)
+    num_ranks = min(num_gpus, header.EP_MAX_NODE_RANKS)
     sizes = EPConfig(num_experts=num_ranks, hidden=1024, max_tokens_per_rank=1, num_topk=1)
     reason = nvlink_support.reason_here(num_ranks, sizes)
     if reason is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ep_comm._native.structs import EP_MAX_EXPERTS, EP_MAX_TOPK
+from ep_comm._native.header import EP_MAX_EXPERTS, EP_MAX_TOPK
 from ep_comm.checks import ROW_DTYPES, check_alignment, check_num_sms
 from ep_comm.config import check_timeout, is_int
 from ep_comm.errors import EPArgumentError, EPUnsupportedError

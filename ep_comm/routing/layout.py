@@ -11,7 +11,7 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from ep_comm import _native
-from ep_comm._native import structs
+from ep_comm._native import header
 from ep_comm.config import is_int
 from ep_comm.errors import EPArgumentError, EPRoutingError
 from ep_comm.tracing import plain_tensor
@@ -125,9 +125,9 @@ def _check_topk_idx(topk_idx: torch.Tensor, num_topk: int | None) -> None:
         "topk_idx", topk_idx, (torch.int32, torch.int64), "2 dimensions [num_tokens, num_topk]"
     )
     columns = topk_idx.shape[1]
-    if not 1 <= columns <= structs.EP_MAX_TOPK:
+    if not 1 <= columns <= header.EP_MAX_TOPK:
         raise EPArgumentError(
-            f"topk_idx has {columns} columns, expected 1..{structs.EP_MAX_TOPK} (top-k)"
+            f"topk_idx has {columns} columns, expected 1..{header.EP_MAX_TOPK} (top-k)"
         )
     if num_topk is not None and num_topk != columns:
         raise EPArgumentError(f"num_topk = {num_topk!r}, but topk_idx has {columns} columns")
@@ -144,7 +144,7 @@ def _check_routing_map(routing_map: torch.Tensor, num_topk: int | None, num_expe
         )
     if num_topk is None:
         raise EPArgumentError("num_topk is needed with routing_map: it says how wide topk_idx is")
-    _check_int("num_topk", num_topk, structs.EP_MAX_TOPK)
+    _check_int("num_topk", num_topk, header.EP_MAX_TOPK)
 
 
 def _raise_bad_expert(token: int, k: int, value: int, num_experts: int) -> NoReturn:
@@ -226,9 +226,9 @@ def _reference_layout(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) 
 # ---- CUDA kernels --------------------------------------------------------------------------------
 
 INPUT_KINDS = {
-    torch.int32: structs.EP_INPUT_TOPK_INT32,
-    torch.int64: structs.EP_INPUT_TOPK_INT64,
-    torch.bool: structs.EP_INPUT_ROUTING_MAP,
+    torch.int32: header.EP_INPUT_TOPK_INT32,
+    torch.int64: header.EP_INPUT_TOPK_INT64,
+    torch.bool: header.EP_INPUT_ROUTING_MAP,
 }
 
 
@@ -262,7 +262,7 @@ def launch_layout(
     )
     error = empty(4)
     workspace = empty(workspace_bytes, dtype=torch.uint8)
-    args = structs.LayoutArgs(
+    args = header.LayoutArgs(
         input=source.data_ptr(),
         topk_idx_out=layout.topk_idx.data_ptr(),
         num_tokens_per_rank=layout.num_tokens_per_rank.data_ptr(),
@@ -286,10 +286,10 @@ def launch_layout(
 def raise_if_bad(error: list[int], source: torch.Tensor, num_topk: int, num_experts: int) -> None:
     """Raise `EPRoutingError` for what `launch_layout` found, if anything."""
     code, token, k, value = error
-    if code == structs.EP_ROUTING_OUT_OF_RANGE:
+    if code == header.EP_ROUTING_OUT_OF_RANGE:
         # The kernel clamps the value to int32; the message should have what the caller passed.
         _raise_bad_expert(token, k, int(source[token, k]), num_experts)
-    if code == structs.EP_ROUTING_DUPLICATE:
+    if code == header.EP_ROUTING_DUPLICATE:
         _raise_duplicate(token, k, value)
-    if code == structs.EP_ROUTING_TOO_MANY:
+    if code == header.EP_ROUTING_TOO_MANY:
         _raise_too_many(token, k, value, num_topk)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ep_comm import _native
-from ep_comm._native import structs
+from ep_comm._native import header
 
 
 def select_probabilities(probs_TE: Tensor, topk_idx_TK: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def _launch(
     ctx: Any,
 ) -> None:
     num_tokens, num_topk = topk_idx_TK.shape
-    args = structs.ProbabilitiesArgs(
+    args = header.ProbabilitiesArgs(
         input=input.data_ptr(),
         topk_idx=topk_idx_TK.data_ptr(),
         output=output.data_ptr(),

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ep_comm._native import structs
+from ep_comm._native import header
 from ep_comm.telemetry.records import Interval, OpRecord
 
 RING_LENGTH = 1024
-_RECORD_BYTES = ctypes.sizeof(structs.Record)
+_RECORD_BYTES = ctypes.sizeof(header.Record)
 
 
 class DeviceRecorder:
@@ -78,7 +78,7 @@ class DeviceRecorder:
         ]
 
     def _record(self, op: str, epoch: int, row_bytes: int, raw: bytes) -> OpRecord:
-        record = structs.Record.from_buffer_copy(raw)
+        record = header.Record.from_buffer_copy(raw)
         rows = tuple(record.num_rows[: self._num_ranks])
         waits = [wait / 1e9 for wait in record.longest_wait_ns[: self._num_ranks]]
         waits[self._rank] = 0.0  # its own blocks, for one another

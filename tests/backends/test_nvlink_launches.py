@@ -12,7 +12,7 @@ import torch
 from virtual_ranks import VirtualBuffer
 
 from ep_comm import EPConfig, EventOverlap
-from ep_comm._native import structs
+from ep_comm._native import header
 from ep_comm.backends.nvlink import backend as nvlink
 from ep_comm.backends.nvlink import streams as nvlink_streams
 from ep_comm.backends.nvlink.backend import NVLinkBackend
@@ -59,13 +59,13 @@ class Launches:
 
 def make_backend(config: EPConfig) -> NVLinkBackend:
     """By its own constructor; what that asks of CUDA is answered for a CPU."""
-    mailbox = structs.Mailbox()
+    mailbox = header.Mailbox()
     mailbox.num_sent_tokens[0], mailbox.num_recv_tokens[1] = 10, 7
     mailbox.num_tokens_per_expert[0] = 9
     memory = mock.Mock(
         rank=0, num_ranks=2,
         mailbox=mailbox, mailbox_address=0, fault_address=0, notice_address=0,
-        counters=torch.zeros(3, 64, dtype=torch.int32), node=lambda *_: structs.Node(),
+        counters=torch.zeros(3, 64, dtype=torch.int32), node=lambda *_: header.Node(),
     )  # fmt: skip
     cpu = torch.device("cpu", 0)
     answers = {
@@ -136,7 +136,7 @@ def test_arrays_of_a_routing_stand_where_kernels_look_for_them(backend, capacity
     if capacity is None:  # nobody knows yet how many rows will come
         assert routing.native.entries == backend._planned_entries.data_ptr()
         assert routing.places["entries"][1] == 0 and first_word.pop("entries")
-    for name, kind in structs.Routing._fields_:
+    for name, kind in header.Routing._fields_:
         if kind is ctypes.c_void_p:
             if name in first_word:
                 address = getattr(routing.native, name)
@@ -370,7 +370,7 @@ def test_rows_quantised_after_the_plan_are_waited_for(backend):
 
 
 def test_what_was_started_outlives_an_error(backend):
-    backend.memory.mailbox.routing_error[0] = structs.EP_ROUTING_OUT_OF_RANGE
+    backend.memory.mailbox.routing_error[0] = header.EP_ROUTING_OUT_OF_RANGE
     with pytest.raises(EPRoutingError):
         dispatch(backend, plan(backend))
     backend.native.take()
@@ -412,7 +412,7 @@ def test_records_are_what_the_kernels_wrote():
     recorder.start("dispatch", 0)
     recorder.set_row_bytes(100)
     recorder.start("combine", 7)
-    written = structs.Record(begin_ns=1_000, end_ns=4_000)
+    written = header.Record(begin_ns=1_000, end_ns=4_000)
     written.num_rows[:3] = 5, 6, 2
     written.longest_wait_ns[:3] = 0, 900, 2_000
     recorder._ring[0] = torch.frombuffer(bytearray(written), dtype=torch.uint8)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ep_comm import EPTimeoutError
-from ep_comm._native import structs
+from ep_comm._native import header
 from ep_comm.backends.nvlink.farewell import Farewell
 from ep_comm.backends.nvlink.memory import NodeMemory
 from ep_comm.telemetry.watch import Wait
@@ -30,13 +30,13 @@ def test_memory_is_given_back_only_without_a_fault(fault, monkeypatch):
             return [1, 3] if fault == "late rank" else []
 
     memory = NodeMemory.__new__(NodeMemory)
-    memory.rank, memory._timeout_s, memory._fault = 0, 2.0, structs.Fault()
+    memory.rank, memory._timeout_s, memory._fault = 0, 2.0, header.Fault()
     memory.tensor = memory._keep = object()
     memory._farewell = Watched()
 
     def give_up() -> None:
-        memory._fault.code, memory._fault.peer = structs.EP_FAULT_TIMEOUT, 1
-        memory._fault.op, memory._fault.phase = structs.EP_OP_COMBINE, structs.EP_PHASE_ROWS
+        memory._fault.code, memory._fault.peer = header.EP_FAULT_TIMEOUT, 1
+        memory._fault.op, memory._fault.phase = header.EP_OP_COMBINE, header.EP_PHASE_ROWS
 
     def synchronize() -> None:
         done.append("synchronized")
@@ -64,12 +64,12 @@ def test_memory_is_given_back_only_without_a_fault(fault, monkeypatch):
     waits = fault in ("none", "late rank")
     assert done[3:] == (["waited 2 s at most"] if waits else [])
     assert (memory.tensor is None) == (memory._keep is None) == (fault == "none")
-    memory._fault.code, memory._is_given_up = structs.EP_FAULT_NONE, False  # nothing to leak
+    memory._fault.code, memory._is_given_up = header.EP_FAULT_NONE, False  # nothing to leak
 
 
 def test_a_broken_gpu_does_not_keep_a_failed_buffer_from_being_destroyed(monkeypatch):
     memory = NodeMemory.__new__(NodeMemory)
-    memory._fault, memory._is_given_up = structs.Fault(), True
+    memory._fault, memory._is_given_up = header.Fault(), True
 
     def broken() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -84,12 +84,12 @@ def test_a_broken_gpu_does_not_keep_a_failed_buffer_from_being_destroyed(monkeyp
 
 def test_long_waits_are_read_from_host_memory():
     memory = NodeMemory.__new__(NodeMemory)
-    memory._fault, memory._is_given_up = structs.Fault(), False
-    memory._progress = progress = structs.Progress()
+    memory._fault, memory._is_given_up = header.Fault(), False
+    memory._progress = progress = header.Progress()
     assert memory.waits() == []
-    progress.combine[7] = structs.EP_PHASE_ROWS << 32 | 12
-    progress.dispatch[1] = structs.EP_PHASE_PLAN << 32 | 2**32 - 1
-    progress.dispatch[3] = structs.EP_PHASE_CREDIT << 32 | 0
+    progress.combine[7] = header.EP_PHASE_ROWS << 32 | 12
+    progress.dispatch[1] = header.EP_PHASE_PLAN << 32 | 2**32 - 1
+    progress.dispatch[3] = header.EP_PHASE_CREDIT << 32 | 0
     assert memory.waits() == [
         Wait(op="dispatch", phase="plan", epoch=2**32 - 1, rank=1),
         Wait(op="dispatch", phase="credit", epoch=1, rank=3),  # which operation 1 waits for
@@ -104,9 +104,9 @@ def test_each_kind_of_operation_has_its_words(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *size, pin_memory=None, **how: zeros(*size, **how))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     memory = NodeMemory(1, zeros(1), [1, 2], 2.0, None, Farewell(1, []))
-    for op, name in ((structs.EP_OP_DISPATCH, "dispatch"), (structs.EP_OP_COMBINE, "combine")):
+    for op, name in ((header.EP_OP_DISPATCH, "dispatch"), (header.EP_OP_COMBINE, "combine")):
         words = (ctypes.c_int64 * 2).from_address(memory.node(op, 0).progress)
-        words[0] = structs.EP_PHASE_ROWS << 32 | 5  # as a kernel would
+        words[0] = header.EP_PHASE_ROWS << 32 | 5  # as a kernel would
         assert memory.waits() == [Wait(name, "rows", 5, 0)]
         words[0] = 0
     assert memory.waits() == [] and not memory.has_fault and memory.mailbox.ticket == 0

@@ -21,11 +21,10 @@ from setuptools.dist import Distribution
 from setuptools.errors import CompileError
 
 from ep_comm import _native
-from ep_comm._native import structs
+from ep_comm._native import header
 from ep_comm.errors import EPArgumentError, EPStateError
 
 ROOT = Path(__file__).resolve().parents[2]
-HEADER = ROOT / "csrc" / "include" / "ep_comm.h"
 
 
 @pytest.fixture
@@ -83,33 +82,58 @@ def test_header_is_c11(tmp_path):
         '#include "ep_comm.h"\nint64_t size(void) { return sizeof(ep_layout_args); }\n'
     )
     gcc = tool("gcc")
-    flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-pedantic", f"-I{HEADER.parent}"]
+    flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-pedantic", f"-I{header.PATH.parent}"]
     subprocess.run([gcc, *flags, "-c", source, "-o", tmp_path / "header.o"], check=True)
 
 
-def test_constants_mirror_the_header():
-    pairs = re.findall(r"^(?:#define )?\s*(EP_[A-Z0-9_]+) (?:= )?(\d+)", HEADER.read_text(), re.M)
-    constants = {name: int(value) for name, value in pairs}
-    assert constants.pop("EP_ABI_VERSION") == _native.ABI_VERSION
-    mirrored = {name: value for name, value in vars(structs).items() if name.startswith("EP_")}
-    assert mirrored == constants
+def test_header_is_read_as_a_compiler_reads_it(tmp_path):
+    """Sizes, offsets and constants in C against those in Python."""
+    wanted = dict(header.CONSTANTS)
+    for name, struct in header.STRUCTS.items():
+        wanted[f"sizeof({name})"] = ctypes.sizeof(struct)
+        for field, *_ in struct._fields_:
+            wanted[f"offsetof({name}, {field})"] = getattr(struct, field).offset
+            wanted[f"sizeof((({name}*)0)->{field})"] = getattr(struct, field).size
+    assert len(header.STRUCTS) >= 14 and len(wanted) > 300
+    lines = "".join(f'  printf("%ld\\n", (long)({what}));\n' for what in wanted)
+    source = tmp_path / "sizes.c"
+    source.write_text(
+        '#include "ep_comm.h"\n#include <stddef.h>\n#include <stdio.h>\n'
+        f"int main(void) {{\n{lines}  return 0;\n}}\n"
+    )
+    binary = tmp_path / "sizes"
+    subprocess.run(
+        [
+            tool("gcc"),
+            f"-I{header.PATH.parent}",
+            source,
+            "-o",
+            binary,
+            "-Wl,--unresolved-symbols=ignore-all",
+        ],
+        check=True,
+    )
+    got = dict(zip(wanted, map(int, output_of(binary).split()), strict=True))
+    assert got == wanted
+
+
+def test_what_the_header_does_not_declare():
+    with pytest.raises(AttributeError, match="ep_comm.h declares no EP_NOTHING"):
+        header.EP_NOTHING  # noqa: B018
 
 
 # ---- Built library -------------------------------------------------------------------------------
 
 
-def test_versions_and_struct_layouts_match(library):
-    # The constructor verifies both, so a library that loaded has passed.
-    assert library.abi_version == _native.ABI_VERSION
+def test_the_library_is_built_from_the_header(library):
+    # The constructor compares the digests, so a library that loaded has passed.
     assert str(library.path) in _native.status()
-    assert f"ABI version {_native.ABI_VERSION}" in _native.status()
 
 
 def test_exports_only_its_api(library):
     lines = output_of(tool("nm"), "-D", "--defined-only", library.path).splitlines()
     exported = {line.split()[-1] for line in lines}
-    declared = set(re.findall(r"^EP_API [\w *]*?(ep_\w+)\(", HEADER.read_text(), re.M))
-    assert exported == declared == {"ep_abi_version", *_native._FUNCTIONS}
+    assert exported == set(header.FUNCTIONS)
 
 
 def test_needs_neither_driver_nor_cuda_runtime(library):
@@ -120,8 +144,10 @@ def test_needs_neither_driver_nor_cuda_runtime(library):
 
 
 def test_loads_without_torch_in_a_bare_interpreter(library):
-    code = f"import ctypes; print(ctypes.CDLL({str(library.path)!r}).ep_abi_version())"
-    assert output_of(sys.executable, "-S", "-c", code).strip() == str(_native.ABI_VERSION)
+    code = (
+        f"import ctypes; print(ctypes.CDLL({str(library.path)!r}).ep_plan_scratch_bytes(8, 3, 2))"
+    )
+    assert output_of(sys.executable, "-S", "-c", code).strip() == "-1"
 
 
 def test_holds_code_for_its_architectures(library, nvcc, setup_module):
@@ -135,7 +161,7 @@ def test_refuses_bad_arguments_before_any_launch(library):
     def refusal(**fields: int) -> str:
         args = {"num_tokens": 1, "num_topk": 1, "num_experts": 4, "num_ranks": 2, **fields}
         with pytest.raises(EPArgumentError) as raised:
-            library.launch("ep_layout", structs.LayoutArgs(**args), 0)
+            library.launch("ep_layout", header.LayoutArgs(**args), 0)
         return str(raised.value)
 
     assert refusal(num_topk=33) == "libep_comm: num_topk = 33 is not in [1, 32]"
@@ -146,7 +172,7 @@ def test_refuses_bad_arguments_before_any_launch(library):
     )
     assert "input_kind = 3" in refusal(input_kind=3)
     assert "input is NULL" in refusal()
-    pointers = [name for name, kind in structs.LayoutArgs._fields_ if kind is ctypes.c_void_p]
+    pointers = [name for name, kind in header.LayoutArgs._fields_ if kind is ctypes.c_void_p]
     given = dict.fromkeys(pointers, 16)
     assert "send_slot is NULL" in refusal(**given | {"send_slot": 0})
     assert "workspace is not aligned to 16 bytes" in refusal(**given | {"workspace": 8})
@@ -159,7 +185,7 @@ def test_refuses_bad_arguments_before_any_launch(library):
 def test_reports_cuda_failures(library):
     memory = (ctypes.c_int32 * 8)()
     address = ctypes.addressof(memory)
-    args = structs.LayoutArgs(
+    args = header.LayoutArgs(
         num_tokens_per_rank=address,
         num_tokens_per_expert=address,
         error=address,
@@ -181,22 +207,19 @@ def test_missing_library_is_no_surprise(monkeypatch, fresh_loader, tmp_path, rec
     assert not recwarn.list
 
 
-def test_other_abi_version_names_both(monkeypatch, library, fresh_loader):
-    monkeypatch.setattr(_native, "ABI_VERSION", 999)
+@pytest.mark.parametrize("what", ["older", "other"])
+def test_library_of_another_header_is_refused(what, monkeypatch, library, fresh_loader, tmp_path):
+    if what == "other":
+        monkeypatch.setattr(header, "DIGEST", "0" * 64)
+    else:  # a library without the function that says what it was built from
+        source = tmp_path / "old.c"
+        source.write_text("int ep_abi_version(void) { return 8; }\n")
+        path = tmp_path / "libep_comm.so"
+        subprocess.run([tool("gcc"), "-shared", "-fPIC", source, "-o", path], check=True)
+        monkeypatch.setattr(_native, "LIBRARY_PATH", path)
     with pytest.warns(UserWarning, match="runs without its CUDA library"):
         assert _native.load() is None
-    assert f"has ABI version {library.abi_version}, this ep_comm needs version 999: rebuild" in (
-        _native.status()
-    )
-
-
-def test_other_struct_layout_is_refused(monkeypatch, library, fresh_loader):
-    class Shorter(ctypes.Structure):
-        _fields_ = structs.LayoutArgs._fields_[:-1]
-
-    monkeypatch.setattr(_native, "STRUCTS", {"ep_layout_args": Shorter})
-    with pytest.warns(UserWarning, match="lays out ep_layout_args as"):
-        assert _native.load() is None
+    assert "was built from another ep_comm.h than this ep_comm has: rebuild it" in _native.status()
 
 
 def test_broken_library_is_refused(monkeypatch, fresh_loader, tmp_path):
@@ -319,6 +342,6 @@ def test_bad_architecture_is_named(setup_module, monkeypatch, tmp_path):
 )
 def test_a_combine_that_cannot_be_is_refused_before_its_launch(library, change, message):
     sizes = dict(row_bytes=64, chunk_rows=4, chunks_per_unit=1, num_blocks=8, push_percent=40)
-    args = structs.CombineArgs(**{**sizes, **change})
+    args = header.CombineArgs(**{**sizes, **change})
     with pytest.raises(EPArgumentError, match=message):
         library.launch("ep_combine", args, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ep_comm._native import structs
+from ep_comm._native import header
 from ep_comm.backends.nvlink.memory import NodeMemory, Offsets
 from ep_comm.backends.nvlink.tuning import COMBINE_PUSH_PERCENT
 from ep_comm.config import EPConfig
@@ -13,9 +13,9 @@ from ep_comm.config import EPConfig
 class KernelArgs(NamedTuple):
     """One of each, which every call fills in anew."""
 
-    plan: structs.PlanArgs
-    dispatch: structs.DispatchArgs
-    combine: structs.CombineArgs
+    plan: header.PlanArgs
+    dispatch: header.DispatchArgs
+    combine: header.CombineArgs
 
 
 def kernel_args(
@@ -28,14 +28,14 @@ def kernel_args(
         scratch: Address of the plan's scratch memory.
         wire_bytes: Where kernels count what they send, see `NodeMemory.node`.
     """
-    dispatch_node = memory.node(structs.EP_OP_DISPATCH, wire_bytes)
+    dispatch_node = memory.node(header.EP_OP_DISPATCH, wire_bytes)
     sizes = dict(
         max_tokens=config.max_tokens_per_rank,
         max_chunks=offsets.max_chunks,
         num_local_experts=config.num_experts // memory.num_ranks,
     )
     return KernelArgs(
-        plan=structs.PlanArgs(
+        plan=header.PlanArgs(
             node=dispatch_node,
             scratch=scratch,
             mailbox=memory.mailbox_address,
@@ -49,7 +49,7 @@ def kernel_args(
             max_tokens=config.max_tokens_per_rank,
             hidden=config.hidden,
         ),
-        dispatch=structs.DispatchArgs(
+        dispatch=header.DispatchArgs(
             node=dispatch_node,
             counter=memory.counters[0].data_ptr(),
             flag_offset=offsets.dispatch_flags,
@@ -57,8 +57,8 @@ def kernel_args(
             slot_offset=offsets.dispatch_slots,
             **sizes,
         ),
-        combine=structs.CombineArgs(
-            node=memory.node(structs.EP_OP_COMBINE, wire_bytes),
+        combine=header.CombineArgs(
+            node=memory.node(header.EP_OP_COMBINE, wire_bytes),
             counters=memory.counters[1].data_ptr(),
             flag_offset=offsets.combine_flags,
             credit_offset=offsets.combine_credits,

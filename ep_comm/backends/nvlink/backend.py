@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_comm import _native, checks, fp8
-from ep_comm._native import structs
+from ep_comm._native import header
 from ep_comm.backends.base import Combined, Pending, Received
 from ep_comm.backends.nvlink import support
 from ep_comm.backends.nvlink.args import kernel_args
@@ -222,7 +222,7 @@ class NVLinkBackend:
         in_one = capacity is not None and (
             is_captured or (sms == self._available_sms and not selects_weights)
         )
-        stream = self._streams.begin(structs.EP_OP_DISPATCH, asynchronous, sms)
+        stream = self._streams.begin(header.EP_OP_DISPATCH, asynchronous, sms)
         record = self.recorder.start("dispatch", 0)
         self._num_plans += 1
         arena = torch.empty(total, dtype=torch.int32, device=self.device)
@@ -329,7 +329,7 @@ class NVLinkBackend:
 
     def _repeat(
         self,
-        args: structs.DispatchArgs,
+        args: header.DispatchArgs,
         handle: DispatchHandle,
         recv_dtype: torch.dtype,
         asynchronous: bool,
@@ -337,7 +337,7 @@ class NVLinkBackend:
     ) -> Received:
         """A dispatch whose routing is known: one kernel."""
         received = allocate_rows(args, handle, self.config.hidden, recv_dtype, self.device)
-        stream = self._streams.begin(structs.EP_OP_DISPATCH, asynchronous, sms)
+        stream = self._streams.begin(header.EP_OP_DISPATCH, asynchronous, sms)
         self._keep_for_current_stream(handle.routing)
         args.node.record = self.recorder.start("dispatch", args.row_bytes + args.scale_bytes)
         args.is_planned = args.is_behind_plan = False
@@ -358,7 +358,7 @@ class NVLinkBackend:
 
     def _first(
         self,
-        args: structs.DispatchArgs,
+        args: header.DispatchArgs,
         handle: DispatchHandle,
         recv_dtype: torch.dtype,
         first: FirstDispatch,
@@ -430,9 +430,9 @@ class NVLinkBackend:
         args.chunk_rows = chunk_tokens(COMBINE_CHUNK_BYTES, row_bytes)
         sms = self._sms(num_sms, asynchronous)
         args.chunks_per_unit = combine_chunks_per_unit(sms, args.chunk_rows)
-        args.dtype = structs.EP_BF16 if x.dtype == torch.bfloat16 else structs.EP_FP32
+        args.dtype = header.EP_BF16 if x.dtype == torch.bfloat16 else header.EP_FP32
         args.num_blocks = sms
-        stream = self._streams.begin(structs.EP_OP_COMBINE, asynchronous, sms)
+        stream = self._streams.begin(header.EP_OP_COMBINE, asynchronous, sms)
         self._keep_for_current_stream(routing)
         args.node.record = self.recorder.start("combine", row_bytes)
         self.native.launch("ep_combine", args, stream)

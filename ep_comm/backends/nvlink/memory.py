@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_comm._native import structs
+from ep_comm._native import header
 from ep_comm.backends.nvlink.farewell import Farewell
 from ep_comm.backends.nvlink.tuning import MIN_CHUNK_TOKENS
 from ep_comm.config import EPConfig
@@ -29,17 +29,17 @@ from ep_comm.telemetry.watch import Wait
 
 _ALIGNMENT = 256
 _PHASES = {
-    structs.EP_PHASE_CREDIT: "credit",
-    structs.EP_PHASE_PLAN: "plan",
-    structs.EP_PHASE_ROWS: "rows",
+    header.EP_PHASE_CREDIT: "credit",
+    header.EP_PHASE_PLAN: "plan",
+    header.EP_PHASE_ROWS: "rows",
 }
 _ROUTING_PROBLEMS = {
-    structs.EP_ROUTING_OUT_OF_RANGE: "no expert has number",
-    structs.EP_ROUTING_DUPLICATE: "a second time expert",
-    structs.EP_ROUTING_TOO_MANY: "one selected expert too many of",
+    header.EP_ROUTING_OUT_OF_RANGE: "no expert has number",
+    header.EP_ROUTING_DUPLICATE: "a second time expert",
+    header.EP_ROUTING_TOO_MANY: "one selected expert too many of",
 }
 _HOST_STRIDE = 128  # bytes between what the device writes
-_OPS = {structs.EP_OP_DISPATCH: "dispatch", structs.EP_OP_COMBINE: "combine"}
+_OPS = {header.EP_OP_DISPATCH: "dispatch", header.EP_OP_COMBINE: "combine"}
 # In the order of EP_FIELD_*.
 _FIELDS = ("num_topk", "hidden", "num_experts", "expert-major layout", "expert_alignment")
 
@@ -136,34 +136,34 @@ class NodeMemory:
         self._is_given_up = False
         self._keep = keep
         self._farewell: Farewell | None = farewell
-        self._addresses = (ctypes.c_void_p * structs.EP_MAX_NODE_RANKS)(*addresses)
+        self._addresses = (ctypes.c_void_p * header.EP_MAX_NODE_RANKS)(*addresses)
         # A row each for dispatch, combine and plan, so that they share no cache line.
         self.counters = torch.zeros(3, 64, dtype=torch.int32, device=tensor.device)
         self._epochs = torch.zeros(3, 64, dtype=torch.int32, device=tensor.device)
-        self._waits = torch.zeros(3, structs.EP_MAX_NODE_RANKS, dtype=torch.int64).to(tensor.device)
+        self._waits = torch.zeros(3, header.EP_MAX_NODE_RANKS, dtype=torch.int64).to(tensor.device)
         self.abort = torch.zeros(1, dtype=torch.int32, device=tensor.device)
         # Pinned host memory has one address for host and device.
-        small = (structs.Fault, structs.Notice, structs.Progress)
+        small = (header.Fault, header.Notice, header.Progress)
         assert max(map(ctypes.sizeof, small)) <= _HOST_STRIDE
-        num_bytes = len(small) * _HOST_STRIDE + ctypes.sizeof(structs.Mailbox)
+        num_bytes = len(small) * _HOST_STRIDE + ctypes.sizeof(header.Mailbox)
         self._host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
         self.fault_address = self._host.data_ptr()
         self.notice_address = self.fault_address + _HOST_STRIDE
         self._progress_address = self.notice_address + _HOST_STRIDE
         self.mailbox_address = self._progress_address + _HOST_STRIDE
-        self._fault = structs.Fault.from_address(self.fault_address)
-        self._notice = structs.Notice.from_address(self.notice_address)
-        self._progress = structs.Progress.from_address(self._progress_address)
-        self.mailbox = structs.Mailbox.from_address(self.mailbox_address)
+        self._fault = header.Fault.from_address(self.fault_address)
+        self._notice = header.Notice.from_address(self.notice_address)
+        self._progress = header.Progress.from_address(self._progress_address)
+        self.mailbox = header.Mailbox.from_address(self.mailbox_address)
         torch.cuda.synchronize()
 
-    def node(self, op: int, wire_bytes: int) -> structs.Node:
+    def node(self, op: int, wire_bytes: int) -> header.Node:
         """What the kernels of an operation (EP_OP_*) need to know of the others; they count what
         they send at the address `wire_bytes`."""
-        return structs.Node(
+        return header.Node(
             memory=self._addresses,
             fault=self.fault_address,
-            progress=self._progress_address + getattr(structs.Progress, _OPS[op]).offset,
+            progress=self._progress_address + getattr(header.Progress, _OPS[op]).offset,
             abort=self.abort.data_ptr(),
             epoch=self._epochs[op].data_ptr(),
             longest_wait_ns=self._waits[op].data_ptr(),
@@ -177,7 +177,7 @@ class NodeMemory:
     @property
     def has_fault(self) -> bool:
         """Whether a kernel has given up; those after it then do too."""
-        return self._fault.code != structs.EP_FAULT_NONE
+        return self._fault.code != header.EP_FAULT_NONE
 
     def waits(self) -> list[Wait]:
         """For whom kernels have been waiting for more than a second; after a fault, for whom they
@@ -207,7 +207,7 @@ class NodeMemory:
                 once.
         """
         self.check_fault()
-        if self._notice.code != structs.EP_NOTICE_NONE:
+        if self._notice.code != header.EP_NOTICE_NONE:
             raise self._take_notice()
 
     def _take_notice(self) -> EPError:
@@ -217,10 +217,10 @@ class NodeMemory:
         too_many = EPTooManyTokensError(
             tuple(notice.asked_tokens[: self.num_ranks]), notice.capacity
         )
-        notice.code = structs.EP_NOTICE_NONE
-        if code == structs.EP_NOTICE_OVERFLOW:
+        notice.code = header.EP_NOTICE_NONE
+        if code == header.EP_NOTICE_OVERFLOW:
             return overflow
-        if code == structs.EP_NOTICE_TOO_MANY:
+        if code == header.EP_NOTICE_TOO_MANY:
             return too_many
         kind, token, place, value = routing_error
         return EPRoutingError(
@@ -231,14 +231,14 @@ class NodeMemory:
     def _error(self) -> EPError:
         fault = self._fault
         op = _OPS[fault.op]
-        if fault.field == structs.EP_FIELD_CALL:
+        if fault.field == header.EP_FIELD_CALL:
             return EPMismatchError(
                 f"ranks disagree: rank {self.rank} and rank {fault.peer} made different {op} "
                 "calls: handles of different dispatches, a new dispatch and a cached one, or "
                 "another dtype, FP8 or probabilities on one side only. Every rank of the group "
                 "must make the same calls, in the same order, with the same settings."
             )
-        if fault.code == structs.EP_FAULT_MISMATCH:
+        if fault.code == header.EP_FAULT_MISMATCH:
             field = _FIELDS[fault.field]
             return EPMismatchError(
                 f"ranks disagree: rank {self.rank} has {field}={fault.expected}; rank "
@@ -337,7 +337,7 @@ def _symmetric(
 
 def _phase_and_epoch(phase: int, expected: int) -> tuple[str, int]:
     """Of a wait (EP_PHASE_*): a credit is for the operation before."""
-    return _PHASES[phase], expected + (phase == structs.EP_PHASE_CREDIT)
+    return _PHASES[phase], expected + (phase == header.EP_PHASE_CREDIT)
 
 
 _leaked: list = []

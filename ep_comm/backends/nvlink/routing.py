@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from ep_comm._native import structs
+from ep_comm._native import header
 from ep_comm.handle import RoutingSizes
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def native_routing(
     expert_major: bool,
     last_entry: int,
     entries: int,
-) -> structs.Routing:
+) -> header.Routing:
     """The index arrays in the allocation at address `arena`, for kernels; not to be changed. Where
     it has no entries, they are at address `entries`.
 
@@ -69,7 +69,7 @@ def native_routing(
     addresses = {name: arena + 4 * first for name, (first, _) in places.items()}
     if not num_entries:
         addresses["entries"] = entries
-    return structs.Routing(
+    return header.Routing(
         **addresses,
         num_tokens=num_tokens,
         num_topk=num_topk,
@@ -81,7 +81,7 @@ def native_routing(
 
 @dataclass(kw_only=True, eq=False)
 class NVLinkRouting:
-    """See `ep_comm.handle.Routing`. The index arrays of csrc/include/ep_comm.h's ``ep_routing``.
+    """See `ep_comm.handle.Routing`. The index arrays of ep_comm/_native/ep_comm.h's ``ep_routing``.
 
     Where the host waits for the counts, the entries of received rows are an allocation of their
     own, as large as what came. Until the first dispatch copies them there they are the buffer's.
@@ -97,7 +97,7 @@ class NVLinkRouting:
     """
 
     backend: NVLinkBackend
-    native: structs.Routing
+    native: header.Routing
     number: int
     expert_alignment: int
     capacity: int | None
@@ -114,7 +114,7 @@ class NVLinkRouting:
         """Memory for the entries of so many rows, instead of the buffer's."""
         entries = self.arena.new_empty(num_received * entry_size(self.num_topk))
         self.memory = (self.arena, entries)
-        self.native = structs.Routing.from_buffer_copy(self.native)
+        self.native = header.Routing.from_buffer_copy(self.native)
         self.native.entries = entries.data_ptr()
 
     @property

@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ep_comm import fp8
-from ep_comm._native import structs
+from ep_comm._native import header
 from ep_comm.backends.base import Received
 from ep_comm.backends.nvlink.routing import NVLinkRouting
 from ep_comm.backends.nvlink.tuning import DISPATCH_CHUNK_BYTES, chunk_tokens
 from ep_comm.handle import DispatchHandle
 from ep_comm.routing.layout import index_dtype
 
-_RECV_KINDS = {torch.bfloat16: structs.EP_RECV_BF16, torch.float32: structs.EP_RECV_FP32}
+_RECV_KINDS = {torch.bfloat16: header.EP_RECV_BF16, torch.float32: header.EP_RECV_FP32}
 
 
 def whole_weight_rows(weights: Tensor | None) -> Tensor | None:
@@ -27,7 +27,7 @@ def whole_weight_rows(weights: Tensor | None) -> Tensor | None:
 
 
 def describe_rows(
-    args: structs.DispatchArgs,
+    args: header.DispatchArgs,
     routing: NVLinkRouting,
     x: Tensor,
     scales: Tensor | None,
@@ -44,13 +44,13 @@ def describe_rows(
     args.scale_bytes = 0 if scales is None else scales.shape[1] * 4
     args.weight_bytes = 0 if weights is None else routing.native.num_topk4 * 4
     args.chunk_tokens = chunk_tokens(DISPATCH_CHUNK_BYTES, row_bytes)
-    args.recv_kind = structs.EP_RECV_BYTES
+    args.recv_kind = header.EP_RECV_BYTES
     if scales is not None and recv_dtype != fp8.FP8_DTYPE:
         args.recv_kind = _RECV_KINDS[recv_dtype]
 
 
 def allocate_rows(
-    args: structs.DispatchArgs,
+    args: header.DispatchArgs,
     handle: DispatchHandle,
     hidden: int,
     recv_dtype: torch.dtype,
@@ -77,7 +77,7 @@ def allocate_rows(
 
 
 def allocate_experts(
-    args: structs.DispatchArgs, handle: DispatchHandle, source: Tensor, device: torch.device
+    args: header.DispatchArgs, handle: DispatchHandle, source: Tensor, device: torch.device
 ) -> Tensor:
     """Local experts of the rows [N, K], for a first dispatch of the rank layout to fill; in the
     type of those of its `source`."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.cuda import ExternalStream
 
-from ep_comm._native import NativeLibrary, structs
+from ep_comm._native import NativeLibrary, header
 from ep_comm.events import EventOverlap
 
 
@@ -63,7 +63,7 @@ class Streams:
             weakref.finalize(self, self._in_flight.forget, key)
 
     def _keys(self) -> list[tuple[int, int]]:
-        return [(id(self), op) for op in (structs.EP_OP_DISPATCH, structs.EP_OP_COMBINE)]
+        return [(id(self), op) for op in (header.EP_OP_DISPATCH, header.EP_OP_COMBINE)]
 
     @property
     def current(self) -> int:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ep_comm import _native
-from ep_comm._native import structs
+from ep_comm._native import header
 from ep_comm.backends.reference.messages import backend_by_device_type
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError
@@ -94,8 +94,8 @@ def reason_here(num_ranks: int, config: EPConfig) -> str | None:
     reason = _native.unusable_reason(torch.cuda.current_device())
     if reason is not None:
         return reason
-    if num_ranks > structs.EP_MAX_NODE_RANKS:
-        return f"{num_ranks} ranks, at most {structs.EP_MAX_NODE_RANKS} of one host"
+    if num_ranks > header.EP_MAX_NODE_RANKS:
+        return f"{num_ranks} ranks, at most {header.EP_MAX_NODE_RANKS} of one host"
     row_bytes = config.hidden * 2
     if row_bytes % 16:
         return f"rows of {row_bytes} bytes are not a multiple of 16"

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ep_comm import _native
-from ep_comm._native import structs
+from ep_comm._native import header
 from ep_comm.bench.timing import Stopwatch
 from ep_comm.job.start import UserError
 
@@ -58,14 +58,14 @@ def measure_limit(watch: Stopwatch) -> Limit:
         reason = _native.unusable_reason(watch.device.index)
         raise UserError(f"the CUDA library cannot be used: {reason}")
     native.load_kernels()
-    num_ranks, row_bytes = dist.get_world_size(), structs.EP_PROBE_ROW_BYTES
+    num_ranks, row_bytes = dist.get_world_size(), header.EP_PROBE_ROW_BYTES
     wire_bytes = (num_ranks - 1) * _NUM_ROWS * row_bytes
     source = torch.zeros(_NUM_ROWS * row_bytes, dtype=torch.uint8, device=watch.device)
     memory = symmetric_memory.empty(wire_bytes, dtype=torch.uint8, device=watch.device)
     mapped = symmetric_memory.rendezvous(memory, dist.group.WORLD)
-    args = structs.ProbeArgs(
-        node=structs.Node(
-            memory=(ctypes.c_void_p * structs.EP_MAX_NODE_RANKS)(*mapped.buffer_ptrs),
+    args = header.ProbeArgs(
+        node=header.Node(
+            memory=(ctypes.c_void_p * header.EP_MAX_NODE_RANKS)(*mapped.buffer_ptrs),
             rank=dist.get_rank(),
             num_ranks=num_ranks,
         ),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ep_comm import EPConfig
-from ep_comm._native import structs
+from ep_comm._native import header
 from ep_comm.bench.ops.routing import RoutingSpec
 from ep_comm.handle import RowLayout
 from ep_comm.job.start import UserError
@@ -58,10 +58,10 @@ class Settings:
             if value < 1:
                 raise UserError(f"--{name} {value} must be positive")
         _, hidden, experts, topk = self.shape
-        if topk > min(experts, structs.EP_MAX_TOPK):
+        if topk > min(experts, header.EP_MAX_TOPK):
             raise UserError(
-                f"--topk {topk} is more than {min(experts, structs.EP_MAX_TOPK)}, the lesser of "
-                f"--experts and the kernels' {structs.EP_MAX_TOPK}"
+                f"--topk {topk} is more than {min(experts, header.EP_MAX_TOPK)}, the lesser of "
+                f"--experts and the kernels' {header.EP_MAX_TOPK}"
             )
         multiple = 512 if self.fp8 else 8
         if hidden % multiple:
@@ -80,9 +80,9 @@ class Settings:
             num_ranks: Ranks of the job.
             available_sms: SMs of each GPU.
         """
-        if not 2 <= num_ranks <= structs.EP_MAX_NODE_RANKS:
+        if not 2 <= num_ranks <= header.EP_MAX_NODE_RANKS:
             raise UserError(
-                f"{num_ranks} rank(s): bench measures 2 to {structs.EP_MAX_NODE_RANKS} GPUs of one "
+                f"{num_ranks} rank(s): bench measures 2 to {header.EP_MAX_NODE_RANKS} GPUs of one "
                 "host; pass torchrun another --nproc_per_node"
             )
         experts = self.shape.experts
