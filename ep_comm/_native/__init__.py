@@ -1,4 +1,4 @@
-"""The CUDA library ``libep_comm.so`` through ctypes: loaded once, and built from this ``ep_comm.h``.
+"""The CUDA library ``libep_comm.so`` through ctypes: loaded once, built from this ``ep_comm.h``.
 
 The library has a plain C ABI and needs no NVIDIA driver to load, so `status` says on any machine
 whether there is a build that fits.
