@@ -1,4 +1,4 @@
-// A warp's size, its mask, the place of a thread in it, and sums over its lanes.
+// A warp's size, its mask, the place of a thread in it, and sums over its lanes; whole divisions.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,9 @@ namespace ep {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
+
+__host__ __device__ inline int32_t ceil_div(int32_t a, int32_t b) { return a / b + (a % b != 0); }
+__host__ __device__ inline int32_t round_up(int32_t a, int32_t b) { return (a + b - 1) / b * b; }
 
 __device__ inline int32_t lane_id() { return threadIdx.x % kWarpSize; }
 

@@ -38,10 +38,10 @@ __global__ void __launch_bounds__(kMaxWarps * kWarpSize)
 Ring make_ring(const ep_dispatch_args& args) {
   Ring ring{};
   const int32_t wanted = slot_bytes(args) + 2 * args.routing.num_topk4 * 4;
-  ring.stage_bytes = (wanted + 127) / 128 * 128;
+  ring.stage_bytes = round_up(wanted, kStageAlignment);
   ring.converted_bytes = args.recv_kind == EP_RECV_BYTES || args.num_expand_blocks == 0
                              ? 0
-                             : (out_row_bytes(args) + 127) / 128 * 128;
+                             : round_up(out_row_bytes(args), kStageAlignment);
   constexpr int32_t kRoom = kMaxShared - 1024;
   // Three stages a warp, or two where a row is so long that not even one warp has three.
   for (int32_t stages = 3; stages >= 2 && ring.num_warps == 0; --stages) {

@@ -140,7 +140,7 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
   const int32_t indices_bytes = needs_experts ? 2 * index_bytes : index_bytes;
   const int32_t out_bytes = out_row_bytes(args);
   ptx::wait_for_kernel_before();    // is_behind_plan: the plan's second one
-  ptx::fence_proxy_async_global();  // output rows are read by bulk loads
+  fence_for_bulk();                 // output rows are read by bulk loads
   // After a fault in the plan there are no indices: with a given number of rows nobody stopped this.
   if (__any_sync(kFullWarp, aborted(node))) return;
   const bool copies = args.is_planned && args.planned_entries != nullptr;
@@ -186,7 +186,7 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
         arrived = is_of_this_epoch(flag);
       }
       if (arrived && !same_call(node, stamp, flag_stamp(flag), source)) arrived = false;
-      ptx::fence_proxy_async_global();  // the rows are read by bulk loads
+      fence_for_bulk();  // the rows are read by bulk loads
     }
     if (!__shfl_sync(kFullWarp, arrived, 0)) return false;
     flag = __shfl_sync(kFullWarp, flag, 0);
@@ -204,17 +204,15 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
       load_own_token(args, stages, i, unit.first + j, indices_bytes);
     } else {
       const int64_t region = region_of(unit.source, node.rank, num_ranks);
-      ptx::barrier_expect(stages.barrier(i), bytes + indices_bytes);
-      ptx::bulk_load(stages.stage(i),
-                     node.memory[node.rank] + args.slot_offset +
-                         (region * args.max_tokens + slot) * stride,
-                     bytes, stages.barrier(i));
+      stages.expect(i, bytes + indices_bytes);
+      stages.load(i, 0,
+                  node.memory[node.rank] + args.slot_offset +
+                      (region * args.max_tokens + slot) * stride,
+                  bytes);
     }
     const int32_t n = unit.first_of_source + slot;
     static_assert(kLocalExperts == kRowOfK + 1, "the experts stand behind the output rows");
-    ptx::bulk_load(stages.stage(i) + rows_offset,
-                   entries + place_in_entries(args.routing, n, kRowOfK), indices_bytes,
-                   stages.barrier(i));
+    stages.load(i, rows_offset, entries + place_in_entries(args.routing, n, kRowOfK), indices_bytes);
   };
 
   // Scales of the row in `stage`, for lane k's output row and its expert.
@@ -222,9 +220,9 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
     const uint8_t* const scales = stage + args.row_bytes;
     if (!args.routing.expert_major) {
       if (row >= 0) {
-        ptx::bulk_store(reinterpret_cast<uint8_t*>(args.recv_scales) +
-                            static_cast<int64_t>(row) * args.scale_bytes,
-                        scales, args.scale_bytes);
+        store_bulk(reinterpret_cast<uint8_t*>(args.recv_scales) +
+                       static_cast<int64_t>(row) * args.scale_bytes,
+                   scales, args.scale_bytes);
       }
       return;
     }
@@ -253,21 +251,19 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
     const uint8_t* out = stage;
     if (args.recv_kind != EP_RECV_BYTES) {
       out = stages.converted();
-      ptx::bulk_wait_read<0>();  // the row before may still be read from there
-      __syncwarp();
+      stages.begin_conversion();
       if (args.recv_kind == EP_RECV_BF16) {
         convert(args, stage, reinterpret_cast<__nv_bfloat16*>(stages.converted()));
       } else {
         convert(args, stage, reinterpret_cast<float*>(stages.converted()));
       }
-      ptx::fence_proxy_async_shared();
-      __syncwarp();
+      stages.end_conversion();
     }
     if (row >= 0) {
-      ptx::bulk_store(args.recv_x + static_cast<int64_t>(row) * out_bytes, out, out_bytes);
+      store_bulk(args.recv_x + static_cast<int64_t>(row) * out_bytes, out, out_bytes);
     }
     if (args.recv_scales != nullptr) store_scales(stage, row, expert);
-    ptx::bulk_commit();
+    end_group();
     if (args.routing.expert_major) {
       if (args.recv_weights != nullptr && row >= 0) args.recv_weights[row] = weights[lane];
       return;
@@ -299,15 +295,14 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
       }
       const int32_t j = __ffs(unit.rows) - 1;
       unit.rows &= unit.rows - 1;
-      ptx::bulk_wait_read<1>();
-      __syncwarp();
+      stages.wait_for_room();
       if (lane == 0) load(loaded, unit, j);
       ++loaded;
     }
     if (loaded == stored) break;  // nothing left, or a fault
     store(stored++);
   }
-  ptx::bulk_wait_written<0>();
+  wait_until_written<0>();
 }
 
 }  // namespace ep::dispatch

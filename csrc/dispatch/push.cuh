@@ -33,7 +33,7 @@ __device__ inline void push(const ep_dispatch_args& args, const Stages& stages, 
   bool may_send = !aborted(node);  // after a fault elsewhere the input may be garbage
   if (may_send && sends) {
     may_send = wait_credit(node, args.credit_offset, epoch, peer);
-    ptx::fence_proxy_async_global();  // the slots are written by bulk stores
+    fence_for_bulk();  // the slots are written by bulk stores
   }
   if (!__all_sync(kFullWarp, may_send)) return;
 
@@ -71,21 +71,20 @@ __device__ inline void push(const ep_dispatch_args& args, const Stages& stages, 
       stages.wait(i);
       if (slot >= 0) {
         if (current.count++ == 0) current.first = slot;
-        ptx::bulk_store(slots + slot * stride, stages.stage(i), bytes);
+        store_bulk(slots + slot * stride, stages.stage(i), bytes);
       }
     }
-    ptx::bulk_commit();  // every lane, every token: one group each
+    end_group();  // every lane, every token: one group each
     if (i % chunk_tokens == kFlagLag && landing.chunk >= 0) {
-      ptx::bulk_wait_written<kFlagLag + 1>();
+      wait_until_written<kFlagLag + 1>();
       raise(landing);
       landing.chunk = -1;
     }
     // The stage of token i - 1 is the next to be filled.
-    ptx::bulk_wait_read<1>();
-    __syncwarp();
+    stages.wait_for_room();
     load(i + ahead);
   }
-  ptx::bulk_wait_written<0>();
+  wait_until_written<0>();
   raise(landing);
   raise(current);
 }

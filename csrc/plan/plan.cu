@@ -69,7 +69,7 @@ int32_t launch_receive(const ep_plan_args& args, Scratch scratch, cudaStream_t s
   Receive& receive = scratch.receive;
   const int32_t blocks = std::clamp(args.num_receive_blocks, 1, receive.max_chunks);
   receive.chunks_per_group = std::clamp(kMaxGroupWords / num_local_experts, 1,
-                                        layout::ceil_div(receive.max_chunks, blocks));
+                                        ceil_div(receive.max_chunks, blocks));
   receive_kernel<<<blocks, kThreads, receive.shared_bytes(num_local_experts), stream>>>(args,
                                                                                        scratch);
   return check_cuda(cudaGetLastError(), "ep_plan: receive_kernel");

@@ -52,7 +52,6 @@ struct Workspace {
   uint32_t* chunk_tokens;  // [C, R] bit t: token t of the chunk goes to the rank
 };
 
-__host__ __device__ inline int32_t ceil_div(int32_t a, int32_t b) { return a / b + (a % b != 0); }
 
 inline Shape make_shape(int64_t num_tokens, int32_t num_topk, int32_t num_experts,
                         int32_t num_ranks, int32_t max_blocks) {
