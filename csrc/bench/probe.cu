@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kWarps * kWarpSize)
 int32_t ep_probe(const ep_probe_args* args, void* stream) {
   if (args->num_blocks < 1) return ep::fail(EP_ERR_ARGUMENT, "no blocks to launch");
   // Here and not in ep_load_kernels: it costs other users nothing, and nothing spins beside it.
-  const int32_t status = ep::load_with_shared(reinterpret_cast<const void*>(probe_kernel),
-                                              kSharedBytes, "probe kernel");
+  const int32_t status = ep::load_kernel(reinterpret_cast<const void*>(probe_kernel),
+                                         "probe kernel", ep::Setup::kShared, kSharedBytes);
   if (status != EP_OK) return status;
   probe_kernel<<<args->num_blocks, kWarps * kWarpSize, kSharedBytes,
                  static_cast<cudaStream_t>(stream)>>>(*args);

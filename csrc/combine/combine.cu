@@ -344,22 +344,10 @@ constexpr Kernel kKernels[2][2] = {
     {combine_kernel<float, false>, combine_kernel<float, true>},
 };
 
+const Kernels kernels("combine kernels", Setup::kShared, kMaxTeamShared, kKernels[0][0],
+                      kKernels[0][1], kKernels[1][0], kKernels[1][1]);
+
 }  // namespace
-
-namespace ep {
-
-int32_t load_combine_kernels() {
-  for (const auto& of_dtype : kKernels) {
-    for (const Kernel kernel : of_dtype) {
-      const int32_t status = load_with_shared(reinterpret_cast<const void*>(kernel),
-                                              kMaxTeamShared, "combine kernels");
-      if (status != EP_OK) return status;
-    }
-  }
-  return EP_OK;
-}
-
-}  // namespace ep
 
 int32_t ep_combine(const ep_combine_args* args, void* stream) {
   if (args->row_bytes < 16 || args->row_bytes % 16) {

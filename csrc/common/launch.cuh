@@ -1,4 +1,4 @@
-// How a failure gets from inside the library to ep_last_error(), and how kernels are loaded.
+// How a failure gets from inside the library to ep_last_error(), and how kernels are loaded (load.cu).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,32 +15,43 @@ int32_t fail(int32_t status, const char* format, ...) __attribute__((format(prin
 // EP_OK, or EP_ERR_CUDA with a text that says what failed (`what`) and CUDA's reason.
 int32_t check_cuda(cudaError_t error, const char* what);
 
-// Load all kernels of a file on the current device, see load.cu.
-int32_t load_layout_kernels();
-int32_t load_plan_kernels();
-int32_t load_dispatch_kernels();
-int32_t load_combine_kernels();
-int32_t load_quantize_kernels();
-int32_t load_probability_kernels();
+// How a kernel is set up when it is loaded.
+enum class Setup {
+  kPlain,
+  // Its blocks may have `shared_bytes` of dynamic shared memory.
+  kShared,
+  // Its blocks leave room on their SM for those of a dispatch: an SM that is set up for little shared
+  // memory could not take one before it is idle.
+  kBesideDispatch
+};
 
 // Loads `kernel` on the current device.
-inline int32_t load_kernel(const void* kernel, const char* what) {
-  cudaFuncAttributes attributes;
-  return check_cuda(cudaFuncGetAttributes(&attributes, kernel), what);
-}
+int32_t load_kernel(const void* kernel, const char* what, Setup setup, int32_t shared_bytes = 0);
 
-// Loads one whose blocks may have `bytes` of dynamic shared memory.
-inline int32_t load_with_shared(const void* kernel, int32_t bytes, const char* what) {
-  return check_cuda(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), what);
-}
+// Kernels of a file that ep_load_kernels loads: a static object of each.
+class Kernels {
+ public:
+  template <typename... Kernel>
+  Kernels(const char* what, Setup setup, int32_t shared_bytes, Kernel... kernels)
+      : kernels_{reinterpret_cast<const void*>(kernels)...},
+        what_(what),
+        setup_(setup),
+        shared_bytes_(shared_bytes),
+        next_(first_) {
+    static_assert(sizeof...(kernels) <= kMax, "more kernels than there is room for");
+    first_ = this;
+  }
 
-// Loads one whose blocks leave room on their SM for those of a dispatch: an SM that is set up for
-// little shared memory could not take one before it is idle.
-inline int32_t load_beside_dispatch(const void* kernel, const char* what) {
-  return check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                         cudaSharedmemCarveoutMaxShared),
-                    what);
-}
+  static int32_t load_all();
+
+ private:
+  static constexpr int kMax = 4;
+  static Kernels* first_;
+  const void* kernels_[kMax];  // nullptr behind the last
+  const char* what_;
+  Setup setup_;
+  int32_t shared_bytes_;
+  Kernels* next_;
+};
 
 }  // namespace ep

@@ -55,16 +55,9 @@ Ring make_ring(const ep_dispatch_args& args) {
   return ring;
 }
 
+const Kernels kernels("dispatch kernel", Setup::kShared, kMaxShared, dispatch_kernel);
+
 }  // namespace
-
-namespace ep {
-
-int32_t load_dispatch_kernels() {
-  return load_with_shared(reinterpret_cast<const void*>(dispatch_kernel), kMaxShared,
-                          "dispatch kernel");
-}
-
-}  // namespace ep
 
 int32_t ep_dispatch(const ep_dispatch_args* args, void* stream) {
   if (args->row_bytes % 16 || args->scale_bytes % 16 || args->weight_bytes % 16) {

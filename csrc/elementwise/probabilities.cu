@@ -43,20 +43,10 @@ int32_t launch(Kernel kernel, const ep_probabilities_args& args, int64_t count, 
   return ep::check_cuda(cudaGetLastError(), name);
 }
 
+const ep::Kernels kernels("probability kernels", ep::Setup::kPlain, 0, select_kernel,
+                          scatter_kernel);
+
 }  // namespace
-
-namespace ep {
-
-int32_t load_probability_kernels() {
-  for (const Kernel kernel : {select_kernel, scatter_kernel}) {
-    const int32_t status =
-        load_kernel(reinterpret_cast<const void*>(kernel), "probability kernels");
-    if (status != EP_OK) return status;
-  }
-  return EP_OK;
-}
-
-}  // namespace ep
 
 int32_t ep_select_probabilities(const ep_probabilities_args* args, void* stream) {
   return launch(select_kernel, *args, args->num_tokens * args->num_topk, stream,

@@ -77,20 +77,10 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const ep_quantize_ar
   }
 }
 
+const ep::Kernels kernels("quantisation kernels", ep::Setup::kPlain, 0,
+                          quantize_kernel<__nv_bfloat16>, quantize_kernel<float>);
+
 }  // namespace
-
-namespace ep {
-
-int32_t load_quantize_kernels() {
-  for (const void* kernel : {reinterpret_cast<const void*>(quantize_kernel<__nv_bfloat16>),
-                             reinterpret_cast<const void*>(quantize_kernel<float>)}) {
-    const int32_t status = load_kernel(kernel, "quantisation kernels");
-    if (status != EP_OK) return status;
-  }
-  return EP_OK;
-}
-
-}  // namespace ep
 
 int32_t ep_quantize(const ep_quantize_args* args, void* stream_pointer) {
   constexpr int64_t kMaxGrid = 132 * 16;

@@ -81,23 +81,12 @@ int64_t now_ns() {
   return static_cast<int64_t>(time.tv_sec) * 1000000000 + time.tv_nsec;
 }
 
+const Kernels kernels("plan kernels", Setup::kBesideDispatch, 0,
+                      send_kernel<layout::TopkInput<int32_t>>,
+                      send_kernel<layout::TopkInput<int64_t>>,
+                      send_kernel<layout::RoutingMapInput>, receive_kernel);
+
 }  // namespace
-
-namespace ep {
-
-int32_t load_plan_kernels() {
-  for (const void* kernel :
-       {reinterpret_cast<const void*>(send_kernel<layout::TopkInput<int32_t>>),
-        reinterpret_cast<const void*>(send_kernel<layout::TopkInput<int64_t>>),
-        reinterpret_cast<const void*>(send_kernel<layout::RoutingMapInput>),
-        reinterpret_cast<const void*>(receive_kernel)}) {
-    const int32_t status = load_beside_dispatch(kernel, "plan kernels");
-    if (status != EP_OK) return status;
-  }
-  return EP_OK;
-}
-
-}  // namespace ep
 
 int64_t ep_plan_scratch_bytes(int64_t max_tokens, int32_t num_experts, int32_t num_ranks) {
   if (num_ranks < 1 || num_ranks > EP_MAX_NODE_RANKS || num_experts % num_ranks != 0) {

@@ -76,6 +76,10 @@ void launch_count(const Input& input, const Shape& shape, const Workspace& works
       input, shape, workspace, topk_idx_out);
 }
 
+const ep::Kernels kernels("layout kernels", ep::Setup::kPlain, 0, count_kernel<TopkInput<int32_t>>,
+                          count_kernel<TopkInput<int64_t>>, count_kernel<RoutingMapInput>,
+                          place_kernel);
+
 }  // namespace
 
 int64_t ep_layout_workspace_bytes(int64_t num_tokens, int32_t num_experts, int32_t num_ranks) {
@@ -83,21 +87,6 @@ int64_t ep_layout_workspace_bytes(int64_t num_tokens, int32_t num_experts, int32
   Workspace workspace;
   return cut_workspace(make_shape(num_tokens, 1, num_experts, num_ranks, kMaxBlocks), 0, &workspace);
 }
-
-namespace ep {
-
-int32_t load_layout_kernels() {
-  for (const void* kernel : {reinterpret_cast<const void*>(count_kernel<TopkInput<int32_t>>),
-                             reinterpret_cast<const void*>(count_kernel<TopkInput<int64_t>>),
-                             reinterpret_cast<const void*>(count_kernel<RoutingMapInput>),
-                             reinterpret_cast<const void*>(place_kernel)}) {
-    const int32_t status = load_kernel(kernel, "layout kernels");
-    if (status != EP_OK) return status;
-  }
-  return EP_OK;
-}
-
-}  // namespace ep
 
 int32_t ep_layout(const ep_layout_args* args, void* stream_pointer) {
   int32_t status = check_sizes(args->num_tokens, args->num_experts, args->num_ranks);
