@@ -34,7 +34,7 @@ int64_t cut_scratch(int64_t max_tokens, int32_t num_experts, int32_t num_ranks, 
       take(4 * static_cast<int64_t>(scratch->receive.max_chunks) * num_local_experts));
   const uintptr_t workspace = next;
   return static_cast<int64_t>(workspace - base) +
-         layout::cut_workspace(largest, workspace, &scratch->layout);
+         layout::cut_workspace(largest, false, workspace, &scratch->layout);
 }
 
 template <typename Input>
@@ -43,7 +43,7 @@ int32_t launch_send(const ep_plan_args& args, const Input& input, const Scratch&
   const layout::Shape shape =
       layout::make_shape(args.routing.num_tokens, args.routing.num_topk, args.num_experts,
                          args.node.num_ranks, args.num_send_blocks);
-  send_kernel<<<std::max(1, shape.num_blocks), kThreads, layout::count_shared_bytes(shape),
+  send_kernel<<<std::max(1, shape.num_blocks), kThreads, layout::count_shared_bytes(shape, false),
                 stream>>>(args, input, shape, scratch);
   return check_cuda(cudaGetLastError(), "ep_plan: send_kernel");
 }

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads)
   uint32_t* const counters = reinterpret_cast<uint32_t*>(args.counters);
   if (blockIdx.x == 0 && threadIdx.x == 0) begin_operation(node);
 
-  layout::count_tokens(input, shape, scratch.layout, args.routing.topk_idx, shared);
+  layout::count_tokens<false>(input, shape, scratch.layout, args.routing.topk_idx, shared);
   bool may_send = !aborted(node);
   if (may_send && static_cast<int32_t>(threadIdx.x) < num_ranks) {
     may_send = wait_credit(node, args.credit_offset, epoch, threadIdx.x);

@@ -14,7 +14,7 @@ template <typename Input>
 __global__ void __launch_bounds__(kThreads)
     count_kernel(Input input, Shape shape, Workspace workspace, int32_t* topk_idx_out) {
   extern __shared__ int32_t shared[];
-  count_tokens(input, shape, workspace, topk_idx_out, shared);
+  count_tokens<true>(input, shape, workspace, topk_idx_out, shared);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -72,7 +72,7 @@ int32_t check_pointers(const ep_layout_args& args) {
 template <typename Input>
 void launch_count(const Input& input, const Shape& shape, const Workspace& workspace,
                   int32_t* topk_idx_out, cudaStream_t stream) {
-  count_kernel<<<shape.num_blocks, kThreads, count_shared_bytes(shape), stream>>>(
+  count_kernel<<<shape.num_blocks, kThreads, count_shared_bytes(shape, true), stream>>>(
       input, shape, workspace, topk_idx_out);
 }
 
@@ -85,7 +85,8 @@ const ep::Kernels kernels("layout kernels", ep::Setup::kPlain, 0, count_kernel<T
 int64_t ep_layout_workspace_bytes(int64_t num_tokens, int32_t num_experts, int32_t num_ranks) {
   if (check_sizes(num_tokens, num_experts, num_ranks) != EP_OK) return -1;
   Workspace workspace;
-  return cut_workspace(make_shape(num_tokens, 1, num_experts, num_ranks, kMaxBlocks), 0, &workspace);
+  const Shape shape = make_shape(num_tokens, 1, num_experts, num_ranks, kMaxBlocks);
+  return cut_workspace(shape, true, 0, &workspace);
 }
 
 int32_t ep_layout(const ep_layout_args* args, void* stream_pointer) {
@@ -105,7 +106,7 @@ int32_t ep_layout(const ep_layout_args* args, void* stream_pointer) {
       make_shape(args->num_tokens, args->num_topk, args->num_experts, args->num_ranks, kMaxBlocks);
   Workspace workspace;
   const int64_t needed =
-      cut_workspace(shape, reinterpret_cast<uintptr_t>(args->workspace), &workspace);
+      cut_workspace(shape, true, reinterpret_cast<uintptr_t>(args->workspace), &workspace);
   if (args->workspace_bytes < needed) {
     return ep::fail(EP_ERR_ARGUMENT, "workspace has %lld bytes, %lld are needed",
                     static_cast<long long>(args->workspace_bytes), static_cast<long long>(needed));

@@ -66,8 +66,10 @@ inline Shape make_shape(int64_t num_tokens, int32_t num_topk, int32_t num_expert
   return shape;
 }
 
-// Cuts the workspace at address `base` up and returns the bytes that it takes.
-inline int64_t cut_workspace(const Shape& shape, uintptr_t base, Workspace* workspace) {
+// Cuts the workspace at address `base` up and returns the bytes that it takes. Only where experts are
+// counted is there room for their counts.
+inline int64_t cut_workspace(const Shape& shape, bool counts_experts, uintptr_t base,
+                             Workspace* workspace) {
   uintptr_t next = base;
   const auto take = [&next](auto*& pointer, int64_t count) {
     pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);
@@ -75,15 +77,17 @@ inline int64_t cut_workspace(const Shape& shape, uintptr_t base, Workspace* work
   };
   take(workspace->first_error, shape.num_blocks);
   take(workspace->rank_count, static_cast<int64_t>(shape.num_blocks) * shape.num_ranks);
-  take(workspace->expert_count, static_cast<int64_t>(shape.num_blocks) * shape.num_experts);
+  take(workspace->expert_count,
+       counts_experts ? static_cast<int64_t>(shape.num_blocks) * shape.num_experts : 0);
   take(workspace->chunk_tokens, static_cast<int64_t>(shape.num_chunks) * shape.num_ranks);
   return static_cast<int64_t>(next - base);
 }
 
 // Shared memory of count_tokens.
-inline int32_t count_shared_bytes(const Shape& shape) {
+inline int32_t count_shared_bytes(const Shape& shape, bool counts_experts) {
   return static_cast<int32_t>(sizeof(int32_t)) *
-         (kChunkTokens * shape.num_topk + 2 * shape.num_ranks + shape.num_experts);
+         (kChunkTokens * shape.num_topk + 2 * shape.num_ranks +
+          (counts_experts ? shape.num_experts : 0));
 }
 
 static_assert(sizeof(int32_t) * (kChunkTokens * EP_MAX_TOPK + 2 * EP_MAX_RANKS + EP_MAX_EXPERTS) <=
@@ -190,14 +194,14 @@ __device__ inline bool repeats_earlier(const int32_t* token_experts, int32_t k) 
   return false;
 }
 
-template <typename Input>
+template <bool kCountsExperts, typename Input>
 __device__ inline void count_tokens(const Input& input, const Shape& shape,
                                     const Workspace& workspace, int32_t* topk_idx_out,
                                     int32_t* shared) {
   int32_t* const experts = shared;  // [kChunkTokens, K]
   int32_t* const rank_count = experts + kChunkTokens * shape.num_topk;                    // [R]
-  int32_t* const expert_count = rank_count + shape.num_ranks;                             // [E]
-  auto* const chunk_tokens = reinterpret_cast<uint32_t*>(expert_count + shape.num_experts);  // [R]
+  auto* const chunk_tokens = reinterpret_cast<uint32_t*>(rank_count + shape.num_ranks);   // [R]
+  int32_t* const expert_count = rank_count + 2 * shape.num_ranks;  // [E], if they are counted
   __shared__ unsigned long long first_error;
 
   const int32_t block = blockIdx.x;
@@ -207,7 +211,9 @@ __device__ inline void count_tokens(const Input& input, const Shape& shape,
     chunk_tokens[r] = 0;
     rank_count[r] = 0;
   }
-  for (int32_t e = threadIdx.x; e < shape.num_experts; e += kThreads) expert_count[e] = 0;
+  if constexpr (kCountsExperts) {
+    for (int32_t e = threadIdx.x; e < shape.num_experts; e += kThreads) expert_count[e] = 0;
+  }
   if (threadIdx.x == 0) first_error = kNoError;
   __syncthreads();
 
@@ -229,7 +235,7 @@ __device__ inline void count_tokens(const Input& input, const Shape& shape,
       }
       if (expert >= 0) {
         atomicOr(&chunk_tokens[expert / experts_per_rank], 1u << t);
-        atomicAdd(&expert_count[expert], 1);
+        if constexpr (kCountsExperts) atomicAdd(&expert_count[expert], 1);
       }
       topk_idx_out[static_cast<int64_t>(first_token) * shape.num_topk + i] = expert;
     }
@@ -248,8 +254,10 @@ __device__ inline void count_tokens(const Input& input, const Shape& shape,
   for (int32_t r = threadIdx.x; r < shape.num_ranks; r += kThreads) {
     workspace.rank_count[block * shape.num_ranks + r] = rank_count[r];
   }
-  for (int32_t e = threadIdx.x; e < shape.num_experts; e += kThreads) {
-    workspace.expert_count[block * shape.num_experts + e] = expert_count[e];
+  if constexpr (kCountsExperts) {
+    for (int32_t e = threadIdx.x; e < shape.num_experts; e += kThreads) {
+      workspace.expert_count[block * shape.num_experts + e] = expert_count[e];
+    }
   }
   if (threadIdx.x == 0) {
     workspace.first_error[block] = first_error == kNoError ? make_int4(EP_ROUTING_OK, 0, 0, 0)
