@@ -2,7 +2,7 @@
 
 A rank writes into the others' memory (torch symmetric memory); nothing is read across NVLink. The
 host waits once in a new dispatch, for the counts that the outputs are allocated by, while the rows
-are already on their way (csrc/plan/plan.cu, dispatch.cu, combine.cu). It waits for nothing where the
+are already on their way (csrc/plan, csrc/dispatch, csrc/combine). It waits for nothing where the
 caller says how many rows the output has; epochs are counted on the device, so that all of it can be
 captured in a CUDA graph.
 
