@@ -38,6 +38,17 @@ from ep_comm.telemetry.watch import watch
 from ep_comm.tracing import check_not_saved, plain_tensor, unseen, untraced
 
 
+_process = os.getpid()  # to ask for it again costs each call a good part of a microsecond
+
+
+def _note_fork() -> None:
+    global _process
+    _process = os.getpid()
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
 class Buffer:
     """Expert-parallel communication of one process group.
 
@@ -94,7 +105,7 @@ class Buffer:
     def _begin(self, backend: Backend, passed_over: dict[str, str]) -> None:
         self._backend, self.passed_over = backend, passed_over
         self._unusable: str | None = None
-        self._process = os.getpid()
+        self._process = _process
         self._in_use = threading.RLock()
 
     # --- the two operations ----------------------------------------------------------------------
@@ -433,10 +444,10 @@ class Buffer:
     def _check_usable(self) -> None:
         if self._unusable is not None:
             raise EPStateError(f"the buffer can no longer be used: {self._unusable}")
-        if self._process != os.getpid():
+        if self._process != _process:
             raise EPStateError(
-                f"the buffer belongs to process {self._process}, of which this one ({os.getpid()}) "
-                "is a fork: make one in the process that uses it"
+                f"the buffer belongs to process {self._process}, of which this one ({_process}) is "
+                "a fork: make one in the process that uses it"
             )
 
     def _checked_routing(

@@ -20,6 +20,7 @@ from ep_comm.errors import EPArgumentError, EPUnsupportedError
 
 Method = TypeVar("Method", bound=Callable)
 
+_NOTHING = contextlib.nullcontext()
 _PLAIN = (Tensor, torch.nn.Parameter)
 _POLICIES_THAT_SAVE = (
     True,
@@ -58,6 +59,8 @@ def plain_tensor(name: str, value: object) -> Tensor:
         EPArgumentError: It is no tensor.
         EPUnsupportedError: It has no memory: a DTensor, a fake tensor, one of ``torch.func``.
     """
+    if type(value) is Tensor and _has_memory(value) and not value.is_neg():  # as a rule
+        return value
     if not isinstance(value, Tensor):
         raise EPArgumentError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if type(value) not in _PLAIN and hasattr(value, "trigger_wait"):  # AsyncCollectiveTensor
@@ -115,6 +118,4 @@ def check_not_saved(op: Any, *args: Any) -> None:
 def unseen() -> contextlib.AbstractContextManager:
     """Hide what happens inside from the modes that torch has: from selective checkpointing, which
     might leave half of it out when it recomputes."""
-    if torch._C._len_torch_dispatch_stack():
-        return _disable_current_modes()
-    return contextlib.nullcontext()
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else _NOTHING

@@ -102,7 +102,7 @@ def test_one_thread_at_a_time():
 
 def test_a_fork_has_no_buffer(monkeypatch):
     buffer = make_buffer()
-    monkeypatch.setattr(os, "getpid", lambda: -5)
+    monkeypatch.setattr("ep_comm.buffer._process", -5)
     with pytest.raises(
         EPStateError, match=r"belongs to process \d+, of which this one \(-5\) is a"
     ):
