@@ -37,7 +37,6 @@ from ep_comm.telemetry.records import Records
 from ep_comm.telemetry.watch import watch
 from ep_comm.tracing import check_not_saved, plain_tensor, unseen, untraced
 
-
 _process = os.getpid()  # to ask for it again costs each call a good part of a microsecond
 
 
