@@ -2,6 +2,22 @@
 
 `Buffer` dispatches tokens to the ranks of their experts and combines the results; `EPConfig` sizes
 it. `ep_comm.megatron` puts it under Megatron-Core's MoE layers.
+
+Who imports whom, from the top floor down; a floor imports only floors below it (pyproject.toml has
+the contract, ``lint-imports`` checks it)::
+
+    cli        the ep-comm command
+    compare    training with different dispatchers, compared
+    bench      measurements: ops (dispatch and combine), train (whole steps)
+    pretrain   the training application of examples/pretrain_moe.py
+    megatron   the dispatcher for Megatron-Core, and the launcher
+    buffer     the public calls
+    ops        torch ops with autograd; guard, the context of one operation
+    backends   reference (torch.distributed) and nvlink (our kernels)
+    checks     of what callers pass
+    handle     where the rows of a dispatch went; routing, who is sent what; fp8
+    job, telemetry, topology, tracing, config
+    events, errors, version, _native
 """
 
 from ep_comm.buffer import Buffer
@@ -19,6 +35,7 @@ from ep_comm.errors import (
 )
 from ep_comm.events import EventOverlap
 from ep_comm.handle import CombineOutput, DispatchHandle, DispatchOutput
+from ep_comm.version import __version__
 
 __all__ = [
     "Buffer",
@@ -38,5 +55,3 @@ __all__ = [
     "EventOverlap",
     "__version__",
 ]
-
-__version__ = "0.1.0"

@@ -8,4 +8,5 @@ source scripts/setup_venv.sh megatron,wandb,test
 scripts/slurm/local_cluster.sh install || echo "== so the tests with a real SLURM are skipped"
 export OMP_NUM_THREADS=1 # several processes share the cores
 python -m ruff check .
+lint-imports
 exec python -m pytest "$@"

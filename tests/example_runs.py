@@ -24,7 +24,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 from ranks import run_ranks  # noqa: E402
 
-from ep_comm.compare.log import LOG_FILE, read_log  # noqa: E402
+from ep_comm.pretrain.log_file import LOG_FILE, read_log  # noqa: E402
 
 TINY = ["--config", str(CONFIGS / "tiny-cpu.yaml")]
 # Smaller still, for tests that do not look at tiny-cpu's own losses. The decay is fixed, so that

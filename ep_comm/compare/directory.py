@@ -11,8 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ep_comm.compare.log import LOG_FILE, read_log
 from ep_comm.compare.plan import CompareError, Plan
+from ep_comm.pretrain.log_file import LOG_FILE, read_log
 
 PLAN_FILE = "plan.json"
 _LOCK_FILE = "lock"

@@ -14,8 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ep_comm.compare.log import TRAIN_LOSS
 from ep_comm.compare.plan import Plan
+from ep_comm.pretrain.log_file import TRAIN_LOSS
 
 _LINES = 10  # of a run, where there is no terminal
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ep_comm.compare.directory import Directory, tell_holder
-from ep_comm.compare.log import LOG_FILE
 from ep_comm.compare.plan import Plan
+from ep_comm.pretrain.log_file import LOG_FILE
 
 OUTPUT_FILE = "output.log"
 _POLL_S = 0.5

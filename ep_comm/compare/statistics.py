@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ep_comm.compare.log import TRAIN_LOSS, VALID_LOSS, WIRE_MIB, scalars
 from ep_comm.compare.plan import DEEPEP, REFERENCE, WIDE, seed_number, with_seed, without_seed
+from ep_comm.pretrain.log_file import TRAIN_LOSS, VALID_LOSS, WIRE_MIB, scalars
 
 # Relative, between the losses of step 1: the same weights and data must give the same loss.
 FIRST_STEP_TOLERANCE = 1e-3

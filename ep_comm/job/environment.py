@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import ep_comm
+from ep_comm.version import __version__
 
 NOT_INSTALLED = "not installed"
 
@@ -18,7 +18,7 @@ NOT_INSTALLED = "not installed"
 def versions() -> dict[str, str]:
     """Version of everything that matters here, or `NOT_INSTALLED`."""
     return {
-        "ep_comm": ep_comm.__version__,
+        "ep_comm": __version__,
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA": torch.version.cuda or NOT_INSTALLED,
@@ -38,7 +38,7 @@ def commit() -> str | None:
     try:
         result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--tags"],
-            cwd=Path(ep_comm.__file__).parent,
+            cwd=Path(__file__).parent,
             capture_output=True,
             text=True,
             timeout=10,

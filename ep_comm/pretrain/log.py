@@ -1,6 +1,6 @@
 """Where a run's numbers go: the screen, ``log.jsonl``, and Weights & Biases if asked for.
 
-`ep_comm.compare.log` describes and reads ``log.jsonl``.
+`ep_comm.pretrain.log_file` describes and reads ``log.jsonl``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ep_comm.compare.log import LOG_FILE, TRAIN_LOSS, VALID_LOSS, read_log
 from ep_comm.pretrain.config import PretrainConfig
+from ep_comm.pretrain.log_file import LOG_FILE, TRAIN_LOSS, VALID_LOSS, read_log
 from ep_comm.pretrain.start import UserError, agree, on_rank_0
 
 

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from ep_comm.cli.main import app
 from ep_comm.compare.directory import Directory, locked
-from ep_comm.compare.log import LOG_FILE
 from ep_comm.compare.plan import VARIANTS as ALL_VARIANTS
 from ep_comm.compare.plan import CompareError, flags_of, make_plan
 from ep_comm.compare.statistics import (
@@ -32,6 +31,7 @@ from ep_comm.compare.statistics import (
     steps_skipped,
     window_of,
 )
+from ep_comm.pretrain.log_file import LOG_FILE
 
 STEPS = 100
 VARIANTS = "alltoall,alltoall-seed2,deepep,deepep-fp8"
@@ -162,7 +162,7 @@ def test_differences_of_both_signs_do_not_cancel():
 
 
 def test_numbers_of_a_run(tmp_path):
-    from ep_comm.compare.log import read_log
+    from ep_comm.pretrain.log_file import read_log
 
     write_log(tmp_path / "run", losses())
     run = read_run(read_log(tmp_path / "run" / LOG_FILE), STEPS)

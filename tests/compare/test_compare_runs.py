@@ -25,9 +25,9 @@ from example_runs import (  # noqa: E402
     wandb_records,
 )
 
-from ep_comm.compare.log import LOG_FILE  # noqa: E402
 from ep_comm.compare.plan import VARIANTS  # noqa: E402
 from ep_comm.pretrain.config import parse_args  # noqa: E402
+from ep_comm.pretrain.log_file import LOG_FILE  # noqa: E402
 
 STEPS, SAVE_INTERVAL = 30, 10
 FLAGS = [*SMALL, "--save-interval", str(SAVE_INTERVAL), "--eval-interval", "15"]

@@ -19,7 +19,7 @@ from ep_comm import (
     EventOverlap,
     fp8,
 )
-from ep_comm.backends.reference.messages import backend_by_device_type, device_types
+from ep_comm.topology import backend_by_device_type, device_types
 
 SIZES = dict(num_experts=8, hidden=32, max_tokens_per_rank=6, num_topk=3, dtype=torch.float32)
 X = torch.ones(4, 32)

@@ -31,8 +31,8 @@ from example_runs import (  # noqa: E402
 )
 from ranks import RankFailure, run_ranks  # noqa: E402
 
-from ep_comm.compare.log import LOG_FILE, read_log  # noqa: E402
 from ep_comm.pretrain.config import PretrainConfig  # noqa: E402
+from ep_comm.pretrain.log_file import LOG_FILE, read_log  # noqa: E402
 
 OF_EACH_RANK = ("iteration-time", "throughput")  # measured by the one that logs them
 LATEST = "latest_checkpointed_iteration.txt"

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from ep_comm import _native
 from ep_comm._native import header
-from ep_comm.backends.reference.messages import backend_by_device_type
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError
+from ep_comm.topology import backend_by_device_type
 
 _MAX_ROW_BYTES = 92_000
 # Two rows as they arrive and one as it leaves fill an SM's shared memory.

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import BackendConfig
 
 from ep_comm.errors import EPStateError, EPTimeoutError
 from ep_comm.telemetry.watch import Wait
+from ep_comm.topology import backend_by_device_type, device_types
 
 _HEADER = "header"
 _PHASES = (_HEADER, "routing", "rows", "weights")
@@ -210,20 +210,3 @@ class Exchange:
             f"{self._operation.op} #{self._operation.epoch}: rank {self._transport.rank} lost the "
             f"connection to a peer (phase: {self._phase}): {error}"
         )
-
-
-def backend_by_device_type(group: dist.ProcessGroup) -> dict[str, str]:
-    """Such as {"cpu": "gloo", "cuda": "nccl"}."""
-    # Not get_backend_config: frameworks that wrap process groups do not unwrap them for it.
-    return BackendConfig(dist.get_backend(group)).get_device_backend_map()
-
-
-def device_types(backends: dict[str, str]) -> tuple[str, ...]:
-    """Of `backend_by_device_type`, the kinds of device that tensors can be sent between and this
-    machine has. A gloo group claims GPUs too, and has no point-to-point there."""
-    has_cuda = torch.cuda.is_available()
-    return tuple(
-        kind
-        for kind, backend in backends.items()
-        if kind == "cpu" or (kind == "cuda" and has_cuda and backend == "nccl")
-    )

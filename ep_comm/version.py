@@ -1,0 +1,3 @@
+"""The version of the package; CHANGELOG.md says what came with which."""
+
+__version__ = "0.2.0"
