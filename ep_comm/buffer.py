@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
@@ -106,6 +107,29 @@ class Buffer:
         self._unusable: str | None = None
         self._process = _process
         self._in_use = threading.RLock()
+
+    def __enter__(self) -> Buffer:
+        """Give the buffer; the end of the block destroys it."""
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if exc is not None:
+            self._backend.give_up()  # the other ranks may know nothing of it
+        self.destroy()
+
+    def __repr__(self) -> str:
+        state = "" if self.is_usable else f", unusable: {self._unusable}"
+        return (
+            f"Buffer(rank {self.rank} of {self.num_ranks}, {self.describe()}, "
+            f"{self.config.num_experts} experts, at most {self.config.max_tokens_per_rank} tokens "
+            f"of {self.config.hidden} {str(self.config.dtype).removeprefix('torch.')} a "
+            f"rank{state})"
+        )
 
     # --- the two operations ----------------------------------------------------------------------
 

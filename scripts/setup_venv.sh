@@ -1,4 +1,5 @@
-# Set up and activate .venv with ep_comm and the given extras; run from the repository root:
+# Set up and activate .venv with ep_comm and the given extras, megatron,wandb as a rule; run from the
+# repository root:
 #
 #   source scripts/setup_venv.sh megatron,wandb
 #
@@ -47,4 +48,4 @@ setup_venv() {
     echo "$stamp" >.venv/installed.txt
 }
 
-setup_venv "$1"
+setup_venv "${1:-megatron,wandb}"

@@ -14,6 +14,7 @@ except ImportError as error:
     raise SystemExit(f"error: {error.name} is missing: pip install 'ep_comm[cli]'") from None
 
 from ep_comm.cli import bench
+from ep_comm.version import __version__
 
 app = typer.Typer(
     help="Measure dispatch and combine, compare trainings with other dispatchers, and say what "
@@ -22,7 +23,19 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    wanted: Annotated[
+        bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
 
 
 app.add_typer(bench.app, name="bench")

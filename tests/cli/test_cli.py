@@ -161,3 +161,13 @@ def test_gpus_and_links_are_shown(monkeypatch):
 def test_links_of_nvidia_smi():
     assert doctor.link_names(TOPOLOGY) == [["X", "NV18"], ["NV18", "X"]]
     assert doctor.link_names("") == []
+
+
+@pytest.mark.parametrize("module", ["ep_comm", "ep_comm.cli"])
+def test_version_and_help_of_the_module(module):
+    def run(*flags: str) -> str:
+        command = [sys.executable, "-m", module, *flags]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    assert run("--version").strip() == __version__
+    assert run("-h") == run("--help") and "doctor" in run("-h")

@@ -152,3 +152,23 @@ def use_the_fake_backend(_: int) -> str:
 def test_the_fake_backend_is_refused():
     (message,) = run_ranks(1, use_the_fake_backend, fresh=True)
     assert message == 'the group has torch\'s backend "fake", which moves no data'
+
+
+def use_as_a_context(rank: int) -> None:
+    config = EPConfig(num_experts=4, hidden=8, max_tokens_per_rank=8, num_topk=2, timeout_s=10)
+    with Buffer(None, config) as buffer:
+        assert repr(buffer) == (
+            f"Buffer(rank {rank} of 2, reference over gloo, 4 experts, at most 8 tokens of 8 "
+            "bfloat16 a rank)"
+        )
+    assert not buffer.is_usable and "unusable: it was destroyed" in repr(buffer)
+    with pytest.raises(KeyError), Buffer(None, config) as buffer:
+        with mock.patch.object(buffer._backend, "give_up") as give_up:
+            buffer.__exit__(KeyError, KeyError(), None)
+            give_up.assert_called_once()
+        raise KeyError
+    assert not buffer.is_usable
+
+
+def test_a_buffer_as_a_context():
+    run_ranks(2, use_as_a_context)

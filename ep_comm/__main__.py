@@ -1,0 +1,6 @@
+"""``python -m ep_comm``: the ``ep-comm`` command."""
+
+from ep_comm.cli.main import main
+
+if __name__ == "__main__":
+    main()
