@@ -74,8 +74,8 @@ class Buffer:
         EPStateError: torch.distributed is not initialised.
         EPArgumentError: `config` does not fit the group, or two ranks have the same GPU.
         EPMismatchError: Ranks passed different configs.
-        EPTimeoutError: A rank did not arrive within ``config.timeout_s``. One that is late for 30 s
-            is named before, by a warning of the logger "ep_comm".
+        EPTimeoutError: A rank did not arrive within ``config.timeout_s``. (A rank that an operation
+            has waited for for 30 s is named before, by a warning of the logger "ep_comm".)
     """
 
     def __init__(self, group: dist.ProcessGroup | None, config: EPConfig) -> None:

@@ -31,12 +31,13 @@ class Guard:
         self._take_error = take_error
 
     def __enter__(self) -> Backend:
+        # Last of all comes what __exit__ gives back: an interrupt may come between any two lines.
+        self._num_started = self._backend.num_started
         if not self._in_use.acquire(blocking=False):
             raise EPStateError(
                 "another thread is in an operation of this buffer: one thread at a time uses it, "
                 "in the same order on every rank"
             )
-        self._num_started = self._backend.num_started
         return self._backend
 
     def __exit__(

@@ -106,7 +106,10 @@ def _values(
         except dist.DistNetworkError:
             raise
         except RuntimeError:  # DistStoreError, or what the store at hand raises after a timeout
-            return [], tuple(rank for rank, key in enumerate(keys) if not store.check([key]))
+            missing = tuple(rank for rank, key in enumerate(keys) if not store.check([key]))
+            if missing:
+                return [], missing
+            # The last one has come since.
         values = [store.get(key) for key in keys]
         gone = tuple(rank for rank, value in enumerate(values) if value == _LEFT)
         if not gone or time.monotonic() > deadline:

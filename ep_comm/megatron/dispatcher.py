@@ -17,6 +17,7 @@ gather before the experts and no reduction behind them, and backward sums the sh
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from itertools import chain
 
@@ -56,12 +57,11 @@ def destroy_buffers() -> None:
 
     A dispatcher that is used again makes a new one.
     """
-    try:
-        for buffer in chain.from_iterable(_buffers.values()):
-            buffer.destroy()
-    finally:
+    with contextlib.ExitStack() as stack:  # all of them, whatever one raises
         for buffers in _buffers.values():
-            buffers.clear()
+            stack.callback(buffers.clear)
+            for buffer in buffers:
+                stack.callback(buffer.destroy)
 
 
 class EPCommTokenDispatcher(MoETokenDispatcher):
@@ -199,7 +199,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         self.buffers = _buffers.setdefault((group, *sizes, hidden_states.dtype, options), [])
         if self.buffers and self.buffers[-1].is_usable:
             return self.buffers[-1]
-        self.buffers.clear()
+        self.buffers[:] = [buffer for buffer in self.buffers if buffer.is_usable]
         max_tokens = options.max_tokens_per_rank
         if max_tokens is None:
             what_for, mine = "find the most tokens of a rank", hidden_states.shape[0]

@@ -64,7 +64,10 @@ class _Watcher(threading.Thread):
                 all_watched = list(self._watched.items())
             backend = watched = None
             for backend, watched in all_watched:
-                watched.look(backend.waits(), time.monotonic())
+                try:
+                    watched.look(backend.waits(), time.monotonic())
+                except Exception:  # one backend's fault shall not end the watch over the others
+                    _log.exception("cannot tell whom a buffer waits for")
             del all_watched, backend, watched  # or the last backend would live until the next round
 
 

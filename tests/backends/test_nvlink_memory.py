@@ -8,11 +8,12 @@ import time
 
 import pytest
 import torch
+from ranks import run_ranks
 
-from ep_comm import EPTimeoutError
+from ep_comm import EPOverflowError, EPStateError, EPTimeoutError, EPTooManyTokensError
 from ep_comm._native import header
 from ep_comm.backends.nvlink.farewell import Farewell
-from ep_comm.backends.nvlink.memory import NodeMemory
+from ep_comm.backends.nvlink.memory import NodeMemory, allocated_by_all
 from ep_comm.telemetry.watch import Wait
 
 
@@ -123,3 +124,39 @@ def test_farewell_waits_for_all_and_names_who_is_late():
     start = time.monotonic()
     assert farewells[0].wait(20) == [] and 0.05 < time.monotonic() - start < 10
     assert farewells[1].wait(0) == farewells[2].wait(0) == []
+
+
+def one_rank_has_no_memory(rank: int) -> str:
+    def allocate() -> torch.Tensor:
+        if rank == 1:
+            raise torch.OutOfMemoryError("out of memory. Tried to allocate 339.00 MiB.")
+        return torch.zeros(4)
+
+    with pytest.raises(EPStateError) as caught:
+        allocated_by_all(None, allocate, 10.0)
+    assert torch.equal(allocated_by_all(None, lambda: torch.ones(3), 10.0), torch.ones(3))
+    return str(caught.value)
+
+
+def test_memory_that_one_rank_lacks_is_said_on_all():
+    for message in run_ranks(3, one_rank_has_no_memory):
+        assert message.startswith("rank 1 cannot allocate the memory of a buffer: out of memory.")
+
+
+def test_too_many_tokens_that_nobody_waited_for_end_the_buffer(monkeypatch):
+    """Some ranks may have begun another operation by then; an overflow concerns one rank alone."""
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, pin_memory=None, **how: zeros(*size, **how))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    memory = NodeMemory(1, zeros(1), [1, 2], 2.0, None, Farewell(1, []))
+    notice = memory._notice
+    notice.num_rows, notice.capacity, notice.code = 9, 4, header.EP_NOTICE_OVERFLOW
+    with pytest.raises(EPOverflowError, match="received 9 rows"):
+        memory.check()
+    memory.check()  # said once
+    assert not memory.has_diverged
+    notice.asked_tokens[1], notice.capacity, notice.code = 12, 8, header.EP_NOTICE_TOO_MANY
+    with pytest.raises(EPTooManyTokensError) as caught:
+        memory.check()
+    assert (caught.value.num_tokens, caught.value.max_tokens) == ((0, 12), 8)
+    assert memory.has_diverged and not memory.has_fault

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from ep_comm import Buffer, EPConfig, EPMismatchError, EPTimeoutError
-from ep_comm.job.meeting import meet
+from ep_comm.job.meeting import _values, meet
 
 CONFIG = EPConfig(num_experts=6, hidden=8, max_tokens_per_rank=8, num_topk=2, timeout_s=2)
 
@@ -69,3 +69,17 @@ def subgroups(rank: int) -> list:
 def test_groups_meet_apart():
     for rank, (mine, all_ranks) in enumerate(run_ranks(4, subgroups)):
         assert mine == ([2, 3] if rank > 1 else [0, 1]) and all_ranks == [0, 1, 2, 3]
+
+
+class StoreOfALateRank(dist.HashStore):
+    """Its wait runs out, and then the last key is there all the same."""
+
+    def wait(self, keys, timeout) -> None:
+        self.set(keys[-1], b"late")
+        raise RuntimeError("wait timeout")
+
+
+def test_a_rank_that_comes_as_the_wait_runs_out_has_come():
+    store = StoreOfALateRank()
+    store.set("a/0", b"here")
+    assert _values(store, ["a/0", "a/1"], 0.1) == ([b"here", b"late"], ())

@@ -138,7 +138,7 @@ class NVLinkBackend:
 
     @property
     def has_failed(self) -> bool:
-        return self.memory.has_fault
+        return self.memory.has_fault or self.memory.has_diverged
 
     @property
     def num_started(self) -> int:

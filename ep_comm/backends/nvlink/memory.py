@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ep_comm.errors import (
     EPMismatchError,
     EPOverflowError,
     EPRoutingError,
+    EPStateError,
     EPTimeoutError,
     EPTooManyTokensError,
 )
@@ -106,7 +107,13 @@ class NodeMemory:
             rendezvous, addresses = None, [tensor.data_ptr()]
             flags_of = [offsets.farewell_flags(tensor, num_ranks)]
         else:
-            tensor, rendezvous = _symmetric(offsets.total, device, meeting.name, rank, num_ranks)
+            import torch.distributed._symmetric_memory as symmetric_memory
+
+            def allocate() -> Tensor:
+                return symmetric_memory.empty(offsets.total, dtype=torch.uint8, device=device)
+
+            tensor = allocated_by_all(group, allocate, timeout_s)
+            rendezvous = _mapped(tensor, meeting.name, rank, num_ranks)
             addresses = list(rendezvous.buffer_ptrs)
             flags_of = [
                 offsets.farewell_flags(
@@ -134,6 +141,7 @@ class NodeMemory:
         self.tensor: Tensor | None = tensor
         self._timeout_s = timeout_s
         self._is_given_up = False
+        self.has_diverged = False
         self._keep = keep
         self._farewell: Farewell | None = farewell
         self._addresses = (ctypes.c_void_p * header.EP_MAX_NODE_RANKS)(*addresses)
@@ -180,8 +188,10 @@ class NodeMemory:
         return self._fault.code != header.EP_FAULT_NONE
 
     def waits(self) -> list[Wait]:
-        """For whom kernels have been waiting for more than a second; after a fault, for whom they
-        were. Reads host memory alone, from any thread."""
+        """For whom kernels have been waiting for more than a second; nobody after a fault, which
+        has ended their waits. Reads host memory alone, from any thread."""
+        if self.has_fault:
+            return []
         return [
             Wait(op, *_phase_and_epoch(word >> 32, word & 0xFFFFFFFF), rank)
             for op in _OPS.values()
@@ -221,6 +231,8 @@ class NodeMemory:
         if code == header.EP_NOTICE_OVERFLOW:
             return overflow
         if code == header.EP_NOTICE_TOO_MANY:
+            # Nobody waited for this: by now some ranks may have started what others have not.
+            self.has_diverged = True
             return too_many
         kind, token, place, value = routing_error
         return EPRoutingError(
@@ -309,16 +321,35 @@ class NodeMemory:
             _leaked.append((self.tensor, self._keep, self._farewell, self._host, device))
 
 
-def _symmetric(
-    num_bytes: int, device: torch.device, name: str, rank: int, num_ranks: int
-) -> tuple[Tensor, Any]:
-    """Memory here that all ranks have mapped, and torch's handle of all ranks'. Collective.
+def allocated_by_all(
+    group: dist.ProcessGroup, allocate: Callable[[], Tensor], timeout_s: float
+) -> Tensor:
+    """Allocate memory on every rank, or raise on every rank. Collective, and bounded.
+
+    Mapping it is torch's affair, and not bounded by us: nobody begins before all can.
+
+    Raises:
+        EPStateError: Names a rank that has no memory for it.
+    """
+    tensor, problem = None, None
+    try:
+        tensor = allocate()
+    except RuntimeError as error:  # out of memory is one
+        problem = str(error)
+    problems = meet(group, "map the memory of a Buffer", problem, timeout_s).answers
+    for rank, text in enumerate(problems):
+        if text is not None:
+            raise EPStateError(f"rank {rank} cannot allocate the memory of a buffer: {text}")
+    return tensor
+
+
+def _mapped(tensor: Tensor, name: str, rank: int, num_ranks: int) -> Any:
+    """torch's handle of all ranks' memory, each mapped here. Collective.
 
     torch looks the ranks up by the name of a process group. The caller's may be a wrapper that it
     has never heard of, around a group that comes and goes, so it gets one that is no more than a
     name and a store.
     """
-    import torch.distributed._symmetric_memory as symmetric_memory
     from torch._C._distributed_c10d import (
         _register_process_group,
         _SymmetricMemory,
@@ -326,11 +357,10 @@ def _symmetric(
     )
 
     store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
-    tensor = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
     group = dist.ProcessGroup(store, rank, num_ranks)  # torch itself does not keep it
     _register_process_group(name, group)
     try:
-        return tensor, _SymmetricMemory.rendezvous(tensor, name)
+        return _SymmetricMemory.rendezvous(tensor, name)
     finally:
         _unregister_process_group(name)
 
