@@ -80,8 +80,8 @@ def _make(error: type[_WithFields], fields: dict[str, object]) -> _WithFields:
 class EPTooManyTokensError(_WithFields, EPRoutingError):
     """A rank dispatches more tokens than the buffer was made for. Raised on all ranks.
 
-    The buffer stays usable; but not over NVLink with ``num_worst_tokens``, where a later call raises
-    it, when ranks may be an operation apart.
+    The buffer stays usable; but not over NVLink with ``num_worst_tokens``: there a later call
+    raises it, when ranks may be an operation apart.
 
     Attributes:
         num_tokens: What each rank dispatches, by group rank.

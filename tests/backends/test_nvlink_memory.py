@@ -5,15 +5,25 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 
-from ep_comm import EPOverflowError, EPStateError, EPTimeoutError, EPTooManyTokensError
+from ep_comm import (
+    EPConfig,
+    EPOverflowError,
+    EPStateError,
+    EPTimeoutError,
+    EPTooManyTokensError,
+)
 from ep_comm._native import header
+from ep_comm.backends.nvlink import memory as memory_module
 from ep_comm.backends.nvlink.farewell import Farewell
-from ep_comm.backends.nvlink.memory import NodeMemory, allocated_by_all
+from ep_comm.backends.nvlink.memory import NodeMemory, Offsets, allocated_by_all
+from ep_comm.job.meeting import meet
 from ep_comm.telemetry.watch import Wait
 
 
@@ -160,3 +170,32 @@ def test_too_many_tokens_that_nobody_waited_for_end_the_buffer(monkeypatch):
         memory.check()
     assert (caught.value.num_tokens, caught.value.max_tokens) == ((0, 12), 8)
     assert memory.has_diverged and not memory.has_fault
+
+
+def memory_of_a_group(rank: int) -> list[int]:
+    """What is done on GPUs, with memory of the host: allocate, meet, map, meet."""
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    zeros, tensors = torch.zeros, []
+    config = EPConfig(num_experts=4, hidden=8, max_tokens_per_rank=8, num_topk=2)
+    offsets = Offsets(config, 2)
+
+    def allocate(num_bytes: int, **_) -> torch.Tensor:
+        tensors.append(torch.full((num_bytes,), 7, dtype=torch.uint8))
+        return tensors[0]
+
+    mapped = SimpleNamespace(buffer_ptrs=[100, 200], get_buffer=lambda r, *_: tensors[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "zeros", lambda *size, pin_memory=None, **how: zeros(*size, **how))
+        for name in ("synchronize", "current_device"):
+            patch.setattr(torch.cuda, name, lambda: 0)
+        patch.setattr(symmetric_memory, "empty", allocate)
+        patch.setattr(memory_module, "_mapped", lambda tensor, name, rank, num_ranks: mapped)
+        meeting = meet(None, "make a Buffer", None, 10.0)
+        memory = NodeMemory.of_group(dist.group.WORLD, meeting, offsets, 10.0)
+    assert not memory.tensor.any() and (memory.rank, memory.num_ranks) == (rank, 2)
+    return memory._addresses[:2]
+
+
+def test_memory_of_a_group_is_mapped_when_all_have_theirs():
+    assert run_ranks(2, memory_of_a_group) == [[100, 200]] * 2
