@@ -163,6 +163,11 @@ ROOMY = dataclasses.replace(CONFIG, max_tokens_per_rank=1600)
 
 
 @pytest.mark.parametrize("backend", [CONFIG, ROOMY], ids=["exact", "roomy"], indirect=True)
+def test_what_a_layer_keeps_is_described(backend):
+    # Three parts of four int32 numbers: two experts a token, in whole vectors of 16 bytes.
+    assert "a layer in flight keeps 48 bytes a received row" in backend.describe()
+
+
 def test_a_handle_is_as_large_as_what_came(backend):
     """7 rows do, for 10 tokens of this rank; the buffer alone has room for more."""
     handle = plan(backend)

@@ -131,7 +131,11 @@ class NVLinkBackend:
 
     def describe(self) -> str:
         sms = self._num_sms or self._available_sms
-        return f"nvlink ({self.num_ranks} GPUs of one host, {sms} SMs)"
+        kept = 4 * entry_size(self.config.num_topk)
+        return (
+            f"nvlink ({self.num_ranks} GPUs of one host, {sms} SMs; a layer in flight keeps {kept} "
+            "bytes a received row)"
+        )
 
     def waits(self) -> list[Wait]:
         return self.memory.waits()
