@@ -145,8 +145,9 @@ class EPTimeoutError(_WithFields, RuntimeError):
         late = (
             f"rank {', '.join(map(str, self.late_ranks))}" if self.late_ranks else "an unknown rank"
         )
+        was = "There is no buffer" if self.op == "create" else "The buffer is no longer usable"
         return (
             f"{self.op} #{self.epoch}: rank {self.rank} waited {self.timeout_s:g} s for {late} "
-            f"(phase: {self.phase}). The buffer is no longer usable; build a new one on a group "
-            f"without the missing rank, or raise {setting('timeout_s')} if the rank is only slow."
+            f"(phase: {self.phase}). {was}; build a new one on a group without the missing rank, "
+            f"or raise {setting('timeout_s')} if the rank is only slow."
         )
