@@ -17,6 +17,7 @@ from ep_comm.backends.nvlink.farewell import Farewell
 from ep_comm.backends.nvlink.tuning import MIN_CHUNK_TOKENS
 from ep_comm.config import EPConfig
 from ep_comm.errors import (
+    SAME_CALLS,
     EPError,
     EPMismatchError,
     EPOverflowError,
@@ -247,15 +248,13 @@ class NodeMemory:
             return EPMismatchError(
                 f"ranks disagree: rank {self.rank} and rank {fault.peer} made different {op} "
                 "calls: handles of different dispatches, a new dispatch and a cached one, or "
-                "another dtype, FP8 or probabilities on one side only. Every rank of the group "
-                "must make the same calls, in the same order, with the same settings."
+                f"another dtype, FP8 or probabilities on one side only. {SAME_CALLS}"
             )
         if fault.code == header.EP_FAULT_MISMATCH:
             field = _FIELDS[fault.field]
             return EPMismatchError(
                 f"ranks disagree: rank {self.rank} has {field}={fault.expected}; rank "
-                f"{fault.peer} has {field}={fault.seen}. Every rank of the group must make the "
-                "same calls, in the same order, with the same settings."
+                f"{fault.peer} has {field}={fault.seen}. {SAME_CALLS}"
             )
         phase, epoch = _phase_and_epoch(fault.phase, fault.expected)
         return self.timeout(op, phase, (fault.peer,), epoch)
