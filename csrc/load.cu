@@ -1,5 +1,5 @@
-// Loading the kernels: CUDA loads one at its first launch, and then may wait for those that run, which
-// may be waiting for another rank.
+// Loading the kernels: CUDA loads one at its first launch, and then may wait for those that run,
+// which may be waiting for another rank.
 
 #include "common/launch.cuh"
 
@@ -11,14 +11,13 @@ int32_t load_kernel(const void* kernel, const char* what, Setup setup, int32_t s
   cudaFuncAttributes attributes;
   switch (setup) {
     case Setup::kShared:
-      return check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             shared_bytes),
-                        what);
-    case Setup::kBesideDispatch:
       return check_cuda(
-          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                               cudaSharedmemCarveoutMaxShared),
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
           what);
+    case Setup::kBesideDispatch:
+      return check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                             cudaSharedmemCarveoutMaxShared),
+                        what);
     default:
       return check_cuda(cudaFuncGetAttributes(&attributes, kernel), what);
   }

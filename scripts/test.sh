@@ -7,6 +7,5 @@ cd "$(dirname "$0")/.."
 source scripts/setup_venv.sh megatron,wandb,test
 scripts/slurm/local_cluster.sh install || echo "== so the tests with a real SLURM are skipped"
 export OMP_NUM_THREADS=1 # several processes share the cores
-python -m ruff check .
-lint-imports
+bash scripts/lint.sh
 exec python -m pytest "$@"

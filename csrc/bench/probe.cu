@@ -19,7 +19,7 @@ constexpr int kBarrierBytes = 128;  // keeps the stages behind it on whole lines
 constexpr int kSharedBytes = kBarrierBytes + kWarps * kStages * kRowBytes;
 static_assert(kWarps * kStages * sizeof(uint64_t) <= kBarrierBytes, "barriers overlap the stages");
 
-__global__ void __launch_bounds__(kWarps * kWarpSize)
+__global__ void __launch_bounds__(kWarps* kWarpSize)
     probe_kernel(const __grid_constant__ ep_probe_args args) {
   extern __shared__ __align__(128) uint8_t shared[];
   if (lane_id() != 0) return;

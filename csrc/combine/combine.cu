@@ -81,7 +81,8 @@ __device__ inline float weight_of(const ep_combine_args& args, int32_t n, int32_
   return args.weights[routing.expert_major ? row : int64_t{row} * routing.num_topk + k];
 }
 
-// ---- Pushing -------------------------------------------------------------------------------------
+// ---- Pushing
+// -------------------------------------------------------------------------------------
 
 // Chunks of an owner that a unit fills.
 struct Chunks {
@@ -109,7 +110,8 @@ __device__ inline bool may_push(const ep_node& node, int64_t credit_offset) {
   return __all_sync(kFullWarp, fine);
 }
 
-// Lists the partial rows of received rows [begin, end) of an owner; returns how many rows that takes.
+// Lists the partial rows of received rows [begin, end) of an owner; returns how many rows that
+// takes.
 __device__ int32_t list_unit(const ep_combine_args& args, int32_t owner, int32_t begin, int32_t end,
                              ListedRow* list) {
   const int32_t slot = begin + lane_id();
@@ -122,7 +124,8 @@ __device__ int32_t list_unit(const ep_combine_args& args, int32_t owner, int32_t
   return total;
 }
 
-__device__ void send_weights(const ep_combine_args& args, int32_t owner, int32_t begin, int32_t end) {
+__device__ void send_weights(const ep_combine_args& args, int32_t owner, int32_t begin,
+                             int32_t end) {
   const ep_node& node = args.node;
   const int32_t num_topk = args.routing.num_topk;
   const int32_t first_n = args.routing.first_of_source[owner] + begin;
@@ -154,8 +157,8 @@ __device__ void list_pushes(const ep_combine_args& args, Team& team, int32_t vec
       if (args.weights != nullptr) send_weights(args, owner, begin, end);
       const int64_t region =
           static_cast<int64_t>(region_of(node.rank, owner, num_ranks)) * args.max_tokens;
-      team.hand_over(
-          in_memory_of<uint4>(node, owner, args.row_offset) + (region + begin) * vectors, num_rows);
+      team.hand_over(in_memory_of<uint4>(node, owner, args.row_offset) + (region + begin) * vectors,
+                     num_rows);
       raise(args, pushed);
       const int32_t num_chunks = (end - begin + args.chunk_rows - 1) / args.chunk_rows;
       pushed = Chunks{owner, begin / args.chunk_rows, num_chunks};
@@ -165,7 +168,8 @@ __device__ void list_pushes(const ep_combine_args& args, Team& team, int32_t vec
   raise(args, pushed);
 }
 
-// ---- Summing -------------------------------------------------------------------------------------
+// ---- Summing
+// -------------------------------------------------------------------------------------
 
 // This lane's token of a group.
 struct Token {
@@ -173,7 +177,8 @@ struct Token {
   bool exists;
 };
 
-// Waits for the chunks with the partial rows of a group, from every other rank; lane r for rank r's.
+// Waits for the chunks with the partial rows of a group, from every other rank; lane r for rank
+// r's.
 __device__ bool wait_for_partials(const ep_combine_args& args, const Token& token) {
   const ep_node& node = args.node;
   int32_t first = 0, last = -1;
@@ -232,7 +237,8 @@ __device__ int32_t list_group(const ep_combine_args& args, const Token& token, L
     if (r == node.rank) own_n = args.routing.first_of_source[r] + token.slot[r];
   }
   const int32_t own_rows = own_n < 0 ? 0 : count_rows(args, own_n);
-  // Where another rank's part comes before, this rank's rows are added up first, and kept until then.
+  // Where another rank's part comes before, this rank's rows are added up first, and kept until
+  // then.
   const uint32_t before = ranks & node_of(args, node.rank) & ((1u << node.rank) - 1);
   const bool keeps = own_rows > 1 && before != 0;
   const bool is_nowhere = token.exists && ranks == 0;
@@ -314,7 +320,8 @@ __device__ void list_sums(const ep_combine_args& args, Team& team, int32_t vecto
   team.finish();
 }
 
-// ---- The kernel ----------------------------------------------------------------------------------
+// ---- The kernel
+// ----------------------------------------------------------------------------------
 
 template <typename T, bool kOneNode>
 __global__ void __launch_bounds__(kMaxTeamThreads, 1)
@@ -356,8 +363,8 @@ int32_t ep_combine(const ep_combine_args* args, void* stream) {
   const int32_t unit_rows = args->chunk_rows * args->chunks_per_unit;
   const int32_t num_topk4 = args->routing.num_topk4;
   if (unit_rows < 1 || unit_rows > kMaxUnitRows || num_topk4 > EP_MAX_TOPK) {
-    return ep::fail(EP_ERR_ARGUMENT, "%d rows a unit, num_topk4 = %d: at most %d and %d",
-                    unit_rows, num_topk4, kMaxUnitRows, EP_MAX_TOPK);
+    return ep::fail(EP_ERR_ARGUMENT, "%d rows a unit, num_topk4 = %d: at most %d and %d", unit_rows,
+                    num_topk4, kMaxUnitRows, EP_MAX_TOPK);
   }
   if (args->num_blocks < 1 || args->push_percent < 0 || args->push_percent > 100) {
     return ep::fail(EP_ERR_ARGUMENT, "%d blocks, %d %% of the teams: at least 1, and 0 to 100",
@@ -366,14 +373,13 @@ int32_t ep_combine(const ep_combine_args* args, void* stream) {
   if (args->dtype != EP_BF16 && args->dtype != EP_FP32) {
     return ep::fail(EP_ERR_ARGUMENT, "dtype = %d is not one of EP_BF16, EP_FP32", args->dtype);
   }
-  const int32_t list_rows = std::max(
-      unit_rows * num_topk4, kGroupTokens * (num_topk4 + args->node.num_ranks));
+  const int32_t list_rows =
+      std::max(unit_rows * num_topk4, kGroupTokens * (num_topk4 + args->node.num_ranks));
   const ep::Teams teams = ep::Teams::of_rows(args->row_bytes, list_rows);
   const int32_t all_teams = args->num_blocks * teams.num_teams;
   const int32_t push_teams = std::max(1, all_teams * args->push_percent / 100);
   const bool one_node = args->ranks_per_node >= args->node.num_ranks;
   kKernels[args->dtype][one_node]<<<args->num_blocks, teams.block_threads(), teams.shared_bytes(),
-                                    static_cast<cudaStream_t>(stream)>>>(*args, teams,
-                                                                         push_teams);
+                                    static_cast<cudaStream_t>(stream)>>>(*args, teams, push_teams);
   return ep::check_cuda(cudaGetLastError(), "ep_combine");
 }

@@ -2,9 +2,11 @@
 //
 // A block has several teams, each on its own, so that one has loads in flight while another changes
 // from one list to the next. In a team
-//   columns  are threads that each add up some 16-byte vectors of every row (and more of long rows).
+//   columns  are threads that each add up some 16-byte vectors of every row (and more of long
+//   rows).
 //            Each loads ahead what it will add itself, so nobody waits for anybody within a list.
-//   the lister, one warp more, writes the next list meanwhile, waits for what that takes, and raises
+//   the lister, one warp more, writes the next list meanwhile, waits for what that takes, and
+//   raises
 //            the flags of the list before.
 // They meet once a list, at the team's barrier.
 #pragma once
@@ -100,8 +102,8 @@ struct Sum {
   }
 };
 
-// A row of a list, and what is done before and after it is added. A sum starts from its first row, not
-// from zero, so that -0 survives.
+// A row of a list, and what is done before and after it is added. A sum starts from its first row,
+// not from zero, so that -0 survives.
 struct ListedRow {
   const uint4* row;
   uint32_t what;  // the bits below, and the output row above them
@@ -141,8 +143,8 @@ struct Teams {
     Teams teams;
     teams.columns = (wanted + kWarpSize - 1) / kWarpSize * kWarpSize;
     teams.list_rows = list_rows;
-    teams.num_teams = std::min({kMaxTeams, kMaxTeamThreads / teams.team_threads(),
-                                kMaxTeamShared / teams.team_bytes()});
+    teams.num_teams = std::min(
+        {kMaxTeams, kMaxTeamThreads / teams.team_threads(), kMaxTeamShared / teams.team_bytes()});
     return teams;
   }
   __host__ __device__ int32_t team_threads() const { return columns + kWarpSize; }
@@ -151,8 +153,7 @@ struct Teams {
   // Of a list, with room for what is loaded, but not used, behind its end.
   __host__ __device__ int32_t list_stride() const { return list_rows + kMaxAhead; }
   __host__ __device__ int32_t team_bytes() const {
-    return kept_bytes() +
-           2 * (list_stride() * static_cast<int32_t>(kListedRowBytes) + kListBytes);
+    return kept_bytes() + 2 * (list_stride() * static_cast<int32_t>(kListedRowBytes) + kListBytes);
   }
   __host__ __device__ int32_t shared_bytes() const { return num_teams * team_bytes(); }
 };
@@ -236,7 +237,8 @@ class Team {
       if (what & ListedRow::kAddKept) {
 #pragma unroll
         for (int w = 0; w < kWide; ++w) sum.vectors[w].add(kept_[w * kWarpSize]);
-        if (!(what & ListedRow::kLastOfNode)) return;  // which kLast comes with if there is one node
+        if (!(what & ListedRow::kLastOfNode))
+          return;  // which kLast comes with if there is one node
       }
       sum.round(bits);
       if (what & ListedRow::kRound) {
@@ -278,9 +280,9 @@ class Team {
   Teams teams_;
   int32_t team_;
   int32_t number_ = 0;  // of the next list: two are in memory by turns
-  uint4* kept_;      // [kWide, columns], from this column's first one on
-  List* lists_;      // [2]
-  ListedRow* rows_;  // [2, list_stride()]
+  uint4* kept_;         // [kWide, columns], from this column's first one on
+  List* lists_;         // [2]
+  ListedRow* rows_;     // [2, list_stride()]
 };
 
 }  // namespace ep

@@ -1,4 +1,5 @@
-// How a failure gets from inside the library to ep_last_error(), and how kernels are loaded (load.cu).
+// How a failure gets from inside the library to ep_last_error(), and how kernels are loaded
+// (load.cu).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -20,8 +21,8 @@ enum class Setup {
   kPlain,
   // Its blocks may have `shared_bytes` of dynamic shared memory.
   kShared,
-  // Its blocks leave room on their SM for those of a dispatch: an SM that is set up for little shared
-  // memory could not take one before it is idle.
+  // Its blocks leave room on their SM for those of a dispatch: an SM that is set up for little
+  // shared memory could not take one before it is idle.
   kBesideDispatch
 };
 

@@ -63,9 +63,9 @@ __device__ inline void signal(const ep_node& node, Flag* flag, Flag value) {
 constexpr int kSpinsBetweenChecks = 256;
 constexpr uint64_t kLongWaitNs = 1000000000;
 
-// The rest of a wait that has lasted for kLongWaitNs since `start`: it is told to the host (ep_progress),
-// and told again, for another thread's wait for the same peer may have ended. Blocks that wait for one
-// another say nothing: one of them waits for somebody else.
+// The rest of a wait that has lasted for kLongWaitNs since `start`: it is told to the host
+// (ep_progress), and told again, for another thread's wait for the same peer may have ended. Blocks
+// that wait for one another say nothing: one of them waits for somebody else.
 template <typename Flag, typename Arrived>
 __device__ inline bool wait_for_long(const ep_node& node, const Flag* flag, const Arrived& arrived,
                                      Flag* value, int32_t phase, int32_t peer, int64_t expected,
@@ -130,12 +130,14 @@ __device__ inline bool wait_epoch(const ep_node& node, const uint32_t* flag, int
   uint32_t seen;
   return wait_flag(
       node, flag,
-      [epoch](uint32_t value) { return static_cast<int32_t>(value - static_cast<uint32_t>(epoch)) >= 0; },
+      [epoch](uint32_t value) {
+        return static_cast<int32_t>(value - static_cast<uint32_t>(epoch)) >= 0;
+      },
       &seen, phase, peer, epoch);
 }
 
-// The flag of a chunk of rows: which operation it belongs to, in 24 bits of epoch that are never all
-// zero (credits keep ranks within one of each other), and the tag of the call.
+// The flag of a chunk of rows: which operation it belongs to, in 24 bits of epoch that are never
+// all zero (credits keep ranks within one of each other), and the tag of the call.
 __device__ inline uint32_t chunk_stamp(int32_t epoch, int32_t tag) {
   return (static_cast<uint32_t>(epoch) % 0xffffffu + 1) << 8 | static_cast<uint32_t>(tag & 0xff);
 }
@@ -179,8 +181,8 @@ __device__ inline bool is_last_block(int32_t* counter, int32_t num_blocks) {
   return __syncthreads_or(last);
 }
 
-// All threads of all `num_blocks` blocks wait here for one another; false on a fault. The blocks are
-// all on the GPU or on their way to it: see ep_plan_args. `count` is left for a later reset.
+// All threads of all `num_blocks` blocks wait here for one another; false on a fault. The blocks
+// are all on the GPU or on their way to it: see ep_plan_args. `count` is left for a later reset.
 __device__ inline bool grid_barrier(const ep_node& node, uint32_t* count, int32_t num_blocks) {
   __syncthreads();
   bool fine = true;
@@ -197,9 +199,9 @@ __device__ inline bool grid_barrier(const ep_node& node, uint32_t* count, int32_
   return __syncthreads_and(fine);
 }
 
-// Called by all of an operation's blocks: the last one tells every other rank that this one has read
-// what they sent, writes the record, and counts the operation. rows_to is [R]; a row has row_bytes.
-// True in the last block.
+// Called by all of an operation's blocks: the last one tells every other rank that this one has
+// read what they sent, writes the record, and counts the operation. rows_to is [R]; a row has
+// row_bytes. True in the last block.
 __device__ inline bool end_operation(const ep_node& node, int32_t* counter, int32_t num_blocks,
                                      int64_t credit_offset, const int32_t* rows_to,
                                      int32_t row_bytes) {

@@ -1,5 +1,5 @@
-// A warp's ring of stages in shared memory, filled by bulk loads and emptied by bulk stores, with the
-// fences that these need (PROTOCOL.md, "Bulk copies"). Kernels that copy rows use nothing else.
+// A warp's ring of stages in shared memory, filled by bulk loads and emptied by bulk stores, with
+// the fences that these need (PROTOCOL.md, "Bulk copies"). Kernels that copy rows use nothing else.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -61,7 +61,8 @@ struct Stages {
   // Until stage i is full.
   __device__ void wait(int32_t i) const { ptx::barrier_wait(barrier(i), i / num_stages & 1); }
 
-  // Until all stores but those of the newest group have read their stages: these may be filled again.
+  // Until all stores but those of the newest group have read their stages: these may be filled
+  // again.
   __device__ void wait_for_room() const {
     ptx::bulk_wait_read<1>();
     __syncwarp();
@@ -89,15 +90,16 @@ __device__ inline void store_bulk(void* to, const void* shared, int32_t bytes) {
 // Ends the thread's open group, which may be empty.
 __device__ inline void end_group() { ptx::bulk_commit(); }
 
-// Until all groups of the calling thread but the newest kPending have been written, wherever they went:
-// their flag may be raised, by this thread.
+// Until all groups of the calling thread but the newest kPending have been written, wherever they
+// went: their flag may be raised, by this thread.
 template <int kPending>
 __device__ inline void wait_until_written() {
   ptx::bulk_wait_written<kPending>();
 }
 
-// Between the acquire of a flag and bulk copies, by the thread that acquired and issues them: loads of
-// what the peer wrote, or stores over what it has read. Also behind an earlier kernel's ordinary stores.
+// Between the acquire of a flag and bulk copies, by the thread that acquired and issues them: loads
+// of what the peer wrote, or stores over what it has read. Also behind an earlier kernel's ordinary
+// stores.
 __device__ inline void fence_for_bulk() { ptx::fence_proxy_async_global(); }
 
 }  // namespace ep

@@ -1,6 +1,6 @@
 // Dispatch: rows go once to every rank that owns one of their experts, and from there to the places
-// where the experts want them. One kernel with two kinds of blocks, which may also be launched apart:
-// those that push (dispatch/push.cuh) and those that expand (dispatch/expand.cuh).
+// where the experts want them. One kernel with two kinds of blocks, which may also be launched
+// apart: those that push (dispatch/push.cuh) and those that expand (dispatch/expand.cuh).
 
 #include <algorithm>
 
@@ -18,7 +18,7 @@ constexpr int kMaxStages = 16;
 // Blocks of a plan's second kernel find room beside it; more than this brings nothing.
 constexpr int kMaxShared = 184 * 1024;
 
-__global__ void __launch_bounds__(kMaxWarps * kWarpSize)
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     dispatch_kernel(const __grid_constant__ ep_dispatch_args args, const Ring ring) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int32_t warp = threadIdx.x / kWarpSize;
@@ -45,12 +45,13 @@ Ring make_ring(const ep_dispatch_args& args) {
   constexpr int32_t kRoom = kMaxShared - 1024;
   // Three stages a warp, or two where a row is so long that not even one warp has three.
   for (int32_t stages = 3; stages >= 2 && ring.num_warps == 0; --stages) {
-    ring.num_warps = std::min(kMaxWarps, kRoom / (stages * ring.stage_bytes + ring.converted_bytes));
+    ring.num_warps =
+        std::min(kMaxWarps, kRoom / (stages * ring.stage_bytes + ring.converted_bytes));
     if (stages == 2) ring.num_warps = std::min(ring.num_warps, 1);
   }
   if (ring.num_warps > 0) {
-    ring.num_stages = std::min(
-        kMaxStages, (kRoom / ring.num_warps - ring.converted_bytes) / ring.stage_bytes);
+    ring.num_stages =
+        std::min(kMaxStages, (kRoom / ring.num_warps - ring.converted_bytes) / ring.stage_bytes);
   }
   return ring;
 }
@@ -61,8 +62,10 @@ const Kernels kernels("dispatch kernel", Setup::kShared, kMaxShared, dispatch_ke
 
 int32_t ep_dispatch(const ep_dispatch_args* args, void* stream) {
   if (args->row_bytes % 16 || args->scale_bytes % 16 || args->weight_bytes % 16) {
-    return ep::fail(EP_ERR_ARGUMENT, "rows of %d, scales of %d and weights of %d bytes: all must be "
-                    "multiples of 16", args->row_bytes, args->scale_bytes, args->weight_bytes);
+    return ep::fail(EP_ERR_ARGUMENT,
+                    "rows of %d, scales of %d and weights of %d bytes: all must be "
+                    "multiples of 16",
+                    args->row_bytes, args->scale_bytes, args->weight_bytes);
   }
   if (args->chunk_tokens <= kFlagLag || args->chunk_tokens > kMaxChunkTokens) {
     return ep::fail(EP_ERR_ARGUMENT, "chunk_tokens = %d is not in [%d, %d]", args->chunk_tokens,

@@ -1,7 +1,7 @@
-// Expanding: a warp takes (chunk, source) units, waits for the unit's flag, and copies each row from its
-// slot to its output rows; lane k issues the store for the token's k-th expert. Rows that stay on this
-// rank are read from the input, without a slot. FP8 rows that are to be BF16 or FP32 are converted once,
-// into shared memory, and copied from there.
+// Expanding: a warp takes (chunk, source) units, waits for the unit's flag, and copies each row
+// from its slot to its output rows; lane k issues the store for the token's k-th expert. Rows that
+// stay on this rank are read from the input, without a slot. FP8 rows that are to be BF16 or FP32
+// are converted once, into shared memory, and copied from there.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -51,7 +51,8 @@ __device__ inline void write_zero_row(const ep_dispatch_args& args, int32_t row)
 
 // Rows between the end of an expert's group and the next group, and those behind all groups where
 // the output has more: zeros, with scale 1.
-__device__ inline void write_padding(const ep_dispatch_args& args, int32_t warp, int32_t num_warps) {
+__device__ inline void write_padding(const ep_dispatch_args& args, int32_t warp,
+                                     int32_t num_warps) {
   const int32_t lane = lane_id(), num_scales = args.scale_bytes / 4;
   if (args.routing.expert_major) {
     for (int32_t e = warp; e < args.num_local_experts; e += num_warps) {
@@ -76,8 +77,8 @@ __device__ inline void write_padding(const ep_dispatch_args& args, int32_t warp,
   }
 }
 
-// Keeps what the plan found in the routing's own memory, which is as large as what came: the next plan
-// writes over the plan's. Nothing of this kernel reads the copy.
+// Keeps what the plan found in the routing's own memory, which is as large as what came: the next
+// plan writes over the plan's. Nothing of this kernel reads the copy.
 __device__ inline void copy_entries(const ep_dispatch_args& args, int32_t warp, int32_t num_warps) {
   const auto* const __restrict__ from = reinterpret_cast<const uint4*>(args.planned_entries);
   auto* const __restrict__ to = reinterpret_cast<uint4*>(args.routing.entries);
@@ -115,8 +116,8 @@ __device__ inline void convert(const ep_dispatch_args& args, const uint8_t* stag
   }
 }
 
-// A run of received rows: bit j of `rows` says that there is a row j. Rows from other ranks stand in
-// slots first + j; rows of this rank are tokens first + j.
+// A run of received rows: bit j of `rows` says that there is a row j. Rows from other ranks stand
+// in slots first + j; rows of this rank are tokens first + j.
 struct Unit {
   int32_t source = 0;
   int32_t first = 0;
@@ -139,9 +140,10 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
                                  : args.recv_topk_idx != nullptr || args.recv_weights != nullptr;
   const int32_t indices_bytes = needs_experts ? 2 * index_bytes : index_bytes;
   const int32_t out_bytes = out_row_bytes(args);
-  ptx::wait_for_kernel_before();    // is_behind_plan: the plan's second one
-  fence_for_bulk();                 // output rows are read by bulk loads
-  // After a fault in the plan there are no indices: with a given number of rows nobody stopped this.
+  ptx::wait_for_kernel_before();  // is_behind_plan: the plan's second one
+  fence_for_bulk();               // output rows are read by bulk loads
+  // After a fault in the plan there are no indices: with a given number of rows nobody stopped
+  // this.
   if (__any_sync(kFullWarp, aborted(node))) return;
   const bool copies = args.is_planned && args.planned_entries != nullptr;
   if (copies) copy_entries(args, warp, num_warps);
@@ -166,8 +168,9 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
     unit->first_of_source = args.routing.first_of_source[source];
     if (source == node.rank) {
       const int32_t t = unit->first + lane;
-      const bool stays = lane < chunk_tokens && t < args.routing.num_tokens &&
-                         args.routing.send_slot[static_cast<int64_t>(t) * num_ranks + node.rank] >= 0;
+      const bool stays =
+          lane < chunk_tokens && t < args.routing.num_tokens &&
+          args.routing.send_slot[static_cast<int64_t>(t) * num_ranks + node.rank] >= 0;
       unit->rows = __ballot_sync(kFullWarp, stays);
       return true;
     }
@@ -205,14 +208,15 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
     } else {
       const int64_t region = region_of(unit.source, node.rank, num_ranks);
       stages.expect(i, bytes + indices_bytes);
-      stages.load(i, 0,
-                  node.memory[node.rank] + args.slot_offset +
-                      (region * args.max_tokens + slot) * stride,
-                  bytes);
+      stages.load(
+          i, 0,
+          node.memory[node.rank] + args.slot_offset + (region * args.max_tokens + slot) * stride,
+          bytes);
     }
     const int32_t n = unit.first_of_source + slot;
     static_assert(kLocalExperts == kRowOfK + 1, "the experts stand behind the output rows");
-    stages.load(i, rows_offset, entries + place_in_entries(args.routing, n, kRowOfK), indices_bytes);
+    stages.load(i, rows_offset, entries + place_in_entries(args.routing, n, kRowOfK),
+                indices_bytes);
   };
 
   // Scales of the row in `stage`, for lane k's output row and its expert.

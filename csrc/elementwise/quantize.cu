@@ -1,8 +1,8 @@
 // Quantisation to FP8 E4M3 in blocks of 128 with power-of-two scales: Transformer Engine's bits.
 
-#include <algorithm>
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
+#include <algorithm>
 
 #include "common/launch.cuh"
 #include "ep_comm.h"
@@ -11,8 +11,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kBlockElements = 128;
-constexpr int kLanes = 16;                               // of one block of elements
-constexpr int kPerLane = kBlockElements / kLanes;        // 8: one 8-byte store
+constexpr int kLanes = 16;                         // of one block of elements
+constexpr int kPerLane = kBlockElements / kLanes;  // 8: one 8-byte store
 constexpr float kFp8Max = 448.0f;
 constexpr uint32_t kExponentBits = 0x7f800000u;
 constexpr uint32_t kTwoPow127Bits = 0x7f000000u;
@@ -68,8 +68,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const ep_quantize_ar
 #pragma unroll
     for (int j = 0; j < kPerLane / 2; ++j) {
       packed.pairs[j] = __nv_cvt_float2_to_fp8x2(
-          make_float2(values[2 * j] * scale, values[2 * j + 1] * scale), __NV_SATFINITE,
-          __NV_E4M3);
+          make_float2(values[2 * j] * scale, values[2 * j + 1] * scale), __NV_SATFINITE, __NV_E4M3);
     }
     if (!inside) continue;
     reinterpret_cast<uint2*>(args.data)[i] = packed.bits;

@@ -68,10 +68,10 @@ int32_t launch_receive(const ep_plan_args& args, Scratch scratch, cudaStream_t s
   const int32_t num_local_experts = args.num_experts / args.node.num_ranks;
   Receive& receive = scratch.receive;
   const int32_t blocks = std::clamp(args.num_receive_blocks, 1, receive.max_chunks);
-  receive.chunks_per_group = std::clamp(kMaxGroupWords / num_local_experts, 1,
-                                        ceil_div(receive.max_chunks, blocks));
+  receive.chunks_per_group =
+      std::clamp(kMaxGroupWords / num_local_experts, 1, ceil_div(receive.max_chunks, blocks));
   receive_kernel<<<blocks, kThreads, receive.shared_bytes(num_local_experts), stream>>>(args,
-                                                                                       scratch);
+                                                                                        scratch);
   return check_cuda(cudaGetLastError(), "ep_plan: receive_kernel");
 }
 
@@ -83,8 +83,8 @@ int64_t now_ns() {
 
 const Kernels kernels("plan kernels", Setup::kBesideDispatch, 0,
                       send_kernel<layout::TopkInput<int32_t>>,
-                      send_kernel<layout::TopkInput<int64_t>>,
-                      send_kernel<layout::RoutingMapInput>, receive_kernel);
+                      send_kernel<layout::TopkInput<int64_t>>, send_kernel<layout::RoutingMapInput>,
+                      receive_kernel);
 
 }  // namespace
 
@@ -101,8 +101,8 @@ int64_t ep_plan_scratch_bytes(int64_t max_tokens, int32_t num_experts, int32_t n
 int32_t ep_plan(const ep_plan_args* args, void* stream, void* side_stream, void* event) {
   const int32_t num_local_experts = args->num_experts / args->node.num_ranks;
   if (num_local_experts < 1 || num_local_experts > kMaxLocalExperts) {
-    return ep::fail(EP_ERR_ARGUMENT, "num_local_experts = %d is not in [1, %d]",
-                    num_local_experts, kMaxLocalExperts);
+    return ep::fail(EP_ERR_ARGUMENT, "num_local_experts = %d is not in [1, %d]", num_local_experts,
+                    kMaxLocalExperts);
   }
   for (const int32_t blocks : {args->num_send_blocks, args->num_receive_blocks}) {
     if (blocks < 1 || blocks > kMaxPlanBlocks) {

@@ -36,11 +36,16 @@ struct Scratch {
 
 __device__ inline int32_t field_of(const ep_plan_args& args, int32_t field) {
   switch (field) {
-    case EP_FIELD_NUM_TOPK: return args.routing.num_topk;
-    case EP_FIELD_HIDDEN: return args.hidden;
-    case EP_FIELD_NUM_EXPERTS: return args.num_experts;
-    case EP_FIELD_EXPERT_MAJOR: return args.routing.expert_major;
-    default: return args.expert_alignment;
+    case EP_FIELD_NUM_TOPK:
+      return args.routing.num_topk;
+    case EP_FIELD_HIDDEN:
+      return args.hidden;
+    case EP_FIELD_NUM_EXPERTS:
+      return args.num_experts;
+    case EP_FIELD_EXPERT_MAJOR:
+      return args.routing.expert_major;
+    default:
+      return args.expert_alignment;
   }
 }
 

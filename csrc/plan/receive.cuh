@@ -1,8 +1,8 @@
-// The second kernel of a plan: waits for the flags and copies the routing out of the staging memory, which
-// the next plan overwrites; counts the rows of each expert, tells the host, and says where every row
-// stands in the output. It is the layout again, each local expert taken for a rank: the slot of a
-// received row is its place in the expert's group. How many rows came is known before the first is
-// looked at: only these are.
+// The second kernel of a plan: waits for the flags and copies the routing out of the staging
+// memory, which the next plan overwrites; counts the rows of each expert, tells the host, and says
+// where every row stands in the output. It is the layout again, each local expert taken for a rank:
+// the slot of a received row is its place in the expert's group. How many rows came is known before
+// the first is looked at: only these are.
 #pragma once
 
 #include "common/warp.cuh"
@@ -39,8 +39,8 @@ __device__ inline void wait_for_header(const ep_plan_args& args, int32_t source,
   }
 }
 
-// first[g] becomes the sum of the sizes before g, each rounded up to `alignment`; returns the sum of
-// all, in every thread. first may be `size`.
+// first[g] becomes the sum of the sizes before g, each rounded up to `alignment`; returns the sum
+// of all, in every thread. first may be `size`.
 __device__ inline int32_t prefix_of_groups(const int32_t* size, int32_t num_groups,
                                            int32_t alignment, int32_t* first) {
   __shared__ int32_t total;
@@ -49,8 +49,7 @@ __device__ inline int32_t prefix_of_groups(const int32_t* size, int32_t num_grou
     int32_t carry = 0;
     for (int32_t begin = 0; begin < num_groups; begin += kWarpSize) {
       const int32_t g = begin + lane_id();
-      const int32_t own =
-          g < num_groups ? (size[g] + alignment - 1) / alignment * alignment : 0;
+      const int32_t own = g < num_groups ? (size[g] + alignment - 1) / alignment * alignment : 0;
       int32_t of_these;
       const int32_t before = sum_before(own, &of_these);
       if (g < num_groups) first[g] = carry + before;
@@ -130,11 +129,11 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t num_topk = args.routing.num_topk, num_topk4 = args.routing.num_topk4;
   const int32_t num_experts = args.num_experts / num_ranks;  // of this rank
   const int32_t group_words = receive.chunks_per_group * num_experts;
-  auto* const mask = reinterpret_cast<uint32_t*>(shared);  // [group, E] rows of a chunk as bits
-  int32_t* const chunk_first_row = shared + group_words;   // [group, E]
-  int32_t* const next_row = chunk_first_row + group_words; // [E] of this block
-  int32_t* const tokens = next_row + num_experts;          // [E] of all blocks
-  int32_t* const first_row = tokens + num_experts;         // [E] of each expert's group
+  auto* const mask = reinterpret_cast<uint32_t*>(shared);   // [group, E] rows of a chunk as bits
+  int32_t* const chunk_first_row = shared + group_words;    // [group, E]
+  int32_t* const next_row = chunk_first_row + group_words;  // [E] of this block
+  int32_t* const tokens = next_row + num_experts;           // [E] of all blocks
+  int32_t* const first_row = tokens + num_experts;          // [E] of each expert's group
   __shared__ int32_t num_rows[EP_MAX_NODE_RANKS], first_of_source[EP_MAX_NODE_RANKS];
   __shared__ int32_t asked_tokens[EP_MAX_NODE_RANKS];
   int32_t* const entries = args.routing.entries;
@@ -222,8 +221,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) {
       int32_t row = next_row[e];
       for (int32_t c = 0; c < num_chunks; ++c) {
-        const uint32_t rows =
-            receive.chunk_rows[static_cast<int64_t>(chunk + c) * num_experts + e];
+        const uint32_t rows = receive.chunk_rows[static_cast<int64_t>(chunk + c) * num_experts + e];
         mask[c * num_experts + e] = rows;
         chunk_first_row[c * num_experts + e] = row;
         row += __popc(rows);
@@ -249,8 +247,7 @@ __global__ void __launch_bounds__(kThreads)
         place = expert >= 0 ? smaller : present + absent_before;
         if (expert >= 0) {
           const int32_t word = in_group / kChunkTokens * num_experts + expert;
-          row = chunk_first_row[word] +
-                __popc(mask[word] & ((1u << in_group % kChunkTokens) - 1));
+          row = chunk_first_row[word] + __popc(mask[word] & ((1u << in_group % kChunkTokens) - 1));
         }
       } else if (k == 0) {
         row = n;

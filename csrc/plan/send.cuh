@@ -1,6 +1,6 @@
-// The first kernel of a plan: finds which token goes where, and into which slot (routing/slots.cuh); writes each
-// token's local experts into the memory of the ranks it goes to, then a header with the counts, then a
-// flag.
+// The first kernel of a plan: finds which token goes where, and into which slot
+// (routing/slots.cuh); writes each token's local experts into the memory of the ranks it goes to,
+// then a header with the counts, then a flag.
 #pragma once
 
 #include "plan/plan.cuh"
@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(kThreads)
   if (!__syncthreads_and(may_send)) return;
   if (!grid_barrier(node, &counters[kSendBarrier], gridDim.x)) return;
 
-  layout::place_tokens(shape, scratch.layout, args.routing.num_sent, nullptr, args.routing.send_slot);
+  layout::place_tokens(shape, scratch.layout, args.routing.num_sent, nullptr,
+                       args.routing.send_slot);
   if (blockIdx.x == 0) {
     layout::pick_first_error(shape, scratch.layout.first_error, scratch.sent_error);
   }

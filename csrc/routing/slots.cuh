@@ -52,7 +52,6 @@ struct Workspace {
   uint32_t* chunk_tokens;  // [C, R] bit t: token t of the chunk goes to the rank
 };
 
-
 inline Shape make_shape(int64_t num_tokens, int32_t num_topk, int32_t num_experts,
                         int32_t num_ranks, int32_t max_blocks) {
   Shape shape{};
@@ -66,8 +65,8 @@ inline Shape make_shape(int64_t num_tokens, int32_t num_topk, int32_t num_expert
   return shape;
 }
 
-// Cuts the workspace at address `base` up and returns the bytes that it takes. Only where experts are
-// counted is there room for their counts.
+// Cuts the workspace at address `base` up and returns the bytes that it takes. Only where experts
+// are counted is there room for their counts.
 inline int64_t cut_workspace(const Shape& shape, bool counts_experts, uintptr_t base,
                              Workspace* workspace) {
   uintptr_t next = base;
@@ -198,9 +197,9 @@ template <bool kCountsExperts, typename Input>
 __device__ inline void count_tokens(const Input& input, const Shape& shape,
                                     const Workspace& workspace, int32_t* topk_idx_out,
                                     int32_t* shared) {
-  int32_t* const experts = shared;  // [kChunkTokens, K]
-  int32_t* const rank_count = experts + kChunkTokens * shape.num_topk;                    // [R]
-  auto* const chunk_tokens = reinterpret_cast<uint32_t*>(rank_count + shape.num_ranks);   // [R]
+  int32_t* const experts = shared;                                      // [kChunkTokens, K]
+  int32_t* const rank_count = experts + kChunkTokens * shape.num_topk;  // [R]
+  auto* const chunk_tokens = reinterpret_cast<uint32_t*>(rank_count + shape.num_ranks);  // [R]
   int32_t* const expert_count = rank_count + 2 * shape.num_ranks;  // [E], if they are counted
   __shared__ unsigned long long first_error;
 

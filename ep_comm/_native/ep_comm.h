@@ -86,7 +86,8 @@ EP_API int64_t ep_layout_workspace_bytes(int64_t num_tokens, int32_t num_experts
  * error[3] is clamped to int32. */
 EP_API int32_t ep_layout(const ep_layout_args* args, void* stream);
 
-/* ---- Ranks of one node, connected by NVLink --------------------------------------------------- */
+/* ---- Ranks of one node, connected by NVLink ---------------------------------------------------
+ */
 
 #define EP_MAX_NODE_RANKS 8
 
@@ -99,8 +100,8 @@ enum {
 
 enum {
   EP_FAULT_NONE = 0,
-  EP_FAULT_TIMEOUT = 1,  /* the peer did not arrive */
-  EP_FAULT_MISMATCH = 2  /* the peer plans something else */
+  EP_FAULT_TIMEOUT = 1, /* the peer did not arrive */
+  EP_FAULT_MISMATCH = 2 /* the peer plans something else */
 };
 
 /* What the ranks of one plan must agree on; ep_fault.field. */
@@ -110,15 +111,12 @@ enum {
   EP_FIELD_NUM_EXPERTS = 2,
   EP_FIELD_EXPERT_MAJOR = 3,
   EP_FIELD_EXPERT_ALIGNMENT = 4,
-  EP_NUM_FIELDS = 5,     /* of a plan's header */
-  EP_FIELD_CALL = 5      /* tag of a dispatch or combine: expected and seen are tags */
+  EP_NUM_FIELDS = 5, /* of a plan's header */
+  EP_FIELD_CALL = 5  /* tag of a dispatch or combine: expected and seen are tags */
 };
 
 /* Operations of a node; ep_fault.op. */
-enum {
-  EP_OP_DISPATCH = 1,
-  EP_OP_COMBINE = 2
-};
+enum { EP_OP_DISPATCH = 1, EP_OP_COMBINE = 2 };
 
 /* Written by the first kernel that fails, into host memory that the device sees. Every kernel that
  * finds it set ends its waits. */
@@ -133,9 +131,9 @@ typedef struct ep_fault {
 } ep_fault;
 
 /* For whom kernels have been waiting for more than a second; host memory that the device sees. For
- * each peer 0, or phase << 32 | what ep_fault.expected would say, in 32 bits. Of several threads that
- * wait the last one to write counts. One whose wait ends writes 0; those that still wait write again
- * within a second or two. After a fault it stays. */
+ * each peer 0, or phase << 32 | what ep_fault.expected would say, in 32 bits. Of several threads
+ * that wait the last one to write counts. One whose wait ends writes 0; those that still wait write
+ * again within a second or two. After a fault it stays. */
 typedef struct ep_progress {
   int64_t dispatch[EP_MAX_NODE_RANKS];
   int64_t combine[EP_MAX_NODE_RANKS];
@@ -168,90 +166,86 @@ typedef struct ep_node {
   int32_t num_ranks;
 } ep_node;
 
-/* Ask for as much as possible now: kernels are loaded, shared-memory limits raised. A kernel that is
- * loaded while another one spins would wait for it for ever. */
+/* Ask for as much as possible now: kernels are loaded, shared-memory limits raised. A kernel that
+ * is loaded while another one spins would wait for it for ever. */
 EP_API int32_t ep_load_kernels(void);
 
-/* ---- Plan: the routing of a dispatch reaches the ranks that it concerns ------------------------ */
+/* ---- Plan: the routing of a dispatch reaches the ranks that it concerns ------------------------
+ */
 
 /* Counts that the host needs to allocate the outputs, in host memory that the device sees. */
 typedef struct ep_mailbox {
-  int32_t ticket;                              /* of the plan; written last */
-  int32_t routing_error[4];                    /* of this rank's own input; as ep_layout_args */
-  int32_t asked_tokens[EP_MAX_NODE_RANKS];     /* of each rank; more than max_tokens: none was sent */
-  int32_t num_sent_tokens[EP_MAX_NODE_RANKS];  /* rows to each rank */
-  int32_t num_recv_tokens[EP_MAX_NODE_RANKS];  /* rows from each rank */
-  int32_t num_tokens_per_expert[1024];         /* [E_local] before padding */
+  int32_t ticket;                          /* of the plan; written last */
+  int32_t routing_error[4];                /* of this rank's own input; as ep_layout_args */
+  int32_t asked_tokens[EP_MAX_NODE_RANKS]; /* of each rank; more than max_tokens: none was sent */
+  int32_t num_sent_tokens[EP_MAX_NODE_RANKS]; /* rows to each rank */
+  int32_t num_recv_tokens[EP_MAX_NODE_RANKS]; /* rows from each rank */
+  int32_t num_tokens_per_expert[1024];        /* [E_local] before padding */
 } ep_mailbox;
 
 /* What a plan that no host waits for has to say; host memory that the device sees. The first one
  * stays until the host has cleared it. */
 typedef struct ep_notice {
-  int32_t code;              /* EP_NOTICE_*, written last */
-  int32_t routing_error[4];  /* EP_NOTICE_ROUTING: as ep_layout_args.error */
+  int32_t code;                            /* EP_NOTICE_*, written last */
+  int32_t routing_error[4];                /* EP_NOTICE_ROUTING: as ep_layout_args.error */
   int32_t asked_tokens[EP_MAX_NODE_RANKS]; /* EP_NOTICE_TOO_MANY: as ep_mailbox.asked_tokens */
-  int32_t num_rows;          /* EP_NOTICE_OVERFLOW: rows that the output would have needed */
-  int32_t capacity;          /* rows that it has; EP_NOTICE_TOO_MANY: ep_plan_args.max_tokens */
+  int32_t num_rows; /* EP_NOTICE_OVERFLOW: rows that the output would have needed */
+  int32_t capacity; /* rows that it has; EP_NOTICE_TOO_MANY: ep_plan_args.max_tokens */
 } ep_notice;
 
-enum {
-  EP_NOTICE_NONE = 0,
-  EP_NOTICE_ROUTING = 1,
-  EP_NOTICE_OVERFLOW = 2,
-  EP_NOTICE_TOO_MANY = 3
-};
+enum { EP_NOTICE_NONE = 0, EP_NOTICE_ROUTING = 1, EP_NOTICE_OVERFLOW = 2, EP_NOTICE_TOO_MANY = 3 };
 
 /* Where the rows of one dispatch go: device memory, written by ep_plan and read by every operation
  * with that routing. K4 is K rounded up to a multiple of 4: rows of 16 bytes. Received rows are
  * numbered by source rank, then by slot: row first_of_source[source] + slot.
  *
- * The entry of a received row is int32 [3, K4]: the output row of each of its experts, -1 where there
- * is none; its local experts, -1 elsewhere (from column K on nothing is written); and the output rows
- * again, ascending, then -1. Rows behind last_entry share that one: the output has room for none of
- * them. */
+ * The entry of a received row is int32 [3, K4]: the output row of each of its experts, -1 where
+ * there is none; its local experts, -1 elsewhere (from column K on nothing is written); and the
+ * output rows again, ascending, then -1. Rows behind last_entry share that one: the output has room
+ * for none of them. */
 typedef struct ep_routing {
-  int32_t* topk_idx;          /* [T, K] of this rank's own tokens: global experts or -1 */
-  int32_t* send_slot;         /* [T, R] */
-  int32_t* entries;           /* of the received rows, but at most last_entry + 1 */
-  int32_t* num_sent;          /* [R] rows to each rank */
-  int32_t* num_recv;          /* [R] rows from each rank */
-  int32_t* first_of_source;   /* [R] rows from the ranks before each */
-  int32_t* source_tokens;     /* [R] T of each rank */
-  int32_t* expert_tokens;     /* [E_local] rows of each group, without padding */
-  int32_t* expert_first_row;  /* [E_local + 1] first row of each group, then the end; of rank-major
-                                 rows only the end */
+  int32_t* topk_idx;         /* [T, K] of this rank's own tokens: global experts or -1 */
+  int32_t* send_slot;        /* [T, R] */
+  int32_t* entries;          /* of the received rows, but at most last_entry + 1 */
+  int32_t* num_sent;         /* [R] rows to each rank */
+  int32_t* num_recv;         /* [R] rows from each rank */
+  int32_t* first_of_source;  /* [R] rows from the ranks before each */
+  int32_t* source_tokens;    /* [R] T of each rank */
+  int32_t* expert_tokens;    /* [E_local] rows of each group, without padding */
+  int32_t* expert_first_row; /* [E_local + 1] first row of each group, then the end; of rank-major
+                                rows only the end */
   int32_t num_tokens;
   int32_t num_topk;
   int32_t num_topk4;
-  int32_t expert_major;       /* else rank-major: one row a token, in column 0 */
+  int32_t expert_major; /* else rank-major: one row a token, in column 0 */
   int32_t last_entry;
 } ep_routing;
 
-/* Offsets are into the symmetric memory of every rank. S = max_tokens, the rows that each source rank
- * has room for there. */
+/* Offsets are into the symmetric memory of every rank. S = max_tokens, the rows that each source
+ * rank has room for there. */
 typedef struct ep_plan_args {
   ep_node node;
   ep_routing routing;
-  const void* input;          /* [T, K] or [T, E], see ep_layout_args */
-  void* scratch;              /* ep_plan_scratch_bytes(), 256-byte aligned */
-  ep_mailbox* mailbox;        /* host memory, mapped */
-  ep_notice* notice;          /* host memory, mapped */
-  int32_t* counters;          /* [4] zero; left zero */
-  int64_t flag_offset;        /* uint32 [R] */
-  int64_t credit_offset;      /* uint32 [R] */
-  int64_t header_offset;      /* int32 [R, 16] */
-  int64_t idx_offset;         /* int32 [R, S, K] */
-  int32_t ticket;             /* for the mailbox; 0: nobody waits, and `notice` is used */
-  int32_t capacity;           /* rows of the output: what does not fit is dropped, and none of the
-                                 outputs above names it */
+  const void* input;     /* [T, K] or [T, E], see ep_layout_args */
+  void* scratch;         /* ep_plan_scratch_bytes(), 256-byte aligned */
+  ep_mailbox* mailbox;   /* host memory, mapped */
+  ep_notice* notice;     /* host memory, mapped */
+  int32_t* counters;     /* [4] zero; left zero */
+  int64_t flag_offset;   /* uint32 [R] */
+  int64_t credit_offset; /* uint32 [R] */
+  int64_t header_offset; /* int32 [R, 16] */
+  int64_t idx_offset;    /* int32 [R, S, K] */
+  int32_t ticket;        /* for the mailbox; 0: nobody waits, and `notice` is used */
+  int32_t capacity;      /* rows of the output: what does not fit is dropped, and none of the
+                            outputs above names it */
   int32_t input_kind;
   int32_t num_experts;
   int32_t max_tokens;
-  int32_t asked_tokens;       /* routing.num_tokens; or more than max_tokens, while that is 0: the
-                                 operation goes on without them, and all ranks hear of it */
-  int32_t hidden;             /* only compared between ranks */
+  int32_t asked_tokens; /* routing.num_tokens; or more than max_tokens, while that is 0: the
+                           operation goes on without them, and all ranks hear of it */
+  int32_t hidden;       /* only compared between ranks */
   int32_t expert_alignment;
-  int32_t num_send_blocks;    /* of the two kernels; all of one must fit on the GPU at once */
+  int32_t num_send_blocks; /* of the two kernels; all of one must fit on the GPU at once */
   int32_t num_receive_blocks;
 } ep_plan_args;
 
@@ -259,9 +253,10 @@ typedef struct ep_plan_args {
  * out of bounds. */
 EP_API int64_t ep_plan_scratch_bytes(int64_t max_tokens, int32_t num_experts, int32_t num_ranks);
 
-/* On `stream`, computes the layout of this rank's tokens and sends it; on `side_stream`, which follows
- * (or is the same one), gathers the others', finds where every received row stands in the output, and
- * tells the host the counts. Rows can be pushed meanwhile. `event` is a cudaEvent_t to use. */
+/* On `stream`, computes the layout of this rank's tokens and sends it; on `side_stream`, which
+ * follows (or is the same one), gathers the others', finds where every received row stands in the
+ * output, and tells the host the counts. Rows can be pushed meanwhile. `event` is a cudaEvent_t to
+ * use. */
 EP_API int32_t ep_plan(const ep_plan_args* args, void* stream, void* side_stream, void* event);
 
 /* `waiting` goes on when all that is on `other` now is done; `event` is a cudaEvent_t to use. */
@@ -272,26 +267,28 @@ EP_API int32_t ep_stream_wait(void* waiting, void* other, void* event);
 EP_API int32_t ep_mailbox_wait(const ep_mailbox* mailbox, const ep_fault* fault, int32_t ticket,
                                int64_t timeout_ns, void* stream);
 
-/* ---- FP8 --------------------------------------------------------------------------------------- */
+/* ---- FP8 ---------------------------------------------------------------------------------------
+ */
 
 /* Quantises rows [T, H] to E4M3 in blocks of 128 with power-of-two scales; see ep_comm/fp8.py. */
 typedef struct ep_quantize_args {
-  const void* x;    /* [T, H], 16-byte aligned */
-  uint8_t* data;    /* [T, H] out */
-  float* scales;    /* [T, H / 128] out: what a byte is multiplied with to give the value back */
+  const void* x;      /* [T, H], 16-byte aligned */
+  uint8_t* data;      /* [T, H] out */
+  float* scales;      /* [T, H / 128] out: what a byte is multiplied with to give the value back */
   int64_t num_blocks; /* T * H / 128 */
-  int32_t dtype;    /* EP_BF16 or EP_FP32 */
+  int32_t dtype;      /* EP_BF16 or EP_FP32 */
 } ep_quantize_args;
 
 EP_API int32_t ep_quantize(const ep_quantize_args* args, void* stream);
 
-/* ---- Probabilities: those of a token's selected experts out of those of all -------------------- */
+/* ---- Probabilities: those of a token's selected experts out of those of all --------------------
+ */
 
 /* Distinct experts in a row of topk_idx, or -1 where dropped. */
 typedef struct ep_probabilities_args {
   const float* input;      /* select: [T, E]; scatter: [T, K] */
   const int32_t* topk_idx; /* [T, K] */
-  float* output;           /* select: [T, K], 0 where dropped; scatter: [T, E], 0 where not selected */
+  float* output; /* select: [T, K], 0 where dropped; scatter: [T, E], 0 where not selected */
   int64_t num_tokens;
   int32_t num_topk;
   int32_t num_experts;
@@ -302,7 +299,8 @@ EP_API int32_t ep_select_probabilities(const ep_probabilities_args* args, void* 
 /* The gradient of the other one. */
 EP_API int32_t ep_scatter_probabilities(const ep_probabilities_args* args, void* stream);
 
-/* ---- Dispatch --------------------------------------------------------------------------------- */
+/* ---- Dispatch ---------------------------------------------------------------------------------
+ */
 
 enum {
   EP_RECV_BYTES = 0, /* rows, and scales where there are any, as they were sent */
@@ -314,22 +312,22 @@ enum {
 typedef struct ep_dispatch_args {
   ep_node node;
   ep_routing routing;
-  const uint8_t* x;             /* [T, row_bytes] */
-  const float* scales;          /* [T, scale_bytes / 4], or NULL */
-  const float* weights;         /* [T, K4], or NULL */
-  uint8_t* recv_x;              /* [num_rows] */
-  float* recv_scales;           /* B = scale_bytes / 4 scales a row, or NULL. Rank-major [rows, B];
-                                   expert-major for each expert [B, rows of its group] */
-  float* recv_weights;          /* expert-major [rows], rank-major [rows, K]; or NULL */
-  void* recv_topk_idx;          /* rank-major [rows, K] local experts, -1 elsewhere; or NULL */
+  const uint8_t* x;     /* [T, row_bytes] */
+  const float* scales;  /* [T, scale_bytes / 4], or NULL */
+  const float* weights; /* [T, K4], or NULL */
+  uint8_t* recv_x;      /* [num_rows] */
+  float* recv_scales;   /* B = scale_bytes / 4 scales a row, or NULL. Rank-major [rows, B];
+                           expert-major for each expert [B, rows of its group] */
+  float* recv_weights;  /* expert-major [rows], rank-major [rows, K]; or NULL */
+  void* recv_topk_idx;  /* rank-major [rows, K] local experts, -1 elsewhere; or NULL */
   const int32_t* planned_entries; /* is_planned: where ep_plan left the routing's entries, if not
                                    there; those that expand copy them. Or NULL */
-  int32_t* counter;             /* zero; left zero */
-  int64_t flag_offset;          /* uint64 [R, chunks] */
-  int64_t credit_offset;        /* uint32 [R] */
-  int64_t slot_offset;          /* [R - 1, S, slot], the next rank's rows first; slots of whole
-                                   128-byte lines */
-  int32_t tag;                  /* 0 .. 255, equal on ranks that make the same call */
+  int32_t* counter;               /* zero; left zero */
+  int64_t flag_offset;            /* uint64 [R, chunks] */
+  int64_t credit_offset;          /* uint32 [R] */
+  int64_t slot_offset;            /* [R - 1, S, slot], the next rank's rows first; slots of whole
+                                     128-byte lines */
+  int32_t tag;                    /* 0 .. 255, equal on ranks that make the same call */
   int32_t max_tokens;
   int32_t max_chunks;
   int32_t chunk_tokens;
@@ -338,57 +336,56 @@ typedef struct ep_dispatch_args {
   int32_t weight_bytes;
   int32_t num_local_experts;
   int32_t recv_kind;
-  int32_t recv_idx_bytes;       /* 4 or 8: an entry of recv_topk_idx */
-  int32_t num_received;         /* rows that came: entries to copy */
-  int32_t num_rows;             /* of the output; those behind the last group become padding */
-  int32_t is_planned;           /* ep_plan has begun this operation: else it begins here */
-  int32_t is_behind_plan;       /* ep_plan is the last thing on this stream, and the input is older: may
-                                   run beside its second kernel, which those that expand wait for */
-  int32_t num_push_blocks;      /* either may be 0: the other half is launched on its own */
+  int32_t recv_idx_bytes;  /* 4 or 8: an entry of recv_topk_idx */
+  int32_t num_received;    /* rows that came: entries to copy */
+  int32_t num_rows;        /* of the output; those behind the last group become padding */
+  int32_t is_planned;      /* ep_plan has begun this operation: else it begins here */
+  int32_t is_behind_plan;  /* ep_plan is the last thing on this stream, and the input is older: may
+                              run beside its second kernel, which those that expand wait for */
+  int32_t num_push_blocks; /* either may be 0: the other half is launched on its own */
   int32_t num_expand_blocks;
-  int32_t num_blocks;           /* of the operation, both halves */
+  int32_t num_blocks; /* of the operation, both halves */
 } ep_dispatch_args;
 
 /* Pushes this rank's rows into the others' memory, and moves arrived rows to where they belong. */
 EP_API int32_t ep_dispatch(const ep_dispatch_args* args, void* stream);
 
-/* ---- Combine ---------------------------------------------------------------------------------- */
+/* ---- Combine ----------------------------------------------------------------------------------
+ */
 
-enum {
-  EP_BF16 = 0,
-  EP_FP32 = 1
-};
+enum { EP_BF16 = 0, EP_FP32 = 1 };
 
 typedef struct ep_combine_args {
   ep_node node;
   ep_routing routing;
-  const uint8_t* x;               /* rows as dispatch gave them */
-  const float* weights;           /* expert-major [rows], rank-major [rows, K]; or NULL */
-  uint8_t* combined_x;            /* [T, row_bytes] */
-  float* combined_weights;        /* [T, K], or NULL */
-  int32_t* counters;              /* [3] zero; left zero */
-  int64_t flag_offset;            /* uint32 [R, chunks] */
-  int64_t credit_offset;          /* uint32 [R] */
-  int64_t row_offset;             /* [R - 1, S, row_bytes], the next rank's rows first */
-  int64_t weight_offset;          /* float [R, S, K] */
-  int64_t zero_offset;            /* [row_bytes] zero: of what fitted nowhere or went nowhere */
-  int32_t tag;                    /* 0 .. 255, equal on ranks that make the same call */
+  const uint8_t* x;        /* rows as dispatch gave them */
+  const float* weights;    /* expert-major [rows], rank-major [rows, K]; or NULL */
+  uint8_t* combined_x;     /* [T, row_bytes] */
+  float* combined_weights; /* [T, K], or NULL */
+  int32_t* counters;       /* [3] zero; left zero */
+  int64_t flag_offset;     /* uint32 [R, chunks] */
+  int64_t credit_offset;   /* uint32 [R] */
+  int64_t row_offset;      /* [R - 1, S, row_bytes], the next rank's rows first */
+  int64_t weight_offset;   /* float [R, S, K] */
+  int64_t zero_offset;     /* [row_bytes] zero: of what fitted nowhere or went nowhere */
+  int32_t tag;             /* 0 .. 255, equal on ranks that make the same call */
   int32_t max_tokens;
   int32_t max_chunks;
-  int32_t chunk_rows;             /* rows of a flag: equal on all ranks */
-  int32_t chunks_per_unit;        /* chunks that a team pushes before it raises their flags */
+  int32_t chunk_rows;      /* rows of a flag: equal on all ranks */
+  int32_t chunks_per_unit; /* chunks that a team pushes before it raises their flags */
   int32_t row_bytes;
-  int32_t dtype;                  /* EP_BF16 or EP_FP32 */
+  int32_t dtype; /* EP_BF16 or EP_FP32 */
   int32_t num_local_experts;
   int32_t ranks_per_node;
-  int32_t num_blocks;             /* one an SM */
-  int32_t push_percent;           /* of their teams: those that begin with pushing */
+  int32_t num_blocks;   /* one an SM */
+  int32_t push_percent; /* of their teams: those that begin with pushing */
 } ep_combine_args;
 
 /* Sums rows back to the ranks that own their tokens. */
 EP_API int32_t ep_combine(const ep_combine_args* args, void* stream);
 
-/* ---- Probe: what the links carry --------------------------------------------------------------- */
+/* ---- Probe: what the links carry ---------------------------------------------------------------
+ */
 
 #define EP_PROBE_ROW_BYTES 14336
 
@@ -396,7 +393,7 @@ typedef struct ep_probe_args {
   ep_node node;          /* memory: [R - 1, num_rows, EP_PROBE_ROW_BYTES] at each; no waits */
   const uint8_t* source; /* [num_rows, EP_PROBE_ROW_BYTES] of this GPU */
   int64_t num_rows;
-  int32_t num_blocks;    /* one an SM */
+  int32_t num_blocks; /* one an SM */
 } ep_probe_args;
 
 /* Pushes every row of the source to every other rank. */

@@ -77,9 +77,7 @@ class NVLinkBackend:
         return support.unavailable_reason(facts)
 
     @classmethod
-    def create(
-        cls, group: dist.ProcessGroup, config: EPConfig, meeting: Meeting
-    ) -> NVLinkBackend:
+    def create(cls, group: dist.ProcessGroup, config: EPConfig, meeting: Meeting) -> NVLinkBackend:
         offsets = Offsets(config, dist.get_world_size(group))
         return cls(NodeMemory.of_group(group, meeting, offsets, config.timeout_s), config)
 
