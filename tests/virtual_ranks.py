@@ -135,7 +135,7 @@ def _all_ranks(
     _connect(num_gpus)
     from ep_comm.backends.nvlink.backend import NVLinkBackend
     from ep_comm.backends.nvlink.farewell import Farewell
-    from ep_comm.backends.nvlink.memory import NodeMemory, Offsets
+    from ep_comm.backends.nvlink.memory import Offsets, PeerMemory
 
     ranks_per_gpu = -(-num_ranks // num_gpus)
     streams = [_streams(gpu, 3 * ranks_per_gpu) for gpu in range(num_gpus)]
@@ -160,11 +160,11 @@ def _all_ranks(
         try:
             with torch.cuda.stream(streams[gpu].pop()):
                 farewell = Farewell(rank, flags_of)
-                node = NodeMemory(rank, memory[rank], addresses, config.timeout_s, memory, farewell)
+                own = PeerMemory(rank, memory[rank], addresses, config.timeout_s, memory, farewell)
                 # From here on nothing may be allocated anew: that too waits for kernels that run.
                 reserve = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in _RESERVE]
                 del reserve
-                backend = VirtualBackend(node, config)
+                backend = VirtualBackend(own, config)
                 backend.inject_delays(1000 * delay_us)
                 buffer = VirtualBuffer(backend, config, meet)
                 buffer.set_num_sms(sms_of_a_rank(num_ranks, num_gpus))

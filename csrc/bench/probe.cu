@@ -1,4 +1,4 @@
-// What the links between the GPUs of a node carry: plain bulk pushes, with nothing to wait for.
+// What the links between the GPUs of a host carry: plain bulk pushes, with nothing to wait for.
 //
 // The rate that every figure of `ep-comm bench` is compared with. Each warp has a ring of stages in
 // shared memory; its first lane fills them from this GPU's memory and stores each row into every
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   extern __shared__ __align__(128) uint8_t shared[];
   if (lane_id() != 0) return;
 
-  const ep_node& node = args.node;
+  const ep_peers& peers = args.peers;
   const int32_t warp = threadIdx.x / kWarpSize;
   uint64_t* const barriers = reinterpret_cast<uint64_t*>(shared) + warp * kStages;
   uint8_t* const stages = shared + kBarrierBytes + warp * kStages * kRowBytes;
@@ -47,10 +47,10 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   for (int64_t i = 0; row_of(i) < args.num_rows; ++i) {
     const int32_t s = i % kStages;
     ptx::barrier_wait(&barriers[s], i / kStages & 1);
-    for (int32_t r = 1; r < node.num_ranks; ++r) {
-      const int32_t peer = (node.rank + r) % node.num_ranks;
-      const int64_t region = region_of(node.rank, peer, node.num_ranks);
-      ptx::bulk_store(node.memory[peer] + (region * args.num_rows + row_of(i)) * kRowBytes,
+    for (int32_t r = 1; r < peers.num_ranks; ++r) {
+      const int32_t peer = (peers.rank + r) % peers.num_ranks;
+      const int64_t region = region_of(peers.rank, peer, peers.num_ranks);
+      ptx::bulk_store(peers.memory[peer] + (region * args.num_rows + row_of(i)) * kRowBytes,
                       stages + s * kRowBytes, kRowBytes);
     }
     ptx::bulk_commit();

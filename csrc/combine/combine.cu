@@ -54,7 +54,7 @@ __device__ inline int32_t count_rows(const ep_combine_args& args, int32_t n) {
 // Row of this rank's input, of zeros where there is none.
 __device__ inline const uint4* input_row(const ep_combine_args& args, int32_t row) {
   const uint8_t* const bytes =
-      row < 0 ? in_memory_of<const uint8_t>(args.node, args.node.rank, args.zero_offset)
+      row < 0 ? in_memory_of<const uint8_t>(args.peers, args.peers.rank, args.zero_offset)
               : args.x + row * int64_t{args.row_bytes};
   return reinterpret_cast<const uint4*>(bytes);
 }
@@ -92,19 +92,19 @@ struct Chunks {
 };
 
 __device__ inline void raise(const ep_combine_args& args, const Chunks& chunks) {
-  const ep_node& node = args.node;
+  const ep_peers& peers = args.peers;
   if (lane_id() >= chunks.count) return;
-  uint32_t* const flags = in_memory_of<uint32_t>(node, chunks.owner, args.flag_offset) +
-                          static_cast<int64_t>(node.rank) * args.max_chunks;
-  signal(node, &flags[chunks.first + lane_id()], chunk_stamp(epoch_of(node), args.tag));
+  uint32_t* const flags = in_memory_of<uint32_t>(peers, chunks.owner, args.flag_offset) +
+                          static_cast<int64_t>(peers.rank) * args.max_chunks;
+  signal(peers, &flags[chunks.first + lane_id()], chunk_stamp(epoch_of(peers), args.tag));
 }
 
 // True when every other rank has read what the last combine sent it.
-__device__ inline bool may_push(const ep_node& node, int64_t credit_offset) {
-  bool fine = !aborted(node);  // after a fault elsewhere the input may be garbage
-  if (fine && lane_id() < node.num_ranks - 1) {
-    const int32_t peer = (node.rank + 1 + lane_id()) % node.num_ranks;
-    fine = wait_credit(node, credit_offset, epoch_of(node), peer);
+__device__ inline bool may_push(const ep_peers& peers, int64_t credit_offset) {
+  bool fine = !aborted(peers);  // after a fault elsewhere the input may be garbage
+  if (fine && lane_id() < peers.num_ranks - 1) {
+    const int32_t peer = (peers.rank + 1 + lane_id()) % peers.num_ranks;
+    fine = wait_credit(peers, credit_offset, epoch_of(peers), peer);
   }
   __syncwarp();  // all lanes may write to where one waited
   return __all_sync(kFullWarp, fine);
@@ -126,39 +126,40 @@ __device__ int32_t list_unit(const ep_combine_args& args, int32_t owner, int32_t
 
 __device__ void send_weights(const ep_combine_args& args, int32_t owner, int32_t begin,
                              int32_t end) {
-  const ep_node& node = args.node;
+  const ep_peers& peers = args.peers;
   const int32_t num_topk = args.routing.num_topk;
   const int32_t first_n = args.routing.first_of_source[owner] + begin;
-  const int64_t to = (static_cast<int64_t>(node.rank) * args.max_tokens + begin) * num_topk;
-  float* const weights = in_memory_of<float>(node, owner, args.weight_offset);
+  const int64_t to = (static_cast<int64_t>(peers.rank) * args.max_tokens + begin) * num_topk;
+  float* const weights = in_memory_of<float>(peers, owner, args.weight_offset);
   for (int32_t i = lane_id(); i < (end - begin) * num_topk; i += kWarpSize) {
     weights[to + i] = weight_of(args, first_n + i / num_topk, i % num_topk);
   }
 }
 
 __device__ void list_pushes(const ep_combine_args& args, Team& team, int32_t vectors) {
-  const ep_node& node = args.node;
-  const int32_t num_ranks = node.num_ranks, num_peers = num_ranks - 1;
+  const ep_peers& peers = args.peers;
+  const int32_t num_ranks = peers.num_ranks, num_others = num_ranks - 1;
   const int32_t unit_rows = args.chunk_rows * args.chunks_per_unit;
   Chunks pushed;
-  if (may_push(node, args.credit_offset)) {
+  if (may_push(peers, args.credit_offset)) {
     int32_t most = 0;  // rows of an owner
     for (int32_t r = 0; r < num_ranks; ++r) {
-      if (r != node.rank) most = max(most, args.routing.num_recv[r]);
+      if (r != peers.rank) most = max(most, args.routing.num_recv[r]);
     }
-    const int32_t num_units = (most + unit_rows - 1) / unit_rows * num_peers;
+    const int32_t num_units = (most + unit_rows - 1) / unit_rows * num_others;
     int32_t unit;
     while ((unit = take(&args.counters[kUnitsTaken])) < num_units) {
-      const int32_t owner = (node.rank + 1 + unit % num_peers) % num_ranks;
-      const int32_t begin = unit / num_peers * unit_rows;
+      const int32_t owner = (peers.rank + 1 + unit % num_others) % num_ranks;
+      const int32_t begin = unit / num_others * unit_rows;
       const int32_t end = min(begin + unit_rows, args.routing.num_recv[owner]);
       if (begin >= end) continue;  // and nobody waits for it
       const int32_t num_rows = list_unit(args, owner, begin, end, team.rows());
       if (args.weights != nullptr) send_weights(args, owner, begin, end);
       const int64_t region =
-          static_cast<int64_t>(region_of(node.rank, owner, num_ranks)) * args.max_tokens;
-      team.hand_over(in_memory_of<uint4>(node, owner, args.row_offset) + (region + begin) * vectors,
-                     num_rows);
+          static_cast<int64_t>(region_of(peers.rank, owner, num_ranks)) * args.max_tokens;
+      team.hand_over(
+          in_memory_of<uint4>(peers, owner, args.row_offset) + (region + begin) * vectors,
+          num_rows);
       raise(args, pushed);
       const int32_t num_chunks = (end - begin + args.chunk_rows - 1) / args.chunk_rows;
       pushed = Chunks{owner, begin / args.chunk_rows, num_chunks};
@@ -173,35 +174,35 @@ __device__ void list_pushes(const ep_combine_args& args, Team& team, int32_t vec
 
 // This lane's token of a group.
 struct Token {
-  int32_t slot[EP_MAX_NODE_RANKS];  // -1 where the token does not go
+  int32_t slot[EP_MAX_PEERS];  // -1 where the token does not go
   bool exists;
 };
 
 // Waits for the chunks with the partial rows of a group, from every other rank; lane r for rank
 // r's.
 __device__ bool wait_for_partials(const ep_combine_args& args, const Token& token) {
-  const ep_node& node = args.node;
+  const ep_peers& peers = args.peers;
   int32_t first = 0, last = -1;
 #pragma unroll
-  for (int32_t r = 0; r < EP_MAX_NODE_RANKS; ++r) {
+  for (int32_t r = 0; r < EP_MAX_PEERS; ++r) {
     // Slots of consecutive tokens are consecutive: every chunk in between has one of them.
     const int32_t slot = token.slot[r];
     const uint32_t lowest = __reduce_min_sync(kFullWarp, static_cast<uint32_t>(slot));
     const int32_t highest = __reduce_max_sync(kFullWarp, slot);
-    if (r != lane_id() || r == node.rank || highest < 0) continue;
+    if (r != lane_id() || r == peers.rank || highest < 0) continue;
     first = static_cast<int32_t>(lowest) / args.chunk_rows;
     last = highest / args.chunk_rows;
   }
-  const int32_t epoch = epoch_of(node), r = lane_id();
+  const int32_t epoch = epoch_of(peers), r = lane_id();
   const uint32_t stamp = chunk_stamp(epoch, args.tag);
   const auto is_of_this_epoch = [stamp](uint32_t value) { return value >> 8 == stamp >> 8; };
   bool fine = true;
   for (int32_t chunk = first; chunk <= last && fine; ++chunk) {
-    const uint32_t* const flag = in_memory_of<uint32_t>(node, node.rank, args.flag_offset) +
+    const uint32_t* const flag = in_memory_of<uint32_t>(peers, peers.rank, args.flag_offset) +
                                  static_cast<int64_t>(r) * args.max_chunks + chunk;
     uint32_t seen;
-    fine = wait_flag(node, flag, is_of_this_epoch, &seen, EP_PHASE_ROWS, r, epoch) &&
-           same_call(node, stamp, seen, r);
+    fine = wait_flag(peers, flag, is_of_this_epoch, &seen, EP_PHASE_ROWS, r, epoch) &&
+           same_call(peers, stamp, seen, r);
   }
   __syncwarp();  // all lanes may read what one waited for
   return __all_sync(kFullWarp, fine);
@@ -209,7 +210,7 @@ __device__ bool wait_for_partials(const ep_combine_args& args, const Token& toke
 
 // The ranks of r's node.
 __device__ inline uint32_t node_of(const ep_combine_args& args, int32_t r) {
-  const int32_t ranks_per_node = min(args.ranks_per_node, args.node.num_ranks);
+  const int32_t ranks_per_node = min(args.ranks_per_node, args.peers.num_ranks);
   return ((1u << ranks_per_node) - 1) << (r / ranks_per_node * ranks_per_node);
 }
 
@@ -227,19 +228,19 @@ __device__ inline uint32_t place_in_sums(const ep_combine_args& args, uint32_t r
 
 // Lists the rows of a group's tokens; returns how many that takes.
 __device__ int32_t list_group(const ep_combine_args& args, const Token& token, ListedRow* list) {
-  const ep_node& node = args.node;
+  const ep_peers& peers = args.peers;
   uint32_t ranks = 0;  // that the token went to
   int32_t own_n = -1;  // its received row on this one
 #pragma unroll
-  for (int32_t r = 0; r < EP_MAX_NODE_RANKS; ++r) {
+  for (int32_t r = 0; r < EP_MAX_PEERS; ++r) {
     if (token.slot[r] < 0) continue;
     ranks |= 1u << r;
-    if (r == node.rank) own_n = args.routing.first_of_source[r] + token.slot[r];
+    if (r == peers.rank) own_n = args.routing.first_of_source[r] + token.slot[r];
   }
   const int32_t own_rows = own_n < 0 ? 0 : count_rows(args, own_n);
   // Where another rank's part comes before, this rank's rows are added up first, and kept until
   // then.
-  const uint32_t before = ranks & node_of(args, node.rank) & ((1u << node.rank) - 1);
+  const uint32_t before = ranks & node_of(args, peers.rank) & ((1u << peers.rank) - 1);
   const bool keeps = own_rows > 1 && before != 0;
   const bool is_nowhere = token.exists && ranks == 0;
   const int32_t count = is_nowhere ? 1 : __popc(ranks) + max(own_rows - 1, 0);
@@ -252,20 +253,20 @@ __device__ int32_t list_group(const ep_combine_args& args, const Token& token, L
     list += own_rows;
   }
 #pragma unroll
-  for (int32_t r = 0; r < EP_MAX_NODE_RANKS; ++r) {
+  for (int32_t r = 0; r < EP_MAX_PEERS; ++r) {
     if (token.slot[r] < 0) continue;
     uint32_t what = place_in_sums(args, ranks, r);
-    if (r == node.rank && keeps) {
+    if (r == peers.rank && keeps) {
       list[-1].what |= ListedRow::kAddKept | what;
-    } else if (r == node.rank) {
+    } else if (r == peers.rank) {
       if (own_rows > 1 && !(what & ListedRow::kLastOfNode)) what |= ListedRow::kRound;
       list_rows(args, own_n, own_rows, out | what, list);
       list += own_rows;
     } else {
-      const int64_t region = region_of(r, node.rank, node.num_ranks);
+      const int64_t region = region_of(r, peers.rank, peers.num_ranks);
       const int64_t place = region * args.max_tokens + token.slot[r];
       const auto* const staged =
-          in_memory_of<const uint8_t>(node, node.rank, args.row_offset) + place * args.row_bytes;
+          in_memory_of<const uint8_t>(peers, peers.rank, args.row_offset) + place * args.row_bytes;
       *list++ = ListedRow{reinterpret_cast<const uint4*>(staged), out | what};
     }
   }
@@ -273,17 +274,17 @@ __device__ int32_t list_group(const ep_combine_args& args, const Token& token, L
 }
 
 __device__ void gather_weights(const ep_combine_args& args, int32_t begin, int32_t end) {
-  const ep_node& node = args.node;
+  const ep_peers& peers = args.peers;
   const int32_t num_topk = args.routing.num_topk;
   // Written by other GPUs while this kernel ran.
-  const volatile float* const staged = in_memory_of<float>(node, node.rank, args.weight_offset);
+  const volatile float* const staged = in_memory_of<float>(peers, peers.rank, args.weight_offset);
   for (int32_t i = begin * num_topk + lane_id(); i < end * num_topk; i += kWarpSize) {
     const int32_t expert = args.routing.topk_idx[i];
     float weight = 0.0f;
     if (expert >= 0) {
       const int32_t t = i / num_topk, k = i % num_topk, r = expert / args.num_local_experts;
-      const int32_t slot = args.routing.send_slot[static_cast<int64_t>(t) * node.num_ranks + r];
-      if (r == node.rank) {
+      const int32_t slot = args.routing.send_slot[static_cast<int64_t>(t) * peers.num_ranks + r];
+      if (r == peers.rank) {
         weight = weight_of(args, args.routing.first_of_source[r] + slot, k);
       } else {
         weight = staged[(static_cast<int64_t>(r) * args.max_tokens + slot) * num_topk + k];
@@ -294,10 +295,10 @@ __device__ void gather_weights(const ep_combine_args& args, int32_t begin, int32
 }
 
 __device__ void list_sums(const ep_combine_args& args, Team& team, int32_t vectors) {
-  const ep_node& node = args.node;
+  const ep_peers& peers = args.peers;
   const int32_t num_groups = (args.routing.num_tokens + kGroupTokens - 1) / kGroupTokens;
   auto* const out = reinterpret_cast<uint4*>(args.combined_x);
-  bool fine = __all_sync(kFullWarp, !aborted(node));  // else the plan may have left no indices
+  bool fine = __all_sync(kFullWarp, !aborted(peers));  // else the plan may have left no indices
   int32_t group;
   while (fine && (group = take(&args.counters[kGroupsTaken])) < num_groups) {
     const int32_t begin = group * kGroupTokens;
@@ -306,9 +307,9 @@ __device__ void list_sums(const ep_combine_args& args, Team& team, int32_t vecto
     Token token;
     token.exists = t < end;
 #pragma unroll
-    for (int32_t r = 0; r < EP_MAX_NODE_RANKS; ++r) {
-      token.slot[r] = token.exists && r < node.num_ranks
-                          ? args.routing.send_slot[static_cast<int64_t>(t) * node.num_ranks + r]
+    for (int32_t r = 0; r < EP_MAX_PEERS; ++r) {
+      token.slot[r] = token.exists && r < peers.num_ranks
+                          ? args.routing.send_slot[static_cast<int64_t>(t) * peers.num_ranks + r]
                           : -1;
     }
     const int32_t num_rows = list_group(args, token, team.rows());
@@ -328,7 +329,7 @@ __global__ void __launch_bounds__(kMaxTeamThreads, 1)
     combine_kernel(const __grid_constant__ ep_combine_args args, const Teams teams,
                    const int32_t num_push_teams) {
   extern __shared__ __align__(16) uint8_t shared[];
-  if (blockIdx.x == 0 && threadIdx.x == 0) begin_operation(args.node);
+  if (blockIdx.x == 0 && threadIdx.x == 0) begin_operation(args.peers);
   Team team(shared, teams);
   const int32_t vectors = args.row_bytes / 16;
   const bool pushes = team.index() < num_push_teams;
@@ -338,7 +339,7 @@ __global__ void __launch_bounds__(kMaxTeamThreads, 1)
   } else {
     team.add_up<T, kOneNode>(vectors);
   }
-  const bool is_last = end_operation(args.node, args.counters, gridDim.x, args.credit_offset,
+  const bool is_last = end_operation(args.peers, args.counters, gridDim.x, args.credit_offset,
                                      args.routing.num_recv, args.row_bytes);
   if (is_last && threadIdx.x == 0) args.counters[kUnitsTaken] = args.counters[kGroupsTaken] = 0;
 }
@@ -374,11 +375,11 @@ int32_t ep_combine(const ep_combine_args* args, void* stream) {
     return ep::fail(EP_ERR_ARGUMENT, "dtype = %d is not one of EP_BF16, EP_FP32", args->dtype);
   }
   const int32_t list_rows =
-      std::max(unit_rows * num_topk4, kGroupTokens * (num_topk4 + args->node.num_ranks));
+      std::max(unit_rows * num_topk4, kGroupTokens * (num_topk4 + args->peers.num_ranks));
   const ep::Teams teams = ep::Teams::of_rows(args->row_bytes, list_rows);
   const int32_t all_teams = args->num_blocks * teams.num_teams;
   const int32_t push_teams = std::max(1, all_teams * args->push_percent / 100);
-  const bool one_node = args->ranks_per_node >= args->node.num_ranks;
+  const bool one_node = args->ranks_per_node >= args->peers.num_ranks;
   kKernels[args->dtype][one_node]<<<args->num_blocks, teams.block_threads(), teams.shared_bytes(),
                                     static_cast<cudaStream_t>(stream)>>>(*args, teams, push_teams);
   return ep::check_cuda(cudaGetLastError(), "ep_combine");

@@ -1,4 +1,4 @@
-// Waiting for other ranks of the node, with a bound, and saying whose fault it was.
+// Waiting for peers (the ranks of one host), with a bound, and saying whose fault it was.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -6,16 +6,16 @@
 
 namespace ep {
 
-__device__ inline bool aborted(const ep_node& node) {
-  return *static_cast<volatile const int32_t*>(node.abort) != 0;
+__device__ inline bool aborted(const ep_peers& peers) {
+  return *static_cast<volatile const int32_t*>(peers.abort) != 0;
 }
 
 // Keeps the first fault of this rank, and ends all its other waits.
-__device__ inline void raise_fault(const ep_node& node, int32_t code, int32_t phase, int32_t peer,
+__device__ inline void raise_fault(const ep_peers& peers, int32_t code, int32_t phase, int32_t peer,
                                    int32_t field, int64_t expected, int64_t seen) {
-  if (atomicExch(node.abort, 1) != 0) return;
-  volatile ep_fault* const fault = node.fault;
-  fault->op = node.op;
+  if (atomicExch(peers.abort, 1) != 0) return;
+  volatile ep_fault* const fault = peers.fault;
+  fault->op = peers.op;
   fault->phase = phase;
   fault->peer = peer;
   fault->field = field;
@@ -27,16 +27,16 @@ __device__ inline void raise_fault(const ep_node& node, int32_t code, int32_t ph
 
 // The epoch of the operation that the kernel is part of. All of its blocks read it before the last
 // one ends the operation.
-__device__ inline int32_t epoch_of(const ep_node& node) {
-  return static_cast<int32_t>(*static_cast<volatile const uint32_t*>(node.epoch) + 1);
+__device__ inline int32_t epoch_of(const ep_peers& peers) {
+  return static_cast<int32_t>(*static_cast<volatile const uint32_t*>(peers.epoch) + 1);
 }
 
 // Called at the start of an operation by one thread.
-__device__ inline void begin_operation(const ep_node& node) {
-  node.record->begin_ns = static_cast<int64_t>(ptx::global_timer_ns());
+__device__ inline void begin_operation(const ep_peers& peers) {
+  peers.record->begin_ns = static_cast<int64_t>(ptx::global_timer_ns());
 }
 
-// For tests, see ep_node.delay_ns.
+// For tests, see ep_peers.delay_ns.
 __device__ __noinline__ inline void delay_for_up_to(int64_t max_ns) {
   const uint64_t start = ptx::global_timer_ns();
   uint64_t random = start ^ (static_cast<uint64_t>(blockIdx.x) << 40) ^
@@ -48,14 +48,14 @@ __device__ __noinline__ inline void delay_for_up_to(int64_t max_ns) {
   }
 }
 
-__device__ inline void delay(const ep_node& node) {
-  if (node.delay_ns != 0) delay_for_up_to(node.delay_ns);
+__device__ inline void delay(const ep_peers& peers) {
+  if (peers.delay_ns != 0) delay_for_up_to(peers.delay_ns);
 }
 
 // Raises a flag of another rank.
 template <typename Flag>
-__device__ inline void signal(const ep_node& node, Flag* flag, Flag value) {
-  delay(node);
+__device__ inline void signal(const ep_peers& peers, Flag* flag, Flag value) {
+  delay(peers);
   ptx::fence_acq_rel_sys();
   ptx::store_release_sys(flag, value);
 }
@@ -67,26 +67,26 @@ constexpr uint64_t kLongWaitNs = 1000000000;
 // (ep_progress), and told again, for another thread's wait for the same peer may have ended. Blocks
 // that wait for one another say nothing: one of them waits for somebody else.
 template <typename Flag, typename Arrived>
-__device__ inline bool wait_for_long(const ep_node& node, const Flag* flag, const Arrived& arrived,
-                                     Flag* value, int32_t phase, int32_t peer, int64_t expected,
-                                     uint64_t start) {
-  volatile int64_t* const progress = node.progress + peer;
-  const bool tells = peer != node.rank;
+__device__ inline bool wait_for_long(const ep_peers& peers, const Flag* flag,
+                                     const Arrived& arrived, Flag* value, int32_t phase,
+                                     int32_t peer, int64_t expected, uint64_t start) {
+  volatile int64_t* const progress = peers.progress + peer;
+  const bool tells = peer != peers.rank;
   const int64_t what = static_cast<int64_t>(phase) << 32 | static_cast<uint32_t>(expected);
   uint64_t told_ns = 0;
   for (int spins = 1;; ++spins) {
     *value = ptx::load_acquire_sys(flag);
     if (arrived(*value)) {
       if (told_ns != 0) *progress = 0;
-      atomicMax(reinterpret_cast<long long*>(&node.longest_wait_ns[peer]),
+      atomicMax(reinterpret_cast<long long*>(&peers.longest_wait_ns[peer]),
                 static_cast<long long>(ptx::global_timer_ns() - start));
       return true;
     }
     if (spins % kSpinsBetweenChecks != 0) continue;
-    if (aborted(node)) return false;
+    if (aborted(peers)) return false;
     const uint64_t waited_ns = ptx::global_timer_ns() - start;
-    if (waited_ns > static_cast<uint64_t>(node.timeout_ns)) {
-      raise_fault(node, EP_FAULT_TIMEOUT, phase, peer, 0, expected, static_cast<int64_t>(*value));
+    if (waited_ns > static_cast<uint64_t>(peers.timeout_ns)) {
+      raise_fault(peers, EP_FAULT_TIMEOUT, phase, peer, 0, expected, static_cast<int64_t>(*value));
       return false;
     }
     if (tells && waited_ns - told_ns > kLongWaitNs) {
@@ -98,38 +98,38 @@ __device__ inline bool wait_for_long(const ep_node& node, const Flag* flag, cons
 
 // Spins until arrived(value of *flag); false after the timeout or a fault elsewhere.
 template <typename Flag, typename Arrived>
-__device__ inline bool wait_flag(const ep_node& node, const Flag* flag, const Arrived& arrived,
+__device__ inline bool wait_flag(const ep_peers& peers, const Flag* flag, const Arrived& arrived,
                                  Flag* value, int32_t phase, int32_t peer, int64_t expected) {
-  delay(node);
+  delay(peers);
   *value = ptx::load_acquire_sys(flag);
   if (arrived(*value)) return true;
   const uint64_t start = ptx::global_timer_ns();
   for (int spins = 1;; ++spins) {
     *value = ptx::load_acquire_sys(flag);
     if (arrived(*value)) {
-      atomicMax(reinterpret_cast<long long*>(&node.longest_wait_ns[peer]),
+      atomicMax(reinterpret_cast<long long*>(&peers.longest_wait_ns[peer]),
                 static_cast<long long>(ptx::global_timer_ns() - start));
       return true;
     }
     if (spins % kSpinsBetweenChecks != 0) continue;
-    if (aborted(node)) return false;
+    if (aborted(peers)) return false;
     const uint64_t waited_ns = ptx::global_timer_ns() - start;
-    if (waited_ns > static_cast<uint64_t>(node.timeout_ns)) {
-      raise_fault(node, EP_FAULT_TIMEOUT, phase, peer, 0, expected, static_cast<int64_t>(*value));
+    if (waited_ns > static_cast<uint64_t>(peers.timeout_ns)) {
+      raise_fault(peers, EP_FAULT_TIMEOUT, phase, peer, 0, expected, static_cast<int64_t>(*value));
       return false;
     }
     if (waited_ns > kLongWaitNs) {
-      return wait_for_long(node, flag, arrived, value, phase, peer, expected, start);
+      return wait_for_long(peers, flag, arrived, value, phase, peer, expected, start);
     }
   }
 }
 
 // Epochs only grow; the difference is right across the wrap of 32 bits.
-__device__ inline bool wait_epoch(const ep_node& node, const uint32_t* flag, int32_t epoch,
+__device__ inline bool wait_epoch(const ep_peers& peers, const uint32_t* flag, int32_t epoch,
                                   int32_t phase, int32_t peer) {
   uint32_t seen;
   return wait_flag(
-      node, flag,
+      peers, flag,
       [epoch](uint32_t value) {
         return static_cast<int32_t>(value - static_cast<uint32_t>(epoch)) >= 0;
       },
@@ -143,23 +143,23 @@ __device__ inline uint32_t chunk_stamp(int32_t epoch, int32_t tag) {
 }
 
 // False, and a fault, where the peer's call of the same epoch is another one.
-__device__ inline bool same_call(const ep_node& node, uint32_t expected, uint32_t seen,
+__device__ inline bool same_call(const ep_peers& peers, uint32_t expected, uint32_t seen,
                                  int32_t peer) {
   if (expected == seen) return true;
-  raise_fault(node, EP_FAULT_MISMATCH, EP_PHASE_ROWS, peer, EP_FIELD_CALL, expected, seen);
+  raise_fault(peers, EP_FAULT_MISMATCH, EP_PHASE_ROWS, peer, EP_FIELD_CALL, expected, seen);
   return false;
 }
 
 template <typename T>
-__device__ inline T* in_memory_of(const ep_node& node, int32_t rank, int64_t offset) {
-  return reinterpret_cast<T*>(node.memory[rank] + offset);
+__device__ inline T* in_memory_of(const ep_peers& peers, int32_t rank, int64_t offset) {
+  return reinterpret_cast<T*>(peers.memory[rank] + offset);
 }
 
 // True when `peer` has read what the operation before this one sent it: its memory may be written.
-__device__ inline bool wait_credit(const ep_node& node, int64_t credit_offset, int32_t epoch,
+__device__ inline bool wait_credit(const ep_peers& peers, int64_t credit_offset, int32_t epoch,
                                    int32_t peer) {
-  const uint32_t* const credit = in_memory_of<uint32_t>(node, node.rank, credit_offset) + peer;
-  return wait_epoch(node, credit, epoch - 1, EP_PHASE_CREDIT, peer);
+  const uint32_t* const credit = in_memory_of<uint32_t>(peers, peers.rank, credit_offset) + peer;
+  return wait_epoch(peers, credit, epoch - 1, EP_PHASE_CREDIT, peer);
 }
 
 // Index of `source`'s region among the R - 1 that `owner` keeps for the others.
@@ -183,7 +183,7 @@ __device__ inline bool is_last_block(int32_t* counter, int32_t num_blocks) {
 
 // All threads of all `num_blocks` blocks wait here for one another; false on a fault. The blocks
 // are all on the GPU or on their way to it: see ep_plan_args. `count` is left for a later reset.
-__device__ inline bool grid_barrier(const ep_node& node, uint32_t* count, int32_t num_blocks) {
+__device__ inline bool grid_barrier(const ep_peers& peers, uint32_t* count, int32_t num_blocks) {
   __syncthreads();
   bool fine = true;
   if (threadIdx.x == 0) {
@@ -193,7 +193,7 @@ __device__ inline bool grid_barrier(const ep_node& node, uint32_t* count, int32_
       return value >= static_cast<uint32_t>(num_blocks);
     };
     uint32_t seen;
-    fine = wait_flag(node, count, are_all_here, &seen, EP_PHASE_PLAN, node.rank, num_blocks);
+    fine = wait_flag(peers, count, are_all_here, &seen, EP_PHASE_PLAN, peers.rank, num_blocks);
     ptx::fence_acq_rel_sys();
   }
   return __syncthreads_and(fine);
@@ -202,27 +202,27 @@ __device__ inline bool grid_barrier(const ep_node& node, uint32_t* count, int32_
 // Called by all of an operation's blocks: the last one tells every other rank that this one has
 // read what they sent, writes the record, and counts the operation. rows_to is [R]; a row has
 // row_bytes. True in the last block.
-__device__ inline bool end_operation(const ep_node& node, int32_t* counter, int32_t num_blocks,
+__device__ inline bool end_operation(const ep_peers& peers, int32_t* counter, int32_t num_blocks,
                                      int64_t credit_offset, const int32_t* rows_to,
                                      int32_t row_bytes) {
-  const int32_t epoch = epoch_of(node);
+  const int32_t epoch = epoch_of(peers);
   const bool last = is_last_block(counter, num_blocks);
-  if (!last || aborted(node)) return last;
+  if (!last || aborted(peers)) return last;
   const int32_t r = threadIdx.x;
-  if (r < node.num_ranks) {
-    signal(node, in_memory_of<uint32_t>(node, r, credit_offset) + node.rank,
+  if (r < peers.num_ranks) {
+    signal(peers, in_memory_of<uint32_t>(peers, r, credit_offset) + peers.rank,
            static_cast<uint32_t>(epoch));
-    node.record->num_rows[r] = rows_to[r];
-    if (r != node.rank) {
-      atomicAdd(reinterpret_cast<unsigned long long*>(node.wire_bytes),
+    peers.record->num_rows[r] = rows_to[r];
+    if (r != peers.rank) {
+      atomicAdd(reinterpret_cast<unsigned long long*>(peers.wire_bytes),
                 static_cast<unsigned long long>(rows_to[r]) * row_bytes);
     }
-    node.record->longest_wait_ns[r] = node.longest_wait_ns[r];
-    node.longest_wait_ns[r] = 0;
+    peers.record->longest_wait_ns[r] = peers.longest_wait_ns[r];
+    peers.longest_wait_ns[r] = 0;
   }
   if (r == 0) {
-    node.record->end_ns = static_cast<int64_t>(ptx::global_timer_ns());
-    *node.epoch = static_cast<uint32_t>(epoch);
+    peers.record->end_ns = static_cast<int64_t>(ptx::global_timer_ns());
+    *peers.epoch = static_cast<uint32_t>(epoch);
   }
   return true;
 }

@@ -23,16 +23,16 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
   extern __shared__ __align__(128) uint8_t shared[];
   const int32_t warp = threadIdx.x / kWarpSize;
   const Stages stages(shared, ring, warp);
-  const int32_t block = blockIdx.x, epoch = epoch_of(args.node);
-  if (block == 0 && threadIdx.x == 0 && !args.is_planned) begin_operation(args.node);
+  const int32_t block = blockIdx.x, epoch = epoch_of(args.peers);
+  if (block == 0 && threadIdx.x == 0 && !args.is_planned) begin_operation(args.peers);
   if (block < args.num_push_blocks) {
     push(args, stages, epoch, block * ring.num_warps + warp, args.num_push_blocks * ring.num_warps);
   } else {
     expand(args, stages, epoch, (block - args.num_push_blocks) * ring.num_warps + warp,
            args.num_expand_blocks * ring.num_warps);
   }
-  end_operation(args.node, args.counter, args.num_blocks, args.credit_offset, args.routing.num_sent,
-                args.row_bytes + args.scale_bytes);
+  end_operation(args.peers, args.counter, args.num_blocks, args.credit_offset,
+                args.routing.num_sent, args.row_bytes + args.scale_bytes);
 }
 
 Ring make_ring(const ep_dispatch_args& args) {

@@ -127,8 +127,8 @@ struct Unit {
 
 __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages, int32_t epoch,
                               int32_t warp, int32_t num_warps) {
-  const ep_node& node = args.node;
-  const int32_t num_ranks = node.num_ranks, chunk_tokens = args.chunk_tokens;
+  const ep_peers& peers = args.peers;
+  const int32_t num_ranks = peers.num_ranks, chunk_tokens = args.chunk_tokens;
   const int32_t lane = lane_id();
   const int32_t bytes = slot_bytes(args);
   const int64_t stride = slot_stride(args);
@@ -144,7 +144,7 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
   fence_for_bulk();               // output rows are read by bulk loads
   // After a fault in the plan there are no indices: with a given number of rows nobody stopped
   // this.
-  if (__any_sync(kFullWarp, aborted(node))) return;
+  if (__any_sync(kFullWarp, aborted(peers))) return;
   const bool copies = args.is_planned && args.planned_entries != nullptr;
   if (copies) copy_entries(args, warp, num_warps);
   const int32_t* const entries = copies ? args.planned_entries : args.routing.entries;
@@ -155,22 +155,22 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
     num_chunks = max(num_chunks, (args.routing.source_tokens[r] + chunk_tokens - 1) / chunk_tokens);
   }
   const int32_t num_units = num_chunks * num_ranks;
-  const uint64_t* const flags = in_memory_of<uint64_t>(node, node.rank, args.flag_offset);
+  const uint64_t* const flags = in_memory_of<uint64_t>(peers, peers.rank, args.flag_offset);
 
   // True when the unit can be read; with `block`, waits for that, and false is a fault.
   const auto open = [&](int32_t index, bool block, Unit* unit) {
     const int32_t chunk = index / num_ranks;
-    const int32_t source = (node.rank + index) % num_ranks;
+    const int32_t source = (peers.rank + index) % num_ranks;
     unit->source = source;
     unit->rows = 0;
     unit->first = chunk * chunk_tokens;
     if (chunk * chunk_tokens >= args.routing.source_tokens[source]) return true;
     unit->first_of_source = args.routing.first_of_source[source];
-    if (source == node.rank) {
+    if (source == peers.rank) {
       const int32_t t = unit->first + lane;
       const bool stays =
           lane < chunk_tokens && t < args.routing.num_tokens &&
-          args.routing.send_slot[static_cast<int64_t>(t) * num_ranks + node.rank] >= 0;
+          args.routing.send_slot[static_cast<int64_t>(t) * num_ranks + peers.rank] >= 0;
       unit->rows = __ballot_sync(kFullWarp, stays);
       return true;
     }
@@ -183,12 +183,12 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
         return flag_stamp(value) >> 8 == stamp >> 8;
       };
       if (block) {
-        arrived = wait_flag(node, mine, is_of_this_epoch, &flag, EP_PHASE_ROWS, source, epoch);
+        arrived = wait_flag(peers, mine, is_of_this_epoch, &flag, EP_PHASE_ROWS, source, epoch);
       } else {
         flag = ptx::load_acquire_sys(mine);
         arrived = is_of_this_epoch(flag);
       }
-      if (arrived && !same_call(node, stamp, flag_stamp(flag), source)) arrived = false;
+      if (arrived && !same_call(peers, stamp, flag_stamp(flag), source)) arrived = false;
       fence_for_bulk();  // the rows are read by bulk loads
     }
     if (!__shfl_sync(kFullWarp, arrived, 0)) return false;
@@ -200,17 +200,17 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
   };
 
   const auto load = [&](int32_t i, const Unit& unit, int32_t j) {
-    const bool own = unit.source == node.rank;
+    const bool own = unit.source == peers.rank;
     int32_t slot = unit.first + j;
-    if (own) slot = args.routing.send_slot[static_cast<int64_t>(slot) * num_ranks + node.rank];
+    if (own) slot = args.routing.send_slot[static_cast<int64_t>(slot) * num_ranks + peers.rank];
     if (own) {
       load_own_token(args, stages, i, unit.first + j, indices_bytes);
     } else {
-      const int64_t region = region_of(unit.source, node.rank, num_ranks);
+      const int64_t region = region_of(unit.source, peers.rank, num_ranks);
       stages.expect(i, bytes + indices_bytes);
       stages.load(
           i, 0,
-          node.memory[node.rank] + args.slot_offset + (region * args.max_tokens + slot) * stride,
+          peers.memory[peers.rank] + args.slot_offset + (region * args.max_tokens + slot) * stride,
           bytes);
     }
     const int32_t n = unit.first_of_source + slot;

@@ -19,29 +19,29 @@ struct PushedChunk {
 
 __device__ inline void push(const ep_dispatch_args& args, const Stages& stages, int32_t epoch,
                             int32_t warp, int32_t num_warps) {
-  const ep_node& node = args.node;
-  const int32_t num_ranks = node.num_ranks, chunk_tokens = args.chunk_tokens;
+  const ep_peers& peers = args.peers;
+  const int32_t num_ranks = peers.num_ranks, chunk_tokens = args.chunk_tokens;
   const int32_t lane = lane_id();
   const bool sends = lane < num_ranks - 1;  // this lane serves a destination
-  const int32_t peer = (node.rank + 1 + (sends ? lane : 0)) % num_ranks;
+  const int32_t peer = (peers.rank + 1 + (sends ? lane : 0)) % num_ranks;
   const int32_t num_chunks = (args.routing.num_tokens + chunk_tokens - 1) / chunk_tokens;
   const int32_t my_chunks = warp < num_chunks ? (num_chunks - warp + num_warps - 1) / num_warps : 0;
   const int32_t my_tokens = my_chunks * chunk_tokens;
   const int32_t bytes = slot_bytes(args);
   const int64_t stride = slot_stride(args);
 
-  bool may_send = !aborted(node);  // after a fault elsewhere the input may be garbage
+  bool may_send = !aborted(peers);  // after a fault elsewhere the input may be garbage
   if (may_send && sends) {
-    may_send = wait_credit(node, args.credit_offset, epoch, peer);
+    may_send = wait_credit(peers, args.credit_offset, epoch, peer);
     fence_for_bulk();  // the slots are written by bulk stores
   }
   if (!__all_sync(kFullWarp, may_send)) return;
 
   uint8_t* const slots =
-      node.memory[peer] + args.slot_offset +
-      static_cast<int64_t>(region_of(node.rank, peer, num_ranks)) * args.max_tokens * stride;
-  uint64_t* const flags = in_memory_of<uint64_t>(node, peer, args.flag_offset) +
-                          static_cast<int64_t>(node.rank) * args.max_chunks;
+      peers.memory[peer] + args.slot_offset +
+      static_cast<int64_t>(region_of(peers.rank, peer, num_ranks)) * args.max_tokens * stride;
+  uint64_t* const flags = in_memory_of<uint64_t>(peers, peer, args.flag_offset) +
+                          static_cast<int64_t>(peers.rank) * args.max_chunks;
   const auto token = [&](int32_t i) {
     return (warp + i / chunk_tokens * num_warps) * chunk_tokens + i % chunk_tokens;
   };
@@ -53,7 +53,7 @@ __device__ inline void push(const ep_dispatch_args& args, const Stages& stages, 
   const auto raise = [&](const PushedChunk& pushed) {
     if (!sends || pushed.chunk < 0) return;
     const uint32_t stamp = chunk_stamp(epoch, args.tag);
-    signal(node, &flags[pushed.chunk], pack_flag(stamp, pushed.first, pushed.count));
+    signal(peers, &flags[pushed.chunk], pack_flag(stamp, pushed.first, pushed.count));
   };
 
   const int32_t ahead = stages.num_stages - 1;

@@ -42,7 +42,7 @@ int32_t launch_send(const ep_plan_args& args, const Input& input, const Scratch&
                     cudaStream_t stream) {
   const layout::Shape shape =
       layout::make_shape(args.routing.num_tokens, args.routing.num_topk, args.num_experts,
-                         args.node.num_ranks, args.num_send_blocks);
+                         args.peers.num_ranks, args.num_send_blocks);
   send_kernel<<<std::max(1, shape.num_blocks), kThreads, layout::count_shared_bytes(shape, false),
                 stream>>>(args, input, shape, scratch);
   return check_cuda(cudaGetLastError(), "ep_plan: send_kernel");
@@ -65,7 +65,7 @@ int32_t launch_send(const ep_plan_args& args, const Scratch& scratch, cudaStream
 }
 
 int32_t launch_receive(const ep_plan_args& args, Scratch scratch, cudaStream_t stream) {
-  const int32_t num_local_experts = args.num_experts / args.node.num_ranks;
+  const int32_t num_local_experts = args.num_experts / args.peers.num_ranks;
   Receive& receive = scratch.receive;
   const int32_t blocks = std::clamp(args.num_receive_blocks, 1, receive.max_chunks);
   receive.chunks_per_group =
@@ -89,9 +89,9 @@ const Kernels kernels("plan kernels", Setup::kBesideDispatch, 0,
 }  // namespace
 
 int64_t ep_plan_scratch_bytes(int64_t max_tokens, int32_t num_experts, int32_t num_ranks) {
-  if (num_ranks < 1 || num_ranks > EP_MAX_NODE_RANKS || num_experts % num_ranks != 0) {
+  if (num_ranks < 1 || num_ranks > EP_MAX_PEERS || num_experts % num_ranks != 0) {
     ep::fail(EP_ERR_ARGUMENT, "num_experts = %d is no multiple of num_ranks = %d in [1, %d]",
-             num_experts, num_ranks, EP_MAX_NODE_RANKS);
+             num_experts, num_ranks, EP_MAX_PEERS);
     return -1;
   }
   Scratch scratch;
@@ -99,7 +99,7 @@ int64_t ep_plan_scratch_bytes(int64_t max_tokens, int32_t num_experts, int32_t n
 }
 
 int32_t ep_plan(const ep_plan_args* args, void* stream, void* side_stream, void* event) {
-  const int32_t num_local_experts = args->num_experts / args->node.num_ranks;
+  const int32_t num_local_experts = args->num_experts / args->peers.num_ranks;
   if (num_local_experts < 1 || num_local_experts > kMaxLocalExperts) {
     return ep::fail(EP_ERR_ARGUMENT, "num_local_experts = %d is not in [1, %d]", num_local_experts,
                     kMaxLocalExperts);
@@ -111,7 +111,7 @@ int32_t ep_plan(const ep_plan_args* args, void* stream, void* side_stream, void*
     }
   }
   Scratch scratch;
-  cut_scratch(args->max_tokens, args->num_experts, args->node.num_ranks,
+  cut_scratch(args->max_tokens, args->num_experts, args->peers.num_ranks,
               reinterpret_cast<uintptr_t>(args->scratch), &scratch);
   int32_t status = launch_send(*args, scratch, static_cast<cudaStream_t>(stream));
   if (status != EP_OK) return status;

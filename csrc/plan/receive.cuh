@@ -15,18 +15,18 @@ namespace ep::plan {
 // there is room for sends none, and all hear how many it asked for; 0 rows after a fault.
 __device__ inline void wait_for_header(const ep_plan_args& args, int32_t source, int32_t epoch,
                                        int32_t* num_rows, int32_t* asked_tokens) {
-  const ep_node& node = args.node;
-  const uint32_t* const flag = in_memory_of<uint32_t>(node, node.rank, args.flag_offset) + source;
+  const ep_peers& peers = args.peers;
+  const uint32_t* const flag = in_memory_of<uint32_t>(peers, peers.rank, args.flag_offset) + source;
   int32_t rows = 0, asked = 0;
-  if (wait_epoch(node, flag, epoch, EP_PHASE_PLAN, source)) {
+  if (wait_epoch(peers, flag, epoch, EP_PHASE_PLAN, source)) {
     const volatile int32_t* const header =
-        in_memory_of<int32_t>(node, node.rank, args.header_offset) + source * kHeaderInts;
+        in_memory_of<int32_t>(peers, peers.rank, args.header_offset) + source * kHeaderInts;
     rows = min(max(header[0], 0), args.max_tokens);
     asked = max(header[1], 0);
     for (int i = 0; i < EP_NUM_FIELDS; ++i) {
       const int32_t ours = field_of(args, i), theirs = header[2 + i];
       if (theirs == ours) continue;
-      raise_fault(node, EP_FAULT_MISMATCH, EP_PHASE_PLAN, source, i, ours, theirs);
+      raise_fault(peers, EP_FAULT_MISMATCH, EP_PHASE_PLAN, source, i, ours, theirs);
       rows = 0;
       break;
     }
@@ -72,7 +72,7 @@ __device__ inline int32_t source_of(int32_t n, const int32_t* first_of_source, i
 __device__ inline void publish(const ep_plan_args& args, const int32_t* sent_error,
                                const int32_t* expert_tokens, const int32_t* first_row,
                                const int32_t* num_rows, const int32_t* asked_tokens, int32_t end) {
-  const int32_t num_ranks = args.node.num_ranks;
+  const int32_t num_ranks = args.peers.num_ranks;
   const int32_t num_local_experts = args.num_experts / num_ranks;
   const int32_t capacity = args.capacity;
   for (int32_t e = threadIdx.x; e < num_local_experts; e += kThreads) {
@@ -105,7 +105,7 @@ __device__ inline void publish(const ep_plan_args& args, const int32_t* sent_err
                                                     : EP_NOTICE_OVERFLOW;
     return;
   }
-  if (threadIdx.x < EP_MAX_NODE_RANKS) {
+  if (threadIdx.x < EP_MAX_PEERS) {
     const int32_t r = threadIdx.x;
     args.mailbox->asked_tokens[r] = r < num_ranks ? asked_tokens[r] : 0;
     args.mailbox->num_sent_tokens[r] = r < num_ranks ? args.routing.num_sent[r] : 0;
@@ -123,9 +123,9 @@ __global__ void __launch_bounds__(kThreads)
     receive_kernel(const __grid_constant__ ep_plan_args args, const Scratch scratch) {
   extern __shared__ int32_t shared[];
   ptx::let_next_kernel_start();  // all blocks have their places: a dispatch will not take them
-  const ep_node& node = args.node;
+  const ep_peers& peers = args.peers;
   const Receive& receive = scratch.receive;
-  const int32_t num_ranks = node.num_ranks;
+  const int32_t num_ranks = peers.num_ranks;
   const int32_t num_topk = args.routing.num_topk, num_topk4 = args.routing.num_topk4;
   const int32_t num_experts = args.num_experts / num_ranks;  // of this rank
   const int32_t group_words = receive.chunks_per_group * num_experts;
@@ -134,10 +134,10 @@ __global__ void __launch_bounds__(kThreads)
   int32_t* const next_row = chunk_first_row + group_words;  // [E] of this block
   int32_t* const tokens = next_row + num_experts;           // [E] of all blocks
   int32_t* const first_row = tokens + num_experts;          // [E] of each expert's group
-  __shared__ int32_t num_rows[EP_MAX_NODE_RANKS], first_of_source[EP_MAX_NODE_RANKS];
-  __shared__ int32_t asked_tokens[EP_MAX_NODE_RANKS];
+  __shared__ int32_t num_rows[EP_MAX_PEERS], first_of_source[EP_MAX_PEERS];
+  __shared__ int32_t asked_tokens[EP_MAX_PEERS];
   int32_t* const entries = args.routing.entries;
-  const int32_t epoch = epoch_of(node);
+  const int32_t epoch = epoch_of(peers);
   uint32_t* const counters = reinterpret_cast<uint32_t*>(args.counters);
 
   if (static_cast<int32_t>(threadIdx.x) < num_ranks) {
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t chunks_per_block = ceil_div(num_all_chunks, gridDim.x);
   const int32_t begin = blockIdx.x * chunks_per_block;
   const int32_t end = min(begin + chunks_per_block, num_all_chunks);
-  const auto* const staged = in_memory_of<const int32_t>(node, node.rank, args.idx_offset);
+  const auto* const staged = in_memory_of<const int32_t>(peers, peers.rank, args.idx_offset);
   for (int32_t chunk = begin; chunk < end; chunk += receive.chunks_per_group) {
     const int32_t num_chunks = min(receive.chunks_per_group, end - chunk);
     for (int32_t i = threadIdx.x; i < num_chunks * num_experts; i += kThreads) mask[i] = 0;
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads)
     receive.expert_count[blockIdx.x * num_experts + e] = tokens[e];
     tokens[e] = 0;
   }
-  if (!grid_barrier(node, &counters[kReceiveBarrier], gridDim.x)) return;
+  if (!grid_barrier(peers, &counters[kReceiveBarrier], gridDim.x)) return;
 
   // Rows of each expert before this block's, and in all.
   const int32_t num_columns = min(num_experts, kThreads);

@@ -12,21 +12,21 @@ __global__ void __launch_bounds__(kThreads)
     send_kernel(const __grid_constant__ ep_plan_args args, const Input input,
                 const layout::Shape shape, const Scratch scratch) {
   extern __shared__ int32_t shared[];
-  const ep_node& node = args.node;
-  const int32_t num_ranks = node.num_ranks, num_topk = args.routing.num_topk;
+  const ep_peers& peers = args.peers;
+  const int32_t num_ranks = peers.num_ranks, num_topk = args.routing.num_topk;
   const int32_t experts_per_rank = args.num_experts / num_ranks;
-  const int32_t epoch = epoch_of(node);
+  const int32_t epoch = epoch_of(peers);
   uint32_t* const counters = reinterpret_cast<uint32_t*>(args.counters);
-  if (blockIdx.x == 0 && threadIdx.x == 0) begin_operation(node);
+  if (blockIdx.x == 0 && threadIdx.x == 0) begin_operation(peers);
 
   layout::count_tokens<false>(input, shape, scratch.layout, args.routing.topk_idx, shared);
-  bool may_send = !aborted(node);
+  bool may_send = !aborted(peers);
   if (may_send && static_cast<int32_t>(threadIdx.x) < num_ranks) {
-    may_send = wait_credit(node, args.credit_offset, epoch, threadIdx.x);
+    may_send = wait_credit(peers, args.credit_offset, epoch, threadIdx.x);
   }
   // A block that may not send has set the fault, which ends the others' wait.
   if (!__syncthreads_and(may_send)) return;
-  if (!grid_barrier(node, &counters[kSendBarrier], gridDim.x)) return;
+  if (!grid_barrier(peers, &counters[kSendBarrier], gridDim.x)) return;
 
   layout::place_tokens(shape, scratch.layout, args.routing.num_sent, nullptr,
                        args.routing.send_slot);
@@ -41,12 +41,12 @@ __global__ void __launch_bounds__(kThreads)
     const int32_t k = i % num_topk;
     const int64_t t = i / row_entries;
     // Each rank begins with another one, so that not all write to the same one at a time.
-    const int32_t r = (i / num_topk + node.rank + 1) % num_ranks;
+    const int32_t r = (i / num_topk + peers.rank + 1) % num_ranks;
     const int32_t slot = args.routing.send_slot[t * num_ranks + r];
     if (slot < 0) continue;
     const int32_t local = args.routing.topk_idx[t * num_topk + k] - r * experts_per_rank;
-    int32_t* const idx = in_memory_of<int32_t>(node, r, args.idx_offset);
-    idx[(static_cast<int64_t>(node.rank) * args.max_tokens + slot) * num_topk + k] =
+    int32_t* const idx = in_memory_of<int32_t>(peers, r, args.idx_offset);
+    idx[(static_cast<int64_t>(peers.rank) * args.max_tokens + slot) * num_topk + k] =
         local >= 0 && local < experts_per_rank ? local : -1;
   }
 
@@ -55,11 +55,11 @@ __global__ void __launch_bounds__(kThreads)
   if (static_cast<int32_t>(threadIdx.x) < num_ranks) {
     const int32_t r = threadIdx.x;
     int32_t* const header =
-        in_memory_of<int32_t>(node, r, args.header_offset) + node.rank * kHeaderInts;
+        in_memory_of<int32_t>(peers, r, args.header_offset) + peers.rank * kHeaderInts;
     header[0] = args.routing.num_sent[r];
     header[1] = args.asked_tokens;
     for (int i = 0; i < EP_NUM_FIELDS; ++i) header[2 + i] = field_of(args, i);
-    signal(node, in_memory_of<uint32_t>(node, r, args.flag_offset) + node.rank,
+    signal(peers, in_memory_of<uint32_t>(peers, r, args.flag_offset) + peers.rank,
            static_cast<uint32_t>(epoch));
   }
 }

@@ -86,10 +86,10 @@ EP_API int64_t ep_layout_workspace_bytes(int64_t num_tokens, int32_t num_experts
  * error[3] is clamped to int32. */
 EP_API int32_t ep_layout(const ep_layout_args* args, void* stream);
 
-/* ---- Ranks of one node, connected by NVLink ---------------------------------------------------
+/* ---- Peers: the ranks of one host, connected by NVLink -----------------------------------------
  */
 
-#define EP_MAX_NODE_RANKS 8
+#define EP_MAX_PEERS 8
 
 /* What a bounded wait on the device was for; ep_fault.phase. */
 enum {
@@ -115,7 +115,7 @@ enum {
   EP_FIELD_CALL = 5  /* tag of a dispatch or combine: expected and seen are tags */
 };
 
-/* Operations of a node; ep_fault.op. */
+/* Operations; ep_fault.op. */
 enum { EP_OP_DISPATCH = 1, EP_OP_COMBINE = 2 };
 
 /* Written by the first kernel that fails, into host memory that the device sees. Every kernel that
@@ -135,36 +135,36 @@ typedef struct ep_fault {
  * that wait the last one to write counts. One whose wait ends writes 0; those that still wait write
  * again within a second or two. After a fault it stays. */
 typedef struct ep_progress {
-  int64_t dispatch[EP_MAX_NODE_RANKS];
-  int64_t combine[EP_MAX_NODE_RANKS];
+  int64_t dispatch[EP_MAX_PEERS];
+  int64_t combine[EP_MAX_PEERS];
 } ep_progress;
 
 /* What an operation did, written at its end; device memory. Times are of %globaltimer. */
 typedef struct ep_record {
   int64_t begin_ns;
   int64_t end_ns;
-  int64_t longest_wait_ns[EP_MAX_NODE_RANKS]; /* for each rank, of any thread of the operation */
-  int32_t num_rows[EP_MAX_NODE_RANKS];        /* sent to each rank, or back to it */
+  int64_t longest_wait_ns[EP_MAX_PEERS]; /* for each rank, of any thread of the operation */
+  int32_t num_rows[EP_MAX_PEERS];        /* sent to each rank, or back to it */
 } ep_record;
 
 /* Whom a kernel talks to. */
-typedef struct ep_node {
-  uint8_t* memory[EP_MAX_NODE_RANKS]; /* each rank's symmetric memory, as mapped here */
-  ep_fault* fault;                    /* host memory, mapped */
-  int64_t* progress;                  /* host memory, mapped: [R] of ep_progress, of this kind */
-  int32_t* abort;                     /* device memory: set together with the fault */
-  uint32_t* epoch;                    /* device memory: operations of this kind that have ended, so
-                                         that a captured graph counts on when it is replayed */
-  int64_t* longest_wait_ns;           /* device memory [R], zero between operations */
-  ep_record* record;                  /* of this operation */
-  int64_t* wire_bytes;                /* device memory: rows and scales sent so far, in bytes */
-  int64_t timeout_ns;                 /* bound of every wait */
-  int64_t delay_ns;                   /* for tests: every wait and every signal comes up to this
-                                         much later, at random; 0 is none */
-  int32_t op;                         /* EP_OP_* that the kernel is part of */
+typedef struct ep_peers {
+  uint8_t* memory[EP_MAX_PEERS]; /* each rank's symmetric memory, as mapped here */
+  ep_fault* fault;               /* host memory, mapped */
+  int64_t* progress;             /* host memory, mapped: [R] of ep_progress, of this kind */
+  int32_t* abort;                /* device memory: set together with the fault */
+  uint32_t* epoch;               /* device memory: operations of this kind that have ended, so
+                                    that a captured graph counts on when it is replayed */
+  int64_t* longest_wait_ns;      /* device memory [R], zero between operations */
+  ep_record* record;             /* of this operation */
+  int64_t* wire_bytes;           /* device memory: rows and scales sent so far, in bytes */
+  int64_t timeout_ns;            /* bound of every wait */
+  int64_t delay_ns;              /* for tests: every wait and every signal comes up to this
+                                    much later, at random; 0 is none */
+  int32_t op;                    /* EP_OP_* that the kernel is part of */
   int32_t rank;
   int32_t num_ranks;
-} ep_node;
+} ep_peers;
 
 /* Ask for as much as possible now: kernels are loaded, shared-memory limits raised. A kernel that
  * is loaded while another one spins would wait for it for ever. */
@@ -175,20 +175,20 @@ EP_API int32_t ep_load_kernels(void);
 
 /* Counts that the host needs to allocate the outputs, in host memory that the device sees. */
 typedef struct ep_mailbox {
-  int32_t ticket;                          /* of the plan; written last */
-  int32_t routing_error[4];                /* of this rank's own input; as ep_layout_args */
-  int32_t asked_tokens[EP_MAX_NODE_RANKS]; /* of each rank; more than max_tokens: none was sent */
-  int32_t num_sent_tokens[EP_MAX_NODE_RANKS]; /* rows to each rank */
-  int32_t num_recv_tokens[EP_MAX_NODE_RANKS]; /* rows from each rank */
-  int32_t num_tokens_per_expert[1024];        /* [E_local] before padding */
+  int32_t ticket;                        /* of the plan; written last */
+  int32_t routing_error[4];              /* of this rank's own input; as ep_layout_args */
+  int32_t asked_tokens[EP_MAX_PEERS];    /* of each rank; more than max_tokens: none was sent */
+  int32_t num_sent_tokens[EP_MAX_PEERS]; /* rows to each rank */
+  int32_t num_recv_tokens[EP_MAX_PEERS]; /* rows from each rank */
+  int32_t num_tokens_per_expert[1024];   /* [E_local] before padding */
 } ep_mailbox;
 
 /* What a plan that no host waits for has to say; host memory that the device sees. The first one
  * stays until the host has cleared it. */
 typedef struct ep_notice {
-  int32_t code;                            /* EP_NOTICE_*, written last */
-  int32_t routing_error[4];                /* EP_NOTICE_ROUTING: as ep_layout_args.error */
-  int32_t asked_tokens[EP_MAX_NODE_RANKS]; /* EP_NOTICE_TOO_MANY: as ep_mailbox.asked_tokens */
+  int32_t code;                       /* EP_NOTICE_*, written last */
+  int32_t routing_error[4];           /* EP_NOTICE_ROUTING: as ep_layout_args.error */
+  int32_t asked_tokens[EP_MAX_PEERS]; /* EP_NOTICE_TOO_MANY: as ep_mailbox.asked_tokens */
   int32_t num_rows; /* EP_NOTICE_OVERFLOW: rows that the output would have needed */
   int32_t capacity; /* rows that it has; EP_NOTICE_TOO_MANY: ep_plan_args.max_tokens */
 } ep_notice;
@@ -224,7 +224,7 @@ typedef struct ep_routing {
 /* Offsets are into the symmetric memory of every rank. S = max_tokens, the rows that each source
  * rank has room for there. */
 typedef struct ep_plan_args {
-  ep_node node;
+  ep_peers peers;
   ep_routing routing;
   const void* input;     /* [T, K] or [T, E], see ep_layout_args */
   void* scratch;         /* ep_plan_scratch_bytes(), 256-byte aligned */
@@ -310,7 +310,7 @@ enum {
 
 /* A row travels as one slot: its bytes, then its scales, then K4 probabilities. */
 typedef struct ep_dispatch_args {
-  ep_node node;
+  ep_peers peers;
   ep_routing routing;
   const uint8_t* x;     /* [T, row_bytes] */
   const float* scales;  /* [T, scale_bytes / 4], or NULL */
@@ -356,7 +356,7 @@ EP_API int32_t ep_dispatch(const ep_dispatch_args* args, void* stream);
 enum { EP_BF16 = 0, EP_FP32 = 1 };
 
 typedef struct ep_combine_args {
-  ep_node node;
+  ep_peers peers;
   ep_routing routing;
   const uint8_t* x;        /* rows as dispatch gave them */
   const float* weights;    /* expert-major [rows], rank-major [rows, K]; or NULL */
@@ -390,7 +390,7 @@ EP_API int32_t ep_combine(const ep_combine_args* args, void* stream);
 #define EP_PROBE_ROW_BYTES 14336
 
 typedef struct ep_probe_args {
-  ep_node node;          /* memory: [R - 1, num_rows, EP_PROBE_ROW_BYTES] at each; no waits */
+  ep_peers peers;        /* memory: [R - 1, num_rows, EP_PROBE_ROW_BYTES] at each; no waits */
   const uint8_t* source; /* [num_rows, EP_PROBE_ROW_BYTES] of this GPU */
   int64_t num_rows;
   int32_t num_blocks; /* one an SM */

@@ -65,7 +65,7 @@ def make_backend(config: EPConfig) -> NVLinkBackend:
     memory = mock.Mock(
         rank=0, num_ranks=2,
         mailbox=mailbox, mailbox_address=0, fault_address=0, notice_address=0,
-        counters=torch.zeros(3, 64, dtype=torch.int32), node=lambda *_: header.Node(),
+        counters=torch.zeros(3, 64, dtype=torch.int32), peers=lambda *_: header.Peers(),
     )  # fmt: skip
     cpu = torch.device("cpu", 0)
     answers = {
@@ -123,7 +123,7 @@ def test_a_new_dispatch_pushes_while_the_host_waits(backend):
     assert push[1].num_blocks == expand[1].num_blocks == 132
     assert (
         push[1].is_planned
-        and push[1].node.record == expand[1].node.record == planned[1].node.record
+        and push[1].peers.record == expand[1].peers.record == planned[1].peers.record
     )
     assert received.result.x.shape == (16, 512) == (expand[1].num_rows, 512)
     assert planned[1].num_send_blocks == planned[1].num_receive_blocks == 64
@@ -316,7 +316,7 @@ def test_a_cached_dispatch_and_a_combine_are_one_launch_each(backend):
     assert (cached[1].num_push_blocks, cached[1].num_expand_blocks) == (24, 108)
     assert combine[0] == "ep_combine"
     assert combine[1].num_blocks == 132
-    assert combine[1].node.record > cached[1].node.record > 0  # records of their own
+    assert combine[1].peers.record > cached[1].peers.record > 0  # records of their own
 
 
 def test_asynchronous_operations_run_beside_others_on_few_sms(backend):

@@ -22,7 +22,7 @@ from ep_comm import (
 from ep_comm._native import header
 from ep_comm.backends.nvlink import memory as memory_module
 from ep_comm.backends.nvlink.farewell import Farewell
-from ep_comm.backends.nvlink.memory import NodeMemory, Offsets, allocated_by_all
+from ep_comm.backends.nvlink.memory import Offsets, PeerMemory, allocated_by_all
 from ep_comm.job.meeting import meet
 from ep_comm.telemetry.watch import Wait
 
@@ -40,7 +40,7 @@ def test_memory_is_given_back_only_without_a_fault(fault, monkeypatch):
             done.append(f"waited {timeout_s:g} s at most")
             return [1, 3] if fault == "late rank" else []
 
-    memory = NodeMemory.__new__(NodeMemory)
+    memory = PeerMemory.__new__(PeerMemory)
     memory.rank, memory._timeout_s, memory._fault = 0, 2.0, header.Fault()
     memory.tensor = memory._keep = object()
     memory._farewell = Watched()
@@ -79,7 +79,7 @@ def test_memory_is_given_back_only_without_a_fault(fault, monkeypatch):
 
 
 def test_a_broken_gpu_does_not_keep_a_failed_buffer_from_being_destroyed(monkeypatch):
-    memory = NodeMemory.__new__(NodeMemory)
+    memory = PeerMemory.__new__(PeerMemory)
     memory._fault, memory._is_given_up = header.Fault(), True
 
     def broken() -> None:
@@ -94,7 +94,7 @@ def test_a_broken_gpu_does_not_keep_a_failed_buffer_from_being_destroyed(monkeyp
 
 
 def test_long_waits_are_read_from_host_memory():
-    memory = NodeMemory.__new__(NodeMemory)
+    memory = PeerMemory.__new__(PeerMemory)
     memory._fault, memory._is_given_up = header.Fault(), False
     memory._progress = progress = header.Progress()
     assert memory.waits() == []
@@ -114,9 +114,9 @@ def test_each_kind_of_operation_has_its_words(monkeypatch):
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, pin_memory=None, **how: zeros(*size, **how))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    memory = NodeMemory(1, zeros(1), [1, 2], 2.0, None, Farewell(1, []))
+    memory = PeerMemory(1, zeros(1), [1, 2], 2.0, None, Farewell(1, []))
     for op, name in ((header.EP_OP_DISPATCH, "dispatch"), (header.EP_OP_COMBINE, "combine")):
-        words = (ctypes.c_int64 * 2).from_address(memory.node(op, 0).progress)
+        words = (ctypes.c_int64 * 2).from_address(memory.peers(op, 0).progress)
         words[0] = header.EP_PHASE_ROWS << 32 | 5  # as a kernel would
         assert memory.waits() == [Wait(name, "rows", 5, 0)]
         words[0] = 0
@@ -158,7 +158,7 @@ def test_too_many_tokens_that_nobody_waited_for_end_the_buffer(monkeypatch):
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, pin_memory=None, **how: zeros(*size, **how))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    memory = NodeMemory(1, zeros(1), [1, 2], 2.0, None, Farewell(1, []))
+    memory = PeerMemory(1, zeros(1), [1, 2], 2.0, None, Farewell(1, []))
     notice = memory._notice
     notice.num_rows, notice.capacity, notice.code = 9, 4, header.EP_NOTICE_OVERFLOW
     with pytest.raises(EPOverflowError, match="received 9 rows"):
@@ -192,7 +192,7 @@ def memory_of_a_group(rank: int) -> list[int]:
         patch.setattr(symmetric_memory, "empty", allocate)
         patch.setattr(memory_module, "_mapped", lambda tensor, name, rank, num_ranks: mapped)
         meeting = meet(None, "make a Buffer", None, 10.0)
-        memory = NodeMemory.of_group(dist.group.WORLD, meeting, offsets, 10.0)
+        memory = PeerMemory.of_group(dist.group.WORLD, meeting, offsets, 10.0)
     assert not memory.tensor.any() and (memory.rank, memory.num_ranks) == (rank, 2)
     return memory._addresses[:2]
 

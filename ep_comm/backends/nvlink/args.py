@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ep_comm._native import header
-from ep_comm.backends.nvlink.memory import NodeMemory, Offsets
+from ep_comm.backends.nvlink.memory import Offsets, PeerMemory
 from ep_comm.backends.nvlink.tuning import COMBINE_PUSH_PERCENT
 from ep_comm.config import EPConfig
 
@@ -19,16 +19,16 @@ class KernelArgs(NamedTuple):
 
 
 def kernel_args(
-    config: EPConfig, memory: NodeMemory, offsets: Offsets, scratch: int, wire_bytes: int
+    config: EPConfig, memory: PeerMemory, offsets: Offsets, scratch: int, wire_bytes: int
 ) -> KernelArgs:
     """Of one buffer.
 
     Args:
         memory: Of this rank, cut up by `offsets`.
         scratch: Address of the plan's scratch memory.
-        wire_bytes: Where kernels count what they send, see `NodeMemory.node`.
+        wire_bytes: Where kernels count what they send, see `PeerMemory.peers`.
     """
-    dispatch_node = memory.node(header.EP_OP_DISPATCH, wire_bytes)
+    dispatch_peers = memory.peers(header.EP_OP_DISPATCH, wire_bytes)
     sizes = dict(
         max_tokens=config.max_tokens_per_rank,
         max_chunks=offsets.max_chunks,
@@ -36,7 +36,7 @@ def kernel_args(
     )
     return KernelArgs(
         plan=header.PlanArgs(
-            node=dispatch_node,
+            peers=dispatch_peers,
             scratch=scratch,
             mailbox=memory.mailbox_address,
             notice=memory.notice_address,
@@ -50,7 +50,7 @@ def kernel_args(
             hidden=config.hidden,
         ),
         dispatch=header.DispatchArgs(
-            node=dispatch_node,
+            peers=dispatch_peers,
             counter=memory.counters[0].data_ptr(),
             flag_offset=offsets.dispatch_flags,
             credit_offset=offsets.dispatch_credits,
@@ -58,7 +58,7 @@ def kernel_args(
             **sizes,
         ),
         combine=header.CombineArgs(
-            node=memory.node(header.EP_OP_COMBINE, wire_bytes),
+            peers=memory.peers(header.EP_OP_COMBINE, wire_bytes),
             counters=memory.counters[1].data_ptr(),
             flag_offset=offsets.combine_flags,
             credit_offset=offsets.combine_credits,

@@ -24,7 +24,7 @@ from ep_comm._native import header
 from ep_comm.backends.base import Combined, Pending, Received
 from ep_comm.backends.nvlink import support
 from ep_comm.backends.nvlink.args import kernel_args
-from ep_comm.backends.nvlink.memory import NodeMemory, Offsets
+from ep_comm.backends.nvlink.memory import Offsets, PeerMemory
 from ep_comm.backends.nvlink.routing import (
     FirstDispatch,
     NVLinkRouting,
@@ -79,9 +79,9 @@ class NVLinkBackend:
     @classmethod
     def create(cls, group: dist.ProcessGroup, config: EPConfig, meeting: Meeting) -> NVLinkBackend:
         offsets = Offsets(config, dist.get_world_size(group))
-        return cls(NodeMemory.of_group(group, meeting, offsets, config.timeout_s), config)
+        return cls(PeerMemory.of_group(group, meeting, offsets, config.timeout_s), config)
 
-    def __init__(self, memory: NodeMemory, config: EPConfig) -> None:
+    def __init__(self, memory: PeerMemory, config: EPConfig) -> None:
         self.config = config
         self.memory = memory
         self.rank, self.num_ranks = memory.rank, memory.num_ranks
@@ -177,7 +177,7 @@ class NVLinkBackend:
     def inject_delays(self, up_to_ns: int) -> None:
         """For tests: every wait and every signal of later operations is late, at random."""
         for args in self._args:
-            args.node.delay_ns = up_to_ns
+            args.peers.delay_ns = up_to_ns
 
     def synchronize(self) -> None:
         if torch.cuda.is_current_stream_capturing():
@@ -247,7 +247,7 @@ class NVLinkBackend:
             first=FirstDispatch(source, stream, sms, record, selects_weights, in_one, is_captured),
         )
         args = self._args.plan
-        args.node.record = record
+        args.peers.record = record
         args.routing = native
         args.input = source.data_ptr()
         args.ticket = 0 if capacity is not None else routing.number
@@ -341,7 +341,7 @@ class NVLinkBackend:
         received = allocate_rows(args, handle, self.config.hidden, recv_dtype, self.device)
         stream = self._streams.begin(header.EP_OP_DISPATCH, asynchronous, sms)
         self._keep_for_current_stream(handle.routing)
-        args.node.record = self.recorder.start("dispatch", args.row_bytes + args.scale_bytes)
+        args.peers.record = self.recorder.start("dispatch", args.row_bytes + args.scale_bytes)
         args.is_planned = args.is_behind_plan = False
         push_blocks, expand_blocks = split_dispatch(sms, self.num_ranks)
         args.num_push_blocks, args.num_expand_blocks = push_blocks, expand_blocks
@@ -369,7 +369,7 @@ class NVLinkBackend:
         routing: NVLinkRouting = handle.routing
         streams, stream = self._streams, first.stream
         self.recorder.set_row_bytes(args.row_bytes + args.scale_bytes)
-        args.node.record = first.record
+        args.peers.record = first.record
         args.is_planned = True
         push_blocks, expand_blocks = split_dispatch(first.num_sms, self.num_ranks)
         args.num_blocks = push_blocks + expand_blocks
@@ -436,7 +436,7 @@ class NVLinkBackend:
         args.num_blocks = sms
         stream = self._streams.begin(header.EP_OP_COMBINE, asynchronous, sms)
         self._keep_for_current_stream(routing)
-        args.node.record = self.recorder.start("combine", row_bytes)
+        args.peers.record = self.recorder.start("combine", row_bytes)
         self.native.launch("ep_combine", args, stream)
         keep = (x, topk_weights, routing.memory)
         return self._pending(Combined(combined, weights), asynchronous, keep)

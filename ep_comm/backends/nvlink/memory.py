@@ -1,4 +1,4 @@
-"""Memory that the ranks of a node write into each other's, and what the host reads of it."""
+"""Memory that the ranks of a host write into each other's, and what the host reads of it."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Offsets:
         return start
 
 
-class NodeMemory:
+class PeerMemory:
     """One rank's view of the symmetric memory of a buffer, with its counters on the device, and its
     mailbox, fault, notice and progress on the host.
 
@@ -99,7 +99,7 @@ class NodeMemory:
     @classmethod
     def of_group(
         cls, group: dist.ProcessGroup, meeting: Meeting, offsets: Offsets, timeout_s: float
-    ) -> NodeMemory:
+    ) -> PeerMemory:
         """Memory with these offsets at each rank of a group. Collective, and bounded."""
         rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
         device = torch.device("cuda", torch.cuda.current_device())
@@ -145,11 +145,11 @@ class NodeMemory:
         self.has_diverged = False
         self._keep = keep
         self._farewell: Farewell | None = farewell
-        self._addresses = (ctypes.c_void_p * header.EP_MAX_NODE_RANKS)(*addresses)
+        self._addresses = (ctypes.c_void_p * header.EP_MAX_PEERS)(*addresses)
         # A row each for dispatch, combine and plan, so that they share no cache line.
         self.counters = torch.zeros(3, 64, dtype=torch.int32, device=tensor.device)
         self._epochs = torch.zeros(3, 64, dtype=torch.int32, device=tensor.device)
-        self._waits = torch.zeros(3, header.EP_MAX_NODE_RANKS, dtype=torch.int64).to(tensor.device)
+        self._waits = torch.zeros(3, header.EP_MAX_PEERS, dtype=torch.int64).to(tensor.device)
         self.abort = torch.zeros(1, dtype=torch.int32, device=tensor.device)
         # Pinned host memory has one address for host and device.
         small = (header.Fault, header.Notice, header.Progress)
@@ -166,10 +166,10 @@ class NodeMemory:
         self.mailbox = header.Mailbox.from_address(self.mailbox_address)
         torch.cuda.synchronize()
 
-    def node(self, op: int, wire_bytes: int) -> header.Node:
+    def peers(self, op: int, wire_bytes: int) -> header.Peers:
         """What the kernels of an operation (EP_OP_*) need to know of the others; they count what
         they send at the address `wire_bytes`."""
-        return header.Node(
+        return header.Peers(
             memory=self._addresses,
             fault=self.fault_address,
             progress=self._progress_address + getattr(header.Progress, _OPS[op]).offset,

@@ -90,12 +90,12 @@ def _unreached() -> tuple[str, ...]:
 
 
 def reason_here(num_ranks: int, config: EPConfig) -> str | None:
-    """Why this process cannot be one of `num_ranks` ranks of a node, or None where it can."""
+    """Why this process cannot be one of `num_ranks` peers, or None where it can."""
     reason = _native.unusable_reason(torch.cuda.current_device())
     if reason is not None:
         return reason
-    if num_ranks > header.EP_MAX_NODE_RANKS:
-        return f"{num_ranks} ranks, at most {header.EP_MAX_NODE_RANKS} of one host"
+    if num_ranks > header.EP_MAX_PEERS:
+        return f"{num_ranks} ranks, at most {header.EP_MAX_PEERS} of one host"
     row_bytes = config.hidden * 2
     if row_bytes % 16:
         return f"rows of {row_bytes} bytes are not a multiple of 16"

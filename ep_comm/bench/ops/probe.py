@@ -64,8 +64,8 @@ def measure_limit(watch: Stopwatch) -> Limit:
     memory = symmetric_memory.empty(wire_bytes, dtype=torch.uint8, device=watch.device)
     mapped = symmetric_memory.rendezvous(memory, dist.group.WORLD)
     args = header.ProbeArgs(
-        node=header.Node(
-            memory=(ctypes.c_void_p * header.EP_MAX_NODE_RANKS)(*mapped.buffer_ptrs),
+        peers=header.Peers(
+            memory=(ctypes.c_void_p * header.EP_MAX_PEERS)(*mapped.buffer_ptrs),
             rank=dist.get_rank(),
             num_ranks=num_ranks,
         ),

@@ -80,9 +80,9 @@ class Settings:
             num_ranks: Ranks of the job.
             available_sms: SMs of each GPU.
         """
-        if not 2 <= num_ranks <= header.EP_MAX_NODE_RANKS:
+        if not 2 <= num_ranks <= header.EP_MAX_PEERS:
             raise UserError(
-                f"{num_ranks} rank(s): bench measures 2 to {header.EP_MAX_NODE_RANKS} GPUs of one "
+                f"{num_ranks} rank(s): bench measures 2 to {header.EP_MAX_PEERS} GPUs of one "
                 "host; pass torchrun another --nproc_per_node"
             )
         experts = self.shape.experts
