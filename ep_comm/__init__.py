@@ -12,10 +12,12 @@ the contract, ``lint-imports`` checks it)::
     pretrain   the training application of examples/pretrain_moe.py
     megatron   the dispatcher for Megatron-Core, and the launcher
     buffer     the public calls
-    ops        torch ops with autograd; guard, the context of one operation
+    ops        torch ops with autograd
+    handle     where the rows of a dispatch went, for its combine and its backward
+    session    a buffer's backend, its usable state, one operation at a time
     backends   reference (torch.distributed) and nvlink (our kernels)
     checks     of what callers pass
-    handle     where the rows of a dispatch went; routing, who is sent what; fp8
+    routing    who is sent what; fp8, the format of the wire
     job, telemetry, topology, tracing, config
     events, errors, version, _native
 """

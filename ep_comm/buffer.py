@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable
 from types import TracebackType
 
@@ -11,42 +9,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_comm import checks, fp8, ops
+from ep_comm import checks, ops
 from ep_comm.backends import make_backend
-from ep_comm.backends.base import Backend
+from ep_comm.backends.base import CombineRequest, DispatchRequest, PlanRequest
 from ep_comm.config import EPConfig
-from ep_comm.errors import (
-    EPArgumentError,
-    EPError,
-    EPOverflowError,
-    EPRoutingError,
-    EPStateError,
-    EPUnsupportedError,
-)
+from ep_comm.errors import EPArgumentError, EPStateError
 from ep_comm.events import EventOverlap
-from ep_comm.guard import Guard
-from ep_comm.handle import (
-    CombineOutput,
-    DispatchHandle,
-    DispatchOutput,
-    Payload,
-    RowLayout,
-)
+from ep_comm.fp8 import FP8_DTYPE, Payload
+from ep_comm.handle import CombineOutput, DispatchHandle, DispatchOutput, checked_handle
 from ep_comm.routing.layout import checked_source
 from ep_comm.routing.probabilities import select_probabilities
+from ep_comm.routing.types import RowLayout
+from ep_comm.session import Session
 from ep_comm.telemetry.records import Records
 from ep_comm.telemetry.watch import watch
-from ep_comm.tracing import check_not_saved, plain_tensor, unseen, untraced
-
-_process = os.getpid()  # to ask for it again costs each call a good part of a microsecond
-
-
-def _note_fork() -> None:
-    global _process
-    _process = os.getpid()
-
-
-os.register_at_fork(after_in_child=_note_fork)
+from ep_comm.tracing import plain_tensor, unseen, untraced
 
 
 class Buffer:
@@ -99,14 +76,9 @@ class Buffer:
         self.num_ranks = dist.get_world_size(self.group)
         config.check_group(self.num_ranks)
         self.num_local_experts = config.num_experts // self.num_ranks
-        self._begin(*make_backend(self.group, config))
-        watch(self._backend, self.rank, config.timeout_s)
-
-    def _begin(self, backend: Backend, passed_over: dict[str, str]) -> None:
-        self._backend, self.passed_over = backend, passed_over
-        self._unusable: str | None = None
-        self._process = _process
-        self._in_use = threading.RLock()
+        backend, self.passed_over = make_backend(self.group, config)
+        self._session = Session(backend, config)
+        watch(backend, self.rank, config.timeout_s)
 
     def __enter__(self) -> Buffer:
         """Give the buffer; the end of the block destroys it."""
@@ -119,11 +91,11 @@ class Buffer:
         traceback: TracebackType | None,
     ) -> None:
         if exc is not None:
-            self._backend.give_up()  # the other ranks may know nothing of it
+            self._session.backend.give_up()  # the other ranks may know nothing of it
         self.destroy()
 
     def __repr__(self) -> str:
-        state = "" if self.is_usable else f", unusable: {self._unusable}"
+        state = "" if self.is_usable else f", unusable: {self._session.unusable}"
         return (
             f"Buffer(rank {self.rank} of {self.num_ranks}, {self.describe()}, "
             f"{self.config.num_experts} experts, at most {self.config.max_tokens_per_rank} tokens "
@@ -147,7 +119,6 @@ class Buffer:
         wire_dtype: torch.dtype | None = None,
         recv_dtype: torch.dtype | None = None,
         num_worst_tokens: int | None = None,
-        num_sms: int | None = None,
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
@@ -192,8 +163,6 @@ class Buffer:
                 group are padding. Rows for which there is no room are dropped, and the next call
                 raises `EPOverflowError` (one for all that overflowed before it). A cached dispatch
                 takes it from its handle.
-            num_sms: SMs that the kernels occupy; None is what `set_num_sms` says. The backward
-                always takes that.
             previous_event: The operation starts after this event.
             async_finish: Run on the communication stream; wait for the returned event before
                 touching the outputs, or freeing them. No effect with the reference backend.
@@ -219,83 +188,68 @@ class Buffer:
             EPOverflowError: Of an earlier dispatch, see `num_worst_tokens`; said before anything is
                 started, and once.
         """
-        self._check_usable()
+        session = self._session
+        session.check_usable()
         checks.check_stream_arguments(previous_event, async_finish, allocate_on_comm_stream)
-        rows, scales = checks.checked_payload(x, self.config)
         if during_backward is not None and not callable(during_backward):
             raise EPArgumentError(
                 f"during_backward must be callable, got {type(during_backward).__name__}"
             )
-        self._backend.check_device("x", rows)
+        rows, scales = checks.checked_payload(x, self.config)
+        session.backend.check_device("x", rows)
         wire, recv = checks.wire_and_recv_dtype(
             rows, scales, wire_dtype, recv_dtype, self.config.hidden
         )
-        self._backend.check_wire_dtype(wire, recv)
-        checks.check_num_sms(num_sms)
-        if previous_event is not None:
+        session.backend.check_wire_dtype(wire, recv)
+        if previous_event is not None:  # what comes may copy an argument
             previous_event.current_stream_wait()
+        plan = None
         if handle is None:
-            layout = "expert" if layout is None else layout
-            expert_alignment = 16 if expert_alignment is None else expert_alignment
-            checks.check_layout(layout, expert_alignment)
-            if layout == "rank":  # nothing is padded there
-                expert_alignment = 1
-            checks.check_num_worst_tokens(num_worst_tokens)
-            source, num_topk = self._checked_routing(rows, topk_idx, routing_map)
-            topk_weights = checks.checked_weights(topk_weights, source.shape, rows.device)
+            plan = self._checked_plan(
+                rows, topk_idx, routing_map, layout, expert_alignment, num_worst_tokens
+            )
+            layout, expert_alignment = plan.layout, plan.expert_alignment
+            weights_shape = tuple(plan.source.shape)
         else:
-            checks.check_handle(handle, self)
+            routing = checked_handle(handle, session).routing
             if topk_idx is not None or routing_map is not None:
                 raise EPArgumentError("pass topk_idx, routing_map or a handle, not two of them")
             if num_worst_tokens is not None:
                 raise EPArgumentError("num_worst_tokens is that of the handle: leave it out")
-            checks.check_repeated(handle, layout, expert_alignment)
-            layout, expert_alignment = handle.layout, handle.expert_alignment
-            checks.check_rows("x", rows, handle.num_tokens, self.config.hidden)
-            weights_shape = (handle.num_tokens, handle.num_topk)
-            topk_weights = checks.checked_weights(topk_weights, weights_shape, rows.device)
+            checks.check_repeated(routing, layout, expert_alignment)
+            layout, expert_alignment = routing.layout, routing.expert_alignment
+            checks.check_rows("x", rows, routing.num_tokens, self.config.hidden)
+            weights_shape = routing.token_weights_shape
+        checks.check_scale_groups(recv, layout, expert_alignment)
+        weights = checks.checked_weights(topk_weights, weights_shape, rows.device)
+        request = DispatchRequest(rows, scales, weights, wire, recv, async_finish)
+        ops.check_dispatch_not_saved(request)
 
-        if recv == fp8.FP8_DTYPE and layout == "expert" and expert_alignment % 4:
-            raise EPArgumentError(
-                "FP8 rows with scales in the expert layout need expert_alignment to be a multiple "
-                f"of 4, got {expert_alignment}"
-            )
-        if ops.needs_grad(rows, topk_weights):
-            op_args = (rows, scales, topk_weights, wire, recv, async_finish, num_sms)
-            check_not_saved(torch.ops.ep_comm.dispatch.default, *op_args)
-        with self.guard() as backend:
-            if handle is None:
+        with session.operation() as backend:
+            if plan is not None:
                 with unseen():
                     routing = backend.plan(
-                        source,
-                        num_topk,
-                        layout,
-                        expert_alignment,
-                        topk_weights is not None,
-                        num_worst_tokens,
-                        async_finish,
-                        num_sms,
+                        plan._replace(has_weights=weights is not None, asynchronous=async_finish)
                     )
-                handle = DispatchHandle(
-                    buffer=self, layout=layout, expert_alignment=expert_alignment, routing=routing
-                )
-                if routing_map is not None and topk_weights is not None:
-                    topk_weights = select_probabilities(topk_weights, handle.topk_idx)
+                handle = DispatchHandle(session=session, routing=routing)
+                if routing_map is not None and weights is not None:
+                    weights = select_probabilities(weights, routing.topk_idx)
+                    request = request._replace(topk_weights=weights)
+            assert handle is not None
             handle.during_backward = during_backward
-            recv_x, recv_scales, recv_weights = ops.dispatch(
-                backend, handle, rows, scales, topk_weights, wire, recv, async_finish, num_sms
-            )
+            received = ops.dispatch(backend, handle, request)
             if allocate_on_comm_stream:
-                outputs = (recv_x, recv_scales, recv_weights, handle.recv_topk_idx)
-                backend.keep_for_comm_stream(outputs)
+                backend.keep_for_comm_stream((*received, routing.recv_topk_idx))
+        recv_x: Payload = received.x
+        if recv == FP8_DTYPE:
+            assert received.scales is not None
+            recv_x = (received.x, received.scales)
         return DispatchOutput(
-            recv_x=recv_x if recv_x.dtype in checks.ROW_DTYPES else (recv_x, recv_scales),
-            recv_topk_idx=handle.recv_topk_idx,
-            recv_topk_weights=None if topk_weights is None else recv_weights,
+            recv_x=recv_x,
+            recv_topk_idx=routing.recv_topk_idx,
+            recv_topk_weights=None if weights is None else received.topk_weights,
             num_recv_tokens_per_expert_list=(
-                list(handle.routing.sizes.padded_expert_rows)
-                if handle.routing.capacity is None
-                else []
+                list(routing.sizes.padded_expert_rows) if routing.capacity is None else []
             ),
             handle=handle,
             event=handle.event if async_finish else EventOverlap(),
@@ -309,7 +263,6 @@ class Buffer:
         topk_weights: Tensor | None = None,
         *,
         grad_wire_dtype: torch.dtype | None = None,
-        num_sms: int | None = None,
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
@@ -330,7 +283,7 @@ class Buffer:
                 sends its rows as they are; ``torch.float8_e4m3fn`` quantises them for the way, and
                 they arrive dequantised, in x's dtype (hidden as for `dispatch`'s `wire_dtype`).
                 Gradients of `topk_weights` stay FP32.
-            num_sms, previous_event, async_finish, allocate_on_comm_stream: As in `dispatch`.
+            previous_event, async_finish, allocate_on_comm_stream: As in `dispatch`.
 
         Returns:
             See `CombineOutput`.
@@ -338,31 +291,28 @@ class Buffer:
         Raises:
             As `dispatch`.
         """
-        self._check_usable()
+        session = self._session
+        session.check_usable()
         checks.check_stream_arguments(previous_event, async_finish, allocate_on_comm_stream)
-        checks.check_handle(handle, self)
+        routing = checked_handle(handle, session).routing
         x = plain_tensor("x", x)
-        checks.check_rows("x", x, handle.num_rows, self.config.hidden)
-        self._backend.check_device("x", x)
+        checks.check_rows("x", x, routing.num_rows, self.config.hidden)
+        session.backend.check_device("x", x)
         checks.check_row_dtype("x", x, self.config)
-        weights_shape = (
-            (handle.num_rows,) if handle.layout == "expert" else (handle.num_rows, handle.num_topk)
-        )
-        topk_weights = checks.checked_weights(topk_weights, weights_shape, x.device)
+        weights = checks.checked_weights(topk_weights, routing.row_weights_shape, x.device)
         grad_wire = checks.grad_wire_dtype(x, grad_wire_dtype)
-        self._backend.check_wire_dtype(grad_wire, x.dtype)
-        checks.check_num_sms(num_sms)
+        session.backend.check_wire_dtype(grad_wire, x.dtype)
         if previous_event is not None:
             previous_event.current_stream_wait()
-        with self.guard() as backend:
-            combined_x, combined_weights = ops.combine(
-                backend, handle, x, topk_weights, grad_wire, async_finish, num_sms
-            )
+
+        request = CombineRequest(x, weights, async_finish)
+        with session.operation() as backend:
+            combined = ops.combine(backend, handle, request, grad_wire)
             if allocate_on_comm_stream:
-                backend.keep_for_comm_stream((combined_x, combined_weights))
+                backend.keep_for_comm_stream(combined)
         return CombineOutput(
-            combined_x,
-            None if topk_weights is None else combined_weights,
+            combined.x,
+            None if weights is None else combined.topk_weights,
             handle.event if async_finish else EventOverlap(),
         )
 
@@ -386,9 +336,9 @@ class Buffer:
         Raises:
             EPArgumentError: It is less than 2, or the GPU has fewer.
         """
-        self._check_usable()
+        self._session.check_usable()
         checks.check_num_sms(num_sms)
-        self._backend.set_num_sms(num_sms)
+        self._session.backend.set_num_sms(num_sms)
 
     # --- state -----------------------------------------------------------------------------------
 
@@ -396,21 +346,21 @@ class Buffer:
     def records(self) -> Records:
         """What each operation moved, how long it took and whom it waited for. Free until it is
         read; reading waits for the GPU."""
-        return self._backend.recorder
+        return self._session.backend.recorder
 
     @property
     def is_usable(self) -> bool:
         """False after `destroy` and after an operation that failed."""
-        return self._unusable is None
+        return self._session.unusable is None
 
     @property
     def buffer_bytes(self) -> int:
         """Device memory that the buffer holds beyond the outputs of operations."""
-        return self._backend.buffer_bytes
+        return self._session.backend.buffer_bytes
 
     def describe(self) -> str:
         """Backend and transport in a few words."""
-        return self._backend.describe()
+        return self._session.backend.describe()
 
     def synchronize(self) -> None:
         """Wait on the host for all operations that were started, and for graphs of them that were
@@ -426,7 +376,7 @@ class Buffer:
             EPStateError: The buffer failed earlier or was destroyed.
             EPUnsupportedError: The current stream is being captured in a CUDA graph.
         """
-        with self.guard() as backend:
+        with self._session.operation() as backend:
             backend.synchronize()
 
     def destroy(self) -> None:
@@ -439,60 +389,42 @@ class Buffer:
         Raises:
             EPError: What ended an operation that was still in flight.
         """
-        self._unusable = "it was destroyed"
-        self._backend.destroy()
+        self._session.destroy()
 
-    def guard(self) -> Guard:
-        """The backend, for one operation; an error in it makes the buffer unusable.
-
-        After a timeout or a mismatch messages of the failed operation may still be on their way,
-        and nothing on this buffer could be trusted. Wrong arguments leave it as it was, as long as
-        no other rank waits for what they should have started.
-        """
-        self._check_usable()
-        return Guard(self._backend, self._in_use, self._take_error)
-
-    def _take_error(self, error: BaseException, has_started: bool) -> None:
-        is_harmless = not self._backend.has_failed and (
-            isinstance(error, EPRoutingError)
-            or (isinstance(error, (EPArgumentError, EPUnsupportedError)) and not has_started)
-        )
-        if not is_harmless and not isinstance(error, EPOverflowError):
-            reason = str(error) if isinstance(error, EPError) else repr(error)
-            self._unusable = f"an earlier operation failed: {reason}"
-            self._backend.give_up()
-        if has_started or self._backend.has_failed:
-            self._backend.abandon()
-
-    def _check_usable(self) -> None:
-        if self._unusable is not None:
-            raise EPStateError(f"the buffer can no longer be used: {self._unusable}")
-        if self._process != _process:
-            raise EPStateError(
-                f"the buffer belongs to process {self._process}, of which this one ({_process}) is "
-                "a fork: make one in the process that uses it"
-            )
-
-    def _checked_routing(
+    def _checked_plan(
         self,
         x: Tensor,
         topk_idx: Tensor | None,
         routing_map: Tensor | None,
-    ) -> tuple[Tensor, int]:
-        """The routing of a new dispatch and its K, after all checks that the host can make."""
+        layout: RowLayout | None,
+        expert_alignment: int | None,
+        num_worst_tokens: int | None,
+    ) -> PlanRequest:
+        """The routing of a new dispatch of `x`, after all checks that the host can make."""
         config = self.config
+        layout = "expert" if layout is None else layout
+        expert_alignment = 16 if expert_alignment is None else expert_alignment
+        checks.check_layout(layout, expert_alignment)
+        checks.check_num_worst_tokens(num_worst_tokens)
         if topk_idx is None and routing_map is None:
             raise EPArgumentError("pass exactly one of topk_idx, routing_map and handle")
         map_topk = config.num_topk if topk_idx is None else None
         source, num_topk = checked_source(topk_idx, routing_map, map_topk, config.num_experts)
         if source.device != x.device:
             raise EPArgumentError(f"the routing is on {source.device}, x on {x.device}")
-        shape = source.shape
-        if shape[0] != x.shape[0]:
-            raise EPArgumentError(f"the routing has {shape[0]} tokens, x has {x.shape[0]}")
+        if source.shape[0] != x.shape[0]:
+            raise EPArgumentError(f"the routing has {source.shape[0]} tokens, x has {x.shape[0]}")
         if num_topk > config.num_topk:
             raise EPArgumentError(
                 f"topk_idx has {num_topk} entries a token, the buffer was made for "
                 f"num_topk {config.num_topk}"
             )
-        return source, num_topk
+        return PlanRequest(
+            source=source,
+            num_topk=num_topk,
+            layout=layout,
+            expert_alignment=1 if layout == "rank" else expert_alignment,  # nothing is padded there
+            has_weights=False,
+            capacity=num_worst_tokens,
+            asynchronous=False,
+        )

@@ -11,7 +11,7 @@ from ep_comm import fp8
 from ep_comm.config import EPConfig, is_int
 from ep_comm.errors import EPArgumentError, EPTooManyTokensError
 from ep_comm.events import EventOverlap
-from ep_comm.handle import DispatchHandle, Payload, RowLayout
+from ep_comm.routing.types import Routing, RowLayout
 from ep_comm.tracing import plain_tensor
 
 ROW_DTYPES = (torch.bfloat16, torch.float32)
@@ -65,7 +65,7 @@ def check_num_tokens(num_tokens: Sequence[int], config: EPConfig) -> None:
         raise EPTooManyTokensError(tuple(num_tokens), config.max_tokens_per_rank)
 
 
-def checked_payload(x: Payload, config: EPConfig) -> tuple[Tensor, Tensor | None]:
+def checked_payload(x: fp8.Payload, config: EPConfig) -> tuple[Tensor, Tensor | None]:
     """Rows to dispatch: BF16 or FP32 [T, hidden], or FP8 with scales [T, hidden / 128]."""
     if isinstance(x, tuple) and len(x) == 2:
         rows, scales = plain_tensor("x[0]", x[0]), plain_tensor("x[1]", x[1])
@@ -158,24 +158,26 @@ def check_layout(layout: RowLayout, expert_alignment: int) -> None:
     check_alignment(expert_alignment)
 
 
-def check_repeated(
-    handle: DispatchHandle, layout: RowLayout | None, expert_alignment: int | None
-) -> None:
-    """What is given along with a handle is what the handle has."""
-    if layout not in (None, handle.layout):
-        raise EPArgumentError(f"layout is that of the handle, {handle.layout!r}, got {layout!r}")
-    if handle.layout == "expert" and expert_alignment not in (None, handle.expert_alignment):
+def check_scale_groups(recv_dtype: torch.dtype, layout: RowLayout, expert_alignment: int) -> None:
+    """FP8 rows may be received in groups of `expert_alignment`."""
+    if recv_dtype == fp8.FP8_DTYPE and layout == "expert" and expert_alignment % 4:
         raise EPArgumentError(
-            f"expert_alignment is that of the handle, {handle.expert_alignment}, got "
-            f"{expert_alignment!r}"
+            "FP8 rows with scales in the expert layout need expert_alignment to be a multiple "
+            f"of 4, got {expert_alignment}"
         )
 
 
-def check_handle(handle: object, buffer: object) -> None:
-    if not isinstance(handle, DispatchHandle):
-        raise EPArgumentError(f"handle must be a DispatchHandle, got {type(handle).__name__}")
-    if handle.buffer is not buffer:
-        raise EPArgumentError("the handle belongs to another buffer")
+def check_repeated(
+    routing: Routing, layout: RowLayout | None, expert_alignment: int | None
+) -> None:
+    """What is given along with a handle is what its routing has."""
+    if layout not in (None, routing.layout):
+        raise EPArgumentError(f"layout is that of the handle, {routing.layout!r}, got {layout!r}")
+    if routing.layout == "expert" and expert_alignment not in (None, routing.expert_alignment):
+        raise EPArgumentError(
+            f"expert_alignment is that of the handle, {routing.expert_alignment}, got "
+            f"{expert_alignment!r}"
+        )
 
 
 def check_stream_arguments(

@@ -130,7 +130,8 @@ class EPTimeoutError(_WithFields, RuntimeError):
         phase: Part of the operation that waited, such as ``"header"``.
         rank: Group rank that waited.
         late_ranks: Group ranks that had not arrived; empty where the transport cannot tell.
-        epoch: Number of the operation on this buffer, counted from 1.
+        epoch: Number of the operation among those of its kind on this buffer, from 1, as in
+            `Buffer.records`.
         timeout_s: Bound that ran out, in seconds.
     """
 

@@ -21,6 +21,9 @@ BLOCK = 128
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = 448.0
 
+# Rows as callers pass them: BF16 or FP32, or FP8 with one scale per block.
+Payload = Tensor | tuple[Tensor, Tensor]
+
 _NATIVE_DTYPES = {torch.bfloat16: header.EP_BF16, torch.float32: header.EP_FP32}
 _EXPONENT_BITS = 0x7F800000
 _TWO_POW_127_BITS = 0x7F000000

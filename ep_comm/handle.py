@@ -7,79 +7,19 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
+from ep_comm.errors import EPArgumentError
 from ep_comm.events import EventOverlap
-
-if TYPE_CHECKING:
-    from ep_comm.buffer import Buffer
-
-RowLayout = Literal["expert", "rank"]
-
-# Payload as callers pass it: rows, or FP8 rows with one scale per block of 128 elements.
-Payload = Tensor | tuple[Tensor, Tensor]
+from ep_comm.fp8 import Payload
+from ep_comm.routing.types import Routing, RowLayout
+from ep_comm.session import Session
 
 _next_id = itertools.count(1)
 _handles: weakref.WeakValueDictionary[int, DispatchHandle] = weakref.WeakValueDictionary()
-
-
-@dataclass(frozen=True)
-class RoutingSizes:
-    """Counts of one routing that the host knows.
-
-    Attributes:
-        sent: Rows sent to each rank; the own entry counts rows that stay.
-        received: Rows received from each rank.
-        expert_rows: Received tokens of each local expert, without padding.
-        alignment: Rows of each group are padded to a multiple of this.
-    """
-
-    sent: tuple[int, ...]
-    received: tuple[int, ...]
-    expert_rows: tuple[int, ...]
-    alignment: int
-
-    @cached_property
-    def padded_expert_rows(self) -> tuple[int, ...]:
-        """Rows of each local expert's group."""
-        return tuple(-(-rows // self.alignment) * self.alignment for rows in self.expert_rows)
-
-    @cached_property
-    def num_received(self) -> int:
-        return sum(self.received)
-
-    @cached_property
-    def num_expert_rows(self) -> int:
-        """Rows of the expert-major output."""
-        return sum(self.padded_expert_rows)
-
-
-class Routing(Protocol):
-    """What a backend keeps of one routing.
-
-    Attributes:
-        topk_idx: [T, K] int32, the experts of this rank's own tokens; -1 is dropped.
-        num_tokens, num_topk: T and K.
-        sizes: May wait for the device, bounded, when it is first asked for.
-        recv_topk_idx: See `DispatchHandle`.
-        capacity: Rows of the output, where the caller said how many; else None.
-        device_tokens_per_expert, device_expert_offsets, num_bytes: See `DispatchHandle`.
-    """
-
-    topk_idx: Tensor
-    num_tokens: int
-    num_topk: int
-    recv_topk_idx: Tensor | None
-    capacity: int | None
-    device_tokens_per_expert: Tensor
-    device_expert_offsets: Tensor
-    num_bytes: int
-
-    @property
-    def sizes(self) -> RoutingSizes: ...
 
 
 @dataclass(kw_only=True, eq=False)
@@ -87,19 +27,14 @@ class DispatchHandle:
     """Where every row of one dispatch went. Made by `Buffer.dispatch`; read-only.
 
     Attributes:
-        buffer: The buffer that made it, and the only one that accepts it.
-        layout: Order of the received rows, see `Buffer.dispatch`.
-        expert_alignment: Rows of each local expert are padded to a multiple of this; 1 in the rank
-            layout.
-        routing: What the backend keeps of it.
+        session: Of the buffer that made it, which is the only one that accepts it.
+        routing: Where the rows went, as the backend keeps it.
         during_backward: See `Buffer.dispatch`; of the last dispatch with this handle.
         event: Completion of the last asynchronous operation with this handle.
     """
 
-    buffer: Buffer
-    layout: RowLayout
-    expert_alignment: int
-    routing: Any = field(repr=False)
+    session: Session = field(repr=False)
+    routing: Routing = field(repr=False)
     during_backward: Callable[[], None] | None = field(default=None, repr=False)
     event: EventOverlap = field(default_factory=EventOverlap, repr=False)
 
@@ -118,6 +53,16 @@ class DispatchHandle:
         number = next(_next_id)
         _handles[number] = self
         return number
+
+    @property
+    def layout(self) -> RowLayout:
+        """Order of the received rows, see `Buffer.dispatch`."""
+        return self.routing.layout
+
+    @property
+    def expert_alignment(self) -> int:
+        """Rows of each local expert are padded to a multiple of this; 1 in the rank layout."""
+        return self.routing.expert_alignment
 
     @property
     def topk_idx(self) -> Tensor:
@@ -181,10 +126,20 @@ class DispatchHandle:
     @property
     def num_rows(self) -> int:
         """Rows of dispatch's output and of combine's input."""
-        if self.routing.capacity is not None:
-            return self.routing.capacity
-        sizes = self.routing.sizes
-        return sizes.num_received if self.layout == "rank" else sizes.num_expert_rows
+        return self.routing.num_rows
+
+
+def checked_handle(handle: object, session: Session) -> DispatchHandle:
+    """Return `handle`, which is one of the buffer's own.
+
+    Raises:
+        EPArgumentError: It is none, or another buffer's.
+    """
+    if not isinstance(handle, DispatchHandle):
+        raise EPArgumentError(f"handle must be a DispatchHandle, got {type(handle).__name__}")
+    if handle.session is not session:
+        raise EPArgumentError("the handle belongs to another buffer")
+    return handle
 
 
 def handle_by_id(handle_id: int) -> DispatchHandle:

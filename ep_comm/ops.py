@@ -1,9 +1,8 @@
 """Dispatch and combine as torch library ops that are each other's backward.
 
-    ep_comm::dispatch(x, scales?, topk_weights?, wire_dtype, recv_dtype, asynchronous, num_sms?,
-                      handle)
+    ep_comm::dispatch(x, scales?, topk_weights?, wire_dtype, recv_dtype, asynchronous, handle)
         -> (recv_x, recv_scales, recv_topk_weights)
-    ep_comm::combine(x, topk_weights?, grad_wire_dtype, asynchronous, num_sms?, handle)
+    ep_comm::combine(x, topk_weights?, grad_wire_dtype, asynchronous, handle)
         -> (combined_x, combined_topk_weights)
 
 Optional results that do not exist come back as empty tensors. `Buffer` is the way to call them,
@@ -21,83 +20,78 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ep_comm.backends.base import Backend, Pending, Result
+from ep_comm.backends.base import (
+    Backend,
+    Combined,
+    CombineRequest,
+    DispatchRequest,
+    Pending,
+    Received,
+    Result,
+)
 from ep_comm.checks import ROW_DTYPES
 from ep_comm.handle import DispatchHandle, handle_by_id
-from ep_comm.tracing import plain_tensor
+from ep_comm.tracing import check_not_saved, plain_tensor
 
 _library = torch.library.Library("ep_comm", "DEF")
 _library.define(
     "dispatch(Tensor x, Tensor? scales, Tensor? topk_weights, ScalarType wire_dtype, "
-    "ScalarType recv_dtype, bool asynchronous, int? num_sms, int handle)"
-    " -> (Tensor, Tensor, Tensor)"
+    "ScalarType recv_dtype, bool asynchronous, int handle) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "combine(Tensor x, Tensor? topk_weights, ScalarType grad_wire_dtype, bool asynchronous, "
-    "int? num_sms, int handle) -> (Tensor, Tensor)"
+    "int handle) -> (Tensor, Tensor)"
 )
 
 
-def dispatch(
-    backend: Backend,
-    handle: DispatchHandle,
-    x: Tensor,
-    scales: Tensor | None,
-    topk_weights: Tensor | None,
-    wire_dtype: torch.dtype,
-    recv_dtype: torch.dtype,
-    asynchronous: bool,
-    num_sms: int | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The op, inside `Buffer.guard`; without gradients to record straight to the backend: torch's
-    way costs 15 µs. A result that does not exist is None, or empty where the op made it."""
-    args = (x, scales, topk_weights, wire_dtype, recv_dtype, asynchronous, num_sms)
-    if needs_grad(x, topk_weights):
-        return torch.ops.ep_comm.dispatch.default(*args, handle.id)
-    return _result(backend.dispatch(handle, *args), handle, asynchronous)
+def check_dispatch_not_saved(request: DispatchRequest) -> None:
+    """Refuse a dispatch whose result selective checkpointing is to keep, before it has begun.
+
+    Raises:
+        EPUnsupportedError: Names the op.
+    """
+    if _needs_grad(request.x, request.topk_weights):
+        check_not_saved(torch.ops.ep_comm.dispatch.default, *request)
+
+
+def dispatch(backend: Backend, handle: DispatchHandle, request: DispatchRequest) -> Received:
+    """The op, inside `Session.operation`; without gradients to record straight to the backend:
+    torch's way costs 15 µs. A result that does not exist is None, or empty where the op made it."""
+    if _needs_grad(request.x, request.topk_weights):
+        return Received(*torch.ops.ep_comm.dispatch.default(*request, handle.id))
+    return _result(backend.dispatch(handle.routing, request), handle, request.asynchronous)
 
 
 def combine(
     backend: Backend,
     handle: DispatchHandle,
-    x: Tensor,
-    topk_weights: Tensor | None,
+    request: CombineRequest,
     grad_wire_dtype: torch.dtype,
-    asynchronous: bool,
-    num_sms: int | None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Combined:
     """As `dispatch`."""
-    args = (x, topk_weights, grad_wire_dtype, asynchronous, num_sms)
-    if needs_grad(x, topk_weights):
-        return torch.ops.ep_comm.combine.default(*args, handle.id)
-    pending = backend.combine(handle, x, topk_weights, asynchronous, num_sms)
-    return _result(pending, handle, asynchronous)
+    x, topk_weights, asynchronous = request
+    if _needs_grad(x, topk_weights):
+        op = torch.ops.ep_comm.combine.default
+        return Combined(*op(x, topk_weights, grad_wire_dtype, asynchronous, handle.id))
+    return _result(backend.combine(handle.routing, request), handle, asynchronous)
 
 
-def needs_grad(x: Tensor, topk_weights: Tensor | None) -> bool:
+def _needs_grad(x: Tensor, topk_weights: Tensor | None) -> bool:
     """Whether the op is called, rather than the backend: gradients are to be recorded."""
     return torch.is_grad_enabled() and (
         x.requires_grad or (topk_weights is not None and topk_weights.requires_grad)
     )
 
 
-def _dispatch(
-    x: Tensor,
-    scales: Tensor | None,
-    topk_weights: Tensor | None,
-    wire_dtype: torch.dtype,
-    recv_dtype: torch.dtype,
-    asynchronous: bool,
-    num_sms: int | None,
-    handle_id: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _dispatch(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *fields, handle_id = inputs
+    request = DispatchRequest(*fields)
     handle = handle_by_id(handle_id)
-    with handle.buffer.guard() as backend:
-        pending = backend.dispatch(
-            handle, x, scales, topk_weights, wire_dtype, recv_dtype, asynchronous, num_sms
-        )
-        received = _result(pending, handle, asynchronous)
-    return received.x, _or_empty(received.scales, x), _or_empty(received.topk_weights, x)
+    with handle.session.operation() as backend:
+        pending = backend.dispatch(handle.routing, request)
+        received = _result(pending, handle, request.asynchronous)
+    like = request.x
+    return received.x, _or_empty(received.scales, like), _or_empty(received.topk_weights, like)
 
 
 def _combine(
@@ -105,12 +99,11 @@ def _combine(
     topk_weights: Tensor | None,
     grad_wire_dtype: torch.dtype,
     asynchronous: bool,
-    num_sms: int | None,
     handle_id: int,
 ) -> tuple[Tensor, Tensor]:
     handle = handle_by_id(handle_id)
-    with handle.buffer.guard() as backend:
-        pending = backend.combine(handle, x, topk_weights, asynchronous, num_sms)
+    with handle.session.operation() as backend:
+        pending = backend.combine(handle.routing, CombineRequest(x, topk_weights, asynchronous))
         combined = _result(pending, handle, asynchronous)
     return combined.x, _or_empty(combined.topk_weights, x)
 
@@ -131,7 +124,7 @@ def _dispatch_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, _, topk_weights, *_, handle_id = inputs
     ctx.handle = handle_by_id(handle_id)
     ctx.during_backward = ctx.handle.during_backward
-    recv_dtype, widest = output[0].dtype, ctx.handle.buffer.config.dtype
+    recv_dtype, widest = output[0].dtype, ctx.handle.session.config.dtype
     fits = recv_dtype in ROW_DTYPES and recv_dtype.itemsize <= widest.itemsize
     ctx.grad_dtype = recv_dtype if fits else torch.bfloat16  # the same on every rank
     ctx.has_weights = topk_weights is not None
@@ -143,24 +136,21 @@ def _dispatch_backward(
     ctx: Any, grad_x: Tensor | None, _: Tensor | None, grad_weights: Tensor | None
 ) -> tuple:
     handle: DispatchHandle = ctx.handle
-    in_experts = handle.layout == "expert"
-    weights_shape = (handle.num_rows,) if in_experts else (handle.num_rows, handle.num_topk)
-    grad_x, grad_weights = _gradients(ctx, grad_x, grad_weights, handle.num_rows, weights_shape)
-    with handle.buffer.guard() as backend:
-        is_overlapped = ctx.during_backward is not None
-        pending = backend.combine(
-            handle, grad_x, grad_weights, asynchronous=is_overlapped, num_sms=None
-        )
+    routing = handle.routing
+    gradients = _gradients(ctx, grad_x, grad_weights, routing.num_rows, routing.row_weights_shape)
+    is_overlapped = ctx.during_backward is not None
+    with handle.session.operation() as backend:
+        pending = backend.combine(routing, CombineRequest(*gradients, is_overlapped))
         try:
             if is_overlapped:
                 ctx.during_backward()
         finally:
             combined = pending.wait()
-    return combined.x, None, combined.topk_weights, None, None, None, None, None
+    return combined.x, None, combined.topk_weights, None, None, None, None
 
 
 def _combine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, topk_weights, ctx.grad_wire_dtype, *_, handle_id = inputs
+    x, topk_weights, ctx.grad_wire_dtype, _, handle_id = inputs
     ctx.handle = handle_by_id(handle_id)
     ctx.has_weights = topk_weights is not None
     ctx.grad_dtype = x.dtype
@@ -170,20 +160,16 @@ def _combine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 @once_differentiable
 def _combine_backward(ctx: Any, grad_x: Tensor | None, grad_weights: Tensor | None) -> tuple:
     handle: DispatchHandle = ctx.handle
-    weights_shape = (handle.num_tokens, handle.num_topk)
-    grad_x, grad_weights = _gradients(ctx, grad_x, grad_weights, handle.num_tokens, weights_shape)
-    with handle.buffer.guard() as backend:
-        received = backend.dispatch(
-            handle,
-            grad_x,
-            None,
-            grad_weights,
-            wire_dtype=ctx.grad_wire_dtype,
-            recv_dtype=ctx.grad_dtype,
-            asynchronous=False,
-            num_sms=None,
-        ).wait()
-    return received.x, received.topk_weights, None, None, None, None
+    routing = handle.routing
+    x, weights = _gradients(
+        ctx, grad_x, grad_weights, routing.num_tokens, routing.token_weights_shape
+    )
+    request = DispatchRequest(
+        x, None, weights, ctx.grad_wire_dtype, recv_dtype=ctx.grad_dtype, asynchronous=False
+    )
+    with handle.session.operation() as backend:
+        received = backend.dispatch(routing, request).wait()
+    return received.x, received.topk_weights, None, None, None
 
 
 def _gradients(
@@ -196,7 +182,7 @@ def _gradients(
     """What to send back: zeros for an output that this rank did not use, for others may have."""
     handle: DispatchHandle = ctx.handle
     if grad_x is None:
-        hidden = handle.buffer.config.hidden
+        hidden = handle.session.config.hidden
         grad_x = handle.topk_idx.new_zeros(num_rows, hidden, dtype=ctx.grad_dtype)
     grad_x = grad_x.to(ctx.grad_dtype)
     if not ctx.has_weights:

@@ -25,6 +25,7 @@ import torch
 from ranks import run_ranks
 
 from ep_comm import Buffer, CombineOutput, DispatchOutput, EPConfig
+from ep_comm.session import Session
 from ep_comm.telemetry.records import Records
 
 
@@ -38,7 +39,8 @@ class VirtualBuffer(Buffer):
         self.config = config
         self.rank, self.num_ranks = backend.rank, backend.num_ranks
         self.num_local_experts = backend.num_local_experts
-        self._begin(backend, passed_over={})
+        self.passed_over = {}
+        self._session = Session(backend, config)
         self._meet = meet
 
     def dispatch(self, *args: Any, **kwargs: Any) -> DispatchOutput:

@@ -221,6 +221,7 @@ __device__ inline bool end_operation(const ep_peers& peers, int32_t* counter, in
     peers.longest_wait_ns[r] = 0;
   }
   if (r == 0) {
+    peers.record->epoch = epoch;
     peers.record->end_ns = static_cast<int64_t>(ptx::global_timer_ns());
     *peers.epoch = static_cast<uint32_t>(epoch);
   }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ep_comm.config import EPConfig
 from ep_comm.events import EventOverlap
-from ep_comm.handle import DispatchHandle, Routing, RowLayout
 from ep_comm.job.meeting import Meeting
+from ep_comm.routing.types import Routing, RowLayout
 from ep_comm.telemetry.records import Records
 from ep_comm.telemetry.watch import Wait
 
@@ -37,7 +37,7 @@ class Pending(Generic[Result]):
         event: EventOverlap | None = None,
         finish: Callable[[], Result] | None = None,
     ) -> None:
-        self._result = result
+        self._result: Any = result  # what `finish` gives, once it was called
         self._finish = finish
         self.event = event or EventOverlap()
 
@@ -55,8 +55,65 @@ class Pending(Generic[Result]):
         return result
 
 
+class PlanRequest(NamedTuple):
+    """A new dispatch, as far as its routing goes.
+
+    Attributes:
+        source: A topk_idx [T, K] or, where it is bool, a routing_map [T, num_experts].
+        num_topk: K, of a map too.
+        layout, expert_alignment: Order and padding of the received rows.
+        has_weights: Whether probabilities travel. With a map the caller selects them by
+            ``routing.topk_idx``, on its stream, between plan and dispatch.
+        capacity: Rows of the output, where the host is not to wait for their number.
+        asynchronous: That of the dispatch that follows.
+    """
+
+    source: Tensor
+    num_topk: int
+    layout: RowLayout
+    expert_alignment: int
+    has_weights: bool
+    capacity: int | None
+    asynchronous: bool
+
+
+class DispatchRequest(NamedTuple):
+    """Rows to send.
+
+    Attributes:
+        x: [T, H]; with `scales` it is FP8 already, else it is quantised where `wire_dtype` is FP8.
+        scales: FP32 [T, H / 128], or None.
+        topk_weights: FP32 [T, K], or None.
+        wire_dtype: What travels.
+        recv_dtype: What arrives. FP8 leaves rows and scales as they came; anything else
+            dequantises. Scales of the expert layout come as `ep_comm.fp8.split_scales` takes them.
+        asynchronous: Leave the current stream free, where the backend can.
+    """
+
+    x: Tensor
+    scales: Tensor | None
+    topk_weights: Tensor | None
+    wire_dtype: torch.dtype
+    recv_dtype: torch.dtype
+    asynchronous: bool
+
+
+class CombineRequest(NamedTuple):
+    """Rows to sum.
+
+    Attributes:
+        x: The rows, in the order of the routing's layout.
+        topk_weights: FP32 [M] or [N, K] to scatter back, or None.
+        asynchronous: Leave the current stream free, where the backend can.
+    """
+
+    x: Tensor
+    topk_weights: Tensor | None
+    asynchronous: bool
+
+
 class Received(NamedTuple):
-    """Rows, scales (FP8 only) and probabilities (where sent) in the handle's layout."""
+    """Rows, scales (FP8 only) and probabilities (where sent) in the routing's layout."""
 
     x: Tensor
     scales: Tensor | None
@@ -124,57 +181,18 @@ class Backend(Protocol):
         """Raise `EPArgumentError` where rows of the buffer cannot travel as `wire_dtype` and arrive
         as `recv_dtype`."""
 
-    def plan(
-        self,
-        source: Tensor,
-        num_topk: int,
-        layout: RowLayout,
-        expert_alignment: int,
-        has_weights: bool,
-        capacity: int | None,
-        asynchronous: bool,
-        num_sms: int | None,
-    ) -> Routing:
-        """Exchange the routing of a new dispatch: `source` is a topk_idx [T, K] or, where it is
-        bool, a routing_map [T, num_experts]; `num_topk` is K, of a map too. With `has_weights` and
-        a map the caller selects the probabilities by ``routing.topk_idx``, on its stream, between
-        plan and dispatch.
+    def plan(self, request: PlanRequest) -> Routing:
+        """Exchange the routing of a new dispatch.
 
         A dispatch with the routing follows at once. Bad content of the routing raises here, or,
         where the device has to find it, in that dispatch, once the other ranks have what they
-        wait for. `capacity` is the output's rows, where the host is not to wait for their number;
-        `asynchronous` and `num_sms` are those of the dispatch.
+        wait for.
         """
 
-    def dispatch(
-        self,
-        handle: DispatchHandle,
-        x: Tensor,
-        scales: Tensor | None,
-        topk_weights: Tensor | None,
-        wire_dtype: torch.dtype,
-        recv_dtype: torch.dtype,
-        asynchronous: bool,
-        num_sms: int | None,
-    ) -> Pending[Received]:
-        """Send rows along the handle's routing.
+    def dispatch(self, routing: Any, request: DispatchRequest) -> Pending[Received]:
+        """Send rows along a routing of this backend."""
 
-        An asynchronous operation leaves the current stream free, where the backend can. `num_sms`
-        as in `set_num_sms`; None takes that setting.
-
-        `x` is [T, H]; with `scales` it is FP8 already, else it is quantised where `wire_dtype` is
-        FP8. `recv_dtype` FP8 leaves rows and scales as they arrived; anything else dequantises.
-        Scales of the expert layout come as `ep_comm.fp8.split_scales` takes them.
-        """
-
-    def combine(
-        self,
-        handle: DispatchHandle,
-        x: Tensor,
-        topk_weights: Tensor | None,
-        asynchronous: bool,
-        num_sms: int | None,
-    ) -> Pending[Combined]:
+    def combine(self, routing: Any, request: CombineRequest) -> Pending[Combined]:
         """Sum rows back to their tokens' owners, and scatter probabilities."""
 
     def synchronize(self) -> None:

@@ -127,6 +127,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         return out.recv_x, out.recv_topk_weights
 
     def _dispatch(self, buffer: Buffer, hidden_states: Tensor, probs: Tensor) -> DispatchOutput:
+        self._buffer = buffer
         return buffer.dispatch(
             hidden_states,
             routing_map=self._routing_map,
@@ -155,7 +156,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         """Expert-major rows [M, H] to the sums [T, H]."""
         if self.during_backward is not None and not self._has_backward:
             at_end_of_backward(hidden_states, self.during_backward)
-        return self.handle.buffer.combine(
+        return self._buffer.combine(
             hidden_states.contiguous(),
             self.handle,
             grad_wire_dtype=fp8.FP8_DTYPE if self.options.fp8_grad_dispatch else None,

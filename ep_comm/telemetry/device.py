@@ -30,6 +30,7 @@ class DeviceRecorder:
         synchronize: Callable[[], None],
     ) -> None:
         self.num_operations = 0
+        self._epochs = {"dispatch": 0, "combine": 0}
         self._rank = rank
         self._num_ranks = num_ranks
         self._synchronize = synchronize
@@ -55,19 +56,24 @@ class DeviceRecorder:
         """Address of the record of the next operation, whose rows have `row_bytes`."""
         slot = self.num_operations % RING_LENGTH
         self.num_operations += 1
+        self._epochs[op] += 1
         self._started.append((op, self.num_operations, row_bytes))
         return self._ring.data_ptr() + slot * _RECORD_BYTES
 
+    def epoch(self, op: str) -> int:
+        """Number of the last operation of that kind, as far as the host knows: without replays."""
+        return self._epochs[op]
+
     def set_row_bytes(self, row_bytes: int) -> None:
         """Of the operation that was started last, whose rows were not known yet."""
-        op, epoch, _ = self._started.pop()
-        self._started.append((op, epoch, row_bytes))
+        op, place, _ = self._started.pop()
+        self._started.append((op, place, row_bytes))
 
     def __iter__(self) -> Iterator[OpRecord]:
         return iter(self.since(0))
 
-    def since(self, epoch: int) -> list[OpRecord]:
-        started = [entry for entry in self._started if entry[1] > epoch]
+    def since(self, num_operations: int) -> list[OpRecord]:
+        started = [entry for entry in self._started if entry[1] > num_operations]
         if not started:
             return []
         self._synchronize()
@@ -77,14 +83,15 @@ class DeviceRecorder:
             self._record(*entry, row.tobytes()) for entry, row in zip(started, rows, strict=True)
         ]
 
-    def _record(self, op: str, epoch: int, row_bytes: int, raw: bytes) -> OpRecord:
+    def _record(self, op: str, place: int, row_bytes: int, raw: bytes) -> OpRecord:
         record = header.Record.from_buffer_copy(raw)
         rows = tuple(record.num_rows[: self._num_ranks])
         waits = [wait / 1e9 for wait in record.longest_wait_ns[: self._num_ranks]]
         waits[self._rank] = 0.0  # its own blocks, for one another
         return OpRecord(
             op=op,
-            epoch=epoch,
+            epoch=record.epoch,
+            place=place,
             rows_to_rank=rows,
             wire_bytes_to_rank=tuple(
                 0 if r == self._rank else count * row_bytes for r, count in enumerate(rows)

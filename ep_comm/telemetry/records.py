@@ -19,7 +19,7 @@ class Records(Protocol):
     """The last operations of a buffer, and totals over its whole life.
 
     Attributes:
-        num_operations: Operations so far.
+        num_operations: Dispatches and combines so far. Replays of CUDA graphs do not count.
         wire_bytes: Payload and scale bytes that left this rank so far.
     """
 
@@ -30,8 +30,8 @@ class Records(Protocol):
 
     def __iter__(self) -> Iterator[OpRecord]: ...
 
-    def since(self, epoch: int) -> list[OpRecord]:
-        """Records of operations after number `epoch`, oldest first."""
+    def since(self, num_operations: int) -> list[OpRecord]:
+        """Records of the operations after the first `num_operations`, oldest first."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,11 @@ class OpRecord:
 
     Attributes:
         op: "dispatch" or "combine"; of the reference backend also "plan", the exchange of a new
-            dispatch's routing, which has a number of its own.
-        epoch: Number of the operation on its buffer, from 1.
+            dispatch's routing.
+        epoch: Number of the operation among those of its kind on the buffer, from 1; warnings and
+            errors call it "dispatch #3". A plan has that of its dispatch. On a GPU replays of CUDA
+            graphs count.
+        place: Number among all operations of the buffer, in the order of the calls.
         rows_to_rank: Token rows sent; the entry of the own rank counts rows that stayed.
         wire_bytes_to_rank: Payload and FP8 scale bytes that left this rank; own entry 0.
         wait_s_by_rank: Seconds that were waited for each rank. Reference backend: of the host
@@ -58,6 +61,7 @@ class OpRecord:
 
     op: str
     epoch: int
+    place: int
     rows_to_rank: tuple[int, ...] = ()
     wire_bytes_to_rank: tuple[int, ...] = ()
     wait_s_by_rank: tuple[float, ...] = ()
@@ -107,23 +111,37 @@ class _Span:
 
 
 class Recorder:
-    """`Records` that the host writes."""
+    """`Records` that the host writes.
+
+    Attributes:
+        num_started: Records opened, plans among them.
+    """
 
     def __init__(self) -> None:
         self._ring: deque[OpRecord] = deque(maxlen=RING_LENGTH)
-        self.num_operations = 0
+        self._epochs = {"dispatch": 0, "combine": 0}
+        self.num_started = 0
         self.wire_bytes = 0
+
+    @property
+    def num_operations(self) -> int:
+        return sum(self._epochs.values())
 
     def __iter__(self) -> Iterator[OpRecord]:
         return iter(self._ring)
 
-    def since(self, epoch: int) -> list[OpRecord]:
-        return [record for record in self._ring if record.epoch > epoch]
+    def since(self, num_operations: int) -> list[OpRecord]:
+        return [record for record in self._ring if record.place > num_operations]
 
     def start(self, op: str, device: torch.device) -> OpRecord:
-        """Open the record of the next operation."""
-        self.num_operations += 1
-        return OpRecord(op=op, epoch=self.num_operations, span=_Span(device))
+        """Open the record of the next operation, or of the plan of the next dispatch."""
+        self.num_started += 1
+        is_plan = op == "plan"
+        counted = "dispatch" if is_plan else op
+        epoch, place = self._epochs[counted] + 1, self.num_operations + 1
+        if not is_plan:
+            self._epochs[op] = epoch
+        return OpRecord(op=op, epoch=epoch, place=place, span=_Span(device))
 
     def finish(self, record: OpRecord) -> None:
         """Close `record`, once its result is complete or enqueued on the current stream."""

@@ -143,6 +143,11 @@ def late_rank_is_recorded(rank: int) -> None:
     buffer.dispatch(x, handle=out.handle)
     buffer.combine(out.recv_x, out.handle)
     fresh, cached, combine = buffer.records
+    assert [(r.op, r.epoch, r.place) for r in buffer.records] == [
+        ("dispatch", 1, 1),
+        ("dispatch", 2, 2),
+        ("combine", 1, 3),
+    ]
     assert fresh.rows_to_rank == cached.rows_to_rank and sum(fresh.rows_to_rank) > 512
     received = tuple(out.handle.num_recv_tokens_per_rank)
     assert combine.rows_to_rank == received

@@ -13,6 +13,7 @@ from virtual_ranks import VirtualBuffer
 
 from ep_comm import EPConfig, EventOverlap
 from ep_comm._native import header
+from ep_comm.backends.base import CombineRequest, DispatchRequest, PlanRequest
 from ep_comm.backends.nvlink import backend as nvlink
 from ep_comm.backends.nvlink import streams as nvlink_streams
 from ep_comm.backends.nvlink.backend import NVLinkBackend
@@ -94,20 +95,19 @@ def backend(request):
 
 
 def plan(backend: NVLinkBackend, capacity=None, asynchronous=False, num_sms=None, **changes):
-    routing = dict(source=TOPK, num_topk=2, layout="expert", has_weights=False)
-    settings = {**routing, **changes}
-    planned = backend.plan(
-        expert_alignment=16, capacity=capacity, asynchronous=asynchronous, num_sms=num_sms,
-        **settings,
+    backend.set_num_sms(num_sms)
+    request = PlanRequest(
+        source=TOPK, num_topk=2, layout="expert", expert_alignment=16, has_weights=False,
+        capacity=capacity, asynchronous=asynchronous,
     )  # fmt: skip
-    return DispatchHandle(
-        buffer=None, layout=settings["layout"], expert_alignment=16, routing=planned
-    )
+    return backend.plan(request._replace(**changes))
 
 
-def dispatch(backend: NVLinkBackend, handle, asynchronous=False, num_sms=None, weights=None):
+def dispatch(backend: NVLinkBackend, routing, asynchronous=False, num_sms=None, weights=None):
+    backend.set_num_sms(num_sms)
     dtype = torch.bfloat16
-    return backend.dispatch(handle, X, None, weights, dtype, dtype, asynchronous, num_sms)
+    request = DispatchRequest(X, None, weights, dtype, dtype, asynchronous)
+    return backend.dispatch(routing, request)
 
 
 def test_a_new_dispatch_pushes_while_the_host_waits(backend):
@@ -131,7 +131,7 @@ def test_a_new_dispatch_pushes_while_the_host_waits(backend):
 
 @pytest.mark.parametrize("capacity", [None, 40])
 def test_arrays_of_a_routing_stand_where_kernels_look_for_them(backend, capacity):
-    routing = plan(backend, capacity).routing
+    routing = plan(backend, capacity)
     first_word = {name: first for name, (first, _) in routing.places.items()}
     if capacity is None:  # nobody knows yet how many rows will come
         assert routing.native.entries == backend._planned_entries.data_ptr()
@@ -170,16 +170,16 @@ def test_what_a_layer_keeps_is_described(backend):
 
 def test_a_handle_is_as_large_as_what_came(backend):
     """7 rows do, for 10 tokens of this rank; the buffer alone has room for more."""
-    handle = plan(backend)
-    dispatch(backend, handle)
-    assert handle.num_bytes == bytes_of_own_tokens(10) + 7 * ENTRY_BYTES
+    routing = plan(backend)
+    dispatch(backend, routing)
+    assert routing.num_bytes == bytes_of_own_tokens(10) + 7 * ENTRY_BYTES
     room = 2 * backend.config.max_tokens_per_rank * ENTRY_BYTES
     assert backend._planned_entries.nbytes == room
     assert backend.buffer_bytes - backend.offsets.total >= backend._planned_entries.nbytes
-    handle = plan(backend, layout="rank")
-    dispatch(backend, handle)
-    experts = handle.recv_topk_idx.nbytes
-    assert handle.num_bytes == bytes_of_own_tokens(10) + 7 * ENTRY_BYTES + experts
+    routing = plan(backend, layout="rank")
+    dispatch(backend, routing)
+    experts = routing.recv_topk_idx.nbytes
+    assert routing.num_bytes == bytes_of_own_tokens(10) + 7 * ENTRY_BYTES + experts
 
 
 @pytest.mark.parametrize(
@@ -188,13 +188,13 @@ def test_a_handle_is_as_large_as_what_came(backend):
 )
 def test_a_handle_that_nobody_waits_for_has_room_for_the_worst(backend, layout, capacity, entries):
     """In the rank layout that is what the output has, and an entry for the rows that it has not."""
-    handle = plan(backend, capacity, layout=layout)
-    assert handle.routing.native.last_entry == entries - 1
-    assert handle.num_bytes == bytes_of_own_tokens(10) + entries * ENTRY_BYTES
-    dispatch(backend, handle)
+    routing = plan(backend, capacity, layout=layout)
+    assert routing.native.last_entry == entries - 1
+    assert routing.num_bytes == bytes_of_own_tokens(10) + entries * ENTRY_BYTES
+    dispatch(backend, routing)
     [launch] = [call for call in backend.native.take() if call[0] == "ep_dispatch"]
     assert launch[1].planned_entries is None
-    assert launch[1].routing.entries == handle.routing.native.entries
+    assert launch[1].routing.entries == routing.native.entries
 
 
 def test_entries_are_copied_by_the_kernel_that_expands_for_the_first_time(backend):
@@ -212,7 +212,7 @@ def test_entries_are_copied_by_the_kernel_that_expands_for_the_first_time(backen
     assert len(set(own)) == 3
     rows = torch.zeros(16, 512, dtype=torch.bfloat16)
     for i in (1, 0, 2):
-        backend.combine(handles[i][0], rows, None, False, None)
+        backend.combine(handles[i][0], CombineRequest(rows, None, False))
         dispatch(backend, handles[i][0])
         combine, cached = (call[1] for call in backend.native.take())
         assert combine.routing.entries == cached.routing.entries == own[i]
@@ -220,20 +220,20 @@ def test_entries_are_copied_by_the_kernel_that_expands_for_the_first_time(backen
 
 
 def plan_and_dispatch(backend: NVLinkBackend) -> tuple[DispatchHandle, list[tuple]]:
-    handle = plan(backend)
-    dispatch(backend, handle)
-    return handle, backend.native.take()
+    routing = plan(backend)
+    dispatch(backend, routing)
+    return routing, backend.native.take()
 
 
 def test_the_input_of_a_plan_is_let_go_with_the_first_dispatch(backend):
     topk = TOPK.clone()
-    handle = plan(backend, source=topk)
-    assert handle.routing.first.source is topk
-    pending = dispatch(backend, handle, asynchronous=True)
+    routing = plan(backend, source=topk)
+    assert routing.first.source is topk
+    pending = dispatch(backend, routing, asynchronous=True)
     keep = pending.event.args[1]  # until the kernels are done
     assert any(kept is topk for kept in keep)
-    assert any(kept is handle.routing.memory for kept in keep) and len(handle.routing.memory) == 2
-    assert not any(value is topk for value in vars(handle.routing).values())
+    assert any(kept is routing.memory for kept in keep) and len(routing.memory) == 2
+    assert not any(value is topk for value in vars(routing).values())
 
 
 def test_the_first_rank_major_dispatch_writes_the_experts_of_its_rows(backend):
@@ -244,13 +244,13 @@ def test_the_first_rank_major_dispatch_writes_the_experts_of_its_rows(backend):
         (routing_map, torch.int32),
     ):
         for num_sms in (None, 24):  # one launch, and two
-            handle = plan(backend, capacity=40, layout="rank", source=source, num_sms=num_sms)
-            dispatch(backend, handle)
-            dispatch(backend, handle)
+            routing = plan(backend, capacity=40, layout="rank", source=source, num_sms=num_sms)
+            dispatch(backend, routing)
+            dispatch(backend, routing)
             calls = backend.native.take()
             *push, expand, again = [call[1] for call in calls if call[0] == "ep_dispatch"]
             assert len(push) == (num_sms is not None)
-            experts = handle.recv_topk_idx
+            experts = routing.recv_topk_idx
             assert experts.shape == (40, 2) and experts.dtype == dtype
             assert expand.recv_topk_idx == experts.data_ptr()
             assert expand.recv_idx_bytes == experts.element_size()
@@ -258,8 +258,8 @@ def test_the_first_rank_major_dispatch_writes_the_experts_of_its_rows(backend):
 
 
 def test_a_given_number_of_rows_spares_the_wait_and_a_launch(backend):
-    handle = plan(backend, capacity=40)
-    received = dispatch(backend, handle)
+    routing = plan(backend, capacity=40)
+    received = dispatch(backend, routing)
     planned, both = backend.native.take()  # and nothing else: no wait
     assert planned[0] == "plan" and planned[2:] == (CURRENT, CURRENT)
     assert planned[1].ticket == 0 and planned[1].capacity == 40
@@ -267,7 +267,7 @@ def test_a_given_number_of_rows_spares_the_wait_and_a_launch(backend):
     assert both[1].is_planned and both[1].is_behind_plan
     assert (both[1].num_push_blocks, both[1].num_expand_blocks) == (24, 108)
     assert received.result.x.shape == (40, 512)
-    dispatch(backend, handle)
+    dispatch(backend, routing)
     [cached] = backend.native.take()
     assert not cached[1].is_behind_plan
 
@@ -276,10 +276,11 @@ def test_a_given_number_of_rows_spares_the_wait_and_a_launch(backend):
 def test_an_input_that_was_made_after_the_plan_is_waited_for(backend, made, monkeypatch):
     quantized = X.to(torch.float8_e4m3fn), torch.ones(10, 4)
     monkeypatch.setattr(nvlink.fp8, "quantize", lambda x: quantized)
-    handle = plan(backend, capacity=40)
+    routing = plan(backend, capacity=40)
     wire = torch.float8_e4m3fn if made == "rows" else torch.bfloat16
     weights = torch.rand(10, 2 if made == "probabilities" else 4)  # rows of 8 bytes are copied
-    backend.dispatch(handle, X, None, weights, wire, torch.bfloat16, False, None)
+    request = DispatchRequest(X, None, weights, wire, torch.bfloat16, False)
+    backend.dispatch(routing, request)
     _, launch = backend.native.take()  # in order on one stream: nothing to wait for
     assert launch[0] == "ep_dispatch" and launch[2] == CURRENT
     assert launch[1].is_behind_plan == (made == "nothing")
@@ -289,8 +290,8 @@ def test_an_input_that_was_made_after_the_plan_is_waited_for(backend, made, monk
 @pytest.mark.parametrize("source", [TOPK, torch.zeros(10, 8, dtype=torch.bool)])
 def test_a_graph_has_no_branches(backend, num_sms, source):
     with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
-        handle = plan(backend, capacity=40, num_sms=num_sms, source=source, has_weights=True)
-        dispatch(backend, handle, weights=torch.rand(10, 4))
+        routing = plan(backend, capacity=40, num_sms=num_sms, source=source, has_weights=True)
+        dispatch(backend, routing, weights=torch.rand(10, 4))
     planned, both = backend.native.take()
     assert planned[2:] == (CURRENT, CURRENT) and both[2] == CURRENT
     assert both[1].is_planned and not both[1].is_behind_plan
@@ -306,11 +307,11 @@ def test_with_few_sms_the_halves_are_two_launches(backend):
 
 
 def test_a_cached_dispatch_and_a_combine_are_one_launch_each(backend):
-    handle = plan(backend)
-    received = dispatch(backend, handle).result
+    routing = plan(backend)
+    received = dispatch(backend, routing).result
     backend.native.take()
-    dispatch(backend, handle)
-    backend.combine(handle, received.x, None, False, None)
+    dispatch(backend, routing)
+    backend.combine(routing, CombineRequest(received.x, None, False))
     cached, combine = backend.native.take()
     assert cached[0] == "ep_dispatch" and not cached[1].is_planned
     assert (cached[1].num_push_blocks, cached[1].num_expand_blocks) == (24, 108)
@@ -320,18 +321,18 @@ def test_a_cached_dispatch_and_a_combine_are_one_launch_each(backend):
 
 
 def test_asynchronous_operations_run_beside_others_on_few_sms(backend):
-    handle = plan(backend)
-    received = dispatch(backend, handle).result
+    routing = plan(backend)
+    received = dispatch(backend, routing).result
     backend.native.take()
-    combined = backend.combine(handle, received.x, None, True, None)
+    combined = backend.combine(routing, CombineRequest(received.x, None, True))
     fork, combine = backend.native.take()
     assert fork == ("wait", COMM, CURRENT) and combine[2] == COMM
     assert combine[1].num_blocks == 24
     keep = combined.event.args[1]
     assert any(tensor is received.x for tensor in keep)
-    dispatch(backend, handle, num_sms=108)
+    dispatch(backend, routing, num_sms=108)
     assert [call[0] for call in backend.native.take()] == ["ep_dispatch"]  # both fit
-    dispatch(backend, handle, num_sms=109)
+    dispatch(backend, routing, num_sms=109)
     assert backend.native.take()[0] == ("wait", CURRENT, COMM)
 
 
@@ -342,10 +343,10 @@ def test_an_asynchronous_plan_with_probabilities_of_a_map_is_waited_for(backend)
 
 
 def test_what_is_made_after_the_plan_is_waited_for(backend):
-    def first(weights, asynchronous=False, **routing) -> list[tuple]:
-        handle = plan(backend, 32, asynchronous, num_sms=24, has_weights=True, **routing)
+    def first(weights, asynchronous=False, **changes) -> list[tuple]:
+        routing = plan(backend, 32, asynchronous, num_sms=24, has_weights=True, **changes)
         backend.native.take()
-        dispatch(backend, handle, asynchronous, num_sms=24, weights=weights)
+        dispatch(backend, routing, asynchronous, num_sms=24, weights=weights)
         return backend.native.take()
 
     whole = torch.zeros(10, 4)
@@ -366,9 +367,10 @@ def test_rows_quantised_after_the_plan_are_waited_for(backend):
         (False, [("wait", SIDE, CURRENT)]),
         (True, [("wait", COMM, CURRENT), ("wait", SIDE, COMM)]),
     ):
-        handle = plan(backend, 32, asynchronous, num_sms=24)
+        routing = plan(backend, 32, asynchronous, num_sms=24)
         backend.native.take()
-        backend.dispatch(handle, X, None, None, fp8, bf16, asynchronous, 24)
+        request = DispatchRequest(X, None, None, fp8, bf16, asynchronous)
+        backend.dispatch(routing, request)
         calls = backend.native.take()
         assert [call for call in calls if call[0] == "wait"][: len(waits)] == waits
         assert calls.index(waits[-1]) < [call[0] for call in calls].index("ep_dispatch")
@@ -384,24 +386,24 @@ def test_what_was_started_outlives_an_error(backend):
 
 
 def test_inside_a_graph_only_what_it_holds_is_waited_for(backend):
-    handle = plan(backend, capacity=32)
-    dispatch(backend, handle)
-    dispatch(backend, handle, asynchronous=True)
+    routing = plan(backend, capacity=32)
+    dispatch(backend, routing)
+    dispatch(backend, routing, asynchronous=True)
     backend.native.take()
     with (
         mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),
         mock.patch.object(backend._streams, "_is_within_reach", lambda stream: stream == COMM),
     ):
-        dispatch(backend, handle)
+        dispatch(backend, routing)
         assert backend.native.take()[0] == ("wait", CURRENT, COMM)
         with pytest.raises(EPUnsupportedError, match="num_worst_tokens"):
             plan(backend)
         backend.abandon()
         assert backend.native.take() == []
     with mock.patch.object(backend._streams, "_is_within_reach", lambda stream: False):
-        dispatch(backend, handle, asynchronous=True)
+        dispatch(backend, routing, asynchronous=True)
         backend.native.take()
-        dispatch(backend, handle)
+        dispatch(backend, routing)
         assert [call[0] for call in backend.native.take()] == ["ep_dispatch"]
 
 
@@ -417,7 +419,7 @@ def test_records_are_what_the_kernels_wrote():
     recorder.start("dispatch", 0)
     recorder.set_row_bytes(100)
     recorder.start("combine", 7)
-    written = header.Record(begin_ns=1_000, end_ns=4_000)
+    written = header.Record(epoch=1, begin_ns=1_000, end_ns=4_000)
     written.num_rows[:3] = 5, 6, 2
     written.longest_wait_ns[:3] = 0, 900, 2_000
     recorder._ring[0] = torch.frombuffer(bytearray(written), dtype=torch.uint8)
@@ -432,8 +434,8 @@ def test_records_are_what_the_kernels_wrote():
 
 
 def test_after_an_error_or_the_end_nothing_is_left_behind(backend):
-    handle = plan(backend)
-    dispatch(backend, handle)
+    routing = plan(backend)
+    dispatch(backend, routing)
     backend.native.take()
     backend.abandon()
     assert backend.native.take() == [("wait", CURRENT, SIDE), ("wait", CURRENT, COMM)]
@@ -460,8 +462,7 @@ def test_outputs_may_be_freed_where_the_communication_stream_keeps_them(backend,
 
 def test_rows_that_are_not_on_the_buffers_gpu_are_refused(backend):
     buffer = VirtualBuffer(backend, CONFIG)
-    handle = plan(backend)
-    handle.buffer = buffer
+    handle = DispatchHandle(session=buffer._session, routing=plan(backend, capacity=40))
     rows = torch.zeros(handle.num_rows, 512, dtype=torch.bfloat16)
     backend.native.take()
     for call in (lambda: buffer.dispatch(X, TOPK), lambda: buffer.combine(rows, handle)):
@@ -476,7 +477,8 @@ def test_what_callers_say_of_an_operation_reaches_it(backend, monkeypatch):
         EventOverlap, "current_stream_wait", lambda self: backend.native.calls.append(("before",))
     )
     buffer = VirtualBuffer(backend, CONFIG)
-    how = dict(previous_event=EventOverlap(), num_sms=48)
+    buffer.set_num_sms(48)
+    how = dict(previous_event=EventOverlap())
     out = buffer.dispatch(X, TOPK, **how)
     before, planned, *calls = backend.native.take()
     assert before == ("before",) and planned[0] == "plan"
@@ -507,17 +509,17 @@ def test_the_backward_combine_is_in_flight_during_other_work(backend, monkeypatc
 
 
 def test_a_routing_is_kept_for_the_stream_that_it_is_used_on(backend, monkeypatch):
-    handle, another = plan(backend), object()
+    routing, another = plan(backend), object()
     rows = torch.zeros(9, 512, dtype=torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: another)
     with mock.patch.object(torch.Tensor, "record_stream") as record_stream:
-        dispatch(backend, handle)
-        dispatch(backend, handle)
-        backend.combine(handle, rows, None, False, None)
+        dispatch(backend, routing)
+        dispatch(backend, routing)
+        backend.combine(routing, CombineRequest(rows, None, False))
         assert not record_stream.called
         monkeypatch.setattr(nvlink_streams, "raw_stream", lambda _: 9)
-        dispatch(backend, handle)
-        backend.combine(handle, rows, None, True, None)
+        dispatch(backend, routing)
+        backend.combine(routing, CombineRequest(rows, None, True))
         assert record_stream.call_args_list == [mock.call(another)] * 4  # two tensors
 
 
@@ -538,9 +540,9 @@ def test_reading_waits_for_every_stream_with_an_operation(backend, current, monk
     monkeypatch.setattr(nvlink_streams, "ExternalStream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream("another"))
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: stream("default"))
-    handle = plan(backend)
-    dispatch(backend, handle)  # before the caller goes on with another stream
-    backend.combine(handle, torch.zeros(9, 512, dtype=torch.bfloat16), None, True, None)
+    routing = plan(backend)
+    dispatch(backend, routing)  # before the caller goes on with another stream
+    backend.combine(routing, CombineRequest(torch.zeros(9, 512, dtype=torch.bfloat16), None, True))
     backend.memory.check.reset_mock()
     backend.synchronize()
     assert backend.memory.check.called

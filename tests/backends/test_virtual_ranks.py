@@ -118,7 +118,7 @@ def test_fp8(num_ranks, layout):
 
 def rank_one_is_late(rank: int, buffer: Buffer, case: Case) -> list[tuple]:
     """What another thread sees of the waits of this rank."""
-    memory, seen, done = buffer._backend.memory, set(), threading.Event()
+    memory, seen, done = buffer._session.backend.memory, set(), threading.Event()
     x = to_torch(case.rows(rank, case.tokens[rank], salt=2), "cuda")
     topk = to_torch(case.topk_idx(rank), "cuda")
 

@@ -401,7 +401,7 @@ def changing_on_nvlink(
 ) -> list[str]:
     config = changing_config(dist.get_world_size(), "nvlink")
     buffer = Buffer(None, config)
-    buffer._backend.inject_delays(1000 * delay_us)
+    buffer._session.backend.inject_delays(1000 * delay_us)
     traffic, nccl_stream = torch.ones(2**20, device="cuda"), torch.cuda.Stream()
     nccl_group = dist.new_group(backend="nccl") if beside_nccl else None
 

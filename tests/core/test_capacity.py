@@ -178,6 +178,9 @@ def captured(rank: int, buffer: Buffer | None, case: Case) -> None:
     recorded = buffer.records.since(operations - 4)[:4]
     assert [r.op for r in recorded] == ["dispatch", "combine", "dispatch", "combine"]
     again = buffer.records.since(buffer.records.num_operations - 4)
+    # Two of a kind each time: one that warms up, then five replays and as many eager ones.
+    assert [r.epoch for r in recorded] == [19, 19, 20, 20]
+    assert [r.epoch for r in again] == [21, 21, 22, 22]
     assert [r.rows_to_rank for r in recorded] == [r.rows_to_rank for r in again]
 
 
@@ -218,7 +221,7 @@ def refusals(rank: int) -> None:
         )
     for bad in (1, 2.0, True):
         with pytest.raises(EPArgumentError, match="num_sms must be at least 2"):
-            buffer.dispatch(x, topk, num_sms=bad)
+            buffer.set_num_sms(bad)
 
 
 def test_refusals():

@@ -54,7 +54,7 @@ def make_buffer(has_failed: bool = False) -> VirtualBuffer:
 )
 def test_an_error_in_an_operation(error, started, has_failed, usable):
     buffer = make_buffer(has_failed)
-    with pytest.raises(type(error)), buffer.guard() as backend:
+    with pytest.raises(type(error)), buffer._session.operation() as backend:
         backend.num_started += started
         raise error
     assert buffer.is_usable == usable
@@ -62,13 +62,13 @@ def test_an_error_in_an_operation(error, started, has_failed, usable):
     assert backend.give_up.called == (not usable)  # then other ranks may not know
     if not usable:
         with pytest.raises(EPStateError, match="an earlier operation failed: "):
-            buffer.guard()
+            buffer._session.operation()
 
 
 def test_what_is_left_behind_is_abandoned_even_if_that_fails():
     buffer = make_buffer()
-    buffer._backend.abandon.side_effect = RuntimeError("the GPU is gone")
-    with pytest.raises(RuntimeError, match="gone"), buffer.guard() as backend:
+    buffer._session.backend.abandon.side_effect = RuntimeError("the GPU is gone")
+    with pytest.raises(RuntimeError, match="gone"), buffer._session.operation() as backend:
         backend.num_started += 1
         raise TimeoutError
     assert not buffer.is_usable
@@ -76,7 +76,7 @@ def test_what_is_left_behind_is_abandoned_even_if_that_fails():
 
 def test_waiting_for_operations_raises_what_ended_them():
     buffer = make_buffer(has_failed=True)
-    buffer._backend.synchronize = mock.Mock(side_effect=EPTimeoutError(**LATE))
+    buffer._session.backend.synchronize = mock.Mock(side_effect=EPTimeoutError(**LATE))
     with pytest.raises(EPTimeoutError):
         buffer.synchronize()
     with pytest.raises(EPStateError, match="waited 2 s for rank 1"):
@@ -85,30 +85,30 @@ def test_waiting_for_operations_raises_what_ended_them():
 
 def test_an_operation_without_an_error():
     buffer = make_buffer()
-    with buffer.guard() as backend:
+    with buffer._session.operation() as backend:
         backend.num_started += 1
     assert buffer.is_usable and not backend.abandon.called
 
 
 def test_one_thread_at_a_time():
     buffer = make_buffer()
-    with buffer.guard(), buffer.guard():  # as an op inside of a call does
+    with buffer._session.operation(), buffer._session.operation():  # as an op inside of a call does
         with ThreadPoolExecutor(1) as pool, pytest.raises(EPStateError, match="another thread"):
-            pool.submit(buffer.guard().__enter__).result()
+            pool.submit(buffer._session.operation().__enter__).result()
     with ThreadPoolExecutor(1) as pool:  # as autograd does, when the caller waits
-        pool.submit(lambda: buffer.guard().__enter__()).result()
+        pool.submit(lambda: buffer._session.operation().__enter__()).result()
     assert buffer.is_usable
 
 
 def test_a_fork_has_no_buffer(monkeypatch):
     buffer = make_buffer()
-    monkeypatch.setattr("ep_comm.buffer._process", -5)
+    monkeypatch.setattr("ep_comm.session._process", -5)
     with pytest.raises(
         EPStateError, match=r"belongs to process \d+, of which this one \(-5\) is a"
     ):
-        buffer.guard()
+        buffer._session.operation()
     monkeypatch.undo()
-    assert buffer.guard() and buffer.is_usable
+    assert buffer._session.operation() and buffer.is_usable
 
 
 X, TOPK = torch.ones(4, 8), torch.tensor([[0, 2], [1, 3], [2, 1], [3, 0]])
@@ -163,7 +163,7 @@ def use_as_a_context(rank: int) -> None:
         )
     assert not buffer.is_usable and "unusable: it was destroyed" in repr(buffer)
     with pytest.raises(KeyError), Buffer(None, config) as buffer:
-        with mock.patch.object(buffer._backend, "give_up") as give_up:
+        with mock.patch.object(buffer._session.backend, "give_up") as give_up:
             buffer.__exit__(KeyError, KeyError(), None)
             give_up.assert_called_once()
         raise KeyError

@@ -109,7 +109,7 @@ def check_bytes(case: Case, rank: int, handle: DispatchHandle) -> None:
     """They follow from the tokens that this rank has and the rows that came."""
     num_tokens, num_received = case.tokens[rank], handle.num_recv_tokens
     experts = 0 if handle.recv_topk_idx is None else handle.recv_topk_idx.nbytes
-    if handle.buffer.config.backend == "nvlink":
+    if handle.session.config.backend == "nvlink":
         entries = 4 * 3 * 4 * num_received  # K of 3 takes the room of 4
         own = 4 * num_tokens * (case.num_topk + case.num_ranks)
         assert own + entries <= handle.num_bytes - experts <= own + entries + 512

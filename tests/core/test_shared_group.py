@@ -137,9 +137,9 @@ def wrong_numbers(rank: int, what: str) -> str:
     buffer = make_buffer(2)
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1 and what == "rows":
-            exchange = buffer._backend._exchange_headers
+            exchange = buffer._session.backend._exchange_headers
             patch.setattr(
-                buffer._backend,
+                buffer._session.backend,
                 "_exchange_headers",
                 lambda record, rows, **fields: exchange(record, [-3] * len(rows), **fields),
             )
@@ -151,8 +151,8 @@ def wrong_numbers(rank: int, what: str) -> str:
                 return layout._replace(topk_idx=layout.topk_idx + 2)  # as of another rank count
 
             patch.setattr(reference, "layout_of", shifted)
-            patch.setattr(buffer._backend, "_owner", lambda idx: (idx - 2) // 2)
-            patch.setattr(buffer._backend, "num_local_experts", 100)
+            patch.setattr(buffer._session.backend, "_owner", lambda idx: (idx - 2) // 2)
+            patch.setattr(buffer._session.backend, "num_local_experts", 100)
         with pytest.raises(EPError) as caught:
             works(buffer)
     return str(caught.value)

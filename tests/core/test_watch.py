@@ -42,7 +42,7 @@ def one_rank_is_late(rank: int) -> list[str]:
             time.sleep(3)
         buffer.dispatch(X, TOPK)
         time.sleep(0.5)
-        gone = weakref.ref(buffer._backend)
+        gone = weakref.ref(buffer._session.backend)
         del buffer
         gc.collect()
         time.sleep(0.3)

@@ -19,11 +19,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_comm import _native, checks, fp8
+from ep_comm import _native, fp8
 from ep_comm._native import header
-from ep_comm.backends.base import Combined, Pending, Received
+from ep_comm.backends.base import (
+    Combined,
+    CombineRequest,
+    DispatchRequest,
+    Pending,
+    PlanRequest,
+    Received,
+)
 from ep_comm.backends.nvlink import support
 from ep_comm.backends.nvlink.args import kernel_args
+from ep_comm.backends.nvlink.mailbox import Mailbox
 from ep_comm.backends.nvlink.memory import Offsets, PeerMemory
 from ep_comm.backends.nvlink.routing import (
     FirstDispatch,
@@ -49,9 +57,8 @@ from ep_comm.backends.nvlink.tuning import (
 )
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
-from ep_comm.handle import DispatchHandle, RoutingSizes, RowLayout
 from ep_comm.job.meeting import Meeting
-from ep_comm.routing.layout import INPUT_KINDS, raise_if_bad
+from ep_comm.routing.layout import INPUT_KINDS
 from ep_comm.telemetry.device import DeviceRecorder
 from ep_comm.telemetry.watch import Wait
 
@@ -87,8 +94,11 @@ class NVLinkBackend:
         self.rank, self.num_ranks = memory.rank, memory.num_ranks
         self.num_local_experts = config.num_experts // self.num_ranks
         self._max_rows = self.num_ranks * config.max_tokens_per_rank
-        self.native = _native.load()
+        native = _native.load()
+        assert native is not None  # see `unavailable_reason`
+        self.native = native
         self.native.load_kernels()
+        self._mailbox = Mailbox(self.native, memory, config)
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._streams = Streams(self.native, self.device.index, self._new_stream)
         self.recorder = DeviceRecorder(
@@ -153,18 +163,14 @@ class NVLinkBackend:
             self._streams.forget()
 
     def set_num_sms(self, num_sms: int | None) -> None:
-        self._check_num_sms(num_sms)
-        self._num_sms = num_sms
-
-    def _check_num_sms(self, num_sms: int | None) -> None:
         if num_sms is not None and not 2 <= num_sms <= self._available_sms:
             raise EPArgumentError(
                 f"num_sms must be 2 to {self._available_sms}, or None, got {num_sms}"
             )
+        self._num_sms = num_sms
 
-    def _sms(self, num_sms: int | None, asynchronous: bool) -> int:
-        self._check_num_sms(num_sms)
-        return num_sms or self._num_sms or default_sms(self._available_sms, asynchronous)
+    def _sms(self, asynchronous: bool) -> int:
+        return self._num_sms or default_sms(self._available_sms, asynchronous)
 
     def check_device(self, name: str, rows: Tensor) -> None:
         if rows.get_device() != self.device.index:
@@ -187,18 +193,9 @@ class NVLinkBackend:
 
     # --- plan ------------------------------------------------------------------------------------
 
-    def plan(
-        self,
-        source: Tensor,
-        num_topk: int,
-        layout: RowLayout,
-        expert_alignment: int,
-        has_weights: bool,
-        capacity: int | None,
-        asynchronous: bool,
-        num_sms: int | None,
-    ) -> NVLinkRouting:
+    def plan(self, request: PlanRequest) -> NVLinkRouting:
         self.memory.check()
+        source, num_topk, layout, alignment, has_weights, capacity, asynchronous = request
         is_captured = torch.cuda.is_current_stream_capturing()
         if capacity is None and is_captured:
             raise EPUnsupportedError(
@@ -217,7 +214,7 @@ class NVLinkBackend:
         sizes = (num_tokens, num_topk, in_arena, self.num_ranks, self.num_local_experts)
         places, total = arena_places(*sizes)
         selects_weights = has_weights and source.dtype == torch.bool
-        sms = self._sms(num_sms, asynchronous)
+        sms = self._sms(asynchronous)
         # Where the host waits for nothing one kernel can push and expand, beside the plan's second
         # one; with few SMs there is no room for both. In a graph it comes after that one: of two
         # branches CUDA might run first what expands, and so waits for the other ranks' pushes.
@@ -233,28 +230,29 @@ class NVLinkBackend:
             arena.data_ptr(), *sizes, layout == "expert", num_entries - 1, planned
         )
         routing = NVLinkRouting(
-            backend=self,
-            native=native,
-            number=self._num_plans,
-            expert_alignment=expert_alignment,
-            capacity=capacity,
             num_tokens=num_tokens,
             num_topk=num_topk,
+            layout=layout,
+            expert_alignment=alignment,
+            capacity=capacity,
+            native=native,
+            ticket=self._num_plans,
             stream=self._streams.current,
             arena=arena,
             places=places,
             memory=(arena,),
             first=FirstDispatch(source, stream, sms, record, selects_weights, in_one, is_captured),
+            wait_for_kernels=self._wait_for_kernels,
         )
         args = self._args.plan
         args.peers.record = record
         args.routing = native
         args.input = source.data_ptr()
-        args.ticket = 0 if capacity is not None else routing.number
+        args.ticket = 0 if capacity is not None else routing.ticket
         args.capacity = _MAX_ROWS if capacity is None else capacity
         args.input_kind = INPUT_KINDS[source.dtype]
         args.asked_tokens = asked_tokens
-        args.expert_alignment = expert_alignment
+        args.expert_alignment = alignment
         _, expand_sms = split_dispatch(sms, self.num_ranks)
         args.num_send_blocks, args.num_receive_blocks = split_plan(sms, expand_sms)
         streams = self._streams
@@ -264,46 +262,15 @@ class NVLinkBackend:
             streams.wait(streams.current, stream)
         return routing
 
-    def wait_for_kernels(self) -> None:
+    def _wait_for_kernels(self) -> None:
         """Of all operations so far; their counts are then in device memory."""
         self._streams.synchronize()
         self.memory.check_fault()
 
-    def wait_for_sizes(self, routing: NVLinkRouting) -> RoutingSizes:
-        """The plan's counts, as soon as they are in the mailbox."""
-        mailbox = self.memory.mailbox
-        arrived = self.native.mailbox_wait(
-            self.memory.mailbox_address,
-            self.memory.fault_address,
-            routing.number,
-            # The kernels' own bound names the late rank; it begins when they start.
-            10 * self.config.timeout_s,
-            self._streams.side,
-        )
-        self.memory.check_fault()
-        if not arrived:
-            raise self.memory.timeout("dispatch", "plan", (), routing.number)
-        return RoutingSizes(
-            sent=tuple(mailbox.num_sent_tokens[: self.num_ranks]),
-            received=tuple(mailbox.num_recv_tokens[: self.num_ranks]),
-            expert_rows=tuple(mailbox.num_tokens_per_expert[: self.num_local_experts]),
-            alignment=routing.expert_alignment,
-        )
-
     # --- dispatch --------------------------------------------------------------------------------
 
-    def dispatch(
-        self,
-        handle: DispatchHandle,
-        x: Tensor,
-        scales: Tensor | None,
-        topk_weights: Tensor | None,
-        wire_dtype: torch.dtype,
-        recv_dtype: torch.dtype,
-        asynchronous: bool,
-        num_sms: int | None,
-    ) -> Pending[Received]:
-        routing: NVLinkRouting = handle.routing
+    def dispatch(self, routing: NVLinkRouting, request: DispatchRequest) -> Pending[Received]:
+        x, scales, topk_weights, wire_dtype, recv_dtype, asynchronous = request
         first, routing.first = routing.first, None
         if first is None:
             self.memory.check()
@@ -314,33 +281,32 @@ class NVLinkBackend:
         args = self._args.dispatch
         describe_rows(args, routing, x, scales, weights, recv_dtype)
         args.tag = _tag(
-            routing.number, first is not None, args.row_bytes, args.scale_bytes, args.weight_bytes
+            routing.ticket, first is not None, args.row_bytes, args.scale_bytes, args.weight_bytes
         )
         if first is None:
-            sms = self._sms(num_sms, asynchronous)
-            received = self._repeat(args, handle, recv_dtype, asynchronous, sms)
+            received = self._repeat(args, routing, recv_dtype, asynchronous)
         else:
             was_made = quantises or first.selects_weights or weights is not topk_weights
             if was_made:
                 self._wait_for_input(first, asynchronous)
             # What is pushed has to be there: only an input of before the plan certainly is.
             args.is_behind_plan = first.in_one and not (was_made or first.is_captured)
-            received = self._first(args, handle, recv_dtype, first)
+            received = self._first(args, routing, recv_dtype, first)
         keep = (x, scales, weights, first and first.source, routing.memory)
         return self._pending(received, asynchronous, keep)
 
     def _repeat(
         self,
         args: header.DispatchArgs,
-        handle: DispatchHandle,
+        routing: NVLinkRouting,
         recv_dtype: torch.dtype,
         asynchronous: bool,
-        sms: int,
     ) -> Received:
         """A dispatch whose routing is known: one kernel."""
-        received = allocate_rows(args, handle, self.config.hidden, recv_dtype, self.device)
+        sms = self._sms(asynchronous)
+        received = allocate_rows(args, routing, self.config.hidden, recv_dtype, self.device)
         stream = self._streams.begin(header.EP_OP_DISPATCH, asynchronous, sms)
-        self._keep_for_current_stream(handle.routing)
+        self._keep_for_current_stream(routing)
         args.peers.record = self.recorder.start("dispatch", args.row_bytes + args.scale_bytes)
         args.is_planned = args.is_behind_plan = False
         push_blocks, expand_blocks = split_dispatch(sms, self.num_ranks)
@@ -361,12 +327,11 @@ class NVLinkBackend:
     def _first(
         self,
         args: header.DispatchArgs,
-        handle: DispatchHandle,
+        routing: NVLinkRouting,
         recv_dtype: torch.dtype,
         first: FirstDispatch,
     ) -> Received:
         """The dispatch after its plan: it pushes while the plan and the host go on."""
-        routing: NVLinkRouting = handle.routing
         streams, stream = self._streams, first.stream
         self.recorder.set_row_bytes(args.row_bytes + args.scale_bytes)
         args.peers.record = first.record
@@ -376,9 +341,16 @@ class NVLinkBackend:
         args.num_push_blocks, args.num_expand_blocks = push_blocks, 0
         if push_blocks and not first.in_one:
             self.native.launch("ep_dispatch", args, stream)
-        received = allocate_rows(args, handle, self.config.hidden, recv_dtype, self.device)
-        if handle.layout == "rank":
-            routing.recv_topk_idx = allocate_experts(args, handle, first.source, self.device)
+        if routing.capacity is None:
+            routing.sizes = self._mailbox.sizes(
+                routing.ticket,
+                self.recorder.epoch("dispatch"),
+                routing.expert_alignment,
+                streams.side,
+            )
+        received = allocate_rows(args, routing, self.config.hidden, recv_dtype, self.device)
+        if routing.layout == "rank":
+            routing.recv_topk_idx = allocate_experts(args, routing, first.source, self.device)
         args.planned_entries = None
         if routing.capacity is None:
             # What expands copies them: the next plan, on the same stream, is behind it.
@@ -394,28 +366,14 @@ class NVLinkBackend:
             self.native.launch("ep_dispatch", args, streams.side)
             streams.wait(stream, streams.side)
         if routing.capacity is None:
-            mailbox = self.memory.mailbox
-            checks.check_num_tokens(mailbox.asked_tokens[: self.num_ranks], self.config)
-            raise_if_bad(
-                list(mailbox.routing_error),
-                first.source,
-                routing.num_topk,
-                self.config.num_experts,
-            )
+            self._mailbox.raise_if_bad(first.source, routing.num_topk)
         return received
 
     # --- combine ---------------------------------------------------------------------------------
 
-    def combine(
-        self,
-        handle: DispatchHandle,
-        x: Tensor,
-        topk_weights: Tensor | None,
-        asynchronous: bool,
-        num_sms: int | None,
-    ) -> Pending[Combined]:
+    def combine(self, routing: NVLinkRouting, request: CombineRequest) -> Pending[Combined]:
         self.memory.check()
-        routing: NVLinkRouting = handle.routing
+        x, topk_weights, asynchronous = request
         num_tokens, hidden = routing.num_tokens, x.shape[1]
         combined = torch.empty(num_tokens, hidden, dtype=x.dtype, device=self.device)
         weights = None
@@ -428,9 +386,9 @@ class NVLinkBackend:
         args.combined_x = combined.data_ptr()
         args.combined_weights = None if weights is None else weights.data_ptr()
         args.row_bytes = row_bytes = hidden * x.element_size()
-        args.tag = _tag(routing.number, row_bytes, weights is not None)
+        args.tag = _tag(routing.ticket, row_bytes, weights is not None)
         args.chunk_rows = chunk_tokens(COMBINE_CHUNK_BYTES, row_bytes)
-        sms = self._sms(num_sms, asynchronous)
+        sms = self._sms(asynchronous)
         args.chunks_per_unit = combine_chunks_per_unit(sms, args.chunk_rows)
         args.dtype = header.EP_BF16 if x.dtype == torch.bfloat16 else header.EP_FP32
         args.num_blocks = sms

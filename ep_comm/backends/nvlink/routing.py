@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ep_comm._native import header
-from ep_comm.handle import RoutingSizes
-
-if TYPE_CHECKING:
-    from ep_comm.backends.nvlink.backend import NVLinkBackend
+from ep_comm.routing.types import Routing, RoutingSizes, RowLayout
 
 
 def whole_vectors(num_topk: int) -> int:
@@ -80,34 +78,36 @@ def native_routing(
 
 
 @dataclass(kw_only=True, eq=False)
-class NVLinkRouting:
-    """See `ep_comm.handle.Routing`. The index arrays of ep_comm/_native/ep_comm.h's ``ep_routing``.
+class NVLinkRouting(Routing):
+    """See `ep_comm.routing.types.Routing`. The index arrays of ep_comm.h's ``ep_routing``.
 
     Where the host waits for the counts, the entries of received rows are an allocation of their
     own, as large as what came. Until the first dispatch copies them there they are the buffer's.
 
     Attributes:
         native: The arrays for kernels.
-        number: Of the plan, from 1; the ticket of its counts.
+        ticket: Number of the plan on its buffer, from 1; its counts carry it.
         stream: The caller's, to which the memory of the arrays belongs.
         arena: The arrays whose size is known before the plan.
         memory: All of them, to keep alive what kernels read.
         first: What the plan leaves to the dispatch that follows it; None afterwards.
+        wait_for_kernels: Waits until the counts are in device memory.
         recv_topk_idx: Rank layout: written by the first dispatch.
     """
 
-    backend: NVLinkBackend
-    native: header.Routing
-    number: int
-    expert_alignment: int
-    capacity: int | None
     num_tokens: int
     num_topk: int
+    layout: RowLayout
+    expert_alignment: int
+    capacity: int | None
+    native: header.Routing
+    ticket: int
     stream: int
     arena: Tensor
     places: dict[str, tuple[int, int]]
     memory: tuple[Tensor, ...]
     first: FirstDispatch | None
+    wait_for_kernels: Callable[[], None] = field(repr=False)
     recv_topk_idx: Tensor | None = None
 
     def allocate_entries(self, num_received: int) -> None:
@@ -132,11 +132,15 @@ class NVLinkRouting:
 
     @cached_property
     def sizes(self) -> RoutingSizes:
-        if self.capacity is None:
-            return self.backend.wait_for_sizes(self)
-        self.backend.wait_for_kernels()
-        counts = (self.array(n).tolist() for n in ("num_sent", "num_recv", "expert_tokens"))
-        return RoutingSizes(*map(tuple, counts), self.expert_alignment)
+        """Set by the first dispatch where that waits for the counts; else they are read when they
+        are first asked for."""
+        self.wait_for_kernels()
+        return RoutingSizes(
+            sent=tuple(self.array("num_sent").tolist()),
+            received=tuple(self.array("num_recv").tolist()),
+            expert_rows=tuple(self.array("expert_tokens").tolist()),
+            alignment=self.expert_alignment,
+        )
 
     @property
     def device_tokens_per_expert(self) -> Tensor:

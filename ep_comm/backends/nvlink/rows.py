@@ -11,7 +11,6 @@ from ep_comm._native import header
 from ep_comm.backends.base import Received
 from ep_comm.backends.nvlink.routing import NVLinkRouting
 from ep_comm.backends.nvlink.tuning import DISPATCH_CHUNK_BYTES, chunk_tokens
-from ep_comm.handle import DispatchHandle
 from ep_comm.routing.layout import index_dtype
 
 _RECV_KINDS = {torch.bfloat16: header.EP_RECV_BF16, torch.float32: header.EP_RECV_FP32}
@@ -51,14 +50,14 @@ def describe_rows(
 
 def allocate_rows(
     args: header.DispatchArgs,
-    handle: DispatchHandle,
+    routing: NVLinkRouting,
     hidden: int,
     recv_dtype: torch.dtype,
     device: torch.device,
 ) -> Received:
-    """The outputs. Waits for the plan, where it is new and the caller gave no number of rows."""
-    num_rows = handle.num_rows
-    in_experts = handle.layout == "expert"
+    """Allocate the outputs, whose number of rows is known."""
+    num_rows = routing.num_rows
+    in_experts = routing.layout == "expert"
     # Sizes one by one: as a tuple they cost an allocation 1.5 µs more.
     x = torch.empty(num_rows, hidden, dtype=recv_dtype, device=device)
     scales = weights = None
@@ -67,7 +66,7 @@ def allocate_rows(
         shape = (num_rows * blocks,) if in_experts else (num_rows, blocks)
         scales = x.new_empty(*shape, dtype=torch.float32)
     if args.weight_bytes:
-        shape = (num_rows,) if in_experts else (num_rows, handle.num_topk)
+        shape = (num_rows,) if in_experts else (num_rows, routing.num_topk)
         weights = x.new_empty(*shape, dtype=torch.float32)
     args.num_rows = num_rows
     args.recv_x = x.data_ptr()
@@ -77,12 +76,12 @@ def allocate_rows(
 
 
 def allocate_experts(
-    args: header.DispatchArgs, handle: DispatchHandle, source: Tensor, device: torch.device
+    args: header.DispatchArgs, routing: NVLinkRouting, source: Tensor, device: torch.device
 ) -> Tensor:
     """Local experts of the rows [N, K], for a first dispatch of the rank layout to fill; in the
     type of those of its `source`."""
     dtype = index_dtype(source)
-    experts = torch.empty(handle.num_rows, handle.num_topk, dtype=dtype, device=device)
+    experts = torch.empty(routing.num_rows, routing.num_topk, dtype=dtype, device=device)
     args.recv_topk_idx = experts.data_ptr()
     args.recv_idx_bytes = dtype.itemsize
     return experts

@@ -9,7 +9,6 @@ one copy of a token per destination rank, and one partial sum back.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,9 +16,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_comm import fp8
-from ep_comm.backends.base import Combined, Pending, Received
+from ep_comm.backends.base import (
+    Combined,
+    CombineRequest,
+    DispatchRequest,
+    Pending,
+    PlanRequest,
+    Received,
+)
 from ep_comm.backends.reference.headers import exchange_headers
 from ep_comm.backends.reference.messages import Exchange, Operation, Transport
+from ep_comm.backends.reference.routing import ReferenceRouting
 from ep_comm.backends.reference.rows import (
     collapse_weights,
     expand,
@@ -33,60 +40,11 @@ from ep_comm.backends.reference.rows import (
 )
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPMismatchError, EPOverflowError
-from ep_comm.handle import DispatchHandle, RoutingSizes, RowLayout
 from ep_comm.job.meeting import Meeting
 from ep_comm.routing.layout import index_dtype, layout_of
+from ep_comm.routing.types import RoutingSizes
 from ep_comm.telemetry.records import OpRecord, Recorder
 from ep_comm.telemetry.watch import Wait
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReferenceRouting:
-    """See `ep_comm.handle.Routing`.
-
-    Attributes:
-        epoch: Operation that exchanged the routing; tells handles of different dispatches apart.
-        sent_tokens: For each rank r, the tokens [n_r] int64 that went there, ascending.
-        expert_row_NK: [N, K] int64, for each received row its rows in the expert-major output,
-            in the order of ``recv_topk_idx``; -1 where the expert is not local, or the output has
-            no such row.
-    """
-
-    topk_idx: Tensor
-    sizes: RoutingSizes
-    recv_topk_idx: Tensor | None
-    epoch: int
-    sent_tokens: tuple[Tensor, ...]
-    expert_row_NK: Tensor
-    capacity: int | None
-
-    @property
-    def num_tokens(self) -> int:
-        return self.topk_idx.shape[0]
-
-    @property
-    def num_topk(self) -> int:
-        return self.topk_idx.shape[1]
-
-    @property
-    def num_bytes(self) -> int:
-        tensors = [self.topk_idx, self.expert_row_NK, *self.sent_tokens]
-        if self.recv_topk_idx is not None:
-            tensors.append(self.recv_topk_idx)
-        return sum(tensor.nbytes for tensor in tensors)
-
-    @property
-    def device_tokens_per_expert(self) -> Tensor:
-        offsets = self.device_expert_offsets
-        tokens = torch.tensor(self.sizes.expert_rows, dtype=torch.int32, device=offsets.device)
-        return torch.minimum(tokens, offsets.diff()) if self.capacity is not None else tokens
-
-    @property
-    def device_expert_offsets(self) -> Tensor:
-        ends = torch.tensor((0, *self.sizes.padded_expert_rows)).cumsum(0)
-        if self.capacity is not None:
-            ends = ends.clamp(max=self.capacity)
-        return ends.to(self.topk_idx.device, torch.int32)
 
 
 class ReferenceBackend:
@@ -123,7 +81,7 @@ class ReferenceBackend:
 
     @property
     def num_started(self) -> int:
-        return self.recorder.num_operations
+        return self.recorder.num_started
 
     def describe(self) -> str:
         return f"reference over {'/'.join(sorted(set(self.transport.backends.values())))}"
@@ -167,75 +125,64 @@ class ReferenceBackend:
 
     # --- routing -------------------------------------------------------------------------------
 
-    def plan(
-        self,
-        source: Tensor,
-        num_topk: int,
-        layout: RowLayout,
-        expert_alignment: int,
-        has_weights: bool,
-        capacity: int | None,
-        asynchronous: bool,
-        num_sms: int | None,
-    ) -> ReferenceRouting:
+    def plan(self, request: PlanRequest) -> ReferenceRouting:
         self._say_overflow()
-        routing = layout_of(source, num_topk, self.config.num_experts, self.transport.num_ranks)
-        device = routing.topk_idx.device
-        record = self.recorder.start("plan", device)
-        ranks = range(self.transport.num_ranks)
-        sent_tokens = tuple(routing.is_token_in_rank[:, r].nonzero(as_tuple=True)[0] for r in ranks)
+        num_ranks, num_topk = self.transport.num_ranks, request.num_topk
+        sent = layout_of(request.source, num_topk, self.config.num_experts, num_ranks)
+        topk_idx = sent.topk_idx
+        record = self.recorder.start("plan", topk_idx.device)
+        sent_tokens = tuple(
+            sent.is_token_in_rank[:, r].nonzero(as_tuple=True)[0] for r in range(num_ranks)
+        )
         rows_to_rank = tuple(len(tokens) for tokens in sent_tokens)
         recv_rows = self._exchange_headers(
             record,
             rows_to_rank,
-            num_tokens=len(routing.topk_idx),
-            num_topk=routing.topk_idx.shape[1],
-            has_weights=has_weights,
-            layout=layout,
-            expert_alignment=expert_alignment,
+            num_tokens=len(topk_idx),
+            num_topk=num_topk,
+            has_weights=request.has_weights,
+            layout=request.layout,
+            expert_alignment=request.expert_alignment,
         )
 
-        owner_TK = self._owner(routing.topk_idx)
-        local_TK = routing.topk_idx % self.num_local_experts  # of dropped entries: never selected
+        owner_TK = self._owner(topk_idx)
+        local_TK = topk_idx % self.num_local_experts  # of dropped entries: never selected
         send = [
             torch.where(owner_TK[tokens] == r, local_TK[tokens], -1).to(torch.int32)
             for r, tokens in enumerate(sent_tokens)
         ]
-        recv_topk_idx = routing.topk_idx.new_empty(sum(recv_rows), routing.topk_idx.shape[1])
+        recv_topk_idx = topk_idx.new_empty(sum(recv_rows), num_topk)
         self._send_rows(record, send, recv_topk_idx, recv_rows, "routing").wait()
         self._check_received(recv_topk_idx)
 
-        counts, expert_row_NK = expert_rows(recv_topk_idx, self.num_local_experts, expert_alignment)
+        alignment, capacity = request.expert_alignment, request.capacity
+        counts, expert_row_NK = expert_rows(recv_topk_idx, self.num_local_experts, alignment)
         if capacity is not None:
             expert_row_NK = torch.where(expert_row_NK < capacity, expert_row_NK, -1)
             recv_topk_idx = fit(recv_topk_idx, capacity, -1)
         record.rows_to_rank = rows_to_rank
         self.recorder.finish(record)
+        in_ranks = request.layout == "rank"
         return ReferenceRouting(
-            topk_idx=routing.topk_idx,
-            sizes=RoutingSizes(rows_to_rank, recv_rows, counts, expert_alignment),
-            recv_topk_idx=recv_topk_idx.to(index_dtype(source)) if layout == "rank" else None,
+            num_tokens=len(topk_idx),
+            num_topk=num_topk,
+            layout=request.layout,
+            expert_alignment=alignment,
+            capacity=capacity,
+            topk_idx=topk_idx,
+            sizes=RoutingSizes(rows_to_rank, recv_rows, counts, alignment),
+            recv_topk_idx=recv_topk_idx.to(index_dtype(request.source)) if in_ranks else None,
             epoch=record.epoch,
             sent_tokens=sent_tokens,
             expert_row_NK=expert_row_NK,
-            capacity=capacity,
         )
 
     # --- dispatch ------------------------------------------------------------------------------
 
-    def dispatch(
-        self,
-        handle: DispatchHandle,
-        x: Tensor,
-        scales: Tensor | None,
-        topk_weights: Tensor | None,
-        wire_dtype: torch.dtype,
-        recv_dtype: torch.dtype,
-        asynchronous: bool,
-        num_sms: int | None,
-    ) -> Pending[Received]:
+    def dispatch(self, routing: ReferenceRouting, request: DispatchRequest) -> Pending[Received]:
         self._say_overflow()
-        routing: ReferenceRouting = handle.routing
+        x, scales, topk_weights, wire_dtype, recv_dtype, _ = request
+        recv_rows, num_received = routing.sizes.received, routing.sizes.num_received
         record = self.recorder.start("dispatch", x.device)
         self._exchange_headers(
             record,
@@ -248,22 +195,20 @@ class ReferenceBackend:
             x, scales = fp8.quantize(x)
         rows = to_bytes(x) if scales is None else torch.cat([to_bytes(x), to_bytes(scales)], 1)
         send = [rows[tokens] for tokens in routing.sent_tokens]
-        recv = rows.new_empty(handle.num_recv_tokens, rows.shape[1])
-        exchanges = [self._send_rows(record, send, recv, handle.num_recv_tokens_per_rank, "rows")]
+        recv = rows.new_empty(num_received, rows.shape[1])
+        exchanges = [self._send_rows(record, send, recv, recv_rows, "rows")]
         self._record_payload(record, send)
 
         recv_weights = None
         if topk_weights is not None:
-            owner_TK = self._owner(handle.topk_idx)
+            owner_TK = self._owner(routing.topk_idx)
             send_weights = [
                 torch.where(owner_TK[tokens] == r, topk_weights[tokens], 0.0)
                 for r, tokens in enumerate(routing.sent_tokens)
             ]
-            recv_weights = topk_weights.new_empty(handle.num_recv_tokens, handle.num_topk)
+            recv_weights = topk_weights.new_empty(num_received, routing.num_topk)
             exchanges.append(
-                self._send_rows(
-                    record, send_weights, recv_weights, handle.num_recv_tokens_per_rank, "weights"
-                )
+                self._send_rows(record, send_weights, recv_weights, recv_rows, "weights")
             )
 
         def finish() -> Received:
@@ -271,11 +216,11 @@ class ReferenceBackend:
                 exchange.wait()
             received = unpack(recv, self.config.hidden, wire_dtype, recv_dtype)
             received = received._replace(topk_weights=recv_weights)
-            if handle.layout == "expert":
-                received = expand(received, handle)
+            if routing.layout == "expert":
+                received = expand(received, routing)
             elif routing.capacity is not None:
                 received = fit_received(received, routing.capacity)
-            self._note_overflow(handle)
+            self._note_overflow(routing)
             self.recorder.finish(record)
             return received
 
@@ -283,34 +228,27 @@ class ReferenceBackend:
 
     # --- combine -------------------------------------------------------------------------------
 
-    def combine(
-        self,
-        handle: DispatchHandle,
-        x: Tensor,
-        topk_weights: Tensor | None,
-        asynchronous: bool,
-        num_sms: int | None,
-    ) -> Pending[Combined]:
+    def combine(self, routing: ReferenceRouting, request: CombineRequest) -> Pending[Combined]:
         self._say_overflow()
-        routing: ReferenceRouting = handle.routing
+        x, topk_weights, _ = request
+        recv_rows, num_received = routing.sizes.received, routing.sizes.num_received
         record = self.recorder.start("combine", x.device)
         sent_rows = [len(tokens) for tokens in routing.sent_tokens]  # and as many come back
         self._exchange_headers(
             record,
-            handle.num_recv_tokens_per_rank,
+            recv_rows,
             routing_epoch=routing.epoch,
             dtype=x.dtype,
             has_weights=topk_weights is not None,
         )
-        if handle.layout == "expert":
-            x = sum_expert_rows(x, handle)
+        if routing.layout == "expert":
+            x = sum_expert_rows(x, routing)
             if topk_weights is not None:
                 topk_weights = collapse_weights(topk_weights, routing.expert_row_NK)
         elif routing.capacity is not None:
-            x = fit(x, handle.num_recv_tokens)
+            x = fit(x, num_received)
             if topk_weights is not None:
-                topk_weights = fit(topk_weights, handle.num_recv_tokens)
-        recv_rows = handle.num_recv_tokens_per_rank
+                topk_weights = fit(topk_weights, num_received)
         send = to_bytes(x).split(recv_rows)
         recv = x.new_empty(sum(sent_rows), x.shape[1])
         exchanges = [self._send_rows(record, send, to_bytes(recv), sent_rows, "rows")]
@@ -327,44 +265,43 @@ class ReferenceBackend:
         def finish() -> Combined:
             for exchange in exchanges:
                 exchange.wait()
-            combined = self._sum_over_ranks(handle, recv.split(sent_rows))
+            combined = self._sum_over_ranks(routing, recv.split(sent_rows))
             scattered = None
             if recv_weights is not None:
-                scattered = self._scatter_weights(handle, recv_weights.split(sent_rows))
+                scattered = self._scatter_weights(routing, recv_weights.split(sent_rows))
             self.recorder.finish(record)
             return Combined(combined, scattered)
 
         return Pending(finish=finish)
 
-    def _sum_over_ranks(self, handle: DispatchHandle, partials: tuple[Tensor, ...]) -> Tensor:
+    def _sum_over_ranks(self, routing: ReferenceRouting, partials: tuple[Tensor, ...]) -> Tensor:
         """Levels 2 and 3 of combine: over a node's ranks, rounded, then over nodes, rounded."""
         num_ranks = self.transport.num_ranks
         ranks_per_node = self.config.ranks_per_node or num_ranks
-        sent_tokens = handle.routing.sent_tokens
+        sent_tokens = routing.sent_tokens
         node_sums = []
         for first in range(0, num_ranks, ranks_per_node):
             node = slice(first, first + ranks_per_node)
             total, present = sum_in_order(
-                handle.num_tokens, zip(sent_tokens[node], partials[node], strict=True)
+                routing.num_tokens, zip(sent_tokens[node], partials[node], strict=True)
             )
             tokens = present.nonzero(as_tuple=True)[0]
             node_sums.append((tokens, total[tokens].to(partials[0].dtype)))
         if len(node_sums) == 1:
             return total.to(partials[0].dtype)
-        return sum_in_order(handle.num_tokens, node_sums)[0].to(partials[0].dtype)
+        return sum_in_order(routing.num_tokens, node_sums)[0].to(partials[0].dtype)
 
-    def _scatter_weights(self, handle: DispatchHandle, received: tuple[Tensor, ...]) -> Tensor:
+    def _scatter_weights(self, routing: ReferenceRouting, received: tuple[Tensor, ...]) -> Tensor:
         """Each entry [T, K] from the rank that owns its expert; dropped entries stay 0."""
-        owner_TK = self._owner(handle.topk_idx)
-        out = received[0].new_zeros(handle.topk_idx.shape)
-        for r, (tokens, rows) in enumerate(zip(handle.routing.sent_tokens, received, strict=True)):
+        owner_TK = self._owner(routing.topk_idx)
+        out = received[0].new_zeros(routing.topk_idx.shape)
+        for r, (tokens, rows) in enumerate(zip(routing.sent_tokens, received, strict=True)):
             out[tokens] = torch.where(owner_TK[tokens] == r, rows, out[tokens])
         return out
 
-    def _note_overflow(self, handle: DispatchHandle) -> None:
+    def _note_overflow(self, routing: ReferenceRouting) -> None:
         """As on a GPU: a dispatch that drops rows says so at the next call."""
-        capacity, sizes = handle.routing.capacity, handle.routing.sizes
-        needed = sizes.num_received if handle.layout == "rank" else sizes.num_expert_rows
+        capacity, needed = routing.capacity, routing.sizes.num_rows(routing.layout)
         if capacity is not None and needed > capacity:
             self._overflow = EPOverflowError(num_rows=needed, capacity=capacity)
 

@@ -77,13 +77,14 @@ def exchange_headers(
         theirs = dict(zip(mine, values[:length], strict=False))
         if theirs != mine or length != len(mine):
             raise _mismatch(transport.rank, mine, r, theirs)
-    rows, tokens = ([header[i] for header in headers] for i in (1, 2))
+    tokens = [header[2] for header in headers]
     if record.op == "plan":
         checks.check_num_tokens(tokens, config)
-    for r, num_rows in enumerate(rows):
+    rows_from = tuple(header[1] for header in headers)
+    for r, num_rows in enumerate(rows_from):
         if not 0 <= num_rows <= config.max_tokens_per_rank:
             raise EPMismatchError(f"rank {r} announces {num_rows} rows of {tokens[r]} tokens")
-    return tuple(rows)
+    return rows_from
 
 
 def _mismatch(

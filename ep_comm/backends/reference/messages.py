@@ -136,9 +136,13 @@ class Exchange:
         self._collective: dist.Work | None = None
         group, peers = transport.group, transport.peers
         if recv.is_cuda and transport.backends.get("cuda") == "nccl":
-            sizes = [list(recv_rows), [len(rows) for rows in send]]
             self._collective = dist.all_to_all_single(
-                recv, torch.cat(tuple(send)), *sizes, group=group, async_op=True
+                recv,
+                torch.cat(tuple(send)),
+                list(recv_rows),
+                [len(rows) for rows in send],
+                group=group,
+                async_op=True,
             )
             return
         tag, recvs = operation.tag(phase), recv.split(tuple(recv_rows))
@@ -147,10 +151,12 @@ class Exchange:
             for r in peers:
                 if recvs[r].numel():
                     work = dist.irecv(recvs[r], group=group, group_src=r, tag=tag)
+                    assert work is not None  # this rank is a member of the group
                     self._recvs.append((r, work))
             for r in peers:
                 if send[r].numel():
                     work = dist.isend(send[r], group=group, group_dst=r, tag=tag)
+                    assert work is not None
                     self._sends.append((r, work))
         except RuntimeError as error:
             raise self._lost_peer(error) from error

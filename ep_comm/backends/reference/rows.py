@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ep_comm import fp8
 from ep_comm.backends.base import Received
-from ep_comm.handle import DispatchHandle
+from ep_comm.backends.reference.routing import ReferenceRouting
 
 
 def to_bytes(rows: Tensor) -> Tensor:
@@ -77,21 +77,21 @@ def fit_received(received: Received, num_rows: int) -> Received:
     )
 
 
-def expand(received: Received, handle: DispatchHandle) -> Received:
+def expand(received: Received, routing: ReferenceRouting) -> Received:
     """Rank-major rows to padded expert-major rows; padding is 0, with FP8 scale 1."""
-    n, k = (handle.routing.expert_row_NK >= 0).nonzero(as_tuple=True)
-    row = handle.routing.expert_row_NK[n, k]
+    n, k = (routing.expert_row_NK >= 0).nonzero(as_tuple=True)
+    row = routing.expert_row_NK[n, k]
     x = torch.zeros(
-        handle.num_rows, received.x.shape[1], dtype=received.x.dtype, device=received.x.device
+        routing.num_rows, received.x.shape[1], dtype=received.x.dtype, device=received.x.device
     )
     to_bytes(x)[row] = to_bytes(received.x)[n]
     scales = weights = None
     if received.scales is not None:
-        scales = received.scales.new_ones(handle.num_rows, received.scales.shape[1])
+        scales = received.scales.new_ones(routing.num_rows, received.scales.shape[1])
         scales[row] = received.scales[n]
-        scales = fp8.join_scales(scales, handle.device_expert_offsets.tolist())
+        scales = fp8.join_scales(scales, routing.device_expert_offsets.tolist())
     if received.topk_weights is not None:
-        weights = received.topk_weights.new_zeros(handle.num_rows)
+        weights = received.topk_weights.new_zeros(routing.num_rows)
         weights[row] = received.topk_weights[n, k]
     return Received(x, scales, weights)
 
@@ -103,16 +103,16 @@ def collapse_weights(weights_M: Tensor, expert_row_NK: Tensor) -> Tensor:
     return torch.where(expert_row_NK >= 0, weights_M[expert_row_NK.clamp(min=0)], 0.0)
 
 
-def sum_expert_rows(x_MH: Tensor, handle: DispatchHandle) -> Tensor:
+def sum_expert_rows(x_MH: Tensor, routing: ReferenceRouting) -> Tensor:
     """Level 1 of combine: a token's rows on this rank, ascending by expert, rounded once."""
-    rows_NK = handle.routing.expert_row_NK
+    rows_NK = routing.expert_row_NK
     # Groups stand in expert order, so ascending rows are ascending experts.
     rows_NK = torch.where(rows_NK < 0, len(x_MH), rows_NK).sort(dim=1).values
     contributions = []
     for rows in rows_NK.unbind(1):
         tokens = (rows < len(x_MH)).nonzero(as_tuple=True)[0]
         contributions.append((tokens, x_MH[rows[tokens]]))
-    return sum_in_order(handle.num_recv_tokens, contributions)[0].to(x_MH.dtype)
+    return sum_in_order(routing.sizes.num_received, contributions)[0].to(x_MH.dtype)
 
 
 def sum_in_order(

@@ -1,0 +1,70 @@
+"""Where a plan leaves its counts for the host: the one wait of the host in a new dispatch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ep_comm import checks
+from ep_comm._native import NativeLibrary
+from ep_comm.backends.nvlink.memory import PeerMemory
+from ep_comm.config import EPConfig
+from ep_comm.routing.layout import raise_if_bad
+from ep_comm.routing.types import RoutingSizes
+
+
+class Mailbox:
+    """The counts of the last plan.
+
+    Args:
+        native: What waits, without the GIL.
+        memory: Of this rank; kernels write the mailbox in its host part.
+        config: Of the buffer.
+    """
+
+    def __init__(self, native: NativeLibrary, memory: PeerMemory, config: EPConfig) -> None:
+        self._native = native
+        self._memory = memory
+        self._config = config
+        self._num_local_experts = config.num_experts // memory.num_ranks
+
+    def sizes(self, ticket: int, epoch: int, alignment: int, stream: int) -> RoutingSizes:
+        """Wait for the counts of the plan with that `ticket`.
+
+        Args:
+            epoch: Number of its dispatch, for the message.
+            alignment: Of its expert groups.
+            stream: Where it runs, to see where CUDA itself has failed.
+
+        Raises:
+            EPTimeoutError, EPMismatchError: What ended the plan.
+        """
+        memory, content = self._memory, self._memory.mailbox
+        arrived = self._native.mailbox_wait(
+            memory.mailbox_address,
+            memory.fault_address,
+            ticket,
+            # The kernels' own bound names the late rank; it begins when they start.
+            10 * self._config.timeout_s,
+            stream,
+        )
+        memory.check_fault()
+        if not arrived:
+            raise memory.timeout("dispatch", "plan", (), epoch)
+        num_ranks = memory.num_ranks
+        return RoutingSizes(
+            sent=tuple(content.num_sent_tokens[:num_ranks]),
+            received=tuple(content.num_recv_tokens[:num_ranks]),
+            expert_rows=tuple(content.num_tokens_per_expert[: self._num_local_experts]),
+            alignment=alignment,
+        )
+
+    def raise_if_bad(self, source: Tensor, num_topk: int) -> None:
+        """Raise what the plan of `source`, whose counts have come, found wrong with its routing.
+
+        Raises:
+            EPTooManyTokensError: Some rank's tokens are more than the buffer holds.
+            EPRoutingError: Names the first bad entry of this rank.
+        """
+        content, config = self._memory.mailbox, self._config
+        checks.check_num_tokens(content.asked_tokens[: self._memory.num_ranks], config)
+        raise_if_bad(list(content.routing_error), source, num_topk, config.num_experts)

@@ -1,0 +1,57 @@
+"""What the reference backend keeps of one routing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ep_comm.routing.types import Routing, RoutingSizes, RowLayout
+
+
+@dataclass(kw_only=True, eq=False)
+class ReferenceRouting(Routing):
+    """See `ep_comm.routing.types.Routing`.
+
+    Attributes:
+        epoch: Number of the dispatch that exchanged the routing; tells handles of different
+            dispatches apart.
+        sent_tokens: For each rank r, the tokens [n_r] int64 that went there, ascending.
+        expert_row_NK: [N, K] int64, for each received row its rows in the expert-major output,
+            in the order of ``recv_topk_idx``; -1 where the expert is not local, or the output has
+            no such row.
+    """
+
+    num_tokens: int
+    num_topk: int
+    layout: RowLayout
+    expert_alignment: int
+    capacity: int | None
+    sizes: RoutingSizes
+    topk_idx: Tensor
+    recv_topk_idx: Tensor | None
+    epoch: int
+    sent_tokens: tuple[Tensor, ...]
+    expert_row_NK: Tensor
+
+    @cached_property
+    def num_bytes(self) -> int:
+        tensors = [self.topk_idx, self.expert_row_NK, *self.sent_tokens]
+        if self.recv_topk_idx is not None:
+            tensors.append(self.recv_topk_idx)
+        return sum(tensor.nbytes for tensor in tensors)
+
+    @cached_property
+    def device_tokens_per_expert(self) -> Tensor:
+        offsets = self.device_expert_offsets
+        tokens = torch.tensor(self.sizes.expert_rows, dtype=torch.int32, device=offsets.device)
+        return torch.minimum(tokens, offsets.diff()) if self.capacity is not None else tokens
+
+    @cached_property
+    def device_expert_offsets(self) -> Tensor:
+        ends = torch.tensor((0, *self.sizes.padded_expert_rows)).cumsum(0)
+        if self.capacity is not None:
+            ends = ends.clamp(max=self.capacity)
+        return ends.to(self.topk_idx.device, torch.int32)
