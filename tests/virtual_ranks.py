@@ -24,7 +24,7 @@ import cases
 import torch
 from ranks import run_ranks
 
-from ep_comm import Buffer, CombineOutput, DispatchOutput, EPConfig
+from ep_comm import Buffer, CombineOutput, DispatchOutput, EPConfig, _native
 from ep_comm.session import Session
 from ep_comm.telemetry.records import Records
 
@@ -137,19 +137,19 @@ def _all_ranks(
     _connect(num_gpus)
     from ep_comm.backends.nvlink.backend import NVLinkBackend
     from ep_comm.backends.nvlink.farewell import Farewell
-    from ep_comm.backends.nvlink.memory import Offsets, PeerMemory
+    from ep_comm.backends.nvlink.memory import PeerMemory, buffer_offsets, farewell_flags
 
     ranks_per_gpu = -(-num_ranks // num_gpus)
     streams = [_streams(gpu, 3 * ranks_per_gpu) for gpu in range(num_gpus)]
     barrier = threading.Barrier(num_ranks)
     meet = barrier.wait if in_step else lambda: None
-    offsets = Offsets(config, num_ranks)
+    offsets = buffer_offsets(_native.load(), config, num_ranks)
     memory = [
         torch.zeros(offsets.total, dtype=torch.uint8, device=f"cuda:{rank % num_gpus}")
         for rank in range(num_ranks)
     ]
     addresses = [tensor.data_ptr() for tensor in memory]
-    flags_of = [offsets.farewell_flags(tensor, num_ranks) for tensor in memory]
+    flags_of = [farewell_flags(tensor, offsets, num_ranks) for tensor in memory]
 
     class VirtualBackend(NVLinkBackend):
         @staticmethod

@@ -8,8 +8,14 @@ namespace ep {
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-__host__ __device__ inline int32_t ceil_div(int32_t a, int32_t b) { return a / b + (a % b != 0); }
-__host__ __device__ inline int32_t round_up(int32_t a, int32_t b) { return (a + b - 1) / b * b; }
+template <typename Int>
+__host__ __device__ constexpr Int ceil_div(Int a, Int b) {
+  return a / b + (a % b != 0);
+}
+template <typename Int>
+__host__ __device__ constexpr Int round_up(Int a, Int b) {
+  return (a + b - 1) / b * b;
+}
 
 __device__ inline int32_t lane_id() { return threadIdx.x % kWarpSize; }
 

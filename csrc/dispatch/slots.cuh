@@ -18,9 +18,10 @@ __host__ __device__ inline int32_t out_row_bytes(const ep_dispatch_args& args) {
                                           : args.row_bytes;
 }
 
-// Slots begin on whole 128-byte lines: a row across lines that others share costs NVLink 8 %.
+// Slots begin on whole lines: a row across lines that others share costs NVLink 8 %.
+constexpr int32_t kLineBytes = 128;
 __device__ inline int64_t slot_stride(const ep_dispatch_args& args) {
-  return round_up(slot_bytes(args), 128);
+  return round_up(slot_bytes(args), kLineBytes);
 }
 
 // A flag says for which dispatch it is, and which slots the chunk fills: stamp | first | count.

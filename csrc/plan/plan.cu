@@ -13,6 +13,8 @@ namespace {
 using namespace ep;
 using namespace ep::plan;
 
+constexpr int64_t kScratchAlignment = 256;
+
 // Cuts the scratch at address `base` up for the largest sizes and returns the bytes that it takes.
 int64_t cut_scratch(int64_t max_tokens, int32_t num_experts, int32_t num_ranks, uintptr_t base,
                     Scratch* scratch) {
@@ -20,11 +22,11 @@ int64_t cut_scratch(int64_t max_tokens, int32_t num_experts, int32_t num_ranks, 
   layout::Shape largest = layout::make_shape(max_tokens, 1, num_experts, num_ranks, kMaxPlanBlocks);
   largest.num_blocks = kMaxPlanBlocks;  // fewer tokens may take more blocks
   scratch->receive.max_chunks =
-      static_cast<int32_t>((max_tokens * num_ranks + kChunkTokens - 1) / kChunkTokens);
+      static_cast<int32_t>(ceil_div<int64_t>(max_tokens * num_ranks, kChunkTokens));
   uintptr_t next = base;
   const auto take = [&next](int64_t bytes) {
     const uintptr_t start = next;
-    next += (bytes + 255) / 256 * 256;
+    next += round_up<int64_t>(bytes, kScratchAlignment);
     return start;
   };
   scratch->sent_error = reinterpret_cast<int32_t*>(take(16));

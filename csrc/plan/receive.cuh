@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads)
 
   // What the other ranks wrote, copied and counted.
   const int32_t num_all_chunks = ceil_div(num_received, kChunkTokens);
-  const int32_t chunks_per_block = ceil_div(num_all_chunks, gridDim.x);
+  const int32_t chunks_per_block = ceil_div(num_all_chunks, static_cast<int32_t>(gridDim.x));
   const int32_t begin = blockIdx.x * chunks_per_block;
   const int32_t end = min(begin + chunks_per_block, num_all_chunks);
   const auto* const staged = in_memory_of<const int32_t>(peers, peers.rank, args.idx_offset);

@@ -125,6 +125,19 @@ class NativeLibrary:
             self.check(EP_ERR_ARGUMENT)
         return num_bytes
 
+    def buffer_offsets(
+        self, max_tokens: int, row_bytes: int, num_topk: int, num_ranks: int
+    ) -> header.BufferOffsets:
+        """Where things stand in the symmetric memory of every rank of a buffer.
+
+        Raises:
+            EPArgumentError: A size is out of bounds.
+        """
+        args = header.BufferLayoutArgs(max_tokens, row_bytes, num_topk, num_ranks)
+        offsets = header.BufferOffsets()
+        self.check(self._dll.ep_buffer_layout(args, ctypes.byref(offsets)))
+        return offsets
+
     def plan(self, args: header.PlanArgs, stream: int, side_stream: int, event: int) -> None:
         """Launch a plan: its layout on `stream`, the rest on `side_stream`, behind `event`."""
         self.check(self._dll.ep_plan(args, stream, side_stream, event))

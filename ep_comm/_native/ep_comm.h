@@ -171,6 +171,43 @@ typedef struct ep_peers {
  * is loaded while another one spins would wait for it for ever. */
 EP_API int32_t ep_load_kernels(void);
 
+/* ---- Memory of a buffer -----------------------------------------------------------------------
+ */
+
+/* Rows of the shortest chunk, which sets how many flags there is room for. */
+#define EP_MIN_CHUNK_TOKENS 4
+
+typedef struct ep_buffer_layout_args {
+  int64_t max_tokens; /* rows that each source rank has room for */
+  int64_t row_bytes;  /* of the widest type of rows; a multiple of 16 */
+  int32_t num_topk;
+  int32_t num_ranks;
+} ep_buffer_layout_args;
+
+/* Where things stand in the symmetric memory of every rank, in bytes from its start; the same on
+ * all ranks. Each begins at a multiple of 256. R = num_ranks, S = max_tokens, K = num_topk,
+ * C = max_chunks. All of it is zero before the first operation. */
+typedef struct ep_buffer_offsets {
+  int64_t farewells;        /* int32 [R]: of ranks that write no more, see farewell.py */
+  int64_t plan_flags;       /* uint32 [R]: epoch of the routing that came from each rank */
+  int64_t dispatch_credits; /* uint32 [R]: epoch of the dispatch that each rank has read */
+  int64_t combine_credits;  /* uint32 [R]: the same of combines */
+  int64_t plan_headers;     /* int32 [R, 16]: rows, tokens and EP_FIELD_* of each rank's routing */
+  int64_t dispatch_flags;   /* uint64 [R, C]: of each rank's chunks of slots */
+  int64_t combine_flags;    /* uint32 [R, C]: of each rank's chunks of partial rows */
+  int64_t plan_idx;         /* int32 [R, S, K]: local experts of each rank's rows, or -1 */
+  int64_t combine_weights;  /* float [R, S, K]: gradients of probabilities from each rank */
+  int64_t dispatch_slots;   /* [R - 1, S, slot]: the next rank's rows first; slots of whole
+                               128-byte lines, as long as the rows of a dispatch need */
+  int64_t combine_rows;     /* [R - 1, S, row_bytes]: partial rows, the next rank's first */
+  int64_t zeros;            /* [row_bytes]: never written */
+  int64_t total;            /* bytes of it all */
+  int32_t max_chunks;
+} ep_buffer_offsets;
+
+/* Fills `offsets`. Host code alone: needs no GPU. */
+EP_API int32_t ep_buffer_layout(const ep_buffer_layout_args* args, ep_buffer_offsets* offsets);
+
 /* ---- Plan: the routing of a dispatch reaches the ranks that it concerns ------------------------
  */
 
@@ -222,8 +259,7 @@ typedef struct ep_routing {
   int32_t last_entry;
 } ep_routing;
 
-/* Offsets are into the symmetric memory of every rank. S = max_tokens, the rows that each source
- * rank has room for there. */
+/* Fields *_offset here and below are those of ep_buffer_offsets. */
 typedef struct ep_plan_args {
   ep_peers peers;
   ep_routing routing;
@@ -232,10 +268,10 @@ typedef struct ep_plan_args {
   ep_mailbox* mailbox;   /* host memory, mapped */
   ep_notice* notice;     /* host memory, mapped */
   int32_t* counters;     /* [4] zero; left zero */
-  int64_t flag_offset;   /* uint32 [R] */
-  int64_t credit_offset; /* uint32 [R] */
-  int64_t header_offset; /* int32 [R, 16] */
-  int64_t idx_offset;    /* int32 [R, S, K] */
+  int64_t flag_offset;   /* plan_flags */
+  int64_t credit_offset; /* dispatch_credits */
+  int64_t header_offset; /* plan_headers */
+  int64_t idx_offset;    /* plan_idx */
   int32_t ticket;        /* for the mailbox; 0: nobody waits, and `notice` is used */
   int32_t capacity;      /* rows of the output: what does not fit is dropped, and none of the
                             outputs above names it */
@@ -324,10 +360,9 @@ typedef struct ep_dispatch_args {
   const int32_t* planned_entries; /* is_planned: where ep_plan left the routing's entries, if not
                                    there; those that expand copy them. Or NULL */
   int32_t* counter;               /* zero; left zero */
-  int64_t flag_offset;            /* uint64 [R, chunks] */
-  int64_t credit_offset;          /* uint32 [R] */
-  int64_t slot_offset;            /* [R - 1, S, slot], the next rank's rows first; slots of whole
-                                     128-byte lines */
+  int64_t flag_offset;            /* dispatch_flags */
+  int64_t credit_offset;          /* dispatch_credits */
+  int64_t slot_offset;            /* dispatch_slots */
   int32_t tag;                    /* 0 .. 255, equal on ranks that make the same call */
   int32_t max_tokens;
   int32_t max_chunks;
@@ -364,11 +399,11 @@ typedef struct ep_combine_args {
   uint8_t* combined_x;     /* [T, row_bytes] */
   float* combined_weights; /* [T, K], or NULL */
   int32_t* counters;       /* [3] zero; left zero */
-  int64_t flag_offset;     /* uint32 [R, chunks] */
-  int64_t credit_offset;   /* uint32 [R] */
-  int64_t row_offset;      /* [R - 1, S, row_bytes], the next rank's rows first */
-  int64_t weight_offset;   /* float [R, S, K] */
-  int64_t zero_offset;     /* [row_bytes] zero: of what fitted nowhere or went nowhere */
+  int64_t flag_offset;     /* combine_flags */
+  int64_t credit_offset;   /* combine_credits */
+  int64_t row_offset;      /* combine_rows */
+  int64_t weight_offset;   /* combine_weights */
+  int64_t zero_offset;     /* zeros: a row of what fitted nowhere or went nowhere */
   int32_t tag;             /* 0 .. 255, equal on ranks that make the same call */
   int32_t max_tokens;
   int32_t max_chunks;

@@ -53,6 +53,9 @@ class Launches:
     def plan_scratch_bytes(self, *_) -> int:
         return 16
 
+    def buffer_offsets(self, *_) -> header.BufferOffsets:
+        return header.BufferOffsets(total=4096, max_chunks=4)
+
     def take(self) -> list[tuple]:
         calls, self.calls = self.calls, []
         return calls

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from ep_comm import (
-    EPConfig,
     EPOverflowError,
     EPStateError,
     EPTimeoutError,
@@ -22,7 +21,7 @@ from ep_comm import (
 from ep_comm._native import header
 from ep_comm.backends.nvlink import memory as memory_module
 from ep_comm.backends.nvlink.farewell import Farewell
-from ep_comm.backends.nvlink.memory import Offsets, PeerMemory, allocated_by_all
+from ep_comm.backends.nvlink.memory import PeerMemory, allocated_by_all
 from ep_comm.job.meeting import meet
 from ep_comm.telemetry.watch import Wait
 
@@ -177,8 +176,7 @@ def memory_of_a_group(rank: int) -> list[int]:
     import torch.distributed._symmetric_memory as symmetric_memory
 
     zeros, tensors = torch.zeros, []
-    config = EPConfig(num_experts=4, hidden=8, max_tokens_per_rank=8, num_topk=2)
-    offsets = Offsets(config, 2)
+    offsets = header.BufferOffsets(farewells=256, total=4096)
 
     def allocate(num_bytes: int, **_) -> torch.Tensor:
         tensors.append(torch.full((num_bytes,), 7, dtype=torch.uint8))

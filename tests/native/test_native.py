@@ -6,7 +6,6 @@ Nothing here needs a GPU. What needs the built library is skipped where there is
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import re
 import shutil
@@ -15,7 +14,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import setuptools
 import torch
 from setuptools.dist import Distribution
 from setuptools.errors import CompileError
@@ -23,34 +21,6 @@ from setuptools.errors import CompileError
 from ep_comm import _native
 from ep_comm._native import header
 from ep_comm.errors import EPArgumentError, EPStateError
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def setup_module(monkeypatch):
-    """setup.py as a module, its call of setup() left out."""
-    monkeypatch.setattr(setuptools, "setup", lambda **kwargs: None)
-    spec = importlib.util.spec_from_file_location("ep_comm_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def nvcc(setup_module) -> Path:
-    found = setup_module.find_nvcc()
-    if found is None:
-        pytest.skip("CUDA library NOT tested: no nvcc on this machine")
-    return Path(found)
-
-
-@pytest.fixture
-def library(nvcc) -> _native.NativeLibrary:
-    """The loaded library. Where there is nvcc, that it is not built is a failure."""
-    loaded = _native.load()
-    assert loaded is not None, _native.status()
-    return loaded
 
 
 @pytest.fixture

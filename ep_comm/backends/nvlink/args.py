@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ep_comm._native import header
-from ep_comm.backends.nvlink.memory import Offsets, PeerMemory
+from ep_comm.backends.nvlink.memory import PeerMemory
 from ep_comm.backends.nvlink.tuning import COMBINE_PUSH_PERCENT
 from ep_comm.config import EPConfig
 
@@ -19,12 +19,17 @@ class KernelArgs(NamedTuple):
 
 
 def kernel_args(
-    config: EPConfig, memory: PeerMemory, offsets: Offsets, scratch: int, wire_bytes: int
+    config: EPConfig,
+    memory: PeerMemory,
+    offsets: header.BufferOffsets,
+    scratch: int,
+    wire_bytes: int,
 ) -> KernelArgs:
-    """Of one buffer.
+    """Return the arguments of one buffer.
 
     Args:
-        memory: Of this rank, cut up by `offsets`.
+        memory: Of this rank.
+        offsets: Where things stand in it.
         scratch: Address of the plan's scratch memory.
         wire_bytes: Where kernels count what they send, see `PeerMemory.peers`.
     """

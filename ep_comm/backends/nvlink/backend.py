@@ -32,7 +32,7 @@ from ep_comm.backends.base import (
 from ep_comm.backends.nvlink import support
 from ep_comm.backends.nvlink.args import kernel_args
 from ep_comm.backends.nvlink.mailbox import Mailbox
-from ep_comm.backends.nvlink.memory import Offsets, PeerMemory
+from ep_comm.backends.nvlink.memory import PeerMemory, buffer_offsets
 from ep_comm.backends.nvlink.routing import (
     FirstDispatch,
     NVLinkRouting,
@@ -85,7 +85,9 @@ class NVLinkBackend:
 
     @classmethod
     def create(cls, group: dist.ProcessGroup, config: EPConfig, meeting: Meeting) -> NVLinkBackend:
-        offsets = Offsets(config, dist.get_world_size(group))
+        native = _native.load()
+        assert native is not None  # or `facts` says so
+        offsets = buffer_offsets(native, config, dist.get_world_size(group))
         return cls(PeerMemory.of_group(group, meeting, offsets, config.timeout_s), config)
 
     def __init__(self, memory: PeerMemory, config: EPConfig) -> None:
@@ -104,7 +106,7 @@ class NVLinkBackend:
         self.recorder = DeviceRecorder(
             self.rank, self.num_ranks, self.device, self._streams.synchronize
         )
-        self.offsets = Offsets(config, self.num_ranks)
+        self.offsets = buffer_offsets(self.native, config, self.num_ranks)
         self._scratch = torch.empty(
             self.native.plan_scratch_bytes(
                 config.max_tokens_per_rank, config.num_experts, self.num_ranks

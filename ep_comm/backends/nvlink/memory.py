@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_comm._native import header
+from ep_comm._native import NativeLibrary, header
 from ep_comm.backends.nvlink.farewell import Farewell
-from ep_comm.backends.nvlink.tuning import MIN_CHUNK_TOKENS
 from ep_comm.config import EPConfig
 from ep_comm.errors import (
     SAME_CALLS,
@@ -29,7 +28,6 @@ from ep_comm.errors import (
 from ep_comm.job.meeting import Meeting, meet
 from ep_comm.telemetry.watch import Wait
 
-_ALIGNMENT = 256
 _PHASES = {
     header.EP_PHASE_CREDIT: "credit",
     header.EP_PHASE_PLAN: "plan",
@@ -46,41 +44,19 @@ _OPS = {header.EP_OP_DISPATCH: "dispatch", header.EP_OP_COMBINE: "combine"}
 _FIELDS = ("num_topk", "hidden", "num_experts", "expert-major layout", "expert_alignment")
 
 
-class Offsets:
-    """Where things are in every rank's symmetric memory; the same on all ranks.
+def buffer_offsets(native: NativeLibrary, config: EPConfig, num_ranks: int) -> header.BufferOffsets:
+    """Return where things stand in the memory of every rank; the same on all ranks.
 
     With R ranks, S = max_tokens_per_rank, rows of B bytes and K = num_topk it is mostly
     2 (R - 1) S B bytes of rows (dispatch and combine), and R S K 8 bytes of routing and weights.
     """
+    row_bytes = config.hidden * config.dtype.itemsize
+    return native.buffer_offsets(config.max_tokens_per_rank, row_bytes, config.num_topk, num_ranks)
 
-    def __init__(self, config: EPConfig, num_ranks: int) -> None:
-        self._end = 0
-        tokens, num_topk = config.max_tokens_per_rank, config.num_topk
-        row_bytes = config.hidden * config.dtype.itemsize
-        slot_bytes = -(-(row_bytes + 16 * -(-num_topk // 4)) // 128) * 128
-        self.max_chunks = -(-tokens // MIN_CHUNK_TOKENS)
-        self.farewells = self._take(4 * num_ranks)
-        self.plan_flags = self._take(4 * num_ranks)
-        self.dispatch_credits = self._take(4 * num_ranks)
-        self.combine_credits = self._take(4 * num_ranks)
-        self.plan_headers = self._take(64 * num_ranks)
-        self.dispatch_flags = self._take(8 * num_ranks * self.max_chunks)
-        self.combine_flags = self._take(4 * num_ranks * self.max_chunks)
-        self.plan_idx = self._take(4 * num_ranks * tokens * num_topk)
-        self.combine_weights = self._take(4 * num_ranks * tokens * num_topk)
-        self.dispatch_slots = self._take((num_ranks - 1) * tokens * slot_bytes)
-        self.combine_rows = self._take((num_ranks - 1) * tokens * row_bytes)
-        self.zeros = self._take(row_bytes)  # never written
-        self.total = self._end
 
-    def farewell_flags(self, memory: Tensor, num_ranks: int) -> Tensor:
-        """[R] int32 in a rank's memory, for its `Farewell`."""
-        return memory[self.farewells :][: 4 * num_ranks].view(torch.int32)
-
-    def _take(self, num_bytes: int) -> int:
-        start = self._end
-        self._end += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-        return start
+def farewell_flags(memory: Tensor, offsets: header.BufferOffsets, num_ranks: int) -> Tensor:
+    """Return the [R] int32 in a rank's memory for its `Farewell`."""
+    return memory[offsets.farewells :][: 4 * num_ranks].view(torch.int32)
 
 
 class PeerMemory:
@@ -98,7 +74,11 @@ class PeerMemory:
 
     @classmethod
     def of_group(
-        cls, group: dist.ProcessGroup, meeting: Meeting, offsets: Offsets, timeout_s: float
+        cls,
+        group: dist.ProcessGroup,
+        meeting: Meeting,
+        offsets: header.BufferOffsets,
+        timeout_s: float,
     ) -> PeerMemory:
         """Memory with these offsets at each rank of a group. Collective, and bounded."""
         rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -106,7 +86,7 @@ class PeerMemory:
         if num_ranks == 1:
             tensor = torch.zeros(offsets.total, dtype=torch.uint8, device=device)
             rendezvous, addresses = None, [tensor.data_ptr()]
-            flags_of = [offsets.farewell_flags(tensor, num_ranks)]
+            flags_of = [farewell_flags(tensor, offsets, num_ranks)]
         else:
             import torch.distributed._symmetric_memory as symmetric_memory
 
@@ -117,8 +97,8 @@ class PeerMemory:
             rendezvous = _mapped(tensor, meeting.name, rank, num_ranks)
             addresses = list(rendezvous.buffer_ptrs)
             flags_of = [
-                offsets.farewell_flags(
-                    rendezvous.get_buffer(r, (offsets.total,), torch.uint8), num_ranks
+                farewell_flags(
+                    rendezvous.get_buffer(r, (offsets.total,), torch.uint8), offsets, num_ranks
                 )
                 for r in range(num_ranks)
             ]
@@ -284,9 +264,9 @@ class PeerMemory:
             return  # given back before
         if self._may_be_written_to:
             with contextlib.suppress(RuntimeError):  # the GPU itself may have failed
-                self._say_farewell()
+                self._say(self._farewell)
             return
-        self._say_farewell()
+        self._say(self._farewell)
         self.check_fault()
         late_ranks = self._farewell.wait(self._timeout_s)
         if late_ranks:
@@ -300,9 +280,10 @@ class PeerMemory:
             return
         self.tensor = self._keep = self._farewell = None
 
-    def _say_farewell(self) -> None:
+    @staticmethod
+    def _say(farewell: Farewell) -> None:
         torch.cuda.synchronize()  # from here on this rank writes to nobody
-        self._farewell.say()
+        farewell.say()
         torch.cuda.synchronize()
 
     def give_up(self) -> None:
@@ -339,6 +320,7 @@ def allocated_by_all(
     for rank, text in enumerate(problems):
         if text is not None:
             raise EPStateError(f"rank {rank} cannot allocate the memory of a buffer: {text}")
+    assert tensor is not None  # else this rank's own problem was among them
     return tensor
 
 
@@ -357,11 +339,11 @@ def _mapped(tensor: Tensor, name: str, rank: int, num_ranks: int) -> Any:
 
     store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
     group = dist.ProcessGroup(store, rank, num_ranks)  # torch itself does not keep it
-    _register_process_group(name, group)
+    _register_process_group(name, group)  # type: ignore[arg-type]  # a newer torch's GroupName
     try:
         return _SymmetricMemory.rendezvous(tensor, name)
     finally:
-        _unregister_process_group(name)
+        _unregister_process_group(name)  # type: ignore[arg-type]
 
 
 def _phase_and_epoch(phase: int, expected: int) -> tuple[str, int]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 
+from ep_comm._native.header import EP_MIN_CHUNK_TOKENS
+
 DISPATCH_CHUNK_BYTES = 48 * 1024
 COMBINE_CHUNK_BYTES = 32 * 1024
 # Of a combine's teams, those that begin with pushing; they sum when nothing is left to push, the
 # others from the start.
 COMBINE_PUSH_PERCENT = 50
-MIN_CHUNK_TOKENS = 4
 MAX_CHUNK_TOKENS = 32
 _MAX_UNIT_ROWS = 32
 _CHUNKS_TIMES_SMS = 96
@@ -39,7 +40,7 @@ def split_plan(num_sms: int, expand_sms: int) -> tuple[int, int]:
 @functools.cache
 def chunk_tokens(chunk_bytes: int, row_bytes: int) -> int:
     """Rows of one flag: about `chunk_bytes`, and the same on every rank."""
-    return max(MIN_CHUNK_TOKENS, min(MAX_CHUNK_TOKENS, chunk_bytes // row_bytes))
+    return max(EP_MIN_CHUNK_TOKENS, min(MAX_CHUNK_TOKENS, chunk_bytes // row_bytes))
 
 
 @functools.cache
