@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeGuard, get_args
 
 import torch
 
@@ -12,19 +12,25 @@ from ep_comm.errors import EPArgumentError
 
 BackendName = Literal["auto", "nvlink", "reference"]
 
-
 _MAX_TIMEOUT_S = 1e8  # three years; of more the nanoseconds of ten do not fit into 64 bits
 
 
-def is_int(value: object) -> bool:
-    """Whether it is an integer, and no bool."""
+def is_int(value: object) -> TypeGuard[int]:
+    """Return whether `value` is an integer, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_timeout(timeout_s: object) -> None:
-    """A bound of waits is a positive number of seconds."""
-    is_number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
-    if not is_number or not 0 < timeout_s <= _MAX_TIMEOUT_S:
+    """Refuse a bound of waits that is no positive number of seconds.
+
+    Raises:
+        EPArgumentError: Names what was passed.
+    """
+    if (
+        not isinstance(timeout_s, (int, float))
+        or isinstance(timeout_s, bool)
+        or not 0 < timeout_s <= _MAX_TIMEOUT_S
+    ):
         raise EPArgumentError(
             f"timeout_s must be a positive number of seconds, at most {_MAX_TIMEOUT_S:g}, got "
             f"{timeout_s!r}"
@@ -78,9 +84,9 @@ class EPConfig:
             )
         if self.dtype not in (torch.bfloat16, torch.float32):
             raise EPArgumentError(f"dtype must be bfloat16 or float32, got {self.dtype!r}")
-        if self.backend not in BackendName.__args__:
+        if self.backend not in get_args(BackendName):
             raise EPArgumentError(
-                f"backend must be one of {', '.join(BackendName.__args__)}, got {self.backend!r}"
+                f"backend must be one of {', '.join(get_args(BackendName))}, got {self.backend!r}"
             )
         check_timeout(self.timeout_s)
 

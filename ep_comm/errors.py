@@ -7,6 +7,7 @@ for callers that know nothing of ep_comm.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -24,7 +25,7 @@ def name_settings(name_of: Callable[[str], str]) -> None:
 
 
 def setting(field: str) -> str:
-    """What the user of this process knows that field of `EPConfig` by."""
+    """Return what the user of this process knows a field of `EPConfig` by."""
     return _name_of_setting(field)
 
 
@@ -33,13 +34,18 @@ class EPError(Exception):
 
 
 class EPArgumentError(EPError, ValueError):
-    """An argument is wrong. Raised before anything is sent or launched, and the buffer stays
-    usable; but see `EPRoutingError`."""
+    """An argument is wrong.
+
+    Raised before anything is sent or launched, and the buffer stays usable; but see
+    `EPRoutingError`.
+    """
 
 
 class EPRoutingError(EPArgumentError):
-    """What a new dispatch is to send where is wrong: no such expert, or one twice, in ``topk_idx``
-    or ``routing_map``; or more tokens, on any rank, than the buffer was made for.
+    """The routing of a new dispatch is wrong.
+
+    ``topk_idx`` or ``routing_map`` names an expert that does not exist, or one twice; or a rank has
+    more tokens than the buffer was made for.
 
     Over NVLink it is found when the routing was sent: the dispatch is complete on the other ranks,
     what was wrong dropped. On the reference backend a rank raises for its own entries before it
@@ -65,15 +71,12 @@ class EPStateError(EPError, RuntimeError):
     """The buffer can no longer be used: it was destroyed, or an earlier operation failed on it."""
 
 
+@dataclass(eq=False, repr=False)
 class _WithFields(EPError):
-    """Dataclasses that reach other processes: by itself pickle knows of ``args`` only."""
+    """Errors with fields, which reach other processes too: by itself pickle keeps ``args`` only."""
 
     def __reduce__(self) -> tuple:
-        return _make, (type(self), asdict(self))
-
-
-def _make(error: type[_WithFields], fields: dict[str, object]) -> _WithFields:
-    return error(**fields)
+        return functools.partial(type(self), **asdict(self)), ()
 
 
 @dataclass(eq=False)
@@ -103,8 +106,9 @@ class EPTooManyTokensError(_WithFields, EPRoutingError):
 
 @dataclass(eq=False)
 class EPOverflowError(_WithFields, RuntimeError):
-    """More rows came than the output of a dispatch with ``num_worst_tokens`` has; the rest was
-    dropped. The buffer stays usable; what was computed from the output is wrong.
+    """More rows came than the output of a dispatch with ``num_worst_tokens`` has.
+
+    The rest was dropped. The buffer stays usable; results computed from the output are wrong.
 
     Attributes:
         num_rows: Rows that the output would have needed, padding included.

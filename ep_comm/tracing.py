@@ -1,4 +1,4 @@
-"""What torch may do with calls instead of making them: trace them, or use results of before.
+"""Guards against torch tracing a call, or using an earlier result, instead of making the call.
 
 Neither may happen to communication, which other ranks take part in.
 """
@@ -9,7 +9,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 
-Method = TypeVar("Method", bound=Callable)
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
 
 _NOTHING = contextlib.nullcontext()
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -29,16 +30,16 @@ _POLICIES_THAT_SAVE = (
 )
 
 
-def untraced(method: Method) -> Method:
+def untraced(method: Callable[Args, Result]) -> Callable[Args, Result]:
     """Have ``torch.compile`` break its graph at `method`, and run it as it is.
 
     ``torch.compiler.disable`` does that, but takes seconds to import what it needs: a process
     that compiles nothing is spared them.
     """
-    disabled = None
+    disabled: Callable[Args, Result] | None = None
 
     @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Args.args, **kwargs: Args.kwargs) -> Result:
         nonlocal disabled
         if "torch._dynamo" not in sys.modules:
             return method(*args, **kwargs)
@@ -46,7 +47,8 @@ def untraced(method: Method) -> Method:
             disabled = torch.compiler.disable(method)
         return disabled(*args, **kwargs)
 
-    call._torchdynamo_disable = True  # as disable() does: no caller is traced into it
+    # As disable() does: no caller is traced into it. (A function takes any attribute.)
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
     return call
 
 
@@ -116,6 +118,8 @@ def check_not_saved(op: Any, *args: Any) -> None:
 
 
 def unseen() -> contextlib.AbstractContextManager:
-    """Hide what happens inside from the modes that torch has: from selective checkpointing, which
-    might leave half of it out when it recomputes."""
+    """Hide what happens inside from the modes that torch has.
+
+    Selective checkpointing is one: it might leave half of it out when it recomputes.
+    """
     return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else _NOTHING

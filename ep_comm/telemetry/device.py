@@ -45,15 +45,17 @@ class DeviceRecorder:
 
     @property
     def wire_bytes_address(self) -> int:
+        """Where kernels add up `wire_bytes`, in device memory."""
         return self._wire_bytes.data_ptr()
 
     @property
     def wire_bytes(self) -> int:
+        """Payload and scale bytes that left this rank so far; waits for the operations."""
         self._synchronize()
         return int(self._wire_bytes)
 
     def start(self, op: str, row_bytes: int) -> int:
-        """Address of the record of the next operation, whose rows have `row_bytes`."""
+        """Return the address of the next operation's record; its rows have `row_bytes`."""
         slot = self.num_operations % RING_LENGTH
         self.num_operations += 1
         self._epochs[op] += 1
@@ -61,11 +63,11 @@ class DeviceRecorder:
         return self._ring.data_ptr() + slot * _RECORD_BYTES
 
     def epoch(self, op: str) -> int:
-        """Number of the last operation of that kind, as far as the host knows: without replays."""
+        """Return the number of the last operation of that kind; the host knows of no replays."""
         return self._epochs[op]
 
     def set_row_bytes(self, row_bytes: int) -> None:
-        """Of the operation that was started last, whose rows were not known yet."""
+        """Set the bytes of a row of the last operation: they were not known when it started."""
         op, place, _ = self._started.pop()
         self._started.append((op, place, row_bytes))
 
@@ -73,6 +75,7 @@ class DeviceRecorder:
         return iter(self.since(0))
 
     def since(self, num_operations: int) -> list[OpRecord]:
+        """Return the records of the operations after the first `num_operations`, oldest first."""
         started = [entry for entry in self._started if entry[1] > num_operations]
         if not started:
             return []

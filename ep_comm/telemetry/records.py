@@ -1,4 +1,4 @@
-"""What each operation moved, how long it took and whom it waited for."""
+"""Records of operations: the bytes that they moved, their time, and the ranks they waited for."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ class Records(Protocol):
     num_operations: int
 
     @property
-    def wire_bytes(self) -> int: ...
+    def wire_bytes(self) -> int:
+        """Payload and scale bytes that left this rank so far."""
 
     def __iter__(self) -> Iterator[OpRecord]: ...
 
     def since(self, num_operations: int) -> list[OpRecord]:
-        """Records of the operations after the first `num_operations`, oldest first."""
+        """Return the records of the operations after the first `num_operations`, oldest first."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,7 @@ class _Span:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._start = self._mark()
-        self._end: float | torch.cuda.Event = self._start
+        self._start = self._end = self._mark()
 
     def _mark(self) -> float | torch.cuda.Event:
         if self._device.type != "cuda":
@@ -104,10 +104,13 @@ class _Span:
 
     @property
     def seconds(self) -> float:
-        if isinstance(self._start, float):
-            return self._end - self._start
-        self._end.synchronize()
-        return self._start.elapsed_time(self._end) / 1e3
+        """Waits for the end where that is on a stream."""
+        if isinstance(self._start, torch.cuda.Event):
+            assert isinstance(self._end, torch.cuda.Event)
+            self._end.synchronize()
+            return self._start.elapsed_time(self._end) / 1e3
+        assert isinstance(self._end, float)
+        return self._end - self._start
 
 
 class Recorder:
@@ -131,6 +134,7 @@ class Recorder:
         return iter(self._ring)
 
     def since(self, num_operations: int) -> list[OpRecord]:
+        """Return the records of the operations after the first `num_operations`, oldest first."""
         return [record for record in self._ring if record.place > num_operations]
 
     def start(self, op: str, device: torch.device) -> OpRecord:
@@ -145,6 +149,7 @@ class Recorder:
 
     def finish(self, record: OpRecord) -> None:
         """Close `record`, once its result is complete or enqueued on the current stream."""
+        assert isinstance(record.span, _Span)  # `start` made it
         record.span.stop()
         self.wire_bytes += record.wire_bytes
         self._ring.append(record)

@@ -31,15 +31,17 @@ class Wait(NamedTuple):
 
 
 class Waiting(Protocol):
-    """What can be watched: a backend."""
+    """A backend, as far as `watch` needs it."""
 
-    def waits(self) -> list[Wait]: ...
+    def waits(self) -> list[Wait]:
+        """Return whom it waits for at this moment, read from host memory."""
 
 
 def watch(backend: Waiting, rank: int, timeout_s: float) -> None:
     """Warn of ranks that `backend` has waited for for 30 s, from now on until it is gone.
 
     Args:
+        backend: Held weakly.
         rank: Of this process, for the text.
         timeout_s: When the backend gives up; where that comes first nothing is to be said.
     """
@@ -111,7 +113,7 @@ _the_watcher: _Watcher | None = None
 
 
 def _watcher() -> _Watcher:
-    """The one of this process, running: a fork has none."""
+    """Return this process's watcher, and start one where none runs, as after a fork."""
     global _the_watcher
     if _the_watcher is None or not _the_watcher.is_alive():
         _the_watcher = _Watcher()
