@@ -15,6 +15,12 @@ TESTS = Path(__file__).parent
 FOLDERS = [TESTS, *sorted({path.parent for path in TESTS.glob("*/test_*.py")})]
 sys.path[:0] = [str(folder) for folder in FOLDERS]
 
+from ids import id_of  # noqa: E402 - needs the path
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str:
+    return id_of(argname, val)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     num_gpus = torch.cuda.device_count()

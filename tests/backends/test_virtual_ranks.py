@@ -75,7 +75,7 @@ def test_small_cases(name):
         check_results(case, results)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES)
 def test_named_cases(case):
     case = on_gpus(case, "nvlink")
     check_results(case, run_virtual_ranks(case.num_ranks, run_on_buffer, case.config(), case))

@@ -189,6 +189,7 @@ SEED2 = losses(0.04)
         (losses(0.03), 4.0, ["relative |Δ| of step 1"]),
         (np.append(losses()[:-1], np.nan), 4.0, ["largest |Δ|", "mean |Δ|"]),
     ],
+    ids=["close", "largest", "mean", "valid", "noisy-valid", "first-step", "nan"],
 )
 def test_deepep_is_judged_by_the_noise(deepep, valid, failing):
     runs = {"alltoall": run_of(losses(), 4.0), "alltoall-seed2": run_of(SEED2, 4.01)}
@@ -240,6 +241,7 @@ def test_offsets_show_which_run_is_the_odd_one():
         (losses(at_the_end=-0.03), 4.01, False),
         (losses(), 4.03, False),
     ],
+    ids=["close", "train", "valid"],
 )
 def test_fp8_is_judged_by_the_final_losses_without_it(train, valid, passed):
     runs = {"alltoall": run_of(losses(1.0), 5.0), "deepep": run_of(losses(), 4.0)}
@@ -501,9 +503,12 @@ def test_a_failing_run_ends_with_code_1_and_its_own_words(config):
         (["--run-dir", "x"], ["--run-dir", "use --out"]),
         (["--moe-token-dispatcher=deepep"], ["--moe-token-dispatcher", "use --variants"]),
         (["--no-ep-fp8-grad-dispatch"], ["--no-ep-fp8-grad-dispatch", "use --variants"]),
-        (["--out", sys.executable], [f"--out {sys.executable} cannot be used: File exists"]),
+        pytest.param(
+            ["--out", sys.executable],
+            [f"--out {sys.executable} cannot be used: File exists"],
+            id="out",
+        ),
     ],
-    ids=lambda value: " ".join(value[:2]),
 )
 def test_refusals(config, flags, words):
     result = compare(config, *flags)

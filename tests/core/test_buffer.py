@@ -237,7 +237,7 @@ def check_wire_bytes(case, topk_idx, rank, got) -> None:
         assert got["combine_wire_bytes"][dst] == returned
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES)
 def test_named_cases(case):
     check_case(case)
 
@@ -251,14 +251,14 @@ def on_gpus(case: Case, backend: str) -> Case:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["reference", "nvlink"])
-@pytest.mark.parametrize("case", CASES[:1], ids=str)
+@pytest.mark.parametrize("case", CASES[:1])
 def test_named_cases_on_one_gpu(case, backend):
     check_case(on_gpus(case, backend))
 
 
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("backend", ["reference", "nvlink"])
-@pytest.mark.parametrize("case", CASES[1:], ids=str)
+@pytest.mark.parametrize("case", CASES[1:])
 def test_named_cases_on_gpus(case, backend):
     if case.num_ranks > torch.cuda.device_count():
         pytest.skip(f"needs {case.num_ranks} GPUs, this machine has {torch.cuda.device_count()}")

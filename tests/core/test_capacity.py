@@ -108,12 +108,12 @@ def on_gpu(case: Case) -> Case:
     return Case(**{**vars(case), "device": "cuda", "backend": "nvlink"})
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES)
 def test_room_for_all(case):
     run_ranks(case.num_ranks, exact_and_roomy, case)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES)
 def test_overflow_is_said_once(case):
     run_ranks(case.num_ranks, too_small, case)
 
@@ -123,14 +123,14 @@ def on_buffer(rank: int, buffer: Buffer, function, case: Case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES)
 def test_room_for_all_on_a_gpu(case):
     case = on_gpu(case)
     run_virtual_ranks(case.num_ranks, on_buffer, case.config(), exact_and_roomy, case)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES)
 def test_overflow_on_a_gpu_is_as_on_cpu(case):
     expected = run_ranks(case.num_ranks, too_small, case)
     gpu = on_gpu(case)

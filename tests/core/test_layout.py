@@ -297,7 +297,7 @@ def assert_same_on_gpu(inputs: dict[str, torch.Tensor], **sizes: int) -> None:
 class TestKernels:
     pytestmark = needs_gpu
 
-    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("drop", [0.0, 0.3, 1.0])
     def test_equal_reference(self, shape, drop, poisoned_kernels):
         _, num_topk, num_experts, num_ranks = shape
@@ -308,7 +308,7 @@ class TestKernels:
         routing_map = map_of(topk_idx, num_experts)
         assert_same_on_gpu({"routing_map": routing_map}, num_topk=num_topk, **sizes)
 
-    @pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] > 0], ids=str)
+    @pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] > 0])
     def test_report_first_bad_entry_of_topk(self, shape, poisoned_kernels):
         num_tokens, num_topk, num_experts, num_ranks = shape
         rng = random.Random(num_tokens)
@@ -326,7 +326,7 @@ class TestKernels:
                     {"topk_idx": topk_idx}, num_experts=num_experts, num_ranks=num_ranks
                 )
 
-    @pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] > 0 and s[2] > s[1]], ids=str)
+    @pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] > 0 and s[2] > s[1]])
     def test_report_first_bad_row_of_map(self, shape, poisoned_kernels):
         num_tokens, num_topk, num_experts, num_ranks = shape
         rng = random.Random(num_tokens)

@@ -148,10 +148,8 @@ def only_one_rank_uses_the_rows(rank: int, dtype: torch.dtype, recv_dtype: torch
     assert probs.grad[topk >= 0].all() and not probs.grad[topk < 0].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(
-    "recv_dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn], ids=str
-)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("recv_dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
 def test_gradients_of_rows_sent_in_fp8_fit_the_buffer_and_each_other(dtype, recv_dtype):
     run_ranks(2, only_one_rank_uses_the_rows, dtype, recv_dtype)
 

@@ -26,7 +26,6 @@ time.sleep(100)
 @pytest.mark.parametrize(
     ("having", "has_group"),
     [((0, 1, 2), True), ((0,), True), ((2,), True), ((1, 2), True), ((0, 1), False), ((2,), False)],
-    ids=str,
 )
 def test_one_line_whoever_has_the_error(having, has_group, tmp_path):
     script = tmp_path / "script.py"

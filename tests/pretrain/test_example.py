@@ -164,7 +164,9 @@ def killed_while_it_saved(checkpoints: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "flags", [DISTRIBUTED, GATHERING, ("deepep", "--bf16", "--ep-overlap-wgrad")], ids=" ".join
+    "flags",
+    [DISTRIBUTED, GATHERING, ("deepep", "--bf16", "--ep-overlap-wgrad")],
+    ids=["distributed", "gathering", "wgrad"],
 )
 def test_resumed_run_repeats_the_uninterrupted_one(checkpointed, tmp_path, flags):
     whole = checkpointed(*flags)
@@ -252,7 +254,7 @@ def test_resumed_on_one_process(checkpointed, tmp_path, optimizer):
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("there", [(1, 1), (2, 2), (4, 2)], ids="{0[0]} processes EP {0[1]}".format)
+@pytest.mark.parametrize("there", [(1, 1), (2, 2), (4, 2)], ids="{0[0]}-processes-ep{0[1]}".format)
 def test_resumed_with_any_other_ranks(tmp_path, optimizer, there):
     """A checkpoint of any number of processes goes on with any other, and expert-parallel size."""
     flags, tolerance = OPTIMIZERS[optimizer]

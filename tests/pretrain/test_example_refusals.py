@@ -79,7 +79,6 @@ MEGATRONS_OVERLAP = "--overlap-dispatch-backward-with-experts-wgrad"
             ["moe_router_padding_for_fp8", "--no-moe-router-fusion"],
         ),
     ],
-    ids=lambda value: " ".join(value[:2]),
 )
 def test_bad_flags(flags, words):
     with pytest.raises(UserError) as error:
