@@ -6,7 +6,8 @@ library; where nvcc is found, a failure of it fails the install.
 
 Environment:
     CUDA_HOME: CUDA toolkit to use; otherwise nvcc from PATH, then /usr/local/cuda.
-    EP_COMM_CUDA_ARCHS: architectures to compile for, comma-separated; default "90a,100a".
+    EP_COMM_CUDA_ARCHS: architectures to compile for, comma-separated; default "90a,100a". Those
+        that nvcc does not know are left out with a warning; that none is left is an error.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
+
+log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_CUDA_ARCHS = "90a,100a"  # Hopper, Blackwell
@@ -44,7 +47,7 @@ ep_comm: nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda).
 
 
 def find_nvcc() -> str | None:
-    """Path of nvcc, or None. Looks in CUDA_HOME, then PATH, then /usr/local/cuda."""
+    """Return the path of nvcc, or None. Looks in CUDA_HOME, then PATH, then /usr/local/cuda."""
 
     def in_home(home: str) -> str | None:
         return shutil.which("nvcc", path=os.path.join(home, "bin"))
@@ -53,8 +56,8 @@ def find_nvcc() -> str | None:
     return (cuda_home and in_home(cuda_home)) or shutil.which("nvcc") or in_home(DEFAULT_CUDA_HOME)
 
 
-def cuda_archs() -> list[str]:
-    """Architectures to compile for, such as ``["90a", "100a"]``."""
+def wanted_archs() -> list[str]:
+    """Return the architectures to compile for, such as ``["90a", "100a"]``."""
     text = os.environ.get("EP_COMM_CUDA_ARCHS", DEFAULT_CUDA_ARCHS)
     archs = [arch.strip() for arch in text.split(",")]
     for arch in archs:
@@ -66,11 +69,40 @@ def cuda_archs() -> list[str]:
     return archs
 
 
+def known_archs(nvcc: str, archs: list[str]) -> list[str]:
+    """Return those of `archs` that `nvcc` knows, and warn of the others."""
+    unknown = [arch for arch in archs if not knows(nvcc, arch)]
+    known = [arch for arch in archs if arch not in unknown]
+    if not known:
+        raise CompileError(
+            f"{nvcc} knows none of the architectures {', '.join(archs)}: install a newer CUDA "
+            "toolkit, or name others in EP_COMM_CUDA_ARCHS."
+        )
+    for arch in unknown:
+        log.warning(
+            f"ep_comm: {nvcc} does not know sm_{arch}: the CUDA library is built without it, and "
+            "such GPUs get the reference backend."
+        )
+    return known
+
+
+def knows(nvcc: str, arch: str) -> bool:
+    """Ask nvcc without compiling: its lists (--list-gpu-arch) leave out names such as sm_90a."""
+    command = [nvcc, gencode(arch), "--dryrun", "-cubin", LIBRARY.sources[0]]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return "unsupported gpu architecture" not in result.stderr.lower()
+
+
+def gencode(arch: str) -> str:
+    """Return the flag that compiles for `arch`."""
+    return f"-gencode=arch=compute_{arch},code=sm_{arch}"
+
+
 def nvcc_command(nvcc: str, archs: list[str], output: Path) -> list[str]:
-    """Command that compiles and links all of csrc into one shared library."""
+    """Return the command that compiles and links all of csrc into one shared library."""
     return [
         nvcc,
-        *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs),
+        *map(gencode, archs),
         f"-DEP_CUDA_ARCHS={'+'.join(archs)}",
         f"-DEP_HEADER_DIGEST={hashlib.sha256(HEADER.read_bytes()).hexdigest()}",
         "-Icsrc",
@@ -91,7 +123,7 @@ def nvcc_command(nvcc: str, archs: list[str], output: Path) -> list[str]:
 
 
 def is_current(output: Path, archs: list[str]) -> bool:
-    """Whether `output` is newer than all it is made of, and holds code for just `archs`."""
+    """Return whether `output` is newer than all it is made of, and holds code for just `archs`."""
     inputs = [ROOT / path for path in [*LIBRARY.sources, *LIBRARY.depends, "setup.py"]]
     if not output.exists() or output.stat().st_mtime < max(p.stat().st_mtime for p in inputs):
         return False
@@ -105,7 +137,7 @@ class BuildNative(build_ext):
     def run(self) -> None:
         self.nvcc = find_nvcc()
         if self.nvcc is None:
-            logging.getLogger(__name__).warning(NOT_BUILT)
+            log.warning(NOT_BUILT)
             # An earlier build's library would end up in a wheel that is tagged as having none.
             Path(self.build_lib, self.get_ext_filename(LIBRARY.name)).unlink(missing_ok=True)
             self.extensions = []  # so that nobody looks for the file
@@ -114,18 +146,17 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        archs = cuda_archs()
+        archs = known_archs(self.nvcc, wanted_archs())
         if is_current(output, archs) and not self.force:
             return
         output.parent.mkdir(parents=True, exist_ok=True)
         command = nvcc_command(self.nvcc, archs, output)
-        logging.getLogger(__name__).info(" ".join(command))
+        log.info(" ".join(command))
         result = subprocess.run(command, cwd=ROOT)
         if result.returncode != 0:
             raise CompileError(
                 f"{self.nvcc} failed with status {result.returncode}; its messages are above. "
-                "If it does not know an architecture, name fewer in EP_COMM_CUDA_ARCHS "
-                f"(now {','.join(archs)})."
+                f"EP_COMM_CUDA_ARCHS chooses the architectures (now {','.join(archs)})."
             )
 
     def get_ext_filename(self, fullname: str) -> str:

@@ -273,6 +273,7 @@ def test_failing_nvcc_fails_the_build(setup_module, monkeypatch, tmp_path):
 def test_compiles_only_what_is_out_of_date(setup_module, monkeypatch, tmp_path):
     # Leaves a line in `calls`, and in its output what csrc/abi.cu would leave there.
     script = """
+    case "$*" in *--dryrun*) exit 0 ;; esac
     echo called >> "$CUDA_HOME/calls"
     while [ $# -gt 0 ]; do
         case $1 in -DEP_CUDA_ARCHS=*) archs=${1#-D} ;; -o) printf '%s\\0' "$archs" > "$2" ;; esac
