@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 import warnings
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
@@ -20,7 +22,8 @@ from ep_comm._native import header
 from ep_comm._native.header import EP_ERR_ARGUMENT, EP_OK
 from ep_comm.errors import EPArgumentError, EPStateError
 
-LIBRARY_PATH = Path(__file__).with_name("libep_comm.so")
+PACKAGE = Path(__file__).resolve().parents[1]
+LIBRARY_PATH = PACKAGE / "_native" / "libep_comm.so"
 
 _MAILBOX_ARRIVED = 1
 _MAILBOX_CUDA_ERROR = 3
@@ -46,10 +49,7 @@ class NativeLibrary:
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
-            raise _UnusableLibrary(
-                f"{path} was not built (no nvcc at install time); the reference backend is what is "
-                "left. To build it, reinstall ep_comm where nvcc is on PATH or CUDA_HOME is set."
-            )
+            raise _UnusableLibrary(_why_there_is_none(path))
         try:
             dll = ctypes.CDLL(str(path))
         except OSError as error:
@@ -163,13 +163,31 @@ class NativeLibrary:
         return answer == _MAILBOX_ARRIVED
 
 
+def _why_there_is_none(path: Path) -> str:
+    tree = PACKAGE.parent
+    other_folders = [folder for folder in sys.path if Path(folder).resolve() != tree]
+    hidden = PathFinder.find_spec(PACKAGE.name, other_folders)
+    if hidden and hidden.origin:
+        package = Path(hidden.origin).parent
+        if (package / "_native" / path.name).exists():
+            return (
+                f"{path} was not built: this is the source tree in {tree}; the installed package "
+                f"is in {package}. Run from elsewhere, or pip install -e {tree}."
+            )
+    return (
+        f"{path} was not built (no nvcc at install time); the reference backend is what is "
+        "left. To build it, reinstall ep_comm where nvcc is on PATH or CUDA_HOME is set."
+    )
+
+
 @functools.cache
 def _load() -> tuple[NativeLibrary | None, str]:
     try:
         library = NativeLibrary(LIBRARY_PATH)
     except _UnusableLibrary as error:
-        if LIBRARY_PATH.exists():
-            # Built, yet unusable: not what the user expects, so do not fall back in silence.
+        if LIBRARY_PATH.exists() or torch.cuda.is_available():
+            # Not what the user expects, so do not fall back in silence. Where nothing was built and
+            # there is no GPU, nothing is lost.
             warnings.warn(f"ep_comm runs without its CUDA library: {error}", stacklevel=3)
         return None, str(error)
     return library, f"{library.path} ({library.arch_names})"

@@ -171,6 +171,7 @@ def test_reports_cuda_failures(library):
 
 
 def test_missing_library_is_no_surprise(monkeypatch, fresh_loader, tmp_path, recwarn):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(_native, "LIBRARY_PATH", tmp_path / "libep_comm.so")
     assert _native.load() is None
     assert "was not built" in _native.status() and "reference backend" in _native.status()
