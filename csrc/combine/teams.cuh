@@ -11,13 +11,12 @@
 // They meet once a list, at the team's barrier.
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
 #include "common/ptx.cuh"
+#include "common/vectors.cuh"
 #include "common/warp.cuh"
 
 namespace ep {
@@ -32,54 +31,16 @@ constexpr int kMaxTeamShared = 226 * 1024;
 
 // 16 bytes of a row as FP32 numbers.
 template <typename T>
-struct Vector;
-
-template <>
-struct Vector<__nv_bfloat16> {
-  float value[8];
-  __device__ void assign(const uint4& bits) { unpack(bits, value); }
+struct Vector {
+  float value[kPerVector<T>];
+  __device__ void assign(const uint4& bits) { unpack<T>(bits, value); }
   __device__ void add(const uint4& bits) {
-    float other[8];
-    unpack(bits, other);
+    float other[kPerVector<T>];
+    unpack<T>(bits, other);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) value[i] += other[i];
+    for (int i = 0; i < kPerVector<T>; ++i) value[i] += other[i];
   }
-  __device__ uint4 rounded() const {
-    uint4 bits;
-    auto* const pairs = reinterpret_cast<__nv_bfloat162*>(&bits);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(value[2 * i], value[2 * i + 1]);
-    return bits;
-  }
-  __device__ static void unpack(const uint4& bits, float* out) {
-    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      out[2 * i] = __uint_as_float(words[i] << 16);
-      out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-    }
-  }
-};
-
-template <>
-struct Vector<float> {
-  float value[4];
-  __device__ void assign(const uint4& bits) {
-    value[0] = __uint_as_float(bits.x);
-    value[1] = __uint_as_float(bits.y);
-    value[2] = __uint_as_float(bits.z);
-    value[3] = __uint_as_float(bits.w);
-  }
-  __device__ void add(const uint4& bits) {
-    value[0] += __uint_as_float(bits.x);
-    value[1] += __uint_as_float(bits.y);
-    value[2] += __uint_as_float(bits.z);
-    value[3] += __uint_as_float(bits.w);
-  }
-  __device__ uint4 rounded() const {
-    return make_uint4(__float_as_uint(value[0]), __float_as_uint(value[1]),
-                      __float_as_uint(value[2]), __float_as_uint(value[3]));
-  }
+  __device__ uint4 rounded() const { return pack<T>(value); }
 };
 
 // A sum of a column's vectors.

@@ -4,9 +4,7 @@
 // are converted once, into shared memory, and copied from there.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp8.h>
-
+#include "common/vectors.cuh"
 #include "dispatch/slots.cuh"
 #include "routing/entries.cuh"
 
@@ -89,30 +87,22 @@ __device__ inline void copy_entries(const ep_dispatch_args& args, int32_t warp, 
   for (int64_t i = warp * kWarpSize + lane_id(); i < num_vectors; i += step) to[i] = from[i];
 }
 
-__device__ inline float2 fp8x2_to_float2(uint16_t pair) {
-  const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3);
-  return __half22float2(__half2(raw));
-}
-
 // The row in `stage` times its scales, into shared memory: one product and one rounding an element.
 template <typename Out>
 __device__ inline void convert(const ep_dispatch_args& args, const uint8_t* stage, Out* out) {
-  constexpr int kElements = 16 / sizeof(Out);  // of one 16-byte store
+  constexpr int kElements = kPerVector<Out>;
   const auto* const scales = reinterpret_cast<const float*>(stage + args.row_bytes);
   for (int32_t i = lane_id(); i < args.row_bytes / kElements; i += kWarpSize) {
-    const float scale = scales[i * kElements / 128];
-    union {
-      uint4 bits;
-      Out values[kElements];
-    } packed;
+    const float scale = scales[i * kElements / kScaleBlock];
+    float values[kElements];
     const auto* const pairs = reinterpret_cast<const uint16_t*>(stage) + i * kElements / 2;
 #pragma unroll
     for (int j = 0; j < kElements / 2; ++j) {
-      const float2 pair = fp8x2_to_float2(pairs[j]);
-      packed.values[2 * j] = static_cast<Out>(pair.x * scale);
-      packed.values[2 * j + 1] = static_cast<Out>(pair.y * scale);
+      const float2 pair = unpack_fp8_pair(pairs[j]);
+      values[2 * j] = pair.x * scale;
+      values[2 * j + 1] = pair.y * scale;
     }
-    reinterpret_cast<uint4*>(out)[i] = packed.bits;
+    reinterpret_cast<uint4*>(out)[i] = pack<Out>(values);
   }
 }
 

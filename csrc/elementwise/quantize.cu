@@ -1,36 +1,26 @@
 // Quantisation to FP8 E4M3 in blocks of 128 with power-of-two scales: Transformer Engine's bits.
 
-#include <cuda_bf16.h>
-#include <cuda_fp8.h>
 #include <algorithm>
 
 #include "common/launch.cuh"
+#include "common/vectors.cuh"
 #include "ep_comm.h"
 
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlockElements = 128;
-constexpr int kLanes = 16;                         // of one block of elements
-constexpr int kPerLane = kBlockElements / kLanes;  // 8: one 8-byte store
+constexpr int kLanes = 16;                          // of one block of elements
+constexpr int kPerLane = ep::kScaleBlock / kLanes;  // 8: one 8-byte store
 constexpr float kFp8Max = 448.0f;
 constexpr uint32_t kExponentBits = 0x7f800000u;
 constexpr uint32_t kTwoPow127Bits = 0x7f000000u;
 
-__device__ inline void load(const __nv_bfloat16* x, float* out) {
-  const uint4 bits = *reinterpret_cast<const uint4*>(x);
-  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+template <typename T>
+__device__ inline void load(const T* x, float* out) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    out[2 * i] = __uint_as_float(words[i] << 16);
-    out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+  for (int v = 0; v < kPerLane / ep::kPerVector<T>; ++v) {
+    ep::unpack<T>(reinterpret_cast<const uint4*>(x)[v], out + v * ep::kPerVector<T>);
   }
-}
-
-__device__ inline void load(const float* x, float* out) {
-  const float4 a = reinterpret_cast<const float4*>(x)[0], b = reinterpret_cast<const float4*>(x)[1];
-  out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
-  out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
 }
 
 // min(2^floor(log2(448 / amax)), 2^127); 1 where amax is 0 or infinite.
@@ -63,12 +53,11 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const ep_quantize_ar
     const float scale = power_of_two_scale(amax);
     union {
       uint2 bits;
-      __nv_fp8x2_storage_t pairs[kPerLane / 2];
+      uint16_t pairs[kPerLane / 2];
     } packed;
 #pragma unroll
     for (int j = 0; j < kPerLane / 2; ++j) {
-      packed.pairs[j] = __nv_cvt_float2_to_fp8x2(
-          make_float2(values[2 * j] * scale, values[2 * j + 1] * scale), __NV_SATFINITE, __NV_E4M3);
+      packed.pairs[j] = ep::pack_fp8_pair(values[2 * j] * scale, values[2 * j + 1] * scale);
     }
     if (!inside) continue;
     reinterpret_cast<uint2*>(args.data)[i] = packed.bits;
