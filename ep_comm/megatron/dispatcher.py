@@ -73,7 +73,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         during_backward: Run while the backward combine is in flight (delayed weight gradients), or
             at the end of a backward pass that has none: nothing before the experts is trainable.
 
-    The configuration is one that `ep_comm.megatron.options.check_supported` accepts.
+    The configuration is one that `ep_comm.megatron.support.check_supported` accepts.
     """
 
     def __init__(

@@ -14,11 +14,10 @@ from packaging.version import Version
 from ep_comm import fp8
 from ep_comm.backends.nvlink import support as nvlink_support
 from ep_comm.errors import EPUnsupportedError
+from ep_comm.megatron.options import EPOptions
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from ep_comm.megatron.options import EPOptions
 
 # The only recipe whose GEMMs see the same values with and without FP8 on the wire.
 EXACT_RECIPE = "blockwise"

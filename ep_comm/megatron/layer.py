@@ -26,7 +26,8 @@ from torch import nn
 
 from ep_comm.errors import EPArgumentError, EPStateError, EPUnsupportedError, name_settings
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
-from ep_comm.megatron.options import EPOptions, check_one_node, check_supported
+from ep_comm.megatron.options import EPOptions
+from ep_comm.megatron.support import check_one_node, check_supported
 from ep_comm.megatron.wgrad import delay_weight_gradients, with_delayed_wgrad
 
 _installed: EPOptions | None = None

@@ -1,56 +1,106 @@
-"""Settings of the Megatron integration, and what it refuses by name."""
+"""The settings of the dispatcher: one definition for own loops, flags, configurations and docs.
+
+A setting is a field of `EPOptions`. Its flag and its help stand with it, and `OPTIONS` hands them
+to whoever needs them: the launcher's parser, the example's configuration, docs/megatron.md.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+import dataclasses
+import typing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
-import torch
-
-from ep_comm._native.header import EP_MAX_EXPERTS, EP_MAX_TOPK
-from ep_comm.checks import ROW_DTYPES, check_alignment, check_num_sms
+from ep_comm.checks import check_alignment, check_num_sms
 from ep_comm.config import check_timeout, is_int
-from ep_comm.errors import EPArgumentError, EPUnsupportedError
-from ep_comm.megatron.fp8_support import check_fp8, check_transformer_engine
+from ep_comm.errors import EPArgumentError
 
-if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
+
+def option(
+    default: Any, *, flag: str, help: str, unset: str = "", metavar: str | None = None
+) -> Any:
+    """Return a field of `EPOptions`.
+
+    Args:
+        default: The value without the flag.
+        flag: Its flag, such as ``"--ep-num-sms"``.
+        help: One or more sentences, for readers of ``--help`` and of docs/megatron.md.
+        unset: What a default of None stands for.
+        metavar: The flag's value in the help; None for a switch.
+    """
+    metadata = {"flag": flag, "help": help, "unset": unset, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EPOptions:
     """Settings of our dispatcher; everything else comes from the `TransformerConfig`.
 
-    Attributes:
-        fp8_dispatch: Activations travel to the experts as FP8 E4M3 in 1x128 blocks. The experts'
-            outputs, and the gradients behind them, travel in the activations' own type.
-        fp8_grad_dispatch: The gradients of the experts' outputs, which the backward of combine
-            dispatches, travel as FP8 E4M3 in 1x128 blocks. Independent of `fp8_dispatch`.
-        overlap_wgrad: Compute the routed experts' weight gradients while the backward combine is
-            in flight. Needs ``DistributedDataParallelConfig(delay_wgrad_compute=True)``, which
-            `install` sets itself.
-        expert_alignment: Rows of each expert's group are padded to a multiple of this; None
-            takes what Megatron's quantisation needs, and 1, no padding, without quantisation.
-        max_tokens_per_rank: Most tokens of one micro-batch on one rank. None takes the first
-            micro-batch's, over all ranks, and makes a larger buffer when a larger one comes; the
-            smaller one is kept until `destroy_buffers`.
-        num_sms: SMs that each operation's kernels may occupy; None is all of the GPU's, and 24 of
-            a combine beside weight gradients. No effect with the reference backend.
-        timeout_s: Bound of every wait for another rank, in seconds; None takes half of the process
-            group's own timeout, at most five minutes.
+    ``python -m ep_comm.megatron.launch --help`` prints what each field does, under the name of its
+    flag: `timeout_s` is ``--ep-timeout``. A field that is None is left to us.
+
+    Raises:
+        EPArgumentError: A value has the wrong type, or is out of range.
     """
 
-    fp8_dispatch: bool = False
-    fp8_grad_dispatch: bool = False
-    overlap_wgrad: bool = False
-    expert_alignment: int | None = None
-    max_tokens_per_rank: int | None = None
-    num_sms: int | None = None
-    timeout_s: float | None = None
+    fp8_dispatch: bool = option(
+        False,
+        flag="--ep-fp8-dispatch",
+        help="Activations travel to the experts as FP8 E4M3 in blocks of 128. The experts' "
+        "outputs, and the gradients of their inputs, keep the type of the activations. The hidden "
+        "size must be a multiple of 128, on GPUs of 512.",
+    )
+    fp8_grad_dispatch: bool = option(
+        False,
+        flag="--ep-fp8-grad-dispatch",
+        help="Gradients of the experts' outputs, which the backward of combine sends to the "
+        "experts, travel as FP8 E4M3 in blocks of 128. Independent of --ep-fp8-dispatch.",
+    )
+    overlap_wgrad: bool = option(
+        False,
+        flag="--ep-overlap-wgrad",
+        help="Compute the routed experts' weight gradients while the backward combine is in "
+        "flight. Megatron's own linear layers need --no-gradient-accumulation-fusion with it.",
+    )
+    num_sms: int | None = option(
+        None,
+        flag="--ep-num-sms",
+        metavar="N",
+        help="SMs that each dispatch and combine may occupy, at least 2. No effect with the "
+        "reference backend.",
+        unset="all, and 24 for a combine beside which weight gradients are computed",
+    )
+    timeout_s: float | None = option(
+        None,
+        flag="--ep-timeout",
+        metavar="SECONDS",
+        help="Bound of every wait for another rank, after which the late one is named.",
+        unset="half of the process group's own timeout, at most 300",
+    )
+    expert_alignment: int | None = option(
+        None,
+        flag="--ep-expert-alignment",
+        metavar="ROWS",
+        help="The rows of each expert are padded to a multiple of this.",
+        unset="what Megatron's quantisation needs, else no padding",
+    )
+    max_tokens_per_rank: int | None = option(
+        None,
+        flag="--ep-max-tokens-per-rank",
+        metavar="N",
+        help="Most tokens of one micro-batch on one rank. More of them are an error. A rank holds "
+        "about 2 (EP - 1) N x hidden x bytes of an element, once for all layers.",
+        unset="by the sizes of batch, sequence and parallel groups where they are known; else the "
+        "first micro-batch's, and a longer one makes a larger buffer",
+    )
 
     def __post_init__(self) -> None:
+        for each in OPTIONS:
+            if each.value_type is bool and not isinstance(getattr(self, each.name), bool):
+                raise EPArgumentError(
+                    f"{each.name} must be a bool, got {getattr(self, each.name)!r}"
+                )
+        check_num_sms(self.num_sms)
         if self.timeout_s is not None:
             check_timeout(self.timeout_s)
         if self.expert_alignment is not None:
@@ -58,121 +108,54 @@ class EPOptions:
         tokens = self.max_tokens_per_rank
         if tokens is not None and (not is_int(tokens) or tokens < 1):
             raise EPArgumentError(f"max_tokens_per_rank must be a positive integer, got {tokens!r}")
-        for name in ("fp8_dispatch", "fp8_grad_dispatch", "overlap_wgrad"):
-            if not isinstance(getattr(self, name), bool):
-                raise EPArgumentError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        check_num_sms(self.num_sms)
 
 
-def check_supported(config: TransformerConfig, options: EPOptions) -> None:
-    """Raise for what this version cannot do, before anything is built.
+class Option(NamedTuple):
+    """A field of `EPOptions`, as parsers, configurations and tables need it.
 
-    Raises:
-        EPUnsupportedError: A Megatron feature that does not work with this dispatcher yet.
-        EPArgumentError: A setting that contradicts another one.
+    Attributes:
+        name: The field.
+        flag: Such as ``"--ep-num-sms"``.
+        key: The flag's name in parsed arguments and configurations, such as ``"ep_num_sms"``.
+        value_type: bool, int or float. Where the default is None, so may the value be.
+        default: The value without the flag.
+        help: What it does.
+        unset: What a default of None stands for; else empty.
+        metavar: The flag's value in the help; None for a switch.
     """
-    for flag, value, why in _refused(config):
-        if value:
-            raise EPUnsupportedError(
-                f"--moe-token-dispatcher deepep does not support {flag} yet{why}"
-            )
-    if config.moe_token_dispatcher_type != "alltoall":
-        raise EPArgumentError(
-            "set moe_token_dispatcher_type='alltoall' in the TransformerConfig (Megatron "
-            "validates other features against it, and ep_comm then replaces the dispatcher); "
-            f"got {config.moe_token_dispatcher_type!r}"
+
+    name: str
+    flag: str
+    key: str
+    value_type: type
+    default: Any
+    help: str
+    unset: str
+    metavar: str | None
+
+    @property
+    def full_help(self) -> str:
+        """`help`, with what leaving the flag out means."""
+        return f"{self.help} Default: {self.unset}." if self.unset else self.help
+
+
+def _options() -> tuple[Option, ...]:
+    types = typing.get_type_hints(EPOptions)
+    return tuple(
+        Option(
+            name=field.name,
+            key=field.metadata["flag"].removeprefix("--").replace("-", "_"),
+            value_type=next(iter(typing.get_args(types[field.name])), types[field.name]),
+            default=field.default,
+            **field.metadata,
         )
-    check_fp8(config, options)
-    check_transformer_engine(config, options)
+        for field in dataclasses.fields(EPOptions)
+    )
 
 
-def check_one_node(ranks: Sequence[int]) -> None:
-    """Raise where the GPUs that share a layer's experts are not on one node.
-
-    `ranks` are the global ranks of the group.
-    Nodes are known from LOCAL_WORLD_SIZE, which torchrun and our launcher set; without it nothing
-    is checked, and the start-up line names the reference backend. On CPU that one works anywhere.
-
-    Raises:
-        EPUnsupportedError: Names the flag.
-    """
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
-    if not ranks_per_node or not torch.cuda.is_available():
-        return
-    num_nodes = len({rank // ranks_per_node for rank in ranks})
-    if num_nodes > 1:
-        raise EPUnsupportedError(
-            f"--expert-model-parallel-size is too large: the {len(ranks)} ranks that share a "
-            f"layer's experts would span {num_nodes} nodes of {ranks_per_node} ranks, and ep_comm "
-            "does not work between nodes yet"
-        )
+OPTIONS = _options()
 
 
-def _refused(config: TransformerConfig) -> list[tuple[str, object, str]]:
-    """(flag, whether it is set, reason). docs/megatron.md lists the same."""
-    shards = config.expert_tensor_parallel_size or 1
-    sharded = f" with --expert-tensor-parallel-size {shards}" if shards > 1 else ""
-    limit = ": their product is at most" if shards > 1 else ": at most"
-    graphed = _graphed_modules(config)
-    types = ": tokens travel as BF16 or FP32, so take --bf16"
-    return [
-        ("--fp16", config.fp16, types),
-        (f"params_dtype={config.params_dtype}", config.params_dtype not in ROW_DTYPES, types),
-        (
-            f"autocast_dtype={config.autocast_dtype}",
-            config.enable_autocast and config.autocast_dtype not in ROW_DTYPES,
-            types,
-        ),
-        *(
-            (f"{flag} {value}{sharded}", value * shards > maximum, f"{limit} {maximum}")
-            for flag, value, maximum in (
-                ("--moe-router-topk", config.moe_router_topk, EP_MAX_TOPK),
-                ("--num-experts", config.num_moe_experts, EP_MAX_EXPERTS),
-            )
-        ),
-        (
-            "--moe-pad-expert-input-to-capacity",
-            config.moe_pad_expert_input_to_capacity,
-            ": dropless routing and dropping without padding work",
-        ),
-        (
-            "--overlap-moe-expert-parallel-comm (the 1F1B overlap)",
-            getattr(config, "overlap_moe_expert_parallel_comm", False),
-            ": EPOptions(overlap_wgrad=True) hides the backward combine without it",
-        ),
-        (
-            "--overlap-dispatch-backward-with-experts-wgrad",
-            getattr(config, "overlap_dispatch_backward_with_experts_wgrad", False),
-            ": use EPOptions(overlap_wgrad=True) instead",
-        ),
-        (
-            "--delay-wgrad-compute for the whole model",
-            config.delay_wgrad_compute,
-            ": EPOptions(overlap_wgrad=True) delays the routed experts' alone",
-        ),
-        (
-            "CUDA graphs over the MoE layer",
-            graphed is not None and (not graphed or graphed & {"full_iteration", "moe"}),
-            ": token counts are host values; 'attn', 'mlp' and 'moe_router' are left to Megatron",
-        ),
-        (
-            "CUDA graphs of 'moe_preprocess'",
-            graphed is not None and "moe_preprocess" in graphed,
-            ": leave it out, and take cuda_graph_impl='transformer_engine' for 'moe_router' alone",
-        ),
-        ("--moe-latent-size", getattr(config, "moe_latent_size", None), ""),
-        ("--fp4-format", getattr(config, "fp4", None), ""),
-        (
-            "transformer_impl='inference_optimized'",
-            getattr(config, "transformer_impl", None) == "inference_optimized",
-            "",
-        ),
-    ]
-
-
-def _graphed_modules(config: TransformerConfig) -> set[str] | None:
-    """Names of the modules under CUDA graphs; empty for all of the model, None without graphs."""
-    if getattr(config, "cuda_graph_impl", "none") == "none":
-        return None
-    modules = getattr(config, "cuda_graph_modules", None)  # megatron-core 0.19; before: scope
-    return {module.name for module in modules or getattr(config, "cuda_graph_scope", None) or ()}
+def flag_of(name: str) -> str:
+    """Return the flag of a field of `EPOptions`."""
+    return next(each.flag for each in OPTIONS if each.name == name)

@@ -268,7 +268,7 @@ def check_options(rank: int, config: dict, options: dict) -> str:
     ep_comm.megatron.cpu.enable()
     from ep_comm.errors import EPError
     from ep_comm.megatron import EPOptions
-    from ep_comm.megatron.options import check_supported
+    from ep_comm.megatron.support import check_supported
 
     transformer_config = make_config(Setup(ep=1), None)
     config = dict(config)
@@ -314,7 +314,7 @@ def warnings_of(rank: int, recipe: str) -> list[str]:
 
     ep_comm.megatron.cpu.enable()
     from ep_comm.megatron import EPOptions
-    from ep_comm.megatron.options import check_supported
+    from ep_comm.megatron.support import check_supported
 
     config = make_config(Setup(ep=1, config=WIDE), None)
     config.fp8, config.fp8_recipe = "e4m3", recipe  # Megatron refuses them without TE
@@ -344,7 +344,7 @@ def resume_behind_graphed_router(rank: int) -> None:
 
     from ep_comm.megatron import EPOptions
     from ep_comm.megatron.layer import moe_layers
-    from ep_comm.megatron.options import check_supported
+    from ep_comm.megatron.support import check_supported
 
     setup = Setup(config=SHARED)
     parallel_state(setup)

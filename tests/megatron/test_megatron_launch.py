@@ -43,7 +43,8 @@ from ep_comm.megatron.launch.flags import (
     tokens_per_rank,
     wants_ep_comm,
 )
-from ep_comm.megatron.options import check_one_node
+from ep_comm.megatron.options import OPTIONS
+from ep_comm.megatron.support import check_one_node
 from ep_comm.megatron.versions import SUPPORTED, is_supported
 
 # Not imported: processes of ours start without. (`megatron` alone would be the tests' folder.)
@@ -166,7 +167,7 @@ def test_checkpoints_hold_plain_values_of_ours(ours, stock):
         "ep_expert_alignment": None,
         "ep_max_tokens_per_rank": None,
         "ep_num_sms": 24,
-        "ep_timeout_s": None,
+        "ep_timeout": None,
     }
     assert args["moe_token_dispatcher_type"] == stock_args["moe_token_dispatcher_type"]
 
@@ -477,7 +478,7 @@ def test_every_option_has_its_flag():
         max_tokens_per_rank=9,
     )
     assert used == [options]
-    assert {n: args[f"ep_{n}"] for n in vars(options)} == vars(options)
+    assert {each.name: args[each.key] for each in OPTIONS} == vars(options)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import os
 import tempfile
@@ -12,14 +11,11 @@ from types import ModuleType
 from typing import Any
 
 from ep_comm.errors import EPArgumentError
-from ep_comm.megatron.options import EPOptions
+from ep_comm.megatron.options import OPTIONS, EPOptions
 
 NAME = "deepep"
 # Megatron validates other features against this dispatcher; its instance is then replaced by ours.
 STOCK = "alltoall"
-
-# Where parsed flags leave the fields of our options.
-_OPTIONS = {f"ep_{field.name}": field.name for field in dataclasses.fields(EPOptions)}
 
 # Flags of Megatron's that cannot go with ours: the argument, the values that are fine, why.
 _CONFLICTS = (
@@ -46,51 +42,12 @@ def add_flags(parser: argparse.ArgumentParser, dispatchers: Sequence[str]) -> No
         help="deepep is ep_comm's; the others are Megatron's own. --moe-token-dispatcher-type "
         "takes the same",
     )
-    add(
-        "--ep-fp8-dispatch",
-        action="store_true",
-        help="activations travel to the experts as FP8 E4M3 in blocks of 128",
-    )
-    add(
-        "--ep-fp8-grad-dispatch",
-        action="store_true",
-        help="gradients travel to the experts, in the backward of combine, as FP8 E4M3 in blocks "
-        "of 128",
-    )
-    add(
-        "--ep-overlap-wgrad",
-        action="store_true",
-        help="compute the routed experts' weight gradients while the backward combine is in flight",
-    )
-    add(
-        "--ep-num-sms",
-        type=int,
-        metavar="N",
-        help="SMs that each dispatch and combine may occupy, at least 2 (default: all; 24 of a "
-        "combine beside weight gradients)",
-    )
-    add(
-        "--ep-timeout",
-        type=float,
-        metavar="SECONDS",
-        dest="ep_timeout_s",
-        help="bound of every wait for another rank (default: half of the process group's own "
-        "timeout, at most 300)",
-    )
-    add(
-        "--ep-expert-alignment",
-        type=int,
-        metavar="ROWS",
-        help="pad the rows of each expert to a multiple of this (default: what Megatron's "
-        "quantisation needs)",
-    )
-    add(
-        "--ep-max-tokens-per-rank",
-        type=int,
-        metavar="N",
-        help="most tokens of one micro-batch on one rank (default: by the batch, sequence and "
-        "parallel sizes)",
-    )
+    for option in OPTIONS:
+        help = option.full_help.replace("%", "%%")
+        if option.value_type is bool:
+            add(option.flag, action=argparse.BooleanOptionalAction, help=help)
+        else:
+            add(option.flag, type=option.value_type, metavar=option.metavar, help=help)
 
 
 def wants_ep_comm(arguments: Sequence[str]) -> bool:
@@ -149,7 +106,7 @@ def resolve(args: argparse.Namespace, stock_default: str) -> EPOptions | None:
     Raises:
         LaunchError: Flags contradict each other, or a value is wrong.
     """
-    given = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
+    given = [option for option in OPTIONS if hasattr(args, option.key)]
     chosen = {
         "--moe-token-dispatcher": vars(args).pop("moe_token_dispatcher", None),
         "--moe-token-dispatcher-type": args.moe_token_dispatcher_type,
@@ -158,7 +115,8 @@ def resolve(args: argparse.Namespace, stock_default: str) -> EPOptions | None:
     if NAME not in types:
         if given:
             raise LaunchError(
-                f"{', '.join(map(_flag, given))}: only with --moe-token-dispatcher deepep"
+                f"{', '.join(option.flag for option in given)}: only with "
+                "--moe-token-dispatcher deepep"
             )
         if len(types) > 1:
             raise LaunchError(_contradiction(chosen))
@@ -169,11 +127,11 @@ def resolve(args: argparse.Namespace, stock_default: str) -> EPOptions | None:
     args.moe_token_dispatcher, args.moe_token_dispatcher_type = NAME, STOCK
     _check_others(args)
     try:
-        options = EPOptions(**{_OPTIONS[name]: value for name, value in given.items()})
+        options = EPOptions(**{option.name: getattr(args, option.key) for option in given})
     except EPArgumentError as error:
         raise LaunchError(f"--ep-*: {error}") from None
-    for name, field in _OPTIONS.items():
-        setattr(args, name, getattr(options, field))
+    for option in OPTIONS:
+        setattr(args, option.key, getattr(options, option.name))
     return options
 
 
@@ -194,11 +152,6 @@ def tokens_per_rank(args: argparse.Namespace) -> int | None:
         ranks *= args.tensor_model_parallel_size
     sequences = max(args.micro_batch_size, getattr(args, "eval_micro_batch_size", None) or 0)
     return -(-sequences * length // ranks)
-
-
-def flag(option: str) -> str:
-    """The flag of a field of our options."""
-    return _flag(f"ep_{option}")
 
 
 def _check_others(args: argparse.Namespace) -> None:
@@ -237,7 +190,7 @@ def _contradiction(chosen: dict[str, str]) -> str:
 
 
 def _flag(name: str) -> str:
-    return f"--{name.removesuffix('_s').replace('_', '-')}"
+    return f"--{name.replace('_', '-')}"
 
 
 def _action(parser: argparse.ArgumentParser, dest: str) -> argparse.Action:

@@ -15,10 +15,10 @@ from torch import nn
 import ep_comm
 from ep_comm.errors import name_settings
 from ep_comm.megatron.dispatcher import synchronize_buffers
-from ep_comm.megatron.launch.flags import flag, tokens_per_rank
+from ep_comm.megatron.launch.flags import tokens_per_rank
 from ep_comm.megatron.layer import check_model, complete, install
 from ep_comm.megatron.meter import MoEMeter
-from ep_comm.megatron.options import EPOptions
+from ep_comm.megatron.options import EPOptions, flag_of
 from ep_comm.megatron.wgrad import check_weight_gradients
 
 
@@ -47,7 +47,7 @@ class Training:
         if options == self._asked:  # the command line was parsed once more
             return
         install(options)
-        name_settings(flag)
+        name_settings(flag_of)
         for wrap in (
             self._setup_model_and_optimizer,
             self._training_log,
