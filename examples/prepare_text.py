@@ -31,7 +31,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from ep_comm.pretrain.start import UserError, user_errors_exit
+from ep_comm.job.exits import UserError, user_errors_exit
 
 warnings.filterwarnings("ignore", module="megatron")  # it misses packages that only training needs
 from megatron.core.datasets.indexed_dataset import (  # noqa: E402

@@ -15,28 +15,22 @@ from __future__ import annotations
 
 import os
 
-from ep_comm.job.ranks import rank_variables
+from ep_comm.job.exits import UserError, user_errors_exit
+from ep_comm.job.start import agree, has_launcher
 from ep_comm.pretrain.config import parse_args
-from ep_comm.pretrain.start import (
-    UserError,
-    agree,
-    init_process_group,
-    prepare_megatron,
-    user_errors_exit,
-)
+from ep_comm.pretrain.start import join, prepare_megatron
 
 
 def main() -> None:
     """Entry point of every process."""
     with user_errors_exit():
-        os.environ.update(rank_variables(os.environ))
-        if "RANK" not in os.environ:
+        if not has_launcher():
             parse_args()  # --help, and mistakes, without torchrun
             raise UserError(
                 "start it with torchrun --nproc_per_node=N examples/pretrain_moe.py"
                 + (", or with srun" if "SLURM_JOB_ID" in os.environ else "")
             )
-        init_process_group()
+        join()
         config = agree(parse_args)
         prepare_megatron()
         from ep_comm.pretrain.loop import pretrain  # imports Megatron: only now

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated
@@ -66,7 +65,8 @@ def bench(
     from ep_comm.bench.ops.routing import RoutingSpec
     from ep_comm.bench.ops.run import run
     from ep_comm.bench.ops.settings import PRESETS, Settings, parse_sms
-    from ep_comm.job.start import UserError, join, on_rank_0, user_errors_exit
+    from ep_comm.job.exits import UserError, user_errors_exit
+    from ep_comm.job.start import has_launcher, join, on_rank_0
 
     with user_errors_exit():
         if preset not in PRESETS:
@@ -83,7 +83,11 @@ def bench(
             iters=iters,
         )
         settings.check()
+        if not has_launcher():
+            raise UserError("start it with torchrun --nproc_per_node=4 -m ep_comm.cli bench ...")
         device = join()
+        if device.type == "cpu":
+            raise UserError("bench needs CUDA GPUs, and torch sees none (ep-comm doctor says more)")
         available_sms = torch.cuda.get_device_properties(device).multi_processor_count
         settings.check_job(dist.get_world_size(), available_sms)
         on_rank_0(lambda: out.mkdir(parents=True, exist_ok=True))
@@ -130,7 +134,7 @@ def train(
     alltoall's time over the variant's (above 1: faster), for FP8 experts alltoall-fp8's.
     """
     from ep_comm.bench.train.settings import find_examples, make_train_settings
-    from ep_comm.pretrain.start import user_errors_exit
+    from ep_comm.job.exits import user_errors_exit
 
     # Whatever the trainings print is progress; the report alone goes to stdout.
     with user_errors_exit(), contextlib.redirect_stdout(sys.stderr):
@@ -149,32 +153,25 @@ def train(
 
 def _train(settings: TrainSettings, out: Path) -> None:
     """Join the job, measure and report."""
-    import torch
     import torch.distributed as dist
 
     from ep_comm.bench.train.configs import make_configs
-    from ep_comm.pretrain.start import (
-        UserError,
-        agree,
-        init_process_group,
-        on_rank_0,
-        prepare_megatron,
-    )
+    from ep_comm.job.exits import UserError
+    from ep_comm.job.start import agree, has_launcher, on_rank_0
+    from ep_comm.pretrain.start import join, prepare_megatron
 
-    if "RANK" not in os.environ:
+    if not has_launcher():
         make_configs(settings, num_ranks=None)  # mistakes, without torchrun
         raise UserError(
             "start it with torchrun --nproc_per_node=N -m ep_comm.cli bench train --config ..."
         )
-    init_process_group()
+    device = join()
     configs = agree(lambda: make_configs(settings, dist.get_world_size()))
     on_rank_0(lambda: out.mkdir(parents=True, exist_ok=True))
     prepare_megatron()
     from ep_comm.bench.train.report import write_report
     from ep_comm.bench.train.run import run  # imports Megatron: only now
 
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     progress = Console(stderr=True, quiet=dist.get_rank() != 0, soft_wrap=True, highlight=False)
     result = run(settings, configs, device, out, progress.print)
     on_rank_0(lambda: write_report(result, out, _console(sys.__stdout__)))

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ep_comm.compare.directory import Directory, locked
-from ep_comm.compare.plan import CompareError, Plan
+from ep_comm.compare.plan import Plan
 from ep_comm.compare.progress import Display
 from ep_comm.compare.report import write_report
 from ep_comm.compare.runs import (
@@ -26,8 +26,9 @@ from ep_comm.compare.runs import (
     train,
 )
 from ep_comm.compare.statistics import Tolerances, read_run
+from ep_comm.job.exits import UserError
 
-PASSED, RUN_FAILED, USER_ERROR, OUTSIDE_TOLERANCES = 0, 1, 2, 3
+PASSED, RUN_FAILED, OUTSIDE_TOLERANCES = 0, 1, 3  # 2: a user's error
 
 
 def compare(
@@ -47,7 +48,7 @@ def compare(
         signal that interrupted it.
 
     Raises:
-        CompareError: `out` is in use, or holds another comparison; there is no data to train with.
+        UserError: `out` is in use, or holds another comparison; there is no data to train with.
     """
     with locked(out) as lock:
         directory = Directory(out, plan)
@@ -56,7 +57,7 @@ def compare(
         plan = plan.with_trained(finished & plan.skipped.keys())
         left = [name for name in plan.variants if name not in finished]
         if left and plan.missing_data:
-            raise CompareError(
+            raise UserError(
                 f"data_path {plan.missing_data[0]}: no such file, and {left[0]} is still to be "
                 "trained"
             )

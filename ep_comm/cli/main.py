@@ -79,10 +79,11 @@ def compare(
     of its tolerance.
     """
     from ep_comm.cli import compare as command
-    from ep_comm.compare.plan import CompareError, make_plan
+    from ep_comm.compare.plan import make_plan
     from ep_comm.compare.statistics import Tolerances
+    from ep_comm.job.exits import user_errors_exit
 
-    try:
+    with user_errors_exit():
         plan = make_plan(
             config=config,
             steps=steps,
@@ -99,9 +100,6 @@ def compare(
             Console(),
             command=shlex.join(["ep-comm", *sys.argv[1:]]),
         )
-    except CompareError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = command.USER_ERROR
     raise typer.Exit(code)
 
 

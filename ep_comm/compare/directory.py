@@ -11,7 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ep_comm.compare.plan import CompareError, Plan
+from ep_comm.compare.plan import Plan
+from ep_comm.job.exits import UserError
 from ep_comm.pretrain.log_file import LOG_FILE, read_log
 
 PLAN_FILE = "plan.json"
@@ -30,7 +31,7 @@ class Directory:
         """Begin a comparison here, or go on with it; hold `locked` meanwhile.
 
         Raises:
-            CompareError: Another comparison was begun here.
+            UserError: Another comparison was begun here.
         """
         self.path = path
         here = plan.identity
@@ -42,7 +43,7 @@ class Directory:
                 if here.get(key) != there["begun_with"].get(key)
             ]
             if differences:
-                raise CompareError(
+                raise UserError(
                     f"{path} holds another comparison: {'; '.join(differences)}. Choose another "
                     f"--out, or delete it"
                 )
@@ -75,7 +76,7 @@ class Directory:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CompareError(f"{path} cannot be read: {error}") from None
+            raise UserError(f"{path} cannot be read: {error}") from None
         return plan
 
 
@@ -87,22 +88,22 @@ def locked(path: Path) -> Iterator[int]:
         A file descriptor. Processes that inherit it keep the folder locked too.
 
     Raises:
-        CompareError: It cannot be used: it is in use, holds other things or cannot be written.
+        UserError: It cannot be used: it is in use, holds other things or cannot be written.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
         strangers = [file.name for file in path.iterdir() if file.name != _LOCK_FILE]
         if strangers and not (path / PLAN_FILE).exists():
-            raise CompareError(f"--out {path} holds other things ({min(strangers)})")
+            raise UserError(f"--out {path} holds other things ({min(strangers)})")
         lock = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise CompareError(f"--out {path} cannot be used: {error.strerror}") from None
+        raise UserError(f"--out {path} cannot be used: {error.strerror}") from None
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(lock, 100).decode(errors="replace").strip()
-            raise CompareError(f"--out {path} is in use by {holder}") from None
+            raise UserError(f"--out {path} is in use by {holder}") from None
         tell_holder(lock, f"process {os.getpid()}")
         yield lock
     finally:

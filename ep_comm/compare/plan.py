@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ep_comm.job.exits import UserError
 from ep_comm.pretrain import variants
 from ep_comm.pretrain.variants import TRAINING_SCRIPT, find_training_script, first_owned
 
@@ -50,10 +51,6 @@ _NEEDED_SETTINGS = """
     train_iters eval_iters save_interval seed data_seed hidden_size expert_model_parallel_size
     bf16 use_distributed_optimizer data_path wandb_project wandb_save_dir
 """.split()
-
-
-class CompareError(Exception):
-    """What was asked for cannot be done; nothing was trained and nothing overwritten."""
 
 
 def seed_number(variant: str) -> int:
@@ -180,16 +177,16 @@ def make_plan(
         extra: Further flags of the training script.
 
     Raises:
-        CompareError: Something of it is wrong.
+        UserError: Something of it is wrong.
     """
     names = _parse_variants(variants)
     if not config.is_file():
-        raise CompareError(f"--config {config}: no such file")
+        raise UserError(f"--config {config}: no such file")
     script = _find_script(config) if script is None else script
     if not script.is_file():
-        raise CompareError(f"--script {script}: no such file")
+        raise UserError(f"--script {script}: no such file")
     if own := first_owned(extra, _OWN_FLAGS):
-        raise CompareError(f"{own[0]} is what is compared: use {own[1]}")
+        raise UserError(f"{own[0]} is what is compared: use {own[1]}")
     flags = list(extra)
     if steps is not None:
         flags += ["--train-iters", str(steps)]
@@ -198,7 +195,7 @@ def make_plan(
     settings = _settings(script, config, flags)
     processes = settings["expert_model_parallel_size"] if processes is None else processes
     if processes < 1 or processes % settings["expert_model_parallel_size"]:
-        raise CompareError(
+        raise UserError(
             f"--nproc-per-node {processes} is no multiple of expert_model_parallel_size "
             f"{settings['expert_model_parallel_size']}"
         )
@@ -219,9 +216,9 @@ def _parse_variants(text: str) -> list[str]:
     asked = [name.strip() for name in text.split(",")]
     for name in asked:
         if not _WITH_SEED.fullmatch(name):
-            raise CompareError(f"--variants {name!r} is none of {REFERENCE}, {_OTHERS}")
+            raise UserError(f"--variants {name!r} is none of {REFERENCE}, {_OTHERS}")
     if REFERENCE not in asked or len(set(asked)) < 2:
-        raise CompareError(
+        raise UserError(
             f"--variants {text}: give {REFERENCE}, which the others are compared with, and at "
             f"least one other of {_OTHERS}"
         )
@@ -236,7 +233,7 @@ def _in_order(names: Iterable[str]) -> list[str]:
 def _find_script(config: Path) -> Path:
     script = find_training_script(config)
     if script is None:
-        raise CompareError(
+        raise UserError(
             f"no {TRAINING_SCRIPT} beside or above {config} or in {Path.cwd()}: name it with "
             "--script"
         )
@@ -256,21 +253,19 @@ def _settings(script: Path, config: Path, flags: Sequence[str]) -> dict[str, Any
         hint = ""
         if error.startswith("ModuleNotFoundError"):
             hint = "; the training script needs pip install 'ep_comm[megatron]'"
-        raise CompareError(error.removeprefix("error: ") + hint)
+        raise UserError(error.removeprefix("error: ") + hint)
     try:
         settings = json.loads(result.stdout)
         missing = [key for key in _NEEDED_SETTINGS if key not in settings]
     except (json.JSONDecodeError, TypeError):
-        raise CompareError(
-            f"{script} --print-config must print its configuration as JSON"
-        ) from None
+        raise UserError(f"{script} --print-config must print its configuration as JSON") from None
     if missing:
-        raise CompareError(f"{script} --print-config tells nothing of {', '.join(missing)}")
+        raise UserError(f"{script} --print-config tells nothing of {', '.join(missing)}")
     on = [key for key in _FP8_KEYS if settings.get(key)]
     if on:
-        raise CompareError(f"{on[0]} in {config} is what is compared: leave it out there")
+        raise UserError(f"{on[0]} in {config} is what is compared: leave it out there")
     if key := next((key for key in _CHECKPOINT_KEYS if settings.get(key)), None):
-        raise CompareError(
+        raise UserError(
             f"{key} in {config}: every run would have the same checkpoints. Leave it out there: "
             "runs that are interrupted go on from their own, in --out"
         )

@@ -6,13 +6,37 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch.distributed as dist
 
+from ep_comm.errors import EPArgumentError
+
 _EXIT_CODE = 2
 _MEETING_S = 10.0
 _TOLD, _COME, _GONE = "ep_comm/exit/told", "ep_comm/exit/come", "ep_comm/exit/gone"
+
+
+class UserError(Exception):
+    """The user's request cannot be done. The message names the value, and says what would be right.
+
+    Raise it on every rank, or inside `ep_comm.job.start.agree`: one rank alone takes ten seconds to
+    end the job.
+    """
+
+
+@contextmanager
+def user_errors_exit() -> Iterator[None]:
+    """Turn a `UserError`, or a value that the library refuses, into one line and exit code 2.
+
+    No stack trace is printed. All ranks of a job end, see `exit_together`.
+    """
+    try:
+        yield
+    except (UserError, EPArgumentError) as error:
+        exit_together(error)
 
 
 def exit_together(error: Exception) -> NoReturn:

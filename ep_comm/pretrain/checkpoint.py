@@ -41,9 +41,10 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ep_comm.job.exits import UserError
+from ep_comm.job.start import agree, on_rank_0
 from ep_comm.pretrain.config import PretrainConfig
 from ep_comm.pretrain.model import Trainee, gather_parameters
-from ep_comm.pretrain.start import UserError, agree, on_rank_0
 
 T = TypeVar("T")
 

@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from ep_comm.pretrain.start import UserError
+from ep_comm.job.exits import UserError
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=1, le=2**31 - 1)]  # numpy takes 32 bits, and Megatron adds to it

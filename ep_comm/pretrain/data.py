@@ -30,8 +30,9 @@ from megatron.core.datasets.indexed_dataset import (
     get_idx_path,
 )
 
+from ep_comm.job.exits import UserError
+from ep_comm.job.start import agree, on_rank_0
 from ep_comm.pretrain.config import PretrainConfig
-from ep_comm.pretrain.start import UserError, agree, on_rank_0
 
 EOD = 256  # ends a document; the bytes are 0 to 255
 CACHE_FORMAT = "1"  # part of the cache key: change it with the way that text is tokenized

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ep_comm.job.exits import UserError
+from ep_comm.job.start import agree, on_rank_0
 from ep_comm.pretrain.config import PretrainConfig
 from ep_comm.pretrain.log_file import LOG_FILE, TRAIN_LOSS, VALID_LOSS, read_log
-from ep_comm.pretrain.start import UserError, agree, on_rank_0
 
 
 class RunLog:

@@ -17,13 +17,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 import ep_comm
 from ep_comm import megatron as ep_megatron
 from ep_comm.job.environment import commit
+from ep_comm.job.exits import UserError
+from ep_comm.job.stop import EXIT_CODE, StopRequest
 from ep_comm.pretrain.checkpoint import check_paths, check_writable, load, save
 from ep_comm.pretrain.config import PretrainConfig
 from ep_comm.pretrain.data import load_datasets, microbatches
 from ep_comm.pretrain.log import RunLog, check_wandb
 from ep_comm.pretrain.model import Trainee, build, have_transformer_engine
-from ep_comm.pretrain.start import UserError
-from ep_comm.pretrain.stop import EXIT_CODE, StopRequest
 
 Batches = Iterator[dict[str, torch.Tensor]]
 

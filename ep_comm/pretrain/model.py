@@ -27,8 +27,9 @@ from megatron.core.utils import is_te_min_version
 
 from ep_comm import megatron as ep_megatron
 from ep_comm.errors import name_settings
+from ep_comm.job.exits import UserError
+from ep_comm.job.start import agree
 from ep_comm.pretrain.config import PretrainConfig
-from ep_comm.pretrain.start import UserError, agree
 
 DEEPEP = "deepep"
 NEEDS_TRANSFORMER_ENGINE = (

@@ -28,7 +28,7 @@ from ep_comm.bench.ops.run import Result, Run, run
 from ep_comm.bench.ops.settings import PRESETS, Settings, Shape, parse_sms
 from ep_comm.bench.timing import Samples, Stopwatch, summarize
 from ep_comm.cli import bench
-from ep_comm.job.start import UserError
+from ep_comm.job.exits import UserError
 
 SPECS = [
     RoutingSpec(),

@@ -90,7 +90,8 @@ def test_bench_without_a_gpu_ends_every_rank_with_one_line(tmp_path):
 
 @pytest.mark.parametrize(("rate", "is_void"), [(331.0, False), (300.0, True)])
 def test_bench_prints_and_writes_even_a_void_run(rate, is_void, monkeypatch, tmp_path):
-    monkeypatch.setattr("ep_comm.job.start.join", lambda: "cpu")
+    monkeypatch.setattr("ep_comm.job.start.has_launcher", lambda: True)
+    monkeypatch.setattr("ep_comm.job.start.join", lambda: torch.device("cuda"))
     monkeypatch.setattr("ep_comm.job.start.on_rank_0", lambda action: action())
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)

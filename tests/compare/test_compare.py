@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from ep_comm.cli.main import app
 from ep_comm.compare.directory import Directory, locked
 from ep_comm.compare.plan import VARIANTS as ALL_VARIANTS
-from ep_comm.compare.plan import CompareError, flags_of, make_plan
+from ep_comm.compare.plan import flags_of, make_plan
 from ep_comm.compare.statistics import (
     Run,
     Tolerances,
@@ -31,6 +31,7 @@ from ep_comm.compare.statistics import (
     steps_skipped,
     window_of,
 )
+from ep_comm.job.exits import UserError
 from ep_comm.pretrain.log_file import LOG_FILE
 
 STEPS = 100
@@ -521,7 +522,7 @@ def test_refusals(config, flags, words):
 def test_no_training_script_in_sight(config, monkeypatch):
     (config.parents[1] / "examples" / "pretrain_moe.py").unlink()
     monkeypatch.chdir(config.parent)
-    with pytest.raises(CompareError, match="pretrain_moe.py .* name it with --script"):
+    with pytest.raises(UserError, match="pretrain_moe.py .* name it with --script"):
         plan_of(config)
 
 
@@ -556,14 +557,14 @@ def test_fp8_experts_are_skipped_where_they_cannot_work(config, monkeypatch, sup
 
 def test_a_configuration_with_fp8_of_its_own(config):
     config.write_text('{"fp8_format": "e4m3"}')
-    with pytest.raises(CompareError, match="fp8_format in .*small.yaml is what is compared"):
+    with pytest.raises(UserError, match="fp8_format in .*small.yaml is what is compared"):
         plan_of(config)
 
 
 @pytest.mark.parametrize("key", ["save", "load"])
 def test_a_configuration_with_checkpoints_of_its_own(config, key):
     config.write_text(json.dumps({key: "mine"}))
-    with pytest.raises(CompareError, match=f"{key} in .*small.yaml: every run would have the same"):
+    with pytest.raises(UserError, match=f"{key} in .*small.yaml: every run would have the same"):
         plan_of(config)
 
 

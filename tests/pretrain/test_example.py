@@ -303,7 +303,7 @@ def test_damaged_checkpoint(checkpointed, tmp_path, damaged):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(RankFailure) as failure:
         train(tmp_path / "run", *run.flags, "--load", checkpoints)
-    error = f"ep_comm.pretrain.start.UserError: checkpoint {path.parent} cannot be read: "
+    error = f"ep_comm.job.exits.UserError: checkpoint {path.parent} cannot be read: "
     assert str(failure.value).count(error) == 2  # on both ranks
     assert not (tmp_path / "run").exists()
 

@@ -24,8 +24,8 @@ from example_runs import (  # noqa: E402
 )
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
 
+from ep_comm.job.exits import UserError  # noqa: E402
 from ep_comm.pretrain.config import parse_args  # noqa: E402
-from ep_comm.pretrain.start import UserError  # noqa: E402
 from ep_comm.pretrain.variants import FP8_EXPERTS  # noqa: E402
 
 FUSED_ROUTER = ["--moe-router-fusion", "--use-distributed-optimizer"]
@@ -142,11 +142,12 @@ def test_more_processes_than_gpus(tmp_path):
     script.write_text("""if True:
         import os, time
         import torch
-        from ep_comm.pretrain.start import init_process_group, user_errors_exit
+        from ep_comm.job.exits import user_errors_exit
+        from ep_comm.job.start import join
         torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
         time.sleep(2 * (os.environ["RANK"] == "0"))
         with user_errors_exit():
-            init_process_group()
+            join()
     """)
     assert_refused(torchrun(script=script), "2 processes for 1 GPUs", "--nproc_per_node=1")
 
@@ -210,7 +211,7 @@ def test_bad_data_and_folders(tmp_path):
         cpu.enable()
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         from ep_comm.pretrain.config import parse_args
-        from ep_comm.pretrain.start import UserError
+        from ep_comm.job.exits import UserError
         from ep_comm.pretrain.loop import pretrain
         for line in sys.stdin:
             try:

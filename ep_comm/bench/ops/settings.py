@@ -11,7 +11,7 @@ from ep_comm import EPConfig
 from ep_comm._native import header
 from ep_comm.bench.ops.routing import RoutingSpec
 from ep_comm.handle import RowLayout
-from ep_comm.job.start import UserError
+from ep_comm.job.exits import UserError
 
 LAYOUTS: tuple[RowLayout, ...] = ("expert", "rank")
 MIN_ITERS = 20

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ep_comm.bench.train.settings import TrainSettings
+from ep_comm.job.exits import UserError
 from ep_comm.pretrain.config import PretrainConfig, parse_args
-from ep_comm.pretrain.start import UserError
 
 
 def make_configs(settings: TrainSettings, num_ranks: int | None) -> dict[str, PretrainConfig]:

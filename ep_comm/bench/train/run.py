@@ -31,9 +31,9 @@ from ep_comm.bench.train.profile import (
 )
 from ep_comm.bench.train.results import Block, Inspection, TrainRun
 from ep_comm.bench.train.settings import TrainSettings
+from ep_comm.job.exits import UserError
 from ep_comm.megatron import MoEMeter
 from ep_comm.pretrain.config import PretrainConfig
-from ep_comm.pretrain.start import UserError
 from ep_comm.telemetry.records import timed
 
 _DISCARDED_STEPS = 5  # of the visit before the blocks, besides the warm-up
