@@ -1,4 +1,4 @@
-"""ep_comm under Megatron-Core's MoE layers (megatron-core 0.16.1 to 0.20).
+"""ep_comm under Megatron-Core's MoE layers (`ep_comm.megatron.versions` has the range).
 
 Own training loops::
 

@@ -150,12 +150,12 @@ def _stub_paged_stash() -> None:
 
 
 def _to_host(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
-    """`maybe_move_tensor_to_cpu` for tensors that are there already."""
+    """Do what `maybe_move_tensor_to_cpu` does, for tensors that are there already."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _do_not_compile(model: Callable | None = None, **_: object) -> Callable:
-    """`torch.compile`, called or as a decorator with arguments, that leaves `model` as it is."""
+    """Stand in for `torch.compile`, called or as a decorator, and leave `model` as it is."""
     return _do_not_compile if model is None else model
 
 
@@ -173,7 +173,7 @@ def _redirect_factory(name: str) -> None:
 
 
 def _type(tensor: torch.Tensor, dtype: object = None, **kwargs: object) -> object:
-    """`torch.Tensor.type`, except that an FP32 tensor says "torch.cuda.FloatTensor"."""
+    """Do what `torch.Tensor.type` does, but say "torch.cuda.FloatTensor" of an FP32 tensor."""
     if dtype is None:
         return _tensor_type(tensor).replace("torch.", "torch.cuda.", 1)
     return _tensor_type(tensor, dtype, **kwargs)

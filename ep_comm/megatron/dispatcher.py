@@ -34,16 +34,17 @@ from ep_comm.job.meeting import meet
 from ep_comm.megatron.options import EPOptions
 from ep_comm.megatron.wgrad import at_end_of_backward
 
-# Of a process group and configuration the buffers, the last one in use: all layers of a model share
-# it. Those before it were too small; backward passes may still go through them.
+# The buffers of each process group and configuration. All layers of a model share the last one.
+# Those before it were too small; backward passes may still go through them.
 _buffers: dict[tuple, list[Buffer]] = {}
 _GROWTH = 1.25  # at least: so that lengths that creep up leave few behind
 _MAX_DEFAULT_TIMEOUT_S = 300.0
 
 
 def synchronize_buffers() -> None:
-    """Wait on the host for what all models in this process have communicated, before its results
-    are written to a checkpoint.
+    """Wait on the host for all communication of the models in this process.
+
+    Call it before a checkpoint is written: it then has no results of communication that failed.
 
     Raises:
         EPError: As `ep_comm.Buffer.synchronize`. What was computed since is worth nothing.
@@ -65,7 +66,7 @@ def destroy_buffers() -> None:
 
 
 class EPCommTokenDispatcher(MoETokenDispatcher):
-    """Moves tokens with an `ep_comm.Buffer`.
+    """The dispatcher that moves tokens with an `ep_comm.Buffer`.
 
     Args:
         num_local_experts, local_expert_indices, config, pg_collection: As Megatron passes them.
@@ -103,9 +104,9 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """[S, B, H], bool [T, E] and [T, E] to [T, H] and FP32 [T, E * ETP]."""
+        """Turn [S, B, H], bool [T, E] and [T, E] into [T, H] and FP32 [T, E * ETP]."""
         self._hidden_shape = hidden_states.shape
-        self._routing_map = self._for_shards(routing_map)
+        self._routing_map: Tensor | None = self._for_shards(routing_map)
         self._probs_dtype = probs.dtype
         hidden_states = hidden_states.reshape(-1, self._hidden_shape[-1])
         if self.shared_experts is not None:
@@ -113,7 +114,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         return hidden_states, self._for_shards(probs.float()).contiguous()
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, H] and [T, E * ETP] to expert-major rows [M, H] and their probabilities [M]."""
+        """Send [T, H] and [T, E * ETP]; return expert-major rows [M, H] and probabilities [M]."""
         try:
             out = self._dispatch(self._shared_buffer(hidden_states), hidden_states, probs)
         except EPTooManyTokensError as error:  # on all ranks
@@ -122,9 +123,11 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             larger = self._larger_buffer(hidden_states, max(error.num_tokens))
             out = self._dispatch(larger, hidden_states, probs)
         self._routing_map = None
-        self._has_backward = out.recv_x.requires_grad
+        rows, probs_of_rows = out.recv_x, out.recv_topk_weights
+        assert isinstance(rows, Tensor) and probs_of_rows is not None  # what was sent was so too
+        self._has_backward = rows.requires_grad
         self.handle = out.handle
-        return out.recv_x, out.recv_topk_weights
+        return rows, probs_of_rows
 
     def _dispatch(self, buffer: Buffer, hidden_states: Tensor, probs: Tensor) -> DispatchOutput:
         self._buffer = buffer
@@ -141,21 +144,23 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
     def dispatch_postprocess(
         self, hidden_states: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Adds the rows of each local expert, padding included: [E_local] int64 on the CPU."""
+        """Add the rows of each local expert, padding included: [E_local] int64 on the CPU."""
         if self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act(hidden_states)
+        assert self.handle is not None  # the dispatch set it
         return hidden_states, self.handle.padded_tokens_per_expert, probs.to(self._probs_dtype)
 
     # --- experts to tokens -----------------------------------------------------------------------
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
-        """Nothing: combine itself sums a token's rows."""
+        """Return the rows as they are: combine itself sums those of a token."""
         return hidden_states
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
-        """Expert-major rows [M, H] to the sums [T, H]."""
+        """Send expert-major rows [M, H] back; return the sums [T, H]."""
         if self.during_backward is not None and not self._has_backward:
             at_end_of_backward(hidden_states, self.during_backward)
+        assert self.handle is not None  # the dispatch set it
         return self._buffer.combine(
             hidden_states.contiguous(),
             self.handle,
@@ -163,7 +168,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         ).combined_x
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
-        """[T, H] to [S, B, H], shared experts added where they run beside the dispatch."""
+        """Turn [T, H] into [S, B, H]; add shared experts that ran beside the dispatch."""
         output = hidden_states.view(self._hidden_shape)
         if self.shared_experts is not None:
             self.shared_experts.linear_fc2_forward(hidden_states)
@@ -174,7 +179,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
     # --- expert tensor parallelism ---------------------------------------------------------------
 
     def _for_shards(self, per_expert: Tensor) -> Tensor:
-        """[T, E] to [T, E * ETP]: an expert's column for each of its shards.
+        """Turn [T, E] into [T, E * ETP]: repeat an expert's column for each of its shards.
 
         Columns go by rank of the group of all shards, in which the ETP ranks of the same experts
         are neighbours.
@@ -192,7 +197,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         return self.buffers[-1] if self.buffers else None
 
     def _shared_buffer(self, hidden_states: Tensor) -> Buffer:
-        """The buffer of this group, made by the first layer's first dispatch. Collective then."""
+        """Return the buffer of this group. The first dispatch makes it, which is collective."""
         if self.buffers and self.buffers[-1].is_usable:
             return self.buffers[-1]
         config, options, group = self.config, self.options, self.tp_ep_group
@@ -208,7 +213,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         return self._make_buffer(hidden_states, max(max_tokens, 1))
 
     def _larger_buffer(self, hidden_states: Tensor, num_tokens: int) -> Buffer:
-        """A buffer with room for so many tokens instead of the one there is. Collective."""
+        """Make a buffer with room for so many tokens, to use from now on. Collective."""
         room = int(_GROWTH * self.buffers[-1].config.max_tokens_per_rank)
         return self._make_buffer(hidden_states, max(num_tokens, room))
 
@@ -235,7 +240,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         return self.options.timeout_s or _default_timeout(self.tp_ep_group, hidden_states.device)
 
     def _startup_line(self, buffer: Buffer, hidden_states: Tensor) -> str:
-        """Version, backend, wire format, memory, and what is off and why; one a pipeline stage."""
+        """Return the line that each pipeline stage prints: version, backend, sizes, what is off."""
         config, options = self.config, self.options
         sizes = f"EP {self.ep_size}"
         if self.tp_size > 1:
@@ -268,11 +273,11 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
 
 
 def _default_timeout(group: dist.ProcessGroup, device: torch.device) -> float:
-    """Half of the group's own timeout, at most five minutes.
+    """Return half of the group's own timeout in seconds, at most five minutes.
 
-    A rank that is late for us makes others late for NCCL, whose watchdog ends them without a name:
-    ours comes first. A group that does not tell (a wrapper's, another torch's) is taken to have
-    torch's defaults, which are ten minutes and more.
+    A rank that is late for us makes others late for NCCL, whose watchdog ends them without naming
+    it. So our bound has to run out first. Some groups do not tell theirs (a wrapper's, another
+    torch's): they are taken to have torch's defaults, which are ten minutes and more.
     """
     try:
         seconds = group._get_backend(device).options._timeout.total_seconds()
@@ -282,5 +287,5 @@ def _default_timeout(group: dist.ProcessGroup, device: torch.device) -> float:
 
 
 def _quantisation_alignment(config) -> int:
-    """Rows an expert's group must be a multiple of for quantised GEMMs; 1 without quantisation."""
+    """Return what quantised GEMMs need the rows of an expert to be a multiple of, else 1."""
     return get_align_size_for_quantization(config) if config.fp8 else 1

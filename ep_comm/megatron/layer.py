@@ -1,4 +1,4 @@
-"""Putting our dispatcher into Megatron-Core's MoE layers.
+"""Put our dispatcher into Megatron-Core's MoE layers.
 
 `MoELayer.__init__` knows its own dispatchers only. So the layer is built with "alltoall", and the
 dispatcher is replaced afterwards: ``MoELayer.__init__`` is wrapped in place, for the layers whose
@@ -24,10 +24,10 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
-from ep_comm.errors import EPArgumentError, EPStateError, EPUnsupportedError, name_settings
+from ep_comm.errors import EPArgumentError, EPStateError, name_settings
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
 from ep_comm.megatron.options import EPOptions
-from ep_comm.megatron.support import check_one_node, check_supported
+from ep_comm.megatron.support import FSDP, check_one_node, check_supported
 from ep_comm.megatron.wgrad import delay_weight_gradients, with_delayed_wgrad
 
 _installed: EPOptions | None = None
@@ -36,7 +36,7 @@ _original_init = MoELayer.__init__
 
 @functools.wraps(_original_init)
 def _init(self: MoELayer, *args: Any, ep_options: EPOptions | None = None, **kwargs: Any) -> None:
-    """``MoELayer.__init__`` that takes our options too, from the layer's spec."""
+    """Build a MoE layer, with our options from its spec or from `install` where there are any."""
     options = ep_options or _installed
     if options is None:
         _original_init(self, *args, **kwargs)
@@ -75,7 +75,7 @@ def use_ep_comm(spec: Any, options: EPOptions | None = None) -> Any:
 
 
 def _use_in_layer(layer_spec: Any, options: EPOptions) -> bool:
-    """Change one layer's spec in place; False if it is no MoE layer."""
+    """Change one layer's spec in place; return False if it is no MoE layer."""
     submodules = layer_spec.submodules
     mlp = submodules.mlp
     if isinstance(mlp, ModuleSpec) and mlp.module is MoELayer:  # megatron-core up to 0.17
@@ -107,15 +107,19 @@ def install(options: EPOptions | None = None) -> None:
 
 
 def complete(**settings: Any) -> EPOptions:
-    """Give what the installed options leave at None, before a model is built; returns them."""
+    """Fill in what the installed options leave at None, and return them.
+
+    Call it before a model is built.
+    """
     global _installed
+    assert _installed is not None  # `install` came first
     left = {name: value for name, value in settings.items() if getattr(_installed, name) is None}
     _installed = dataclasses.replace(_installed, **left)
     return _installed
 
 
 def check_model(model_chunks: Iterable[nn.Module]) -> int:
-    """Assert that every MoE layer of this rank has our dispatcher; gives their number.
+    """Check that every MoE layer of this rank has our dispatcher, and return their number.
 
     A pipeline stage may have none; a whole model must have some.
 
@@ -126,9 +130,7 @@ def check_model(model_chunks: Iterable[nn.Module]) -> int:
     model_chunks = list(model_chunks)
     for chunk in model_chunks:
         if isinstance(chunk, _BaseDataParallel) and not isinstance(chunk, DistributedDataParallel):
-            raise EPUnsupportedError(
-                f"--moe-token-dispatcher deepep does not support FSDP ({type(chunk).__name__}) yet"
-            )
+            raise FSDP.error(type(chunk).__name__)
     layers = list(moe_layers(model_chunks))
     others = [
         f"{name} ({type(layer.token_dispatcher).__name__})"
@@ -143,7 +145,7 @@ def check_model(model_chunks: Iterable[nn.Module]) -> int:
 
 
 def moe_layers(model_chunks: Iterable[nn.Module]) -> Iterable[tuple[str, MoELayer]]:
-    """(name, layer) of every MoE layer."""
+    """Yield the name and the module of every MoE layer."""
     for chunk in model_chunks:
         for name, module in chunk.named_modules():
             if isinstance(module, MoELayer):
@@ -151,7 +153,7 @@ def moe_layers(model_chunks: Iterable[nn.Module]) -> Iterable[tuple[str, MoELaye
 
 
 def is_pipelined(model_chunks: Iterable[nn.Module]) -> bool:
-    """Whether the chunks are one stage of a pipeline, rather than a whole model."""
+    """Return whether the chunks are one stage of a pipeline, rather than a whole model."""
     configs = [getattr(chunk, "config", None) for chunk in model_chunks]
     return any(getattr(config, "pipeline_model_parallel_size", 1) > 1 for config in configs)
 
@@ -183,7 +185,7 @@ def _build(layer: MoELayer, options: EPOptions, args: tuple, kwargs: dict) -> No
 
 
 def _with_delayed_experts(submodules: Any) -> Any:
-    """MoE submodules whose routed experts are built to delay their weight gradients."""
+    """Return MoE submodules whose routed experts are built to delay their weight gradients."""
     submodules = copy.copy(submodules)
     experts = submodules.experts
     if isinstance(experts, ModuleSpec):
@@ -200,7 +202,7 @@ def _with_delayed_experts(submodules: Any) -> Any:
 
 
 def _with_delayed_config(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """The builder of experts ``build(num_local_experts, config, ...)``, given a changed config."""
+    """Return a builder of experts that gives ``build(num_local_experts, config)`` a new config."""
 
     @functools.wraps(build)
     def build_delayed(num_local_experts: int, config: Any, *args: Any, **kwargs: Any) -> nn.Module:
@@ -211,7 +213,7 @@ def _with_delayed_config(build: Callable[..., nn.Module]) -> Callable[..., nn.Mo
 
 @functools.cache
 def _delayed_class(experts: type[nn.Module]) -> type[nn.Module]:
-    """A subclass that changes the config on its way in: Megatron's specs accept classes only."""
+    """Return a subclass that changes the config on its way in: some specs accept classes only."""
 
     def __init__(self, num_local_experts: int, config: Any, *args: Any, **kwargs: Any) -> None:
         experts.__init__(self, num_local_experts, with_delayed_wgrad(config), *args, **kwargs)
@@ -220,6 +222,7 @@ def _delayed_class(experts: type[nn.Module]) -> type[nn.Module]:
 
 
 def _delay_wgrad_in_ddp() -> None:
+    """Make every `DistributedDataParallel` leave delayed gradients to their modules."""
     original = DistributedDataParallel.__init__
 
     @functools.wraps(original)

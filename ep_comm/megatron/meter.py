@@ -1,4 +1,4 @@
-"""Where a step's MoE time goes, and how unevenly tokens fall, for any of Megatron's dispatchers."""
+"""Measure a step's MoE time and the balance of its tokens, for any of Megatron's dispatchers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PHASES = {
 
 
 class MoEMeter:
-    """Measures the forward of every MoE layer of a model. Make it on all ranks.
+    """A measurement of the forward of every MoE layer of a model. Make it on all ranks.
 
     Times are those of the dispatcher's six methods and of the experts, recomputation included, so
     dispatchers compare like with like: permutation and padding count as dispatch or combine,
@@ -49,9 +49,10 @@ class MoEMeter:
             self._attach(layer)
 
     def step(self) -> dict[str, float]:
-        """Everything since the last call. Collective over the ranks that hold one model.
+        """Return what was measured since the last call.
 
-        These are the expert-parallel ranks of all pipeline stages; all get the same values.
+        Collective over the ranks that hold one model: the expert-parallel ranks of all pipeline
+        stages. All get the same values.
 
         Returns:
             ``ep/dispatch-ms``, ``ep/combine-ms``, ``ep/expert-ms``: forward time summed over a
@@ -94,7 +95,7 @@ class MoEMeter:
         }
 
     def _wire_mib(self) -> float:
-        """What left this rank since the last call; -1 without our dispatcher."""
+        """Return the MiB that left this rank since the last call; -1 without our dispatcher."""
         buffers = {
             buffer
             for layer in self._layers
@@ -141,7 +142,7 @@ class MoEMeter:
 
 
 def _worst_max_over_mean(tokens_LX: Tensor) -> float:
-    """max / mean along the last axis, for the layer where it is largest; 1 without tokens."""
+    """Return max / mean along the last axis, of the layer where it is largest; 1 without tokens."""
     mean = tokens_LX.mean(-1)
     ratio = torch.where(mean > 0, tokens_LX.amax(-1) / mean, 1.0)
     return float(ratio.max())

@@ -135,7 +135,7 @@ class Option(NamedTuple):
 
     @property
     def full_help(self) -> str:
-        """`help`, with what leaving the flag out means."""
+        """Return `help`, with what leaving the flag out means."""
         return f"{self.help} Default: {self.unset}." if self.unset else self.help
 
 

@@ -1,51 +1,121 @@
-"""What the Megatron integration refuses by name."""
+"""Everything that the Megatron integration refuses.
+
+Each `Refusal` below is one line of the table in docs/megatron.md. Those of `BY_CONFIG` and
+`BY_FLAGS` say themselves when they apply: to lift one, delete it. Those of `BY_MODEL` need more
+than settings to be seen, and are raised where that is known.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
+from packaging.version import Version
 
+from ep_comm import fp8
 from ep_comm._native.header import EP_MAX_EXPERTS, EP_MAX_TOPK
+from ep_comm.backends.nvlink import support as nvlink_support
 from ep_comm.checks import ROW_DTYPES
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
-from ep_comm.megatron.fp8_support import check_fp8, check_transformer_engine
+from ep_comm.megatron.names import NAME, STOCK
 from ep_comm.megatron.options import EPOptions
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+# The only recipe whose GEMMs see the same values with and without FP8 on the wire.
+_EXACT_RECIPE = "blockwise"
+_FP8_CAPABILITY = (8, 9)
+_MIN_TE = "2.3"  # the first with block scaling, and with delayed gradients of grouped experts
+
+When = Callable[[Any, EPOptions], object]
+
+
+def _never(settings: Any, options: EPOptions) -> object:
+    return False
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One thing that does not work with our dispatcher.
+
+    Attributes:
+        what: Completes "ep_comm does not support ...".
+        why: The reason, or what to do instead; may be empty.
+        when: Takes the settings (a `TransformerConfig`, or Megatron's parsed arguments) and our
+            options. Returns something true where they ask for it. All but True is shown.
+    """
+
+    what: str
+    why: str = ""
+    when: When = _never
+
+    def check(self, settings: Any, options: EPOptions) -> None:
+        """Raise `EPUnsupportedError` where the settings ask for it."""
+        if found := self.when(settings, options):
+            raise self.error("" if found is True else found)
+
+    def error(self, found: object = "") -> EPUnsupportedError:
+        """Return the error. `found` is what asks for it, in this run."""
+        shown = f" ({found})" if found else ""
+        why = f": {self.why}" if self.why else ""
+        return EPUnsupportedError(f"{NAME} does not support {self.what}{shown}{why}")
+
 
 def check_supported(config: TransformerConfig, options: EPOptions) -> None:
-    """Raise for what this version cannot do, before anything is built.
+    """Raise for what a model asks for and does not get, before it is built.
+
+    Warn, once a process, of an FP8 recipe whose results depend on the wire's type.
 
     Raises:
-        EPUnsupportedError: A Megatron feature that does not work with this dispatcher yet.
-        EPArgumentError: A setting that contradicts another one.
+        EPUnsupportedError: One of `BY_CONFIG`, or scales that are no powers of two with FP8.
+        EPArgumentError: A setting contradicts another one, or the hidden size does not fit FP8.
     """
-    for flag, value, why in _refused(config):
-        if value:
-            raise EPUnsupportedError(
-                f"--moe-token-dispatcher deepep does not support {flag} yet{why}"
-            )
-    if config.moe_token_dispatcher_type != "alltoall":
+    for refusal in BY_CONFIG:
+        refusal.check(config, options)
+    if config.moe_token_dispatcher_type != STOCK:
         raise EPArgumentError(
-            "set moe_token_dispatcher_type='alltoall' in the TransformerConfig (Megatron "
-            "validates other features against it, and ep_comm then replaces the dispatcher); "
+            f"set moe_token_dispatcher_type={STOCK!r} in the TransformerConfig (Megatron "
+            f"validates other features against it, and {NAME} then replaces the dispatcher); "
             f"got {config.moe_token_dispatcher_type!r}"
         )
-    check_fp8(config, options)
-    check_transformer_engine(config, options)
+    wire_flags = _wire_flags(options)
+    if wire_flags or _has_exact_recipe(config):
+        fp8.check_scales()
+    if wire_flags:
+        fp8.check_hidden(config.hidden_size)
+        if torch.cuda.is_available():
+            nvlink_support.check_fp8_hidden(config.hidden_size)
+        if config.fp8 and not _has_exact_recipe(config):
+            _warn(
+                f"{' and '.join(wire_flags)} with --fp8-recipe {config.fp8_recipe}: the experts "
+                "quantise what has arrived once more, with other scales, so their outputs are not "
+                f"those of BF16 on the wire. With --fp8-recipe {_EXACT_RECIPE} they are, bit for "
+                "bit"
+            )
+
+
+def check_flags(args: Any, options: EPOptions) -> None:
+    """Raise `EPUnsupportedError` for arguments of Megatron's that no `TransformerConfig` holds."""
+    for refusal in BY_FLAGS:
+        refusal.check(args, options)
 
 
 def check_one_node(ranks: Sequence[int]) -> None:
     """Raise where the GPUs that share a layer's experts are not on one node.
 
-    `ranks` are the global ranks of the group.
-    Nodes are known from LOCAL_WORLD_SIZE, which torchrun and our launcher set; without it nothing
+    Nodes are known from LOCAL_WORLD_SIZE, which torchrun and our launcher set. Without it nothing
     is checked, and the start-up line names the reference backend. On CPU that one works anywhere.
+
+    Args:
+        ranks: The global ranks that share the experts.
 
     Raises:
         EPUnsupportedError: Names the flag.
@@ -55,78 +125,213 @@ def check_one_node(ranks: Sequence[int]) -> None:
         return
     num_nodes = len({rank // ranks_per_node for rank in ranks})
     if num_nodes > 1:
-        raise EPUnsupportedError(
-            f"--expert-model-parallel-size is too large: the {len(ranks)} ranks that share a "
-            f"layer's experts would span {num_nodes} nodes of {ranks_per_node} ranks, and ep_comm "
-            "does not work between nodes yet"
-        )
+        raise ACROSS_NODES.error(f"{len(ranks)} ranks on {num_nodes} nodes of {ranks_per_node}")
 
 
-def _refused(config: TransformerConfig) -> list[tuple[str, object, str]]:
-    """(flag, whether it is set, reason). docs/megatron.md lists the same."""
-    shards = config.expert_tensor_parallel_size or 1
-    sharded = f" with --expert-tensor-parallel-size {shards}" if shards > 1 else ""
-    limit = ": their product is at most" if shards > 1 else ": at most"
-    graphed = _graphed_modules(config)
-    types = ": tokens travel as BF16 or FP32, so take --bf16"
-    return [
-        ("--fp16", config.fp16, types),
-        (f"params_dtype={config.params_dtype}", config.params_dtype not in ROW_DTYPES, types),
-        (
-            f"autocast_dtype={config.autocast_dtype}",
-            config.enable_autocast and config.autocast_dtype not in ROW_DTYPES,
-            types,
-        ),
-        *(
-            (f"{flag} {value}{sharded}", value * shards > maximum, f"{limit} {maximum}")
-            for flag, value, maximum in (
-                ("--moe-router-topk", config.moe_router_topk, EP_MAX_TOPK),
-                ("--num-experts", config.num_moe_experts, EP_MAX_EXPERTS),
-            )
-        ),
-        (
-            "--moe-pad-expert-input-to-capacity",
-            config.moe_pad_expert_input_to_capacity,
-            ": dropless routing and dropping without padding work",
-        ),
-        (
-            "--overlap-moe-expert-parallel-comm (the 1F1B overlap)",
-            getattr(config, "overlap_moe_expert_parallel_comm", False),
-            ": EPOptions(overlap_wgrad=True) hides the backward combine without it",
-        ),
-        (
-            "--overlap-dispatch-backward-with-experts-wgrad",
-            getattr(config, "overlap_dispatch_backward_with_experts_wgrad", False),
-            ": use EPOptions(overlap_wgrad=True) instead",
-        ),
-        (
-            "--delay-wgrad-compute for the whole model",
-            config.delay_wgrad_compute,
-            ": EPOptions(overlap_wgrad=True) delays the routed experts' alone",
-        ),
-        (
-            "CUDA graphs over the MoE layer",
-            graphed is not None and (not graphed or graphed & {"full_iteration", "moe"}),
-            ": token counts are host values; 'attn', 'mlp' and 'moe_router' are left to Megatron",
-        ),
-        (
-            "CUDA graphs of 'moe_preprocess'",
-            graphed is not None and "moe_preprocess" in graphed,
-            ": leave it out, and take cuda_graph_impl='transformer_engine' for 'moe_router' alone",
-        ),
-        ("--moe-latent-size", getattr(config, "moe_latent_size", None), ""),
-        ("--fp4-format", getattr(config, "fp4", None), ""),
-        (
-            "transformer_impl='inference_optimized'",
-            getattr(config, "transformer_impl", None) == "inference_optimized",
-            "",
-        ),
-    ]
+# --- what the refusals look at -------------------------------------------------------------------
 
 
-def _graphed_modules(config: TransformerConfig) -> set[str] | None:
-    """Names of the modules under CUDA graphs; empty for all of the model, None without graphs."""
-    if getattr(config, "cuda_graph_impl", "none") == "none":
-        return None
-    modules = getattr(config, "cuda_graph_modules", None)  # megatron-core 0.19; before: scope
-    return {module.name for module in modules or getattr(config, "cuda_graph_scope", None) or ()}
+def _is_set(*names: str) -> When:
+    """Return whether one of the settings is there and on; its value, if that is no bool."""
+
+    def when(settings: Any, options: EPOptions) -> object:
+        return next((value for name in names if (value := getattr(settings, name, None))), False)
+
+    return when
+
+
+def _dtype(config: TransformerConfig, options: EPOptions) -> object:
+    if config.params_dtype not in ROW_DTYPES:
+        return f"params_dtype={config.params_dtype}"
+    if config.enable_autocast and config.autocast_dtype not in ROW_DTYPES:
+        return f"autocast_dtype={config.autocast_dtype}"
+    return False
+
+
+def _per_shard_above(name: str, maximum: int) -> When:
+    """Return a setting that is too large once each expert's shard counts as an expert."""
+
+    def when(config: TransformerConfig, options: EPOptions) -> object:
+        value, shards = getattr(config, name), config.expert_tensor_parallel_size or 1
+        return value * shards > maximum and f"{value} x {shards}"
+
+    return when
+
+
+def _graphs(*names: str, whole_model: bool = False) -> When:
+    """Return whether one of these modules, or the whole model, is under CUDA graphs."""
+
+    def when(config: TransformerConfig, options: EPOptions) -> object:
+        if getattr(config, "cuda_graph_impl", "none") == "none":
+            return False
+        modules = getattr(config, "cuda_graph_modules", None)  # megatron-core 0.19; before: scope
+        modules = modules or getattr(config, "cuda_graph_scope", None) or ()
+        graphed = {module.name for module in modules}
+        return bool(graphed & set(names) if graphed else whole_model)
+
+    return when
+
+
+def _is_inference(config: TransformerConfig, options: EPOptions) -> object:
+    return getattr(config, "transformer_impl", None) == "inference_optimized"
+
+
+def _has_exact_recipe(config: TransformerConfig) -> bool:
+    return bool(config.fp8) and config.fp8_recipe == _EXACT_RECIPE
+
+
+def _wire_flags(options: EPOptions) -> list[str]:
+    """Return the flags that put FP8 on the wire."""
+    flags = (
+        ("--ep-fp8-dispatch", options.fp8_dispatch),
+        ("--ep-fp8-grad-dispatch", options.fp8_grad_dispatch),
+    )
+    return [flag for flag, is_on in flags if is_on]
+
+
+def _fp8_without_hardware(config: TransformerConfig, options: EPOptions) -> object:
+    flags = _wire_flags(options) + (["--fp8-format"] if config.fp8 else [])
+    if not flags or not torch.cuda.is_available():
+        return False
+    capability = torch.cuda.get_device_capability()
+    return capability < _FP8_CAPABILITY and (
+        f"{', '.join(flags)} on {torch.cuda.get_device_name()}, compute capability "
+        f"{_dotted(capability)}"
+    )
+
+
+def _delay_with_old_te(config: TransformerConfig, options: EPOptions) -> object:
+    return options.overlap_wgrad and config.moe_grouped_gemm and _old_te()
+
+
+def _blocks_with_old_te(config: TransformerConfig, options: EPOptions) -> object:
+    return _has_exact_recipe(config) and _old_te()
+
+
+def _old_te() -> str:
+    """Return the version of a Transformer Engine that is too old; empty where there is none."""
+    try:
+        version = importlib.metadata.version("transformer-engine")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return f"this is {version}" if Version(version) < Version(_MIN_TE) else ""
+
+
+def _dotted(version: Sequence[int]) -> str:
+    return ".".join(map(str, version))
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Warn once a process, not once a layer, and on rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        warnings.warn(text, stacklevel=2)
+
+
+# --- the refusals --------------------------------------------------------------------------------
+
+_TYPES = "tokens travel as BF16 or FP32, so take --bf16"
+_SHARDS = "each shard of an expert counts as an expert"
+
+BY_CONFIG = (
+    Refusal("--fp16", _TYPES, _is_set("fp16")),
+    Refusal("parameters or autocast of other types than BF16 and FP32", _TYPES, _dtype),
+    Refusal(
+        f"--moe-router-topk x --expert-tensor-parallel-size above {EP_MAX_TOPK}",
+        _SHARDS,
+        _per_shard_above("moe_router_topk", EP_MAX_TOPK),
+    ),
+    Refusal(
+        f"--num-experts x --expert-tensor-parallel-size above {EP_MAX_EXPERTS}",
+        _SHARDS,
+        _per_shard_above("num_moe_experts", EP_MAX_EXPERTS),
+    ),
+    Refusal(
+        "--moe-pad-expert-input-to-capacity",
+        "dropless routing and dropping without padding work",
+        _is_set("moe_pad_expert_input_to_capacity"),
+    ),
+    Refusal(
+        "--overlap-moe-expert-parallel-comm (the 1F1B overlap)",
+        "--ep-overlap-wgrad hides the backward combine without it",
+        _is_set("overlap_moe_expert_parallel_comm"),
+    ),
+    Refusal(
+        "--overlap-dispatch-backward-with-experts-wgrad",
+        "take --ep-overlap-wgrad instead",
+        _is_set("overlap_dispatch_backward_with_experts_wgrad"),
+    ),
+    Refusal(
+        "--delay-wgrad-compute for the whole model",
+        "--ep-overlap-wgrad delays the routed experts' alone",
+        _is_set("delay_wgrad_compute"),
+    ),
+    Refusal(
+        "CUDA graphs over the MoE layer",
+        "token counts are host values; 'attn', 'mlp' and 'moe_router' are left to Megatron",
+        _graphs("full_iteration", "moe", whole_model=True),
+    ),
+    Refusal(
+        "CUDA graphs of 'moe_preprocess'",
+        "leave it out, and take cuda_graph_impl='transformer_engine' for 'moe_router' alone",
+        _graphs("moe_preprocess"),
+    ),
+    Refusal("--moe-latent-size", when=_is_set("moe_latent_size")),
+    Refusal("--fp4-format", when=_is_set("fp4")),
+    Refusal("transformer_impl='inference_optimized'", when=_is_inference),
+    Refusal(
+        "--ep-fp8-dispatch, --ep-fp8-grad-dispatch or --fp8-format on a GPU without FP8",
+        f"FP8 begins with compute capability {_dotted(_FP8_CAPABILITY)}; leave them out",
+        _fp8_without_hardware,
+    ),
+    Refusal(
+        "--ep-overlap-wgrad with --moe-grouped-gemm and an old Transformer Engine",
+        f"it needs {_MIN_TE} or newer",
+        _delay_with_old_te,
+    ),
+    Refusal(
+        f"--fp8-recipe {_EXACT_RECIPE} with an old Transformer Engine",
+        f"it needs {_MIN_TE} or newer",
+        _blocks_with_old_te,
+    ),
+)
+
+FSDP = Refusal(
+    "FSDP (--use-megatron-fsdp, --use-torch-fsdp2)",
+    "take DistributedDataParallel",
+    _is_set("use_megatron_fsdp", "use_torch_fsdp2"),
+)
+
+BY_FLAGS = (
+    Refusal(
+        "--moe-enable-deepep",
+        "it asks for Megatron's own flex dispatcher (flex-deepep)",
+        _is_set("moe_enable_deepep"),
+    ),
+    Refusal(
+        "--moe-flex-dispatcher-backend",
+        "it belongs to Megatron's own flex dispatcher",
+        lambda args, options: (
+            (backend := getattr(args, "moe_flex_dispatcher_backend", None)) != "deepep" and backend
+        ),
+    ),
+    FSDP,
+)
+
+ACROSS_NODES = Refusal(
+    "an --expert-model-parallel-size that spans nodes, on GPUs",
+    "the GPUs that share a layer's experts must be on one node",
+)
+FUSED_ACCUMULATION = Refusal(
+    "--ep-overlap-wgrad with gradient_accumulation_fusion in Megatron's own linear layers",
+    "set it to False (--no-gradient-accumulation-fusion), or take Transformer Engine's layers",
+)
+UNKNOWN_EXPERTS = Refusal(
+    "--ep-overlap-wgrad with experts that have weights outside of Megatron's or Transformer "
+    "Engine's linear layers",
+    "nothing delays the gradients of these",
+)
+
+BY_MODEL = (ACROSS_NODES, FUSED_ACCUMULATION, UNKNOWN_EXPERTS)
+
+REFUSALS = BY_CONFIG + BY_FLAGS + BY_MODEL

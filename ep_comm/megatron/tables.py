@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ep_comm.megatron.options import OPTIONS
+from ep_comm.megatron.support import REFUSALS
 
 
 def options_table() -> str:
@@ -22,7 +24,13 @@ def options_table() -> str:
     return _table(("flag", ""), [(f"`{flag}`", _code(text)) for flag, text in rows])
 
 
-TABLES = {"options": options_table}
+def refusals_table() -> str:
+    """Return a line for each thing that does not work with the dispatcher."""
+    rows = [(_code(each.what), _code(each.why or "not there yet")) for each in REFUSALS]
+    return _table(("not supported", "why, or what to do instead"), rows)
+
+
+TABLES = {"options": options_table, "refusals": refusals_table}
 
 
 def with_tables(page: str) -> str:
@@ -39,14 +47,14 @@ def with_tables(page: str) -> str:
     )
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [header, ("---",) * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _code(text: str) -> str:
-    """Mark flags as code."""
-    return re.sub(r"--[a-z0-9-]*[a-z0-9]", r"`\g<0>`", text)
+    """Mark flags, identifiers and quoted values as code."""
+    return re.sub(r"--[a-z0-9-]*[a-z0-9]|\w+_\w+(='\w+')?|'\w+'", r"`\g<0>`", text)
 
 
 if __name__ == "__main__":

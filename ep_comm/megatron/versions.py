@@ -8,5 +8,5 @@ SUPPORTED = ">=0.16.1,<0.21"
 
 
 def is_supported(version: str) -> bool:
-    """Whether `version`, such as "0.20.0rc0" or "0.19.1+git", is in the range."""
+    """Return whether `version`, such as "0.20.0rc0" or "0.19.1+git", is in the range."""
     return SpecifierSet(SUPPORTED).contains(version, prereleases=True)

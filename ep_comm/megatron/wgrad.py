@@ -1,7 +1,7 @@
 """Weight gradients of the routed experts, computed later: while a combine is in flight.
 
 Backward through an expert gives two gradients. The one of its input is what the backward combine
-waits for; the one of its weights nobody needs before the optimizer. So the linear layers of the
+waits for. The one of its weights is not needed before the optimizer. So the linear layers of the
 routed experts put (input, output gradient) aside, and `DelayedWeightGradient.backward_dw` makes
 weight gradients of them when the dispatcher's backward calls it, between the start of the combine
 and the wait for it. Where nothing before the experts is trainable, dispatch has no backward, and
@@ -27,19 +27,17 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from ep_comm.errors import EPStateError, EPUnsupportedError
+from ep_comm.errors import EPStateError
+from ep_comm.megatron.support import FUSED_ACCUMULATION, UNKNOWN_EXPERTS
 
 
 class DelayedWeightGradient:
-    """Takes over the weight gradient of one Megatron linear layer."""
+    """The weight gradient of one Megatron linear layer, taken over from it."""
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, linear: Any) -> None:
         if linear.gradient_accumulation_fusion:
-            raise EPUnsupportedError(
-                "overlap_wgrad with Megatron's own linear layers does not support "
-                "gradient_accumulation_fusion: set it to False, or use Transformer Engine's"
-            )
-        self._weight = linear.weight
+            raise FUSED_ACCUMULATION.error()
+        self._weight: nn.Parameter = linear.weight
         self._saved: deque[tuple[Tensor, Tensor]] = deque()
         self._hooks: list[Callable[[], None]] = []
         self._original_forward = linear._forward_impl
@@ -50,11 +48,11 @@ class DelayedWeightGradient:
         linear.ep_comm_wgrad = self
 
     def __len__(self) -> int:
-        """Weight gradients still owed."""
+        """Return the number of weight gradients still owed."""
         return len(self._saved)
 
     def _forward(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Megatron's ``_forward_impl``; parallel communication is off for routed experts."""
+        """Stand in for Megatron's ``_forward_impl``; routed experts do not communicate in it."""
         if not weight.requires_grad:
             return self._original_forward(input, weight, *args, **kwargs)
         output = _LinearWithDelayedWgrad.apply(input, weight, self._saved)
@@ -102,7 +100,8 @@ def delay_weight_gradients(experts: nn.Module) -> Callable[[], None]:
     Raises:
         EPUnsupportedError: The experts have a weight that nobody here knows how to delay.
     """
-    linears, delayed = [], set()
+    linears: list[nn.Module] = []
+    delayed: set[nn.Parameter] = set()
     for module in experts.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             DelayedWeightGradient(module)
@@ -115,15 +114,12 @@ def delay_weight_gradients(experts: nn.Module) -> Callable[[], None]:
         linears.append(module)
     for name, parameter in experts.named_parameters():
         if parameter not in delayed and not name.rpartition(".")[2].startswith("bias"):
-            raise EPUnsupportedError(
-                f"overlap_wgrad does not support {type(experts).__name__}: nothing delays the "
-                f"gradient of its parameter {name}"
-            )
+            raise UNKNOWN_EXPERTS.error(f"{name} of {type(experts).__name__}")
     return functools.partial(_compute_owed, linears)
 
 
 @torch.no_grad()
-def _compute_owed(linears: list[nn.Module]) -> None:
+def _compute_owed(linears: list[Any]) -> None:
     """Compute what the layers owe, in the order of the backward pass.
 
     A frozen layer owes nothing, and Transformer Engine's may raise when asked for it.
@@ -159,14 +155,14 @@ def _skip_unfinished_gradients(linear: nn.Module) -> None:
 
 @functools.cache
 def _placeholder(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Stands for gradients of that shape; never read."""
+    """Return what stands for gradients of that shape; it is never read."""
     return torch.empty(shape, dtype=dtype, device=device)
 
 
 def with_delayed_wgrad(config: Any) -> Any:
-    """`config` for the routed experts alone: Transformer Engine then delays their gradients.
+    """Return `config` for the routed experts alone, with Transformer Engine's delay.
 
-    Set after construction, because Megatron accepts the flag only with its 1F1B overlap.
+    It is set after construction, because Megatron accepts the flag only with its 1F1B overlap.
     """
     config = copy.copy(config)
     config.delay_wgrad_compute = True
@@ -174,7 +170,7 @@ def with_delayed_wgrad(config: Any) -> Any:
 
 
 def _num_owed(linear: nn.Module) -> int:
-    """Weight gradients that a module, of any kind, has put off and not computed."""
+    """Return how many weight gradients a module, of any kind, has put off and not computed."""
     if (delayed := getattr(linear, "ep_comm_wgrad", None)) is not None:
         return len(delayed)
     if (store := getattr(linear, "wgrad_store", None)) is not None and store.context:
@@ -183,7 +179,7 @@ def _num_owed(linear: nn.Module) -> int:
 
 
 def check_weight_gradients(model_chunks: Iterable[nn.Module]) -> None:
-    """Call before the optimizer step: every delayed weight gradient has been computed.
+    """Check, before the optimizer step, that every delayed weight gradient has been computed.
 
     Raises:
         EPStateError: Names the layers that still owe gradients.

@@ -211,55 +211,93 @@ def test_install_reaches_every_layer():
     assert installed[0]["losses"] == spec[0]["losses"]
 
 
-@pytest.mark.parametrize(
-    ("config", "options", "message"),
-    [
-        ({"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 1.0}, {},
-         "--moe-pad-expert-input-to-capacity"),
-        ({"moe_token_dispatcher_type": "allgather"}, {}, "moe_token_dispatcher_type='alltoall'"),
-        ({}, {"fp8_dispatch": True}, "hidden 32 is not a multiple"),
-        ({}, {"fp8_grad_dispatch": True}, "hidden 32 is not a multiple"),
-        ({"hidden_size": 128, "scales": "1"}, {"fp8_dispatch": True}, "SCALING_FP32_SCALES=1"),
-        ({**BLOCKWISE, "scales": "1"}, {}, "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1"),
-        ({**BLOCKWISE, "te": "2.2.1"}, {}, "--fp8-recipe blockwise: needs Transformer Engine 2.3"),
-        (
-            {"moe_grouped_gemm": True, "te": "1.13"},
-            {"overlap_wgrad": True},
-            "--ep-overlap-wgrad with --moe-grouped-gemm: needs Transformer Engine 2.3",
-        ),
-        ({**BLOCKWISE, "gpu": (8, 0)}, {}, "--fp8-format: GPU (compute capability 8.0) has no"),
-        (
-            {"hidden_size": 512, "gpu": (8, 6)},
-            {"fp8_grad_dispatch": True},
-            "--ep-fp8-grad-dispatch: GPU (compute capability 8.6)",
-        ),
-        ({"hidden_size": 640, "gpu": (9, 0)}, {"fp8_dispatch": True}, "multiple of 512, got 640"),
-        ({"delay_wgrad_compute": True}, {}, "--delay-wgrad-compute"),
-        ({"expert_tensor_parallel_size": 32}, {}, "--moe-router-topk 2 with --expert-tensor"),
-        ({"moe_router_topk": 40}, {}, "--moe-router-topk 40 yet: at most 32"),
-        ({"cuda_graph_impl": "transformer_engine", "graphed": ["moe"]}, {}, "over the MoE layer"),
-        (
-            {"cuda_graph_impl": "transformer_engine", "graphed": ["moe_router", "moe_preprocess"]},
-            {},
-            "CUDA graphs of 'moe_preprocess'",
-        ),
-        ({"overlap_moe_expert_parallel_comm": True}, {}, "the 1F1B overlap"),
-        ({"overlap_dispatch_backward_with_experts_wgrad": True}, {}, "experts-wgrad"),
-        ({"fp16": True, "params_dtype": torch.float16}, {}, "--fp16 yet: tokens travel as BF16"),
-        ({"params_dtype": torch.float64}, {}, "params_dtype=torch.float64"),
-        (
-            {"enable_autocast": True, "autocast_dtype": torch.float16},
-            {},
-            "autocast_dtype=torch.float16",
-        ),
-        ({"moe_latent_size": 16}, {}, "--moe-latent-size"),
-        ({"fp4": "e2m1"}, {}, "--fp4-format"),
-        ({"transformer_impl": "inference_optimized"}, {}, "inference_optimized"),
-    ],
-)  # fmt: skip
+OLD_GPU = "--ep-fp8-dispatch, --ep-fp8-grad-dispatch or --fp8-format on a GPU without FP8"
+# (changes of the TransformerConfig and of the machine, our options, the message from its subject)
+REFUSED = [
+    ({"moe_token_dispatcher_type": "allgather"}, {}, "set moe_token_dispatcher_type='alltoall'"),
+    ({"moe_token_dispatcher_type": "ep_comm"}, {}, "set moe_token_dispatcher_type='alltoall'"),
+    ({}, {"fp8_dispatch": True}, "FP8 dispatch scales blocks of 128 elements: hidden 32 is"),
+    ({}, {"fp8_grad_dispatch": True}, "FP8 dispatch scales blocks of 128 elements: hidden 32 is"),
+    ({"hidden_size": 640, "gpu": (9, 0)}, {"fp8_dispatch": True}, "FP8 over NVLink needs hidden"),
+    ({"hidden_size": 128, "scales": "1"}, {"fp8_dispatch": True}, "NVTE_FP8_BLOCK_SCALING_FP32_SC"),
+    ({**BLOCKWISE, "scales": "1"}, {}, "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1"),
+    (
+        {**BLOCKWISE, "te": "2.2.1"}, {},
+        "--fp8-recipe blockwise with an old Transformer Engine (this is 2.2.1): it needs 2.3",
+    ),
+    (
+        {"moe_grouped_gemm": True, "te": "1.13"}, {"overlap_wgrad": True},
+        "--ep-overlap-wgrad with --moe-grouped-gemm and an old Transformer Engine (this is 1.13)",
+    ),
+    (
+        {**BLOCKWISE, "gpu": (8, 0)}, {},
+        f"{OLD_GPU} (--fp8-format on GPU, compute capability 8.0): FP8 begins with",
+    ),
+    (
+        {"hidden_size": 512, "gpu": (8, 6)}, {"fp8_grad_dispatch": True},
+        f"{OLD_GPU} (--ep-fp8-grad-dispatch on GPU, compute capability 8.6)",
+    ),
+    ({"fp16": True, "params_dtype": torch.float16}, {}, "--fp16: tokens travel as BF16"),
+    (
+        {"params_dtype": torch.float64}, {},
+        "parameters or autocast of other types than BF16 and FP32 (params_dtype=torch.float64)",
+    ),
+    (
+        {"enable_autocast": True, "autocast_dtype": torch.float16}, {},
+        "parameters or autocast of other types than BF16 and FP32 (autocast_dtype=torch.float16)",
+    ),
+    (
+        {"moe_router_topk": 40}, {},
+        "--moe-router-topk x --expert-tensor-parallel-size above 32 (40 x 1)",
+    ),
+    (
+        {"expert_tensor_parallel_size": 32}, {},
+        "--moe-router-topk x --expert-tensor-parallel-size above 32 (2 x 32)",
+    ),
+    (
+        {"num_moe_experts": 5000}, {},
+        "--num-experts x --expert-tensor-parallel-size above 4096 (5000 x 1)",
+    ),
+    (
+        {"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 1.0}, {},
+        "--moe-pad-expert-input-to-capacity: dropless routing",
+    ),
+    (
+        {"overlap_moe_expert_parallel_comm": True}, {},
+        "--overlap-moe-expert-parallel-comm (the 1F1B overlap): --ep-overlap-wgrad",
+    ),
+    (
+        {"overlap_dispatch_backward_with_experts_wgrad": True}, {},
+        "--overlap-dispatch-backward-with-experts-wgrad: take",
+    ),
+    ({"delay_wgrad_compute": True}, {}, "--delay-wgrad-compute for the whole model: "),
+    (
+        {"cuda_graph_impl": "transformer_engine", "graphed": ["moe"]}, {},
+        "CUDA graphs over the MoE layer: ",
+    ),
+    ({"cuda_graph_impl": "local"}, {}, "CUDA graphs over the MoE layer: "),
+    (
+        {"cuda_graph_impl": "transformer_engine", "graphed": ["moe_router", "moe_preprocess"]}, {},
+        "CUDA graphs of 'moe_preprocess': leave it out",
+    ),
+    ({"moe_latent_size": 16}, {}, "--moe-latent-size (16)"),
+    ({"fp4": "e2m1"}, {}, "--fp4-format (e2m1)"),
+    ({"transformer_impl": "inference_optimized"}, {}, "transformer_impl='inference_optimized'"),
+]  # fmt: skip
+
+
+def test_every_refusal_is_tested():
+    from ep_comm.megatron.support import BY_CONFIG
+
+    messages = [message for _, _, message in REFUSED]
+    for refusal in BY_CONFIG:
+        assert any(message.startswith(refusal.what) for message in messages), refusal.what
+
+
+@pytest.mark.parametrize(("config", "options", "message"), REFUSED)
 def test_what_is_not_there_is_refused_by_name(config, options, message):
     (answer,) = run_ranks(1, check_options, config, options, pool="megatron")
-    assert message in answer
+    assert answer.startswith((message, f"ep_comm does not support {message}"))
 
 
 def check_options(rank: int, config: dict, options: dict) -> str:
@@ -288,10 +326,15 @@ def pretend(
     monkeypatch: pytest.MonkeyPatch, scales: str, te: str | None, gpu: tuple[int, int] | None
 ) -> None:
     """That this machine has such a Transformer Engine and such a GPU."""
-    from ep_comm.megatron import fp8_support
+    from ep_comm.megatron import support
+
+    def version(package: str) -> str:
+        if te is None:
+            raise support.importlib.metadata.PackageNotFoundError(package)
+        return te
 
     monkeypatch.setenv("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", scales)
-    monkeypatch.setattr(fp8_support, "_transformer_engine", lambda: te)
+    monkeypatch.setattr(support.importlib.metadata, "version", version)
     if gpu is not None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
@@ -406,7 +449,7 @@ def models_that_are_not_right(rank: int) -> None:
         use_ep_comm(get_gpt_layer_local_spec())
     with pytest.raises(EPStateError, match="no MoE layer"):
         check_model([torch.nn.Linear(2, 2)])
-    with pytest.raises(EPUnsupportedError, match="Linear: nothing delays .* parameter weight"):
+    with pytest.raises(EPUnsupportedError, match=r"\(weight of Linear\): nothing delays"):
         delay_weight_gradients(torch.nn.Linear(2, 2))
     for bad in (
         dict(timeout_s=-1),

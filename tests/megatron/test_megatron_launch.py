@@ -13,6 +13,7 @@ import importlib.util
 import io
 import json
 import os
+import pickletools
 import signal
 import subprocess
 import sys
@@ -35,16 +36,16 @@ from ep_comm.errors import (
     EPTooManyTokensError,
     EPUnsupportedError,
 )
+from ep_comm.job.exits import UserError
 from ep_comm.megatron import EPOptions
 from ep_comm.megatron.launch import main as launch
 from ep_comm.megatron.launch.flags import (
-    LaunchError,
     extend_parser,
     tokens_per_rank,
     wants_ep_comm,
 )
 from ep_comm.megatron.options import OPTIONS
-from ep_comm.megatron.support import check_one_node
+from ep_comm.megatron.support import BY_FLAGS, check_one_node
 from ep_comm.megatron.versions import SUPPORTED, is_supported
 
 # Not imported: processes of ours start without. (`megatron` alone would be the tests' folder.)
@@ -153,14 +154,16 @@ def test_start_up_says_what_is_used(stock, ours):
 def test_checkpoints_hold_plain_values_of_ours(ours, stock):
     """A script without ep_comm reads them."""
     pickled = zipfile.ZipFile(ours.folder / "common.pt").read("common/data.pkl")
-    assert b"ep_overlap_wgrad" in pickled and b"ep_comm" not in pickled
+    globals_ = [arg for opcode, arg, _ in pickletools.genops(pickled) if opcode.name == "GLOBAL"]
+    assert b"ep_overlap_wgrad" in pickled and globals_
+    assert not any(name.startswith("ep_comm") for name in globals_)
     args, stock_args = (
         vars(torch.load(each.folder / "common.pt", weights_only=False)["args"])
         for each in (ours, stock)
     )
     added = {name: args[name] for name in args.keys() - stock_args.keys()}
     assert added == {
-        "moe_token_dispatcher": "deepep",
+        "moe_token_dispatcher": "ep_comm",
         "ep_fp8_dispatch": False,
         "ep_fp8_grad_dispatch": False,
         "ep_overlap_wgrad": True,
@@ -184,7 +187,7 @@ def test_scalars_are_in_megatrons_wandb_run(ours):
     for step in steps:
         assert all(step[f"ep/{phase}-ms"] > 0 for phase in ("dispatch", "combine", "expert"))
         assert 1 <= step["ep/imbalance-rank"] <= 2 and 1 <= step["ep/imbalance-expert"] <= 4
-    assert "deepep" in json.dumps(config)
+    assert config["moe_token_dispatcher"]["value"] == "ep_comm"
 
 
 def test_scalars_go_to_megatrons_tensorboard_writer(ours):
@@ -361,7 +364,7 @@ def check_megatron(rank: int, path: tuple[Path, ...], pythonpath: tuple[Path, ..
     sys.path[:] = [str(folder) for folder in (*path[:1], *pythonpath, *path[1:])]
     try:
         return launch._check_megatron(path[0] / "pretrain.py")
-    except LaunchError as error:
+    except UserError as error:
         return str(error)
     finally:
         sys.path[:] = saved
@@ -412,7 +415,9 @@ def megatron_arguments() -> SimpleNamespace:
     """A module like ``megatron.training.arguments``."""
 
     def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        for flag in ("--moe-enable-deepep", "--use-checkpoint-args", "--use-torch-fsdp2"):
+        for fsdp in ("--use-torch-fsdp2", "--use-megatron-fsdp"):
+            parser.add_argument(fsdp, action="store_true")
+        for flag in ("--moe-enable-deepep", "--use-checkpoint-args"):
             parser.add_argument(flag, action="store_true")
         for flag in ("--save", "--wandb-project", "--wandb-save-dir", "--ep-of-megatron"):
             parser.add_argument(flag)
@@ -453,14 +458,18 @@ def test_with_other_dispatchers_nothing_of_ours_is_left(chosen):
         "--moe-token-dispatcher deepep",
         "--moe-token-dispatcher-type=deepep",
         "--moe-token-dispatcher deepep --moe-token-dispatcher-type alltoall",
+        "--moe-token-dispatcher=ep_comm",
+        "--moe-token-dispatcher-type ep_comm",
+        "--moe-token-dispatcher deepep --moe-token-dispatcher-type ep_comm",
     ],
 )
-def test_deepep_is_alltoall_to_megatron(chosen):
+def test_ours_is_ep_comm_to_the_reader_and_alltoall_to_megatron(chosen):
     args, used = parse(f"{chosen} --num-experts 4 --ep-of-megatron x --ep-timeout 7")
     assert args["moe_token_dispatcher_type"] == "alltoall"
-    assert args["moe_token_dispatcher"] == "deepep"
+    assert args["moe_token_dispatcher"] == "ep_comm"
     assert used == [EPOptions(timeout_s=7.0)]
     assert wants_ep_comm(chosen.split()) and not wants_ep_comm("--lr deepep".split())
+    assert not wants_ep_comm("--moe-token-dispatcher flex --load ep_comm".split())
 
 
 def test_every_option_has_its_flag():
@@ -506,44 +515,66 @@ def test_tokens_of_a_rank_by_megatrons_arguments(arguments, tokens):
     assert tokens_per_rank(argparse.Namespace(**{**settings, **arguments})) == tokens
 
 
-DEEPEP = "--moe-token-dispatcher deepep --num-experts 4"
+OURS = "--moe-token-dispatcher deepep --num-experts 4"
+UNSUPPORTED = [
+    (f"{OURS} --moe-enable-deepep", "--moe-enable-deepep: it asks for"),
+    (
+        f"{OURS} --moe-flex-dispatcher-backend hybridep",
+        "--moe-flex-dispatcher-backend (hybridep): it belongs to",
+    ),
+    (f"{OURS} --use-torch-fsdp2", "FSDP (--use-megatron-fsdp, --use-torch-fsdp2)"),
+    (f"{OURS} --use-megatron-fsdp", "FSDP (--use-megatron-fsdp, --use-torch-fsdp2)"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), UNSUPPORTED)
+def test_flags_that_do_not_go_with_ours_are_refused(line, message):
+    with pytest.raises(EPUnsupportedError) as caught:
+        parse(line)
+    assert str(caught.value).startswith(f"ep_comm does not support {message}")
+
+
+def test_every_refusal_of_a_flag_is_tested():
+    for refusal in BY_FLAGS:
+        assert any(message.startswith(refusal.what) for _, message in UNSUPPORTED), refusal.what
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (f"{DEEPEP} --moe-token-dispatcher-type flex", "--moe-token-dispatcher-type flex"),
-        (f"{DEEPEP} --moe-token-dispatcher-type allgather", "contradict each other"),
+        (f"{OURS} --moe-token-dispatcher-type flex", "--moe-token-dispatcher-type flex"),
+        (f"{OURS} --moe-token-dispatcher-type allgather", "contradict each other"),
         ("--moe-token-dispatcher flex --moe-token-dispatcher-type alltoall", "contradict"),
         ("--ep-num-sms 8 --ep-timeout 3", "--ep-num-sms, --ep-timeout: only with"),
         ("--moe-token-dispatcher alltoall --ep-fp8-dispatch", "--ep-fp8-dispatch: only with"),
-        (f"{DEEPEP} --moe-enable-deepep", "--moe-enable-deepep with"),
-        (f"{DEEPEP} --moe-flex-dispatcher-backend hybridep", "--moe-flex-dispatcher-backend"),
-        (f"{DEEPEP} --use-torch-fsdp2", "--use-torch-fsdp2"),
         (
-            f"{DEEPEP} --ep-timeout -1",
+            "--moe-token-dispatcher ep_comm --moe-token-dispatcher-type flex",
+            "--moe-token-dispatcher ep_comm and --moe-token-dispatcher-type flex contradict",
+        ),
+        (
+            f"{OURS} --ep-timeout -1",
             "timeout_s must be a positive number of seconds, at most 1e+08, got -1",
         ),
-        (f"{DEEPEP} --ep-num-sms 1", "num_sms must be at least 2"),
+        (f"{OURS} --ep-num-sms 1", "num_sms must be at least 2"),
         ("--moe-token-dispatcher deepep", "needs --num-experts"),
-        (f"{DEEPEP} --wandb-project p", "--wandb-save-dir"),
-        (f"{DEEPEP} --wandb-project p --save {__file__}", "--save: W&B cannot write"),
-        (f"{DEEPEP} --wandb-project p --wandb-save-dir {__file__}/x", "--wandb-save-dir: W&B"),
+        (f"{OURS} --wandb-project p", "--wandb-save-dir"),
+        (f"{OURS} --wandb-project p --save {__file__}", "--save: W&B cannot write"),
+        (f"{OURS} --wandb-project p --wandb-save-dir {__file__}/x", "--wandb-save-dir: W&B"),
     ],
 )
 def test_flags_that_cannot_be_are_refused(line, message):
-    with pytest.raises(LaunchError) as caught:
+    with pytest.raises(UserError) as caught:
         parse(line)
     assert message in str(caught.value)
 
 
 def test_only_the_node_of_the_last_rank_needs_the_wandb_dir(monkeypatch):
-    line = f"{DEEPEP} --wandb-project p --wandb-save-dir {__file__}/x"
+    line = f"{OURS} --wandb-project p --wandb-save-dir {__file__}/x"
     for name, value in (("WORLD_SIZE", 8), ("LOCAL_WORLD_SIZE", 4), ("RANK", 3)):
         monkeypatch.setenv(name, str(value))
     assert len(parse(line)[1]) == 1
     monkeypatch.setenv("RANK", "4")
-    with pytest.raises(LaunchError):
+    with pytest.raises(UserError):
         parse(line)
 
 
@@ -616,7 +647,8 @@ def buffer_of_the_options(rank: int, **options: object) -> list[tuple]:
 
 def test_layers_refuse_nodes_and_hand_on_their_options():
     for message in run_ranks(2, build_across_nodes, "1", pool="launch"):
-        assert "--expert-model-parallel-size is too large: the 2 ranks" in message
+        assert "--expert-model-parallel-size that spans nodes" in message
+        assert "(2 ranks on 2 nodes of 1)" in message
     options = dict(num_sms=24, max_tokens_per_rank=777, timeout_s=11.0)
     made = run_ranks(2, partial(buffer_of_the_options, **options), pool="launch")
     assert made == [[(24, 777, 11.0)]] * 2

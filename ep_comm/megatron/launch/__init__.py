@@ -1,1 +1,1 @@
-"""``python -m ep_comm.megatron.launch SCRIPT``: Megatron-LM's own scripts, see `main`."""
+"""Run Megatron-LM's own scripts: ``python -m ep_comm.megatron.launch SCRIPT``, see `main`."""

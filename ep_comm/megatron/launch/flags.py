@@ -1,46 +1,38 @@
-"""The launcher's flags: their meaning in Megatron's parser, and what contradicts them."""
+"""The launcher's flags: their place in Megatron's parser, and what contradicts them."""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 from ep_comm.errors import EPArgumentError
+from ep_comm.job.exits import UserError
+from ep_comm.megatron.names import NAME, STOCK, VALUES, is_ep_comm, printed
 from ep_comm.megatron.options import OPTIONS, EPOptions
-
-NAME = "deepep"
-# Megatron validates other features against this dispatcher; its instance is then replaced by ours.
-STOCK = "alltoall"
-
-# Flags of Megatron's that cannot go with ours: the argument, the values that are fine, why.
-_CONFLICTS = (
-    ("moe_enable_deepep", (None, False), "it asks for Megatron's own flex dispatcher"),
-    ("moe_flex_dispatcher_backend", (None, "deepep"), "it belongs to Megatron's flex dispatcher"),
-    ("use_megatron_fsdp", (None, False), "FSDP is not supported yet"),
-    ("use_torch_fsdp2", (None, False), "FSDP is not supported yet"),
-)
-
-
-class LaunchError(Exception):
-    """What the user asked for cannot be done; the message says what would be right."""
+from ep_comm.megatron.support import check_flags
 
 
 def add_flags(parser: argparse.ArgumentParser, dispatchers: Sequence[str]) -> None:
-    """Add our argument group. Flags that are not given leave nothing in the namespace."""
+    """Add our argument group. Flags that are not given leave nothing in the namespace.
+
+    Args:
+        parser: Megatron's, or one for the help alone.
+        dispatchers: Names of Megatron's own dispatchers.
+    """
     group = parser.add_argument_group(
-        "ep_comm", "ep_comm's MoE token dispatcher; --ep-* need --moe-token-dispatcher deepep"
+        NAME, f"{NAME}'s MoE token dispatcher; --ep-* need --moe-token-dispatcher {NAME}"
     )
     add = functools.partial(group.add_argument, default=argparse.SUPPRESS)
     add(
         "--moe-token-dispatcher",
-        choices=dispatchers,
-        help="deepep is ep_comm's; the others are Megatron's own. --moe-token-dispatcher-type "
-        "takes the same",
+        choices=[*VALUES, *dispatchers],
+        help=f"{' and '.join(VALUES)} are two names of ours; the others are Megatron's own. "
+        "--moe-token-dispatcher-type takes the same.",
     )
     for option in OPTIONS:
         help = option.full_help.replace("%", "%%")
@@ -51,21 +43,20 @@ def add_flags(parser: argparse.ArgumentParser, dispatchers: Sequence[str]) -> No
 
 
 def wants_ep_comm(arguments: Sequence[str]) -> bool:
-    """Whether a command line asks for our dispatcher, as far as one can see without a parser."""
-    names = ("--moe-token-dispatcher", "--moe-token-dispatcher-type")
-    given = zip(arguments, [*arguments[1:], ""], strict=True)
+    """Return whether a command line asks for our dispatcher, as far as no parser is needed."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
     return any(
-        (name in names and value == NAME) or name in [f"{each}={NAME}" for each in names]
-        for name, value in given
+        flag in ("--moe-token-dispatcher", "--moe-token-dispatcher-type") and is_ep_comm(value)
+        for flag, value in itertools.pairwise(words)
     )
 
 
-def extend_parser(arguments: ModuleType, use: Callable[[EPOptions], None]) -> None:
+def extend_parser(arguments: Any, use: Callable[[EPOptions], None]) -> None:
     """Make Megatron's parser take our flags, and call `use` once they ask for our dispatcher.
 
     Args:
-        arguments: ``megatron.training.arguments``, whose ``add_megatron_arguments`` every version
-            looks up by name.
+        arguments: The module ``megatron.training.arguments``. Every version of Megatron looks up
+            its ``add_megatron_arguments`` by name.
         use: Called before the parsed arguments are returned.
     """
     original = arguments.add_megatron_arguments
@@ -75,8 +66,9 @@ def extend_parser(arguments: ModuleType, use: Callable[[EPOptions], None]) -> No
         parser = original(parser)
         stock_type = _action(parser, "moe_token_dispatcher_type")
         stock_default, stock_type.default = stock_type.default, None  # None: not given
-        stock_type.choices = [*stock_type.choices, NAME]
-        add_flags(parser, stock_type.choices)
+        dispatchers = tuple(stock_type.choices or ())
+        stock_type.choices = (*dispatchers, *VALUES)
+        add_flags(parser, dispatchers)
         parse = parser.parse_known_args
 
         @functools.wraps(parse)
@@ -87,7 +79,8 @@ def extend_parser(arguments: ModuleType, use: Callable[[EPOptions], None]) -> No
                 use(options)
             return namespace, rest
 
-        parser.parse_known_args = parse_known_args  # parse_args calls it
+        # parse_args calls it too.
+        parser.parse_known_args = parse_known_args  # type: ignore[assignment,method-assign]
         return parser
 
     arguments.add_megatron_arguments = add_megatron_arguments
@@ -104,39 +97,41 @@ def resolve(args: argparse.Namespace, stock_default: str) -> EPOptions | None:
         None if another dispatcher was chosen.
 
     Raises:
-        LaunchError: Flags contradict each other, or a value is wrong.
+        UserError: Flags contradict each other, or a value is wrong.
+        EPUnsupportedError: A flag asks for what does not go with our dispatcher.
     """
     given = [option for option in OPTIONS if hasattr(args, option.key)]
     chosen = {
         "--moe-token-dispatcher": vars(args).pop("moe_token_dispatcher", None),
         "--moe-token-dispatcher-type": args.moe_token_dispatcher_type,
     }
-    types = set(chosen.values()) - {None}
+    types = {printed(value) for value in chosen.values() if value is not None}
     if NAME not in types:
         if given:
-            raise LaunchError(
+            raise UserError(
                 f"{', '.join(option.flag for option in given)}: only with "
-                "--moe-token-dispatcher deepep"
+                f"--moe-token-dispatcher {NAME}"
             )
         if len(types) > 1:
-            raise LaunchError(_contradiction(chosen))
+            raise UserError(_contradiction(chosen))
         args.moe_token_dispatcher_type = types.pop() if types else stock_default
         return None
     if types - {NAME, STOCK}:
-        raise LaunchError(_contradiction(chosen))
+        raise UserError(_contradiction(chosen))
     args.moe_token_dispatcher, args.moe_token_dispatcher_type = NAME, STOCK
-    _check_others(args)
     try:
         options = EPOptions(**{option.name: getattr(args, option.key) for option in given})
     except EPArgumentError as error:
-        raise LaunchError(f"--ep-*: {error}") from None
+        raise UserError(f"--ep-*: {error}") from None
+    check_flags(args, options)
+    _check_others(args)
     for option in OPTIONS:
         setattr(args, option.key, getattr(options, option.name))
     return options
 
 
 def tokens_per_rank(args: argparse.Namespace) -> int | None:
-    """Most tokens of a micro-batch on one rank, by Megatron's validated arguments.
+    """Return the most tokens of a micro-batch on one rank, by Megatron's validated arguments.
 
     None where these do not say how long sequences are.
     """
@@ -155,42 +150,37 @@ def tokens_per_rank(args: argparse.Namespace) -> int | None:
 
 
 def _check_others(args: argparse.Namespace) -> None:
-    """What else on the command line does not go with our dispatcher."""
-    for name, fine, why in _CONFLICTS:
-        if getattr(args, name, None) not in fine:
-            raise LaunchError(f"{_flag(name)} with --moe-token-dispatcher deepep: {why}")
+    """Raise where the command line lacks something, or W&B could not write."""
     may_come_later = args.use_checkpoint_args or getattr(args, "yaml_cfg", None)
     if args.num_experts is None and not may_come_later:
-        raise LaunchError("--moe-token-dispatcher deepep needs --num-experts")
+        raise UserError(f"--moe-token-dispatcher {NAME} needs --num-experts")
     if getattr(args, "wandb_project", None) and _on_last_node():
         _check_wandb_dir(args.wandb_save_dir, args.save)
 
 
 def _on_last_node() -> bool:
-    """The last rank writes to W&B."""
+    """Return whether this process is on the node of the last rank, which writes to W&B."""
     rank, ranks = (int(os.environ.get(key, i)) for i, key in enumerate(("RANK", "WORLD_SIZE")))
     return rank >= ranks - int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _check_wandb_dir(wandb_save_dir: str | None, save: str | None) -> None:
-    if not wandb_save_dir and not save:
-        raise LaunchError("--wandb-project needs --wandb-save-dir, or --save to write below")
-    folder = wandb_save_dir or os.path.join(save, "wandb")
+    if wandb_save_dir:
+        flag, folder = "--wandb-save-dir", wandb_save_dir
+    elif save:
+        flag, folder = "--save", os.path.join(save, "wandb")
+    else:
+        raise UserError("--wandb-project needs --wandb-save-dir, or --save to write below")
     try:
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        flag = "--wandb-save-dir" if wandb_save_dir else "--save"
-        raise LaunchError(f"{flag}: W&B cannot write to {folder}: {error.strerror}") from None
+        raise UserError(f"{flag}: W&B cannot write to {folder}: {error.strerror}") from None
 
 
 def _contradiction(chosen: dict[str, str]) -> str:
     flags = " and ".join(f"{flag} {value}" for flag, value in chosen.items())
     return f"{flags} contradict each other: give one of them"
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _action(parser: argparse.ArgumentParser, dest: str) -> argparse.Action:

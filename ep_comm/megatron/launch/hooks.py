@@ -1,11 +1,10 @@
-"""What the launcher adds to Megatron's training loop: our dispatcher, checks, scalars."""
+"""Hooks in Megatron's training loop: our dispatcher, checks, scalars."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch.distributed as dist
@@ -23,10 +22,10 @@ from ep_comm.megatron.wgrad import check_weight_gradients
 
 
 class Training:
-    """Wraps the functions that every version of Megatron's loop looks up by name.
+    """Wrappers of the functions that every version of Megatron's loop looks up by name.
 
     Args:
-        training: ``megatron.training.training``. Left alone until `use` is called.
+        training: The module ``megatron.training.training``. Left alone until `use` is called.
         version: Of this Megatron.
 
     Attributes:
@@ -34,7 +33,7 @@ class Training:
         started: Whether the model is built and checked.
     """
 
-    def __init__(self, training: ModuleType, version: str) -> None:
+    def __init__(self, training: Any, version: str) -> None:
         self.options: EPOptions | None = None
         self._asked: EPOptions | None = None
         self.started = False
@@ -60,12 +59,11 @@ class Training:
         self.options = self._asked = options
 
     def finish(self) -> None:
-        """Raise what went wrong in the last step: no later call does."""
+        """Raise an error of the last step, which no later call would."""
         synchronize_buffers()
 
     def _setup_model_and_optimizer(self, original: Any) -> Any:
-        """Size buffers by the validated arguments; check the built model; log its MoE layers if
-        somebody will read it."""
+        """Size buffers by the validated arguments, check the built model, prepare its scalars."""
 
         def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> tuple:
             settings = get_args()
@@ -119,7 +117,7 @@ class Training:
         return save_checkpoint
 
     def _summary(self, num_layers: int) -> str:
-        """One line of rank 0's: which Megatron, how many layers, what settings."""
+        """Return the line that rank 0 prints: which Megatron, how many layers, what settings."""
         folder = Path(self._training.__file__).parents[1]
         return (
             f"ep_comm {ep_comm.__version__} in Megatron {self._version} ({folder}): {num_layers} "
@@ -137,7 +135,7 @@ def _checking_gradients(step: Any, model: list[nn.Module]) -> Any:
 
 
 def _log(metrics: dict[str, float], iteration: int) -> None:
-    """On the rank that has Megatron's writers, which is the last one."""
+    """Write scalars on the rank that has Megatron's writers, which is the last one."""
     if (writer := get_tensorboard_writer()) is not None:
         for name, value in metrics.items():
             writer.add_scalar(name, value, iteration)

@@ -1,12 +1,13 @@
-"""Run an unmodified Megatron-LM script with ``--moe-token-dispatcher deepep``.
+"""Run an unmodified Megatron-LM script with ep_comm's dispatcher.
 
-    torchrun --nproc_per_node=8 -m ep_comm.megatron.launch pretrain_gpt.py ARGS...
+    torchrun --nproc_per_node=8 -m ep_comm.megatron.launch pretrain_gpt.py \\
+        --moe-token-dispatcher deepep ARGS...
 
 The script runs as if Python had been given it directly, except that Megatron's argument parser
-knows our flags (`flags`). Where they ask for our dispatcher, every MoE layer gets it, and
-the training loop checks and logs it (`hooks`). Whatever is wrong with the request is one
-line that begins with ``error:``, and exit code 2, before the first step. docs/megatron.md is the
-user's guide.
+knows our flags (`flags`). Where they ask for our dispatcher, every MoE layer gets it, and the
+training loop checks and logs it (`hooks`). A request that cannot be met ends with one line that
+begins with ``error:``, and with exit code 2, before the first step. docs/megatron.md is the user's
+guide.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ep_comm.errors import EPError
 from ep_comm.job import ranks
-from ep_comm.job.exits import exit_together
+from ep_comm.job.exits import UserError, exit_together
 from ep_comm.megatron import cpu
-from ep_comm.megatron.launch.flags import LaunchError, add_flags, extend_parser, wants_ep_comm
+from ep_comm.megatron.launch.flags import add_flags, extend_parser, wants_ep_comm
+from ep_comm.megatron.names import NAME, VALUES
 from ep_comm.megatron.versions import SUPPORTED, is_supported
 
 
 def main() -> None:
-    """Entry point of every process: ``launch SCRIPT ARGS...``."""
+    """Run ``launch SCRIPT ARGS...`` in this process."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0].startswith("-"):
         parser = _help_parser()
@@ -56,7 +58,7 @@ def main() -> None:
         if wants_ep_comm(arguments):
             check_parsed()
             training.finish()
-    except LaunchError as error:
+    except UserError as error:
         exit_together(error)
     except EPError as error:
         if training is not None and training.started:
@@ -67,7 +69,7 @@ def main() -> None:
 def _script(name: str) -> Path:
     script = Path(name).absolute()
     if not script.is_file():
-        raise LaunchError(f"there is no script {name}; give Megatron's, such as pretrain_gpt.py")
+        raise UserError(f"there is no script {name}; give Megatron's, such as pretrain_gpt.py")
     return script
 
 
@@ -79,22 +81,26 @@ def _become(script: Path, arguments: list[str]) -> None:
 
 
 def _check_megatron(script: Path) -> str:
-    """That the script will find one whole Megatron of a version that we support; its version."""
+    """Return the version of the Megatron that the script will find.
+
+    Raises:
+        UserError: There is none, not a whole one, more than one, or one that we do not support.
+    """
     core, training = _folder("megatron.core"), _folder("megatron.training")
     if core is None or training is None:
         missing = "megatron.core" if core is None else "megatron.training"
-        raise LaunchError(
+        raise UserError(
             f"there is no {missing} next to {script} or on the path: run a script of a "
             "Megatron-LM clone where it is, or name the clone in PYTHONPATH"
         )
     version = _version(core)
     if not is_supported(version):
-        raise LaunchError(
+        raise UserError(
             f"Megatron {version} in {core.parent} is not supported: ep_comm works with "
             f"megatron-core {SUPPORTED}"
         )
     if core.parent != training.parent:
-        raise LaunchError(
+        raise UserError(
             f"two copies of megatron are mixed: megatron.core comes from {core.parent}, "
             f"megatron.training from {training.parent}. Run the script of a whole Megatron-LM "
             "clone, and name no other one in PYTHONPATH"
@@ -102,7 +108,7 @@ def _check_megatron(script: Path) -> str:
     for entry in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
         other = Path(entry).absolute() / "megatron"
         if (other / "core").is_dir() and other.resolve() != core.parent.resolve():
-            raise LaunchError(
+            raise UserError(
                 f"two copies of megatron: {script} uses the one in {core.parent}, but PYTHONPATH "
                 f"names {other.parent}. Take it out of PYTHONPATH, or run the script of that clone"
             )
@@ -110,7 +116,7 @@ def _check_megatron(script: Path) -> str:
 
 
 def _folder(package: str) -> Path | None:
-    """Where `package` would be imported from."""
+    """Return where `package` would be imported from."""
     try:
         spec = importlib.util.find_spec(package)
     except ModuleNotFoundError:
@@ -119,7 +125,7 @@ def _folder(package: str) -> Path | None:
 
 
 def _version(core: Path) -> str:
-    """Version of a Megatron-Core, found without importing it: an unknown one may not import."""
+    """Return the version of a Megatron-Core without importing it: an unknown one may not import."""
     try:
         return runpy.run_path(str(core / "package_info.py"))["__version__"]
     except (OSError, KeyError):
@@ -127,7 +133,7 @@ def _version(core: Path) -> str:
 
 
 def _hook_megatron(version: str) -> Any:
-    """Import Megatron's training and make it know us."""
+    """Import Megatron's training, and extend it by our flags and hooks; returns the hooks."""
     try:
         cpu.enable()
         from ep_comm.megatron.launch.hooks import Training
@@ -135,17 +141,17 @@ def _hook_megatron(version: str) -> Any:
         arguments = importlib.import_module("megatron.training.arguments")
         training = Training(importlib.import_module("megatron.training.training"), version)
     except ImportError as error:
-        raise LaunchError(f"Megatron {version} cannot be imported: {error}") from error
+        raise UserError(f"Megatron {version} cannot be imported: {error}") from error
     extend_parser(arguments, training.use)
     return training
 
 
 def _check_parsed(script: Path, training: Any, *_: object) -> None:
-    """Before an optimizer's step and at the end: the flags have reached us."""
+    """Raise where the script has not used the flags, before an optimizer's step or at the end."""
     if training.options is None:
-        raise LaunchError(
+        raise UserError(
             f"{script} never called Megatron's argument parser, so it does not know "
-            "--moe-token-dispatcher deepep: it is no training script of Megatron-LM's"
+            f"--moe-token-dispatcher {NAME}: it is no training script of Megatron-LM's"
         )
 
 
@@ -156,10 +162,10 @@ def _help_parser() -> argparse.ArgumentParser:
         description="Run an unmodified Megatron-LM script, such as pretrain_gpt.py, with ep_comm's "
         f"MoE token dispatcher. Works with megatron-core {SUPPORTED}. SCRIPT takes Megatron's own "
         "arguments (SCRIPT --help lists them) and the following. Without --moe-token-dispatcher "
-        "deepep it runs as it is.",
+        f"{' or '.join(VALUES)} it runs as it is.",
         epilog="Under SLURM: srun --ntasks-per-node=8 python -m ep_comm.megatron.launch SCRIPT "
         "ARGS... More in docs/megatron.md.",
         allow_abbrev=False,
     )
-    add_flags(parser, ["deepep", "alltoall", "allgather", "flex"])
+    add_flags(parser, ["alltoall", "allgather", "flex"])
     return parser
