@@ -187,7 +187,7 @@ def test_scalars_are_in_megatrons_wandb_run(ours):
     for step in steps:
         assert all(step[f"ep/{phase}-ms"] > 0 for phase in ("dispatch", "combine", "expert"))
         assert 1 <= step["ep/imbalance-rank"] <= 2 and 1 <= step["ep/imbalance-expert"] <= 4
-    assert config["moe_token_dispatcher"]["value"] == "ep_comm"
+    assert config["update"]["moe_token_dispatcher"] == "ep_comm"
 
 
 def test_scalars_go_to_megatrons_tensorboard_writer(ours):
