@@ -23,6 +23,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 log = logging.getLogger(__name__)
@@ -164,6 +165,18 @@ class BuildNative(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
 
+class BuildPython(build_py):
+    """Puts configs/ into the package: ep_comm/pretrain/config_files.py looks for it there."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            folder = Path(self.build_lib, "ep_comm", "pretrain", "configs")
+            folder.mkdir(parents=True, exist_ok=True)
+            for config in (ROOT / "configs").glob("*.yaml"):
+                self.copy_file(str(config), str(folder / config.name))
+
+
 class PlatformWheel(bdist_wheel):
     """Tags the wheel py3-none-<platform>, or py3-none-any where there is no library in it."""
 
@@ -175,5 +188,9 @@ class PlatformWheel(bdist_wheel):
 
 setup(
     ext_modules=[LIBRARY],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+    cmdclass={
+        "build_ext": BuildNative,
+        "build_py": BuildPython,
+        "bdist_wheel": PlatformWheel,
+    },
 )

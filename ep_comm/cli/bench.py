@@ -111,7 +111,7 @@ def bench(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     context: typer.Context,
-    config: Annotated[Path, typer.Option(help="YAML file of examples/pretrain_moe.py.")],
+    config: Annotated[Path, typer.Option(help="YAML file of ep_comm.pretrain.")],
     variants: Annotated[
         str,
         typer.Option(
@@ -133,14 +133,15 @@ def train(
     any other --key value goes to its configuration, as in --num-layers 2. Ratios are
     alltoall's time over the variant's (above 1: faster), for FP8 experts alltoall-fp8's.
     """
-    from ep_comm.bench.train.settings import find_examples, make_train_settings
-    from ep_comm.job.exits import user_errors_exit
+    from ep_comm.bench.train.settings import make_train_settings
+    from ep_comm.job.exits import needs_extra, user_errors_exit
 
     # Whatever the trainings print is progress; the report alone goes to stdout.
     with user_errors_exit(), contextlib.redirect_stdout(sys.stderr):
-        find_examples(config)
+        with needs_extra("megatron"):
+            from ep_comm.pretrain.config_files import find_config
         settings = make_train_settings(
-            config=config,
+            config=find_config(config),
             extra=context.args,
             variants=variants,
             microbatches=microbatches,
@@ -155,10 +156,12 @@ def _train(settings: TrainSettings, out: Path) -> None:
     """Join the job, measure and report."""
     import torch.distributed as dist
 
-    from ep_comm.bench.train.configs import make_configs
-    from ep_comm.job.exits import UserError
+    from ep_comm.job.exits import UserError, needs_extra
     from ep_comm.job.start import agree, has_launcher, on_rank_0
-    from ep_comm.pretrain.start import join, prepare_megatron
+
+    with needs_extra("megatron"):
+        from ep_comm.bench.train.configs import make_configs
+        from ep_comm.pretrain.start import join, prepare_megatron
 
     if not has_launcher():
         make_configs(settings, num_ranks=None)  # mistakes, without torchrun
@@ -169,8 +172,9 @@ def _train(settings: TrainSettings, out: Path) -> None:
     configs = agree(lambda: make_configs(settings, dist.get_world_size()))
     on_rank_0(lambda: out.mkdir(parents=True, exist_ok=True))
     prepare_megatron()
-    from ep_comm.bench.train.report import write_report
-    from ep_comm.bench.train.run import run  # imports Megatron: only now
+    with needs_extra("megatron"):
+        from ep_comm.bench.train.report import write_report
+        from ep_comm.bench.train.run import run  # imports Megatron: only now
 
     progress = Console(stderr=True, quiet=dist.get_rank() != 0, soft_wrap=True, highlight=False)
     result = run(settings, configs, device, out, progress.print)

@@ -69,7 +69,7 @@ def compare(
         str | None, typer.Option(help="W&B project; all runs go into one group of it.")
     ] = None,
     script: Annotated[
-        Path | None, typer.Option(help="Default: examples/pretrain_moe.py of CONFIG's checkout.")
+        Path | None, typer.Option(help="Training script; default: ep_comm.pretrain.")
     ] = None,
 ) -> None:
     """Train the same model with several dispatchers, and report how far the losses differ.

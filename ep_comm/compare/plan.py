@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from ep_comm.job.exits import UserError
+from ep_comm.job.exits import UserError, needs_extra
 from ep_comm.pretrain import variants
-from ep_comm.pretrain.variants import TRAINING_SCRIPT, find_training_script, first_owned
+from ep_comm.pretrain.variants import first_owned
 
 REFERENCE = "alltoall"
 DEEPEP = "deepep"
@@ -46,6 +46,7 @@ _VARIANT_KEYS = {flag.removeprefix("--").replace("-", "_") for flag in _VARIANT_
 _FP8_KEYS = ("ep_fp8_dispatch", "ep_fp8_grad_dispatch", "fp8_format")  # each turns on FP8
 _CHECKPOINT_KEYS = ("save", "load")
 _PLACES = ("data_cache_path", "wandb_save_dir")  # of files, whatever machine they are on
+_PROGRAM = "ep_comm.pretrain"  # unless the user gives a script
 _CHECKPOINTS = 10  # of a run, where the configuration does not say how many
 _NEEDED_SETTINGS = """
     train_iters eval_iters save_interval seed data_seed hidden_size expert_model_parallel_size
@@ -78,7 +79,7 @@ class Plan:
     """A comparison, checked.
 
     Attributes:
-        script: The training script.
+        script: The training script; None for the module `ep_comm.pretrain`.
         config: YAML file that it reads.
         flags: Further flags of every run.
         settings: The script's configuration: every key, but those that a variant decides.
@@ -87,7 +88,7 @@ class Plan:
         skipped: What was asked for and cannot be trained, with the reason.
     """
 
-    script: Path
+    script: Path | None
     config: Path
     flags: tuple[str, ...]
     settings: dict[str, Any] = field(repr=False)
@@ -127,7 +128,8 @@ class Plan:
         """
         settings = {key: value for key, value in self.settings.items() if key not in _PLACES}
         settings["data_path"] = [Path(name).name for name in settings["data_path"]]
-        return {"processes": self.processes, "script": self.script.name, **settings}
+        script = self.script.name if self.script else _PROGRAM
+        return {"processes": self.processes, "script": script, **settings}
 
     @property
     def data_seed(self) -> int:
@@ -142,7 +144,7 @@ class Plan:
         checkpoints = str(run_dir / "checkpoints")
         interval = self.settings["save_interval"] or math.ceil(self.steps / _CHECKPOINTS)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", str(self.processes), str(self.script)]
+        command += ["--nproc_per_node", str(self.processes), *_program(self.script)]
         command += ["--config", str(self.config), *self.flags, *flags_of(variant)]
         command += ["--seed", str(self.seed(variant)), "--data-seed", str(self.data_seed)]
         command += ["--run-dir", str(run_dir)]
@@ -172,7 +174,7 @@ def make_plan(
         steps: Steps of each run; None: as the file says.
         processes: Processes of each run; None: as many as share the experts of a layer.
         variants: Comma-separated names: of `VARIANTS`, and of these with ``-seedn``.
-        script: The training script; None: the one in the checkout that holds `config`, or here.
+        script: The training script; None: `ep_comm.pretrain`.
         wandb_project: W&B project; None: no W&B.
         extra: Further flags of the training script.
 
@@ -180,10 +182,10 @@ def make_plan(
         UserError: Something of it is wrong.
     """
     names = _parse_variants(variants)
-    if not config.is_file():
-        raise UserError(f"--config {config}: no such file")
-    script = _find_script(config) if script is None else script
-    if not script.is_file():
+    with needs_extra("megatron"):
+        from ep_comm.pretrain.config_files import find_config
+    config = find_config(config)
+    if script is not None and not script.is_file():
         raise UserError(f"--script {script}: no such file")
     if own := first_owned(extra, _OWN_FLAGS):
         raise UserError(f"{own[0]} is what is compared: use {own[1]}")
@@ -202,7 +204,7 @@ def make_plan(
     reasons = {name: _skip_reason(flags_of(name), settings) for name in names}
     skipped = {name: reason for name, reason in reasons.items() if reason}
     return Plan(
-        script=script.resolve(),
+        script=script and script.resolve(),
         config=config,
         flags=tuple(flags),
         settings=settings,
@@ -230,30 +232,22 @@ def _in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (order.index(without_seed(name)), seed_number(name)))
 
 
-def _find_script(config: Path) -> Path:
-    script = find_training_script(config)
-    if script is None:
-        raise UserError(
-            f"no {TRAINING_SCRIPT} beside or above {config} or in {Path.cwd()}: name it with "
-            "--script"
-        )
-    return script
+def _program(script: Path | None) -> list[str]:
+    """What Python, or torchrun, is told to run."""
+    return ["-m", _PROGRAM] if script is None else [str(script)]
 
 
-def _settings(script: Path, config: Path, flags: Sequence[str]) -> dict[str, Any]:
-    """What the script makes of its flags, or its complaint."""
+def _settings(script: Path | None, config: Path, flags: Sequence[str]) -> dict[str, Any]:
+    """Return what the script makes of its flags, or raise with its complaint."""
     result = subprocess.run(
-        [sys.executable, str(script), "--config", str(config), *flags, "--print-config"],
+        [sys.executable, *_program(script), "--config", str(config), *flags, "--print-config"],
         capture_output=True,
         text=True,
     )
     if result.returncode:
         lines = (result.stderr.strip() or result.stdout.strip() or "no output").splitlines()
         error = next((line for line in lines if line.startswith("error: ")), lines[-1])
-        hint = ""
-        if error.startswith("ModuleNotFoundError"):
-            hint = "; the training script needs pip install 'ep_comm[megatron]'"
-        raise UserError(error.removeprefix("error: ") + hint)
+        raise UserError(error.removeprefix("error: "))
     try:
         settings = json.loads(result.stdout)
         missing = [key for key in _NEEDED_SETTINGS if key not in settings]

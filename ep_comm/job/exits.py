@@ -39,6 +39,21 @@ def user_errors_exit() -> Iterator[None]:
         exit_together(error)
 
 
+@contextmanager
+def needs_extra(name: str) -> Iterator[None]:
+    """Turn a failing import of another package into a `UserError` that says how to install it.
+
+    Args:
+        name: The extra of ep_comm that has the package.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "ep_comm":
+            raise
+        raise UserError(f"{error.name} is missing: pip install 'ep_comm[{name}]'") from None
+
+
 def exit_together(error: Exception) -> NoReturn:
     """End this process with exit code 2, after one line that begins with ``error:``.
 

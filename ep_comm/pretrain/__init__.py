@@ -1,1 +1,1 @@
-"""The pretraining that ``examples/pretrain_moe.py`` starts, see `loop`."""
+"""Pretraining of a Megatron-Core mixture-of-experts model: ``python -m ep_comm.pretrain``."""

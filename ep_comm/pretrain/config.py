@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -26,6 +25,7 @@ from pydantic import (
 )
 
 from ep_comm.job.exits import UserError
+from ep_comm.pretrain.config_files import find_config, read_config
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=1, le=2**31 - 1)]  # numpy takes 32 bits, and Megatron adds to it
@@ -315,7 +315,7 @@ def parse_args(argv: list[str] | None = None) -> PretrainConfig:
     """
     flags = vars(_parser().parse_args(argv))
     path, print_config = flags.pop("config", None), flags.pop("print_config", False)
-    values = _read_yaml(path) if path else {}
+    values = read_config(find_config(Path(path))) if path else {}
     name = Path(path).stem if path else "pretrain"
     try:
         config = PretrainConfig(**{**values, **flags})
@@ -389,18 +389,6 @@ def _show(default: Any) -> str:
     if isinstance(default, bool):
         return "on" if default else "off"
     return "none" if default in (None, []) else str(default)
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read --config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path} must hold 'key: value' lines")
-    return {str(key): value for key, value in values.items()}
 
 
 def _describe(error: ValidationError, path: str | None) -> str:

@@ -1,11 +1,8 @@
-"""Ways to dispatch tokens that are compared with each other, as flags of the training script."""
+"""Ways to dispatch tokens that are compared with each other, as flags of `ep_comm.pretrain`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-
-TRAINING_SCRIPT = Path("examples", "pretrain_moe.py")
 
 _ALLTOALL = ("--moe-token-dispatcher", "alltoall")
 _DEEPEP = ("--moe-token-dispatcher", "deepep")
@@ -43,12 +40,6 @@ def reference_of(name: str) -> str:
 def serial_of(name: str) -> str | None:
     """The variant that does without the overlap of `name`; None if it has none."""
     return name.removesuffix("-overlap") if name.endswith("-overlap") else None
-
-
-def find_training_script(config: Path) -> Path | None:
-    """The one in the checkout that holds `config`, or else in the working directory."""
-    scripts = (folder / TRAINING_SCRIPT for folder in (*config.resolve().parents, Path.cwd()))
-    return next((script for script in scripts if script.is_file()), None)
 
 
 def first_owned(arguments: Iterable[str], owned: Mapping[str, str]) -> tuple[str, str] | None:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from example_runs import CONFIGS, EXAMPLES, ROOT, environment
+from example_runs import CONFIGS, ROOT, environment
 from ranks import run_ranks, stop_pool
 from rich.console import Console
 from typer.testing import CliRunner
@@ -23,7 +23,7 @@ from ep_comm.bench.train import profile as profiling
 from ep_comm.bench.train.profile import BACKWARD, STEP, Bar, Profile, bars, covered, summarize_trace
 from ep_comm.bench.train.report import write_report
 from ep_comm.bench.train.results import Block, Inspection, LayerTimes, TrainRun
-from ep_comm.bench.train.settings import find_examples, make_train_settings
+from ep_comm.bench.train.settings import make_train_settings
 from ep_comm.bench.train.timeline import draw_timelines, kind_of
 from ep_comm.cli.main import app
 from ep_comm.errors import EPArgumentError
@@ -96,20 +96,11 @@ def test_bad_settings(changes, words):
     assert words in str(error.value)
 
 
-def test_a_checkout_is_needed(tmp_path, monkeypatch):
-    assert find_examples(TINY) == EXAMPLES
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(EPArgumentError, match="--config no.yaml: no such file"):
-        find_examples(Path("no.yaml"))
-    Path("x.yaml").touch()
-    with pytest.raises(EPArgumentError, match="bench train needs a checkout"):
-        find_examples(tmp_path / "x.yaml")
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--steps", "0"], "--steps 0"),
+        (["--config", "no.yaml"], "--config no.yaml: no such file; give a path, or one of deeps"),
         (["--variants", "ours"], "--variants 'ours'"),
         (["--moe-router-topk", "9"], "alltoall: moe_router_topk 9 is more than num_experts 8"),
         (["--no-such-key", "1"], "--no-such-key"),

@@ -67,18 +67,17 @@ SCRIPT = """if True:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """A configuration in a checkout of its own, with the made-up training script."""
-    (tmp_path / "examples").mkdir()
-    (tmp_path / "examples" / "pretrain_moe.py").write_text(SCRIPT)
+    """A configuration in a folder of its own, beside the made-up training script."""
     path = tmp_path / "configs" / "small.yaml"
     path.parent.mkdir()
+    path.with_name("train.py").write_text(SCRIPT)
     path.write_text("{}")
     return path
 
 
 def plan_of(config: Path, *extra: str, **changed: object):
-    asked = {"steps": STEPS, "processes": None, "variants": VARIANTS, "script": None}
-    asked |= {"wandb_project": None, **changed}
+    asked = {"steps": STEPS, "processes": None, "variants": VARIANTS, "wandb_project": None}
+    asked |= {"script": config.with_name("train.py"), **changed}
     return make_plan(config=config, extra=extra, **asked)
 
 
@@ -120,6 +119,7 @@ def have_fp8(monkeypatch: pytest.MonkeyPatch, support: tuple[bool, str]) -> None
 
 def compare(config: Path, *flags: object):
     command = ["compare", "--config", config, "--steps", STEPS, "--out", config.parent / "out"]
+    command += ["--script", config.with_name("train.py")]
     return CliRunner().invoke(app, [str(word) for word in (*command, *flags)])
 
 
@@ -517,13 +517,6 @@ def test_refusals(config, flags, words):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert all(word in result.stderr for word in words), result.stderr
     assert not (config.parent / "out").exists()
-
-
-def test_no_training_script_in_sight(config, monkeypatch):
-    (config.parents[1] / "examples" / "pretrain_moe.py").unlink()
-    monkeypatch.chdir(config.parent)
-    with pytest.raises(UserError, match="pretrain_moe.py .* name it with --script"):
-        plan_of(config)
 
 
 def test_fp8_is_skipped_where_it_cannot_work(config):

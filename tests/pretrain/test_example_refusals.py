@@ -41,7 +41,7 @@ MEGATRONS_OVERLAP = "--overlap-dispatch-backward-with-experts-wgrad"
         (["--lr", "fast"], ["lr", "number", "fast"]),
         (["--moe-router-topk", "9"], ["moe_router_topk 9", "num_experts 8"]),
         (["--num-query-groups", "3"], ["num_attention_heads 4", "num_query_groups 3"]),
-        (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
         (["--fp8-format", "e5m2"], ["fp8_format", "e4m3", "e5m2"]),
         (["--fp8-param-gather"], ["fp8_param_gather needs fp8_format"]),
         (["--moe-router-padding-for-fp8"], ["moe_router_padding_for_fp8 needs fp8_format"]),

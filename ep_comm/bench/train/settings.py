@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ep_comm.errors import EPArgumentError
-from ep_comm.pretrain.variants import TRAINING_SCRIPT, VARIANTS, find_training_script, first_owned
+from ep_comm.pretrain.variants import VARIANTS, first_owned
 
 # What the benchmark decides itself, by flag, with what to use instead.
 _OWN_FLAGS = {
@@ -86,23 +86,6 @@ def make_train_settings(
         steps=steps,
         warmup=warmup,
     )
-
-
-def find_examples(config: Path) -> Path:
-    """The folder of the training example, in the checkout that holds `config` or is the cwd.
-
-    Raises:
-        EPArgumentError: There is no such checkout, or no such file.
-    """
-    if not config.is_file():
-        raise EPArgumentError(f"--config {config}: no such file")
-    script = find_training_script(config)
-    if script is None:
-        raise EPArgumentError(
-            f"no {TRAINING_SCRIPT} beside or above {config} or in {Path.cwd()}: bench train needs "
-            "a checkout"
-        )
-    return script.parent
 
 
 def _parse_variants(text: str) -> tuple[str, ...]:
