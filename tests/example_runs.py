@@ -89,7 +89,7 @@ def pretrain(rank: int, flags: list[str]) -> None:
     from ep_comm.pretrain.start import prepare_megatron
 
     prepare_megatron()
-    from ep_comm.pretrain.config import parse_args
+    from ep_comm.pretrain.flags import parse_args
     from ep_comm.pretrain.loop import pretrain as train_on_all_ranks
 
     train_on_all_ranks(parse_args(flags))

@@ -118,7 +118,7 @@ def train(
             help=f"What to train, out of {', '.join(VARIANTS)}. fp8: FP8 on the wire; fp8-experts: "
             "FP8 GEMMs; fp8-all: both; overlap: weight gradients of experts beside communication."
         ),
-    ] = "alltoall,deepep,deepep-overlap",
+    ] = "alltoall,ep_comm,ep_comm-overlap",
     microbatches: Annotated[str, typer.Option(help="Of an optimizer step.")] = "1,8",
     blocks: Annotated[int, typer.Option(help="Visits of each variant.")] = 5,
     steps: Annotated[int, typer.Option(help="Timed steps of a visit, after one that is not.")] = 5,

@@ -86,7 +86,7 @@ def compare(
 
 
 def _table(document: dict[str, Any]) -> Table:
-    # It fits into 80 columns, with names like deepep-fp8-experts-seed2.
+    # It fits into 80 columns, with names like ep_comm-fp8-experts-seed2.
     table = Table(title=document["title"], box=box.SIMPLE_HEAD, collapse_padding=True)
     table.add_column("variant", no_wrap=True)
     for name in ("train\nloss", "valid.\nloss", "largest\n|Δ|", "mean\n|Δ|", "tokens\n/s"):

@@ -58,9 +58,9 @@ def compare(
             help="What to train; alltoall is what the others are compared with. -seedN behind any "
             "(N = 2, 3, ...) changes the seed of the weights: of alltoall that is the noise."
         ),
-    ] = "alltoall,alltoall-seed2,deepep,deepep-fp8",
+    ] = "alltoall,alltoall-seed2,ep_comm,ep_comm-fp8",
     tolerance_noise: Annotated[
-        float, typer.Option(min=0, help="Allowed of deepep, in units of the noise between seeds.")
+        float, typer.Option(min=0, help="Allowed of ep_comm, in units of the noise between seeds.")
     ] = 1.0,
     tolerance_fp8: Annotated[
         float, typer.Option(min=0, help="Allowed of an FP8 wire, relative to the BF16 wire's loss.")

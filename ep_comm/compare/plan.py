@@ -19,25 +19,25 @@ from ep_comm.job.exits import UserError, needs_extra
 from ep_comm.pretrain import variants
 from ep_comm.pretrain.variants import first_owned
 
-REFERENCE = "alltoall"
-DEEPEP = "deepep"
-FP8 = "deepep-fp8"
-FP8_EXPERTS = "deepep-fp8-experts"
-FP8_ALL = "deepep-fp8-all"
+REFERENCE = variants.ALLTOALL
+EP_COMM = variants.EP_COMM
+FP8 = f"{EP_COMM}-fp8"
+FP8_EXPERTS = f"{EP_COMM}-fp8-experts"
+FP8_ALL = f"{EP_COMM}-fp8-all"
 
 # Flags of each variant; each may be trained with other seeds too: `seed_number`.
 VARIANTS: dict[str, tuple[str, ...]] = {
-    name: variants.VARIANTS[name] for name in (REFERENCE, DEEPEP, FP8, FP8_EXPERTS, FP8_ALL)
+    name: variants.VARIANTS[name] for name in (REFERENCE, EP_COMM, FP8, FP8_EXPERTS, FP8_ALL)
 }
 # The same with a BF16 wire, which a variant with an FP8 wire is judged by.
-WIDE = {FP8: DEEPEP, FP8_ALL: FP8_EXPERTS}
+WIDE = {FP8: EP_COMM, FP8_ALL: FP8_EXPERTS}
 
 _WITH_SEED = re.compile(rf"({'|'.join(VARIANTS)})(?:-seed([2-9]|[1-9][0-9]+))?")
 _OTHERS = f"{', '.join(list(VARIANTS)[1:])}, or any with -seed2 (-seed3, ...)"
 _VARIANT_FLAGS = {flag for flags in VARIANTS.values() for flag in flags if flag.startswith("--")}
 # What a comparison decides itself, by flag, with what to use instead.
 _OWN_FLAGS = {
-    **dict.fromkeys(_VARIANT_FLAGS, "--variants"),
+    **dict.fromkeys((*_VARIANT_FLAGS, *variants.DISPATCHER_FLAGS), "--variants"),
     "--train-iters": "--steps",
     **dict.fromkeys(("--run-dir", "--save", "--load"), "--out"),
     "--wandb-exp-name": "--wandb-project; runs are named after their variant",
@@ -55,12 +55,12 @@ _NEEDED_SETTINGS = """
 
 
 def seed_number(variant: str) -> int:
-    """n of ``deepep-seedn``, 1 of ``deepep``."""
+    """n of ``ep_comm-seedn``, 1 of ``ep_comm``."""
     return int(_WITH_SEED.fullmatch(variant)[2] or 1)
 
 
 def without_seed(variant: str) -> str:
-    """``deepep`` of ``deepep-seedn``, which differs from it in nothing but the weights' seed."""
+    """``ep_comm`` of ``ep_comm-seedn``, which differs from it in nothing but the weights' seed."""
     return _WITH_SEED.fullmatch(variant)[1]
 
 
@@ -215,7 +215,7 @@ def make_plan(
 
 
 def _parse_variants(text: str) -> list[str]:
-    asked = [name.strip() for name in text.split(",")]
+    asked = [variants.current_name(name.strip()) for name in text.split(",")]
     for name in asked:
         if not _WITH_SEED.fullmatch(name):
             raise UserError(f"--variants {name!r} is none of {REFERENCE}, {_OTHERS}")

@@ -9,12 +9,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ep_comm.compare.plan import DEEPEP, FP8, FP8_ALL, FP8_EXPERTS, REFERENCE, without_seed
+from ep_comm.compare.plan import EP_COMM, FP8, FP8_ALL, FP8_EXPERTS, REFERENCE, without_seed
 from ep_comm.compare.statistics import Run, steps_skipped
 
 _STYLES = {
     REFERENCE: {"color": "black", "linestyle": "-", "linewidth": 2.2},
-    DEEPEP: {"color": "tab:blue", "linestyle": "--", "linewidth": 1.6},
+    EP_COMM: {"color": "tab:blue", "linestyle": "--", "linewidth": 1.6},
     FP8: {"color": "tab:red", "linestyle": ":", "linewidth": 2.0},
     FP8_EXPERTS: {"color": "tab:green", "linestyle": "-.", "linewidth": 1.6},
     FP8_ALL: {"color": "tab:orange", "linestyle": ":", "linewidth": 2.0},

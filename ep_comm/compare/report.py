@@ -12,7 +12,7 @@ from typing import Any
 
 from ep_comm.compare.directory import Directory, write_text
 from ep_comm.compare.plan import (
-    DEEPEP,
+    EP_COMM,
     REFERENCE,
     WIDE,
     Plan,
@@ -180,7 +180,7 @@ def _verdict(variant: str, checks: Mapping[str, list], pairs: Mapping[str, Pairs
         return "passed" if all(check.passed for check in checks[variant]) else "unclear"
     if seed > 1 and name in pairs and seed in pairs[name].seeds:
         return "pair"
-    needed = WIDE.get(name, REFERENCE if name == DEEPEP else None)
+    needed = WIDE.get(name, REFERENCE if name == EP_COMM else None)
     if needed is None:
         return "not judged"
     return f"not judged: needs {with_seed(needed, max(seed, 2) if needed == REFERENCE else seed)}"
@@ -207,15 +207,15 @@ def _number(value: float | None, spec: str) -> str:
 def _explain(document: dict[str, Any]) -> str:
     noise, fp8 = document["tolerances"]["noise"], document["tolerances"]["fp8"]
     sentences = []
-    if document["variants"].get(DEEPEP, {}).get("checks"):
+    if document["variants"].get(EP_COMM, {}).get("checks"):
         alltoall = ", ".join(alltoall_among(document["variants"]))
         sentences.append(
-            f"{DEEPEP}: each |Δ| at most {noise:g} × the noise, the largest between any two of "
+            f"{EP_COMM}: each |Δ| at most {noise:g} × the noise, the largest between any two of "
             f"{alltoall}, which differ in the seed of the weights only; for the final validation "
             f"the noise is taken as at least its mean."
         )
     for name, pairs in document["pairs"].items():
-        if name != DEEPEP:
+        if name != EP_COMM:
             several = ", the mean of all seeds," if len(pairs["seeds"]) > 1 else ""
             sentences.append(
                 f"{name}: final losses{several} within {fp8:.2%} of those of "

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ep_comm.compare.plan import DEEPEP, REFERENCE, WIDE, seed_number, with_seed, without_seed
+from ep_comm.compare.plan import EP_COMM, REFERENCE, WIDE, seed_number, with_seed, without_seed
 from ep_comm.pretrain.log_file import TRAIN_LOSS, VALID_LOSS, WIRE_MIB, scalars
 
 # Relative, between the losses of step 1: the same weights and data must give the same loss.
@@ -32,7 +32,7 @@ class Tolerances:
     """What a variant may differ by.
 
     Attributes:
-        noise: Of deepep: each of its differences, in units of the same one of the noise.
+        noise: Of ep_comm: each of its differences, in units of the same one of the noise.
         fp8: Of an FP8 wire: the final losses, relative to those of the same model on a BF16 wire;
             of several seeds the mean.
     """
@@ -262,15 +262,15 @@ def pairs_of(runs: Mapping[str, Run]) -> dict[str, Pairs]:
 
 
 def counterpart_of(name: str, among: Collection[str]) -> str | None:
-    """What a variant is paired with: deepep with alltoall, an FP8 wire with the BF16 wire of the
+    """What a variant is paired with: ep_comm with alltoall, an FP8 wire with the BF16 wire of the
     same model. None if it has none, or none was trained. Names without seeds.
 
-    Where deepep was not asked for, alltoall takes its place.
+    Where ep_comm was not asked for, alltoall takes its place.
     """
-    if name == DEEPEP:
+    if name == EP_COMM:
         return REFERENCE
     wide = WIDE.get(name)
-    if wide == DEEPEP and DEEPEP not in among:
+    if wide == EP_COMM and EP_COMM not in among:
         return REFERENCE
     return wide if wide in among else None
 
@@ -283,18 +283,18 @@ def standard_error(values: Collection[float]) -> float | None:
 def judge(runs: Mapping[str, Run], tolerances: Tolerances) -> dict[str, list[Check]]:
     """The checks of each variant that can be judged.
 
-    deepep is judged where the noise is known, an FP8 wire where the same model was trained
+    ep_comm is judged where the noise is known, an FP8 wire where the same model was trained
     with a BF16 wire and the same seeds; the checks stand with the first of these seeds. Where that
     is one pair the noise, if known, is its chance: the runs of a pair part by rounding, and are
     soon as far apart as two seeds.
     """
     checks: dict[str, list[Check]] = {}
     noise = noise_of(runs)
-    if DEEPEP in runs and noise is not None:
-        found = difference(runs[DEEPEP], runs[REFERENCE])
-        checks[DEEPEP] = _within_noise(found, noise, tolerances.noise)
+    if EP_COMM in runs and noise is not None:
+        found = difference(runs[EP_COMM], runs[REFERENCE])
+        checks[EP_COMM] = _within_noise(found, noise, tolerances.noise)
     for name, pairs in pairs_of(runs).items():
-        if name != DEEPEP:
+        if name != EP_COMM:
             chance = {}
             if noise is not None and len(pairs.seeds) == 1:
                 chance = _relative_noise(noise, runs[REFERENCE])

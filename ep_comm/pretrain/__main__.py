@@ -17,7 +17,7 @@ def main() -> None:
     """Do the work of one process of the job, from its command line to its exit code."""
     with user_errors_exit():
         with needs_extra("megatron"):
-            from ep_comm.pretrain.config import parse_args
+            from ep_comm.pretrain.flags import parse_args
             from ep_comm.pretrain.start import join, prepare_megatron
         if not has_launcher():
             parse_args()  # --help, and mistakes, without torchrun

@@ -43,6 +43,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ep_comm.job.exits import UserError
 from ep_comm.job.start import agree, on_rank_0
+from ep_comm.megatron.options import OPTIONS
 from ep_comm.pretrain.config import PretrainConfig
 from ep_comm.pretrain.model import Trainee, gather_parameters
 
@@ -51,12 +52,10 @@ T = TypeVar("T")
 LATEST = "latest_checkpointed_iteration.txt"
 
 # Keys that a resumed run may change; with any other one changed it would not be the same run.
-FREE_KEYS = set(
+FREE_KEYS = {each.key for each in OPTIONS} | set(
     """
-    train_iters moe_token_dispatcher moe_grouped_gemm moe_permute_fusion
-    expert_model_parallel_size
-    moe_router_fusion ep_fp8_dispatch ep_fp8_grad_dispatch ep_overlap_wgrad ep_expert_alignment
-    ep_num_sms ep_timeout overlap_dispatch_backward_with_experts_wgrad
+    train_iters moe_token_dispatcher moe_grouped_gemm moe_permute_fusion moe_router_fusion
+    expert_model_parallel_size overlap_dispatch_backward_with_experts_wgrad
     manual_gc manual_gc_interval
     recompute_granularity recompute_modules overlap_grad_reduce overlap_param_gather
     eval_interval eval_iters save save_interval load run_dir log_interval

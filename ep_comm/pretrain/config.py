@@ -1,31 +1,31 @@
-"""Configuration of `pretrain_moe.py`: a YAML file, and a flag for every key in it.
+"""Everything that a training can be told, and what does not go together.
 
-Names are Megatron-LM's wherever it has one. Keys that begin with ``ep_`` belong to ep_comm.
+Names are Megatron-LM's wherever it has one. Keys that begin with ``ep_`` are the fields of
+`EPOptions`, under the names of their flags. `ep_comm.pretrain.flags` reads them.
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
+    create_model,
     model_validator,
 )
 
+from ep_comm.errors import EPArgumentError
 from ep_comm.job.exits import UserError
-from ep_comm.pretrain.config_files import find_config, read_config
+from ep_comm.megatron.options import OPTIONS, EPOptions
+from ep_comm.pretrain.variants import EP_COMM, current_name
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=1, le=2**31 - 1)]  # numpy takes 32 bits, and Megatron adds to it
@@ -33,6 +33,10 @@ Seed = Annotated[int, Field(ge=1, le=2**31 - 1)]  # numpy takes 32 bits, and Meg
 
 class _Group(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _current_name(name: Any) -> Any:
+    return current_name(name) if isinstance(name, str) else name
 
 
 def _key(default: Any, description: str) -> Any:
@@ -74,7 +78,7 @@ class MixtureOfExperts(_Group):
         None, "hidden size of the expert that every token passes; none: no such expert"
     )
     moe_shared_expert_overlap: bool = _key(
-        False, "run that expert beside dispatch and combine; with deepep set ep_num_sms too"
+        False, "run that expert beside dispatch and combine; with ep_comm set ep_num_sms too"
     )
     moe_grouped_gemm: bool = _key(False, "all local experts in one grouped GEMM; needs TE")
     moe_permute_fusion: bool = _key(False, "fused permutation kernels of alltoall; needs TE")
@@ -85,31 +89,27 @@ class MixtureOfExperts(_Group):
 
 
 class Dispatch(_Group):
-    """token dispatch (ep_* apply to deepep only)"""
+    """token dispatch"""
 
     expert_model_parallel_size: PositiveInt = _key(1, "ranks that share the experts of a layer")
-    moe_token_dispatcher: Literal["deepep", "alltoall", "allgather"] = _key(
-        "deepep", "ep_comm's dispatcher, or one of Megatron's for comparison"
-    )
+    moe_token_dispatcher: Annotated[
+        Literal["ep_comm", "alltoall", "allgather"], BeforeValidator(_current_name)
+    ] = _key("ep_comm", "ep_comm's dispatcher, deepep for short, or one of Megatron's")
     overlap_dispatch_backward_with_experts_wgrad: bool = _key(
         False,
         "compute the experts' weight gradients while the backward of Megatron's own dispatch is "
         "under way; needs TE",
     )
-    ep_fp8_dispatch: bool = _key(False, "send tokens to the experts in FP8")
-    ep_fp8_grad_dispatch: bool = _key(False, "send gradients to the experts in FP8")
-    ep_overlap_wgrad: bool = _key(
-        False, "compute the experts' weight gradients while the backward combine is under way"
+
+
+_EP_KEYS: dict[str, Any] = {
+    each.key: (
+        each.value_type | None if each.default is None else each.value_type,
+        _key(each.default, each.help + (f" None: {each.unset}." if each.unset else "")),
     )
-    ep_expert_alignment: PositiveInt | None = _key(
-        None, "pad every expert's rows to a multiple of this; none: as the experts need"
-    )
-    ep_num_sms: Annotated[int, Field(ge=2)] | None = _key(
-        None, "SMs of a dispatch or combine; none: all, and 24 beside weight gradients"
-    )
-    ep_timeout: Annotated[float, Field(gt=0, le=1e8)] | None = _key(
-        None, "seconds to wait for a rank before giving up; none: half of the process group's 600"
-    )
+    for each in OPTIONS
+}
+EPKeys = create_model("EPKeys", __base__=_Group, __doc__="ep_comm's dispatcher", **_EP_KEYS)
 
 
 class Training(_Group):
@@ -214,12 +214,15 @@ _NEEDS = (
     ("manual_gc_interval", "manual_gc"),
     ("recompute_modules", "recompute_granularity"),
 )
-# Only ep_comm does it; with another dispatcher it would be left out without a word.
-_NEED_DEEPEP = ("ep_fp8_dispatch", "ep_fp8_grad_dispatch", "ep_overlap_wgrad")
+# With another dispatcher these would be left out without a word.
+_NEED_EP_COMM = [each.key for each in OPTIONS if each.value_type is bool]
 
 
-class PretrainConfig(Model, MixtureOfExperts, Dispatch, Training, Data, Output):
-    """Everything that `pretrain_moe.py` can be told."""
+GROUPS = (Model, MixtureOfExperts, Dispatch, EPKeys, Training, Data, Output)
+
+
+class PretrainConfig(*GROUPS):  # type: ignore[misc]  # one group is made of EPOptions at run time
+    """Everything that `ep_comm.pretrain` can be told."""
 
     @model_validator(mode="after")
     def _check(self) -> PretrainConfig:
@@ -241,24 +244,26 @@ class PretrainConfig(Model, MixtureOfExperts, Dispatch, Training, Data, Output):
         for key, needed in _NEEDS:
             if getattr(self, key) and not getattr(self, needed):
                 raise ValueError(f"{key} needs {needed}")
-        for key in _NEED_DEEPEP:
-            if getattr(self, key) and self.moe_token_dispatcher != "deepep":
+        for key in _NEED_EP_COMM:
+            if getattr(self, key) and not self.uses_ep_comm:
                 raise ValueError(
-                    f"{key} needs moe_token_dispatcher deepep, not {self.moe_token_dispatcher}"
+                    f"{key} needs moe_token_dispatcher {EP_COMM}, not {self.moe_token_dispatcher}"
                 )
+        for each in OPTIONS:
+            try:
+                EPOptions(**{each.name: getattr(self, each.key)})
+            except EPArgumentError as error:
+                raise ValueError(str(error).replace(each.name, each.key, 1)) from None
         channels = self.kv_channels or self.hidden_size // self.num_attention_heads
         if channels % 2:
             raise ValueError(
                 f"kv_channels (by default hidden_size / num_attention_heads) must be even for "
                 f"rotary embeddings, got {channels}"
             )
-        if (
-            self.overlap_dispatch_backward_with_experts_wgrad
-            and self.moe_token_dispatcher == "deepep"
-        ):
+        if self.overlap_dispatch_backward_with_experts_wgrad and self.uses_ep_comm:
             raise ValueError(
                 "overlap_dispatch_backward_with_experts_wgrad is for Megatron's own dispatchers: "
-                "with moe_token_dispatcher deepep use ep_overlap_wgrad"
+                f"with moe_token_dispatcher {EP_COMM} use ep_overlap_wgrad"
             )
         if (
             self.moe_router_padding_for_fp8
@@ -278,6 +283,19 @@ class PretrainConfig(Model, MixtureOfExperts, Dispatch, Training, Data, Output):
                 f"default train_iters), which is {self.decay_iters}"
             )
         return self
+
+    @property
+    def uses_ep_comm(self) -> bool:
+        """Whether tokens go through ep_comm's dispatcher, not through one of Megatron's."""
+        return self.moe_token_dispatcher == EP_COMM
+
+    @property
+    def ep_options(self) -> EPOptions:
+        """The dispatcher's settings; a buffer takes one micro-batch unless a key says otherwise."""
+        values = {each.name: getattr(self, each.key) for each in OPTIONS}
+        if values["max_tokens_per_rank"] is None:
+            values["max_tokens_per_rank"] = self.micro_batch_size * self.seq_length
+        return EPOptions(**values)
 
     @property
     def decay_iters(self) -> int:
@@ -303,115 +321,3 @@ class PretrainConfig(Model, MixtureOfExperts, Dispatch, Training, Data, Output):
                 f"micro_batch_size {self.micro_batch_size} x {world_size} processes = {samples}"
             )
         return self.global_batch_size // samples
-
-
-def parse_args(argv: list[str] | None = None) -> PretrainConfig:
-    """Read the YAML file named by ``--config``, then the flags, which win.
-
-    ``--print-config`` ends the process with the result as JSON, as ``--help`` does with the flags.
-
-    Raises:
-        UserError: A key, a flag or a value is wrong.
-    """
-    flags = vars(_parser().parse_args(argv))
-    path, print_config = flags.pop("config", None), flags.pop("print_config", False)
-    values = read_config(find_config(Path(path))) if path else {}
-    name = Path(path).stem if path else "pretrain"
-    try:
-        config = PretrainConfig(**{**values, **flags})
-    except ValidationError as error:
-        raise UserError(_describe(error, path)) from None
-    run_dir = config.run_dir or Path("runs") / f"{name}-{config.moe_token_dispatcher}"
-    config = config.model_copy(update={"run_dir": run_dir})
-    if print_config:
-        if _is_first():
-            print(config.model_dump_json(indent=1))
-        sys.exit()
-    return config
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-class _Parser(argparse.ArgumentParser):
-    def print_help(self, file: Any = None) -> None:
-        if _is_first():
-            super().print_help(file)
-
-    def error(self, message: str) -> None:
-        hint = ""
-        if message.startswith("unrecognized arguments: "):
-            flag = message.split(": ", 1)[1].split()[0].split("=")[0]
-            hint = _did_you_mean(flag, list(self._option_string_actions))
-        raise UserError(f"{message}{hint}; --help lists all flags")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="pretrain_moe.py",
-        usage="torchrun --nproc_per_node=N examples/pretrain_moe.py --config FILE [--KEY VALUE]",
-        description="Pretrain a Megatron-Core mixture-of-experts model through ep_comm.",
-        epilog="Every flag is also a key of the YAML file: --train-iters 60 is train_iters: 60.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file, such as configs/tiny-cpu.yaml")
-    parser.add_argument(
-        "--print-config", action="store_true", help="print every key's value as JSON, and exit"
-    )
-    for group_type in (Model, MixtureOfExperts, Dispatch, Training, Data, Output):
-        group = parser.add_argument_group(group_type.__doc__)
-        for key, field in group_type.model_fields.items():
-            default = "required" if field.is_required() else f"default: {_show(field.default)}"
-            options: dict[str, Any] = {"help": f"{field.description} ({default})"}
-            if field.annotation is bool:
-                options["action"] = argparse.BooleanOptionalAction
-            else:
-                # Types and choices are pydantic's business: it checks the YAML file as well.
-                options["metavar"] = _metavar(field.annotation)
-                if "list" in str(field.annotation):
-                    options["nargs"] = "+"
-            group.add_argument(f"--{key.replace('_', '-')}", **options)
-    return parser
-
-
-def _metavar(annotation: Any) -> str:
-    choices = getattr(annotation, "__args__", ())
-    choices = getattr(choices[0], "__args__", choices) if choices else ()
-    if choices and all(isinstance(choice, str) for choice in choices):
-        return "{" + ",".join(choices) + "}"
-    text = str(annotation)
-    return next((name.upper() for name in ("int", "float", "Path") if name in text), "STR")
-
-
-def _show(default: Any) -> str:
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    return "none" if default in (None, []) else str(default)
-
-
-def _describe(error: ValidationError, path: str | None) -> str:
-    """One line for all of pydantic's complaints."""
-    problems, missing = [], []
-    for problem in error.errors():
-        key = str(problem["loc"][0]) if problem["loc"] else ""
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "missing":
-            missing.append(f"--{key.replace('_', '-')}")
-        elif problem["type"] == "extra_forbidden":
-            hint = _did_you_mean(key, list(PretrainConfig.model_fields))
-            problems.append(f"unknown key {key!r} in {path}{hint}")
-        elif key:
-            message = message.replace("Input should be", "must be")
-            problems.append(f"{key} {message}, got {problem['input']!r}")
-        else:
-            problems.append(message)
-    if missing:
-        problems.append(f"not set: {', '.join(missing)}; give them, or a --config that has them")
-    return "; ".join(problems)
-
-
-def _did_you_mean(word: str, words: list[str]) -> str:
-    closest = difflib.get_close_matches(word, words, n=1, cutoff=0.75)
-    return f" (did you mean {closest[0]!r}?)" if closest else ""

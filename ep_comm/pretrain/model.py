@@ -29,9 +29,10 @@ from ep_comm import megatron as ep_megatron
 from ep_comm.errors import name_settings
 from ep_comm.job.exits import UserError
 from ep_comm.job.start import agree
+from ep_comm.megatron.options import flag_of
 from ep_comm.pretrain.config import PretrainConfig
+from ep_comm.pretrain.variants import ALLTOALL
 
-DEEPEP = "deepep"
 NEEDS_TRANSFORMER_ENGINE = (
     *("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion"),
     *("fp8_format", "fp8_param_gather", "moe_router_padding_for_fp8"),
@@ -121,7 +122,6 @@ def _transformer_config(config: PretrainConfig) -> TransformerConfig:
             raise UserError(f"--{flag} needs a GPU and Transformer Engine; here: {without}")
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     full_recompute = config.recompute_granularity == "full"
-    deepep = config.moe_token_dispatcher == DEEPEP
     try:
         return TransformerConfig(
             num_layers=config.num_layers,
@@ -155,7 +155,9 @@ def _transformer_config(config: PretrainConfig) -> TransformerConfig:
             moe_router_padding_for_quantization=config.moe_router_padding_for_fp8,
             # Megatron validates other features against its own dispatchers' names; ep_comm's
             # takes the place of alltoall in the layer spec.
-            moe_token_dispatcher_type="alltoall" if deepep else config.moe_token_dispatcher,
+            moe_token_dispatcher_type=ALLTOALL
+            if config.uses_ep_comm
+            else config.moe_token_dispatcher,
             expert_model_parallel_size=config.expert_model_parallel_size,
             recompute_granularity=config.recompute_granularity,
             recompute_modules=config.recompute_modules,
@@ -212,24 +214,10 @@ def _layer_spec(config: PretrainConfig) -> ModuleSpec:
             qk_layernorm=config.qk_layernorm,
             normalization="RMSNorm",
         )
-    if config.moe_token_dispatcher == DEEPEP:
-        options = ep_megatron.EPOptions(
-            fp8_dispatch=config.ep_fp8_dispatch,
-            fp8_grad_dispatch=config.ep_fp8_grad_dispatch,
-            overlap_wgrad=config.ep_overlap_wgrad,
-            expert_alignment=config.ep_expert_alignment,
-            max_tokens_per_rank=config.micro_batch_size * config.seq_length,
-            num_sms=config.ep_num_sms,
-            timeout_s=config.ep_timeout,
-        )
-        spec = ep_megatron.use_ep_comm(spec, options)
-        name_settings(_flag)
+    if config.uses_ep_comm:
+        spec = ep_megatron.use_ep_comm(spec, config.ep_options)
+        name_settings(flag_of)
     return spec
-
-
-def _flag(setting: str) -> str:
-    """The flag that gives this setting of ep_comm, for its messages."""
-    return f"--ep-{setting.removesuffix('_s').replace('_', '-')}"
 
 
 def _gpt_model(
@@ -239,7 +227,6 @@ def _gpt_model(
     vocab_size: int,
     device: torch.device,
 ) -> DistributedDataParallel:
-    deepep = config.moe_token_dispatcher == DEEPEP
     model = GPTModel(
         transformer_config,
         spec,
@@ -264,11 +251,11 @@ def _gpt_model(
             # Without it DDP takes the experts' gradients when backward has gone through them, which
             # is before either overlap has computed them.
             delay_wgrad_compute=config.overlap_dispatch_backward_with_experts_wgrad
-            or (deepep and config.ep_overlap_wgrad),
+            or config.ep_options.overlap_wgrad,
         ),
         model,
     )
-    if deepep:
+    if config.uses_ep_comm:
         ep_megatron.check_model([model])
     return model
 

@@ -1,11 +1,22 @@
-"""Ways to dispatch tokens that are compared with each other, as flags of `ep_comm.pretrain`."""
+"""The names of dispatchers and variants, and the flags of `ep_comm.pretrain` behind each.
+
+Our dispatcher is ``ep_comm``. Its older name ``deepep``, which Megatron's users know from the flag,
+is understood wherever a name is read (`current_name`), and printed nowhere. Megatron's own DeepEP,
+the flex dispatcher, would be ``flex-deepep``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-_ALLTOALL = ("--moe-token-dispatcher", "alltoall")
-_DEEPEP = ("--moe-token-dispatcher", "deepep")
+EP_COMM = "ep_comm"
+ALLTOALL = "alltoall"
+_OLD_NAME = "deepep"
+
+DISPATCHER_FLAGS = ("--moe-token-dispatcher", "--moe-token-dispatcher-type")  # both mean the same
+
+_ALLTOALL = (DISPATCHER_FLAGS[0], ALLTOALL)
+_EP_COMM = (DISPATCHER_FLAGS[0], EP_COMM)
 _OVERLAP = ("--ep-overlap-wgrad",)
 _OWN_OVERLAP = ("--overlap-dispatch-backward-with-experts-wgrad",)  # Megatron's
 # FP8 experts as Megatron recommends them for Hopper.
@@ -22,29 +33,40 @@ FP8_WIRE = ("--ep-fp8-dispatch", "--ep-fp8-grad-dispatch")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "alltoall": _ALLTOALL,
     "alltoall-overlap": _ALLTOALL + _OWN_OVERLAP,
-    "deepep": _DEEPEP,
-    "deepep-overlap": _DEEPEP + _OVERLAP,
-    "deepep-fp8": _DEEPEP + FP8_WIRE,
+    "ep_comm": _EP_COMM,
+    "ep_comm-overlap": _EP_COMM + _OVERLAP,
+    "ep_comm-fp8": _EP_COMM + FP8_WIRE,
     "alltoall-fp8": _ALLTOALL + FP8_EXPERTS,
-    "deepep-fp8-experts": _DEEPEP + FP8_EXPERTS,
-    "deepep-fp8-all": _DEEPEP + FP8_EXPERTS + FP8_WIRE,
-    "deepep-fp8-all-overlap": _DEEPEP + FP8_EXPERTS + FP8_WIRE + _OVERLAP,
+    "ep_comm-fp8-experts": _EP_COMM + FP8_EXPERTS,
+    "ep_comm-fp8-all": _EP_COMM + FP8_EXPERTS + FP8_WIRE,
+    "ep_comm-fp8-all-overlap": _EP_COMM + FP8_EXPERTS + FP8_WIRE + _OVERLAP,
 }
 
 
+def current_name(name: str) -> str:
+    """Return the present name of a dispatcher or variant: ``ep_comm-fp8`` for ``deepep-fp8``.
+
+    Every other name is returned as it is.
+    """
+    dispatcher, dash, rest = name.partition("-")
+    return EP_COMM + dash + rest if dispatcher == _OLD_NAME else name
+
+
 def reference_of(name: str) -> str:
-    """The variant of Megatron's own dispatcher that has the same experts as `name`."""
-    return "alltoall-fp8" if "--fp8-format" in VARIANTS[name] else "alltoall"
+    """Return the variant of Megatron's own dispatcher that has the same experts as `name`."""
+    return "alltoall-fp8" if "--fp8-format" in VARIANTS[name] else ALLTOALL
 
 
 def serial_of(name: str) -> str | None:
-    """The variant that does without the overlap of `name`; None if it has none."""
+    """Return the variant that does without the overlap of `name`; None if it has none."""
     return name.removesuffix("-overlap") if name.endswith("-overlap") else None
 
 
 def first_owned(arguments: Iterable[str], owned: Mapping[str, str]) -> tuple[str, str] | None:
-    """The first flag among `arguments` that `owned` has, with or without ``--no-``, and its value
-    there; None if there is none."""
+    """Return the first flag among `arguments` that `owned` has, and its value there.
+
+    A flag is found with or without ``--no-``. None if there is none.
+    """
     for flag in (argument.split("=")[0] for argument in arguments):
         if instead := owned.get(flag.replace("--no-", "--", 1)):
             return flag, instead

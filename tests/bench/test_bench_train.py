@@ -37,7 +37,7 @@ def settings(**changes):
     asked = dict(
         config=TINY,
         extra=SMALL,
-        variants="alltoall,deepep,deepep-overlap",
+        variants="alltoall,ep_comm,ep_comm-overlap",
         microbatches="1,2",
         blocks=2,
         steps=2,
@@ -50,10 +50,10 @@ def settings(**changes):
 
 
 def test_variants_and_microbatches_are_named_once():
-    found = settings(variants="deepep, alltoall,deepep", microbatches="8,1,8")
-    assert found.variants == ("deepep", "alltoall") and found.microbatches == (1, 8)
-    arguments = found.arguments("deepep")
-    assert arguments[:2] == ["--config", str(TINY)] and arguments[-2:] == [*VARIANTS["deepep"]]
+    found = settings(variants="ep_comm, alltoall,deepep", microbatches="8,1,8")
+    assert found.variants == ("ep_comm", "alltoall") and found.microbatches == (1, 8)
+    arguments = found.arguments("ep_comm")
+    assert arguments[:2] == ["--config", str(TINY)] and arguments[-2:] == [*VARIANTS["ep_comm"]]
 
 
 def test_each_block_begins_with_another_variant():
@@ -66,9 +66,9 @@ def test_each_block_begins_with_another_variant():
 
 
 def test_what_variants_are_compared_with():
-    assert reference_of("deepep-overlap") == "alltoall" == reference_of("alltoall")
-    assert reference_of("deepep-fp8-all") == "alltoall-fp8" == reference_of("alltoall-fp8")
-    assert serial_of("deepep") is None and serial_of("deepep-overlap") == "deepep"
+    assert reference_of("ep_comm-overlap") == "alltoall" == reference_of("alltoall")
+    assert reference_of("ep_comm-fp8-all") == "alltoall-fp8" == reference_of("alltoall-fp8")
+    assert serial_of("ep_comm") is None and serial_of("ep_comm-overlap") == "ep_comm"
     assert reference_of("alltoall-overlap") == "alltoall" == serial_of("alltoall-overlap")
     for name in VARIANTS:
         assert reference_of(name) in VARIANTS and (serial_of(name) or name) in VARIANTS
@@ -212,10 +212,10 @@ def test_torchs_profiler_writes_such_a_trace(tmp_path, monkeypatch):
 
 
 def made_up_run(*, device: str = "cuda") -> TrainRun:
-    """Steps of 12, 10 and 8 ms; in the second block deepep is as slow as alltoall."""
+    """Steps of 12, 10 and 8 ms; in the second block ep_comm is as slow as alltoall."""
     found = settings()
-    base_ms = {"alltoall": 12.0, "deepep": 10.0, "deepep-overlap": 8.0}
-    backward_ms = {"alltoall": 7.0, "deepep": 6.0, "deepep-overlap": 5.2}
+    base_ms = {"alltoall": 12.0, "ep_comm": 10.0, "ep_comm-overlap": 8.0}
+    backward_ms = {"alltoall": 7.0, "ep_comm": 6.0, "ep_comm-overlap": 5.2}
     profile = Profile(
         kernels=50, copies=4, waits=3, wait_us=100, host_us=900, busy_us=800, wall_us=1100
     )
@@ -237,13 +237,13 @@ def made_up_run(*, device: str = "cuda") -> TrainRun:
                 backward=(backward, backward, 99.0),
                 total=(3 + backward,) * 3,
                 combine=() if name == "alltoall" else (1.0, 1.0, 5.0),
-                hidden=(0.7, 0.8, 3.0) if name == "deepep-overlap" else (),
+                hidden=(0.7, 0.8, 3.0) if name == "ep_comm-overlap" else (),
             ),
             **(on_gpu if device == "cuda" else {}),
         )
 
     def block(name: str, count: int, index: int) -> Block:
-        slow = 2.0 if (name, index) == ("deepep", 1) else 0.0
+        slow = 2.0 if (name, index) == ("ep_comm", 1) else 0.0
         ms = count * (base_ms[name] + slow)
         return Block(
             variant=name,
@@ -252,8 +252,8 @@ def made_up_run(*, device: str = "cuda") -> TrainRun:
             step_ms=(ms, ms + 1, ms - 1),
             host_ms=(ms,) * 3,
             loss=5.5,
-            peak_bytes={"alltoall": 10, "deepep": 11, "deepep-overlap": 12}[name] * 2**30,
-            num_allocations=3 if name == "deepep" else 0,
+            peak_bytes={"alltoall": 10, "ep_comm": 11, "ep_comm-overlap": 12}[name] * 2**30,
+            num_allocations=3 if name == "ep_comm" else 0,
         )
 
     config = dict(num_layers=2, hidden_size=128, num_experts=8, moe_ffn_hidden_size=64)
@@ -277,25 +277,25 @@ def made_up_run(*, device: str = "cuda") -> TrainRun:
 
 def test_figures():
     run = made_up_run()
-    assert run.speedup("deepep", 1).of_blocks == (12 / 10, 12 / 12)
-    assert run.speedup("deepep", 2).median == pytest.approx(1.1)
-    assert run.speedup("deepep", 2).worst == 1
-    assert run.step_ms("deepep-overlap", 1).median == 8
-    assert run.tokens_per_s("deepep-overlap", 2) == pytest.approx(2 * 2 * 32 / 16e-3)
-    assert run.memory_ratio("deepep", 1) == pytest.approx(1.1)
-    assert run.num_allocations("deepep", 1) == 6 and run.num_allocations("alltoall", 2) == 0
-    assert run.layer_ratio("deepep") == pytest.approx(10 / 9)
-    assert run.hidden_share("deepep-overlap") == pytest.approx(0.8)
-    assert run.hidden_share("deepep") is None
+    assert run.speedup("ep_comm", 1).of_blocks == (12 / 10, 12 / 12)
+    assert run.speedup("ep_comm", 2).median == pytest.approx(1.1)
+    assert run.speedup("ep_comm", 2).worst == 1
+    assert run.step_ms("ep_comm-overlap", 1).median == 8
+    assert run.tokens_per_s("ep_comm-overlap", 2) == pytest.approx(2 * 2 * 32 / 16e-3)
+    assert run.memory_ratio("ep_comm", 1) == pytest.approx(1.1)
+    assert run.num_allocations("ep_comm", 1) == 6 and run.num_allocations("alltoall", 2) == 0
+    assert run.layer_ratio("ep_comm") == pytest.approx(10 / 9)
+    assert run.hidden_share("ep_comm-overlap") == pytest.approx(0.8)
+    assert run.hidden_share("ep_comm") is None
 
 
 def test_without_the_reference_there_are_no_ratios():
     run = made_up_run()
     blocks = tuple(block for block in run.blocks if block.variant != "alltoall")
-    inspections = {"deepep-overlap": run.inspections["deepep-overlap"]}
+    inspections = {"ep_comm-overlap": run.inspections["ep_comm-overlap"]}
     run = TrainRun(**{**vars(run), "blocks": blocks, "inspections": inspections})
-    assert run.speedup("deepep", 1) is None and run.memory_ratio("deepep", 1) is None
-    assert run.layer_ratio("deepep-overlap") is None
+    assert run.speedup("ep_comm", 1) is None and run.memory_ratio("ep_comm", 1) is None
+    assert run.layer_ratio("ep_comm-overlap") is None
 
 
 def test_no_combine_of_ours_no_hidden_share():
@@ -311,17 +311,17 @@ def test_report(device, tmp_path):
     console = Console(width=140, record=True, file=io.StringIO())
     write_report(made_up_run(device=device), tmp_path, console)
     text = console.export_text()
-    deepep = next(line for line in text.splitlines() if "deepep " in line)
-    cells = [cell.strip() for cell in deepep.strip("│ ").split("│")]
+    ep_comm = next(line for line in text.splitlines() if "ep_comm " in line)
+    cells = [cell.strip() for cell in ep_comm.strip("│ ").split("│")]
     assert cells == [
-        "deepep", "1", "11.0", "9.0", "13.0", "5,818", "1.100", "1.000", "11.0", "1.100", "6",
+        "ep_comm", "1", "11.0", "9.0", "13.0", "5,818", "1.100", "1.000", "11.0", "1.100", "6",
         "5.5000",
     ]  # fmt: skip
     assert "80%" in text and "manual_gc on" in text and "moe_permute_fusion off" in text
     assert ("there is no GPU" in text) == (device == "cpu")
     document = json.loads((tmp_path / "bench-train.json").read_text())
     assert {"commit", "versions", "configs", "baseline"} <= document.keys()
-    assert document["hidden_share"]["deepep-overlap"] == pytest.approx(0.8)
+    assert document["hidden_share"]["ep_comm-overlap"] == pytest.approx(0.8)
     assert len(document["blocks"]) == 12 and document["results"][0]["step_ms"]["median"] == 12
     pictures = {"steps.png"} | ({"overlap.png"} if device == "cuda" else set())
     assert {path.name for path in tmp_path.glob("*.png")} == pictures
@@ -353,9 +353,9 @@ def test_a_run_on_the_cpu(tmp_path):
     flags = ["--config", TINY, *SMALL, "--microbatches", "1,2", "--blocks", 1, "--steps", 2]
     result = bench_train(*flags, "--warmup", 0, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "tokens/s/GPU" in result.stdout and "block 1/1: deepep-overlap, 2" in result.stderr
+    assert "tokens/s/GPU" in result.stdout and "block 1/1: ep_comm-overlap, 2" in result.stderr
     document = json.loads((tmp_path / "bench-train.json").read_text())
-    assert document["settings"]["variants"] == ["alltoall", "deepep", "deepep-overlap"]
+    assert document["settings"]["variants"] == ["alltoall", "ep_comm", "ep_comm-overlap"]
     for count in (1, 2):
         losses = [b["loss"] for b in document["blocks"] if b["microbatches"] == count]
         assert len(losses) == 3 and max(losses) - min(losses) < 1e-5
@@ -366,8 +366,8 @@ def test_a_run_on_the_cpu(tmp_path):
         assert bool(found["layer"]["combine"]) == (name != "alltoall")
         assert found["phases_ms"].keys() == {"dispatch", "expert", "combine"}
         pairs = found["layer"]["hidden"]
-        assert len(pairs) == (40 if name == "deepep-overlap" else 0)
-    assert document["hidden_share"]["deepep-overlap"] is not None
+        assert len(pairs) == (40 if name == "ep_comm-overlap" else 0)
+    assert document["hidden_share"]["ep_comm-overlap"] is not None
 
 
 def test_a_mistake_ends_the_job_with_one_line(tmp_path):
@@ -387,9 +387,9 @@ def free_one(rank: int) -> list[str]:
     from ep_comm.bench.train.run import _inspect
     from ep_comm.pretrain.config import parse_args
 
-    asked = settings(variants="deepep-overlap", microbatches="1", steps=1, warmup=0)
+    asked = settings(variants="ep_comm-overlap", microbatches="1", steps=1, warmup=0)
     flags = ["--expert-model-parallel-size", "1", "--use-distributed-optimizer"]
-    config = parse_args([*asked.arguments("deepep-overlap"), *flags, "--overlap-grad-reduce"])
+    config = parse_args([*asked.arguments("ep_comm-overlap"), *flags, "--overlap-grad-reduce"])
     trainer = Trainer(config, torch.device("cpu"))
     parts = [trainer.trainee.model, trainer.trainee.optimizer, *trainer.trainee.model.parameters()]
     watched = [weakref.ref(part) for part in parts]

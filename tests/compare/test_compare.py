@@ -35,7 +35,7 @@ from ep_comm.job.exits import UserError
 from ep_comm.pretrain.log_file import LOG_FILE
 
 STEPS = 100
-VARIANTS = "alltoall,alltoall-seed2,deepep,deepep-fp8"
+VARIANTS = "alltoall,alltoall-seed2,ep_comm,ep_comm-fp8"
 
 # A training script as far as a plan needs one: it says what its flags amount to.
 SCRIPT = """if True:
@@ -180,7 +180,7 @@ SEED2 = losses(0.04)
 
 
 @pytest.mark.parametrize(
-    ("deepep", "valid", "failing"),
+    ("ep_comm", "valid", "failing"),
     [
         (losses(at_the_end=0.01), 4.0, []),
         (losses(at_the_end=0.05), 4.0, ["largest |Δ|"]),
@@ -192,19 +192,19 @@ SEED2 = losses(0.04)
     ],
     ids=["close", "largest", "mean", "valid", "noisy-valid", "first-step", "nan"],
 )
-def test_deepep_is_judged_by_the_noise(deepep, valid, failing):
+def test_ep_comm_is_judged_by_the_noise(ep_comm, valid, failing):
     runs = {"alltoall": run_of(losses(), 4.0), "alltoall-seed2": run_of(SEED2, 4.01)}
-    runs["deepep"] = run_of(deepep, valid)
-    checks = judge(runs, Tolerances())["deepep"]
+    runs["ep_comm"] = run_of(ep_comm, valid)
+    checks = judge(runs, Tolerances())["ep_comm"]
     assert [check.what for check in checks if not check.passed] == failing
     assert len(checks) == 4
 
 
 def test_tolerance_in_units_of_the_noise():
     runs = {"alltoall": run_of(losses()), "alltoall-seed2": run_of(SEED2)}
-    runs["deepep"] = run_of(losses(at_the_end=0.05))
+    runs["ep_comm"] = run_of(losses(at_the_end=0.05))
     for tolerance, passed in ((1.0, False), (1.3, True)):
-        checks = judge(runs, Tolerances(noise=tolerance))["deepep"]
+        checks = judge(runs, Tolerances(noise=tolerance))["ep_comm"]
         assert all(check.passed for check in checks) == passed
 
 
@@ -216,22 +216,22 @@ def test_the_noise_of_more_seeds_is_the_largest_between_any_two():
     noise = noise_of(runs)
     assert noise.mean == pytest.approx(0.07) and noise.largest == pytest.approx(0.07)
     assert noise.final_valid == pytest.approx(0.02)
-    runs["deepep"] = run_of(losses(at_the_end=0.05), 4.0)  # outside of what seed 2 alone allows
-    assert noise_of(runs) == noise  # which deepep is no part of
-    assert all(check.passed for check in judge(runs, Tolerances())["deepep"])
+    runs["ep_comm"] = run_of(losses(at_the_end=0.05), 4.0)  # outside of what seed 2 alone allows
+    assert noise_of(runs) == noise  # which ep_comm is no part of
+    assert all(check.passed for check in judge(runs, Tolerances())["ep_comm"])
     runs["alltoall-seed3"] = run_of(np.append(losses()[:-1], np.nan), 4.0)
-    assert not all(check.passed for check in judge(runs, Tolerances())["deepep"])
+    assert not all(check.passed for check in judge(runs, Tolerances())["ep_comm"])
 
 
 def test_offsets_show_which_run_is_the_odd_one():
     runs = {"alltoall": run_of(losses(0.09)), "alltoall-seed2": run_of(losses(0.01))}
-    runs["deepep"] = run_of(losses(0.02))
+    runs["ep_comm"] = run_of(losses(0.02))
     assert offsets(runs) == {}  # either of two may be the odd one
     runs["alltoall-seed3"] = run_of(losses(-0.01))
     found = offsets(runs)
-    expected = {"alltoall": 0.06, "alltoall-seed2": -0.02, "deepep": -0.01, "alltoall-seed3": -0.04}
-    assert found == pytest.approx(expected)
-    runs["deepep"].train[: steps_skipped(STEPS) - window_of(STEPS)] += 100
+    seeds = {"alltoall": 0.06, "alltoall-seed2": -0.02, "alltoall-seed3": -0.04}
+    assert found == pytest.approx({**seeds, "ep_comm": -0.01})
+    runs["ep_comm"].train[: steps_skipped(STEPS) - window_of(STEPS)] += 100
     assert offsets(runs) == found  # smoothed losses count, and no beginning
 
 
@@ -245,9 +245,9 @@ def test_offsets_show_which_run_is_the_odd_one():
     ids=["close", "train", "valid"],
 )
 def test_fp8_is_judged_by_the_final_losses_without_it(train, valid, passed):
-    runs = {"alltoall": run_of(losses(1.0), 5.0), "deepep": run_of(losses(), 4.0)}
-    runs["deepep-fp8"] = run_of(train, valid)
-    checks = judge(runs, Tolerances())["deepep-fp8"]
+    runs = {"alltoall": run_of(losses(1.0), 5.0), "ep_comm": run_of(losses(), 4.0)}
+    runs["ep_comm-fp8"] = run_of(train, valid)
+    checks = judge(runs, Tolerances())["ep_comm-fp8"]
     assert all(check.passed for check in checks) == passed
     assert len(checks) == 2
 
@@ -255,36 +255,36 @@ def test_fp8_is_judged_by_the_final_losses_without_it(train, valid, passed):
 @pytest.mark.parametrize(("apart", "unclear"), [(0.04, True), (0.07, False)])
 def test_one_pair_that_is_no_further_apart_than_seeds_is_unclear(apart, unclear):
     runs = {"alltoall": run_of(losses(), 4.0), "alltoall-seed2": run_of(losses(0.05), 4.001)}
-    runs |= {"deepep": run_of(losses(), 4.0), "deepep-fp8": run_of(losses(apart), 4 + apart)}
-    checks = judge(runs, Tolerances())["deepep-fp8"]
+    runs |= {"ep_comm": run_of(losses(), 4.0), "ep_comm-fp8": run_of(losses(apart), 4 + apart)}
+    checks = judge(runs, Tolerances())["ep_comm-fp8"]
     assert [check.passed for check in checks] == [False, False]
     assert [check.is_unclear for check in checks] == [unclear, unclear]
-    runs |= {"deepep-seed2": run_of(losses(), 4.0)}
-    runs |= {"deepep-fp8-seed2": run_of(losses(apart), 4 + apart)}
-    checks = judge(runs, Tolerances())["deepep-fp8"]  # two pairs are not chance
+    runs |= {"ep_comm-seed2": run_of(losses(), 4.0)}
+    runs |= {"ep_comm-fp8-seed2": run_of(losses(apart), 4 + apart)}
+    checks = judge(runs, Tolerances())["ep_comm-fp8"]  # two pairs are not chance
     assert not any(check.passed or check.is_unclear for check in checks)
 
 
 def test_fp8_wire_of_fp8_experts_is_judged_by_their_bf16_wire():
-    runs = {"alltoall": run_of(losses(), 4.0), "deepep": run_of(losses(), 4.0)}
-    runs["deepep-fp8-all"] = run_of(losses(1.01), 5.01)
-    assert "deepep-fp8-all" not in judge(runs, Tolerances())
-    runs["deepep-fp8-experts"] = run_of(losses(1.0), 5.0)
+    runs = {"alltoall": run_of(losses(), 4.0), "ep_comm": run_of(losses(), 4.0)}
+    runs["ep_comm-fp8-all"] = run_of(losses(1.01), 5.01)
+    assert "ep_comm-fp8-all" not in judge(runs, Tolerances())
+    runs["ep_comm-fp8-experts"] = run_of(losses(1.0), 5.0)
     checks = judge(runs, Tolerances())
-    assert list(checks) == ["deepep-fp8-all"]  # what FP8 experts do to the loss is shown only
-    assert all(check.passed for check in checks["deepep-fp8-all"])
-    runs["deepep-fp8-all"] = run_of(losses(), 4.0)
-    assert not any(check.passed for check in judge(runs, Tolerances())["deepep-fp8-all"])
+    assert list(checks) == ["ep_comm-fp8-all"]  # what FP8 experts do to the loss is shown only
+    assert all(check.passed for check in checks["ep_comm-fp8-all"])
+    runs["ep_comm-fp8-all"] = run_of(losses(), 4.0)
+    assert not any(check.passed for check in judge(runs, Tolerances())["ep_comm-fp8-all"])
 
 
 def test_pairs_of_the_same_seed_are_judged_by_their_mean():
     runs = {"alltoall": run_of(losses(), 4.0)}
     for seed, level, more in (("", 0.0, 0.04), ("-seed2", 1.0, -0.02), ("-seed3", 2.0, 0.0)):
-        runs[f"deepep-fp8-experts{seed}"] = run_of(np.full(STEPS, 1 + level), 2 + level)
+        runs[f"ep_comm-fp8-experts{seed}"] = run_of(np.full(STEPS, 1 + level), 2 + level)
         if not seed.endswith("3"):  # a seed of one of them alone is no pair
-            runs[f"deepep-fp8-all{seed}"] = run_of(np.full(STEPS, 1 + level + more), 2 + level)
+            runs[f"ep_comm-fp8-all{seed}"] = run_of(np.full(STEPS, 1 + level + more), 2 + level)
     (pairs,) = pairs_of(runs).values()
-    assert pairs.counterpart == "deepep-fp8-experts" and pairs.seeds == (1, 2)
+    assert pairs.counterpart == "ep_comm-fp8-experts" and pairs.seeds == (1, 2)
     assert pairs.final_train == pytest.approx((0.04, -0.01)) and pairs.final_valid == (0, 0)
     assert standard_error(pairs.final_train) == pytest.approx(0.025)
     assert standard_error(pairs.final_train[:1]) is None
@@ -293,10 +293,10 @@ def test_pairs_of_the_same_seed_are_judged_by_their_mean():
         (checks,) = judge(runs, Tolerances(fp8=tolerance)).values()
         assert [check.passed for check in checks] == [passed, True]
     assert checks[0].what == "final train loss, relative |Δ|, mean of 2 seeds"
-    assert list(judge(runs, Tolerances())) == ["deepep-fp8-all"]
-    del runs["deepep-fp8-all"]
-    assert list(judge(runs, Tolerances())) == ["deepep-fp8-all-seed2"]
-    del runs["deepep-fp8-experts-seed2"]
+    assert list(judge(runs, Tolerances())) == ["ep_comm-fp8-all"]
+    del runs["ep_comm-fp8-all"]
+    assert list(judge(runs, Tolerances())) == ["ep_comm-fp8-all-seed2"]
+    del runs["ep_comm-fp8-experts-seed2"]
     assert judge(runs, Tolerances()) == {} and pairs_of(runs) == {}
 
 
@@ -306,8 +306,8 @@ def test_pairs_of_the_same_seed_are_judged_by_their_mean():
 CURVES = {
     "alltoall": losses(),
     "alltoall-seed2": SEED2,
-    "deepep": losses(at_the_end=0.001),
-    "deepep-fp8": losses(at_the_end=0.002),
+    "ep_comm": losses(at_the_end=0.001),
+    "ep_comm-fp8": losses(at_the_end=0.002),
 }
 
 
@@ -321,14 +321,14 @@ def test_report_of_finished_runs(config):
         *("plan.json", "lock", "report.md", "report.json", "loss.png", "difference.png")
     }
     document = json.loads((out / "report.json").read_text())
-    found = document["variants"]["deepep"]
+    found = document["variants"]["ep_comm"]
     assert document["passed"] and found["verdict"] == "passed"
-    expected = difference(run_of(CURVES["deepep"]), run_of(CURVES["alltoall"]))
+    expected = difference(run_of(CURVES["ep_comm"]), run_of(CURVES["alltoall"]))
     assert found["difference"]["largest"] == expected.largest
     assert [v["seed"] for v in document["variants"].values()] == [7, 8, 7, 7]
     page = (out / "report.md").read_text()
-    assert "Within tolerances: deepep, deepep-fp8." in page
-    assert f"| deepep | 7 | {found['final_train_loss']:.6f} |" in page
+    assert "Within tolerances: ep_comm, ep_comm-fp8." in page
+    assert f"| ep_comm | 7 | {found['final_train_loss']:.6f} |" in page
     assert document["command"] in page and "torch" in page
     for name in ("loss.png", "difference.png"):
         assert name in page
@@ -336,15 +336,15 @@ def test_report_of_finished_runs(config):
 
 
 def test_seeds_may_be_added(config):
-    low = {"deepep": losses(at_the_end=-0.05), "deepep-fp8": losses(at_the_end=-0.048)}
+    low = {"ep_comm": losses(at_the_end=-0.05), "ep_comm-fp8": losses(at_the_end=-0.048)}
     out = begun(config, CURVES | low)
     assert compare(config).exit_code == 3
     document = json.loads((out / "report.json").read_text())
-    assert document["variants"]["deepep"]["offset"] is None
+    assert document["variants"]["ep_comm"]["offset"] is None
     assert "lowest first" not in (out / "report.md").read_text()
     write_log(out / "alltoall-seed10", losses(-0.05))
     write_log(out / "alltoall-seed3", losses(-0.02))
-    more = f"deepep,alltoall-seed10,{VARIANTS},alltoall-seed3"
+    more = f"ep_comm,alltoall-seed10,{VARIANTS},alltoall-seed3"
     result = compare(config, "--variants", more)
     assert result.exit_code == 0, result.output
     document = json.loads((out / "report.json").read_text())
@@ -358,46 +358,46 @@ def test_seeds_may_be_added(config):
     (line,) = (line for line in page.splitlines() if "lowest first" in line)
     assert line.startswith("Signed mean Δ from the mean of the 4 alltoall runs, lowest first: ")
     names = [each.split()[0] for each in line.split("first: ")[1].split(", ")]
-    expected = ["alltoall-seed10", "deepep", "deepep-fp8", "alltoall-seed3"]
+    expected = ["alltoall-seed10", "ep_comm", "ep_comm-fp8", "alltoall-seed3"]
     assert names == [*expected, "alltoall", "alltoall-seed2"]
 
 
 def test_any_variant_may_have_seeds(config):
     begun(config, CURVES)
     out = config.parent / "out"
-    write_log(out / "deepep-seed2", losses(0.05))
-    write_log(out / "deepep-fp8-seed2", losses(0.03))
-    write_log(out / "deepep-fp8-seed3", losses(0.01))
-    more = ("deepep-fp8-seed3", "deepep-fp8-seed2", "deepep-seed2")
+    write_log(out / "ep_comm-seed2", losses(0.05))
+    write_log(out / "ep_comm-fp8-seed2", losses(0.03))
+    write_log(out / "ep_comm-fp8-seed3", losses(0.01))
+    more = ("ep_comm-fp8-seed3", "ep_comm-fp8-seed2", "ep_comm-seed2")
     result = compare(config, "--variants", ",".join([*more, VARIANTS]))
     assert result.exit_code == 0, result.output
     document = json.loads((out / "report.json").read_text())
     seeds = {name: variant["seed"] for name, variant in document["variants"].items()}
-    first, second = {"alltoall": 7, "alltoall-seed2": 8}, {"deepep": 7, "deepep-seed2": 8}
-    fp8 = {"deepep-fp8": 7, "deepep-fp8-seed2": 8, "deepep-fp8-seed3": 9}
+    first, second = {"alltoall": 7, "alltoall-seed2": 8}, {"ep_comm": 7, "ep_comm-seed2": 8}
+    fp8 = {"ep_comm-fp8": 7, "ep_comm-fp8-seed2": 8, "ep_comm-fp8-seed3": 9}
     assert list(seeds.items()) == list((first | second | fp8).items())
     verdicts = [document["variants"][name]["verdict"] for name in seeds]
-    assert verdicts[2:] == ["passed", "pair", "passed", "pair", "not judged: needs deepep-seed3"]
-    assert document["pairs"]["deepep-fp8"]["seeds"] == [1, 2]
+    assert verdicts[2:] == ["passed", "pair", "passed", "pair", "not judged: needs ep_comm-seed3"]
+    assert document["pairs"]["ep_comm-fp8"]["seeds"] == [1, 2]
     page = (out / "report.md").read_text()
-    assert "deepep-fp8: final losses, the mean of all seeds, within 0.50% of those of" in page
-    (line,) = (line for line in page.splitlines() if line.startswith("| deepep-fp8 | deepep |"))
-    train = document["pairs"]["deepep-fp8"]["final_train"]
+    assert "ep_comm-fp8: final losses, the mean of all seeds, within 0.50% of those of" in page
+    (line,) = (line for line in page.splitlines() if line.startswith("| ep_comm-fp8 | ep_comm |"))
+    train = document["pairs"]["ep_comm-fp8"]["final_train"]
     assert f"| {train[0]:+.2%}, {train[1]:+.2%} | {sum(train) / 2:+.2%} ± " in line
 
 
 def test_an_unclear_pair_is_no_failure(config):
     # 1 % apart, where seeds are 1.3 %
-    out = begun(config, {**CURVES, "deepep-fp8": losses(0.03)})
+    out = begun(config, {**CURVES, "ep_comm-fp8": losses(0.03)})
     result = compare(config)
     assert result.exit_code == 0 and "unclear" in result.output, result.output
     page = (out / "report.md").read_text()
-    assert "**Within tolerances: deepep. Unclear, more seeds tell: deepep-fp8.**" in page
-    assert "add deepep-seed2,deepep-fp8-seed2 (-seed3, ...) to --variants" in page
+    assert "**Within tolerances: ep_comm. Unclear, more seeds tell: ep_comm-fp8.**" in page
+    assert "add ep_comm-seed2,ep_comm-fp8-seed2 (-seed3, ...) to --variants" in page
     assert json.loads((out / "report.json").read_text())["passed"]
 
 
-@pytest.mark.parametrize("wrong", ["deepep", "deepep-fp8"])
+@pytest.mark.parametrize("wrong", ["ep_comm", "ep_comm-fp8"])
 def test_outside_tolerances_ends_with_code_3(config, wrong):
     out = begun(config, {**CURVES, wrong: losses(at_the_end=0.2)})
     result = compare(config)
@@ -410,9 +410,9 @@ def test_outside_tolerances_ends_with_code_3(config, wrong):
     assert result.exit_code == 0, result.output
 
 
-def test_without_the_second_seed_nothing_is_said_of_deepep(config):
-    begun(config, {name: CURVES[name] for name in ("alltoall", "deepep")})
-    result = compare(config, "--variants", "deepep,alltoall")
+def test_without_the_second_seed_nothing_is_said_of_ep_comm(config):
+    begun(config, {name: CURVES[name] for name in ("alltoall", "ep_comm")})
+    result = compare(config, "--variants", "ep_comm,alltoall")
     assert result.exit_code == 0, result.output
     assert "Nothing was judged" in (config.parent / "out" / "report.md").read_text()
 
@@ -420,20 +420,20 @@ def test_without_the_second_seed_nothing_is_said_of_deepep(config):
 def test_report_of_fp8_experts_that_were_trained_elsewhere(config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     out = begun(config, {"alltoall": losses()})
-    write_log(out / "deepep-fp8-experts", losses(0.02))
-    write_log(out / "deepep-fp8-all", losses(0.021))
-    variants = "alltoall,deepep-fp8-experts,deepep-fp8-all"
-    result = compare(config, "--variants", f"{variants},deepep-fp8-all-seed2")
+    write_log(out / "ep_comm-fp8-experts", losses(0.02))
+    write_log(out / "ep_comm-fp8-all", losses(0.021))
+    variants = "alltoall,ep_comm-fp8-experts,ep_comm-fp8-all"
+    result = compare(config, "--variants", f"{variants},ep_comm-fp8-all-seed2")
     assert result.exit_code == 0, result.output
-    assert "deepep-fp8-all-seed2 is skipped" in result.output
+    assert "ep_comm-fp8-all-seed2 is skipped" in result.output
     assert result.output.count("skipped") == 1
     found = json.loads((out / "report.json").read_text())["variants"]
     assert [v["verdict"] for v in found.values()] == ["reference", "not judged", "passed"]
     page = (out / "report.md").read_text()
-    assert "deepep-fp8-all: final losses within 0.50% of those of deepep-fp8-experts." in page
-    result = compare(config, "--variants", "alltoall,deepep-fp8-all")
+    assert "ep_comm-fp8-all: final losses within 0.50% of those of ep_comm-fp8-experts." in page
+    result = compare(config, "--variants", "alltoall,ep_comm-fp8-all")
     found = json.loads((out / "report.json").read_text())["variants"]
-    assert found["deepep-fp8-all"]["verdict"] == "not judged: needs deepep-fp8-experts"
+    assert found["ep_comm-fp8-all"]["verdict"] == "not judged: needs ep_comm-fp8-experts"
 
 
 def test_a_copied_folder_goes_on_in_another_place(config, tmp_path_factory):
@@ -444,7 +444,7 @@ def test_a_copied_folder_goes_on_in_another_place(config, tmp_path_factory):
     shutil.rmtree(config.parents[1])
     config = there / "configs" / config.name
     flags = ["--data-path", "/mnt/text", "--wandb-save-dir", "/there"]
-    result = compare(config, "--variants", "alltoall,deepep", *flags)
+    result = compare(config, "--variants", "alltoall,ep_comm", *flags)
     assert result.exit_code == 0, result.output
     assert result.output.count("finished before") == 2
     result = compare(config, "--data-path", "/mnt/other")
@@ -454,7 +454,7 @@ def test_a_copied_folder_goes_on_in_another_place(config, tmp_path_factory):
 
 def test_runs_with_other_versions_are_pointed_out(config):
     out = begun(config, CURVES)
-    log = out / "deepep" / LOG_FILE
+    log = out / "ep_comm" / LOG_FILE
     log.write_text(log.read_text().replace('"torch": "1"', '"torch": "2"'))
     assert compare(config).exit_code == 0
     page = (out / "report.md").read_text()
@@ -465,14 +465,14 @@ def test_data_is_needed_only_where_something_is_to_be_trained(config):
     flags = ("--data-path", "/nowhere/text")
     begun(config, CURVES, plan=plan_of(config, *flags))
     assert compare(config, *flags).exit_code == 0
-    result = compare(config, *flags, "--variants", f"{VARIANTS},deepep-seed2")
+    result = compare(config, *flags, "--variants", f"{VARIANTS},ep_comm-seed2")
     assert result.exit_code == 2
-    expected = "error: data_path /nowhere/text: no such file, and deepep-seed2 is still to be"
+    expected = "error: data_path /nowhere/text: no such file, and ep_comm-seed2 is still to be"
     assert result.stderr.startswith(expected)
 
 
 def test_a_failing_run_ends_with_code_1_and_its_own_words(config):
-    result = compare(config, "--variants", "alltoall,deepep")
+    result = compare(config, "--variants", "alltoall,ep_comm")
     assert result.exit_code == 1, result.output
     output = config.parent / "out" / "alltoall" / "output.log"
     assert f"error: alltoall ended with code 1; {output} has all it printed:\n" in result.stderr
@@ -490,11 +490,11 @@ def test_a_failing_run_ends_with_code_1_and_its_own_words(config):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--variants", "alltoall,depep"], ["'depep'", "deepep-fp8"]),
+        (["--variants", "alltoall,depep"], ["'depep'", "ep_comm-fp8"]),
         (["--variants", "alltoall,alltoall-seed1"], ["'alltoall-seed1'", "-seed2 (-seed3, ...)"]),
-        (["--variants", "alltoall,deepep-seed1"], ["'deepep-seed1'"]),
+        (["--variants", "alltoall,ep_comm-seed1"], ["'ep_comm-seed1'"]),
         (["--variants", "alltoall,alltoall-seed03"], ["'alltoall-seed03'"]),
-        (["--variants", "deepep,deepep-fp8"], ["give alltoall"]),
+        (["--variants", "ep_comm,ep_comm-fp8"], ["give alltoall"]),
         (["--variants", "alltoall-seed2,alltoall-seed3"], ["give alltoall"]),
         (["--variants", "alltoall"], ["at least one other"]),
         (["--nproc-per-node", "3"], ["3", "multiple of expert_model_parallel_size 2"]),
@@ -502,7 +502,8 @@ def test_a_failing_run_ends_with_code_1_and_its_own_words(config):
         (["--config", "nowhere.yaml"], ["--config nowhere.yaml: no such file"]),
         (["--lr", "fast"], ["lr must be a number, got 'fast'"]),
         (["--run-dir", "x"], ["--run-dir", "use --out"]),
-        (["--moe-token-dispatcher=deepep"], ["--moe-token-dispatcher", "use --variants"]),
+        (["--moe-token-dispatcher=ep_comm"], ["--moe-token-dispatcher", "use --variants"]),
+        (["--moe-token-dispatcher-type", "ep_comm"], ["-type is what is compared: use --variants"]),
         (["--no-ep-fp8-grad-dispatch"], ["--no-ep-fp8-grad-dispatch", "use --variants"]),
         pytest.param(
             ["--out", sys.executable],
@@ -521,8 +522,8 @@ def test_refusals(config, flags, words):
 
 def test_fp8_is_skipped_where_it_cannot_work(config):
     plan = plan_of(config, "--hidden-size", "96")
-    assert plan.variants == ("alltoall", "alltoall-seed2", "deepep")
-    assert "multiple of" in plan.skipped["deepep-fp8"] and "96" in plan.skipped["deepep-fp8"]
+    assert plan.variants == ("alltoall", "alltoall-seed2", "ep_comm")
+    assert "multiple of" in plan.skipped["ep_comm-fp8"] and "96" in plan.skipped["ep_comm-fp8"]
 
 
 @pytest.mark.parametrize(
@@ -544,7 +545,7 @@ def test_fp8_experts_are_skipped_where_they_cannot_work(config, monkeypatch, sup
     if words is None:
         assert plan.variants == tuple(ALL_VARIANTS) and not plan.skipped
     else:
-        assert list(plan.skipped) == ["deepep-fp8-experts", "deepep-fp8-all"]
+        assert list(plan.skipped) == ["ep_comm-fp8-experts", "ep_comm-fp8-all"]
         assert all(words in reason for reason in plan.skipped.values())
 
 
@@ -571,12 +572,19 @@ def test_a_seed_is_all_that_is_different_of_the_noise(config, tmp_path):
 
 def test_short_runs_may_do_without_checkpoints(config, tmp_path):
     def saving(*flags: str) -> list[str]:
-        command = plan_of(config, *flags).command("deepep", tmp_path, resume=False)
+        command = plan_of(config, *flags).command("ep_comm", tmp_path, resume=False)
         return command[command.index("--save-interval") + 1 :][:1] if "--save" in command else []
 
     assert saving() == [str(STEPS // 10)]
     assert saving("--save-interval", "60") == ["60"]
     assert saving("--save-interval", str(STEPS)) == []
+
+
+def test_old_names_are_understood(config):
+    plan = plan_of(config, variants="deepep-fp8-seed2,alltoall,deepep")
+    assert plan.variants == ("alltoall", "ep_comm", "ep_comm-fp8-seed2")
+    with pytest.raises(UserError, match="'flex-deepep' is none of"):
+        plan_of(config, variants="alltoall,flex-deepep")
 
 
 def test_folder_of_something_else(config):

@@ -26,7 +26,7 @@ from example_runs import (  # noqa: E402
 )
 
 from ep_comm.compare.plan import VARIANTS  # noqa: E402
-from ep_comm.pretrain.config import parse_args  # noqa: E402
+from ep_comm.pretrain.flags import parse_args  # noqa: E402
 from ep_comm.pretrain.log_file import LOG_FILE  # noqa: E402
 
 STEPS, SAVE_INTERVAL = 30, 10
@@ -36,7 +36,7 @@ FLAGS = [*SMALL, "--save-interval", str(SAVE_INTERVAL), "--eval-interval", "15"]
 def command(out: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "ep_comm.cli", "compare", *FLAGS, "--steps", str(STEPS)),
-        *("--variants", "alltoall,deepep", "--out", str(out), "--wandb-project", "ep_comm-test"),
+        *("--variants", "alltoall,ep_comm", "--out", str(out), "--wandb-project", "ep_comm-test"),
     ]
 
 
@@ -53,13 +53,13 @@ def test_variants_are_flags_of_the_example(variant):
     config = parse_args([*SMALL, "--use-distributed-optimizer", *VARIANTS[variant]])
     assert variant.startswith(config.moe_token_dispatcher)
     wire = (config.ep_fp8_dispatch, config.ep_fp8_grad_dispatch)
-    assert wire == (variant in ("deepep-fp8", "deepep-fp8-all"),) * 2
-    assert bool(config.fp8_format) == (variant in ("deepep-fp8-experts", "deepep-fp8-all"))
+    assert wire == (variant in ("ep_comm-fp8", "ep_comm-fp8-all"),) * 2
+    assert bool(config.fp8_format) == (variant in ("ep_comm-fp8-experts", "ep_comm-fp8-all"))
 
 
 def test_interrupted_comparison_goes_on(tmp_path):
     out = tmp_path / "out"
-    run = out / "deepep"
+    run = out / "ep_comm"
     first = subprocess.Popen(
         command(out), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -84,13 +84,13 @@ def test_interrupted_comparison_goes_on(tmp_path):
     again = subprocess.run(command(out), env=environment(), capture_output=True, text=True)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "alltoall: finished before\n" in again.stdout
-    assert f"deepep: going on, it had reached step {reached}\n" in again.stdout
+    assert f"ep_comm: going on, it had reached step {reached}\n" in again.stdout
     assert (out / "alltoall" / LOG_FILE).read_bytes() == finished
     starts = [r["iteration"] for r in records(run, "start")]
     assert starts[0] == 0 and SAVE_INTERVAL <= starts[1] <= reached and len(starts) == 2
 
     # As if it had never been interrupted.
-    flags = [*FLAGS, "--train-iters", STEPS, "--moe-token-dispatcher", "deepep"]
+    flags = [*FLAGS, "--train-iters", STEPS, "--moe-token-dispatcher", "ep_comm"]
     assert losses(run) == train(tmp_path / "whole", *flags)
     validations = [
         {r["iteration"]: r["lm loss validation"] for r in records(folder, "valid")}
@@ -99,9 +99,9 @@ def test_interrupted_comparison_goes_on(tmp_path):
     assert validations[0] == validations[1] and list(validations[0]) == [15, 30]
 
     document = json.loads((out / "report.json").read_text())
-    deepep = document["variants"]["deepep"]
-    assert deepep["difference"]["largest"] < 1e-4
-    assert deepep["final_valid_loss"] == validations[0][STEPS]
+    ep_comm = document["variants"]["ep_comm"]
+    assert ep_comm["difference"]["largest"] < 1e-4
+    assert ep_comm["final_valid_loss"] == validations[0][STEPS]
     check_wandb(out, again.stdout)
 
 
@@ -110,7 +110,7 @@ def check_wandb(out: Path, output: str) -> None:
     (sync,) = (line for line in output.splitlines() if line.startswith("wandb sync "))
     folders = {Path(word).parents[1].name: Path(word) for word in shlex.split(sync)[2:]}
     group = json.loads((out / "plan.json").read_text())["group"]
-    assert list(folders) == ["alltoall", "deepep"]
+    assert list(folders) == ["alltoall", "ep_comm"]
     for variant, folder in folders.items():
         written = wandb_records(folder)
         (run,) = written["run"]
@@ -123,5 +123,5 @@ def check_wandb(out: Path, output: str) -> None:
         history = {r["step"]["num"]: r["item"]["lm loss"] for r in written["history"]}
         assert history == losses(out / variant)
         assert len(written["history"]) == STEPS
-    parts = sorted((out / "deepep" / "wandb").glob("offline-run-*"))
-    assert len(parts) == 2 and folders["deepep"] == parts[-1]
+    parts = sorted((out / "ep_comm" / "wandb").glob("offline-run-*"))
+    assert len(parts) == 2 and folders["ep_comm"] == parts[-1]

@@ -62,15 +62,15 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory):
 # --------------------------------------------------------------------------------- what it learns
 
 
-@pytest.mark.parametrize("dispatcher", ["alltoall", "deepep"])
+@pytest.mark.parametrize("dispatcher", ["alltoall", "ep_comm"])
 def test_tiny_cpu_learns(tiny_runs, dispatcher):
     loss = losses(tiny_runs(dispatcher))
     assert len(loss) == 60
     assert loss[1] > 5 and loss[60] < 3.3
 
 
-def test_deepep_matches_alltoall(tiny_runs):
-    ours, theirs = losses(tiny_runs("deepep")), losses(tiny_runs("alltoall"))
+def test_ep_comm_matches_alltoall(tiny_runs):
+    ours, theirs = losses(tiny_runs("ep_comm")), losses(tiny_runs("alltoall"))
     assert largest_difference(ours, theirs, steps=10) <= 1e-6
     assert largest_difference(ours, theirs, steps=60) <= 1e-4
 
@@ -78,7 +78,7 @@ def test_deepep_matches_alltoall(tiny_runs):
 def test_fp8_dispatch_ends_within_one_percent(tiny_runs):
     fp8, alltoall = (
         records(tiny_runs(*args), "valid")[-1]["lm loss validation"]
-        for args in (("deepep", "--ep-fp8-dispatch"), ("alltoall",))
+        for args in (("ep_comm", "--ep-fp8-dispatch"), ("alltoall",))
     )
     assert fp8 == pytest.approx(alltoall, rel=0.01)
 
@@ -90,10 +90,10 @@ def test_allgather_matches_alltoall(tiny_runs, tmp_path):
 
 
 def test_gradient_accumulation_gives_the_same_step(tiny_runs, tmp_path):
-    flags = ["--moe-token-dispatcher", "deepep", "--train-iters", "3", "--lr-decay-iters", "60"]
+    flags = ["--moe-token-dispatcher", "ep_comm", "--train-iters", "3", "--lr-decay-iters", "60"]
     train(tmp_path, *TINY, *flags, "--eval-iters", "0", "--micro-batch-size", "2")
     for many, one in zip(
-        records(tmp_path, "train"), records(tiny_runs("deepep"), "train")[:3], strict=True
+        records(tmp_path, "train"), records(tiny_runs("ep_comm"), "train")[:3], strict=True
     ):
         # Not exactly: the balancing loss is a product of means over a microbatch.
         assert many["lm loss"] == pytest.approx(one["lm loss"], rel=1e-3)
@@ -107,7 +107,7 @@ def test_data_seed_alone_decides_the_order_of_the_data():
         cpu.enable()
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         import sys
-        from ep_comm.pretrain.config import parse_args
+        from ep_comm.pretrain.flags import parse_args
         from ep_comm.pretrain.data import load_datasets
         for seeds in (["--seed", "1"], ["--seed", "2"], ["--seed", "2", "--data-seed", "1"]):
             _, train, valid = load_datasets(parse_args([*sys.argv[1:], *seeds]))
@@ -126,10 +126,10 @@ def test_data_seed_alone_decides_the_order_of_the_data():
 # ------------------------------------------------------------------ repeating and resuming exactly
 
 
-def test_deepep_repeats_itself(tiny_runs, tmp_path):
-    flags = ["--moe-token-dispatcher", "deepep", "--train-iters", "5", "--lr-decay-iters", "60"]
+def test_ep_comm_repeats_itself(tiny_runs, tmp_path):
+    flags = ["--moe-token-dispatcher", "ep_comm", "--train-iters", "5", "--lr-decay-iters", "60"]
     loss = train(tmp_path, *TINY, *flags, "--eval-iters", "0")
-    assert largest_difference(loss, losses(tiny_runs("deepep")), steps=5) == 0
+    assert largest_difference(loss, losses(tiny_runs("ep_comm")), steps=5) == 0
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def killed_while_it_saved(checkpoints: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     "flags",
-    [DISTRIBUTED, GATHERING, ("deepep", "--bf16", "--ep-overlap-wgrad")],
+    [DISTRIBUTED, GATHERING, ("ep_comm", "--bf16", "--ep-overlap-wgrad")],
     ids=["distributed", "gathering", "wgrad"],
 )
 def test_resumed_run_repeats_the_uninterrupted_one(checkpointed, tmp_path, flags):
@@ -208,10 +208,10 @@ def test_gathering_during_the_forward_pass_changes_nothing(checkpointed):
 @pytest.mark.parametrize(
     ("flags", "other", "tolerance"),
     [
-        (DISTRIBUTED, ("deepep", "--ep-overlap-wgrad"), 1e-5),
-        (("deepep", "--bf16", "--ep-overlap-wgrad"), ("alltoall", "--no-ep-overlap-wgrad"), 5e-3),
+        (DISTRIBUTED, ("ep_comm", "--ep-overlap-wgrad"), 1e-5),
+        (("ep_comm", "--bf16", "--ep-overlap-wgrad"), ("alltoall", "--no-ep-overlap-wgrad"), 5e-3),
     ],
-    ids=["alltoall to deepep", "deepep to alltoall"],
+    ids=["alltoall to ep_comm", "ep_comm to alltoall"],
 )
 def test_resumed_with_another_dispatcher(checkpointed, tmp_path, flags, other, tolerance):
     whole = checkpointed(*flags)
@@ -225,7 +225,7 @@ def test_resumed_with_other_expert_parallel_sizes(checkpointed, tmp_path):
     whole = checkpointed(*DISTRIBUTED, "--micro-batch-size", "1")
     checkpoints = killed_while_it_saved(whole.checkpoints, tmp_path)
     flags = [*whole.flags, "--save", checkpoints, "--load", checkpoints]
-    flags += ["--moe-token-dispatcher", "deepep", "--expert-model-parallel-size"]
+    flags += ["--moe-token-dispatcher", "ep_comm", "--expert-model-parallel-size"]
     ep8 = train(tmp_path / "ep8", *flags, 8, "--train-iters", 4, processes=8)
     assert_goes_on(ep8, whole, [4], 1e-5)
     ep1 = train(tmp_path / "ep1", *flags, 1, processes=1)
@@ -327,11 +327,11 @@ def printed_by(rank: int, flags: list[str]) -> str:
 
 
 def test_log_has_everything(tiny_runs):
-    start = records(tiny_runs("deepep"), "start")[0]
-    assert start["dispatcher"] == "deepep" and start["processes"] == 2
+    start = records(tiny_runs("ep_comm"), "start")[0]
+    assert start["dispatcher"] == "ep_comm" and start["processes"] == 2
     assert {"ep_comm", "torch", "megatron-core"} <= start["versions"].keys()
     PretrainConfig(**start["config"])  # can be read back
-    steps = records(tiny_runs("deepep"), "train")
+    steps = records(tiny_runs("ep_comm"), "train")
     assert [r["iteration"] for r in steps] == list(range(1, 61))
     for record in steps:
         assert record.keys() >= {
@@ -341,7 +341,7 @@ def test_log_has_everything(tiny_runs):
         }
         assert record["ep/wire-mib"] > 0
         assert record["ep/imbalance-rank"] >= 1 and record["ep/imbalance-expert"] >= 1
-    assert [r["iteration"] for r in records(tiny_runs("deepep"), "valid")] == [30, 60]
+    assert [r["iteration"] for r in records(tiny_runs("ep_comm"), "valid")] == [30, 60]
 
 
 def test_log_of_a_restarted_run(tmp_path):
@@ -396,7 +396,7 @@ def test_failed_run_ends_its_logs(tmp_path):
 
 
 def options_of_the_layers(rank: int, flags: list[str]) -> tuple[float | None, int | None]:
-    from ep_comm.pretrain.config import parse_args
+    from ep_comm.pretrain.flags import parse_args
     from ep_comm.pretrain.start import prepare_megatron
 
     prepare_megatron()

@@ -25,7 +25,8 @@ from example_runs import (  # noqa: E402
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
 
 from ep_comm.job.exits import UserError  # noqa: E402
-from ep_comm.pretrain.config import parse_args  # noqa: E402
+from ep_comm.megatron.options import EPOptions
+from ep_comm.pretrain.flags import parse_args  # noqa: E402
 from ep_comm.pretrain.variants import FP8_EXPERTS  # noqa: E402
 
 FUSED_ROUTER = ["--moe-router-fusion", "--use-distributed-optimizer"]
@@ -35,7 +36,7 @@ MEGATRONS_OVERLAP = "--overlap-dispatch-backward-with-experts-wgrad"
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--moe-token-dispatcher", "deepeep"], ["deepeep", "deepep", "alltoall", "allgather"]),
+        (["--moe-token-dispatcher", "deepeep"], ["deepeep", "ep_comm", "alltoall", "allgather"]),
         (["--num-experts", "9"], ["num_experts 9", "expert_model_parallel_size 2"]),
         (["--num-exprts", "8"], ["--num-exprts", "--num-experts"]),
         (["--lr", "fast"], ["lr", "number", "fast"]),
@@ -55,16 +56,16 @@ MEGATRONS_OVERLAP = "--overlap-dispatch-backward-with-experts-wgrad"
         (["--adam-beta1", "1.5"], ["adam_beta1", "less than 1", "1.5"]),
         (["--adam-beta2", "1"], ["adam_beta2", "less than 1"]),
         (["--seed", "4294967296"], ["seed", "less than or equal to 2147483647"]),
-        (["--ep-num-sms", "1"], ["ep_num_sms", "greater than or equal to 2"]),
-        (["--ep-timeout", "1e300"], ["ep_timeout", "less than or equal to"]),
+        (["--ep-num-sms", "1"], ["ep_num_sms must be at least 2", "got 1"]),
+        (["--ep-timeout", "1e300"], ["ep_timeout must be", "at most 1e+08"]),
         (["--kv-channels", "3"], ["kv_channels", "even", "got 3"]),
         (
             ["--ep-fp8-dispatch", "--moe-token-dispatcher", "alltoall"],
-            ["ep_fp8_dispatch needs moe_token_dispatcher deepep, not alltoall"],
+            ["ep_fp8_dispatch needs moe_token_dispatcher ep_comm, not alltoall"],
         ),
         (
             ["--ep-overlap-wgrad", "--moe-token-dispatcher", "allgather"],
-            ["ep_overlap_wgrad needs moe_token_dispatcher deepep, not allgather"],
+            ["ep_overlap_wgrad needs moe_token_dispatcher ep_comm, not allgather"],
         ),
         (
             [MEGATRONS_OVERLAP, "--moe-token-dispatcher", "alltoall"],
@@ -72,7 +73,7 @@ MEGATRONS_OVERLAP = "--overlap-dispatch-backward-with-experts-wgrad"
         ),
         (
             [MEGATRONS_OVERLAP, "--moe-grouped-gemm", "--moe-token-dispatcher", "deepep"],
-            ["is for Megatron's own dispatchers", "deepep use ep_overlap_wgrad"],
+            ["is for Megatron's own dispatchers", "ep_comm use ep_overlap_wgrad"],
         ),
         (
             [*FUSED_ROUTER, *FP8_EXPERTS, "--moe-token-dispatcher", "alltoall"],
@@ -84,6 +85,21 @@ def test_bad_flags(flags, words):
     with pytest.raises(UserError) as error:
         parse_args([*TINY, *flags])
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("flag", ["--moe-token-dispatcher", "--moe-token-dispatcher-type"])
+@pytest.mark.parametrize("name", ["ep_comm", "deepep"])
+def test_both_names_of_our_dispatcher(flag, name):
+    config = parse_args([*TINY, flag, name])
+    assert config.moe_token_dispatcher == "ep_comm" and config.uses_ep_comm
+    assert config.run_dir == Path("runs/tiny-cpu-ep_comm")
+
+
+def test_a_key_for_each_field_of_the_options():
+    options = parse_args([*TINY, "--ep-num-sms", "8", "--ep-timeout", "3", "--ep-fp8-dispatch"])
+    assert options.ep_options == EPOptions(
+        num_sms=8, timeout_s=3.0, fp8_dispatch=True, max_tokens_per_rank=8 * 128
+    )
 
 
 @pytest.mark.filterwarnings("ignore")  # Megatron's, of what is not installed
@@ -210,7 +226,8 @@ def test_bad_data_and_folders(tmp_path):
         from ep_comm.megatron import cpu
         cpu.enable()
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        from ep_comm.pretrain.config import parse_args
+        from ep_comm.megatron.options import EPOptions
+from ep_comm.pretrain.flags import parse_args
         from ep_comm.job.exits import UserError
         from ep_comm.pretrain.loop import pretrain
         for line in sys.stdin:
@@ -244,7 +261,8 @@ def test_wandb_is_not_installed(tmp_path):
         sys.modules["wandb"] = None  # what cannot be imported
         import torch.distributed as dist
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        from ep_comm.pretrain.config import parse_args
+        from ep_comm.megatron.options import EPOptions
+from ep_comm.pretrain.flags import parse_args
         from ep_comm.pretrain.log import check_wandb
         check_wandb(parse_args(sys.argv[1:]))
         check_wandb(parse_args([*sys.argv[1:], "--wandb-project", "p"]))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ep_comm.bench.train.settings import TrainSettings
 from ep_comm.job.exits import UserError
-from ep_comm.pretrain.config import PretrainConfig, parse_args
+from ep_comm.pretrain.config import PretrainConfig
+from ep_comm.pretrain.flags import parse_args
 
 
 def make_configs(settings: TrainSettings, num_ranks: int | None) -> dict[str, PretrainConfig]:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ep_comm.errors import EPArgumentError
-from ep_comm.pretrain.variants import VARIANTS, first_owned
+from ep_comm.pretrain.variants import DISPATCHER_FLAGS, VARIANTS, current_name, first_owned
 
 # What the benchmark decides itself, by flag, with what to use instead.
 _OWN_FLAGS = {
     "--global-batch-size": "--microbatches",
     "--train-iters": "--steps",
     **{flag: "--variants" for flags in VARIANTS.values() for flag in flags if flag[:2] == "--"},
+    **dict.fromkeys(DISPATCHER_FLAGS, "--variants"),
 }
 
 
@@ -89,7 +90,7 @@ def make_train_settings(
 
 
 def _parse_variants(text: str) -> tuple[str, ...]:
-    names = [name.strip() for name in text.split(",")]
+    names = [current_name(name.strip()) for name in text.split(",")]
     for name in names:
         if name not in VARIANTS:
             raise EPArgumentError(f"--variants {name!r} is none of {', '.join(VARIANTS)}")
