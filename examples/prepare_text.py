@@ -3,8 +3,7 @@
     python examples/prepare_text.py --input text.gz --vocab-size 16384 --output-prefix data/text
 
 writes ``data/text.bin``, ``data/text.idx`` and ``data/text-tokenizer.json``, the tokenizer in the
-format of the ``tokenizers`` library. `pretrain_moe.py` reads the pair with ``--data-path data/text
---vocab-size 16384``.
+format of the ``tokenizers`` library. ``pretrain_moe.py --data-path data/text`` reads all three.
 
 A document begins with every line that is not indented and follows an empty one: a paragraph of
 prose, or an entry of a dictionary whose other paragraphs are indented. Documents are stored in
@@ -19,6 +18,7 @@ import gzip
 import os
 import random
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -41,18 +41,19 @@ from megatron.core.datasets.indexed_dataset import (  # noqa: E402
     get_idx_path,
 )
 
-from ep_comm.pretrain.data import add_document  # noqa: E402
+from ep_comm.pretrain.data import TOKENIZER_SUFFIX, add_document, piece_size  # noqa: E402
 
 try:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 except ImportError:
-    sys.exit("error: tokenizers is missing: pip install tokenizers")
+    sys.exit("error: tokenizers is missing: pip install 'ep_comm[text]'")
 
 END_OF_DOCUMENT = "<|endoftext|>"  # its token is the last of the vocabulary, as pretrain takes it
 _NEW_DOCUMENT = re.compile(r"\n(?:[ \t]*\n)+(?=\S)")
 _GZIP_MAGIC = b"\x1f\x8b"
 _BYTES = 256
 _HIGHEST_SHARE_REPLACED = 0.01  # of what is still taken for text
+_CHARACTERS_OF_A_TOKEN = 4  # about
 _BATCH = 1000  # documents that are tokenized at once
 
 
@@ -100,7 +101,7 @@ def prepare(files: list[Path], vocab_size: int, prefix: Path) -> None:
             f"a document"
         )
     # In the order in which they are put in place: a pair is there when its index is.
-    outputs = [f"{prefix}-tokenizer.json", get_bin_path(str(prefix)), get_idx_path(str(prefix))]
+    outputs = [f"{prefix}{TOKENIZER_SUFFIX}", get_bin_path(str(prefix)), get_idx_path(str(prefix))]
     for path in outputs:
         if Path(path).exists():
             raise UserError(f"{path} exists: choose another --output-prefix, or delete it")
@@ -128,7 +129,9 @@ def prepare(files: list[Path], vocab_size: int, prefix: Path) -> None:
     size = sum(len(document.encode()) for document in documents)
     print(
         f"{prefix}: {tokens:,} tokens of {vocab_size:,} different ones, {len(documents):,} "
-        f"documents, {size / tokens:.2f} bytes per token"
+        f"documents, {size / tokens:.2f} bytes per token\n"
+        f"to train on it: torchrun --nproc_per_node=N -m ep_comm.pretrain --config FILE "
+        f"--data-path {shlex.quote(str(prefix))}"
     )
 
 
@@ -180,10 +183,12 @@ def _write_pair(
     dtype = DType.optimal_dtype(end + 1)
     builder = IndexedDatasetBuilder(data, dtype=dtype)
     total = 0
+    about_tokens = sum(map(len, documents)) // _CHARACTERS_OF_A_TOKEN
+    piece = piece_size(about_tokens, len(documents))
     for batch in track(list(_batches(documents)), "tokenizing", console=console):
         for encoding in tokenizer.encode_batch_fast(batch):
             tokens = np.array([*encoding.ids, end], dtype=dtype)
-            add_document(builder, tokens)
+            add_document(builder, tokens, piece)
             total += tokens.size
     builder.finalize(index)
     return total

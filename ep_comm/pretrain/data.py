@@ -2,13 +2,17 @@
 
 Text is tokenized by byte: no vocabulary to download, any language, any file. The tokens are stored
 once per set of files as a Megatron ``.bin/.idx`` pair in the user's cache folder. For longer tokens
-there is `prepare_text.py`.
+there is ``examples/prepare_text.py``.
+
+Megatron splits data between training and validation at the borders of sequences, here pieces of a
+document (`piece_size`).
 """
 
 from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import shutil
 import struct
@@ -34,12 +38,12 @@ from ep_comm.job.exits import UserError
 from ep_comm.job.start import agree, on_rank_0
 from ep_comm.pretrain.config import PretrainConfig
 
+TOKENIZER_SUFFIX = "-tokenizer.json"  # of the file beside a pair
 EOD = 256  # ends a document; the bytes are 0 to 255
-CACHE_FORMAT = "1"  # part of the cache key: change it with the way that text is tokenized
+CACHE_FORMAT = "2"  # part of the cache key: change it with the way that text is tokenized
 
-# Documents longer than this become several sequences, so that a single large file can still be
-# split into training and validation data (the split is made between sequences).
-MAX_SEQUENCE_TOKENS = 1 << 16
+_LARGEST_PIECE, _SMALLEST_PIECE = 1 << 16, 64
+_FEWEST_PIECES = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +74,7 @@ def load_datasets(config: PretrainConfig) -> tuple[Corpus, GPTDataset, GPTDatase
     Raises:
         UserError: The data cannot be read, is damaged, or is not enough for one sequence.
     """
-    corpus = on_rank_0(lambda: _checked_corpus(config))
+    corpus, split = on_rank_0(lambda: _checked_corpus(config))
     agree(lambda: _check_visible(corpus))
     # One epoch of shuffled indices takes no time to build, and an interrupted build would leave
     # index files that the next run trusts: make them anew for each run.
@@ -79,7 +83,7 @@ def load_datasets(config: PretrainConfig) -> tuple[Corpus, GPTDataset, GPTDatase
         random_seed=config.data_seed or config.seed,
         sequence_length=config.seq_length,
         blend=([corpus.prefix], None),
-        split=config.split,
+        split=split,
         tokenizer=corpus,
         path_to_cache=indices,
         reset_position_ids=False,
@@ -120,13 +124,28 @@ def microbatches(
         position += ranks * size
 
 
-def add_document(builder: IndexedDatasetBuilder, tokens: np.ndarray) -> None:
-    """Add a document, with the token that ends it, to a pair that is being written."""
-    full, rest = divmod(tokens.size, MAX_SEQUENCE_TOKENS)
-    builder.add_document(tokens, [MAX_SEQUENCE_TOKENS] * full + [rest] * bool(rest))
+def piece_size(num_tokens: int, num_documents: int) -> int:
+    """Return how many tokens of a document form a sequence, in a pair of `num_tokens`.
+
+    Few small documents have small pieces: there are always enough to split them.
+    """
+    if num_documents >= _FEWEST_PIECES:
+        return _LARGEST_PIECE
+    return min(max(num_tokens // _FEWEST_PIECES, _SMALLEST_PIECE), _LARGEST_PIECE)
 
 
-def _checked_corpus(config: PretrainConfig) -> Corpus:
+def add_document(builder: IndexedDatasetBuilder, tokens: np.ndarray, piece: int) -> None:
+    """Add a document, with the token that ends it, to a pair that is being written.
+
+    Args:
+        piece: Tokens of a sequence (`piece_size`).
+    """
+    full, rest = divmod(tokens.size, piece)
+    builder.add_document(tokens, [piece] * full + [rest] * bool(rest))
+
+
+def _checked_corpus(config: PretrainConfig) -> tuple[Corpus, str]:
+    """The corpus, and how Megatron is to split it."""
     cache = config.data_cache_path or _user_cache()
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -137,8 +156,10 @@ def _checked_corpus(config: PretrainConfig) -> Corpus:
         if path.is_relative_to(cache) or cache.is_relative_to(path):
             text += f"; the data cache is {cache}, --data-cache-path chooses another"
         raise UserError(text) from None
-    _check(corpus, config)
-    return corpus
+    lengths, token_size = _read_index(corpus.prefix)
+    split = _split(lengths, config)
+    _check_tokens(corpus, token_size)
+    return corpus, split
 
 
 def _user_cache() -> Path:
@@ -203,11 +224,11 @@ def _tokenize(files: list[Path], folder: Path) -> None:
     folder.mkdir()
     prefix = str(folder / "corpus")
     builder = IndexedDatasetBuilder(get_bin_path(prefix), dtype=np.uint16)
+    piece = piece_size(sum(path.stat().st_size for path in files), len(files))
     for path in files:
         tokens = np.frombuffer(path.read_bytes(), dtype=np.uint8).astype(np.uint16)
-        if not tokens.size:
-            continue
-        add_document(builder, np.append(tokens, np.uint16(EOD)))
+        if tokens.size:
+            add_document(builder, np.append(tokens, np.uint16(EOD)), piece)
     builder.finalize(get_idx_path(prefix))
 
 
@@ -219,29 +240,59 @@ def _megatron_pair(prefix: str, config: PretrainConfig, cache: Path) -> Corpus:
     for path in (get_bin_path(prefix), get_idx_path(prefix)):
         if not Path(path).is_file() or not Path(path).stat().st_size:
             raise UserError(f"data file {path} is missing or empty; .bin and .idx belong together")
-    if config.vocab_size is None:
-        raise UserError(f"--data-path {prefix} is tokenized: give its tokenizer's --vocab-size")
-    return Corpus(
-        prefix=prefix, vocab_size=config.vocab_size, eod=config.vocab_size - 1, cache=cache
-    )
+    size = config.vocab_size or _tokenizer_size(Path(f"{prefix}{TOKENIZER_SUFFIX}"))
+    if size is None:
+        raise UserError(
+            f"--data-path {prefix} is tokenized, and there is no {prefix}{TOKENIZER_SUFFIX} beside "
+            f"it: give its tokenizer's --vocab-size"
+        )
+    return Corpus(prefix=prefix, vocab_size=size, eod=size - 1, cache=cache)
 
 
-def _check(corpus: Corpus, config: PretrainConfig) -> None:
-    """Refuse what GPTDataset, or the model, would fail on after the ranks have parted ways."""
-    lengths, token_size = _read_index(corpus.prefix)
+def _tokenizer_size(path: Path) -> int | None:
+    """Different tokens of a file of the ``tokenizers`` library; None if there is no such file."""
+    try:
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        added = [token["id"] for token in tokenizer.get("added_tokens", [])]
+        return max([*tokenizer["model"]["vocab"].values(), *added]) + 1
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is no tokenizer: give --vocab-size, or move it away") from None
+
+
+def _split(lengths: np.ndarray, config: PretrainConfig) -> str:
+    """Return shares of training and validation, each enough for a sequence.
+
+    Where the shares nobody asked for leave too little for validation, it gets as many of the last
+    pieces as one sequence takes.
+
+    Raises:
+        UserError: There is too little text, or the user's shares leave too little.
+    """
     shares = [float(share) for share in config.split.split(",")]
     boundary = round(shares[0] / sum(shares) * len(lengths)) if sum(shares) else 0
-    parts = {"training": lengths[:boundary]}
+    needed = config.seq_length + 1
+    is_default = config.split == PretrainConfig.model_fields["split"].default
+    if config.eval_iters and is_default and lengths[boundary:].sum() < needed:
+        from_the_end = np.cumsum(lengths[::-1])
+        boundary = len(lengths) - int(np.searchsorted(from_the_end, needed)) - 1
+    parts = {"training": lengths[: max(boundary, 0)]}
     if config.eval_iters:
-        parts["validation"] = lengths[boundary:]
+        parts["validation"] = lengths[max(boundary, 0) :]
     for use, part in parts.items():
-        if part.sum() <= config.seq_length:
+        if part.sum() < needed:
             raise UserError(
-                f"{part.sum()} of {lengths.sum()} tokens are for {use} (--split {config.split}), "
-                f"but one sequence takes seq_length + 1 = {config.seq_length + 1}: give more data"
-                f", or a smaller --seq-length"
-                + (", or --eval-iters 0" if use == "validation" else "")
+                f"{len(part)} of {len(lengths)} pieces of the data, {part.sum()} of "
+                f"{lengths.sum()} tokens, are for {use} (--split {config.split}), but one sequence "
+                f"takes seq_length + 1 = {needed} tokens: give more data, a smaller --seq-length"
+                + (", a larger second share, or --eval-iters 0" if use == "validation" else "")
             )
+    return config.split if boundary <= 0 else f"{boundary},{len(lengths) - boundary}"
+
+
+def _check_tokens(corpus: Corpus, token_size: int) -> None:
+    """Refuse tokens that the model does not know, before the ranks part ways."""
     # Read as unsigned, a negative token is a very high one: one pass finds both kinds of mistake.
     tokens = np.memmap(get_bin_path(corpus.prefix), dtype=f"u{token_size}", mode="r")
     highest = int(tokens.max())

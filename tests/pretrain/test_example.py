@@ -100,6 +100,28 @@ def test_gradient_accumulation_gives_the_same_step(tiny_runs, tmp_path):
         assert many["grad-norm"] == pytest.approx(one["grad-norm"], rel=1e-2)
 
 
+@pytest.mark.parametrize("sizes", [[700], [300_000], [9_000, 20, 800, 3_000]], ids=str)
+def test_a_text_of_any_size_has_training_and_validation_data(tmp_path, sizes):
+    for number, size in enumerate(sizes):
+        text = "".join(f"line {i} of my text\n" for i in range(size // 15))
+        (tmp_path / f"{number}.txt").write_text(text[:size])
+    data = ["--data-path", str(tmp_path), "--data-cache-path", str(tmp_path / "cache")]
+    ((train, valid),) = run_ranks(1, tokens_of_each_part, [*SMALL, *data], fresh=True)
+    assert valid >= 64 and train > 5 * valid
+    assert train + valid > sum(sizes) - 3 * 64  # whole sequences only
+
+
+def tokens_of_each_part(rank: int, flags: list[str]) -> tuple[int, int]:
+    from ep_comm.pretrain.flags import parse_args
+    from ep_comm.pretrain.start import prepare_megatron
+
+    prepare_megatron()
+    from ep_comm.pretrain.data import load_datasets
+
+    _, train, valid = load_datasets(parse_args([*flags, "--expert-model-parallel-size", "1"]))
+    return tuple(sum(len(data[i]["tokens"]) for i in range(len(data))) for data in (train, valid))
+
+
 def test_data_seed_alone_decides_the_order_of_the_data():
     code = """if True:
         import torch.distributed as dist

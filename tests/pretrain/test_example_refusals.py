@@ -195,6 +195,8 @@ def test_bad_data_and_folders(tmp_path):
     (tmp_path / "broken.bin").write_text("x")
     (tmp_path / "broken.idx").write_text("this is no index file")
     (tmp_path / "half.bin").write_text("x")
+    (tmp_path / "odd-tokenizer.json").write_text("[]")
+    write_pair(tmp_path / "odd")
     for name, suffix in (("high", None), ("cut-idx", ".idx"), ("cut-bin", ".bin")):
         write_pair(tmp_path / name)
         if suffix:
@@ -203,9 +205,15 @@ def test_bad_data_and_folders(tmp_path):
     cases = {
         "--data-path empty.txt": ["empty.txt", "is empty"],
         "--data-path nothing-*.txt": ["nothing-*.txt", "no such file"],
-        "--data-path short.txt": ["of 6 tokens", "seq_length + 1 = 65", "--seq-length"],
-        "--data-path one.txt": ["0 of 701 tokens are for validation", "--eval-iters 0"],
-        "--data-path broken": ["broken", "--vocab-size"],
+        "--data-path short.txt": ["0 of 6 tokens", "seq_length + 1 = 65", "--seq-length"],
+        "--data-path one.txt --split 95,4": [
+            "1 of 11 pieces",
+            "61 of 701 tokens",
+            "--eval-iters 0",
+        ],
+        "--data-path short.txt --eval-iters 0": ["1 of 1 pieces", "6 of 6 tokens", "for training"],
+        "--data-path broken": ["broken-tokenizer.json", "--vocab-size"],
+        "--data-path odd": ["odd-tokenizer.json is no tokenizer", "--vocab-size"],
         "--data-path broken --vocab-size 9": ["broken.idx", "no Megatron index"],
         "--data-path half": ["half.idx", "missing"],
         "--data-path high --vocab-size 300": ["high.bin", "token 300", "--vocab-size 300"],

@@ -72,6 +72,7 @@ def test_documents_come_back(tmp_path):
     size = sum(len(text.encode()) for text in texts)
     assert f"{tokens:,} tokens of {VOCAB_SIZE} different ones, {len(texts):,} doc" in result.stdout
     assert f"{size / tokens:.2f} bytes per token" in result.stdout
+    assert result.stdout.endswith(f"-m ep_comm.pretrain --config FILE --data-path {prefix}\n")
     assert {path.name for path in prefix.parent.iterdir()} == {
         *("text.bin", "text.idx", "text-tokenizer.json")
     }
@@ -79,7 +80,7 @@ def test_documents_come_back(tmp_path):
     loss = train(
         tmp_path / "run",
         *(*SMALL, "--train-iters", 30, "--lr-decay-iters", 100, "--eval-iters", 1),
-        *("--data-path", prefix, "--vocab-size", VOCAB_SIZE),
+        *("--data-path", prefix),  # its vocabulary is beside it
     )
     assert loss[30] < loss[1] - 0.3
 
