@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 from ep_comm.compare.plan import Plan
 from ep_comm.job.exits import UserError
+from ep_comm.job.lock import InUse, lock
 from ep_comm.pretrain.log_file import LOG_FILE, read_log
 
 PLAN_FILE = "plan.json"
@@ -95,25 +95,15 @@ def locked(path: Path) -> Iterator[int]:
         strangers = [file.name for file in path.iterdir() if file.name != _LOCK_FILE]
         if strangers and not (path / PLAN_FILE).exists():
             raise UserError(f"--out {path} holds other things ({min(strangers)})")
-        lock = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = lock(path / _LOCK_FILE)
+    except InUse as holder:
+        raise UserError(f"--out {path} is in use by {holder}") from None
     except OSError as error:
         raise UserError(f"--out {path} cannot be used: {error.strerror}") from None
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(lock, 100).decode(errors="replace").strip()
-            raise UserError(f"--out {path} is in use by {holder}") from None
-        tell_holder(lock, f"process {os.getpid()}")
-        yield lock
+        yield descriptor
     finally:
-        os.close(lock)
-
-
-def tell_holder(lock: int, holder: str) -> None:
-    """Note in the lock file who holds it, for the message of who is refused."""
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, holder.encode(), 0)
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -39,7 +39,7 @@ _VARIANT_FLAGS = {flag for flags in VARIANTS.values() for flag in flags if flag.
 _OWN_FLAGS = {
     **dict.fromkeys((*_VARIANT_FLAGS, *variants.DISPATCHER_FLAGS), "--variants"),
     "--train-iters": "--steps",
-    **dict.fromkeys(("--run-dir", "--save", "--load"), "--out"),
+    **dict.fromkeys(("--run-dir", "--save", "--load", "--keep-checkpoints"), "--out"),
     "--wandb-exp-name": "--wandb-project; runs are named after their variant",
 }
 _VARIANT_KEYS = {flag.removeprefix("--").replace("-", "_") for flag in _VARIANT_FLAGS}
@@ -150,6 +150,7 @@ class Plan:
         command += ["--run-dir", str(run_dir)]
         if interval < self.steps:
             command += ["--save", checkpoints, "--save-interval", str(interval)]
+            command += ["--keep-checkpoints", "1"]  # nobody goes back to older ones
         if resume:
             command += ["--load", checkpoints]
         if self.settings["wandb_project"]:

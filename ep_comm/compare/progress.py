@@ -15,9 +15,13 @@ from rich.progress import (
 )
 
 from ep_comm.compare.plan import Plan
-from ep_comm.pretrain.log_file import TRAIN_LOSS
+from ep_comm.pretrain.log_file import TOKENS_PER_S, TRAIN_LOSS
 
 _LINES = 10  # of a run, where there is no terminal
+
+
+def _status(step: dict[str, Any]) -> str:
+    return f"loss {step[TRAIN_LOSS]:.4f}  {step[TOKENS_PER_S]:,.0f} tokens/s"
 
 
 class Display:
@@ -57,20 +61,25 @@ class Display:
         self._progress.start_task(self._tasks[variant])
         self._progress.update(self._tasks[variant], completed=step, status="starting")
         self._printed = step
-        self.line(f"{variant}: " + (f"going on, it had reached step {step}" if step else "begins"))
+        begins = "begins; its first step takes a while"
+        self.line(f"{variant}: " + (f"going on, it had reached step {step}" if step else begins))
 
     def follow(self, variant: str, records: list[dict[str, Any]]) -> None:
-        """Show the latest training step."""
-        step = next((r for r in reversed(records) if r["type"] == "train"), None)
-        if step is None:
+        """Show the latest training step. Lines are of the same steps for every run."""
+        steps = [r for r in records if r["type"] == "train"]
+        if not steps:
             return
-        done = step["iteration"]
-        status = f"loss {step[TRAIN_LOSS]:.4f}  {step['throughput']:,.0f} tokens/s"
-        self._progress.update(self._tasks[variant], completed=done, status=status)
-        due = done - self._printed >= self._steps / _LINES or done == self._steps
-        if not self._console.is_terminal and due and done != self._printed:
-            self._printed = done
-            self.line(f"{variant}: step {done}/{self._steps}  {status}")
+        bar = self._tasks[variant]
+        self._progress.update(bar, completed=steps[-1]["iteration"], status=_status(steps[-1]))
+        if self._console.is_terminal:
+            return
+        interval = max(self._steps // _LINES, 1)
+        for step in steps:
+            done = step["iteration"]
+            due = done % interval == 0 or done == self._steps
+            if due and done > self._printed:
+                self._printed = done
+                self.line(f"{variant}: step {done}/{self._steps}  {_status(step)}")
 
     def finish(self, variant: str, *, before: bool) -> None:
         """A run is finished, now or `before`."""

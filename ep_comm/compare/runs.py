@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ep_comm.compare.directory import Directory, tell_holder
+from ep_comm.compare.directory import Directory
 from ep_comm.compare.plan import Plan
+from ep_comm.job.lock import introduce
 from ep_comm.pretrain.log_file import LOG_FILE
 
 OUTPUT_FILE = "output.log"
@@ -116,12 +117,11 @@ def train(
             pass_fds=[lock],
         )
     try:
-        tell_holder(lock, f"process {os.getpid()}, or by the training {process.pid} it started")
+        introduce(lock, f"process {os.getpid()}, or by the training {process.pid} it started")
         size = 0
         while process.poll() is None:
             time.sleep(_POLL_S)
             size = _follow(directory, variant, follow, size)
-            _prune(checkpoints)
     except BaseException:
         _stop(process)
         raise
@@ -171,15 +171,6 @@ def _latest(checkpoints: Path) -> int | None:
         return int((checkpoints / "latest_checkpointed_iteration.txt").read_text())
     except (OSError, ValueError):
         return None
-
-
-def _prune(checkpoints: Path) -> None:
-    """Delete checkpoints older than the latest: nobody goes back to them."""
-    latest = _latest(checkpoints)
-    for folder in checkpoints.glob("iter_*"):
-        name = folder.name.removeprefix("iter_")
-        if latest is not None and name.isdigit() and int(name) < latest:
-            shutil.rmtree(folder)
 
 
 def _why(output: Path, begin: int, code: int) -> str:

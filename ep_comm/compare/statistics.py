@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ep_comm.compare.plan import EP_COMM, REFERENCE, WIDE, seed_number, with_seed, without_seed
-from ep_comm.pretrain.log_file import TRAIN_LOSS, VALID_LOSS, WIRE_MIB, scalars
+from ep_comm.pretrain.log_file import TOKENS_PER_S, TRAIN_LOSS, VALID_LOSS, WIRE_MIB, scalars
 
 # Relative, between the losses of step 1: the same weights and data must give the same loss.
 FIRST_STEP_TOLERANCE = 1e-3
@@ -170,7 +170,7 @@ def read_run(records: list[dict[str, Any]], steps: int) -> Run:
     if missing:
         raise ValueError(f"step {missing[0]} is missing")
     train = np.array([losses[step] for step in range(1, steps + 1)])
-    rates = list(scalars(records, "train", "throughput").values())
+    rates = list(scalars(records, "train", TOKENS_PER_S).values())
     sent = [r[WIRE_MIB] for r in records if WIRE_MIB in r]
     return Run(
         train=train,

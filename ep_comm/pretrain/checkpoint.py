@@ -44,7 +44,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ep_comm.job.exits import UserError
 from ep_comm.job.start import agree, on_rank_0
 from ep_comm.megatron.options import OPTIONS
-from ep_comm.pretrain.config import PretrainConfig
+from ep_comm.pretrain.config import MAY_CHANGE, PretrainConfig
+from ep_comm.pretrain.folders import lock_folder
 from ep_comm.pretrain.model import Trainee, gather_parameters
 
 T = TypeVar("T")
@@ -58,7 +59,8 @@ FREE_KEYS = {each.key for each in OPTIONS} | set(
     expert_model_parallel_size overlap_dispatch_backward_with_experts_wgrad
     manual_gc manual_gc_interval
     recompute_granularity recompute_modules overlap_grad_reduce overlap_param_gather
-    eval_interval eval_iters save save_interval load run_dir log_interval
+    eval_interval eval_iters save save_interval keep_checkpoints load load_despite run_dir
+    log_interval
     wandb_project wandb_exp_name wandb_entity wandb_save_dir data_cache_path
     """.split()
 )
@@ -85,19 +87,24 @@ def check_paths(config: PretrainConfig) -> Path | None:
     return on_rank_0(lambda: _check_paths(config))
 
 
-def check_writable(config: PretrainConfig) -> None:
-    """Make ``config.save``, if there is to be one; the last check before a run begins.
+def take_folder(config: PretrainConfig) -> None:
+    """Make ``config.save``, if there is to be one, and keep other runs out of it.
+
+    The last check before a run begins.
 
     Raises:
-        UserError: Nothing can be written there.
+        UserError: Nothing can be written there, or another run is saving there.
     """
+    if config.save is None:
+        return
+    save = config.save
 
     def try_it() -> None:
-        config.save.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=config.save).close()
+        save.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=save).close()
+        lock_folder(save, "--save")
 
-    if config.save:
-        _write(config, try_it)
+    _write(config, try_it)
 
 
 def save(
@@ -122,13 +129,14 @@ def save(
         latest = config.save / (LATEST + ".tmp")
         latest.write_text(f"{iteration}\n")
         os.replace(latest, config.save / LATEST)
+        if config.keep_checkpoints is not None:
+            _delete_old(config.save, latest=iteration, keep=config.keep_checkpoints)
 
     _write(config, make_folder)
     state = {
         **_sharded_state(trainee, is_loading=False),
         "iteration": iteration,
         "consumed_samples": consumed_samples,
-        "scheduler": trainee.scheduler.state_dict(),
         "fingerprint": _fingerprint(config),
         "ranks": _ranks(trainee),
     }
@@ -138,7 +146,7 @@ def save(
 
 
 @torch.no_grad()
-def load(trainee: Trainee, checkpoint: Path) -> tuple[int, int]:
+def load(trainee: Trainee, config: PretrainConfig, checkpoint: Path) -> tuple[int, int]:
     """Restore what `check_paths` returned; call it on all ranks.
 
     Returns:
@@ -161,10 +169,19 @@ def load(trainee: Trainee, checkpoint: Path) -> tuple[int, int]:
     trainee.model.module.load_state_dict(state["model"])
     trainee.optimizer.load_state_dict(_with_parts(optimizer, state["optimizer_parts"]))
     _set_optimizer_steps(trainee, state["iteration"])
-    trainee.scheduler.load_state_dict(state["scheduler"])
+    # The schedule goes by steps; Megatron counts it in samples, of the present batch size.
+    trainee.scheduler.step(increment=state["iteration"] * config.global_batch_size)
     if same_ranks:
         _set_rng_state(state["rng_state"])
     return state["iteration"], state["consumed_samples"]
+
+
+def _delete_old(folder: Path, *, latest: int, keep: int) -> None:
+    """Delete all checkpoints up to `latest` but the last `keep` ones."""
+    numbers = {path: path.name.removeprefix("iter_") for path in folder.glob("iter_*")}
+    complete = {int(n): path for path, n in numbers.items() if n.isdigit() and int(n) <= latest}
+    for number in sorted(complete)[:-keep]:
+        shutil.rmtree(complete[number])
 
 
 def _write_in_threads() -> None:
@@ -344,10 +361,15 @@ def _fingerprint(config: PretrainConfig) -> dict[str, Any]:
 def _check_fingerprint(folder: Path, config: PretrainConfig) -> None:
     there = _common_state(folder).get("fingerprint", {})
     here = _fingerprint(config)
-    differences = [
-        f"{key} is {there.get(key)} there and {here.get(key)} here"
+    changed = [
+        key
         for key in here | there
-        if here.get(key) != there.get(key)
+        if here.get(key) != there.get(key) and key not in config.load_despite
     ]
-    if differences:
-        raise UserError(f"checkpoint {folder} is of another run: {'; '.join(differences)}")
+    if changed:
+        each = [f"{key} is {there.get(key)} there and {here.get(key)} here" for key in changed]
+        hint = f". If that is meant: --load-despite {' '.join(changed)}"
+        raise UserError(
+            f"checkpoint {folder} is of another run: {'; '.join(each)}"
+            + (hint if set(changed) <= set(MAY_CHANGE) else "")
+        )

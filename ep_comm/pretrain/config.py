@@ -182,6 +182,10 @@ class Data(_Group):
     )
 
 
+# Keys that a resumed run may have other values of if the user says so: data may have moved.
+MAY_CHANGE = ("data_path", "split", "data_seed", "micro_batch_size", "global_batch_size")
+
+
 class Output(_Group):
     """validation, checkpoints, logs"""
 
@@ -191,8 +195,14 @@ class Output(_Group):
     save_interval: PositiveInt | None = _key(
         None, "steps between checkpoints; one more at the end; none: only that one"
     )
+    keep_checkpoints: PositiveInt | None = _key(
+        None, "latest checkpoints in save to keep; older ones are deleted; none: all are kept"
+    )
     load: Path | None = _key(
         None, "folder of checkpoints to resume from, at the latest one; may be empty if it is save"
+    )
+    load_despite: list[str] = _key(
+        [], f"keys that may differ from the checkpoint's, out of {', '.join(MAY_CHANGE)}"
     )
     run_dir: Path | None = _key(None, "folder of the logs; none: runs/CONFIG-DISPATCHER")
     log_interval: PositiveInt = _key(1, "steps between lines on the screen; log.jsonl has all")
@@ -212,6 +222,8 @@ _NEEDS = (
     ("overlap_param_gather", "use_distributed_optimizer"),
     ("overlap_param_gather", "overlap_grad_reduce"),
     ("manual_gc_interval", "manual_gc"),
+    ("keep_checkpoints", "save"),
+    ("load_despite", "load"),
     ("recompute_modules", "recompute_granularity"),
 )
 # With another dispatcher these would be left out without a word.
@@ -254,6 +266,9 @@ class PretrainConfig(*GROUPS):  # type: ignore[misc]  # one group is made of EPO
                 EPOptions(**{each.name: getattr(self, each.key)})
             except EPArgumentError as error:
                 raise ValueError(str(error).replace(each.name, each.key, 1)) from None
+        for key in self.load_despite:
+            if key not in MAY_CHANGE:
+                raise ValueError(f"load_despite {key} is none of {', '.join(MAY_CHANGE)}")
         channels = self.kv_channels or self.hidden_size // self.num_attention_heads
         if channels % 2:
             raise ValueError(

@@ -19,7 +19,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ep_comm.job.exits import UserError
 from ep_comm.job.start import agree, on_rank_0
 from ep_comm.pretrain.config import PretrainConfig
-from ep_comm.pretrain.log_file import LOG_FILE, TRAIN_LOSS, VALID_LOSS, read_log
+from ep_comm.pretrain.folders import lock_folder
+from ep_comm.pretrain.log_file import (
+    LOG_FILE,
+    TOKENS_PER_S,
+    TRAIN_LOSS,
+    VALID_LOSS,
+    read_log,
+)
 
 
 class RunLog:
@@ -147,6 +154,7 @@ def _make_run_dir(run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create --run-dir {run_dir}: {error.strerror}") from None
+    lock_folder(run_dir, "--run-dir")
 
 
 def _open_log(path: Path) -> Any:
@@ -181,8 +189,11 @@ class _Screen:
         self._console.print(text, markup=False)
 
     def step(self, iteration: int, scalars: dict[str, float]) -> None:
-        loss, rate = scalars[TRAIN_LOSS], scalars["throughput"]
-        status = f"loss {loss:.4f}  {rate:,.0f} tokens/s"
+        loss = scalars[TRAIN_LOSS]
+        speed = f"{scalars[TOKENS_PER_S]:,.0f} tokens/s"
+        status = f"loss {loss:.4f}  {speed}"
+        if "mfu" in scalars:
+            speed += f"  {scalars['throughput']:.0f} TFLOP/s/GPU  MFU {scalars['mfu']:.1%}"
         self._progress.update(self._task, completed=iteration, status=status)
         if iteration % self._config.log_interval and iteration != self._config.train_iters:
             return
@@ -194,7 +205,7 @@ class _Screen:
         self.line(
             f"step {iteration}/{self._config.train_iters}  loss {loss:.6f}  "
             f"grad-norm {scalars['grad-norm']:.3f}  lr {scalars['learning-rate']:.2e}  "
-            f"{scalars['iteration-time'] * 1e3:.0f} ms  {rate:,.0f} tokens/s  {ep}".rstrip()
+            f"{scalars['iteration-time'] * 1e3:.0f} ms  {speed}  {ep}".rstrip()
         )
 
     def close(self) -> None:

@@ -7,8 +7,10 @@ One JSON object a line, floats in full precision:
 - ``{"type": "train", "iteration": i, "lm loss": ..., ...}`` for each step;
 - ``{"type": "valid", "iteration": i, "lm loss validation": ...}`` for each validation.
 
-Names are Megatron-LM's. ``throughput`` is tokens per second over all ranks (Megatron's is TFLOP/s
-per GPU), ``iteration-time`` seconds, ``ep/*`` what `ep_comm.megatron.MoEMeter` says.
+Names are Megatron-LM's where it has one: ``iteration-time`` is in seconds, ``throughput`` in
+TFLOP/s of one rank (`flops_per_token`). ``tokens-per-second`` is over all ranks. ``mfu`` is the share that
+``throughput`` has of the GPU's dense BF16 peak; it is there in BF16 runs, where the peak is known.
+``ep/*`` is what `ep_comm.megatron.MoEMeter` says.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 LOG_FILE = "log.jsonl"
 TRAIN_LOSS = "lm loss"
 VALID_LOSS = "lm loss validation"
+TOKENS_PER_S = "tokens-per-second"
 WIRE_MIB = "ep/wire-mib"
 
 

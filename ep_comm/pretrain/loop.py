@@ -19,11 +19,13 @@ from ep_comm import megatron as ep_megatron
 from ep_comm.job.environment import commit
 from ep_comm.job.exits import UserError
 from ep_comm.job.stop import EXIT_CODE, StopRequest
-from ep_comm.pretrain.checkpoint import check_paths, check_writable, load, save
+from ep_comm.pretrain.checkpoint import check_paths, load, save, take_folder
 from ep_comm.pretrain.config import PretrainConfig
 from ep_comm.pretrain.data import load_datasets, microbatches
+from ep_comm.pretrain.flops import flops_per_token, peak_tflops
 from ep_comm.pretrain.log import RunLog, check_wandb
-from ep_comm.pretrain.model import Trainee, build, have_transformer_engine
+from ep_comm.pretrain.log_file import TOKENS_PER_S
+from ep_comm.pretrain.model import Trainee, build, have_transformer_engine, padded_vocab_size
 
 Batches = Iterator[dict[str, torch.Tensor]]
 
@@ -41,9 +43,9 @@ def pretrain(config: PretrainConfig) -> None:
     checkpoint = check_paths(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     corpus, train_data, valid_data = load_datasets(config)
-    check_writable(config)
+    take_folder(config)
     trainee = build(config, corpus.vocab_size, device)
-    iteration, consumed_samples = load(trainee, checkpoint) if checkpoint else (0, 0)
+    iteration, consumed_samples = load(trainee, config, checkpoint) if checkpoint else (0, 0)
     stop = StopRequest()
     stopping = False
 
@@ -55,6 +57,7 @@ def pretrain(config: PretrainConfig) -> None:
         if iteration >= config.train_iters:
             log.message(f"already at step {iteration} of {config.train_iters}: nothing to do")
         meter = ep_megatron.MoEMeter([trainee.model])
+        speed = partial(_speed, config=config, vocab_size=corpus.vocab_size)
         batches = partial(microbatches, config=config, device=device)
         train_batches = batches(train_data, first_sample=consumed_samples)
         if config.gradient_accumulation_fusion:
@@ -82,7 +85,7 @@ def pretrain(config: PretrainConfig) -> None:
                     "grad-norm": grad_norm,
                     "learning-rate": learning_rate,
                     "iteration-time": duration,
-                    "throughput": config.global_batch_size * config.seq_length / duration,
+                    **speed(duration),
                     **meter.step(),
                 },
             )
@@ -159,6 +162,18 @@ def _forward_backward(
         forward_only=forward_only,
     )
     return torch.stack([result["lm loss"] for result in results]).mean()
+
+
+def _speed(duration: float, *, config: PretrainConfig, vocab_size: int) -> dict[str, float]:
+    """What a step that took `duration` seconds says of the speed, as `log_file` names it."""
+    rate = config.global_batch_size * config.seq_length / duration
+    flops = flops_per_token(config, padded_vocab_size(vocab_size))
+    tflops = 1e-12 * flops * rate / dist.get_world_size()
+    found = {TOKENS_PER_S: rate, "throughput": tflops}
+    peak = peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    if config.bf16 and peak is not None:
+        found["mfu"] = tflops / peak
+    return found
 
 
 def _mean_over_ranks(*values: torch.Tensor) -> list[float]:

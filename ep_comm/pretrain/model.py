@@ -97,6 +97,11 @@ def build(config: PretrainConfig, vocab_size: int, device: torch.device) -> Trai
     )
 
 
+def padded_vocab_size(vocab_size: int) -> int:
+    """Return the rows of the output layer: whole tiles for its GEMM."""
+    return -(-vocab_size // 128) * 128
+
+
 def gather_parameters(trainee: Trainee) -> None:
     """Complete the parameters after a step, for whoever reads them before a forward pass.
 
@@ -230,7 +235,7 @@ def _gpt_model(
     model = GPTModel(
         transformer_config,
         spec,
-        vocab_size=-(-vocab_size // 128) * 128,  # whole tiles for the output GEMM
+        vocab_size=padded_vocab_size(vocab_size),
         max_sequence_length=config.seq_length,
         position_embedding_type="rope",
         rotary_base=config.rotary_base,

@@ -91,7 +91,9 @@ def write_log(run_dir: Path, train: np.ndarray, valid: float | None = None) -> N
     records = [{"type": "start", "iteration": 0, "versions": {"torch": "1"}}]
     for step, loss in enumerate(train, start=1):
         rate = 10.0 if step < 3 else 1000.0 + step
-        records.append({"type": "train", "iteration": step, "lm loss": loss, "throughput": rate})
+        records.append(
+            {"type": "train", "iteration": step, "lm loss": loss, "tokens-per-second": rate}
+        )
     if valid is None:
         valid = train[-1] + 0.5
     records.append({"type": "valid", "iteration": len(train), "lm loss validation": valid})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -31,10 +32,12 @@ from example_runs import (  # noqa: E402
 )
 from ranks import RankFailure, run_ranks  # noqa: E402
 
+from ep_comm.job.lock import lock  # noqa: E402
 from ep_comm.pretrain.config import PretrainConfig  # noqa: E402
 from ep_comm.pretrain.log_file import LOG_FILE, read_log  # noqa: E402
 
-OF_EACH_RANK = ("iteration-time", "throughput")  # measured by the one that logs them
+# Measured by the rank that logs them.
+OF_EACH_RANK = ("iteration-time", "throughput", "tokens-per-second")
 LATEST = "latest_checkpointed_iteration.txt"
 
 
@@ -200,7 +203,7 @@ def test_resumed_run_repeats_the_uninterrupted_one(checkpointed, tmp_path, flags
     assert validations[0] == validations[1]
     assert (checkpoints / LATEST).read_text() == "6\n"
     names = sorted(path.name for path in checkpoints.iterdir())
-    assert names == ["iter_0000003", "iter_0000006", LATEST]
+    assert names == [".lock", "iter_0000003", "iter_0000006", LATEST]
 
 
 def test_gathering_during_the_forward_pass_changes_nothing(checkpointed):
@@ -314,6 +317,41 @@ def test_checkpoint_of_another_model(checkpointed):
     assert contents(folder) == before
 
 
+def test_resumed_with_moved_data_and_another_batch_size(checkpointed, tmp_path):
+    whole = checkpointed(*DISTRIBUTED)
+    checkpoints = killed_while_it_saved(whole.checkpoints, tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("a line of text\n" * 1000)
+    changed = ["--load", checkpoints, "--data-path", text, "--global-batch-size", "4"]
+    with pytest.raises(RankFailure, match="--load-despite data_path global_batch_size"):
+        train(tmp_path / "refused", *whole.flags, *changed)
+    allowed = ["--load-despite", "global_batch_size", "data_path"]
+    resumed = train(tmp_path / "run", *whole.flags, *changed, *allowed)
+    assert list(resumed) == [4, 5, 6]
+    rates = {r["iteration"]: r["learning-rate"] for r in records(whole.run_dir, "train")}
+    for record in records(tmp_path / "run", "train"):
+        assert record["learning-rate"] == rates[record["iteration"]]
+
+
+def test_only_the_latest_checkpoints_are_kept(tmp_path):
+    flags = [*SMALL, "--train-iters", "4", "--save", tmp_path / "save", "--save-interval", "1"]
+    train(tmp_path / "run", *flags, "--keep-checkpoints", "2", "--eval-iters", "0")
+    names = sorted(path.name for path in (tmp_path / "save").iterdir())
+    assert names == [".lock", "iter_0000003", "iter_0000004", LATEST]
+
+
+@pytest.mark.parametrize("flag", ["--run-dir", "--save"])
+def test_two_runs_in_one_folder(tmp_path, flag):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    held = lock(folder / ".lock")
+    flags = [*SMALL, "--train-iters", "1", flag, folder]
+    with pytest.raises(RankFailure, match=f"{flag} {folder} is in use by process {os.getpid()} on"):
+        run_ranks(2, pretrain, [str(flag) for flag in flags], fresh=True)
+    os.close(held)
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
 @pytest.mark.parametrize("damaged", ["common.pt", "__0_0.distcp"])
 def test_damaged_checkpoint(checkpointed, tmp_path, damaged):
     run = checkpointed(*DISTRIBUTED)
@@ -358,6 +396,7 @@ def test_log_has_everything(tiny_runs):
     for record in steps:
         assert record.keys() >= {
             *("lm loss", "grad-norm", "learning-rate", "iteration-time", "throughput"),
+            "tokens-per-second",
             *("ep/dispatch-ms", "ep/combine-ms", "ep/expert-ms"),
             *("ep/imbalance-rank", "ep/imbalance-expert", "ep/wire-mib"),
         }

@@ -53,6 +53,8 @@ MEGATRONS_OVERLAP = "--overlap-dispatch-backward-with-experts-wgrad"
         (["--overlap-param-gather"], ["overlap_param_gather needs use_distributed_optimizer"]),
         (["--manual-gc-interval", "5"], ["manual_gc_interval needs manual_gc"]),
         (["--recompute-modules", "moe"], ["recompute_modules needs recompute_granularity"]),
+        (["--keep-checkpoints", "2"], ["keep_checkpoints needs save"]),
+        (["--load", "x", "--load-despite", "lr"], ["load_despite lr is none of data_path"]),
         (["--adam-beta1", "1.5"], ["adam_beta1", "less than 1", "1.5"]),
         (["--adam-beta2", "1"], ["adam_beta2", "less than 1"]),
         (["--seed", "4294967296"], ["seed", "less than or equal to 2147483647"]),
