@@ -61,6 +61,8 @@ def compare(
                 f"data_path {plan.missing_data[0]}: no such file, and {left[0]} is still to be "
                 "trained"
             )
+        for note in plan.notes:
+            console.print(note, highlight=False, soft_wrap=True)
         for name, reason in plan.skipped.items():
             console.print(f"{name} is skipped: {reason}", highlight=False, soft_wrap=True)
         try:
@@ -82,7 +84,7 @@ def compare(
         document = write_report(plan, directory, runs, tolerances, command)
     console.print(_table(document))
     _say_where(plan, directory, console)
-    return PASSED if document["passed"] else OUTSIDE_TOLERANCES
+    return OUTSIDE_TOLERANCES if document["passed"] is False else PASSED
 
 
 def _table(document: dict[str, Any]) -> Table:

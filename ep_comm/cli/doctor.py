@@ -1,4 +1,7 @@
-"""``ep-comm doctor``: what this machine has, what will be used, and why. Needs no GPU."""
+"""``ep-comm doctor``: what this machine has, what will be used, and why.
+
+Needs no GPU, and no package but torch: it is for installations that lack something.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,10 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from rich.table import Table
-from rich.text import Text
 
 from ep_comm import EPConfig, _native
 from ep_comm._native import header
@@ -26,30 +27,30 @@ ENVIRONMENT = (
     "CUDA_DEVICE_MAX_CONNECTIONS",
     "NVSHMEM_IB_SL",
 )
+_TITLE_WIDTH = 18
 
 
-def diagnose() -> Table:
-    """One screen about this machine."""
+def diagnose() -> str:
+    """Return one screen about this machine."""
     num_gpus = torch.cuda.device_count()
-    sections: list[tuple[str, object]] = [
+    sections = [
         ("versions", _grid(versions().items())),
-        ("CUDA library", Text(_native.status())),
-        ("symmetric memory", Text(symmetric_memory_status())),
-        ("GPUs", _gpus(num_gpus) if num_gpus else Text(no_gpu_reason())),
+        ("CUDA library", [_native.status()]),
+        ("symmetric memory", [symmetric_memory_status()]),
+        ("GPUs", _gpus(num_gpus) if num_gpus else [no_gpu_reason()]),
     ]
     if num_gpus > 1:
         sections.append(("peer access", _peers(num_gpus)))
     settings = [(name, os.environ.get(name, "not set")) for name in ENVIRONMENT]
     sections += [
         ("environment", _grid(settings)),
-        ("will be used", Text(backend_choice(num_gpus), style="bold")),
+        ("will be used", [backend_choice(num_gpus)]),
     ]
-    screen = Table.grid(padding=(0, 2))
-    screen.add_column(style="cyan", no_wrap=True)
-    screen.add_column()
-    for name, content in sections:
-        screen.add_row(name, content)
-    return screen
+    return "\n".join(
+        f"{title if i == 0 else '':<{_TITLE_WIDTH}}{line}"
+        for title, lines in sections
+        for i, line in enumerate(lines)
+    )
 
 
 def backend_choice(num_gpus: int) -> str:
@@ -109,14 +110,17 @@ def _links(num_gpus: int) -> list[list[str]] | None:
     return links if len(links) == num_gpus else None
 
 
-def _grid(rows: Iterable[Iterable[str]]) -> Table:
-    grid = Table.grid(padding=(0, 2))
-    for row in rows:
-        grid.add_row(*(Text(cell, no_wrap=True) for cell in row))
-    return grid
+def _grid(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table whose columns are as wide as their cells."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
-def _gpus(num_gpus: int) -> Table:
+def _gpus(num_gpus: int) -> list[str]:
     rows = []
     for i in range(num_gpus):
         gpu = torch.cuda.get_device_properties(i)
@@ -126,7 +130,7 @@ def _gpus(num_gpus: int) -> Table:
     return _grid(rows)
 
 
-def _peers(num_gpus: int) -> Table:
+def _peers(num_gpus: int) -> list[str]:
     """A row a GPU: whether it reaches each other one, and over what."""
     links = _links(num_gpus)
 

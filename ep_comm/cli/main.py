@@ -1,116 +1,30 @@
-"""The ``ep-comm`` command: ``bench``, ``compare`` and ``doctor``."""
+"""The ``ep-comm`` command, also ``python -m ep_comm``."""
 
 from __future__ import annotations
 
-import shlex
 import sys
-from pathlib import Path
-from typing import Annotated
-
-try:
-    import typer
-    from rich.console import Console
-except ImportError as error:
-    raise SystemExit(f"error: {error.name} is missing: pip install 'ep_comm[cli]'") from None
-
-from ep_comm.cli import bench
-from ep_comm.version import __version__
-
-app = typer.Typer(
-    help="Measure dispatch and combine, compare trainings with other dispatchers, and say what "
-    "this machine has for them.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-@app.callback(invoke_without_command=True)
-def version(
-    wanted: Annotated[
-        bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    if wanted:
-        typer.echo(__version__)
-        raise typer.Exit
-
-
-app.add_typer(bench.app, name="bench")
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def compare(
-    context: typer.Context,
-    config: Annotated[Path, typer.Option(help="YAML file of the training script.")],
-    steps: Annotated[int | None, typer.Option(help="Steps; default: train_iters.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the report; default: runs/compare-CONFIG.")
-    ] = None,
-    nproc_per_node: Annotated[
-        int | None, typer.Option(help="Processes; default: expert_model_parallel_size.")
-    ] = None,
-    variants: Annotated[
-        str,
-        typer.Option(
-            help="What to train; alltoall is what the others are compared with. -seedN behind any "
-            "(N = 2, 3, ...) changes the seed of the weights: of alltoall that is the noise."
-        ),
-    ] = "alltoall,alltoall-seed2,ep_comm,ep_comm-fp8",
-    tolerance_noise: Annotated[
-        float, typer.Option(min=0, help="Allowed of ep_comm, in units of the noise between seeds.")
-    ] = 1.0,
-    tolerance_fp8: Annotated[
-        float, typer.Option(min=0, help="Allowed of an FP8 wire, relative to the BF16 wire's loss.")
-    ] = 0.005,
-    wandb_project: Annotated[
-        str | None, typer.Option(help="W&B project; all runs go into one group of it.")
-    ] = None,
-    script: Annotated[
-        Path | None, typer.Option(help="Training script; default: ep_comm.pretrain.")
-    ] = None,
-) -> None:
-    """Train the same model with several dispatchers, and report how far the losses differ.
-
-    Any other --key value goes to the training script. Interrupted, the same command goes on where
-    it was. Exits with 1 if a training fails, 2 if it cannot be done, 3 if a difference is outside
-    of its tolerance.
-    """
-    from ep_comm.cli import compare as command
-    from ep_comm.compare.plan import make_plan
-    from ep_comm.compare.statistics import Tolerances
-    from ep_comm.job.exits import user_errors_exit
-
-    with user_errors_exit():
-        plan = make_plan(
-            config=config,
-            steps=steps,
-            processes=nproc_per_node,
-            variants=variants,
-            script=script,
-            wandb_project=wandb_project,
-            extra=context.args,
-        )
-        code = command.compare(
-            plan,
-            out or Path("runs", f"compare-{config.stem}"),
-            Tolerances(noise=tolerance_noise, fp8=tolerance_fp8),
-            Console(),
-            command=shlex.join(["ep-comm", *sys.argv[1:]]),
-        )
-    raise typer.Exit(code)
-
-
-@app.command()
-def doctor() -> None:
-    """Versions, GPUs, links, settings, and which backend will be used and why."""
-    from ep_comm.cli.doctor import diagnose
-
-    Console().print(diagnose())
 
 
 def main() -> None:
-    """Entry point of the command."""
-    app()
+    """Run the command line; without the packages of the ``cli`` extra, what does without them."""
+    try:
+        from ep_comm.cli.app import app
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "ep_comm":
+            raise
+        _bare(sys.argv[1:], missing=error.name)
+    else:
+        app()
+
+
+def _bare(arguments: list[str], *, missing: str | None) -> None:
+    if arguments == ["--version"]:
+        from ep_comm.version import __version__
+
+        print(__version__)
+    elif arguments == ["doctor"]:
+        from ep_comm.cli.doctor import diagnose
+
+        print(diagnose())
+    else:
+        sys.exit(f"error: {missing} is missing: pip install 'ep_comm[cli]'; doctor needs it not")

@@ -86,6 +86,7 @@ class Plan:
         processes: Processes of a run, all on this machine.
         variants: Names of what is trained, in order; the first is `REFERENCE`.
         skipped: What was asked for and cannot be trained, with the reason.
+        notes: What the user should know of the flags, a sentence each.
     """
 
     script: Path | None
@@ -95,6 +96,7 @@ class Plan:
     processes: int
     variants: tuple[str, ...]
     skipped: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -184,15 +186,17 @@ def make_plan(
     """
     names = _parse_variants(variants)
     with needs_extra("megatron"):
-        from ep_comm.pretrain.config_files import find_config
+        from ep_comm.pretrain.config_files import find_config, read_config
     config = find_config(config)
     if script is not None and not script.is_file():
         raise UserError(f"--script {script}: no such file")
     if own := first_owned(extra, _OWN_FLAGS):
         raise UserError(f"{own[0]} is what is compared: use {own[1]}")
-    flags = list(extra)
+    flags, notes = list(extra), []
     if steps is not None:
         flags += ["--train-iters", str(steps)]
+        shorter, note = _shorter_warmup(read_config(config), extra, steps)
+        flags, notes = [*flags, *shorter], [*notes, *note]
     if wandb_project is not None:
         flags += ["--wandb-project", wandb_project]
     settings = _settings(script, config, flags)
@@ -212,7 +216,21 @@ def make_plan(
         processes=processes,
         variants=tuple(name for name in names if name not in skipped),
         skipped=skipped,
+        notes=tuple(notes),
     )
+
+
+def _shorter_warmup(
+    values: dict[str, Any], flags: Sequence[str], steps: int
+) -> tuple[list[str], list[str]]:
+    """Flags and a note for a run that would end before its learning rate has risen."""
+    warmup = values.get("lr_warmup_iters", 0)
+    given = {flag.split("=")[0] for flag in flags} & {"--lr-warmup-iters", "--lr-decay-iters"}
+    if given or values.get("lr_decay_iters") or not isinstance(warmup, int) or warmup < steps:
+        return [], []
+    shorter = steps // 10
+    note = f"lr_warmup_iters is {shorter} instead of {warmup}: there are but {steps} steps"
+    return ["--lr-warmup-iters", str(shorter)], [note]
 
 
 def _parse_variants(text: str) -> list[str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from ep_comm.compare.directory import Directory, write_text
 from ep_comm.compare.plan import (
@@ -28,6 +30,7 @@ from ep_comm.compare.statistics import (
     Tolerances,
     alltoall_among,
     difference,
+    equal_to_alltoall,
     judge,
     noise_of,
     offsets,
@@ -40,6 +43,9 @@ from ep_comm.job.environment import gpu_names, versions
 
 LOSS_PLOT = "loss.png"
 DIFFERENCE_PLOT = "difference.png"
+
+# Verdicts on a variant, besides the reasons why there is none.
+_FAILED, _PASSED, _UNCLEAR, _EQUAL = "FAILED", "passed", "unclear", "bitwise equal"
 
 
 def write_report(
@@ -57,7 +63,10 @@ def write_report(
     document = make_document(plan, directory, runs, tolerances, command)
     title, window = document["title"], document["window"]
     plot_losses(runs, window, title, directory.path / LOSS_PLOT)
-    plot_differences(runs, window, title, directory.path / DIFFERENCE_PLOT)
+    if document["difference_plot"]:
+        plot_differences(runs, window, title, directory.path / DIFFERENCE_PLOT)
+    else:
+        (directory.path / DIFFERENCE_PLOT).unlink(missing_ok=True)  # of fewer runs
     write_text(directory.path / "report.json", json.dumps(document, indent=1) + "\n")
     write_text(directory.path / "report.md", render(document))
     return document
@@ -73,9 +82,11 @@ def make_document(
     trained_with = list(
         {json.dumps(start["versions"]): start["versions"] for start in starts}.values()
     )
+    verdicts = {name: _verdict(name, runs, checks, pairs) for name in runs}
     return {
         "title": f"{plan.config.stem}: {plan.steps} steps on {plan.processes} processes",
-        "passed": not any(map(_fails, checks.values())),
+        # None: nothing was judged.
+        "passed": _passed(verdicts.values()),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "versions": versions(),
@@ -104,10 +115,14 @@ def make_document(
                     {**asdict(check), "passed": check.passed, "is_unclear": check.is_unclear}
                     for check in checks.get(name, [])
                 ],
-                "verdict": _verdict(name, checks, pairs),
+                "verdict": verdicts[name],
             }
             for name, run in runs.items()
         },
+        "difference_plot": any(
+            not np.array_equal(run.train, reference.train) or run.valid != reference.valid
+            for run in runs.values()
+        ),
         "pairs": {name: asdict(found) for name, found in pairs.items()},
         "settings": plan.settings,
     }
@@ -119,9 +134,10 @@ def render(document: dict[str, Any]) -> str:
     outcome = [
         f"{says}: {', '.join(names)}"
         for verdict, says in (
-            ("FAILED", "OUTSIDE tolerances"),
-            ("passed", "Within tolerances"),
-            ("unclear", "Unclear, more seeds tell"),
+            (_FAILED, "OUTSIDE tolerances"),
+            (_EQUAL, f"Bitwise equal to {REFERENCE}"),
+            (_PASSED, "Within tolerances"),
+            (_UNCLEAR, "Unclear, more seeds tell"),
         )
         if (names := [n for n, variant in variants.items() if variant["verdict"] == verdict])
     ]
@@ -155,7 +171,9 @@ def render(document: dict[str, Any]) -> str:
     lines += [
         "",
         f"![losses]({LOSS_PLOT})",
-        f"![differences]({DIFFERENCE_PLOT})",
+        f"![differences]({DIFFERENCE_PLOT})"
+        if document["difference_plot"]
+        else "All losses are equal, bit by bit: there are no differences to draw.",
         "",
         *_surroundings(document),
         "",
@@ -170,14 +188,28 @@ def _fails(checks: list[Check]) -> bool:
     return not all(check.passed or check.is_unclear for check in checks)
 
 
-def _verdict(variant: str, checks: Mapping[str, list], pairs: Mapping[str, Pairs]) -> str:
+def _passed(verdicts: Collection[str]) -> bool | None:
+    """Whether no variant failed; None where nothing was judged."""
+    if _FAILED in verdicts:
+        return False
+    return True if {_EQUAL, _PASSED, _UNCLEAR} & set(verdicts) else None
+
+
+def _verdict(
+    variant: str,
+    runs: Mapping[str, Run],
+    checks: Mapping[str, list],
+    pairs: Mapping[str, Pairs],
+) -> str:
     name, seed = without_seed(variant), seed_number(variant)
     if name == REFERENCE:
         return "reference" if seed == 1 else "noise"
+    if equal_to_alltoall(variant, runs):
+        return _EQUAL
     if variant in checks:
         if _fails(checks[variant]):
-            return "FAILED"
-        return "passed" if all(check.passed for check in checks[variant]) else "unclear"
+            return _FAILED
+        return _PASSED if all(check.passed for check in checks[variant]) else _UNCLEAR
     if seed > 1 and name in pairs and seed in pairs[name].seeds:
         return "pair"
     needed = WIDE.get(name, REFERENCE if name == EP_COMM else None)
@@ -221,7 +253,7 @@ def _explain(document: dict[str, Any]) -> str:
                 f"{name}: final losses{several} within {fp8:.2%} of those of "
                 f"{pairs['counterpart']}."
             )
-            if document["variants"][with_seed(name, pairs["seeds"][0])]["verdict"] == "unclear":
+            if document["variants"][with_seed(name, pairs["seeds"][0])]["verdict"] == _UNCLEAR:
                 more = ",".join(with_seed(each, 2) for each in (pairs["counterpart"], name))
                 sentences.append(
                     "One pair is further apart, but no further than seeds of alltoall are, and "

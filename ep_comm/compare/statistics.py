@@ -198,6 +198,16 @@ def difference(run: Run, reference: Run) -> Difference:
     )
 
 
+def equal_to_alltoall(name: str, runs: Mapping[str, Run]) -> bool:
+    """Whether a run has, at every step, the very loss of alltoall's run of the same seed."""
+    other = with_seed(REFERENCE, seed_number(name))
+    if name == other or other not in runs:
+        return False
+    return np.array_equal(runs[name].train, runs[other].train) and (
+        runs[name].valid == runs[other].valid
+    )
+
+
 def alltoall_among(names: Collection[str]) -> list[str]:
     """Those that differ in nothing but the seed of the weights: the reference is one of them."""
     return [name for name in names if without_seed(name) == REFERENCE]

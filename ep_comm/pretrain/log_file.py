@@ -8,8 +8,8 @@ One JSON object a line, floats in full precision:
 - ``{"type": "valid", "iteration": i, "lm loss validation": ...}`` for each validation.
 
 Names are Megatron-LM's where it has one: ``iteration-time`` is in seconds, ``throughput`` in
-TFLOP/s of one rank (`flops_per_token`). ``tokens-per-second`` is over all ranks. ``mfu`` is the share that
-``throughput`` has of the GPU's dense BF16 peak; it is there in BF16 runs, where the peak is known.
+TFLOP/s of one rank (`flops_per_token`). ``tokens-per-second`` is over all ranks. ``mfu`` is the
+share that ``throughput`` has of the GPU's dense BF16 peak, in BF16 runs where that is known.
 ``ep/*`` is what `ep_comm.megatron.MoEMeter` says.
 """
 

@@ -25,7 +25,7 @@ from ep_comm.bench.train.report import write_report
 from ep_comm.bench.train.results import Block, Inspection, LayerTimes, TrainRun
 from ep_comm.bench.train.settings import make_train_settings
 from ep_comm.bench.train.timeline import draw_timelines, kind_of
-from ep_comm.cli.main import app
+from ep_comm.cli.app import app
 from ep_comm.errors import EPArgumentError
 from ep_comm.pretrain.variants import VARIANTS, reference_of, serial_of
 

@@ -17,7 +17,7 @@ from ep_comm import __version__, _native
 from ep_comm.bench.ops.probe import Limit
 from ep_comm.bench.ops.settings import PRESETS
 from ep_comm.cli import doctor
-from ep_comm.cli.main import app
+from ep_comm.cli.app import app
 
 # Two GPUs; nvidia-smi marks the header with escapes, and a NIC has a row too.
 TOPOLOGY = """\
@@ -162,6 +162,45 @@ def test_gpus_and_links_are_shown(monkeypatch):
 def test_links_of_nvidia_smi():
     assert doctor.link_names(TOPOLOGY) == [["X", "NV18"], ["NV18", "X"]]
     assert doctor.link_names("") == []
+
+
+def without_packages(*arguments: str) -> subprocess.CompletedProcess:
+    """Run the command where neither typer nor rich can be imported."""
+    code = f"""if True:
+        import sys
+        sys.modules.update(typer=None, rich=None)
+        sys.argv[1:] = {list(arguments)}
+        from ep_comm.__main__ import main
+        main()
+    """
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_doctor_works_on_a_bare_install():
+    result = without_packages("doctor")
+    assert result.returncode == 0, result.stderr
+    assert torch.__version__ in result.stdout and "will be used" in result.stdout
+    assert without_packages("--version").stdout.strip() == __version__
+
+
+def test_other_commands_say_what_is_missing():
+    result = without_packages("bench")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: typer is missing: pip install 'ep_comm[cli]'")
+    assert result.stderr.count("\n") == 1
+
+
+def test_bench_train_says_which_package_it_misses(tmp_path):
+    code = """if True:
+        import sys
+        sys.modules["yaml"] = None
+        sys.argv[1:] = ["bench", "train", "--config", "tiny-cpu"]
+        from ep_comm.cli.main import main
+        main()
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "error: yaml is missing: pip install 'ep_comm[megatron]'\n"
 
 
 @pytest.mark.parametrize("module", ["ep_comm", "ep_comm.cli"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
@@ -11,12 +12,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
-from ep_comm.cli.main import app
+from ep_comm.cli.app import app
 from ep_comm.compare.directory import Directory, locked
 from ep_comm.compare.plan import VARIANTS as ALL_VARIANTS
 from ep_comm.compare.plan import flags_of, make_plan
+from ep_comm.compare.progress import Display
 from ep_comm.compare.statistics import (
     Run,
     Tolerances,
@@ -417,6 +420,55 @@ def test_without_the_second_seed_nothing_is_said_of_ep_comm(config):
     result = compare(config, "--variants", "ep_comm,alltoall")
     assert result.exit_code == 0, result.output
     assert "Nothing was judged" in (config.parent / "out" / "report.md").read_text()
+    assert json.loads((config.parent / "out" / "report.json").read_text())["passed"] is None
+
+
+def test_equal_losses_are_a_result(config):
+    equal = {name: losses() for name in ("alltoall", "ep_comm")}
+    out = begun(config, equal)
+    (out / "difference.png").touch()  # of an earlier report
+    result = compare(config, "--variants", "alltoall,ep_comm")
+    assert result.exit_code == 0, result.output
+    document = json.loads((out / "report.json").read_text())
+    assert document["passed"] is True
+    assert document["variants"]["ep_comm"]["verdict"] == "bitwise equal"
+    page = (out / "report.md").read_text()
+    assert "**Bitwise equal to alltoall: ep_comm.**" in page
+    assert "difference.png" not in page and not (out / "difference.png").exists()
+
+
+def test_one_other_bit_is_not_equal(config):
+    other = losses()
+    other[-1] = np.nextafter(other[-1], 9)
+    out = begun(config, {"alltoall": losses(), "ep_comm": other})
+    assert compare(config, "--variants", "alltoall,ep_comm").exit_code == 0
+    assert "Nothing was judged" in (out / "report.md").read_text()
+    assert (out / "difference.png").exists()
+
+
+def test_fewer_steps_than_the_warm_up(config):
+    config.write_text('{"lr_warmup_iters": 20}')
+    plan = plan_of(config, steps=20)
+    assert plan.flags[-2:] == ("--lr-warmup-iters", "2")
+    assert plan.notes == ("lr_warmup_iters is 2 instead of 20: there are but 20 steps",)
+    assert plan_of(config, steps=21).flags == ("--train-iters", "21")
+    flags = ("--lr-decay-iters", "50")
+    assert plan_of(config, *flags, steps=5).flags == (*flags, "--train-iters", "5")
+
+
+def test_lines_are_of_the_same_steps_however_often_one_looks(config):
+    def lines(visits: list[int]) -> list[str]:
+        console = Console(file=io.StringIO(), width=200)
+        display = Display(console, plan_of(config))
+        for seen in visits:
+            steps = [
+                {"type": "train", "iteration": i, "lm loss": 1.0, "tokens-per-second": 2.0}
+                for i in range(1, seen + 1)
+            ]
+            display.follow("ep_comm", steps)
+        return console.file.getvalue().splitlines()
+
+    assert lines([STEPS]) == lines([7, 8, 33, 99, STEPS]) and len(lines([STEPS])) == 10
 
 
 def test_report_of_fp8_experts_that_were_trained_elsewhere(config, monkeypatch):
