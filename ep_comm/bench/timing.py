@@ -57,10 +57,8 @@ class Summary:
     p90: float
 
 
-def summarize(samples: tuple[float, ...]) -> Summary | None:
-    """The summary of at least one sample; None of none."""
-    if not samples:
-        return None
+def summarize(samples: tuple[float, ...]) -> Summary:
+    """Return the summary of at least one sample."""
     ascending = sorted(samples)
     return Summary(
         median=statistics.median(ascending),
@@ -165,7 +163,8 @@ class Stopwatch:
         return event
 
     def _us(self, start: Mark, end: Mark) -> float:
-        if isinstance(start, float):
+        if isinstance(start, float) or isinstance(end, float):
+            assert isinstance(start, float) and isinstance(end, float)  # marks of one device
             return (end - start) * 1e6
         end.synchronize()
         return start.elapsed_time(end) * 1e3

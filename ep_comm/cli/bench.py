@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated
+from typing import IO, TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
@@ -52,7 +52,8 @@ def bench(
     """
     if context.invoked_subcommand is not None:
         for name in context.params:
-            if context.get_parameter_source(name).name == "COMMANDLINE":
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
                 raise typer.BadParameter(
                     f"--{name.replace('_', '-')} before {context.invoked_subcommand} has no effect"
                 )
@@ -65,6 +66,7 @@ def bench(
     from ep_comm.bench.ops.routing import RoutingSpec
     from ep_comm.bench.ops.run import run
     from ep_comm.bench.ops.settings import PRESETS, Settings, parse_sms
+    from ep_comm.handle import RowLayout
     from ep_comm.job.exits import UserError, user_errors_exit
     from ep_comm.job.start import has_launcher, join, on_rank_0
 
@@ -79,7 +81,7 @@ def bench(
             routing=RoutingSpec(kind=routing, skew=skew, num_groups=groups, group_topk=group_topk),
             sms=parse_sms(sms),
             fp8=fp8,
-            layout=layout,
+            layout=cast(RowLayout, layout),  # check() refuses others
             iters=iters,
         )
         settings.check()

@@ -56,12 +56,18 @@ _NEEDED_SETTINGS = """
 
 def seed_number(variant: str) -> int:
     """n of ``ep_comm-seedn``, 1 of ``ep_comm``."""
-    return int(_WITH_SEED.fullmatch(variant)[2] or 1)
+    return int(_parts(variant)[2] or 1)
 
 
 def without_seed(variant: str) -> str:
     """``ep_comm`` of ``ep_comm-seedn``, which differs from it in nothing but the weights' seed."""
-    return _WITH_SEED.fullmatch(variant)[1]
+    return _parts(variant)[1]
+
+
+def _parts(variant: str) -> re.Match[str]:
+    match = _WITH_SEED.fullmatch(variant)
+    assert match is not None, variant  # names were checked when they were read
+    return match
 
 
 def with_seed(name: str, number: int) -> str:
@@ -192,7 +198,8 @@ def make_plan(
         raise UserError(f"--script {script}: no such file")
     if own := first_owned(extra, _OWN_FLAGS):
         raise UserError(f"{own[0]} is what is compared: use {own[1]}")
-    flags, notes = list(extra), []
+    flags = list(extra)
+    notes: list[str] = []
     if steps is not None:
         flags += ["--train-iters", str(steps)]
         shorter, note = _shorter_warmup(read_config(config), extra, steps)

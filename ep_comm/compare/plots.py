@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,16 +13,16 @@ from matplotlib.figure import Figure
 from ep_comm.compare.plan import EP_COMM, FP8, FP8_ALL, FP8_EXPERTS, REFERENCE, without_seed
 from ep_comm.compare.statistics import Run, steps_skipped
 
-_STYLES = {
+_STYLES: dict[str, dict[str, Any]] = {
     REFERENCE: {"color": "black", "linestyle": "-", "linewidth": 2.2},
     EP_COMM: {"color": "tab:blue", "linestyle": "--", "linewidth": 1.6},
     FP8: {"color": "tab:red", "linestyle": ":", "linewidth": 2.0},
     FP8_EXPERTS: {"color": "tab:green", "linestyle": "-.", "linewidth": 1.6},
     FP8_ALL: {"color": "tab:orange", "linestyle": ":", "linewidth": 2.0},
 }
-_NOISE = {"color": "0.55", "linestyle": "-", "linewidth": 1.6}
+_NOISE: dict[str, Any] = {"color": "0.55", "linestyle": "-", "linewidth": 1.6}
 _RESOLUTION = 1e-7  # of a loss in FP32: a logarithmic axis goes no further, equal losses are 0
-_RAW = {"linestyle": "-", "linewidth": 0.7, "alpha": 0.25}
+_RAW: dict[str, Any] = {"linestyle": "-", "linewidth": 0.7, "alpha": 0.25}
 
 
 def plot_losses(runs: Mapping[str, Run], window: int, title: str, path: Path) -> None:
@@ -74,7 +75,7 @@ def plot_differences(runs: Mapping[str, Run], window: int, title: str, path: Pat
     _save(figure, path)
 
 
-def _style(name: str) -> dict[str, object]:
+def _style(name: str) -> dict[str, Any]:
     """All other seeds of a variant look the same."""
     if name in _STYLES:
         return _STYLES[name]

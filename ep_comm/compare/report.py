@@ -267,7 +267,9 @@ def _order(variants: dict[str, Any]) -> list[str]:
     offset = {name: variant["offset"] for name, variant in variants.items()}
     if None in offset.values():
         return []
-    runs = ", ".join(f"{name} {offset[name]:+.2e}" for name in sorted(offset, key=offset.get))
+    runs = ", ".join(
+        f"{name} {offset[name]:+.2e}" for name in sorted(offset, key=lambda name: offset[name])
+    )
     return [
         f"Signed mean Δ from the mean of the {len(alltoall_among(variants))} {REFERENCE} runs, "
         f"lowest first: {runs}.",

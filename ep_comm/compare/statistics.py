@@ -259,8 +259,13 @@ def pairs_of(runs: Mapping[str, Run]) -> dict[str, Pairs]:
         seeds = [seed_number(run) for run in runs if without_seed(run) == name]
         seeds = [seed for seed in seeds if with_seed(counterpart, seed) in runs]
         pairs = [(runs[with_seed(name, s)], runs[with_seed(counterpart, s)]) for s in seeds]
-        validated = all(run.final_valid is not None for pair in pairs for run in pair)
-        valid = [(a.final_valid, b.final_valid) for a, b in pairs] if validated else []
+        valid = [
+            (a.final_valid, b.final_valid)
+            for a, b in pairs
+            if a.final_valid is not None and b.final_valid is not None
+        ]
+        if len(valid) < len(pairs):
+            valid = []
         if pairs:
             found[name] = Pairs(
                 counterpart=counterpart,
@@ -287,7 +292,7 @@ def counterpart_of(name: str, among: Collection[str]) -> str | None:
 
 def standard_error(values: Collection[float]) -> float | None:
     """Of the mean of these values; None of one."""
-    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+    return float(np.std(list(values), ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def judge(runs: Mapping[str, Run], tolerances: Tolerances) -> dict[str, list[Check]]:
@@ -319,22 +324,26 @@ def _within_noise(found: Difference, noise: Noise, tolerance: float) -> list[Che
         Check(what="mean |Δ|", value=found.mean, limit=tolerance * noise.mean),
     ]
     if found.final_valid is not None and noise.final_valid is not None:
-        limit = tolerance * _noise_at_the_end(noise)
+        limit = tolerance * _noise_at_the_end(noise, noise.final_valid)
         checks.append(Check(what="final validation |Δ|", value=found.final_valid, limit=limit))
     return checks
 
 
-def _noise_at_the_end(noise: Noise) -> float:
-    """Of the validation. Seeds may happen to end close to each other: it is not taken as smaller
-    than the noise was on the whole way."""
-    return max(noise.final_valid, noise.mean)
+def _noise_at_the_end(noise: Noise, final_valid: float) -> float:
+    """Return the noise of the final validation.
+
+    Seeds may happen to end close to each other: it is not taken as smaller than the noise was on
+    the whole way.
+    """
+    return max(final_valid, noise.mean)
 
 
 def _relative_noise(noise: Noise, reference: Run) -> dict[str, float]:
     """Of the final losses, by name."""
     relative = {"train": noise.mean / reference.final_train}
-    if noise.final_valid is not None:
-        relative["validation"] = _noise_at_the_end(noise) / reference.final_valid
+    if noise.final_valid is not None and reference.final_valid is not None:
+        at_the_end = _noise_at_the_end(noise, noise.final_valid)
+        relative["validation"] = at_the_end / reference.final_valid
     return relative
 
 

@@ -61,10 +61,11 @@ def meet(
     keys = [f"{name}/{r}" for r in range(len(ranks))]
     store = dist.distributed_c10d._get_default_store()
     try:
-        store.set(keys[rank], pickle.dumps((what_for, answer)))
+        store.set(keys[rank], pickle.dumps((what_for, answer)))  # type: ignore[arg-type]  # bytes too
         values, late_ranks = _values(store, keys, timeout_s)
         if late_ranks:
-            store.set(keys[rank], _LEFT)  # whoever comes later is not to believe us there
+            # Whoever comes later is not to believe us there.
+            store.set(keys[rank], _LEFT)  # type: ignore[arg-type]  # bytes too
             raise EPTimeoutError(
                 op=op,
                 phase=what_for,

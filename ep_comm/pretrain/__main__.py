@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 
+import torch.distributed as dist
+
 from ep_comm.job.exits import UserError, needs_extra, user_errors_exit
 from ep_comm.job.start import agree, has_launcher
 
@@ -18,6 +20,7 @@ def main() -> None:
     with user_errors_exit():
         with needs_extra("megatron"):
             from ep_comm.pretrain.flags import parse_args
+            from ep_comm.pretrain.log import announce
             from ep_comm.pretrain.start import join, prepare_megatron
         if not has_launcher():
             parse_args()  # --help, and mistakes, without torchrun
@@ -27,6 +30,7 @@ def main() -> None:
             )
         join()
         config = agree(parse_args)
+        announce(f"{dist.get_world_size()} processes; loading Megatron-Core")
         prepare_megatron()
         with needs_extra("megatron"):
             from ep_comm.pretrain.loop import pretrain  # imports Megatron: only now

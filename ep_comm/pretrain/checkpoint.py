@@ -315,7 +315,7 @@ def _check_paths(config: PretrainConfig) -> Path | None:
             f"choose another folder"
         )
     checkpoint = None
-    if config.load and not (goes_on and not saved.exists()):
+    if config.load and not (goes_on and saved and not saved.exists()):
         checkpoint = _latest(config.load)
         _check_fingerprint(checkpoint, config)
     return checkpoint
@@ -340,9 +340,10 @@ def _readable(checkpoint: Path, action: Callable[[], T]) -> T:
     try:
         return action()
     except (Exception, CheckpointException) as error:  # torch's is a BaseException
+        cause: BaseException = error
         if isinstance(error, CheckpointException):
-            error, _ = next(iter(error.failures.values()))  # one rank's is enough
-        text = " ".join(str(error).split()) or type(error).__name__
+            cause, _ = next(iter(error.failures.values()))  # one rank's is enough
+        text = " ".join(str(cause).split()) or type(cause).__name__
         raise UserError(f"checkpoint {checkpoint} cannot be read: {text}") from None
 
 

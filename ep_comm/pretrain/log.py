@@ -10,7 +10,7 @@ import os
 import secrets
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from rich.console import Console
@@ -27,6 +27,12 @@ from ep_comm.pretrain.log_file import (
     VALID_LOSS,
     read_log,
 )
+
+
+def announce(text: str) -> None:
+    """Print what takes a while, before there is a `RunLog`; on rank 0."""
+    if dist.get_rank() == 0:
+        print(f"{text} ...", flush=True)
 
 
 class RunLog:
@@ -64,6 +70,10 @@ class RunLog:
         """Print a line, on rank 0."""
         if self._screen:
             self._screen.line(text)
+
+    def warning(self, text: str) -> None:
+        """Print a line that is not to be overlooked, on rank 0."""
+        self.message(f"{'*' * 80}\nWARNING: {text}\n{'*' * 80}")
 
     def train(self, iteration: int, scalars: dict[str, float]) -> None:
         """Record one training step."""
@@ -223,7 +233,7 @@ class _WandB:
     def __init__(
         self, config: PretrainConfig, start: dict[str, Any], earlier: list[dict[str, Any]]
     ) -> None:
-        self._run = None
+        self._run: Any = None
         try:
             self._run = self._start(config, start)
         except Exception as error:  # the client's failures have no common type
@@ -243,7 +253,7 @@ class _WandB:
         folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("WANDB_SILENT", "true")
 
-        def init(mode: str | None) -> Any:
+        def init(mode: Literal["offline"] | None) -> Any:
             return wandb.init(
                 project=config.wandb_project,
                 name=config.wandb_exp_name or config.run_dir.name,

@@ -23,9 +23,15 @@ from ep_comm.pretrain.checkpoint import check_paths, load, save, take_folder
 from ep_comm.pretrain.config import PretrainConfig
 from ep_comm.pretrain.data import load_datasets, microbatches
 from ep_comm.pretrain.flops import flops_per_token, peak_tflops
-from ep_comm.pretrain.log import RunLog, check_wandb
+from ep_comm.pretrain.log import RunLog, announce, check_wandb
 from ep_comm.pretrain.log_file import TOKENS_PER_S
-from ep_comm.pretrain.model import Trainee, build, have_transformer_engine, padded_vocab_size
+from ep_comm.pretrain.model import (
+    Trainee,
+    build,
+    have_transformer_engine,
+    padded_vocab_size,
+    slow_backend,
+)
 
 Batches = Iterator[dict[str, torch.Tensor]]
 
@@ -42,8 +48,10 @@ def pretrain(config: PretrainConfig) -> None:
     check_wandb(config)
     checkpoint = check_paths(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    announce("reading the data")
     corpus, train_data, valid_data = load_datasets(config)
     take_folder(config)
+    announce("building the model")
     trainee = build(config, corpus.vocab_size, device)
     iteration, consumed_samples = load(trainee, config, checkpoint) if checkpoint else (0, 0)
     stop = StopRequest()
@@ -62,6 +70,9 @@ def pretrain(config: PretrainConfig) -> None:
         train_batches = batches(train_data, first_sample=consumed_samples)
         if config.gradient_accumulation_fusion:
             log.message("the output layer's gradient accumulation is not fused: that takes Apex")
+        first = iteration + 1
+        if first <= config.train_iters:
+            log.message(f"step {first} takes longest: buffers are made, kernels loaded")
         if config.manual_gc:
             gc.disable()
             gc.collect()
@@ -69,9 +80,10 @@ def pretrain(config: PretrainConfig) -> None:
         while iteration < config.train_iters and not stopping:
             start = time.perf_counter()
             learning_rate = trainee.optimizer.param_groups[0]["lr"]
-            loss, grad_norm = train_step(trainee, train_batches, config, num_microbatches)
+            own_loss, grad_norm = train_step(trainee, train_batches, config, num_microbatches)
             # One all-reduce for both: asking whether any rank is to stop costs four bytes.
-            loss, stopping = _mean_over_ranks(loss, loss.new_tensor(stop.received))
+            loss, asked = _mean_over_ranks(own_loss, own_loss.new_tensor(stop.received))
+            stopping = asked > 0
             # Over NVLink nobody knows before whether a rank was missing in the backward pass.
             ep_megatron.synchronize_buffers()
             duration = time.perf_counter() - start
@@ -89,6 +101,8 @@ def pretrain(config: PretrainConfig) -> None:
                     **meter.step(),
                 },
             )
+            if iteration == first and (warning := slow_backend(trainee)):
+                log.warning(warning)
             if not math.isfinite(loss):
                 raise UserError(f"the loss is {loss} at step {iteration}; a lower --lr may help")
 

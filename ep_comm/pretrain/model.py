@@ -29,6 +29,7 @@ from ep_comm import megatron as ep_megatron
 from ep_comm.errors import name_settings
 from ep_comm.job.exits import UserError
 from ep_comm.job.start import agree
+from ep_comm.megatron.layer import moe_layers
 from ep_comm.megatron.options import flag_of
 from ep_comm.pretrain.config import PretrainConfig
 from ep_comm.pretrain.variants import ALLTOALL
@@ -95,6 +96,22 @@ def build(config: PretrainConfig, vocab_size: int, device: torch.device) -> Trai
         optimizer=optimizer,
         scheduler=_scheduler(config, optimizer),
     )
+
+
+def slow_backend(trainee: Trainee) -> str | None:
+    """Return why ep_comm has only its reference backend on a machine with GPUs; None if it is not
+    so, or no dispatch has made a buffer yet."""
+    if not torch.cuda.is_available():
+        return None
+    for _, layer in moe_layers([trainee.model]):
+        buffer = getattr(layer.token_dispatcher, "buffer", None)
+        if buffer is not None and buffer.passed_over:
+            reasons = "; ".join(f"{name}: {why}" for name, why in buffer.passed_over.items())
+            return (
+                f"ep_comm runs on its reference backend, which is slow ({reasons}). "
+                "ep-comm doctor says what this machine has"
+            )
+    return None
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -270,7 +287,7 @@ def fuse_accumulation(model: torch.nn.Module) -> None:
     that compute them. Megatron's own layers, here the output layer, would need Apex for that."""
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True
+            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]  # no submodule
 
 
 def _scheduler(config: PretrainConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,12 +87,13 @@ def buffer_cases(buffer: Buffer, inputs: list[InputSet], settings: Settings) -> 
 
     def fresh(i: int, quantized: bool = False, **how) -> object:
         s = inputs[i % NUM_SETS]
-        x = s.x_fp8 if quantized else s.x
+        x: Any = s.x_fp8 if quantized else s.x  # there where FP8 is asked for
         return buffer.dispatch(x, s.topk_idx, s.topk_weights, layout=layout, **how)
 
     def cached(i: int, quantized: bool = False, **how) -> object:
         s = inputs[i % NUM_SETS]
-        x, handle = s.x_fp8 if quantized else s.x, dispatched[i % NUM_SETS].handle
+        x: Any = s.x_fp8 if quantized else s.x
+        handle = dispatched[i % NUM_SETS].handle
         return buffer.dispatch(x, topk_weights=s.topk_weights, handle=handle, **how)
 
     def without_host_wait(i: int, **how) -> object:
@@ -100,7 +102,8 @@ def buffer_cases(buffer: Buffer, inputs: list[InputSet], settings: Settings) -> 
 
     def combine(i: int) -> object:
         out = dispatched[i % NUM_SETS]
-        return buffer.combine(out.recv_x, out.handle)
+        rows: Any = out.recv_x  # one tensor: they were dispatched in BF16
+        return buffer.combine(rows, out.handle)
 
     def case(name: str, call: Callable[[int], object], logical_bytes: int = bf16_bytes) -> Case:
         return Case(

@@ -62,7 +62,9 @@ def measure_limit(watch: Stopwatch) -> Limit:
     wire_bytes = (num_ranks - 1) * _NUM_ROWS * row_bytes
     source = torch.zeros(_NUM_ROWS * row_bytes, dtype=torch.uint8, device=watch.device)
     memory = symmetric_memory.empty(wire_bytes, dtype=torch.uint8, device=watch.device)
-    mapped = symmetric_memory.rendezvous(memory, dist.group.WORLD)
+    world = dist.group.WORLD
+    assert world is not None  # the job was joined
+    mapped = symmetric_memory.rendezvous(memory, world)
     args = header.ProbeArgs(
         peers=header.Peers(
             memory=(ctypes.c_void_p * header.EP_MAX_PEERS)(*mapped.buffer_ptrs),

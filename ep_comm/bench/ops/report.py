@@ -146,13 +146,10 @@ def _cells(run: Run, result: Result) -> list[str]:
     samples = result.samples
     call = summarize(samples.call)
     kernel, median, *others = (
-        "-" if times is None else f"{times.median:.0f}"
-        for times in map(
-            summarize,
-            (
-                *(samples.kernel, samples.call, samples.unaligned, samples.idle),
-                *(samples.host, samples.host_idle),
-            ),
+        f"{summarize(times).median:.0f}" if times else "-"
+        for times in (
+            *(samples.kernel, samples.call, samples.unaligned, samples.idle),
+            *(samples.host, samples.host_idle),
         )
     )
     sms = {None: "-", 0: "all"}.get(result.num_sms, str(result.num_sms))

@@ -131,7 +131,9 @@ def run(
     # NCCL sends a copy for each expert, but need not have: the floor of its work is the same.
     by_name = {result.case: result.wire_bytes for result in results}
     floors = by_name["dispatch, fresh"], by_name["combine"]
-    alltoall = AllToAll(dist.group.WORLD, settings.shape.experts, settings.shape.topk)
+    world = dist.group.WORLD
+    assert world is not None  # the job was joined
+    alltoall = AllToAll(world, settings.shape.experts, settings.shape.topk)
     measure(alltoall_cases(alltoall, inputs, settings), None, floors=floors)
     buffer.destroy()
     return Run(
@@ -167,7 +169,8 @@ def _imbalances(
 ) -> tuple[float, float]:
     """Largest over mean of the tokens a rank, and an expert, receives; means of the sets."""
     experts, num_ranks = settings.shape.experts, dist.get_world_size()
-    of_ranks, of_experts = [], []
+    of_ranks: list[float] = []
+    of_experts: list[float] = []
     for inputs_of_set in inputs:
         topk_idx = inputs_of_set.topk_idx.cpu()
         for counts, found in (

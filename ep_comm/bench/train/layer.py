@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -108,7 +109,7 @@ class LayerAlone:
                     weight_gradients()
             return span
 
-        spans = {False: [], True: []}
+        spans: dict[bool, list[Any]] = {False: [], True: []}
         try:
             for pair in range(pairs):
                 for overlapped in (False, True) if pair % 2 else (True, False):

@@ -56,7 +56,8 @@ class Trainer:
     def buffers(self) -> set[Buffer]:
         """ep_comm's buffers; none with other dispatchers, and none before the first step."""
         dispatchers = [layer.token_dispatcher for layer in self.moe_layers()]
-        return {getattr(dispatcher, "buffer", None) for dispatcher in dispatchers} - {None}
+        buffers = (getattr(dispatcher, "buffer", None) for dispatcher in dispatchers)
+        return {buffer for buffer in buffers if buffer is not None}
 
     @contextmanager
     def garbage_collection(self) -> Iterator[None]:

@@ -191,8 +191,8 @@ def _visible_wait_for_sizes() -> Iterator[None]:
         with named(_SIZES):
             return original(self, *args)
 
-    NVLinkBackend.wait_for_sizes = wait_for_sizes
+    setattr(NVLinkBackend, "wait_for_sizes", wait_for_sizes)  # noqa: B010  (a patch, not a method)
     try:
         yield
     finally:
-        NVLinkBackend.wait_for_sizes = original
+        setattr(NVLinkBackend, "wait_for_sizes", original)  # noqa: B010

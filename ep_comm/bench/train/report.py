@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ep_comm.bench.train.profile import Bar, Profile
-from ep_comm.bench.train.results import Inspection, TrainRun
+from ep_comm.bench.train.results import TrainRun
 from ep_comm.bench.train.timeline import draw_timelines
 from ep_comm.job.environment import commit, gpu_names, versions
 from ep_comm.pretrain.variants import reference_of, serial_of
@@ -157,12 +157,12 @@ def draw_steps(run: TrainRun, path: Path) -> None:
 def _overlap_timelines(run: TrainRun) -> dict[str, tuple[Bar, ...]]:
     """Backwards of the variants with overlap, each after the one without it."""
     known = {name: found.backward_bars for name, found in run.inspections.items()}
-    return {
-        name: known[name]
-        for pair in ((serial_of(name), name) for name in known)
-        if all(known.get(name) for name in pair)
-        for name in pair
-    }
+    timelines: dict[str, tuple[Bar, ...]] = {}
+    for name, bars in known.items():
+        serial = serial_of(name)
+        if serial is not None and bars and known.get(serial):
+            timelines |= {serial: known[serial], name: bars}
+    return timelines
 
 
 def _result(run: TrainRun, name: str, count: int) -> dict[str, Any]:
@@ -211,8 +211,8 @@ def _step_table(run: TrainRun) -> Table:
             table.add_row(
                 *(name, str(count), f"{step.median:.1f}", f"{step.min:.1f}", f"{step.p90:.1f}"),
                 f"{run.tokens_per_s(name, count):,.0f}",
-                _show(found and found.median, ".3f"),
-                _show(found and found.worst, ".3f"),
+                _show(found.median if found else None, ".3f"),
+                _show(found.worst if found else None, ".3f"),
                 _show(peak and peak / 2**30, ".1f"),
                 _show(run.memory_ratio(name, count), ".3f"),
                 _show(run.num_allocations(name, count), "d"),
@@ -251,7 +251,9 @@ def _host_table(run: TrainRun) -> Table:
          "host µs both", "busy µs"),
     )  # fmt: skip
     for name, found in run.inspections.items():
-        table.add_row(name, *_step_cells(found.step), *_layer_cells(found))
+        if found.step and found.layer_forward and found.layer_backward:
+            layer = _layer_cells(found.layer_forward, found.layer_backward)
+            table.add_row(name, *_step_cells(found.step), *layer)
     return table
 
 
@@ -260,8 +262,7 @@ def _step_cells(step: Profile) -> list[str]:
     return [str(step.kernels), str(step.waits), *times]
 
 
-def _layer_cells(found: Inspection) -> list[str]:
-    forward, backward = found.layer_forward, found.layer_backward
+def _layer_cells(forward: Profile, backward: Profile) -> list[str]:
     return [
         str(forward.kernels + backward.kernels),
         str(forward.waits + backward.waits),

@@ -152,8 +152,9 @@ class TrainRun:
 
     def num_allocations(self, name: str, count: int) -> int | None:
         """Of all blocks; None where it is not known."""
-        known = [b.num_allocations for b in self._blocks(name, count)]
-        return None if None in known else sum(known)
+        counts = [b.num_allocations for b in self._blocks(name, count)]
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
 
     def memory_ratio(self, name: str, count: int) -> float | None:
         """Peak memory over the reference's; None if either is not known."""

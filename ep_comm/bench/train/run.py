@@ -34,6 +34,7 @@ from ep_comm.bench.train.settings import TrainSettings
 from ep_comm.job.exits import UserError
 from ep_comm.megatron import MoEMeter
 from ep_comm.pretrain.config import PretrainConfig
+from ep_comm.pretrain.model import slow_backend
 from ep_comm.telemetry.records import timed
 
 _DISCARDED_STEPS = 5  # of the visit before the blocks, besides the warm-up
@@ -70,6 +71,8 @@ def run(
         progress(f"{name}: warm-up")
         before = _allocated(device)
         trainers[name] = _warm(configs[name], settings, device)
+        if warning := slow_backend(trainers[name].trainee):
+            progress(f"WARNING: {name}: {warning}")
         own_bytes[name] = _allocated(device) - before
     with next(iter(trainers.values())).garbage_collection():
         for block in range(settings.blocks):

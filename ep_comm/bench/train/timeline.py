@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ep_comm.bench.train.profile import Bar
@@ -23,7 +23,7 @@ def kind_of(kernel: str) -> str:
     return next(kind for kind, _, parts in _KINDS if any(part in name for part in parts))
 
 
-def draw_timelines(timelines: dict[str, Sequence[Bar]], title: str, path: Path) -> None:
+def draw_timelines(timelines: Mapping[str, Sequence[Bar]], title: str, path: Path) -> None:
     """One timeline above the other, with one scale, a row for each stream.
 
     Args:
