@@ -1,0 +1,81 @@
+"""ep_comm/pretrain/checkpoint.py: what a run that is killed while it saves leaves behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("megatron.core")
+pytest.importorskip("pydantic")
+
+from ep_comm.pretrain import checkpoint  # noqa: E402
+from ep_comm.pretrain.checkpoint import LATEST, save  # noqa: E402
+
+
+class Killed(BaseException):
+    """As a signal: nothing handles it."""
+
+
+@pytest.fixture
+def save_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Save an iteration with given content; Megatron's part of it is one file."""
+
+    def write(state: dict, folder: str) -> None:
+        (Path(folder) / content).touch()
+
+    content = ""
+    for name, value in (
+        ("gather_parameters", lambda trainee: None),
+        ("on_rank_0", lambda action: action()),
+        ("_sharded_state", lambda trainee, is_loading: {}),
+        ("_fingerprint", lambda config: {}),
+        ("_ranks", lambda trainee: {}),
+        ("_write_in_threads", lambda: None),
+        ("dist_checkpointing", SimpleNamespace(save=write)),
+    ):
+        monkeypatch.setattr(checkpoint, name, value)
+    trainee = SimpleNamespace(scheduler=SimpleNamespace(state_dict=dict))
+    config = SimpleNamespace(save=tmp_path)
+
+    def call(iteration: int, text: str) -> None:
+        nonlocal content
+        content = text
+        save(trainee, config, iteration=iteration, consumed_samples=0)
+
+    return call
+
+
+def contents(folder: Path) -> dict[str, list[str]]:
+    return {
+        path.name: sorted(file.name for file in path.iterdir())
+        for path in folder.iterdir()
+        if path.is_dir()
+    }
+
+
+@pytest.mark.parametrize("where", ["before it is renamed", "before it is named", "half written"])
+def test_killed_while_it_saves(save_step, tmp_path, where):
+    """The checkpoint before it stays the latest; saving the same step again leaves no trace."""
+
+    def killed(*args: object) -> None:
+        raise Killed
+
+    save_step(3, "first")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        if where == "before it is renamed":
+            patch.setattr(Path, "rename", killed)
+        elif where == "before it is named":
+            patch.setattr(os, "replace", killed)
+        else:
+            patch.setattr(checkpoint.dist_checkpointing, "save", killed)
+        save_step(6, "killed")
+    assert (tmp_path / LATEST).read_text() == "3\n"
+    assert contents(tmp_path)["iter_0000003"] == ["first"]
+
+    save_step(6, "again")
+    assert (tmp_path / LATEST).read_text() == "6\n"
+    assert contents(tmp_path) == {"iter_0000003": ["first"], "iter_0000006": ["again"]}
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [LATEST]
