@@ -7,6 +7,15 @@
 # never replaced. Nothing is installed again as long as the package's own files stay the same.
 # PYTHON chooses the interpreter of a new .venv.
 
+# Run pip install, with a line for each package and each build: a minute or two go by.
+install_packages() {
+    pip install --progress-bar off "$@" | sed -unE \
+        -e 's/^Collecting ([^ ]+).*/   \1/p' \
+        -e 's/^ *(Building|Preparing) (.*): started$/   \1 \2/p' \
+        -e 's/^Installing collected packages:.*/   installing them/p'
+    return "${PIPESTATUS[0]}" # for those who source this file without pipefail
+}
+
 setup_venv() {
     local extras=$1 python=${PYTHON:-python3} constraints=.venv/constraints.txt torch_dir
     if [ ! -e .venv/bin/activate ]; then
@@ -34,17 +43,17 @@ setup_venv() {
     if ! python -c 'import torch' 2>/dev/null; then
         if nvidia-smi -L >/dev/null 2>&1; then
             echo "== installing torch"
-            pip install -qq numpy torch
+            install_packages numpy torch
         else
             # A CPU build where pip is pointed at one (the exact version lets it be found), else
             # the default build: it works without a GPU too, but brings gigabytes of CUDA libraries.
             echo "== installing torch for CPU"
-            pip install -qq numpy torch==2.13.0
+            install_packages numpy torch==2.13.0
         fi
     fi
     python -c 'import torch; print(f"torch=={torch.__version__}")' >"$constraints"
     echo "== installing ep_comm[$extras]"
-    pip install -qq --constraint "$constraints" --editable ".[$extras]"
+    install_packages --constraint "$constraints" --editable ".[$extras]"
     echo "$stamp" >.venv/installed.txt
 }
 

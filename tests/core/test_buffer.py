@@ -317,6 +317,7 @@ def cases(draw) -> Case:
     )
 
 
+@pytest.mark.slow
 @settings(
     max_examples=60,
     deadline=None,

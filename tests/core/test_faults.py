@@ -58,6 +58,7 @@ def test_absent_rank_is_named_and_the_others_go_on():
         assert f"rank {rank} waited 2 s for rank 2" in messages[rank]
 
 
+@pytest.mark.slow
 def test_two_absent_ranks_are_both_named():
     messages = run_ranks(4, some_ranks_stay_away, (1, 3), 2.0, fresh=True)
     for rank in (0, 2):

@@ -120,6 +120,7 @@ def test_reference_from_topk(routing, dtype):
     assert_is(layout, loop_layout(rows, num_experts, num_ranks), num_topk)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(routing=routings())
 def test_reference_from_map(routing):
@@ -133,6 +134,7 @@ def test_reference_from_map(routing):
     assert_is(layout, loop_layout(ascending(rows), num_experts, num_ranks), num_topk)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(routing=routings(), dtype=st.sampled_from(INT_TYPES), data=st.data())
 def test_reference_names_first_bad_entry(routing, dtype, data):
@@ -271,12 +273,6 @@ def poisoned_kernels(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned_empty)
 
 
-needs_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels NOT tested: no CUDA device"),
-]
-
-
 def assert_same_on_gpu(inputs: dict[str, torch.Tensor], **sizes: int) -> None:
     """Kernels and reference agree: bitwise the same layout, or the same error."""
     on_gpu = {name: tensor.cuda() for name, tensor in inputs.items()}
@@ -295,7 +291,7 @@ def assert_same_on_gpu(inputs: dict[str, torch.Tensor], **sizes: int) -> None:
 
 
 class TestKernels:
-    pytestmark = needs_gpu
+    pytestmark = pytest.mark.gpu
 
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("drop", [0.0, 0.3, 1.0])

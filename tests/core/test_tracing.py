@@ -155,6 +155,7 @@ def compiled_layer(rank: int) -> None:
     assert buffer.is_usable
 
 
+@pytest.mark.slow
 def test_a_compiled_layer():
     run_ranks(2, compiled_layer, timeout_s=300)
 
