@@ -97,6 +97,31 @@ def too_small(rank: int, case: Case, buffer: Buffer | None = None) -> dict[str, 
     )
 
 
+def next_after_overflow(rank: int, case: Case, how: str, buffer: Buffer | None = None) -> None:
+    """The call that says it has started nothing: the same call then does what it should."""
+    buffer = buffer or Buffer(None, case.config())
+    x, topk, probs, arguments = inputs_of(case, rank)
+    usual = buffer.dispatch(x, topk, probs, **arguments)
+    out = buffer.dispatch(x, topk, probs, **arguments, num_worst_tokens=1)
+    finished(out.recv_x)
+
+    def call():
+        if how == "cached":
+            return buffer.dispatch(x, topk_weights=probs, handle=usual.handle)
+        room = dict(num_worst_tokens=usual.handle.num_rows) if how == "no host wait" else {}
+        return buffer.dispatch(x, topk, probs, **arguments, **room)
+
+    operations = buffer.records.num_operations
+    with pytest.raises(EPOverflowError) as caught:
+        call()
+    assert (caught.value.num_rows, caught.value.capacity) == (usual.handle.num_rows, 1)
+    assert buffer.records.num_operations == operations
+    again = call()
+    assert_same(to_numpy(again.recv_x), to_numpy(usual.recv_x), "rows")
+    summed = [buffer.combine(o.recv_x, o.handle).combined_x for o in (again, usual)]
+    assert_same(to_numpy(summed[0]), to_numpy(summed[1]), "combined")
+
+
 def inputs_of(case: Case, rank: int) -> tuple:
     x = to_torch(case.rows(rank, case.tokens[rank], salt=2), case.device)
     topk = to_torch(case.topk_idx(rank), case.device)
@@ -118,8 +143,8 @@ def test_overflow_is_said_once(case):
     run_ranks(case.num_ranks, too_small, case)
 
 
-def on_buffer(rank: int, buffer: Buffer, function, case: Case):
-    return function(rank, case, buffer)
+def on_buffer(rank: int, buffer: Buffer, function, case: Case, *args: object):
+    return function(rank, case, *args, buffer=buffer)
 
 
 @pytest.mark.gpu
@@ -139,6 +164,18 @@ def test_overflow_on_a_gpu_is_as_on_cpu(case):
         for name in got:
             if want[name] is not None:
                 assert_same(got[name], want[name], f"{name} on rank {rank}")
+
+
+@pytest.mark.parametrize("how", ["new", "cached", "no host wait"])
+def test_a_dispatch_after_an_overflow(how):
+    run_ranks(2, next_after_overflow, CASES[2], how)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["new", "cached", "no host wait"])
+def test_a_dispatch_after_an_overflow_on_a_gpu(how):
+    case = on_gpu(CASES[2])
+    run_virtual_ranks(2, on_buffer, case.config(), next_after_overflow, case, how)
 
 
 def captured(rank: int, buffer: Buffer | None, case: Case) -> None:

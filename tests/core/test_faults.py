@@ -294,6 +294,9 @@ def ranks_disagree(rank: int, what: str) -> str:
                 buffer.dispatch(X, handle=out.handle)
         if what == "dtype":
             buffer.dispatch(X.bfloat16() if rank else X, handle=out.handle)
+        if what == "weights":
+            weights = torch.ones(TOPK.shape) if rank else None
+            buffer.dispatch(X, topk_weights=weights, handle=out.handle)
         if what == "handle":
             other = buffer.dispatch(X, TOPK)
             buffer.combine(out.recv_x, (other if rank else out).handle)
@@ -307,6 +310,7 @@ def ranks_disagree(rank: int, what: str) -> str:
         ("alignment", "expert_alignment=8", "expert_alignment=16"),
         ("operation", "op=dispatch", "op=combine"),
         ("dtype", "dtype=torch.float32", "dtype=torch.bfloat16"),
+        ("weights", "has_weights=0", "has_weights=1"),
         ("handle", "routing_epoch=1", "routing_epoch=2"),
     ],
 )

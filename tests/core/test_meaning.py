@@ -9,7 +9,7 @@ import torch
 from ranks import run_ranks
 from torch.utils.checkpoint import checkpoint
 
-from ep_comm import Buffer, EPConfig, fp8
+from ep_comm import Buffer, EPConfig, EPStateError, fp8
 from ep_comm.routing.probabilities import select_probabilities
 
 EXPERTS, TOPK, HIDDEN, TOKENS = 12, 3, 8, 10
@@ -213,6 +213,33 @@ def work_during_backward(rank: int) -> list[str]:
 
 def test_during_backward_is_called_once():
     assert run_ranks(2, work_during_backward) == [["wgrad"]] * 2
+
+
+def fail_during_backward(rank: int) -> bool:
+    """Rank 0's work fails. Its combine ends all the same, and with it that of the others."""
+    buffer = make_buffer()
+    topk, x, _, _, _ = moe_inputs(rank)
+
+    def work() -> None:
+        if rank == 0:
+            raise KeyError("no weight gradient")
+
+    out = buffer.dispatch(x.requires_grad_(), topk, during_backward=work)
+    if rank == 0:
+        with pytest.raises(KeyError, match="no weight gradient"):
+            out.recv_x.sum().backward()
+        with pytest.raises(EPStateError, match="an earlier operation failed: KeyError"):
+            buffer.dispatch(x, topk)
+    else:
+        out.recv_x.sum().backward()
+        hits = (topk >= 0).sum(1)[:, None].expand_as(x)
+        assert torch.equal(x.grad, hits.float())
+    assert [record.op for record in buffer.records][-1] == "combine"
+    return buffer.is_usable
+
+
+def test_an_error_during_backward_fails_the_rank_that_has_it():
+    assert run_ranks(2, fail_during_backward, fresh=True) == [False, True]
 
 
 def repeated_runs(rank: int) -> None:
