@@ -1,0 +1,408 @@
+#!/usr/bin/env python3
+"""Write the tables of docs/results/ and of the guides from the JSON files in docs/results/.
+
+    python scripts/results.py            # after a JSON file was added or replaced
+    python scripts/results.py --check    # exit code 1 where a page is not what the files give
+
+A file is what ``ep-comm bench`` (bench.json), ``ep-comm bench train`` (bench-train.json) or
+``ep-comm compare`` (report.json) wrote, under a name of its own; or a plain table of a run by hand:
+title, machine, columns and rows. Files of one kind become one page, a section each. A guide shows
+figures between two comments::
+
+    <!-- results: operations h200-x4-w1 h200-x8-w1-groups -->
+    <!-- end -->
+
+``operations`` sets dispatch and combine beside the other libraries of the same run, ``steps`` lists
+how much faster training steps are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+
+ROOT = Path(__file__).resolve().parent.parent
+
+Document = dict[str, Any]
+Cell = str | float | None
+
+_BLOCK = re.compile(r"(<!-- results: (\w+) ([\w\- ]+?) -->\n).*?(<!-- end -->)", re.S)
+_PEER = re.compile(r"(?P<name>.+?) (?P<operation>dispatch|combine)\b")
+_FEW_SMS = 24
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows. A cell is text, a number that is shown as it is, or None."""
+
+    columns: list[str]
+    rows: list[list[Cell]]
+
+    def __str__(self) -> str:
+        """As Markdown, without the columns that are empty; the first one left, the others right."""
+        kept = [
+            i
+            for i in range(len(self.columns))
+            if i == 0 or any(row[i] is not None for row in self.rows)
+        ]
+        lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
+        cells = [[_text(line[i]) for i in kept] for line in lines]
+        return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One file on a page: its name without .json, what was run, and the figures."""
+
+    name: str
+    title: str
+    tables: list[Table]
+    document: Document
+
+
+@dataclass(frozen=True)
+class Page:
+    """A generated page: which files it takes, and what it shows of each."""
+
+    name: str
+    title: str
+    introduction: str
+    takes: Callable[[Document], bool]
+    tables: Callable[[Document], list[Table]]
+
+
+def _text(cell: Cell) -> str:
+    return "–" if cell is None else str(cell).replace("|", "\\|")
+
+
+def _number(value: float | None, form: str = ".0f") -> str | None:
+    return None if value is None else format(value, form)
+
+
+def _median(samples: list[float]) -> float | None:
+    return median(samples) if samples else None
+
+
+def _percentile_90(samples: list[float]) -> float:
+    """The least sample that 90 % do not exceed, as `ep_comm.bench.timing.summarize` has it."""
+    return sorted(samples)[math.ceil(0.9 * len(samples)) - 1]
+
+
+def _variant(name: str) -> str:
+    """Older runs call our dispatcher by the value of Megatron's flag."""
+    return re.sub(r"^deepep", "ep_comm", name)
+
+
+# --- ep-comm bench --------------------------------------------------------------------------------
+
+
+def _operation_tables(document: Document) -> list[Table]:
+    columns = (
+        "case; SMs; limit; kernel; call; min–p90; call ÷ limit; back to back; from idle; "
+        "host; host, idle; wire GB/s; logical GB/s"
+    ).split("; ")
+    return [Table(columns, [_operation_row(result) for result in document["results"]])]
+
+
+def _operation_row(result: Document) -> list[Cell]:
+    samples = result["samples_us"]
+    times = {name: _median(found) for name, found in samples.items()}
+    call, spread = samples["call"], None
+    if len(call) > 1:
+        spread = f"{min(call):.0f}–{_percentile_90(call):.0f}"
+    rates = (
+        result[f"{of}_bytes"] / times["call"] / 1e3 if f"{of}_bytes" in result else None
+        for of in ("wire", "logical")
+    )
+    return [
+        result["case"],
+        {None: None, 0: "all"}.get(result["num_sms"], result["num_sms"]),
+        *(_number(us) for us in (result["floor_us"], times["kernel"], times["call"])),
+        spread,
+        _number(result["ratio"], ".2f"),
+        *(_number(times[name]) for name in ("unaligned", "idle", "host", "host_idle")),
+        *(_number(rate) for rate in rates),
+    ]
+
+
+def _operations(documents: Iterable[Document]) -> Table:
+    """Our calls, all SMs and few, beside the limit and the other libraries of the same run."""
+    documents = list(documents)
+    peers = list(dict.fromkeys(peer for doc in documents for peer, _ in _peer_calls(doc)))
+    rows = []
+    for document in documents:
+        theirs = _peer_calls(document)
+        for case, says in (
+            ("dispatch, fresh", "dispatch, new routing"),
+            ("dispatch, cached", "dispatch, routing known"),
+            ("combine", "combine"),
+        ):
+            ours = {
+                result["num_sms"]: result
+                for result in document["results"]
+                if result["case"] == case
+            }
+            calls = {sms: _call(ours[sms]) for sms in (0, _FEW_SMS) if sms in ours}
+            row: list[Cell] = [f"{_setting(document)}: {says}", _number(ours[0]["floor_us"])]
+            row += [_number(calls[0]), _number(calls.get(_FEW_SMS))]
+            for peer in peers:
+                call = None if "known" in says else theirs.get((peer, case.split(",")[0]))
+                row += [_number(call), None if call is None else f"{call / calls[0]:.1f} ×"]
+            rows.append(row)
+    columns = ["µs", "links alone", "ep_comm", f"ep_comm, {_FEW_SMS} SMs"]
+    return Table(columns + [c for peer in peers for c in (peer, f"{peer} ÷ ep_comm")], rows)
+
+
+def _peer_calls(document: Document) -> dict[tuple[str, str], float]:
+    """Median call of each (library, operation) that is not ours."""
+    found = {}
+    for result in document["results"]:
+        if result["num_sms"] is None and (match := _PEER.match(result["case"])):
+            found[match["name"], match["operation"]] = _call(result)
+    return found
+
+
+def _call(result: Document) -> float:
+    return median(result["samples_us"]["call"])
+
+
+def _setting(document: Document) -> str:
+    shape, routing = document["settings"]["shape"], document["settings"]["routing"]
+    gpu = document["gpus"][0].removeprefix("NVIDIA ") if document["gpus"] else "CPU ranks"
+    groups = (
+        f", experts in {routing['group_topk']} of {routing['num_groups']} groups"
+        if routing["kind"] == "group-limited"
+        else ""
+    )
+    return f"{document['num_ranks']} × {gpu}, hidden {shape['hidden']}{groups}"
+
+
+# --- ep-comm bench train --------------------------------------------------------------------------
+
+
+def _step_tables(document: Document) -> list[Table]:
+    columns = (
+        "variant; microbatches; step, ms; min–p90; alltoall ÷ this; of each block; "
+        "tokens/s a GPU; peak memory, GiB"
+    ).split("; ")
+    steps = [
+        [
+            _variant(result["variant"]),
+            result["microbatches"],
+            _number(result["step_ms"]["median"], ".1f"),
+            f"{result['step_ms']['min']:.1f}–{result['step_ms']['p90']:.1f}",
+            _speedup(result),
+            ", ".join(f"{ratio:.2f}" for ratio in result["ratio_of_blocks"] or []) or None,
+            _number(result["tokens_per_s_per_gpu"], ",.0f"),
+            _number(result["peak_bytes"] and result["peak_bytes"] / 2**30, ".1f"),
+        ]
+        for result in document["results"]
+    ]
+    return [Table(columns, steps), *_layer_tables(document)]
+
+
+def _speedup(result: Document) -> str | None:
+    """None of the reference itself."""
+    of_blocks = result["ratio_of_blocks"]
+    return None if not of_blocks or set(of_blocks) == {1.0} else f"{result['ratio_median']:.2f}"
+
+
+def _layer_tables(document: Document) -> list[Table]:
+    rows: list[list[Cell]] = []
+    for name, found in document["inspections"].items():
+        layer, ratio = found["layer"], document["layer_ratio"][name]
+        passes = [found.get("layer_forward"), found.get("layer_backward")]
+        kernels = sum(each["kernels"] for each in passes) if all(passes) else layer.get("kernels")
+        times = (_number(_median(layer[part]), ".2f") for part in ("forward", "backward", "total"))
+        shown = None if ratio in (None, 1.0) else f"{ratio:.2f}"
+        hidden = _number(document.get("hidden_share", {}).get(name), ".0%")
+        rows.append([_variant(name), *times, shown, kernels, hidden])
+    columns = (
+        "MoE layer alone; forward, ms; backward, ms; both; alltoall ÷ this; kernels; combine hidden"
+    )
+    return [Table(columns.split("; "), rows)] if rows else []
+
+
+def _steps(documents: Iterable[Document]) -> Table:
+    """How much faster our steps are, the median of the blocks and the worst."""
+    rows: list[list[Cell]] = []
+    for document in documents:
+        config = next(iter(document["configs"].values()))
+        model = f"{config['num_layers']} layers of hidden {config['hidden_size']}"
+        by_variant: dict[str, dict[int, str]] = {}
+        for result in document["results"]:
+            if (ratio := _speedup(result)) is not None:
+                found = by_variant.setdefault(_variant(result["variant"]), {})
+                found[result["microbatches"]] = f"{ratio} ({result['ratio_worst']:.2f})"
+        rows += [
+            [f"{model}, {_router(document)}: {name}", found.get(1), found.get(8)]
+            for name, found in by_variant.items()
+        ]
+    return Table(["alltoall's step ÷ ours (worst block)", "one microbatch", "eight"], rows)
+
+
+def _router(document: Document) -> str:
+    config = next(iter(document["configs"].values()))
+    is_balanced = config.get("moe_router_force_load_balancing")
+    return "balanced routing" if is_balanced else "an untrained router"
+
+
+def _title(document: Document) -> str:
+    title = document.get("title") or document["headline"]
+    return f"{title}; {_router(document)}" if "configs" in document else title
+
+
+# --- ep-comm compare ------------------------------------------------------------------------------
+
+
+def _convergence_tables(document: Document) -> list[Table]:
+    columns = (
+        "variant; seed; train loss; validation loss; largest |Δ|; mean |Δ|; mean |Δ| / noise; "
+        "validation |Δ|; mean Δ from all alltoall; tokens/s; MiB sent/step; verdict"
+    ).split("; ")
+    noise = document["noise"]
+    rows: list[list[Cell]] = []
+    for name, variant in document["variants"].items():
+        found = variant["difference"] or dict.fromkeys(("largest", "mean", "final_valid"))
+        share = found["mean"] / noise["mean"] if noise and found["mean"] is not None else None
+        rows.append(
+            [
+                _variant(name),
+                variant["seed"],
+                *(_number(variant[f"final_{of}_loss"], ".6f") for of in ("train", "valid")),
+                *(_difference(found[key]) for key in ("largest", "mean")),
+                _number(share, ".2g"),
+                _difference(found["final_valid"]),
+                _number(variant["offset"], "+.3f"),
+                _number(variant["tokens_per_s"], ",.0f"),
+                _number(variant["wire_mib"], ".2f"),
+                variant["verdict"],
+            ]
+        )
+    return [Table(columns, rows), *_pair_tables(document["pairs"])]
+
+
+def _difference(value: float | None) -> str | None:
+    return "0" if value == 0 else _number(value, ".2e")
+
+
+def _pair_tables(pairs: Document) -> list[Table]:
+    """Nothing where no variant has two pairs."""
+    columns = "pairs of the same seed; loss; seeds; relative Δ of each; mean ± standard error"
+    rows: list[list[Cell]] = []
+    for name, found in pairs.items():
+        for of, says in (("train", "training"), ("valid", "validation")):
+            each = found[f"final_{of}"]
+            if len(each) > 1:
+                label = f"{_variant(name)} against {_variant(found['counterpart'])}"
+                seeds = ", ".join(map(str, found["seeds"]))
+                error = stdev(each) / len(each) ** 0.5
+                shown = ", ".join(f"{value:+.2%}" for value in each)
+                rows.append([label, says, seeds, shown, f"{fmean(each):+.2%} ± {error:.2%}"])
+    return [Table(columns.split("; "), rows)] if rows else []
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+PAGES = [
+    Page(
+        "dispatch-and-combine",
+        "Dispatch and combine: `ep-comm bench`",
+        "Times in µs. [The guide](../performance.md#what-the-columns-are) explains the columns.",
+        lambda document: "limit" in document,
+        _operation_tables,
+    ),
+    Page(
+        "training-steps",
+        "Training steps: `ep-comm bench train`",
+        "[The guide](../performance.md#training-steps) says how they are measured.",
+        lambda document: "inspections" in document,
+        _step_tables,
+    ),
+    Page(
+        "convergence",
+        "Losses: `ep-comm compare`",
+        "[The guide](../convergence.md) says how runs are compared and how to read it.",
+        lambda document: "variants" in document,
+        _convergence_tables,
+    ),
+    Page(
+        "other",
+        "Runs by hand, and figures of others",
+        "No tool of this repository wrote these files.",
+        lambda document: "tables" in document,
+        lambda document: [Table(table["columns"], table["rows"]) for table in document["tables"]],
+    ),
+]
+BLOCKS = {"operations": _operations, "steps": _steps}
+
+
+def generate(root: Path = ROOT) -> dict[Path, str]:
+    """What every page with figures has to be, by its path.
+
+    Raises:
+        SystemExit: A file is of no known kind, or a block names one that is not there.
+    """
+    folder = root / "docs" / "results"
+    files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    templates = Environment(loader=FileSystemLoader(folder), trim_blocks=True, lstrip_blocks=True)
+    template = templates.get_template("page.md.jinja")
+    for name, document in files.items():
+        if sum(page.takes(document) for page in PAGES) != 1:
+            sys.exit(f"error: docs/results/{name}.json is of no kind that scripts/results.py knows")
+    pages = {}
+    for page in PAGES:
+        sections = [
+            Section(name, _title(document), page.tables(document), document)
+            for name, document in files.items()
+            if page.takes(document)
+        ]  # fmt: skip
+        pages[folder / f"{page.name}.md"] = (
+            template.render(page=page, sections=sections).rstrip() + "\n"
+        )
+    for path in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+        text = path.read_text()
+        if _BLOCK.search(text):
+            pages[path] = _BLOCK.sub(lambda match: _fill(match, files), text)
+    return pages
+
+
+def _fill(match: re.Match[str], files: dict[str, Document]) -> str:
+    begin, kind, names, end = match.groups()
+    unknown = [name for name in names.split() if name not in files]
+    if kind not in BLOCKS or unknown:
+        sys.exit(f"error: {begin.strip()}: no such kind of block, or no such file in docs/results")
+    return f"{begin}{BLOCKS[kind](files[name] for name in names.split())}\n{end}"
+
+
+def stale(root: Path = ROOT) -> list[Path]:
+    """Pages that are not what the files give."""
+    return [
+        path for path, text in generate(root).items()
+        if not path.exists() or path.read_text() != text
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description="Write the tables of docs/.")
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if a page is stale")
+    if parser.parse_args().check:
+        names = (str(path.relative_to(ROOT)) for path in stale())
+        sys.exit("\n".join(f"error: {name}: run scripts/results.py" for name in names) or 0)
+    for path, text in generate().items():
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The tables of docs/: what scripts/results.py makes of the files that the benchmarks wrote."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from test_bench import LIMIT
+from test_bench import made_up_run as operations
+from test_bench_train import made_up_run as steps
+from test_compare import CURVES, begun, compare
+from test_compare import config as config  # a fixture
+
+from ep_comm.bench.ops.report import write_json
+from ep_comm.bench.train.report import write_report
+
+ROOT = Path(__file__).parents[2]
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("results", ROOT / "scripts" / "results.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["results"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+results = load_script()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The pages and their files, to be changed."""
+    root = tmp_path / "checkout"
+    shutil.copytree(ROOT / "docs", root / "docs")
+    shutil.copy(ROOT / "README.md", root)
+    return root
+
+
+def section(root: Path, page: str, name: str) -> str:
+    """What the generated page says of the file `name`."""
+    text = results.generate(root)[root / "docs" / "results" / f"{page}.md"]
+    return text.split(f"\n## {name}\n")[1].split("\n## ")[0]
+
+
+def test_pages_are_what_the_files_give():
+    assert results.stale() == [], "run scripts/results.py"
+
+
+def test_a_changed_figure_makes_every_page_that_shows_it_stale(checkout):
+    assert results.stale(checkout) == []
+    path = checkout / "docs" / "results" / "h200-x4-w1.json"
+    path.write_text(path.read_text().replace("517", "5170"))
+    stale = {path.relative_to(checkout).as_posix() for path in results.stale(checkout)}
+    assert {"README.md", "docs/results/dispatch-and-combine.md"} <= stale
+
+
+def test_a_page_that_was_edited_by_hand_is_stale(checkout):
+    page = checkout / "docs" / "results" / "convergence.md"
+    page.write_text(page.read_text().replace("2.479131", "2.479130"))
+    assert results.stale(checkout) == [page]
+
+
+def test_a_file_of_ep_comm_bench(checkout):
+    write_json(operations(LIMIT), checkout / "docs" / "results" / "new.json")
+    found = section(checkout, "dispatch-and-combine", "new")
+    assert (
+        "| dispatch, fresh | all | 100 | – | 120 | 119–121 | 1.20 | 125 | 180 | 41 | 51 |" in found
+    )
+    assert "Source:" not in found and "**Void" not in found
+
+
+def test_a_void_run_says_so(checkout):
+    path = checkout / "docs" / "results" / "new.json"
+    write_json(operations(LIMIT), path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"void": True}))
+    assert "**Void" in section(checkout, "dispatch-and-combine", "new")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_file_of_ep_comm_bench_train(device, checkout, tmp_path):
+    write_report(steps(device=device), tmp_path, Console(file=io.StringIO()))
+    shutil.copy(tmp_path / "bench-train.json", checkout / "docs" / "results" / "new.json")
+    found = section(checkout, "training-steps", "new")
+    assert "| 1 | 11.0 | 9.0–13.0 | 1.10 | 1.20, 1.00 | 5,818 |" in found
+    assert "| alltoall | 1 | 12.0 | 11.0–13.0 | – |" in found
+
+
+def test_a_file_of_ep_comm_compare(checkout, config):
+    out = begun(config, CURVES)
+    assert compare(config).exit_code == 0
+    shutil.copy(out / "report.json", checkout / "docs" / "results" / "new.json")
+    found = section(checkout, "convergence", "new")
+    assert "| ep_comm | 7 |" in found and "| noise |" in found
+
+
+@pytest.mark.parametrize("document", [{"headline": "?"}, {"limit": {}, "variants": {}}])
+def test_a_file_of_no_kind_is_refused(document, checkout):
+    (checkout / "docs" / "results" / "new.json").write_text(json.dumps(document))
+    with pytest.raises(SystemExit, match="new.json is of no kind"):
+        results.generate(checkout)
+
+
+@pytest.mark.parametrize("block", ["operations no-such-file", "nothing h200-x4-w1"])
+def test_a_block_that_cannot_be_filled_is_refused(block, checkout):
+    readme = checkout / "README.md"
+    readme.write_text(f"<!-- results: {block} -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit, match="no such"):
+        results.generate(checkout)
