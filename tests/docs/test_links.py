@@ -19,7 +19,8 @@ FILES = [path.relative_to(ROOT).as_posix() for top in TOP for path in (ROOT / to
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _PATH = re.compile(rf"(?<![\w/.@-])(?:{'|'.join(TOP)})/[\w./*-]*[\w*/]")
-_NAME = re.compile(r"`([\w./-]+\.(?:py|cu|cuh|h|sh|md|yaml|sbatch|jinja|npz|png))(?:::\w+)?`")
+_SUFFIX = "py|cu|cuh|h|sh|md|yaml|sbatch|jinja|npz|png"
+_NAME = re.compile(rf"`(?!runs/)([\w./-]+\.(?:{_SUFFIX}))`")
 _FENCE = re.compile(r"^```.*?^```", re.S | re.M)
 _HEADING = re.compile(r"^#+ +(.*)$", re.M)
 # Of Megatron-LM, or what the reader or a run writes.
@@ -67,7 +68,8 @@ def test_links_lead_somewhere(page):
     assert broken_links(ROOT, page) == []
 
 
-@pytest.mark.parametrize("page", PAGES)
+# docs/status.md names what is to come.
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/status.md"])
 def test_named_files_exist(page):
     assert unknown_names((ROOT / page).read_text()) == []
 
