@@ -114,3 +114,41 @@ def test_a_block_that_cannot_be_filled_is_refused(block, checkout):
     readme.write_text(f"<!-- results: {block} -->\n<!-- end -->\n")
     with pytest.raises(SystemExit, match="no such"):
         results.generate(checkout)
+
+
+def a_call(case: str, num_sms: int | None, us: float) -> dict:
+    return {"case": case, "num_sms": num_sms, "floor_us": 100.0, "samples_us": {"call": [us] * 3}}
+
+
+def test_operations_stand_beside_every_library_of_the_run():
+    settings = {"shape": {"hidden": 7168}, "routing": {"kind": "uniform"}}
+    calls = [
+        a_call("dispatch, fresh", 0, 120),
+        a_call("dispatch, fresh", 24, 150),
+        a_call("FP8 dispatch, fresh", 0, 80),
+        a_call("dispatch, cached", 0, 110),
+        a_call("combine", 0, 105),
+        a_call("NCCL alltoall dispatch", None, 480),
+        a_call("NCCL alltoall combine", None, 420),
+        a_call("Other dispatch, expanded", 24, 240),
+        a_call("Other dispatch", 24, 180),
+    ]
+    run = {"settings": settings, "gpus": ["NVIDIA H200"], "num_ranks": 4, "results": calls}
+    lines = str(results._operations([run])).splitlines()
+    assert lines[0] == (
+        "| µs | links alone | ep_comm | ep_comm, 24 SMs | NCCL alltoall "
+        "| NCCL alltoall ÷ ep_comm | Other | Other ÷ ep_comm |"
+    )
+    assert [line.removeprefix("| 4 × H200, hidden 7168: ") for line in lines[2:]] == [
+        "dispatch, new routing | 100 | 120 | 150 | 480 | 4.0 × | 180 | 1.5 × |",
+        "dispatch, routing known | 100 | 110 | – | – | – | – | – |",
+        "combine | 100 | 105 | – | 420 | 4.0 × | – | – |",
+    ]
+
+
+def test_steps_have_the_median_and_the_worst_block(tmp_path):
+    write_report(steps(), tmp_path, Console(file=io.StringIO()))
+    run = json.loads((tmp_path / "bench-train.json").read_text())
+    assert "| 2 layers of hidden 128, an untrained router: ep_comm | 1.10 (1.00) |" in str(
+        results._steps([run])
+    )
