@@ -13,4 +13,5 @@ fi
 ruff check --quiet .
 ruff format --quiet --check . || { echo "not formatted: run scripts/lint.sh --fix" >&2 && exit 1; }
 clang-format --dry-run --Werror "${cuda[@]}"
-lint-imports
+lint-imports >/dev/null || lint-imports # says where, if it fails
+mypy --no-error-summary

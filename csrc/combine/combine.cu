@@ -81,8 +81,7 @@ __device__ inline float weight_of(const ep_combine_args& args, int32_t n, int32_
   return args.weights[routing.expert_major ? row : int64_t{row} * routing.num_topk + k];
 }
 
-// ---- Pushing
-// -------------------------------------------------------------------------------------
+// ---- Pushing ------------------------------------------------------------------------------------
 
 // Chunks of an owner that a unit fills.
 struct Chunks {
@@ -169,8 +168,7 @@ __device__ void list_pushes(const ep_combine_args& args, Team& team, int32_t vec
   raise(args, pushed);
 }
 
-// ---- Summing
-// -------------------------------------------------------------------------------------
+// ---- Summing ------------------------------------------------------------------------------------
 
 // This lane's token of a group.
 struct Token {
@@ -321,8 +319,7 @@ __device__ void list_sums(const ep_combine_args& args, Team& team, int32_t vecto
   team.finish();
 }
 
-// ---- The kernel
-// ----------------------------------------------------------------------------------
+// ---- The kernel ---------------------------------------------------------------------------------
 
 template <typename T, bool kOneNode>
 __global__ void __launch_bounds__(kMaxTeamThreads, 1)

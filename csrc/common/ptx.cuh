@@ -9,8 +9,7 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// ---- Flags between GPUs
-// --------------------------------------------------------------------------
+// ---- Flags between GPUs -------------------------------------------------------------------------
 
 __device__ inline uint32_t load_acquire_sys(const uint32_t* flag) {
   uint32_t value;
@@ -41,8 +40,7 @@ __device__ inline uint64_t global_timer_ns() {
   return now;
 }
 
-// ---- Kernels that follow one another
-// -------------------------------------------------------------
+// ---- Kernels that follow one another ------------------------------------------------------------
 
 // The next kernel of the stream may start when all blocks have said this, if it was launched so.
 __device__ inline void let_next_kernel_start() {
@@ -54,8 +52,7 @@ __device__ inline void wait_for_kernel_before() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// ---- Bulk copies between global and shared memory
-// ------------------------------------------------
+// ---- Bulk copies between global and shared memory -----------------------------------------------
 //
 // Addresses and sizes are multiples of 16 bytes. They belong to the asynchronous proxy: ordinary
 // accesses of the same memory need the proxy fences below.
@@ -132,8 +129,7 @@ __device__ inline void bulk_wait_written() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- 16 bytes at a time
-// --------------------------------------------------------------------------
+// ---- 16 bytes at a time -------------------------------------------------------------------------
 //
 // Addresses `shared` are those of shared_address().
 
@@ -170,8 +166,7 @@ __device__ inline void store_global(uint4* pointer, const uint4& v) {
                : "memory");
 }
 
-// ---- Barriers of some warps of a block
-// -----------------------------------------------------------
+// ---- Barriers of some warps of a block ----------------------------------------------------------
 
 // Number 0 is __syncthreads'. For whole warps, `threads` in all.
 __device__ inline void named_barrier(int32_t number, int32_t threads) {

@@ -135,7 +135,10 @@ class Backend(Protocol):
     """
 
     name: str
-    recorder: Records
+
+    @property
+    def recorder(self) -> Records:
+        """What the buffer shows as its records."""
 
     @classmethod
     def facts(cls, group: dist.ProcessGroup, config: EPConfig) -> object:

@@ -99,6 +99,7 @@ def checked_source(
         return topk_idx.contiguous(), topk_idx.shape[1]
     routing_map = plain_tensor("routing_map", routing_map)
     _check_routing_map(routing_map, num_topk, num_experts)
+    assert num_topk is not None  # checked
     return routing_map.contiguous(), num_topk
 
 

@@ -16,14 +16,11 @@ RING_LENGTH = 4096
 
 
 class Records(Protocol):
-    """The last operations of a buffer, and totals over its whole life.
+    """The last operations of a buffer, and totals over its whole life."""
 
-    Attributes:
-        num_operations: Dispatches and combines so far. Replays of CUDA graphs do not count.
-        wire_bytes: Payload and scale bytes that left this rank so far.
-    """
-
-    num_operations: int
+    @property
+    def num_operations(self) -> int:
+        """Dispatches and combines so far. Replays of CUDA graphs do not count."""
 
     @property
     def wire_bytes(self) -> int:

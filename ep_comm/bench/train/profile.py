@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from ep_comm.backends.nvlink.backend import NVLinkBackend
+from ep_comm.backends.nvlink.mailbox import Mailbox
 
 STEP, FORWARD, BACKWARD = "ep-comm bench: step", "ep-comm bench: forward", "ep-comm bench: backward"
 _SIZES = "ep-comm bench: wait for sizes"
@@ -185,14 +185,14 @@ def _launched(events: list[Event], begin: float, end: float) -> list[Event]:
 @contextmanager
 def _visible_wait_for_sizes() -> Iterator[None]:
     """The host's wait for the sizes of a new dispatch polls memory: give it a name in the trace."""
-    original = NVLinkBackend.wait_for_sizes
+    original = Mailbox.sizes
 
-    def wait_for_sizes(self: NVLinkBackend, *args: Any) -> Any:
+    def sizes(self: Mailbox, *args: Any) -> Any:
         with named(_SIZES):
             return original(self, *args)
 
-    setattr(NVLinkBackend, "wait_for_sizes", wait_for_sizes)  # noqa: B010  (a patch, not a method)
+    Mailbox.sizes = sizes  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        setattr(NVLinkBackend, "wait_for_sizes", original)  # noqa: B010
+        Mailbox.sizes = original  # type: ignore[method-assign]
