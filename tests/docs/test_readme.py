@@ -23,14 +23,16 @@ def example() -> str:
     return block
 
 
-def run_example(folder: Path, source: str, **environment: str) -> tuple[list[int], str]:
-    """Run it on two ranks, as torchrun would: their exit codes and what they printed."""
+def run_example(
+    folder: Path, source: str, *, num_ranks: int = 2, **environment: str
+) -> tuple[list[int], str]:
+    """Run it as torchrun would: the ranks' exit codes and what they printed."""
     script = folder / "moe.py"
     script.write_text(source)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    job = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     job |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     processes = [
         subprocess.Popen(
@@ -40,7 +42,7 @@ def run_example(folder: Path, source: str, **environment: str) -> tuple[list[int
             text=True,
             env={**os.environ, **job, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
-        for rank in range(2)
+        for rank in range(num_ranks)
     ]
     try:
         output = "".join(process.communicate(timeout=120)[0] for process in processes)
@@ -66,7 +68,7 @@ def test_example_on_two_gpus(tmp_path):
 def test_example_asserts_something(tmp_path):
     wrong = example().replace("rows * (first + i + 1)", "rows * (first + i)")
     assert wrong != example()
-    codes, output = run_example(tmp_path, wrong, CUDA_VISIBLE_DEVICES="")
+    codes, output = run_example(tmp_path, wrong, num_ranks=1, CUDA_VISIBLE_DEVICES="")
     assert 0 not in codes and "Tensor-likes are not close" in output
 
 
