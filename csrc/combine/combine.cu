@@ -145,7 +145,7 @@ __device__ void list_pushes(const ep_combine_args& args, Team& team, int32_t vec
     for (int32_t r = 0; r < num_ranks; ++r) {
       if (r != peers.rank) most = max(most, args.routing.num_recv[r]);
     }
-    const int32_t num_units = (most + unit_rows - 1) / unit_rows * num_others;
+    const int32_t num_units = ceil_div(most, unit_rows) * num_others;
     int32_t unit;
     while ((unit = take(&args.counters[kUnitsTaken])) < num_units) {
       const int32_t owner = (peers.rank + 1 + unit % num_others) % num_ranks;
@@ -160,7 +160,7 @@ __device__ void list_pushes(const ep_combine_args& args, Team& team, int32_t vec
           in_memory_of<uint4>(peers, owner, args.row_offset) + (region + begin) * vectors,
           num_rows);
       raise(args, pushed);
-      const int32_t num_chunks = (end - begin + args.chunk_rows - 1) / args.chunk_rows;
+      const int32_t num_chunks = ceil_div(end - begin, args.chunk_rows);
       pushed = Chunks{owner, begin / args.chunk_rows, num_chunks};
     }
   }
@@ -294,7 +294,7 @@ __device__ void gather_weights(const ep_combine_args& args, int32_t begin, int32
 
 __device__ void list_sums(const ep_combine_args& args, Team& team, int32_t vectors) {
   const ep_peers& peers = args.peers;
-  const int32_t num_groups = (args.routing.num_tokens + kGroupTokens - 1) / kGroupTokens;
+  const int32_t num_groups = ceil_div(args.routing.num_tokens, kGroupTokens);
   auto* const out = reinterpret_cast<uint4*>(args.combined_x);
   bool fine = __all_sync(kFullWarp, !aborted(peers));  // else the plan may have left no indices
   int32_t group;

@@ -99,10 +99,9 @@ struct Teams {
 
   static Teams of_rows(int32_t row_bytes, int32_t list_rows) {
     const int32_t vectors = row_bytes / 16;
-    const int32_t passes = (vectors + kWide * kMaxColumns - 1) / (kWide * kMaxColumns);
-    const int32_t wanted = (vectors + kWide * passes - 1) / (kWide * passes);
+    const int32_t passes = ceil_div(vectors, kWide * kMaxColumns);
     Teams teams;
-    teams.columns = (wanted + kWarpSize - 1) / kWarpSize * kWarpSize;
+    teams.columns = round_up(ceil_div(vectors, kWide * passes), kWarpSize);
     teams.list_rows = list_rows;
     teams.num_teams = std::min(
         {kMaxTeams, kMaxTeamThreads / teams.team_threads(), kMaxTeamShared / teams.team_bytes()});

@@ -10,7 +10,7 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 
 template <typename Int>
 __host__ __device__ constexpr Int ceil_div(Int a, Int b) {
-  return a / b + (a % b != 0);
+  return (a + b - 1) / b;
 }
 template <typename Int>
 __host__ __device__ constexpr Int round_up(Int a, Int b) {

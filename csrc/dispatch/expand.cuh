@@ -142,7 +142,7 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
 
   int32_t num_chunks = 0;
   for (int32_t r = 0; r < num_ranks; ++r) {
-    num_chunks = max(num_chunks, (args.routing.source_tokens[r] + chunk_tokens - 1) / chunk_tokens);
+    num_chunks = max(num_chunks, ceil_div(args.routing.source_tokens[r], chunk_tokens));
   }
   const int32_t num_units = num_chunks * num_ranks;
   const uint64_t* const flags = in_memory_of<uint64_t>(peers, peers.rank, args.flag_offset);

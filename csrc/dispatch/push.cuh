@@ -24,8 +24,8 @@ __device__ inline void push(const ep_dispatch_args& args, const Stages& stages, 
   const int32_t lane = lane_id();
   const bool sends = lane < num_ranks - 1;  // this lane serves a destination
   const int32_t peer = (peers.rank + 1 + (sends ? lane : 0)) % num_ranks;
-  const int32_t num_chunks = (args.routing.num_tokens + chunk_tokens - 1) / chunk_tokens;
-  const int32_t my_chunks = warp < num_chunks ? (num_chunks - warp + num_warps - 1) / num_warps : 0;
+  const int32_t num_chunks = ceil_div(args.routing.num_tokens, chunk_tokens);
+  const int32_t my_chunks = warp < num_chunks ? ceil_div(num_chunks - warp, num_warps) : 0;
   const int32_t my_tokens = my_chunks * chunk_tokens;
   const int32_t bytes = slot_bytes(args);
   const int64_t stride = slot_stride(args);

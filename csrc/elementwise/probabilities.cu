@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/launch.cuh"
+#include "common/warp.cuh"
 #include "ep_comm.h"
 
 namespace {
@@ -38,7 +39,8 @@ int32_t launch(Kernel kernel, const ep_probabilities_args& args, int64_t count, 
                const char* name) {
   constexpr int64_t kMaxGrid = 132 * 16;
   if (count == 0) return EP_OK;
-  const auto grid = static_cast<unsigned>(std::min((count + kThreads - 1) / kThreads, kMaxGrid));
+  const auto grid =
+      static_cast<unsigned>(std::min(ep::ceil_div<int64_t>(count, kThreads), kMaxGrid));
   kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
   return ep::check_cuda(cudaGetLastError(), name);
 }

@@ -4,6 +4,7 @@
 
 #include "common/launch.cuh"
 #include "common/vectors.cuh"
+#include "common/warp.cuh"
 #include "ep_comm.h"
 
 namespace {
@@ -73,7 +74,7 @@ const ep::Kernels kernels("quantisation kernels", ep::Setup::kPlain, 0,
 int32_t ep_quantize(const ep_quantize_args* args, void* stream_pointer) {
   constexpr int64_t kMaxGrid = 132 * 16;
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
-  const int64_t wanted = (args->num_blocks * kLanes + kThreads - 1) / kThreads;
+  const int64_t wanted = ep::ceil_div<int64_t>(args->num_blocks * kLanes, kThreads);
   const auto grid = static_cast<unsigned>(std::min(wanted, kMaxGrid));
   if (grid == 0) return EP_OK;
   if (args->dtype == EP_BF16) {

@@ -49,7 +49,7 @@ __device__ inline int32_t prefix_of_groups(const int32_t* size, int32_t num_grou
     int32_t carry = 0;
     for (int32_t begin = 0; begin < num_groups; begin += kWarpSize) {
       const int32_t g = begin + lane_id();
-      const int32_t own = g < num_groups ? (size[g] + alignment - 1) / alignment * alignment : 0;
+      const int32_t own = g < num_groups ? round_up(size[g], alignment) : 0;
       int32_t of_these;
       const int32_t before = sum_before(own, &of_these);
       if (g < num_groups) first[g] = carry + before;
@@ -68,12 +68,10 @@ __device__ inline int32_t source_of(int32_t n, const int32_t* first_of_source, i
   return source;
 }
 
-// Counts, for the host and for the dispatch: one block. first_row and num_rows: of the groups.
-__device__ inline void publish(const ep_plan_args& args, const int32_t* sent_error,
-                               const int32_t* expert_tokens, const int32_t* first_row,
-                               const int32_t* num_rows, const int32_t* asked_tokens, int32_t end) {
-  const int32_t num_ranks = args.peers.num_ranks;
-  const int32_t num_local_experts = args.num_experts / num_ranks;
+// Where each expert's group ends up in an output of `capacity` rows. One block.
+__device__ inline void publish_groups(const ep_plan_args& args, const int32_t* expert_tokens,
+                                      const int32_t* first_row, int32_t end) {
+  const int32_t num_local_experts = args.num_experts / args.peers.num_ranks;
   const int32_t capacity = args.capacity;
   for (int32_t e = threadIdx.x; e < num_local_experts; e += kThreads) {
     const int32_t tokens = expert_tokens[e];
@@ -87,26 +85,34 @@ __device__ inline void publish(const ep_plan_args& args, const int32_t* sent_err
     }
   }
   if (threadIdx.x == 0) args.routing.expert_first_row[num_local_experts] = min(end, capacity);
-  if (args.ticket == 0) {
-    volatile ep_notice* const notice = args.notice;
-    if (threadIdx.x != 0 || notice->code != EP_NOTICE_NONE) return;
-    bool too_many = false;
-    for (int32_t r = 0; r < num_ranks; ++r) {
-      notice->asked_tokens[r] = asked_tokens[r];
-      too_many |= asked_tokens[r] > args.max_tokens;
-    }
-    if (!too_many && sent_error[0] == EP_ROUTING_OK && end <= capacity) return;
-    for (int i = 0; i < 4; ++i) notice->routing_error[i] = sent_error[i];
-    notice->num_rows = end;
-    notice->capacity = too_many ? args.max_tokens : capacity;
-    __threadfence_system();
-    notice->code = too_many                         ? EP_NOTICE_TOO_MANY
-                   : sent_error[0] != EP_ROUTING_OK ? EP_NOTICE_ROUTING
-                                                    : EP_NOTICE_OVERFLOW;
-    return;
+}
+
+// One thread: what a host that does not wait has to hear of, if there is something. The first
+// notice stays until the host has taken it.
+__device__ inline void leave_notice(const ep_plan_args& args, const int32_t* sent_error,
+                                    const int32_t* asked_tokens, int32_t end) {
+  volatile ep_notice* const notice = args.notice;
+  if (notice->code != EP_NOTICE_NONE) return;
+  bool too_many = false;
+  for (int32_t r = 0; r < args.peers.num_ranks; ++r) {
+    notice->asked_tokens[r] = asked_tokens[r];
+    too_many |= asked_tokens[r] > args.max_tokens;
   }
+  if (!too_many && sent_error[0] == EP_ROUTING_OK && end <= args.capacity) return;
+  for (int i = 0; i < 4; ++i) notice->routing_error[i] = sent_error[i];
+  notice->num_rows = end;
+  notice->capacity = too_many ? args.max_tokens : args.capacity;
+  __threadfence_system();
+  notice->code = too_many                         ? EP_NOTICE_TOO_MANY
+                 : sent_error[0] != EP_ROUTING_OK ? EP_NOTICE_ROUTING
+                                                  : EP_NOTICE_OVERFLOW;
+}
+
+// The counts that the host waits for; the ticket last. One block.
+__device__ inline void fill_mailbox(const ep_plan_args& args, const int32_t* sent_error,
+                                    const int32_t* num_rows, const int32_t* asked_tokens) {
   if (threadIdx.x < EP_MAX_PEERS) {
-    const int32_t r = threadIdx.x;
+    const int32_t r = threadIdx.x, num_ranks = args.peers.num_ranks;
     args.mailbox->asked_tokens[r] = r < num_ranks ? asked_tokens[r] : 0;
     args.mailbox->num_sent_tokens[r] = r < num_ranks ? args.routing.num_sent[r] : 0;
     args.mailbox->num_recv_tokens[r] = r < num_ranks ? num_rows[r] : 0;
@@ -119,6 +125,141 @@ __device__ inline void publish(const ep_plan_args& args, const int32_t* sent_err
   }
 }
 
+// Chunks of received rows; a block goes through its own, a group of them at a time.
+struct Chunks {
+  int32_t first;
+  int32_t count;
+};
+
+// Copies the local experts of a group's rows into the entries, and says in `mask` which rows go to
+// which expert.
+__device__ inline void take_in(const ep_plan_args& args, const Chunks& group, int32_t num_experts,
+                               const int32_t* first_of_source, int32_t num_received,
+                               const int32_t* staged, uint32_t* mask) {
+  const int32_t num_topk = args.routing.num_topk;
+  for (int32_t i = threadIdx.x; i < group.count * num_experts; i += kThreads) mask[i] = 0;
+  __syncthreads();
+  for (int32_t i = threadIdx.x; i < group.count * kChunkTokens * num_topk; i += kThreads) {
+    const int32_t row = i / num_topk;
+    const int32_t n = group.first * kChunkTokens + row;
+    if (n >= num_received) break;
+    const int32_t source = source_of(n, first_of_source, args.peers.num_ranks), k = i % num_topk;
+    const int32_t slot = n - first_of_source[source];
+    const int32_t expert =
+        staged[(static_cast<int64_t>(source) * args.max_tokens + slot) * num_topk + k];
+    const bool is_expert = expert >= 0 && expert < num_experts;
+    if (n <= args.routing.last_entry) {
+      args.routing.entries[place_in_entries(args.routing, n, kLocalExperts) + k] =
+          is_expert ? expert : -1;
+    }
+    if (is_expert) {
+      atomicOr(&mask[row / kChunkTokens * num_experts + expert], 1u << row % kChunkTokens);
+    }
+  }
+  __syncthreads();
+}
+
+// Adds the group's rows of each expert to `tokens`, and keeps their bits for place_rows().
+__device__ inline void count_rows(const Receive& receive, const Chunks& group, int32_t num_experts,
+                                  const uint32_t* mask, int32_t* tokens) {
+  for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) {
+    for (int32_t c = 0; c < group.count; ++c) {
+      const uint32_t rows = mask[c * num_experts + e];
+      receive.chunk_rows[static_cast<int64_t>(group.first + c) * num_experts + e] = rows;
+      tokens[e] += __popc(rows);
+    }
+  }
+  __syncthreads();
+}
+
+// Leaves this block's counts where all blocks find them, and clears `tokens` for those of all.
+__device__ inline void leave_counts(const Receive& receive, int32_t num_experts, int32_t* tokens) {
+  for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) {
+    receive.expert_count[blockIdx.x * num_experts + e] = tokens[e];
+    tokens[e] = 0;
+  }
+}
+
+// Behind the barrier: each expert's rows in the blocks before this one, into `next_row`, and in
+// all, into `tokens`.
+__device__ inline void add_up_blocks(const Receive& receive, int32_t num_experts, int32_t* next_row,
+                                     int32_t* tokens) {
+  const int32_t num_columns = min(num_experts, kThreads);
+  const int32_t rows_at_a_time = kThreads / num_columns;
+  if (static_cast<int32_t>(threadIdx.x) >= rows_at_a_time * num_columns) return;
+  for (int32_t e = threadIdx.x % num_columns; e < num_experts; e += num_columns) {
+    int32_t before = 0, all = 0;
+    for (int32_t block = threadIdx.x / num_columns; block < static_cast<int32_t>(gridDim.x);
+         block += rows_at_a_time) {
+      const int32_t count = receive.expert_count[block * num_experts + e];
+      all += count;
+      if (block < static_cast<int32_t>(blockIdx.x)) before += count;
+    }
+    if (before) atomicAdd(&next_row[e], before);
+    if (all) atomicAdd(&tokens[e], all);
+  }
+}
+
+// Output rows of a group: in `chunk_first_row` the first one of each chunk and expert, in `mask`
+// which rows of the chunk follow one another from there.
+__device__ inline void place_rows(const Receive& receive, const Chunks& group, int32_t num_experts,
+                                  int32_t* next_row, uint32_t* mask, int32_t* chunk_first_row) {
+  for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) {
+    int32_t row = next_row[e];
+    for (int32_t c = 0; c < group.count; ++c) {
+      const uint32_t rows =
+          receive.chunk_rows[static_cast<int64_t>(group.first + c) * num_experts + e];
+      mask[c * num_experts + e] = rows;
+      chunk_first_row[c * num_experts + e] = row;
+      row += __popc(rows);
+    }
+    next_row[e] = row;
+  }
+  __syncthreads();
+}
+
+// Where entry k of a row's experts [K] stands in ascending order; missing ones come last.
+__device__ inline int32_t place_in_order(const int32_t* experts, int32_t num_topk, int32_t k) {
+  const int32_t expert = k < num_topk ? experts[k] : -1;
+  int32_t smaller = 0, present = 0, absent_before = max(0, k - num_topk);
+  for (int32_t other = 0; other < num_topk; ++other) {
+    const int32_t value = experts[other];
+    present += value >= 0;
+    smaller += value >= 0 && value < expert;
+    absent_before += value < 0 && other < k;
+  }
+  return expert >= 0 ? smaller : present + absent_before;
+}
+
+// Writes the output rows of a group's rows into the entries, in the order of k and ascending.
+__device__ inline void write_rows(const ep_plan_args& args, const Chunks& group,
+                                  int32_t num_experts, int32_t num_received, const uint32_t* mask,
+                                  const int32_t* chunk_first_row) {
+  const int32_t num_topk = args.routing.num_topk, num_topk4 = args.routing.num_topk4;
+  int32_t* const entries = args.routing.entries;
+  for (int32_t i = threadIdx.x; i < group.count * kChunkTokens * num_topk4; i += kThreads) {
+    const int32_t in_group = i / num_topk4, k = i % num_topk4;
+    const int32_t n = group.first * kChunkTokens + in_group;
+    if (n >= num_received || n > args.routing.last_entry) break;
+    int32_t row = -1, place = k;  // place among the row's ascending rows
+    if (args.routing.expert_major) {
+      const int32_t* const experts = entries + place_in_entries(args.routing, n, kLocalExperts);
+      const int32_t expert = k < num_topk ? experts[k] : -1;
+      place = place_in_order(experts, num_topk, k);  // groups stand in the order of experts
+      if (expert >= 0) {
+        const int32_t word = in_group / kChunkTokens * num_experts + expert;
+        row = chunk_first_row[word] + __popc(mask[word] & ((1u << in_group % kChunkTokens) - 1));
+      }
+    } else if (k == 0) {
+      row = n;
+    }
+    if (row >= args.capacity) row = -1;
+    entries[place_in_entries(args.routing, n, kRowOfK) + k] = row;
+    entries[place_in_entries(args.routing, n, kRowsAscending) + place] = row;
+  }
+  __syncthreads();
+}
+
 __global__ void __launch_bounds__(kThreads)
     receive_kernel(const __grid_constant__ ep_plan_args args, const Scratch scratch) {
   extern __shared__ int32_t shared[];
@@ -126,17 +267,15 @@ __global__ void __launch_bounds__(kThreads)
   const ep_peers& peers = args.peers;
   const Receive& receive = scratch.receive;
   const int32_t num_ranks = peers.num_ranks;
-  const int32_t num_topk = args.routing.num_topk, num_topk4 = args.routing.num_topk4;
   const int32_t num_experts = args.num_experts / num_ranks;  // of this rank
   const int32_t group_words = receive.chunks_per_group * num_experts;
-  auto* const mask = reinterpret_cast<uint32_t*>(shared);   // [group, E] rows of a chunk as bits
-  int32_t* const chunk_first_row = shared + group_words;    // [group, E]
-  int32_t* const next_row = chunk_first_row + group_words;  // [E] of this block
-  int32_t* const tokens = next_row + num_experts;           // [E] of all blocks
-  int32_t* const first_row = tokens + num_experts;          // [E] of each expert's group
+  auto* const mask = reinterpret_cast<uint32_t*>(shared);
+  int32_t* const chunk_first_row = shared + group_words;
+  int32_t* const next_row = chunk_first_row + group_words;
+  int32_t* const tokens = next_row + num_experts;
+  int32_t* const first_row = tokens + num_experts;  // [E] of each expert's group
   __shared__ int32_t num_rows[EP_MAX_PEERS], first_of_source[EP_MAX_PEERS];
   __shared__ int32_t asked_tokens[EP_MAX_PEERS];
-  int32_t* const entries = args.routing.entries;
   const int32_t epoch = epoch_of(peers);
   uint32_t* const counters = reinterpret_cast<uint32_t*>(args.counters);
 
@@ -149,114 +288,40 @@ __global__ void __launch_bounds__(kThreads)
     args.routing.first_of_source[threadIdx.x] = first_of_source[threadIdx.x];
   }
 
-  // What the other ranks wrote, copied and counted.
   const int32_t num_all_chunks = ceil_div(num_received, kChunkTokens);
-  const int32_t chunks_per_block = ceil_div(num_all_chunks, static_cast<int32_t>(gridDim.x));
+  // Rounded up; as ceil_div writes it the compiler needs eight registers more.
+  const int32_t num_blocks = gridDim.x;
+  const int32_t chunks_per_block = num_all_chunks / num_blocks + (num_all_chunks % num_blocks != 0);
   const int32_t begin = blockIdx.x * chunks_per_block;
   const int32_t end = min(begin + chunks_per_block, num_all_chunks);
   const auto* const staged = in_memory_of<const int32_t>(peers, peers.rank, args.idx_offset);
   for (int32_t chunk = begin; chunk < end; chunk += receive.chunks_per_group) {
-    const int32_t num_chunks = min(receive.chunks_per_group, end - chunk);
-    for (int32_t i = threadIdx.x; i < num_chunks * num_experts; i += kThreads) mask[i] = 0;
-    __syncthreads();
-    for (int32_t i = threadIdx.x; i < num_chunks * kChunkTokens * num_topk; i += kThreads) {
-      const int32_t row = i / num_topk;
-      const int32_t n = chunk * kChunkTokens + row;
-      if (n >= num_received) break;
-      const int32_t source = source_of(n, first_of_source, num_ranks), k = i % num_topk;
-      const int32_t slot = n - first_of_source[source];
-      const int32_t expert =
-          staged[(static_cast<int64_t>(source) * args.max_tokens + slot) * num_topk + k];
-      const bool is_expert = expert >= 0 && expert < num_experts;
-      if (n <= args.routing.last_entry) {
-        entries[place_in_entries(args.routing, n, kLocalExperts) + k] = is_expert ? expert : -1;
-      }
-      if (is_expert) {
-        atomicOr(&mask[row / kChunkTokens * num_experts + expert], 1u << row % kChunkTokens);
-      }
-    }
-    __syncthreads();
-    for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) {
-      for (int32_t c = 0; c < num_chunks; ++c) {
-        const uint32_t rows = mask[c * num_experts + e];
-        receive.chunk_rows[static_cast<int64_t>(chunk + c) * num_experts + e] = rows;
-        tokens[e] += __popc(rows);
-      }
-    }
-    __syncthreads();
+    const Chunks group{chunk, min(receive.chunks_per_group, end - chunk)};
+    take_in(args, group, num_experts, first_of_source, num_received, staged, mask);
+    count_rows(receive, group, num_experts, mask, tokens);
   }
-  for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) {
-    receive.expert_count[blockIdx.x * num_experts + e] = tokens[e];
-    tokens[e] = 0;
-  }
+  leave_counts(receive, num_experts, tokens);
   if (!grid_barrier(peers, &counters[kReceiveBarrier], gridDim.x)) return;
 
-  // Rows of each expert before this block's, and in all.
-  const int32_t num_columns = min(num_experts, kThreads);
-  const int32_t rows_at_a_time = kThreads / num_columns;
-  if (static_cast<int32_t>(threadIdx.x) < rows_at_a_time * num_columns) {
-    for (int32_t e = threadIdx.x % num_columns; e < num_experts; e += num_columns) {
-      int32_t before = 0, all = 0;
-      for (int32_t block = threadIdx.x / num_columns; block < static_cast<int32_t>(gridDim.x);
-           block += rows_at_a_time) {
-        const int32_t count = receive.expert_count[block * num_experts + e];
-        all += count;
-        if (block < static_cast<int32_t>(blockIdx.x)) before += count;
-      }
-      if (before) atomicAdd(&next_row[e], before);
-      if (all) atomicAdd(&tokens[e], all);
-    }
-  }
+  add_up_blocks(receive, num_experts, next_row, tokens);
   const int32_t end_of_groups =
       prefix_of_groups(tokens, num_experts, args.expert_alignment, first_row);
   for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) next_row[e] += first_row[e];
   if (blockIdx.x == 0) {
-    publish(args, scratch.sent_error, tokens, first_row, num_rows, asked_tokens,
-            args.routing.expert_major ? end_of_groups : num_received);
+    const int32_t end_of_rows = args.routing.expert_major ? end_of_groups : num_received;
+    publish_groups(args, tokens, first_row, end_of_rows);
+    if (args.ticket != 0) {
+      fill_mailbox(args, scratch.sent_error, num_rows, asked_tokens);
+    } else if (threadIdx.x == 0) {
+      leave_notice(args, scratch.sent_error, asked_tokens, end_of_rows);
+    }
   }
   __syncthreads();
 
   for (int32_t chunk = begin; chunk < end; chunk += receive.chunks_per_group) {
-    const int32_t num_chunks = min(receive.chunks_per_group, end - chunk);
-    for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) {
-      int32_t row = next_row[e];
-      for (int32_t c = 0; c < num_chunks; ++c) {
-        const uint32_t rows = receive.chunk_rows[static_cast<int64_t>(chunk + c) * num_experts + e];
-        mask[c * num_experts + e] = rows;
-        chunk_first_row[c * num_experts + e] = row;
-        row += __popc(rows);
-      }
-      next_row[e] = row;
-    }
-    __syncthreads();
-    for (int32_t i = threadIdx.x; i < num_chunks * kChunkTokens * num_topk4; i += kThreads) {
-      const int32_t in_group = i / num_topk4, k = i % num_topk4;
-      const int32_t n = chunk * kChunkTokens + in_group;
-      if (n >= num_received || n > args.routing.last_entry) break;
-      int32_t row = -1, place = k;  // place among the row's ascending rows
-      if (args.routing.expert_major) {
-        const int32_t* const experts = entries + place_in_entries(args.routing, n, kLocalExperts);
-        const int32_t expert = k < num_topk ? experts[k] : -1;
-        int32_t smaller = 0, present = 0, absent_before = max(0, k - num_topk);
-        for (int32_t other = 0; other < num_topk; ++other) {
-          const int32_t value = experts[other];
-          present += value >= 0;
-          smaller += value >= 0 && value < expert;
-          absent_before += value < 0 && other < k;
-        }
-        place = expert >= 0 ? smaller : present + absent_before;
-        if (expert >= 0) {
-          const int32_t word = in_group / kChunkTokens * num_experts + expert;
-          row = chunk_first_row[word] + __popc(mask[word] & ((1u << in_group % kChunkTokens) - 1));
-        }
-      } else if (k == 0) {
-        row = n;
-      }
-      if (row >= args.capacity) row = -1;
-      entries[place_in_entries(args.routing, n, kRowOfK) + k] = row;
-      entries[place_in_entries(args.routing, n, kRowsAscending) + place] = row;
-    }
-    __syncthreads();
+    const Chunks group{chunk, min(receive.chunks_per_group, end - chunk)};
+    place_rows(receive, group, num_experts, next_row, mask, chunk_first_row);
+    write_rows(args, group, num_experts, num_received, mask, chunk_first_row);
   }
   if (is_last_block(&args.counters[kReceiveEnd], gridDim.x) && threadIdx.x == 0) {
     counters[kReceiveBarrier] = 0;

@@ -59,7 +59,7 @@ inline Shape make_shape(int64_t num_tokens, int32_t num_topk, int32_t num_expert
   shape.num_topk = num_topk;
   shape.num_experts = num_experts;
   shape.num_ranks = num_ranks;
-  shape.num_chunks = ceil_div(shape.num_tokens, kChunkTokens);
+  shape.num_chunks = static_cast<int32_t>(ceil_div<int64_t>(num_tokens, kChunkTokens));
   shape.chunks_per_block = std::max(1, ceil_div(shape.num_chunks, max_blocks));
   shape.num_blocks = ceil_div(shape.num_chunks, shape.chunks_per_block);
   return shape;
