@@ -115,67 +115,75 @@ struct Unit {
   int32_t first_of_source = 0;  // the received row in the source's slot 0
 };
 
-__device__ inline void expand(const ep_dispatch_args& args, const Stages& stages, int32_t epoch,
-                              int32_t warp, int32_t num_warps) {
-  const ep_peers& peers = args.peers;
-  const int32_t num_ranks = peers.num_ranks, chunk_tokens = args.chunk_tokens;
-  const int32_t lane = lane_id();
-  const int32_t bytes = slot_bytes(args);
+// What a warp that expands knows, and its steps. All its lanes call a step together, but for
+// load().
+struct Expansion {
+  const ep_dispatch_args& args;
+  const Stages& stages;
+  const int32_t* const entries;  // of the routing, see ep_routing
+  const int32_t epoch;
+  const int32_t num_ranks = args.peers.num_ranks, chunk_tokens = args.chunk_tokens;
+  const int32_t bytes = slot_bytes(args), out_bytes = out_row_bytes(args);
   const int64_t stride = slot_stride(args);
-  // Behind a row in its stage: its output rows and, where they are asked for, its experts.
-  const int32_t index_bytes = args.routing.num_topk4 * 4;
-  const int32_t rows_offset = bytes, experts_offset = rows_offset + index_bytes;
   const bool needs_experts = args.routing.expert_major
                                  ? args.recv_scales != nullptr
                                  : args.recv_topk_idx != nullptr || args.recv_weights != nullptr;
+  // Behind a row in its stage: its output rows and, where they are asked for, its experts.
+  const int32_t index_bytes = args.routing.num_topk4 * 4;
+  const int32_t rows_offset = bytes, experts_offset = rows_offset + index_bytes;
   const int32_t indices_bytes = needs_experts ? 2 * index_bytes : index_bytes;
-  const int32_t out_bytes = out_row_bytes(args);
-  ptx::wait_for_kernel_before();  // is_behind_plan: the plan's second one
-  fence_for_bulk();               // output rows are read by bulk loads
-  // After a fault in the plan there are no indices: with a given number of rows nobody stopped
-  // this.
-  if (__any_sync(kFullWarp, aborted(peers))) return;
-  const bool copies = args.is_planned && args.planned_entries != nullptr;
-  if (copies) copy_entries(args, warp, num_warps);
-  const int32_t* const entries = copies ? args.planned_entries : args.routing.entries;
-  write_padding(args, warp, num_warps);
 
-  int32_t num_chunks = 0;
-  for (int32_t r = 0; r < num_ranks; ++r) {
-    num_chunks = max(num_chunks, ceil_div(args.routing.source_tokens[r], chunk_tokens));
+  // Units are numbered by chunk, then by source from this rank on.
+  __device__ int32_t count_units() const {
+    int32_t num_chunks = 0;
+    for (int32_t r = 0; r < num_ranks; ++r) {
+      num_chunks = max(num_chunks, ceil_div(args.routing.source_tokens[r], chunk_tokens));
+    }
+    return num_chunks * num_ranks;
   }
-  const int32_t num_units = num_chunks * num_ranks;
-  const uint64_t* const flags = in_memory_of<uint64_t>(peers, peers.rank, args.flag_offset);
 
-  // True when the unit can be read; with `block`, waits for that, and false is a fault.
-  const auto open = [&](int32_t index, bool block, Unit* unit) {
+  // True when the unit can be read. With `block` it waits until then, and false means a fault.
+  __device__ bool open(int32_t index, bool block, Unit* unit) const {
     const int32_t chunk = index / num_ranks;
-    const int32_t source = (peers.rank + index) % num_ranks;
-    unit->source = source;
+    unit->source = (args.peers.rank + index) % num_ranks;
     unit->rows = 0;
     unit->first = chunk * chunk_tokens;
-    if (chunk * chunk_tokens >= args.routing.source_tokens[source]) return true;
-    unit->first_of_source = args.routing.first_of_source[source];
-    if (source == peers.rank) {
-      const int32_t t = unit->first + lane;
-      const bool stays =
-          lane < chunk_tokens && t < args.routing.num_tokens &&
-          args.routing.send_slot[static_cast<int64_t>(t) * num_ranks + peers.rank] >= 0;
-      unit->rows = __ballot_sync(kFullWarp, stays);
+    if (unit->first >= args.routing.source_tokens[unit->source]) return true;
+    unit->first_of_source = args.routing.first_of_source[unit->source];
+    if (unit->source == args.peers.rank) {
+      unit->rows = tokens_that_stay(unit->first);
       return true;
     }
+    return open_chunk(chunk, block, unit);
+  }
+
+  // Bit j says that token first + j of this rank has an expert here.
+  __device__ uint32_t tokens_that_stay(int32_t first) const {
+    const int32_t t = first + lane_id();
+    const bool stays =
+        lane_id() < chunk_tokens && t < args.routing.num_tokens &&
+        args.routing.send_slot[static_cast<int64_t>(t) * num_ranks + args.peers.rank] >= 0;
+    return __ballot_sync(kFullWarp, stays);
+  }
+
+  // open() for a chunk that another rank pushes.
+  __device__ bool open_chunk(int32_t chunk, bool block, Unit* unit) const {
+    const ep_peers& peers = args.peers;
+    const int32_t source = unit->source;
     uint64_t flag = 0;
     bool arrived = true;
-    if (lane == 0) {
-      const uint64_t* const mine = &flags[static_cast<int64_t>(source) * args.max_chunks + chunk];
+    if (lane_id() == 0) {
+      const uint64_t* const flags = in_memory_of<uint64_t>(peers, peers.rank, args.flag_offset) +
+                                    static_cast<int64_t>(source) * args.max_chunks;
       const uint32_t stamp = chunk_stamp(epoch, args.tag);
       const auto is_of_this_epoch = [stamp](uint64_t value) {
         return flag_stamp(value) >> 8 == stamp >> 8;
       };
       if (block) {
-        arrived = wait_flag(peers, mine, is_of_this_epoch, &flag, EP_PHASE_ROWS, source, epoch);
+        arrived =
+            wait_flag(peers, &flags[chunk], is_of_this_epoch, &flag, EP_PHASE_ROWS, source, epoch);
       } else {
-        flag = ptx::load_acquire_sys(mine);
+        flag = ptx::load_acquire_sys(&flags[chunk]);
         arrived = is_of_this_epoch(flag);
       }
       if (arrived && !same_call(peers, stamp, flag_stamp(flag), source)) arrived = false;
@@ -187,13 +195,14 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
     const int32_t count = flag_count(flag);
     unit->rows = count == 0 ? 0 : 0xffffffffu >> (32 - count);
     return true;
-  };
+  }
 
-  const auto load = [&](int32_t i, const Unit& unit, int32_t j) {
-    const bool own = unit.source == peers.rank;
+  // Lane 0 starts to load row j of the unit into stage i, and its entry behind it.
+  __device__ void load(int32_t i, const Unit& unit, int32_t j) const {
+    const ep_peers& peers = args.peers;
     int32_t slot = unit.first + j;
-    if (own) slot = args.routing.send_slot[static_cast<int64_t>(slot) * num_ranks + peers.rank];
-    if (own) {
+    if (unit.source == peers.rank) {
+      slot = args.routing.send_slot[static_cast<int64_t>(slot) * num_ranks + peers.rank];
       load_own_token(args, stages, i, unit.first + j, indices_bytes);
     } else {
       const int64_t region = region_of(unit.source, peers.rank, num_ranks);
@@ -207,10 +216,44 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
     static_assert(kLocalExperts == kRowOfK + 1, "the experts stand behind the output rows");
     stages.load(i, rows_offset, entries + place_in_entries(args.routing, n, kRowOfK),
                 indices_bytes);
-  };
+  }
 
-  // Scales of the row in `stage`, for lane k's output row and its expert.
-  const auto store_scales = [&](const uint8_t* stage, int32_t row, int32_t expert) {
+  // Waits for the row in stage i and writes it to all of its output rows: lane k to that of its
+  // k-th expert.
+  __device__ void store(int32_t i) const {
+    const int32_t lane = lane_id(), num_topk = args.routing.num_topk;
+    const uint8_t* const stage = stages.stage(i);
+    const auto* const rows = reinterpret_cast<const int32_t*>(stage + rows_offset);
+    const auto* const experts = reinterpret_cast<const int32_t*>(stage + experts_offset);
+    const auto* const weights =
+        reinterpret_cast<const float*>(stage + args.row_bytes + args.scale_bytes);
+    stages.wait(i);
+    const int32_t row = lane < num_topk ? rows[lane] : -1;
+    const int32_t expert = needs_experts && lane < num_topk ? experts[lane] : -1;
+    const uint8_t* const out = row_to_give_out(stage);
+    if (row >= 0) {
+      store_bulk(args.recv_x + static_cast<int64_t>(row) * out_bytes, out, out_bytes);
+    }
+    if (args.recv_scales != nullptr) store_scales(stage, row, expert);
+    end_group();
+    store_probabilities(weights, rows, row, expert);
+  }
+
+  // The row as the caller wants it, in shared memory.
+  __device__ const uint8_t* row_to_give_out(const uint8_t* stage) const {
+    if (args.recv_kind == EP_RECV_BYTES) return stage;
+    stages.begin_conversion();
+    if (args.recv_kind == EP_RECV_BF16) {
+      convert(args, stage, reinterpret_cast<__nv_bfloat16*>(stages.converted()));
+    } else {
+      convert(args, stage, reinterpret_cast<float*>(stages.converted()));
+    }
+    stages.end_conversion();
+    return stages.converted();
+  }
+
+  // Writes the scales of the row in `stage` for lane k's output row, which is `expert`'s.
+  __device__ void store_scales(const uint8_t* stage, int32_t row, int32_t expert) const {
     const uint8_t* const scales = stage + args.row_bytes;
     if (!args.routing.expert_major) {
       if (row >= 0) {
@@ -220,44 +263,23 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
       }
       return;
     }
+    // Scales of an expert-major row stand apart: all lanes write those of one output row at a time.
     ScalePlace place;
     if (row >= 0) place = place_of_scales(args, expert, row);
     for (uint32_t left = __ballot_sync(kFullWarp, row >= 0); left != 0; left &= left - 1) {
       const int32_t k = __ffs(left) - 1;
       const int64_t first = __shfl_sync(kFullWarp, place.first, k);
       const int64_t step = __shfl_sync(kFullWarp, place.step, k);
-      for (int32_t b = lane; b < args.scale_bytes / 4; b += kWarpSize) {
+      for (int32_t b = lane_id(); b < args.scale_bytes / 4; b += kWarpSize) {
         args.recv_scales[first + b * step] = reinterpret_cast<const float*>(scales)[b];
       }
     }
-  };
+  }
 
-  const auto store = [&](int32_t i) {
-    const uint8_t* const stage = stages.stage(i);
-    const auto* const rows = reinterpret_cast<const int32_t*>(stage + rows_offset);
-    const auto* const experts = reinterpret_cast<const int32_t*>(stage + experts_offset);
-    const auto* const weights =
-        reinterpret_cast<const float*>(stage + args.row_bytes + args.scale_bytes);
-    stages.wait(i);
-    const int32_t num_topk = args.routing.num_topk;
-    const int32_t row = lane < num_topk ? rows[lane] : -1;
-    const int32_t expert = needs_experts && lane < num_topk ? experts[lane] : -1;
-    const uint8_t* out = stage;
-    if (args.recv_kind != EP_RECV_BYTES) {
-      out = stages.converted();
-      stages.begin_conversion();
-      if (args.recv_kind == EP_RECV_BF16) {
-        convert(args, stage, reinterpret_cast<__nv_bfloat16*>(stages.converted()));
-      } else {
-        convert(args, stage, reinterpret_cast<float*>(stages.converted()));
-      }
-      stages.end_conversion();
-    }
-    if (row >= 0) {
-      store_bulk(args.recv_x + static_cast<int64_t>(row) * out_bytes, out, out_bytes);
-    }
-    if (args.recv_scales != nullptr) store_scales(stage, row, expert);
-    end_group();
+  // Writes the row's probabilities, and the experts of a rank-major row.
+  __device__ void store_probabilities(const float* weights, const int32_t* rows, int32_t row,
+                                      int32_t expert) const {
+    const int32_t lane = lane_id(), num_topk = args.routing.num_topk;
     if (args.routing.expert_major) {
       if (args.recv_weights != nullptr && row >= 0) args.recv_weights[row] = weights[lane];
       return;
@@ -268,8 +290,23 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
       args.recv_weights[static_cast<int64_t>(rows[0]) * num_topk + lane] =
           expert >= 0 ? weights[lane] : 0.0f;
     }
-  };
+  }
+};
 
+__device__ inline void expand(const ep_dispatch_args& args, const Stages& stages, int32_t epoch,
+                              int32_t warp, int32_t num_warps) {
+  ptx::wait_for_kernel_before();  // is_behind_plan: the plan's second one
+  fence_for_bulk();               // output rows are read by bulk loads
+  // After a fault in the plan there are no indices: with a given number of rows nobody stopped
+  // this.
+  if (__any_sync(kFullWarp, aborted(args.peers))) return;
+  const bool copies = args.is_planned && args.planned_entries != nullptr;
+  if (copies) copy_entries(args, warp, num_warps);
+  const int32_t* const entries = copies ? args.planned_entries : args.routing.entries;
+  write_padding(args, warp, num_warps);
+
+  const Expansion expansion{args, stages, entries, epoch};
+  const int32_t num_units = expansion.count_units();
   Unit unit;
   int32_t next_unit = warp, loaded = 0, stored = 0;
   bool fine = true;
@@ -279,7 +316,7 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
       if (unit.rows == 0) {
         if (next_unit >= num_units || !fine) break;
         const bool nothing_else_to_do = loaded == stored;
-        if (!open(next_unit, nothing_else_to_do, &unit)) {
+        if (!expansion.open(next_unit, nothing_else_to_do, &unit)) {
           unit.rows = 0;
           fine = !nothing_else_to_do;
           break;
@@ -290,11 +327,11 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
       const int32_t j = __ffs(unit.rows) - 1;
       unit.rows &= unit.rows - 1;
       stages.wait_for_room();
-      if (lane == 0) load(loaded, unit, j);
+      if (lane_id() == 0) expansion.load(loaded, unit, j);
       ++loaded;
     }
     if (loaded == stored) break;  // nothing left, or a fault
-    store(stored++);
+    expansion.store(stored++);
   }
   wait_until_written<0>();
 }
