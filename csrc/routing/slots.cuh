@@ -1,48 +1,27 @@
-// The routing layout: who sends what where, from topk_idx or a routing map.
+// The routing layout: who sends what where.
 //
-// Two steps, no global atomics; all blocks end the first before any begins the second. Tokens are
-// cut into chunks of 32; each block owns a contiguous run of chunks.
+// It takes two steps and no global atomics. All blocks end the first before any begins the second.
 //   count_tokens   finds the experts of each token, and per chunk and rank one 32-bit word whose
 //                  bit t says that token t of the chunk goes to the rank. Per block: tokens per
 //                  rank, copies per expert, first error.
 //   place_tokens   adds up the counts of the blocks before its own; a token's slot is that, plus
 //                  the chunks before its own, plus the set bits below its own.
-// ep_layout launches a kernel for each; plan/plan.cu has both in one.
+// ep_layout launches a kernel for each; a plan has both in one (plan/send.cuh).
 // Integer sums do not depend on their order, so neither the shared-memory atomics nor the cut into
 // blocks shows in the result.
 #pragma once
 
-#include <algorithm>
-#include <climits>
 #include <cstdint>
 #include <type_traits>
 
-#include "common/warp.cuh"
-#include "ep_comm.h"
+#include "routing/input.cuh"
 
 namespace ep::layout {
 
-constexpr int kChunkTokens = 32;
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / kWarpSize;
 // Four blocks an SM of about 132. More would lengthen place_tokens' sum over the blocks before.
 constexpr int kMaxBlocks = 512;
 
 static_assert(kMaxBlocks <= kThreads, "pick_first_error looks at one block's error a thread");
-
-struct Shape {
-  int32_t num_tokens;
-  int32_t num_topk;
-  int32_t num_experts;
-  int32_t num_ranks;
-  int32_t num_chunks;
-  int32_t chunks_per_block;
-  int32_t num_blocks;  // 0 where there is no token
-
-  __device__ int32_t tokens_in_chunk(int32_t chunk) const {
-    return min(kChunkTokens, num_tokens - chunk * kChunkTokens);
-  }
-};
 
 // B = num_blocks, C = num_chunks.
 struct Workspace {
@@ -51,19 +30,6 @@ struct Workspace {
   int32_t* expert_count;   // [B, E]
   uint32_t* chunk_tokens;  // [C, R] bit t: token t of the chunk goes to the rank
 };
-
-inline Shape make_shape(int64_t num_tokens, int32_t num_topk, int32_t num_experts,
-                        int32_t num_ranks, int32_t max_blocks) {
-  Shape shape{};
-  shape.num_tokens = static_cast<int32_t>(num_tokens);
-  shape.num_topk = num_topk;
-  shape.num_experts = num_experts;
-  shape.num_ranks = num_ranks;
-  shape.num_chunks = static_cast<int32_t>(ceil_div<int64_t>(num_tokens, kChunkTokens));
-  shape.chunks_per_block = std::max(1, ceil_div(shape.num_chunks, max_blocks));
-  shape.num_blocks = ceil_div(shape.num_chunks, shape.chunks_per_block);
-  return shape;
-}
 
 // Cuts the workspace at address `base` up and returns the bytes that it takes. Only where experts
 // are counted is there room for their counts.
@@ -92,99 +58,6 @@ inline int32_t count_shared_bytes(const Shape& shape, bool counts_experts) {
 static_assert(sizeof(int32_t) * (kChunkTokens * EP_MAX_TOPK + 2 * EP_MAX_RANKS + EP_MAX_EXPERTS) <=
                   40 * 1024,
               "shared memory must fit at the limits without an opt-in");
-
-// ---- First offending entry of a block ----------------------------------------------------------
-//
-// One shared 64-bit word with token, column and detail from its top bits down: its minimum is the
-// first error in token order, whichever thread sees it first.
-
-constexpr unsigned long long kNoError = ~0ull;
-
-__device__ inline void report(unsigned long long* first_error, int32_t token, int32_t column,
-                              int32_t detail) {
-  atomicMin(first_error, static_cast<unsigned long long>(token) << 32 |
-                             static_cast<unsigned long long>(column) << 16 |
-                             static_cast<unsigned long long>(detail));
-}
-
-__device__ inline int32_t error_token(unsigned long long error) { return error >> 32; }
-__device__ inline int32_t error_column(unsigned long long error) { return (error >> 16) & 0xffff; }
-__device__ inline int32_t error_detail(unsigned long long error) { return error & 0xffff; }
-
-static_assert(EP_MAX_EXPERTS <= 0xffff, "an error's column and detail have 16 bits each");
-
-// ---- Inputs ------------------------------------------------------------------------------------
-//
-// load() writes a chunk's experts [tokens, K] to shared memory, -1 where there is none, and reports
-// what is out of bounds. describe() turns a reported error into what ep_layout_args.error holds.
-
-template <typename Index>
-struct TopkInput {
-  const Index* topk_idx;  // [T, K]
-
-  __device__ void load(const Shape& shape, int32_t chunk, int32_t* experts,
-                       unsigned long long* first_error) const {
-    const int32_t first_token = chunk * kChunkTokens;
-    const int32_t count = shape.tokens_in_chunk(chunk) * shape.num_topk;
-    const Index* const source = topk_idx + static_cast<int64_t>(first_token) * shape.num_topk;
-    for (int32_t i = threadIdx.x; i < count; i += kThreads) {
-      const Index expert = source[i];
-      const bool is_expert = expert >= 0 && expert < shape.num_experts;
-      experts[i] = is_expert ? static_cast<int32_t>(expert) : -1;
-      if (!is_expert && expert != -1) {
-        report(first_error, first_token + i / shape.num_topk, i % shape.num_topk, 0);
-      }
-    }
-  }
-
-  __device__ int4 describe(const Shape& shape, unsigned long long error) const {
-    const int32_t token = error_token(error), k = error_column(error);
-    const Index value = topk_idx[static_cast<int64_t>(token) * shape.num_topk + k];
-    const bool is_expert = value >= 0 && value < shape.num_experts;
-    const Index clamped = max(min(value, static_cast<Index>(INT_MAX)), static_cast<Index>(INT_MIN));
-    return make_int4(is_expert ? EP_ROUTING_DUPLICATE : EP_ROUTING_OUT_OF_RANGE, token, k,
-                     static_cast<int32_t>(clamped));
-  }
-};
-
-struct RoutingMapInput {
-  const uint8_t* routing_map;  // [T, E]
-
-  // One warp a token: 32 neighbouring experts a load, the ballot says each hit's place in the row.
-  __device__ void load(const Shape& shape, int32_t chunk, int32_t* experts,
-                       unsigned long long* first_error) const {
-    const int32_t lane = lane_id();
-    const int32_t num_tokens = shape.tokens_in_chunk(chunk);
-    for (int32_t t = threadIdx.x / kWarpSize; t < num_tokens; t += kWarps) {
-      const int32_t token = chunk * kChunkTokens + t;
-      const uint8_t* const row = routing_map + static_cast<int64_t>(token) * shape.num_experts;
-      int32_t* const token_experts = experts + t * shape.num_topk;
-      int32_t num_hits = 0;
-      int32_t excess_column = -1;  // set in the lane that saw the first hit beyond K
-#pragma unroll 8
-      for (int32_t first = 0; first < shape.num_experts; first += kWarpSize) {
-        const int32_t expert = first + lane;
-        const bool hit = expert < shape.num_experts && row[expert] != 0;
-        const unsigned hits = __ballot_sync(kFullWarp, hit);
-        const int32_t k = num_hits + __popc(hits & ((1u << lane) - 1));
-        if (hit && k < shape.num_topk) token_experts[k] = expert;
-        if (hit && k == shape.num_topk) excess_column = expert;
-        num_hits += __popc(hits);
-      }
-      if (lane >= num_hits && lane < shape.num_topk) token_experts[lane] = -1;
-      if (excess_column >= 0) report(first_error, token, excess_column, num_hits);
-    }
-  }
-
-  __device__ int4 describe(const Shape&, unsigned long long error) const {
-    return make_int4(EP_ROUTING_TOO_MANY, error_token(error), error_column(error),
-                     error_detail(error));
-  }
-};
-
-static_assert(EP_MAX_TOPK <= kWarpSize, "a token's lanes fill up its row of experts");
-
-// ---- Steps -----------------------------------------------------------------------------------
 
 __device__ inline bool repeats_earlier(const int32_t* token_experts, int32_t k) {
   for (int32_t earlier = 0; earlier < k; ++earlier) {
