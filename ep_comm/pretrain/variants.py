@@ -1,17 +1,16 @@
 """The names of dispatchers and variants, and the flags of `ep_comm.pretrain` behind each.
 
-Our dispatcher is ``ep_comm``. Its older name ``deepep``, which Megatron's users know from the flag,
-is understood wherever a name is read (`current_name`), and printed nowhere. Megatron's own DeepEP,
-the flex dispatcher, would be ``flex-deepep``.
+`ep_comm.megatron.names` has the dispatchers'. A variant is called after its dispatcher; the older
+name of ours, ``deepep``, is understood wherever one is read (`current_name`), and printed nowhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-EP_COMM = "ep_comm"
-ALLTOALL = "alltoall"
-_OLD_NAME = "deepep"
+from ep_comm.megatron import names
+
+EP_COMM, ALLTOALL = names.NAME, names.STOCK
 
 DISPATCHER_FLAGS = ("--moe-token-dispatcher", "--moe-token-dispatcher-type")  # both mean the same
 
@@ -49,7 +48,7 @@ def current_name(name: str) -> str:
     Every other name is returned as it is.
     """
     dispatcher, dash, rest = name.partition("-")
-    return EP_COMM + dash + rest if dispatcher == _OLD_NAME else name
+    return names.printed(dispatcher) + dash + rest
 
 
 def reference_of(name: str) -> str:

@@ -19,6 +19,7 @@ from ranks import run_ranks, stop_pool
 from rich.console import Console
 from typer.testing import CliRunner
 
+from ep_comm.backends.nvlink.mailbox import Mailbox
 from ep_comm.bench.train import profile as profiling
 from ep_comm.bench.train.profile import BACKWARD, STEP, Bar, Profile, bars, covered, summarize_trace
 from ep_comm.bench.train.report import write_report
@@ -385,7 +386,7 @@ def free_one(rank: int) -> list[str]:
     prepare_megatron()
     from ep_comm.bench.train.model import Trainer
     from ep_comm.bench.train.run import _inspect
-    from ep_comm.pretrain.config import parse_args
+    from ep_comm.pretrain.flags import parse_args
 
     asked = settings(variants="ep_comm-overlap", microbatches="1", steps=1, warmup=0)
     flags = ["--expert-model-parallel-size", "1", "--use-distributed-optimizer"]
@@ -399,6 +400,18 @@ def free_one(rank: int) -> list[str]:
     gc.collect()
     assert len(watched) > 10
     return [type(ref()).__name__ for ref in watched if ref() is not None]
+
+
+def test_the_wait_for_sizes_is_seen_by_the_profiler(monkeypatch):
+    class Answer:
+        def sizes(self, *args: int) -> tuple[int, ...]:
+            return args
+
+    monkeypatch.setattr(profiling, "Mailbox", Answer)
+    with torch.profiler.profile() as profiler, profiling._visible_wait_for_sizes():
+        assert Answer().sizes(1, 2) == (1, 2)
+    assert profiling._SIZES in {event.name for event in profiler.events()}
+    assert hasattr(Mailbox, "sizes")  # what is patched outside of this test
 
 
 def test_a_freed_variant_leaves_nothing_behind():
