@@ -80,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(group_type.__doc__)
         for key, field in group_type.model_fields.items():
             default = "required" if field.is_required() else f"default: {_show(field.default)}"
-            options: dict[str, Any] = {"help": f"{field.description} ({default})"}
+            help = f"{field.description} ({default})".replace("%", "%%")  # argparse formats it
+            options: dict[str, Any] = {"help": help}
             if field.annotation is bool:
                 options["action"] = argparse.BooleanOptionalAction
             else:

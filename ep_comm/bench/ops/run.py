@@ -96,6 +96,8 @@ def run(
     inputs = make_inputs(settings, dist.get_rank(), device)
     rank_imbalance, expert_imbalance = _imbalances(settings, inputs, device)
     buffer = Buffer(None, settings.buffer_config(device))
+    for name, reason in buffer.passed_over.items():
+        progress(f"WARNING: this measures the slow reference backend, not {name}: {reason}")
     results: list[Result] = []
 
     def measure(
