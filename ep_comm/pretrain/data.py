@@ -270,25 +270,26 @@ def _split(lengths: np.ndarray, config: PretrainConfig) -> str:
     Raises:
         UserError: There is too little text, or the user's shares leave too little.
     """
-    shares = [float(share) for share in config.split.split(",")]
+    split, needed = config.split, config.seq_length + 1
+    shares = [float(share) for share in split.split(",")]
     boundary = round(shares[0] / sum(shares) * len(lengths)) if sum(shares) else 0
-    needed = config.seq_length + 1
-    is_default = config.split == PretrainConfig.model_fields["split"].default
-    if config.eval_iters and is_default and lengths[boundary:].sum() < needed:
+    is_default = split == PretrainConfig.model_fields["split"].default
+    if config.eval_iters and is_default and lengths[boundary:].sum() < needed <= lengths.sum():
         from_the_end = np.cumsum(lengths[::-1])
         boundary = len(lengths) - int(np.searchsorted(from_the_end, needed)) - 1
-    parts = {"training": lengths[: max(boundary, 0)]}
+        split = f"{boundary},{len(lengths) - boundary}"
+    parts = {"training": lengths[:boundary]}
     if config.eval_iters:
-        parts["validation"] = lengths[max(boundary, 0) :]
+        parts["validation"] = lengths[boundary:]
     for use, part in parts.items():
         if part.sum() < needed:
             raise UserError(
                 f"{len(part)} of {len(lengths)} pieces of the data, {part.sum()} of "
-                f"{lengths.sum()} tokens, are for {use} (--split {config.split}), but one sequence "
+                f"{lengths.sum()} tokens, are for {use} (--split {split}), but one sequence "
                 f"takes seq_length + 1 = {needed} tokens: give more data, a smaller --seq-length"
                 + (", a larger second share, or --eval-iters 0" if use == "validation" else "")
             )
-    return config.split if boundary <= 0 else f"{boundary},{len(lengths) - boundary}"
+    return split
 
 
 def _check_tokens(corpus: Corpus, token_size: int) -> None:

@@ -207,7 +207,7 @@ def test_bad_data_and_folders(tmp_path):
     cases = {
         "--data-path empty.txt": ["empty.txt", "is empty"],
         "--data-path nothing-*.txt": ["nothing-*.txt", "no such file"],
-        "--data-path short.txt": ["0 of 6 tokens", "seq_length + 1 = 65", "--seq-length"],
+        "--data-path short.txt": ["6 of 6 tokens", "seq_length + 1 = 65", "--seq-length"],
         "--data-path one.txt --split 95,4": [
             "1 of 11 pieces",
             "61 of 701 tokens",
