@@ -37,7 +37,8 @@ class EPOptions:
     """Settings of our dispatcher; everything else comes from the `TransformerConfig`.
 
     ``python -m ep_comm.megatron.launch --help`` prints what each field does, under the name of its
-    flag: `timeout_s` is ``--ep-timeout``. A field that is None is left to us.
+    flag: `timeout_s` is ``--ep-timeout``. A field that is None is left to us. In a loop of your own
+    `overlap_wgrad` also needs ``DistributedDataParallelConfig(delay_wgrad_compute=True)``.
 
     Raises:
         EPArgumentError: A value has the wrong type, or is out of range.
@@ -75,7 +76,7 @@ class EPOptions:
         flag="--ep-timeout",
         metavar="SECONDS",
         help="Bound of every wait for another rank, after which the late one is named.",
-        unset="half of the process group's own timeout, at most 300",
+        unset="half of the process group's own timeout, at most 300 s",
     )
     expert_alignment: int | None = option(
         None,
