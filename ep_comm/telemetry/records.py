@@ -125,6 +125,7 @@ class Recorder:
 
     @property
     def num_operations(self) -> int:
+        """Dispatches and combines so far."""
         return sum(self._epochs.values())
 
     def __iter__(self) -> Iterator[OpRecord]:

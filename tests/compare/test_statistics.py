@@ -20,7 +20,7 @@ from ep_comm.compare.statistics import (
     steps_skipped,
     window_of,
 )
-from ep_comm.pretrain.log_file import TRAIN_LOSS
+from ep_comm.pretrain.log_file import TOKENS_PER_S, TRAIN_LOSS
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_limits_follow_from_the_noise(noise_valid, noise_mean, limit):
 def test_throughput_is_that_after_the_warm_up(steps, rate):
     """The first five steps do not count, if there are others: the last one always counts."""
     records = [
-        {"type": "train", "iteration": step, TRAIN_LOSS: 1.0, "throughput": step}
+        {"type": "train", "iteration": step, TRAIN_LOSS: 1.0, TOKENS_PER_S: step}
         for step in range(1, steps + 1)
     ]
     assert read_run(records, steps).tokens_per_s == rate

@@ -37,13 +37,12 @@ def save_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         ("dist_checkpointing", SimpleNamespace(save=write)),
     ):
         monkeypatch.setattr(checkpoint, name, value)
-    trainee = SimpleNamespace(scheduler=SimpleNamespace(state_dict=dict))
-    config = SimpleNamespace(save=tmp_path)
+    config = SimpleNamespace(save=tmp_path, keep_checkpoints=None)
 
     def call(iteration: int, text: str) -> None:
         nonlocal content
         content = text
-        save(trainee, config, iteration=iteration, consumed_samples=0)
+        save(None, config, iteration=iteration, consumed_samples=0)
 
     return call
 
