@@ -11,10 +11,10 @@ namespace {
 
 constexpr int64_t kAlignment = 256;
 
-// Memory that is given away from its start on.
+// Hands out memory from its start on.
 class Cut {
  public:
-  // The offset of `count` elements.
+  // Returns the offset of room for `count` elements.
   template <typename T>
   int64_t take(int64_t count) {
     const int64_t start = end_;
@@ -27,8 +27,8 @@ class Cut {
   int64_t end_ = 0;
 };
 
-// The longest one: that of an unquantised row, with probabilities. An FP8 row and its scales take
-// less than the row did.
+// Bytes of the longest slot: an unquantised row with probabilities. The same row in FP8 is shorter,
+// with its scales too.
 int64_t longest_slot(const ep_buffer_layout_args& args) {
   const auto weight_bytes = static_cast<int64_t>(sizeof(float)) * ep::round_up(args.num_topk, 4);
   return ep::round_up<int64_t>(args.row_bytes + weight_bytes, ep::dispatch::kLineBytes);

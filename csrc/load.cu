@@ -1,5 +1,5 @@
-// Loading the kernels: CUDA loads one at its first launch, and then may wait for those that run,
-// which may be waiting for another rank.
+// Loading the kernels. CUDA would load one at its first launch, and may wait then for kernels that
+// run. Those may be waiting for another rank.
 
 #include "common/launch.cuh"
 

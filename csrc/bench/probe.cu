@@ -1,8 +1,10 @@
-// What the links between the GPUs of a host carry: plain bulk pushes, with nothing to wait for.
+// Measures what the links between the GPUs of a host carry: plain bulk pushes, with nothing to wait
+// for.
 //
-// The rate that every figure of `ep-comm bench` is compared with. Each warp has a ring of stages in
-// shared memory; its first lane fills them from this GPU's memory and stores each row into every
-// other rank's. Destinations rotate (rank r begins with r + 1), so no link is asked by all at once.
+// Every figure of `ep-comm bench` is compared with this rate. Each warp has a ring of stages in
+// shared memory. Its first lane fills them from this GPU's memory and stores each row into every
+// other rank's. Destinations rotate (rank r begins with r + 1), so that ranks do not all push to
+// the same one.
 
 #include "common/launch.cuh"
 #include "common/peers.cuh"
@@ -64,7 +66,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 
 int32_t ep_probe(const ep_probe_args* args, void* stream) {
   if (args->num_blocks < 1) return ep::fail(EP_ERR_ARGUMENT, "no blocks to launch");
-  // Here and not in ep_load_kernels: it costs other users nothing, and nothing spins beside it.
+  // Loaded here and not in ep_load_kernels: others need not pay for it, and nothing spins beside
+  // it.
   const int32_t status = ep::load_kernel(reinterpret_cast<const void*>(probe_kernel),
                                          "probe kernel", ep::Setup::kShared, kSharedBytes);
   if (status != EP_OK) return status;

@@ -27,7 +27,7 @@ constexpr int kGroupTokens = 4;   // tokens that a team sums at a time
 // ep_combine_args.counters; the first is end_operation's.
 constexpr int kUnitsTaken = 1, kGroupsTaken = 2;
 
-// The next of a counter's numbers, for all lanes.
+// Takes the next number of a counter, the same for all lanes.
 __device__ inline int32_t take(int32_t* counter) {
   int32_t next = 0;
   if (lane_id() == 0) next = atomicAdd(counter, 1);
@@ -40,7 +40,8 @@ __device__ inline const int4* output_rows(const ep_combine_args& args, int32_t n
                                        place_in_entries(args.routing, n, kRowsAscending));
 }
 
-// How many there are, 1 where none fitted into the output: that is listed too.
+// Returns how many output rows there are. Where none fitted into the output it is 1: a row of zeros
+// is listed for them.
 __device__ inline int32_t count_rows(const ep_combine_args& args, int32_t n) {
   const int4* const rows = output_rows(args, n);
   int32_t count = 0;
@@ -51,7 +52,7 @@ __device__ inline int32_t count_rows(const ep_combine_args& args, int32_t n) {
   return max(count, 1);
 }
 
-// Row of this rank's input, of zeros where there is none.
+// Returns row `row` of this rank's input, or a row of zeros where `row` is negative.
 __device__ inline const uint4* input_row(const ep_combine_args& args, int32_t row) {
   const uint8_t* const bytes =
       row < 0 ? in_memory_of<const uint8_t>(args.peers, args.peers.rank, args.zero_offset)
@@ -59,8 +60,8 @@ __device__ inline const uint4* input_row(const ep_combine_args& args, int32_t ro
   return reinterpret_cast<const uint4*>(bytes);
 }
 
-// Lists the `count` output rows of received row n as one sum, or as part of one: kFirst of `what`
-// belongs to the first of them, the rest to the last.
+// Lists the `count` output rows of received row n as one sum, or as part of one. The bit kFirst of
+// `what` goes to the first of them, the other bits to the last.
 __device__ inline void list_rows(const ep_combine_args& args, int32_t n, int32_t count,
                                  uint32_t what, ListedRow* list) {
   const auto* const rows = reinterpret_cast<const int32_t*>(output_rows(args, n));
@@ -71,7 +72,7 @@ __device__ inline void list_rows(const ep_combine_args& args, int32_t n, int32_t
   }
 }
 
-// Probability gradient of entry k of received row n.
+// Returns the gradient of the probability of entry k of received row n.
 __device__ inline float weight_of(const ep_combine_args& args, int32_t n, int32_t k) {
   const ep_routing& routing = args.routing;
   if (routing.entries[place_in_entries(routing, n, kLocalExperts) + k] < 0) return 0.0f;
@@ -81,9 +82,9 @@ __device__ inline float weight_of(const ep_combine_args& args, int32_t n, int32_
   return args.weights[routing.expert_major ? row : int64_t{row} * routing.num_topk + k];
 }
 
-// ---- Pushing ------------------------------------------------------------------------------------
+// ---- Pushing -----------------------------------------------------------------------------------
 
-// Chunks of an owner that a unit fills.
+// The chunks that a unit fills, in one owner's memory.
 struct Chunks {
   int32_t owner = 0;
   int32_t first = 0;
@@ -168,7 +169,7 @@ __device__ void list_pushes(const ep_combine_args& args, Team& team, int32_t vec
   raise(args, pushed);
 }
 
-// ---- Summing ------------------------------------------------------------------------------------
+// ---- Summing -----------------------------------------------------------------------------------
 
 // This lane's token of a group.
 struct Token {
@@ -176,8 +177,7 @@ struct Token {
   bool exists;
 };
 
-// Waits for the chunks with the partial rows of a group, from every other rank; lane r for rank
-// r's.
+// Waits for the chunks with the partial rows of a group. Lane r waits for those of rank r.
 __device__ bool wait_for_partials(const ep_combine_args& args, const Token& token) {
   const ep_peers& peers = args.peers;
   int32_t first = 0, last = -1;
@@ -206,13 +206,14 @@ __device__ bool wait_for_partials(const ep_combine_args& args, const Token& toke
   return __all_sync(kFullWarp, fine);
 }
 
-// The ranks of r's node.
+// Returns the ranks of r's node as bits.
 __device__ inline uint32_t node_of(const ep_combine_args& args, int32_t r) {
   const int32_t ranks_per_node = min(args.ranks_per_node, args.peers.num_ranks);
   return ((1u << ranks_per_node) - 1) << (r / ranks_per_node * ranks_per_node);
 }
 
-// Which of a token's sums begin and which are complete with rank r's part, where `ranks` have one.
+// `ranks` have a part of a token. Returns which of its sums begin with rank r's part, and which are
+// complete with it.
 __device__ inline uint32_t place_in_sums(const ep_combine_args& args, uint32_t ranks, int32_t r) {
   const uint32_t below = ranks & ((1u << r) - 1), above = ranks & (~1u << r);
   const uint32_t of_node = node_of(args, r);
@@ -236,8 +237,7 @@ __device__ int32_t list_group(const ep_combine_args& args, const Token& token, L
     if (r == peers.rank) own_n = args.routing.first_of_source[r] + token.slot[r];
   }
   const int32_t own_rows = own_n < 0 ? 0 : count_rows(args, own_n);
-  // Where another rank's part comes before, this rank's rows are added up first, and kept until
-  // then.
+  // Where another rank's part comes first, this rank's rows are added up before it and kept.
   const uint32_t before = ranks & node_of(args, peers.rank) & ((1u << peers.rank) - 1);
   const bool keeps = own_rows > 1 && before != 0;
   const bool is_nowhere = token.exists && ranks == 0;
@@ -274,7 +274,7 @@ __device__ int32_t list_group(const ep_combine_args& args, const Token& token, L
 __device__ void gather_weights(const ep_combine_args& args, int32_t begin, int32_t end) {
   const ep_peers& peers = args.peers;
   const int32_t num_topk = args.routing.num_topk;
-  // Written by other GPUs while this kernel ran.
+  // Other GPUs wrote it while this kernel ran.
   const volatile float* const staged = in_memory_of<float>(peers, peers.rank, args.weight_offset);
   for (int32_t i = begin * num_topk + lane_id(); i < end * num_topk; i += kWarpSize) {
     const int32_t expert = args.routing.topk_idx[i];
@@ -319,7 +319,7 @@ __device__ void list_sums(const ep_combine_args& args, Team& team, int32_t vecto
   team.finish();
 }
 
-// ---- The kernel ---------------------------------------------------------------------------------
+// ---- The kernel --------------------------------------------------------------------------------
 
 template <typename T, bool kOneNode>
 __global__ void __launch_bounds__(kMaxTeamThreads, 1)
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(kMaxTeamThreads, 1)
 
 using Kernel = void (*)(const ep_combine_args, const Teams, const int32_t);
 
-// [dtype][whether all ranks are one node]
+// [dtype][all ranks are one node]
 constexpr Kernel kKernels[2][2] = {
     {combine_kernel<__nv_bfloat16, false>, combine_kernel<__nv_bfloat16, true>},
     {combine_kernel<float, false>, combine_kernel<float, true>},

@@ -1,13 +1,11 @@
 // Adding up rows: teams of warps that stream lists of rows through their registers.
 //
-// A block has several teams, each on its own, so that one has loads in flight while another changes
-// from one list to the next. In a team
-//   columns  are threads that each add up some 16-byte vectors of every row (and more of long
-//   rows).
-//            Each loads ahead what it will add itself, so nobody waits for anybody within a list.
-//   the lister, one warp more, writes the next list meanwhile, waits for what that takes, and
-//   raises
-//            the flags of the list before.
+// A block has several teams, which do not wait for one another: one has loads in flight while
+// another changes from one list to the next. In a team
+//   columns     are threads that each add up some 16-byte vectors of every row. Each loads ahead
+//               what it will add itself, so nobody waits for anybody within a list.
+//   the lister  is one warp more. Meanwhile it writes the next list, waits for the rows on it, and
+//               raises the flags of the list before.
 // They meet once a list, at the team's barrier.
 #pragma once
 
@@ -21,7 +19,8 @@
 
 namespace ep {
 
-// Of all teams of a block: each may have 128 registers, and an SM has room for one block.
+// All teams of a block together: each thread may have 128 registers, and an SM has room for one
+// block.
 constexpr int kMaxTeamThreads = 512;
 constexpr int kMaxColumns = 224;
 constexpr int kWide = 4;      // 16-byte vectors of a row that a column takes at a time
@@ -74,7 +73,8 @@ struct ListedRow {
   static constexpr uint32_t kKeep = 1u << 2;     // the sum is complete, is rounded and kept
   static constexpr uint32_t kAddKept = 1u << 3;  // the one that was kept last is added
   static constexpr uint32_t kLast = 1u << 4;     // the sum is complete, is rounded and written
-  // With several nodes: a node's sum is complete, is rounded and added to the nodes' before.
+  // Where there are several nodes: a node's sum is complete, is rounded, and is added to the sum
+  // over the nodes before it.
   static constexpr uint32_t kLastOfNode = 1u << 5;
   static constexpr uint32_t kFirstNode = 1u << 6;
   // After one of these there is more to do than to add the next row.
@@ -95,7 +95,7 @@ static_assert(sizeof(List) == kListBytes && sizeof(ListedRow) == kListedRowBytes
 struct Teams {
   int32_t columns;  // threads that add
   int32_t num_teams;
-  int32_t list_rows;  // at most, of a list
+  int32_t list_rows;  // most rows of a list
 
   static Teams of_rows(int32_t row_bytes, int32_t list_rows) {
     const int32_t vectors = row_bytes / 16;
@@ -110,7 +110,7 @@ struct Teams {
   __host__ __device__ int32_t team_threads() const { return columns + kWarpSize; }
   __host__ __device__ int32_t block_threads() const { return num_teams * team_threads(); }
   __host__ __device__ int32_t kept_bytes() const { return kWide * columns * 16; }
-  // Of a list, with room for what is loaded, but not used, behind its end.
+  // Rows from one list to the next: behind its end rows are loaded that are not used.
   __host__ __device__ int32_t list_stride() const { return list_rows + kMaxAhead; }
   __host__ __device__ int32_t team_bytes() const {
     return kept_bytes() + 2 * (list_stride() * static_cast<int32_t>(kListedRowBytes) + kListBytes);
@@ -129,7 +129,7 @@ class Team {
     rows_ = reinterpret_cast<ListedRow*>(lists_ + 2);
   }
 
-  // Of all teams in the grid; neighbours are in different blocks.
+  // The team's number in the grid. Neighbours are in different blocks.
   __device__ int32_t index() const { return team_ * gridDim.x + blockIdx.x; }
   __device__ bool is_lister() const { return column() >= teams_.columns; }
 
@@ -163,7 +163,7 @@ class Team {
 
  private:
   __device__ int32_t column() const { return threadIdx.x - team_ * teams_.team_threads(); }
-  // Of a column; a warp has kWide times 32 vectors in a row.
+  // The first vector of this column. A warp has kWide times 32 neighbouring ones.
   __device__ int32_t first_vector() const {
     return column() / kWarpSize * (kWide * kWarpSize) + lane_id();
   }
@@ -197,8 +197,8 @@ class Team {
       if (what & ListedRow::kAddKept) {
 #pragma unroll
         for (int w = 0; w < kWide; ++w) sum.vectors[w].add(kept_[w * kWarpSize]);
-        if (!(what & ListedRow::kLastOfNode))
-          return;  // which kLast comes with if there is one node
+        // With one node it comes with kLast.
+        if (!(what & ListedRow::kLastOfNode)) return;
       }
       sum.round(bits);
       if (what & ListedRow::kRound) {

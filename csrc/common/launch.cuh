@@ -21,15 +21,15 @@ enum class Setup {
   kPlain,
   // Its blocks may have `shared_bytes` of dynamic shared memory.
   kShared,
-  // Its blocks leave room on their SM for those of a dispatch: an SM that is set up for little
-  // shared memory could not take one before it is idle.
+  // Its blocks leave room on their SM for a dispatch's. An SM that is set up for little shared
+  // memory could take none of those until it is idle.
   kBesideDispatch
 };
 
 // Loads `kernel` on the current device.
 int32_t load_kernel(const void* kernel, const char* what, Setup setup, int32_t shared_bytes = 0);
 
-// Kernels of a file that ep_load_kernels loads: a static object of each.
+// Kernels that ep_load_kernels loads: each file has a static object of this class.
 class Kernels {
  public:
   template <typename... Kernel>

@@ -63,9 +63,9 @@ __device__ inline void signal(const ep_peers& peers, Flag* flag, Flag value) {
 constexpr int kSpinsBetweenChecks = 256;
 constexpr uint64_t kLongWaitNs = 1000000000;
 
-// The rest of a wait that has lasted for kLongWaitNs since `start`: it is told to the host
-// (ep_progress), and told again, for another thread's wait for the same peer may have ended. Blocks
-// that wait for one another say nothing: one of them waits for somebody else.
+// The rest of a wait that has lasted for kLongWaitNs since `start`. The host is told of it
+// (ep_progress), again and again: another thread whose wait for the same peer ends clears the word.
+// Blocks that wait for one another tell nothing, for one of them waits for another rank, and tells.
 template <typename Flag, typename Arrived>
 __device__ inline bool wait_for_long(const ep_peers& peers, const Flag* flag,
                                      const Arrived& arrived, Flag* value, int32_t phase,
@@ -96,7 +96,8 @@ __device__ inline bool wait_for_long(const ep_peers& peers, const Flag* flag,
   }
 }
 
-// Spins until arrived(value of *flag); false after the timeout or a fault elsewhere.
+// Spins until arrived(*value), with *value what the flag holds. False after the timeout, or after a
+// fault elsewhere.
 template <typename Flag, typename Arrived>
 __device__ inline bool wait_flag(const ep_peers& peers, const Flag* flag, const Arrived& arrived,
                                  Flag* value, int32_t phase, int32_t peer, int64_t expected) {
@@ -124,7 +125,7 @@ __device__ inline bool wait_flag(const ep_peers& peers, const Flag* flag, const 
   }
 }
 
-// Epochs only grow; the difference is right across the wrap of 32 bits.
+// Waits for an epoch or a later one. The difference is right even where 32 bits wrap around.
 __device__ inline bool wait_epoch(const ep_peers& peers, const uint32_t* flag, int32_t epoch,
                                   int32_t phase, int32_t peer) {
   uint32_t seen;
@@ -136,13 +137,13 @@ __device__ inline bool wait_epoch(const ep_peers& peers, const uint32_t* flag, i
       &seen, phase, peer, epoch);
 }
 
-// The flag of a chunk of rows: which operation it belongs to, in 24 bits of epoch that are never
-// all zero (credits keep ranks within one of each other), and the tag of the call.
+// What the flag of a chunk of rows says: 24 bits of the epoch, never all zero, then the tag of the
+// call. Credits keep ranks within one epoch of each other, so 24 bits tell epochs apart.
 __device__ inline uint32_t chunk_stamp(int32_t epoch, int32_t tag) {
   return (static_cast<uint32_t>(epoch) % 0xffffffu + 1) << 8 | static_cast<uint32_t>(tag & 0xff);
 }
 
-// False, and a fault, where the peer's call of the same epoch is another one.
+// True when the peer made the same call in this epoch. Otherwise it is a fault.
 __device__ inline bool same_call(const ep_peers& peers, uint32_t expected, uint32_t seen,
                                  int32_t peer) {
   if (expected == seen) return true;
@@ -155,7 +156,8 @@ __device__ inline T* in_memory_of(const ep_peers& peers, int32_t rank, int64_t o
   return reinterpret_cast<T*>(peers.memory[rank] + offset);
 }
 
-// True when `peer` has read what the operation before this one sent it: its memory may be written.
+// Waits until `peer` has read what the operation before this one sent it. True: its memory may be
+// written.
 __device__ inline bool wait_credit(const ep_peers& peers, int64_t credit_offset, int32_t epoch,
                                    int32_t peer) {
   const uint32_t* const credit = in_memory_of<uint32_t>(peers, peers.rank, credit_offset) + peer;
@@ -167,7 +169,7 @@ __device__ inline int32_t region_of(int32_t source, int32_t owner, int32_t num_r
   return (source - owner - 1 + num_ranks) % num_ranks;
 }
 
-// True in all threads of the last of `num_blocks` blocks to come here; it then knows of everything
+// True in all threads of the last of `num_blocks` blocks to come here. That block sees everything
 // that the others did before. Leaves the counter zero.
 __device__ inline bool is_last_block(int32_t* counter, int32_t num_blocks) {
   __syncthreads();
@@ -182,7 +184,7 @@ __device__ inline bool is_last_block(int32_t* counter, int32_t num_blocks) {
 }
 
 // All threads of all `num_blocks` blocks wait here for one another; false on a fault. The blocks
-// are all on the GPU or on their way to it: see ep_plan_args. `count` is left for a later reset.
+// are all on the GPU or on their way to it: see ep_plan_args. The caller resets `count` afterwards.
 __device__ inline bool grid_barrier(const ep_peers& peers, uint32_t* count, int32_t num_blocks) {
   __syncthreads();
   bool fine = true;
@@ -199,9 +201,9 @@ __device__ inline bool grid_barrier(const ep_peers& peers, uint32_t* count, int3
   return __syncthreads_and(fine);
 }
 
-// Called by all of an operation's blocks: the last one tells every other rank that this one has
-// read what they sent, writes the record, and counts the operation. rows_to is [R]; a row has
-// row_bytes. True in the last block.
+// Called by all of an operation's blocks. The last one tells every rank that this one has read what
+// it sent, writes the record, and counts the operation. rows_to: [R] rows that were sent, of
+// row_bytes each. True in the last block.
 __device__ inline bool end_operation(const ep_peers& peers, int32_t* counter, int32_t num_blocks,
                                      int64_t credit_offset, const int32_t* rows_to,
                                      int32_t row_bytes) {

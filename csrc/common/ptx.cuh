@@ -9,7 +9,7 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// ---- Flags between GPUs -------------------------------------------------------------------------
+// ---- Flags between GPUs ------------------------------------------------------------------------
 
 __device__ inline uint32_t load_acquire_sys(const uint32_t* flag) {
   uint32_t value;
@@ -31,7 +31,7 @@ __device__ inline void store_release_sys(uint64_t* flag, uint64_t value) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
 }
 
-// Orders what other threads wrote (and this one learnt of by a barrier) before a later release.
+// Orders what other threads wrote before a later release of this one, which met them at a barrier.
 __device__ inline void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 __device__ inline uint64_t global_timer_ns() {
@@ -40,19 +40,21 @@ __device__ inline uint64_t global_timer_ns() {
   return now;
 }
 
-// ---- Kernels that follow one another ------------------------------------------------------------
+// ---- Kernels that follow one another -----------------------------------------------------------
 
-// The next kernel of the stream may start when all blocks have said this, if it was launched so.
+// When all blocks have said this, the next kernel of the stream may start, if it was launched to
+// start early.
 __device__ inline void let_next_kernel_start() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-// In a kernel that was launched so: until the one before it is complete, and what it wrote visible.
+// In a kernel that was launched to start early: waits until the one before it is complete and what
+// it wrote is visible.
 __device__ inline void wait_for_kernel_before() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// ---- Bulk copies between global and shared memory -----------------------------------------------
+// ---- Bulk copies between global and shared memory ----------------------------------------------
 //
 // Addresses and sizes are multiples of 16 bytes. They belong to the asynchronous proxy: ordinary
 // accesses of the same memory need the proxy fences below.
@@ -83,7 +85,8 @@ __device__ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
       : "memory");
 }
 
-// Waits for loads of this GPU's own memory, issued before: they end, so this needs no bound.
+// Waits for loads that were issued before. They are of this GPU's own memory and end, so this needs
+// no bound.
 __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t done = 0;
   do {
@@ -129,12 +132,12 @@ __device__ inline void bulk_wait_written() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- 16 bytes at a time -------------------------------------------------------------------------
+// ---- 16 bytes at a time ------------------------------------------------------------------------
 //
 // Addresses `shared` are those of shared_address().
 
-// Past L1, and so of memory too that other GPUs have written. Nothing is loaded, and *v means
-// nothing, where the condition is false.
+// Loads past L1, so it sees what other GPUs have written. Where the condition is false nothing is
+// loaded, and *v means nothing.
 __device__ inline void load_global_if(bool condition, uint4* v, const uint4* pointer) {
   asm volatile(
       "{\n"
@@ -159,16 +162,16 @@ __device__ inline uint32_t load_shared_u32(uint32_t shared) {
   return value;
 }
 
-// A store to global memory whose pointer does not say that it is one.
+// A store to global memory through a pointer that the compiler does not know to be global.
 __device__ inline void store_global(uint4* pointer, const uint4& v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
                : "memory");
 }
 
-// ---- Barriers of some warps of a block ----------------------------------------------------------
+// ---- Barriers of some warps of a block ---------------------------------------------------------
 
-// Number 0 is __syncthreads'. For whole warps, `threads` in all.
+// Waits for `threads` threads of whole warps. Number 0 is that of __syncthreads.
 __device__ inline void named_barrier(int32_t number, int32_t threads) {
   asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }

@@ -14,7 +14,7 @@ struct Ring {
   int32_t num_warps;
   int32_t num_stages;
   int32_t stage_bytes;
-  int32_t converted_bytes;  // one row as it is given out, where that is not as it came
+  int32_t converted_bytes;  // one row in the output's type, where that is another
 
   __host__ __device__ int32_t warp_bytes() const {
     return num_stages * stage_bytes + converted_bytes;
@@ -27,7 +27,7 @@ struct Ring {
   }
 };
 
-// One warp's part of the ring. Stage i is the one of the i-th row: rows take turns.
+// One warp's part of the ring. Rows take turns: stage i is that of the warp's i-th row.
 struct Stages {
   uint8_t* memory;
   uint64_t* barriers;
@@ -50,7 +50,7 @@ struct Stages {
 
   // ---- One thread: filling stage i ----
 
-  // Says how many bytes will be loaded; before the loads.
+  // Announces how many bytes will be loaded. Called before the loads.
   __device__ void expect(int32_t i, int32_t bytes) const { ptx::barrier_expect(barrier(i), bytes); }
   __device__ void load(int32_t i, int32_t offset, const void* from, int32_t bytes) const {
     ptx::bulk_load(stage(i) + offset, from, bytes, barrier(i));
@@ -58,22 +58,22 @@ struct Stages {
 
   // ---- All threads of the warp ----
 
-  // Until stage i is full.
+  // Waits until stage i is full.
   __device__ void wait(int32_t i) const { ptx::barrier_wait(barrier(i), i / num_stages & 1); }
 
-  // Until all stores but those of the newest group have read their stages: these may be filled
-  // again.
+  // Waits until all stores but those of the newest group have read their stages, which may then be
+  // filled again.
   __device__ void wait_for_room() const {
     ptx::bulk_wait_read<1>();
     __syncwarp();
   }
 
-  // Before ordinary writes to converted(): the row before may still be read from there.
+  // Called before ordinary writes to converted(): stores may still read the row before from there.
   __device__ void begin_conversion() const {
     ptx::bulk_wait_read<0>();
     __syncwarp();
   }
-  // After them, before bulk stores of the row.
+  // Called after them, before bulk stores of the row.
   __device__ void end_conversion() const {
     ptx::fence_proxy_async_shared();
     __syncwarp();
@@ -90,16 +90,16 @@ __device__ inline void store_bulk(void* to, const void* shared, int32_t bytes) {
 // Ends the thread's open group, which may be empty.
 __device__ inline void end_group() { ptx::bulk_commit(); }
 
-// Until all groups of the calling thread but the newest kPending have been written, wherever they
-// went: their flag may be raised, by this thread.
+// Waits until all groups of the calling thread but the newest kPending have been written, wherever
+// they went. Then this thread may raise their flag.
 template <int kPending>
 __device__ inline void wait_until_written() {
   ptx::bulk_wait_written<kPending>();
 }
 
-// Between the acquire of a flag and bulk copies, by the thread that acquired and issues them: loads
-// of what the peer wrote, or stores over what it has read. Also behind an earlier kernel's ordinary
-// stores.
+// Called between the acquire of a flag and bulk copies, by the thread that does both. The copies
+// are loads of what the peer wrote, or stores over what it has read. Also called behind an earlier
+// kernel's ordinary stores.
 __device__ inline void fence_for_bulk() { ptx::fence_proxy_async_global(); }
 
 }  // namespace ep

@@ -1,4 +1,5 @@
-// A warp's size, its mask, the place of a thread in it, and sums over its lanes; whole divisions.
+// A warp's size, its mask, the place of a thread in it, and sums over its lanes. Divisions that
+// round up.
 #pragma once
 
 #include <cstdint>

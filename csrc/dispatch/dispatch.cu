@@ -15,7 +15,7 @@ using namespace ep::dispatch;
 
 constexpr int kMaxWarps = 8;
 constexpr int kMaxStages = 16;
-// Blocks of a plan's second kernel find room beside it; more than this brings nothing.
+// It leaves room for a block of a plan's second kernel. More brings nothing.
 constexpr int kMaxShared = 184 * 1024;
 
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize)

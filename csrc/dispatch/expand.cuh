@@ -16,14 +16,14 @@ struct ScalePlace {
   int64_t step = 0;
 };
 
-// Of output row `row` of local expert e.
+// Where the scales of output row `row` stand, a row of local expert e.
 __device__ inline ScalePlace place_of_scales(const ep_dispatch_args& args, int32_t e, int32_t row) {
   const int32_t begin = args.routing.expert_first_row[e];
   const int32_t end = args.routing.expert_first_row[e + 1];
   return {static_cast<int64_t>(begin) * (args.scale_bytes / 4) + (row - begin), end - begin};
 }
 
-// Entry k of an output row's local experts.
+// Writes entry k of an output row's local experts.
 __device__ inline void write_expert(const ep_dispatch_args& args, int32_t row, int32_t k,
                                     int32_t expert) {
   const int64_t place = static_cast<int64_t>(row) * args.routing.num_topk + k;
@@ -34,7 +34,7 @@ __device__ inline void write_expert(const ep_dispatch_args& args, int32_t row, i
   }
 }
 
-// One row of zeros, with probability 0 and no expert.
+// Writes a row of zeros, with probability 0 and no expert.
 __device__ inline void write_zero_row(const ep_dispatch_args& args, int32_t row) {
   const int32_t lane = lane_id(), row_bytes = out_row_bytes(args);
   auto* const out = reinterpret_cast<uint4*>(args.recv_x + static_cast<int64_t>(row) * row_bytes);
@@ -47,8 +47,8 @@ __device__ inline void write_zero_row(const ep_dispatch_args& args, int32_t row)
   }
 }
 
-// Rows between the end of an expert's group and the next group, and those behind all groups where
-// the output has more: zeros, with scale 1.
+// Writes zeros with scale 1 into the rows between an expert's group and the next, and into those
+// behind all groups.
 __device__ inline void write_padding(const ep_dispatch_args& args, int32_t warp,
                                      int32_t num_warps) {
   const int32_t lane = lane_id(), num_scales = args.scale_bytes / 4;
@@ -75,8 +75,8 @@ __device__ inline void write_padding(const ep_dispatch_args& args, int32_t warp,
   }
 }
 
-// Keeps what the plan found in the routing's own memory, which is as large as what came: the next
-// plan writes over the plan's. Nothing of this kernel reads the copy.
+// Copies the entries to the routing's own memory, which is as large as what came: the next plan
+// writes over where this one left them. Nothing in this kernel reads the copy.
 __device__ inline void copy_entries(const ep_dispatch_args& args, int32_t warp, int32_t num_warps) {
   const auto* const __restrict__ from = reinterpret_cast<const uint4*>(args.planned_entries);
   auto* const __restrict__ to = reinterpret_cast<uint4*>(args.routing.entries);
@@ -87,7 +87,8 @@ __device__ inline void copy_entries(const ep_dispatch_args& args, int32_t warp, 
   for (int64_t i = warp * kWarpSize + lane_id(); i < num_vectors; i += step) to[i] = from[i];
 }
 
-// The row in `stage` times its scales, into shared memory: one product and one rounding an element.
+// Writes the row in `stage` times its scales to `out`, in shared memory: one product and one
+// rounding an element.
 template <typename Out>
 __device__ inline void convert(const ep_dispatch_args& args, const uint8_t* stage, Out* out) {
   constexpr int kElements = kPerVector<Out>;
@@ -297,8 +298,8 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
                               int32_t warp, int32_t num_warps) {
   ptx::wait_for_kernel_before();  // is_behind_plan: the plan's second one
   fence_for_bulk();               // output rows are read by bulk loads
-  // After a fault in the plan there are no indices: with a given number of rows nobody stopped
-  // this.
+  // After a fault in the plan there are no entries. The host launches this without having waited
+  // for the plan, where the caller gave the number of rows.
   if (__any_sync(kFullWarp, aborted(args.peers))) return;
   const bool copies = args.is_planned && args.planned_entries != nullptr;
   if (copies) copy_entries(args, warp, num_warps);

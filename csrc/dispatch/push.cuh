@@ -1,7 +1,7 @@
 // Pushing: a warp takes this rank's tokens in chunks, stores each row into a slot at every other
 // rank it goes to, and flags each chunk there once its rows have landed. Lane l issues the stores
 // to rank (own + 1 + l): destinations rotate, and each lane can wait for its own stores and raise
-// its own flags. It waits for nothing but the ranks' having read what the last dispatch sent them.
+// its own flags. It waits for credits alone.
 #pragma once
 
 #include "dispatch/slots.cuh"

@@ -36,7 +36,7 @@ __device__ inline int32_t flag_first(uint64_t flag) {
 }
 __device__ inline int32_t flag_count(uint64_t flag) { return static_cast<int32_t>(flag) & 0x3f; }
 
-// Lane 0: start to load token t of the input as a slot; `extra` bytes more are announced.
+// Lane 0 starts to load token t of the input as a slot, and announces `extra` bytes more.
 __device__ inline void load_own_token(const ep_dispatch_args& args, const Stages& stages, int32_t i,
                                       int32_t t, int32_t extra) {
   stages.expect(i, slot_bytes(args) + extra);

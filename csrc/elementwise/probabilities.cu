@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const ep_probabilities
   }
 }
 
-// A thread for each expert of a token: everything is written once, and nothing is cleared before.
+// A thread for each expert of a token: everything is written once, and needs no clearing before.
 __global__ void __launch_bounds__(kThreads) scatter_kernel(const ep_probabilities_args args) {
   const int64_t count = args.num_tokens * args.num_experts, stride = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count; i += stride) {

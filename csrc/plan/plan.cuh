@@ -11,12 +11,13 @@ using layout::kThreads;
 
 constexpr int kMaxPlanBlocks = 64;
 constexpr int kHeaderInts = 16;         // rows sent, tokens, fields that must agree
-constexpr int kMaxGroupWords = 4096;    // (chunk, expert) pairs that a block looks at at a time
+constexpr int kMaxGroupWords = 4096;    // (chunk, expert) pairs in a block's shared memory
 constexpr int kMaxLocalExperts = 1024;  // as many as a mailbox has room for
 
 enum Counter { kSendBarrier, kSendEnd, kReceiveBarrier, kReceiveEnd };
 
-// Received rows in chunks of 32; each block owns a contiguous run of the chunks that came.
+// Received rows are cut into chunks of 32. Each block owns a contiguous run of the chunks that
+// came.
 struct Receive {
   int32_t* expert_count;  // [blocks, E_local]
   uint32_t* chunk_rows;   // [max_chunks, E_local] bit t: row t of the chunk goes to the expert

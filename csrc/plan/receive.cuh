@@ -1,8 +1,10 @@
-// The second kernel of a plan: waits for the flags and copies the routing out of the staging
-// memory, which the next plan overwrites; counts the rows of each expert, tells the host, and says
-// where every row stands in the output. It is the layout again, each local expert taken for a rank:
-// the slot of a received row is its place in the expert's group. How many rows came is known before
-// the first is looked at: only these are.
+// The second kernel of a plan. It waits for the flags and copies the routing out of the staging
+// memory, which the next plan overwrites. It counts the rows of each expert, tells the host, and
+// says where every row stands in the output.
+//
+// It is the layout again, with each local expert taken for a rank: the slot of a received row is
+// its place in the expert's group. The headers say how many rows came, so no other rows are looked
+// at.
 #pragma once
 
 #include "common/warp.cuh"
@@ -11,8 +13,8 @@
 
 namespace ep::plan {
 
-// Thread `source`: waits for that rank's routing and reads its header. A rank with more tokens than
-// there is room for sends none, and all hear how many it asked for; 0 rows after a fault.
+// Thread `source` waits for that rank's routing and reads its header. A rank with more tokens than
+// there is room for sends none, and all hear how many it asked for. After a fault there are 0 rows.
 __device__ inline void wait_for_header(const ep_plan_args& args, int32_t source, int32_t epoch,
                                        int32_t* num_rows, int32_t* asked_tokens) {
   const ep_peers& peers = args.peers;
@@ -61,14 +63,14 @@ __device__ inline int32_t prefix_of_groups(const int32_t* size, int32_t num_grou
   return total;
 }
 
-// The last source whose rows begin at n or before: it has received row n.
+// Returns the source of received row n: the last one whose rows begin at n or before.
 __device__ inline int32_t source_of(int32_t n, const int32_t* first_of_source, int32_t num_ranks) {
   int32_t source = 0;
   while (source + 1 < num_ranks && first_of_source[source + 1] <= n) ++source;
   return source;
 }
 
-// Where each expert's group ends up in an output of `capacity` rows. One block.
+// One block says where each expert's group stands in an output of `capacity` rows.
 __device__ inline void publish_groups(const ep_plan_args& args, const int32_t* expert_tokens,
                                       const int32_t* first_row, int32_t end) {
   const int32_t num_local_experts = args.num_experts / args.peers.num_ranks;
@@ -87,8 +89,8 @@ __device__ inline void publish_groups(const ep_plan_args& args, const int32_t* e
   if (threadIdx.x == 0) args.routing.expert_first_row[num_local_experts] = min(end, capacity);
 }
 
-// One thread: what a host that does not wait has to hear of, if there is something. The first
-// notice stays until the host has taken it.
+// One thread leaves a notice for a host that does not wait, if something is wrong. The first notice
+// stays until the host has taken it.
 __device__ inline void leave_notice(const ep_plan_args& args, const int32_t* sent_error,
                                     const int32_t* asked_tokens, int32_t end) {
   volatile ep_notice* const notice = args.notice;
@@ -108,7 +110,7 @@ __device__ inline void leave_notice(const ep_plan_args& args, const int32_t* sen
                                                   : EP_NOTICE_OVERFLOW;
 }
 
-// The counts that the host waits for; the ticket last. One block.
+// One block writes the counts that the host waits for, the ticket last.
 __device__ inline void fill_mailbox(const ep_plan_args& args, const int32_t* sent_error,
                                     const int32_t* num_rows, const int32_t* asked_tokens) {
   if (threadIdx.x < EP_MAX_PEERS) {
@@ -180,8 +182,8 @@ __device__ inline void leave_counts(const Receive& receive, int32_t num_experts,
   }
 }
 
-// Behind the barrier: each expert's rows in the blocks before this one, into `next_row`, and in
-// all, into `tokens`.
+// Called behind the barrier. Adds each expert's rows in the blocks before this one to `next_row`,
+// and its rows in all blocks to `tokens`.
 __device__ inline void add_up_blocks(const Receive& receive, int32_t num_experts, int32_t* next_row,
                                      int32_t* tokens) {
   const int32_t num_columns = min(num_experts, kThreads);
@@ -200,8 +202,8 @@ __device__ inline void add_up_blocks(const Receive& receive, int32_t num_experts
   }
 }
 
-// Output rows of a group: in `chunk_first_row` the first one of each chunk and expert, in `mask`
-// which rows of the chunk follow one another from there.
+// Finds the output rows of a group: `chunk_first_row` gets the first one of each chunk and expert,
+// `mask` which of the chunk's rows take the places from there on.
 __device__ inline void place_rows(const Receive& receive, const Chunks& group, int32_t num_experts,
                                   int32_t* next_row, uint32_t* mask, int32_t* chunk_first_row) {
   for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) {

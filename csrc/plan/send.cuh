@@ -1,6 +1,6 @@
-// The first kernel of a plan: finds which token goes where, and into which slot
-// (routing/slots.cuh); writes each token's local experts into the memory of the ranks it goes to,
-// then a header with the counts, then a flag.
+// The first kernel of a plan. It finds which token goes where, and into which slot
+// (routing/slots.cuh). It writes each token's local experts into the memory of the ranks it goes
+// to, then a header with the counts, then a flag.
 #pragma once
 
 #include "plan/plan.cuh"

@@ -7,10 +7,10 @@
 
 namespace ep {
 
-// What an entry says, in the order in which it stands there; K4 numbers each.
+// The parts of an entry in their order. Each has K4 numbers.
 enum EntryPart { kRowOfK, kLocalExperts, kRowsAscending, kEntryParts };
 
-// Index among a routing's entries of what that of received row n says.
+// Returns the index, in the routing's entries, of a part of received row n's entry.
 __device__ inline int64_t place_in_entries(const ep_routing& routing, int32_t n, EntryPart part) {
   const int32_t entry = min(n, routing.last_entry);
   return (static_cast<int64_t>(entry) * kEntryParts + part) * routing.num_topk4;

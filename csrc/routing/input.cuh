@@ -100,7 +100,8 @@ struct TopkInput {
 struct RoutingMapInput {
   const uint8_t* routing_map;  // [T, E]
 
-  // One warp a token: 32 neighbouring experts a load, the ballot says each hit's place in the row.
+  // A warp takes a token: 32 neighbouring experts a load. The ballot says each hit's place in the
+  // row.
   __device__ void load(const Shape& shape, int32_t chunk, int32_t* experts,
                        unsigned long long* first_error) const {
     const int32_t lane = lane_id();

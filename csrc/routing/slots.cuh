@@ -122,7 +122,8 @@ __device__ inline void count_tokens(const Input& input, const Shape& shape,
     }
   }
 
-  // Each thread reads the rank counts that it added up itself; the rest the last barrier covers.
+  // Each thread reads the rank counts that it added up itself. The last barrier covers everything
+  // else.
   for (int32_t r = threadIdx.x; r < shape.num_ranks; r += kThreads) {
     workspace.rank_count[block * shape.num_ranks + r] = rank_count[r];
   }
@@ -140,7 +141,8 @@ __device__ inline void count_tokens(const Input& input, const Shape& shape,
 // Adds rows [0, num_rows) of rank_count [B, R] to `sum` [R] in shared memory.
 __device__ inline void add_rank_counts(const Shape& shape, const int32_t* rank_count,
                                        int32_t num_rows, int32_t* sum) {
-  // As many rows at a time as the threads cover, so that few ranks do not mean few loads in flight.
+  // The threads cover as many rows at a time as they can: few ranks need not mean few loads in
+  // flight.
   const int32_t num_columns = min(shape.num_ranks, kThreads);
   const int32_t rows_at_a_time = kThreads / num_columns;
   const int32_t first_row = threadIdx.x / num_columns;
@@ -201,8 +203,8 @@ __device__ inline void pick_first_error(const Shape& shape, const int4* first_er
   }
 }
 
-// Slots of the block's tokens, and in the last block's all tokens of each rank.
-// is_token_in_rank may be NULL.
+// Writes the slots of the block's tokens. The last block also writes the number of tokens of each
+// rank. is_token_in_rank may be NULL.
 __device__ inline void place_tokens(const Shape& shape, const Workspace& workspace,
                                     int32_t* num_tokens_per_rank, uint8_t* is_token_in_rank,
                                     int32_t* send_slot) {

@@ -86,7 +86,7 @@ EP_API int64_t ep_layout_workspace_bytes(int64_t num_tokens, int32_t num_experts
  * error[3] is clamped to int32. */
 EP_API int32_t ep_layout(const ep_layout_args* args, void* stream);
 
-/* ---- Peers: the ranks of one host, connected by NVLink --------------------------------------- */
+/* ---- Peers: the ranks of one host, connected by NVLink -------------------------------------- */
 
 #define EP_MAX_PEERS 8
 
@@ -140,7 +140,6 @@ typedef struct ep_progress {
 
 /* What an operation did, written at its end; device memory. Times are of %globaltimer. */
 typedef struct ep_record {
-  int64_t epoch; /* number of the operation among those of its kind, from 1 */
   int64_t begin_ns;
   int64_t end_ns;
   int64_t longest_wait_ns[EP_MAX_PEERS]; /* for each rank, of any thread of the operation */
@@ -170,7 +169,7 @@ typedef struct ep_peers {
  * is loaded while another one spins would wait for it for ever. */
 EP_API int32_t ep_load_kernels(void);
 
-/* ---- Memory of a buffer ---------------------------------------------------------------------- */
+/* ---- Memory of a buffer --------------------------------------------------------------------- */
 
 /* Rows of the shortest chunk, which sets how many flags there is room for. */
 #define EP_MIN_CHUNK_TOKENS 4
@@ -206,7 +205,7 @@ typedef struct ep_buffer_offsets {
 /* Fills `offsets`. Host code alone: needs no GPU. */
 EP_API int32_t ep_buffer_layout(const ep_buffer_layout_args* args, ep_buffer_offsets* offsets);
 
-/* ---- Plan: the routing of a dispatch reaches the ranks that it concerns ---------------------- */
+/* ---- Plan: the routing of a dispatch reaches the ranks that it concerns --------------------- */
 
 /* Counts that the host needs to allocate the outputs, in host memory that the device sees. */
 typedef struct ep_mailbox {
@@ -301,7 +300,7 @@ EP_API int32_t ep_stream_wait(void* waiting, void* other, void* event);
 EP_API int32_t ep_mailbox_wait(const ep_mailbox* mailbox, const ep_fault* fault, int32_t ticket,
                                int64_t timeout_ns, void* stream);
 
-/* ---- FP8 ------------------------------------------------------------------------------------- */
+/* ---- FP8 ------------------------------------------------------------------------------------ */
 
 /* Quantises rows [T, H] to E4M3 in blocks of 128 with power-of-two scales; see ep_comm/fp8.py. */
 typedef struct ep_quantize_args {
@@ -314,7 +313,7 @@ typedef struct ep_quantize_args {
 
 EP_API int32_t ep_quantize(const ep_quantize_args* args, void* stream);
 
-/* ---- Probabilities: those of a token's selected experts out of those of all ------------------ */
+/* ---- Probabilities: those of a token's selected experts out of those of all ----------------- */
 
 /* Distinct experts in a row of topk_idx, or -1 where dropped. */
 typedef struct ep_probabilities_args {
@@ -331,7 +330,7 @@ EP_API int32_t ep_select_probabilities(const ep_probabilities_args* args, void* 
 /* The gradient of the other one. */
 EP_API int32_t ep_scatter_probabilities(const ep_probabilities_args* args, void* stream);
 
-/* ---- Dispatch -------------------------------------------------------------------------------- */
+/* ---- Dispatch ------------------------------------------------------------------------------- */
 
 enum {
   EP_RECV_BYTES = 0, /* rows, and scales where there are any, as they were sent */
@@ -380,7 +379,7 @@ typedef struct ep_dispatch_args {
 /* Pushes this rank's rows into the others' memory, and moves arrived rows to where they belong. */
 EP_API int32_t ep_dispatch(const ep_dispatch_args* args, void* stream);
 
-/* ---- Combine --------------------------------------------------------------------------------- */
+/* ---- Combine -------------------------------------------------------------------------------- */
 
 enum { EP_BF16 = 0, EP_FP32 = 1 };
 
@@ -413,7 +412,7 @@ typedef struct ep_combine_args {
 /* Sums rows back to the ranks that own their tokens. */
 EP_API int32_t ep_combine(const ep_combine_args* args, void* stream);
 
-/* ---- Probe: what the links carry ------------------------------------------------------------- */
+/* ---- Probe: what the links carry ------------------------------------------------------------ */
 
 #define EP_PROBE_ROW_BYTES 14336
 
