@@ -25,7 +25,7 @@ from example_runs import (  # noqa: E402
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
 
 from ep_comm.job.exits import UserError  # noqa: E402
-from ep_comm.megatron.options import EPOptions
+from ep_comm.megatron.options import EPOptions  # noqa: E402
 from ep_comm.pretrain.flags import parse_args  # noqa: E402
 from ep_comm.pretrain.variants import FP8_EXPERTS  # noqa: E402
 
@@ -208,7 +208,7 @@ def test_bad_data_and_folders(tmp_path):
         "--data-path empty.txt": ["empty.txt", "is empty"],
         "--data-path nothing-*.txt": ["nothing-*.txt", "no such file"],
         "--data-path short.txt": ["6 of 6 tokens", "seq_length + 1 = 65", "--seq-length"],
-        "--data-path one.txt --split 95,4": [
+        "--data-path one.txt --split 10,1": [
             "1 of 11 pieces",
             "61 of 701 tokens",
             "--eval-iters 0",
@@ -236,8 +236,7 @@ def test_bad_data_and_folders(tmp_path):
         from ep_comm.megatron import cpu
         cpu.enable()
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        from ep_comm.megatron.options import EPOptions
-from ep_comm.pretrain.flags import parse_args
+        from ep_comm.pretrain.flags import parse_args
         from ep_comm.job.exits import UserError
         from ep_comm.pretrain.loop import pretrain
         for line in sys.stdin:
@@ -271,8 +270,7 @@ def test_wandb_is_not_installed(tmp_path):
         sys.modules["wandb"] = None  # what cannot be imported
         import torch.distributed as dist
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        from ep_comm.megatron.options import EPOptions
-from ep_comm.pretrain.flags import parse_args
+        from ep_comm.pretrain.flags import parse_args
         from ep_comm.pretrain.log import check_wandb
         check_wandb(parse_args(sys.argv[1:]))
         check_wandb(parse_args([*sys.argv[1:], "--wandb-project", "p"]))
