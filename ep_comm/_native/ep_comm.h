@@ -140,6 +140,7 @@ typedef struct ep_progress {
 
 /* What an operation did, written at its end; device memory. Times are of %globaltimer. */
 typedef struct ep_record {
+  int64_t epoch; /* number of the operation among those of its kind, from 1 */
   int64_t begin_ns;
   int64_t end_ns;
   int64_t longest_wait_ns[EP_MAX_PEERS]; /* for each rank, of any thread of the operation */
