@@ -59,7 +59,7 @@ def backend_choice(num_gpus: int) -> str:
         return "reference, over gloo: there is no GPU"
     if not dist.is_nccl_available():
         return "reference, over gloo: this torch has no NCCL"
-    num_ranks = min(num_gpus, header.EP_MAX_NODE_RANKS)
+    num_ranks = min(num_gpus, header.EP_MAX_PEERS)
     sizes = EPConfig(num_experts=num_ranks, hidden=1024, max_tokens_per_rank=1, num_topk=1)
     reason = nvlink_support.reason_here(num_ranks, sizes)
     if reason is not None:
