@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("megatron.core")
 pytest.importorskip("pydantic")
+pytest.importorskip("setuptools", minversion="77")
 
 from example_runs import ROOT, environment  # noqa: E402
 

@@ -18,6 +18,7 @@ pytest.importorskip("megatron.core")
 pytest.importorskip("pydantic")
 
 from example_runs import (  # noqa: E402
+    CONFIGS,
     SMALL,
     TINY,
     assert_refused,
@@ -76,6 +77,18 @@ def test_ep_comm_matches_alltoall(tiny_runs):
     ours, theirs = losses(tiny_runs("ep_comm")), losses(tiny_runs("alltoall"))
     assert largest_difference(ours, theirs, steps=10) <= 1e-6
     assert largest_difference(ours, theirs, steps=60) <= 1e-4
+
+
+@pytest.mark.e2e
+def test_top4_shows_the_order_of_the_sum(tmp_path):
+    flags = ["--config", CONFIGS / "tiny-cpu-top4.yaml", "--train-iters", "4", "--eval-iters", "0"]
+    flags += ["--lr-decay-iters", "60"]
+    ours, theirs = (
+        train(tmp_path / name, *flags, "--moe-token-dispatcher", name)
+        for name in ("ep_comm", "alltoall")
+    )
+    assert ours != theirs
+    assert largest_difference(ours, theirs, steps=4) <= 1e-6
 
 
 def test_fp8_dispatch_ends_within_one_percent(tiny_runs):
