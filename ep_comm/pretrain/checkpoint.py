@@ -115,8 +115,10 @@ def save(
     Raises:
         UserError: Its folder cannot be written. The checkpoint before it is as it was.
     """
+    root = config.save
+    assert root is not None  # the caller asks whether to save
     gather_parameters(trainee)
-    folder = config.save / f"iter_{iteration:07d}"
+    folder = root / f"iter_{iteration:07d}"
     temporary = folder.with_suffix(".tmp")
 
     def make_folder() -> None:
@@ -126,11 +128,11 @@ def save(
 
     def name_it() -> None:
         temporary.rename(folder)
-        latest = config.save / (LATEST + ".tmp")
+        latest = root / (LATEST + ".tmp")
         latest.write_text(f"{iteration}\n")
-        os.replace(latest, config.save / LATEST)
+        os.replace(latest, root / LATEST)
         if config.keep_checkpoints is not None:
-            _delete_old(config.save, latest=iteration, keep=config.keep_checkpoints)
+            _delete_old(root, latest=iteration, keep=config.keep_checkpoints)
 
     _write(config, make_folder)
     state = {

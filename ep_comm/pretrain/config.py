@@ -230,10 +230,15 @@ _NEEDS = (
 _NEED_EP_COMM = [each.key for each in OPTIONS if each.value_type is bool]
 
 
-GROUPS = (Model, MixtureOfExperts, Dispatch, EPKeys, Training, Data, Output)
-
-
-class PretrainConfig(*GROUPS):  # type: ignore[misc]  # one group is made of EPOptions at run time
+class PretrainConfig(
+    Model,
+    MixtureOfExperts,
+    Dispatch,
+    EPKeys,  # type: ignore[misc, valid-type]  # made at run time
+    Training,
+    Data,
+    Output,
+):
     """Everything that `ep_comm.pretrain` can be told."""
 
     @model_validator(mode="after")
@@ -313,6 +318,12 @@ class PretrainConfig(*GROUPS):  # type: ignore[misc]  # one group is made of EPO
         return EPOptions(**values)
 
     @property
+    def log_dir(self) -> Path:
+        """Folder of the logs: `run_dir`, which `parse_args` fills in where it was not given."""
+        assert self.run_dir is not None
+        return self.run_dir
+
+    @property
     def decay_iters(self) -> int:
         """Steps until the learning rate has reached its minimum."""
         return self.lr_decay_iters or self.train_iters
@@ -336,3 +347,6 @@ class PretrainConfig(*GROUPS):  # type: ignore[misc]  # one group is made of EPO
                 f"micro_batch_size {self.micro_batch_size} x {world_size} processes = {samples}"
             )
         return self.global_batch_size // samples
+
+
+GROUPS: tuple[type[BaseModel], ...] = PretrainConfig.__bases__  # in the order of the help

@@ -45,7 +45,7 @@ class RunLog:
         self, config: PretrainConfig, versions: dict[str, str], *, first_iteration: int
     ) -> None:
         self._config = config
-        on_rank_0(lambda: _make_run_dir(config.run_dir))
+        on_rank_0(lambda: _make_run_dir(config.log_dir))
         start = {
             "type": "start",
             "iteration": first_iteration,
@@ -60,7 +60,7 @@ class RunLog:
             start["wandb_run_id"] = on_rank_0(lambda: _wandb_run_id(earlier))
         self._file = self._screen = self._wandb = None
         if dist.get_rank() == 0:
-            self._file = _open_log(config.run_dir / LOG_FILE)
+            self._file = _open_log(config.log_dir / LOG_FILE)
             self._screen = _Screen(config, first_iteration)
             self._write(start)
         if config.wandb_project and _is_last_rank():
@@ -95,7 +95,7 @@ class RunLog:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        self.message(f"log: {self._config.run_dir / LOG_FILE}")
+        self.message(f"log: {self._config.log_dir / LOG_FILE}")
         if self._screen:
             self._screen.close()
         if self._file:
@@ -138,12 +138,12 @@ def _check_wandb(config: PretrainConfig) -> None:
 
 
 def _wandb_dir(config: PretrainConfig) -> Path:
-    return config.wandb_save_dir or config.run_dir
+    return config.wandb_save_dir or config.log_dir
 
 
 def _earlier_records(config: PretrainConfig, first_iteration: int) -> list[dict[str, Any]]:
     """What the log tells of the run that is resumed after `first_iteration`."""
-    log = config.run_dir / LOG_FILE
+    log = config.log_dir / LOG_FILE
     if first_iteration == 0 or not log.exists():
         return []
     return [record for record in read_log(log) if record["iteration"] <= first_iteration]
@@ -256,7 +256,7 @@ class _WandB:
         def init(mode: Literal["offline"] | None) -> Any:
             return wandb.init(
                 project=config.wandb_project,
-                name=config.wandb_exp_name or config.run_dir.name,
+                name=config.wandb_exp_name or config.log_dir.name,
                 entity=config.wandb_entity,
                 id=start["wandb_run_id"],
                 resume="allow",
