@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -62,13 +63,17 @@ def test_documents_come_back(tmp_path):
     assert end == VOCAB_SIZE - 1
     pair = IndexedDataset(str(prefix))
     assert pair[0].dtype == np.uint16
-    assert all((document == end).tolist().index(True) == document.size - 1 for document in pair)
-    texts = [tokenizer.decode(document[:-1], skip_special_tokens=False) for document in pair]
+    documents = [  # of one or more sequences each: there are few of them
+        np.concatenate(pair[first:behind]) for first, behind in pairwise(pair.document_indices)
+    ]
+    assert len(pair) > len(documents)
+    assert all((tokens == end).tolist().index(True) == tokens.size - 1 for tokens in documents)
+    texts = [tokenizer.decode(tokens[:-1], skip_special_tokens=False) for tokens in documents]
     assert set(texts) >= set(ENTRIES)
     words = f"{stdlib_text()} {' '.join(ENTRIES)}".split()
     assert sorted("\n".join(texts).split()) == sorted(words)
     assert texts[-2:] != ENTRIES  # they are stored in another order
-    tokens = sum(document.size for document in pair)
+    tokens = sum(document.size for document in documents)
     size = sum(len(text.encode()) for text in texts)
     assert f"{tokens:,} tokens of {VOCAB_SIZE} different ones, {len(texts):,} doc" in result.stdout
     assert f"{size / tokens:.2f} bytes per token" in result.stdout
