@@ -12,12 +12,12 @@ the contract, ``lint-imports`` checks it)::
     pretrain   the training application of examples/pretrain_moe.py
     megatron   the dispatcher for Megatron-Core, and the launcher
     buffer     the public calls
-    ops        torch ops with autograd
+    ops        torch ops with autograd; low_latency, the public calls for decoding
     handle     where the rows of a dispatch went, for its combine and its backward
     session    a buffer's backend, its usable state, one operation at a time
     backends   reference (torch.distributed) and nvlink (our kernels)
     checks     of what callers pass
-    routing    who is sent what; fp8, the format of the wire
+    routing    who is sent what; fp8 and fp8_low_latency, the formats of the wire
     job, telemetry, topology, tracing, config
     events, errors, version, _native
 """
@@ -37,6 +37,11 @@ from ep_comm.errors import (
 )
 from ep_comm.events import EventOverlap
 from ep_comm.handle import CombineOutput, DispatchHandle, DispatchOutput
+from ep_comm.low_latency.handle import (
+    LowLatencyCombineOutput,
+    LowLatencyDispatchOutput,
+    LowLatencyHandle,
+)
 from ep_comm.version import __version__
 
 __all__ = [
@@ -55,5 +60,8 @@ __all__ = [
     "EPTooManyTokensError",
     "EPUnsupportedError",
     "EventOverlap",
+    "LowLatencyCombineOutput",
+    "LowLatencyDispatchOutput",
+    "LowLatencyHandle",
     "__version__",
 ]

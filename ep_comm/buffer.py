@@ -17,6 +17,7 @@ from ep_comm.errors import EPArgumentError, EPStateError
 from ep_comm.events import EventOverlap
 from ep_comm.fp8 import FP8_DTYPE, Payload
 from ep_comm.handle import CombineOutput, DispatchHandle, DispatchOutput, checked_handle
+from ep_comm.low_latency.calls import LowLatencyCalls
 from ep_comm.routing.layout import checked_source
 from ep_comm.routing.probabilities import select_probabilities
 from ep_comm.routing.types import RowLayout
@@ -26,7 +27,7 @@ from ep_comm.telemetry.watch import watch
 from ep_comm.tracing import plain_tensor, unseen, untraced
 
 
-class Buffer:
+class Buffer(LowLatencyCalls):
     """Expert-parallel communication of one process group.
 
     Names and meaning follow DeepEP's ``Buffer`` wherever the same thing exists. The constructor,
@@ -410,15 +411,7 @@ class Buffer:
             raise EPArgumentError("pass exactly one of topk_idx, routing_map and handle")
         map_topk = config.num_topk if topk_idx is None else None
         source, num_topk = checked_source(topk_idx, routing_map, map_topk, config.num_experts)
-        if source.device != x.device:
-            raise EPArgumentError(f"the routing is on {source.device}, x on {x.device}")
-        if source.shape[0] != x.shape[0]:
-            raise EPArgumentError(f"the routing has {source.shape[0]} tokens, x has {x.shape[0]}")
-        if num_topk > config.num_topk:
-            raise EPArgumentError(
-                f"topk_idx has {num_topk} entries a token, the buffer was made for "
-                f"num_topk {config.num_topk}"
-            )
+        checks.check_topk(source, num_topk, x, config)
         return PlanRequest(
             source=source,
             num_topk=num_topk,

@@ -42,10 +42,68 @@ def check_rows(name: str, x: Tensor, num_rows: int | None, hidden: int) -> None:
         raise EPArgumentError(f"{name} must be [{rows}, {hidden}], got {list(shape)}")
     if not x.is_contiguous():
         raise EPArgumentError(f"{name} must be contiguous, got strides {list(x.stride())}")
+    check_address(name, x)
+
+
+def check_address(name: str, x: Tensor) -> None:
+    """Kernels read and write `x` in words of 16 bytes."""
     if x.is_cuda and x.data_ptr() % 16:
         raise EPArgumentError(
             f"{name} starts at an address that is no multiple of 16 bytes: pass a copy of the slice"
         )
+
+
+def checked_tensor(
+    name: str,
+    value: object,
+    shape: tuple[int | None, ...],
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> Tensor:
+    """A contiguous tensor of that shape, where None is any size, and on that device if given."""
+    tensor = plain_tensor(name, value)
+    if tensor.dtype != dtype:
+        raise EPArgumentError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.dim() != len(shape) or any(
+        want not in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
+    ):
+        sizes = ", ".join("num_tokens" if size is None else str(size) for size in shape)
+        raise EPArgumentError(f"{name} must be [{sizes}], got {list(tensor.shape)}")
+    if device is not None and tensor.device != device:
+        raise EPArgumentError(f"{name} must be on {device}, got {tensor.device}")
+    if not tensor.is_contiguous():
+        raise EPArgumentError(f"{name} must be contiguous, got strides {list(tensor.stride())}")
+    return tensor
+
+
+def checked_counter(
+    name: str, value: Tensor | None, length: int, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """[length] of that type and device, to which an operation adds, or None."""
+    return None if value is None else checked_tensor(name, value, (length,), dtype, device)
+
+
+def check_topk(topk_idx: Tensor, num_topk: int, x: Tensor, config: EPConfig) -> None:
+    """A routing [T, num_topk] belongs to the rows `x`, in a buffer of that config."""
+    if topk_idx.device != x.device:
+        raise EPArgumentError(f"the routing is on {topk_idx.device}, x on {x.device}")
+    if topk_idx.shape[0] != x.shape[0]:
+        raise EPArgumentError(f"the routing has {topk_idx.shape[0]} tokens, x has {x.shape[0]}")
+    if num_topk > config.num_topk:
+        raise EPArgumentError(
+            f"topk_idx has {num_topk} entries a token, the buffer was made for "
+            f"num_topk {config.num_topk}"
+        )
+
+
+def check_no_grad(**tensors: Tensor | None) -> None:
+    """None of them asks for a gradient that nobody would compute."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise EPArgumentError(
+                f"{name} requires grad, but low-latency operations have no backward: call them "
+                "under torch.no_grad()"
+            )
 
 
 def check_row_dtype(name: str, x: Tensor, config: EPConfig) -> None:

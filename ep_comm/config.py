@@ -12,6 +12,8 @@ from ep_comm.errors import EPArgumentError
 
 BackendName = Literal["auto", "nvlink", "reference"]
 
+_LOW_LATENCY_HIDDEN = 8  # elements of 16 bytes
+_LOW_LATENCY_EXPERTS = 1024  # of one rank
 _MAX_TIMEOUT_S = 1e8  # three years; of more the nanoseconds of ten do not fit into 64 bits
 
 
@@ -53,6 +55,8 @@ class EPConfig:
             whole group is one node.
         backend: "auto" takes the fastest backend that this machine has.
         timeout_s: Bound of every wait, in seconds.
+        low_latency_tokens: Most tokens that a rank passes to one low-latency dispatch. None: the
+            buffer has no low-latency operations (`ep_comm.low_latency`).
 
     Raises:
         EPArgumentError: A value is out of its range.
@@ -66,11 +70,12 @@ class EPConfig:
     ranks_per_node: int | None = None
     backend: BackendName = "auto"
     timeout_s: float = 30.0
+    low_latency_tokens: int | None = None
 
     def __post_init__(self) -> None:
         names = ["num_experts", "hidden", "max_tokens_per_rank", "num_topk"]
-        if self.ranks_per_node is not None:
-            names.append("ranks_per_node")
+        optional = ("ranks_per_node", "low_latency_tokens")
+        names += [name for name in optional if getattr(self, name) is not None]
         for name in names:
             value = getattr(self, name)
             if not is_int(value) or value < 1:
@@ -89,6 +94,11 @@ class EPConfig:
                 f"backend must be one of {', '.join(get_args(BackendName))}, got {self.backend!r}"
             )
         check_timeout(self.timeout_s)
+        if self.low_latency_tokens is not None and self.hidden % _LOW_LATENCY_HIDDEN:
+            raise EPArgumentError(
+                "low-latency operations need a hidden size that is a multiple of "
+                f"{_LOW_LATENCY_HIDDEN}, got {self.hidden}"
+            )
 
     def check_group(self, num_ranks: int) -> None:
         """Raise `EPArgumentError` where these sizes do not fit a group of `num_ranks`."""
@@ -100,4 +110,10 @@ class EPConfig:
             raise EPArgumentError(
                 f"the group's {num_ranks} ranks are not divisible by ranks_per_node "
                 f"{self.ranks_per_node}"
+            )
+        num_local_experts = self.num_experts // num_ranks
+        if self.low_latency_tokens is not None and num_local_experts > _LOW_LATENCY_EXPERTS:
+            raise EPArgumentError(
+                f"low-latency operations serve at most {_LOW_LATENCY_EXPERTS} experts a rank, got "
+                f"{num_local_experts}"
             )

@@ -68,7 +68,11 @@ class EPMismatchError(EPError, RuntimeError):
 
 
 class EPStateError(EPError, RuntimeError):
-    """The buffer can no longer be used: it was destroyed, or an earlier operation failed on it."""
+    """The buffer cannot be used: it was destroyed, or an earlier operation failed on it.
+
+    Or not yet: another call has to come first, which the message names. The buffer is then as
+    before.
+    """
 
 
 @dataclass(eq=False, repr=False)

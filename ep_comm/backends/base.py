@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ep_comm.config import EPConfig
 from ep_comm.events import EventOverlap
+from ep_comm.fp8_low_latency import ScaleForm
 from ep_comm.job.meeting import Meeting
 from ep_comm.routing.types import Routing, RowLayout
 from ep_comm.telemetry.records import Records
@@ -127,6 +128,83 @@ class Combined(NamedTuple):
     topk_weights: Tensor | None
 
 
+class LowLatencyDispatchRequest(NamedTuple):
+    """Rows of a low-latency dispatch, and the tensors that its receive phase writes.
+
+    T tokens of this rank, K experts a token, M = `max_tokens`, R ranks, E experts on each.
+
+    Attributes:
+        x: [T, H] BF16.
+        topk_idx: [T, K] int32 or int64, -1 where dropped. Its content is not checked yet.
+        topk_weights: FP32 [T, K] that travel with the rows, or None.
+        scale_form: Of the FP8 that travels; None sends BF16.
+        max_tokens: M, equal on all ranks, at most ``config.low_latency_tokens``.
+        recv_x: [E, R M, H] BF16 or FP8, contiguous.
+        recv_scales: Where FP8 travels [E, R M, H / 128] FP32, or [E, R M, H / 512] int32. The
+            strides are (columns x S, 1, S) with S = R M rounded up to a multiple of 4.
+        recv_src_info: [E, R M] int32, source rank x M + token of each row.
+        recv_count: [E] int32, rows of each expert.
+        recv_stats: [E] int32, to which the rows of each expert are added, or None.
+        wait_stats: [R] int64, to which the nanoseconds waited for each rank are added, or None.
+        is_split: The caller has other work between the phases: send only, and receive when
+            `Pending.result` is asked for.
+        asynchronous: Leave the current stream free, where the backend can. Never with `is_split`.
+    """
+
+    x: Tensor
+    topk_idx: Tensor
+    topk_weights: Tensor | None
+    scale_form: ScaleForm | None
+    max_tokens: int
+    recv_x: Tensor
+    recv_scales: Tensor | None
+    recv_src_info: Tensor
+    recv_count: Tensor
+    recv_stats: Tensor | None
+    wait_stats: Tensor | None
+    is_split: bool
+    asynchronous: bool
+
+
+class LowLatencyCombineRequest(NamedTuple):
+    """Rows of a low-latency combine.
+
+    Attributes:
+        x: [E, R M, H] BF16, in the order of the dispatch.
+        topk_weights: FP32 [T, K] that the send phase first brings to the experts' ranks; None where
+            they travelled with the rows.
+        out: [T, H] BF16, which the receive phase writes.
+        wait_stats, is_split, asynchronous: As in `LowLatencyDispatchRequest`.
+    """
+
+    x: Tensor
+    topk_weights: Tensor | None
+    out: Tensor
+    wait_stats: Tensor | None
+    is_split: bool
+    asynchronous: bool
+
+
+class LowLatencyBackend(Protocol):
+    """The low-latency operations of a backend. Arguments arrive checked.
+
+    What every backend gives, bit by bit: `ep_comm.low_latency`. Both calls send. What they return
+    receives when its `Pending.result` is asked for, which happens once, in any order among those
+    that are out; where the request is not split, at once. Of each kind at most two are out.
+    """
+
+    def dispatch(self, request: LowLatencyDispatchRequest) -> Pending[Any]:
+        """Send rows. The result is what `combine` needs of the dispatch; it keeps its own memory,
+        whatever is dispatched afterwards."""
+
+    def combine(self, routing: Any, request: LowLatencyCombineRequest) -> Pending[None]:
+        """Weight and sum rows, and send them to their tokens' owners.
+
+        Args:
+            routing: The result of a dispatch; each is combined once.
+        """
+
+
 class Backend(Protocol):
     """Moves tokens between the ranks of one group. Arguments arrive checked.
 
@@ -155,6 +233,10 @@ class Backend(Protocol):
     @classmethod
     def create(cls, group: dist.ProcessGroup, config: EPConfig, meeting: Meeting) -> Self:
         """The backend of one buffer, whose ranks met at `meeting`. Collective."""
+
+    @property
+    def low_latency(self) -> LowLatencyBackend | None:
+        """Its low-latency operations; None where it has none, or ``config`` asks for none."""
 
     @property
     def buffer_bytes(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class Records(Protocol):
 
     @property
     def num_operations(self) -> int:
-        """Dispatches and combines so far. Replays of CUDA graphs do not count."""
+        """Dispatches and combines so far, low-latency ones too, replays of CUDA graphs not."""
 
     @property
     def wire_bytes(self) -> int:
@@ -44,8 +44,8 @@ class OpRecord:
     """One dispatch or combine on one rank. Tuples are indexed by group rank.
 
     Attributes:
-        op: "dispatch" or "combine"; of the reference backend also "plan", the exchange of a new
-            dispatch's routing.
+        op: "dispatch", "combine", "low_latency_dispatch" or "low_latency_combine"; of the reference
+            backend also "plan", the exchange of a new dispatch's routing.
         epoch: Number of the operation among those of its kind on the buffer, from 1; warnings and
             errors call it "dispatch #3". A plan has that of its dispatch. On a GPU replays of CUDA
             graphs count.
@@ -119,14 +119,14 @@ class Recorder:
 
     def __init__(self) -> None:
         self._ring: deque[OpRecord] = deque(maxlen=RING_LENGTH)
-        self._epochs = {"dispatch": 0, "combine": 0}
+        self._epochs: Counter[str] = Counter()
         self.num_started = 0
         self.wire_bytes = 0
 
     @property
     def num_operations(self) -> int:
         """Dispatches and combines so far."""
-        return sum(self._epochs.values())
+        return self._epochs.total()
 
     def __iter__(self) -> Iterator[OpRecord]:
         return iter(self._ring)

@@ -74,6 +74,7 @@ class NVLinkBackend:
     """See `ep_comm.backends.base.Backend`, whose methods these are."""
 
     name = "nvlink"
+    low_latency = None
 
     @classmethod
     def facts(cls, group: dist.ProcessGroup, config: EPConfig) -> support.Facts:

@@ -8,8 +8,7 @@ one copy of a token per destination rank, and one partial sum back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -24,8 +23,9 @@ from ep_comm.backends.base import (
     PlanRequest,
     Received,
 )
-from ep_comm.backends.reference.headers import exchange_headers
-from ep_comm.backends.reference.messages import Exchange, Operation, Transport
+from ep_comm.backends.reference.low_latency import ReferenceLowLatency
+from ep_comm.backends.reference.messages import Transport
+from ep_comm.backends.reference.operations import Operations
 from ep_comm.backends.reference.routing import ReferenceRouting
 from ep_comm.backends.reference.rows import (
     collapse_weights,
@@ -39,15 +39,15 @@ from ep_comm.backends.reference.rows import (
     unpack,
 )
 from ep_comm.config import EPConfig
-from ep_comm.errors import EPArgumentError, EPMismatchError, EPOverflowError
+from ep_comm.errors import EPArgumentError, EPOverflowError
 from ep_comm.job.meeting import Meeting
 from ep_comm.routing.layout import index_dtype, layout_of
 from ep_comm.routing.types import RoutingSizes
-from ep_comm.telemetry.records import OpRecord, Recorder
+from ep_comm.telemetry.records import Recorder
 from ep_comm.telemetry.watch import Wait
 
 
-class ReferenceBackend:
+class ReferenceBackend(Operations):
     """See `ep_comm.backends.base.Backend`, whose methods these are."""
 
     name = "reference"
@@ -67,12 +67,10 @@ class ReferenceBackend:
         return cls(group, config, meeting.number)
 
     def __init__(self, group: dist.ProcessGroup, config: EPConfig, number: int) -> None:
-        self.config = config
-        self.number = number
-        self.recorder = Recorder()
-        self.transport = Transport(group, config.timeout_s)
-        self._exchange_headers = partial(exchange_headers, self.transport, config, number)
-        self.num_local_experts = config.num_experts // self.transport.num_ranks
+        super().__init__(Transport(group, config.timeout_s), config, number, Recorder())
+        self.low_latency = None
+        if config.low_latency_tokens is not None:
+            self.low_latency = ReferenceLowLatency(self.transport, config, number, self.recorder)
         self._overflow: EPOverflowError | None = None
 
     @property
@@ -309,45 +307,3 @@ class ReferenceBackend:
         overflow, self._overflow = self._overflow, None
         if overflow is not None:
             raise overflow
-
-    def _check_received(self, recv_topk_idx: Tensor) -> None:
-        """What a peer sent is used as an index."""
-        if not recv_topk_idx.numel():
-            return
-        lowest, highest = (int(value) for value in recv_topk_idx.aminmax())
-        if lowest < -1 or highest >= self.num_local_experts:
-            raise EPMismatchError(
-                f"rank {self.transport.rank} received tokens for local expert "
-                f"{lowest if lowest < -1 else highest}, and has {self.num_local_experts}"
-            )
-
-    # --- messages ------------------------------------------------------------------------------
-
-    def _owner(self, topk_idx: Tensor) -> Tensor:
-        """Rank that owns each selected expert; -1 for dropped entries."""
-        return torch.div(topk_idx, self.num_local_experts, rounding_mode="floor")
-
-    def _send_rows(
-        self,
-        record: OpRecord,
-        send: Iterable[Tensor],
-        recv: Tensor,
-        recv_rows: Sequence[int],
-        phase: str,
-    ) -> Exchange:
-        """Send ``send[r]`` to rank r; `recv` takes the rows of all ranks, in rank order."""
-        return self.transport.exchange(
-            [tensor.contiguous() for tensor in send],
-            recv,
-            recv_rows,
-            Operation(record.op, record.epoch, self.number),
-            phase,
-        )
-
-    def _record_payload(self, record: OpRecord, send: Iterable[Tensor]) -> None:
-        rank = self.transport.rank
-        send = list(send)
-        record.rows_to_rank = tuple(len(rows) for rows in send)
-        record.wire_bytes_to_rank = tuple(
-            0 if r == rank else rows.numel() for r, rows in enumerate(send)
-        )

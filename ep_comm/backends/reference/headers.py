@@ -14,13 +14,15 @@ from ep_comm import checks, fp8
 from ep_comm.backends.reference.messages import Operation, Transport
 from ep_comm.config import EPConfig
 from ep_comm.errors import SAME_CALLS, EPMismatchError
+from ep_comm.fp8_low_latency import ScaleForm
 from ep_comm.telemetry.records import OpRecord
 
 # Fields that travel as the place of their value in these.
 _NAMED: dict[str, tuple] = {
-    "op": ("plan", "dispatch", "combine"),
+    "op": ("plan", "dispatch", "combine", "low_latency_dispatch", "low_latency_combine"),
     "layout": ("rank", "expert"),
     "dtype": (torch.bfloat16, torch.float32, fp8.FP8_DTYPE),
+    "scale_form": (None, *ScaleForm),
 }
 _MAGIC = 0x65705F636F6D6D01  # "ep_comm", and the format of the rest
 _NUM_INTS = 16
@@ -33,6 +35,7 @@ def exchange_headers(
     record: OpRecord,
     rows_to_rank: Sequence[int],
     num_tokens: int = 0,
+    max_rows: int | None = None,
     **fields: Any,
 ) -> tuple[int, ...]:
     """Tell every rank what this one is about to do, and check that all do the same.
@@ -41,7 +44,8 @@ def exchange_headers(
         buffer: Number of the buffer on its group.
         record: Of the operation; gets the waits and bytes.
         num_tokens: Of a plan, those of this rank; may differ between ranks, as rows may.
-        fields: What must be equal on all ranks: integers, a layout, a dtype.
+        max_rows: Most rows of a rank for another; None is ``config.max_tokens_per_rank``.
+        fields: What must be equal on all ranks: integers, and values that have a name.
 
     Returns:
         Rows that each rank announced for this one.
@@ -81,8 +85,9 @@ def exchange_headers(
     if record.op == "plan":
         checks.check_num_tokens(tokens, config)
     rows_from = tuple(header[1] for header in headers)
+    max_rows = config.max_tokens_per_rank if max_rows is None else max_rows
     for r, num_rows in enumerate(rows_from):
-        if not 0 <= num_rows <= config.max_tokens_per_rank:
+        if not 0 <= num_rows <= max_rows:
             raise EPMismatchError(f"rank {r} announces {num_rows} rows of {tokens[r]} tokens")
     return rows_from
 

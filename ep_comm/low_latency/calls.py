@@ -1,0 +1,364 @@
+"""The low-latency methods of `Buffer`."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ep_comm import checks
+from ep_comm._native.header import EP_MAX_TOPK
+from ep_comm.backends.base import (
+    LowLatencyBackend,
+    LowLatencyCombineRequest,
+    LowLatencyDispatchRequest,
+    Pending,
+)
+from ep_comm.config import EPConfig
+from ep_comm.errors import EPArgumentError, EPUnsupportedError, setting
+from ep_comm.events import EventOverlap
+from ep_comm.fp8 import FP8_DTYPE, Payload
+from ep_comm.low_latency.arguments import (
+    check_phases,
+    check_same_routing,
+    check_sizes,
+    combine_weights,
+    empty_scales,
+    scale_form,
+)
+from ep_comm.low_latency.handle import (
+    MOST_OUT,
+    HooksOut,
+    LowLatencyCombineOutput,
+    LowLatencyDispatchOutput,
+    LowLatencyHandle,
+    checked_handle,
+)
+from ep_comm.routing.layout import checked_source
+from ep_comm.session import Session
+from ep_comm.tracing import untraced
+
+
+class LowLatencyCalls:
+    """The low-latency methods of `Buffer`."""
+
+    config: EPConfig
+    num_ranks: int
+    num_local_experts: int
+    _session: Session
+
+    @untraced
+    def low_latency_dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        topk_weights: Tensor | None = None,
+        *,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        cumulative_local_expert_recv_stats: Tensor | None = None,
+        dispatch_wait_recv_cost_stats: Tensor | None = None,
+    ) -> LowLatencyDispatchOutput:
+        """Send each token once to every rank that owns one of its experts; receive by expert.
+
+        Collective. The host waits for nothing, but for the other ranks with the reference backend.
+        T tokens of this rank, M = `num_max_dispatch_tokens_per_rank`, R ranks, E experts on each.
+
+        Args:
+            x: [T, hidden] BF16, contiguous; T may be 0 and differ between ranks.
+            topk_idx: [T, K] int32 or int64, K at most ``config.num_topk``: distinct experts of
+                each token; -1 drops an entry.
+            num_max_dispatch_tokens_per_rank: M, the most tokens of a rank in this call: T is at
+                most M, and M at most ``config.low_latency_tokens``. Equal on all ranks.
+            num_experts: That of the buffer.
+            topk_weights: [T, K] FP32, contiguous, to travel with the rows; the caller leaves them
+                as they are until combine has begun. None: pass them to combine.
+            use_fp8: Send FP8 with scales, see `ep_comm.fp8_low_latency`; hidden is then a multiple
+                of 128. Otherwise BF16.
+            round_scale: Scales are powers of two; needs `use_fp8`.
+            use_ue8m0: Scales come as their exponent bytes, four in an int32; needs `round_scale`,
+                and hidden a multiple of 512.
+            async_finish: Run on the communication stream; wait for the returned event before
+                touching any of the tensors. Not together with `return_recv_hook`. No effect with
+                the reference backend.
+            return_recv_hook: Only send, on the current stream; the returned hook receives.
+            cumulative_local_expert_recv_stats: [E] int32, to which the rows of each expert are
+                added.
+            dispatch_wait_recv_cost_stats: [R] int64, to which the nanoseconds are added that this
+                rank waited for each rank.
+
+        Returns:
+            See `LowLatencyDispatchOutput`.
+
+        Raises:
+            EPArgumentError: Wrong arguments, or a buffer without ``config.low_latency_tokens``;
+                nothing was sent.
+            EPRoutingError: A wrong routing: see there when it is raised.
+            EPMismatchError: Another rank called something else.
+            EPTimeoutError: A rank did not arrive within ``config.timeout_s``.
+            EPStateError: Two dispatches are out already; names the one whose hook has to be called
+                first. The buffer stays usable. Or it failed earlier, or was destroyed.
+            EPUnsupportedError: The backend has no low-latency operations.
+        """
+        session, backend, config = self._session, self._low_latency(), self.config
+        form = scale_form(use_fp8, round_scale, use_ue8m0, config.hidden)
+        check_phases(async_finish, return_recv_hook)
+        check_sizes(num_max_dispatch_tokens_per_rank, num_experts, config)
+        max_tokens = num_max_dispatch_tokens_per_rank
+        x = checks.checked_tensor("x", x, (None, config.hidden), torch.bfloat16)
+        session.backend.check_device("x", x)
+        checks.check_address("x", x)
+        num_tokens, device = len(x), x.device
+        if num_tokens > max_tokens:
+            raise EPArgumentError(
+                f"x has {num_tokens} tokens, more than num_max_dispatch_tokens_per_rank "
+                f"{max_tokens}"
+            )
+        source, num_topk = checked_source(topk_idx, None, None, config.num_experts)
+        checks.check_topk(source, num_topk, x, config)
+        weights = checks.checked_weights(topk_weights, (num_tokens, num_topk), device)
+        checks.check_no_grad(x=x, topk_weights=weights)
+        recv_stats = checks.checked_counter(
+            "cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats,
+            self.num_local_experts, torch.int32, device,
+        )  # fmt: skip
+        wait_stats = checks.checked_counter(
+            "dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats,
+            self.num_ranks, torch.int64, device,
+        )  # fmt: skip
+        self._dispatches.check_room()
+
+        shape = (self.num_local_experts, self.num_ranks * max_tokens)
+        recv_dtype = torch.bfloat16 if form is None else FP8_DTYPE
+        recv_scales = None if form is None else empty_scales(shape, config.hidden, form, device)
+        request = LowLatencyDispatchRequest(
+            x=x,
+            topk_idx=source,
+            topk_weights=weights,
+            scale_form=form,
+            max_tokens=max_tokens,
+            recv_x=torch.empty(*shape, config.hidden, dtype=recv_dtype, device=device),
+            recv_scales=recv_scales,
+            recv_src_info=torch.empty(shape, dtype=torch.int32, device=device),
+            recv_count=torch.empty(shape[0], dtype=torch.int32, device=device),
+            recv_stats=recv_stats,
+            wait_stats=wait_stats,
+            is_split=return_recv_hook,
+            asynchronous=async_finish,
+        )
+        with session.operation():
+            pending = backend.dispatch(request)
+            event = _receive_unless_split(pending, return_recv_hook, async_finish)
+        hook = self._dispatches.add(session, pending, return_recv_hook)
+        handle = LowLatencyHandle(
+            session=session,
+            number=self._dispatches.num_operations,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            max_tokens=max_tokens,
+            recv_src_info=request.recv_src_info,
+            pending=pending,
+            hook=hook,
+        )
+        recv_x: Payload = request.recv_x
+        if recv_scales is not None:
+            recv_x = (request.recv_x, recv_scales)
+        return LowLatencyDispatchOutput(recv_x, request.recv_count, handle, event, hook)
+
+    @untraced
+    def low_latency_combine(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor | None,
+        handle: LowLatencyHandle,
+        *,
+        zero_copy: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        out: Tensor | None = None,
+        combine_wait_recv_cost_stats: Tensor | None = None,
+    ) -> LowLatencyCombineOutput:
+        """Add up the rows of each token, weighted, on the rank that it came from.
+
+        Collective. The order of every sum is fixed, see `ep_comm.low_latency`.
+
+        Args:
+            x: [E, R M, hidden] BF16, contiguous: one row in the place of each row that the dispatch
+                gave. Others are not read.
+            topk_idx: That of the dispatch. Rows are summed as the handle says: on a GPU only the
+                shape of this is looked at.
+            topk_weights: [T, K] FP32, contiguous. Where weights travelled with the dispatch, None
+                or the same tensor. Otherwise they are brought to the experts' ranks first, which
+                takes one hop more.
+            handle: What the dispatch returned. Its hook, if it has one, was called.
+            zero_copy: The rows stand in `get_next_low_latency_combine_buffer` of the handle; of `x`
+                nothing is read.
+            async_finish, return_recv_hook: As in `low_latency_dispatch`.
+            out: [T, hidden] BF16, contiguous, for the result; None: a new one.
+            combine_wait_recv_cost_stats: As `dispatch_wait_recv_cost_stats` there.
+
+        Returns:
+            See `LowLatencyCombineOutput`.
+
+        Raises:
+            EPArgumentError: Wrong arguments; a handle of another buffer, or used before.
+            EPStateError: The dispatch's hook was not called, or two combines are out already. The
+                buffer stays usable. Or it failed earlier, or was destroyed.
+            Others as `low_latency_dispatch`.
+        """
+        session, backend = self._session, self._low_latency()
+        check_phases(async_finish, return_recv_hook)
+        handle = checked_handle(handle, session)
+        num_tokens, device = len(handle.topk_idx), handle.topk_idx.device
+        hidden = self.config.hidden
+        shape = (self.num_local_experts, self.num_ranks * handle.max_tokens, hidden)
+        x = checks.checked_tensor("x", x, shape, torch.bfloat16, device)
+        checks.check_address("x", x)
+        if zero_copy:
+            if handle.combine_buffer is None:
+                raise EPArgumentError(
+                    "zero_copy=True, but nobody asked for the rows' place: write them into "
+                    "get_next_low_latency_combine_buffer(handle) before"
+                )
+            x = handle.combine_buffer
+        check_same_routing(topk_idx, handle)
+        weights = combine_weights(topk_weights, handle)
+        if out is not None:
+            out = checks.checked_tensor("out", out, (num_tokens, hidden), torch.bfloat16, device)
+            checks.check_address("out", out)
+        checks.check_no_grad(x=x, topk_weights=weights, out=out)
+        wait_stats = checks.checked_counter(
+            "combine_wait_recv_cost_stats", combine_wait_recv_cost_stats,
+            self.num_ranks, torch.int64, device,
+        )  # fmt: skip
+        self._combines.check_room()
+
+        if out is None:
+            out = torch.empty(num_tokens, hidden, dtype=torch.bfloat16, device=device)
+        request = LowLatencyCombineRequest(
+            x=x,
+            topk_weights=weights,
+            out=out,
+            wait_stats=wait_stats,
+            is_split=return_recv_hook,
+            asynchronous=async_finish,
+        )
+        with session.operation():
+            handle.was_used = True
+            pending = backend.combine(handle.pending.result, request)
+            event = _receive_unless_split(pending, return_recv_hook, async_finish)
+        hook = self._combines.add(session, pending, return_recv_hook)
+        return LowLatencyCombineOutput(out, event, hook)
+
+    def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Tensor:
+        """The place of the rows of a combine with ``zero_copy=True``: BF16 [E, R M, hidden].
+
+        No combine copies its rows, with or without: this is for code that was written for DeepEP.
+        The same tensor for each call with the handle.
+
+        Raises:
+            EPArgumentError: A handle of another buffer, or used before.
+            EPStateError: As `low_latency_combine`.
+        """
+        session = self._session
+        self._low_latency()
+        handle = checked_handle(handle, session)
+        if handle.combine_buffer is None:
+            handle.combine_buffer = torch.empty(
+                (*handle.recv_src_info.shape, self.config.hidden),
+                dtype=torch.bfloat16,
+                device=handle.topk_idx.device,
+            )
+        return handle.combine_buffer
+
+    @staticmethod
+    def get_low_latency_size_hint(
+        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+    ) -> int:
+        """Bytes of device memory that are enough for the low-latency operations of a buffer.
+
+        Tensors that operations return are not in it. The reference backend takes none.
+
+        Args:
+            num_max_dispatch_tokens_per_rank: ``EPConfig.low_latency_tokens``.
+            hidden, num_experts: Of the same config.
+            num_ranks: Of the group.
+
+        Raises:
+            EPArgumentError: A config with these sizes would be refused.
+        """
+        EPConfig(
+            num_experts=num_experts,
+            hidden=hidden,
+            max_tokens_per_rank=1,
+            num_topk=1,
+            low_latency_tokens=num_max_dispatch_tokens_per_rank,
+        ).check_group(num_ranks)
+        row = 2 * hidden
+        # Two halves, in each of them a slot a token and rank: for dispatch with an expert and a
+        # weight for each of the most selections, and for combine.
+        slot = (row + 8 * EP_MAX_TOPK) + (row + 4 * EP_MAX_TOPK)
+        return MOST_OUT * num_ranks * num_max_dispatch_tokens_per_rank * slot
+
+    def clean_low_latency_buffer(
+        self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
+    ) -> None:
+        """Do nothing, once the sizes are checked: normal operations leave nothing to clean.
+
+        Raises:
+            EPArgumentError: These are not sizes of this buffer's low-latency operations.
+        """
+        self._low_latency()
+        check_sizes(num_max_dispatch_tokens_per_rank, num_experts, self.config)
+        if hidden != self.config.hidden:
+            raise EPArgumentError(f"hidden is {self.config.hidden} in this buffer, got {hidden!r}")
+
+    # --- what the calls share ------------------------------------------------------------------
+
+    @cached_property
+    def _dispatches(self) -> HooksOut:
+        return HooksOut("low_latency_dispatch")
+
+    @cached_property
+    def _combines(self) -> HooksOut:
+        return HooksOut("low_latency_combine")
+
+    def _low_latency(self) -> LowLatencyBackend:
+        """The backend's low-latency part.
+
+        Raises:
+            EPStateError: The buffer is unusable.
+            EPArgumentError: The buffer was made without.
+            EPUnsupportedError: The backend has none.
+        """
+        self._session.check_usable()
+        if self.config.low_latency_tokens is None:
+            raise EPArgumentError(
+                "the buffer was made without low-latency operations: pass "
+                f"{setting('low_latency_tokens')}"
+            )
+        backend = self._session.backend
+        if backend.low_latency is None:
+            raise EPUnsupportedError(
+                f"the backend {backend.name!r} has no low-latency operations: "
+                'EPConfig(backend="reference") has them'
+            )
+        return backend.low_latency
+
+
+def _receive_unless_split(pending: Pending, is_split: bool, asynchronous: bool) -> EventOverlap:
+    """Receive, where no hook does; return the event that the caller gets."""
+    if is_split:
+        return EventOverlap()
+    if not asynchronous:
+        pending.wait()
+        return EventOverlap()
+    _ = pending.result
+    return pending.event

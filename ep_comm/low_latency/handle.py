@@ -1,0 +1,183 @@
+"""What a low-latency operation gives: results, the handle for combine, the hook that receives."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NoReturn
+
+from torch import Tensor
+
+from ep_comm.backends.base import Pending
+from ep_comm.errors import EPArgumentError, EPStateError
+from ep_comm.events import EventOverlap
+from ep_comm.fp8 import Payload
+from ep_comm.session import Session
+
+MOST_OUT = 2  # results of a kind: staging memory has two halves
+
+
+class Hook:
+    """Receives what one operation has sent, on the current stream. Called once, without arguments.
+
+    Raises:
+        EPStateError: It was called before, or the buffer is unusable.
+        EPTimeoutError: A rank did not send within ``config.timeout_s``.
+    """
+
+    def __init__(self, session: Session, name: str, receive: Callable[[], None]) -> None:
+        self._session = session
+        self._receive = receive
+        self.name = name
+        self.was_called = False
+
+    def __call__(self) -> None:
+        self._session.check_usable()
+        if self.was_called:
+            raise EPStateError(f"the hook of {self.name} was called before: call it once")
+        with self._session.operation():
+            self._receive()
+        self.was_called = True
+
+    def __repr__(self) -> str:
+        return f"Hook({self.name}, {'called' if self.was_called else 'not called yet'})"
+
+
+class HooksOut:
+    """The operations of one kind on one buffer: how many there were, and who is still to receive.
+
+    Args:
+        kind: "low_latency_dispatch" or "low_latency_combine".
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.num_operations = 0
+        self._hooks: deque[Hook] = deque(maxlen=MOST_OUT)  # the last ones, called or not
+
+    def check_room(self) -> None:
+        """Raise `EPStateError` where there is no room for another operation; name the hooks."""
+        out = [hook for hook in self._hooks if not hook.was_called]
+        if len(out) == MOST_OUT:
+            raise EPStateError(
+                f"{self.kind} #{self.num_operations + 1}: the hooks of "
+                f"{' and '.join(hook.name for hook in out)} were not called yet, and not more than "
+                f"{MOST_OUT} results may be out at once"
+            )
+
+    def add(self, session: Session, pending: Pending, is_split: bool) -> Hook | None:
+        """Count an operation that was started; return its hook where it is to have one."""
+        self.num_operations += 1
+        if not is_split:
+            return None
+
+        def receive() -> None:
+            pending.wait()
+
+        hook = Hook(session, f"{self.kind} #{self.num_operations}", receive)
+        self._hooks.append(hook)
+        return hook
+
+
+@dataclass(kw_only=True, eq=False)
+class LowLatencyHandle:
+    """What combine needs of one low-latency dispatch. Made by that dispatch; used once.
+
+    T tokens of this rank, M = `max_tokens`, R ranks, E experts on each.
+
+    Attributes:
+        session: Of the buffer that made it, which is the only one that accepts it.
+        number: Of the dispatch among the low-latency ones of the buffer, from 1.
+        topk_idx: [T, K] as it was dispatched.
+        topk_weights: [T, K] FP32 that travelled with the rows; None where none did.
+        max_tokens: M, ``num_max_dispatch_tokens_per_rank`` of the dispatch.
+        recv_src_info: [E, R M] int32, source rank x M + token of each received row; unspecified
+            behind the rows that came. Complete when the rows are.
+        pending: What the backend started.
+        hook: That of the dispatch; None where it has none.
+        combine_buffer: See `Buffer.get_next_low_latency_combine_buffer`.
+        was_used: Whether a combine took it.
+    """
+
+    session: Session = field(repr=False)
+    number: int
+    topk_idx: Tensor = field(repr=False)
+    topk_weights: Tensor | None = field(repr=False)
+    max_tokens: int
+    recv_src_info: Tensor = field(repr=False)
+    pending: Pending[Any] = field(repr=False)
+    hook: Hook | None = field(default=None, repr=False)
+    combine_buffer: Tensor | None = field(default=None, repr=False)
+    was_used: bool = False
+
+    def __copy__(self) -> LowLatencyHandle:
+        return self  # there is one of each dispatch
+
+    def __deepcopy__(self, _: dict) -> LowLatencyHandle:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a LowLatencyHandle belongs to its process and cannot be pickled")
+
+
+def checked_handle(handle: object, session: Session) -> LowLatencyHandle:
+    """Return `handle`, which a combine of the session's buffer may take now.
+
+    Raises:
+        EPArgumentError: It is none, or another buffer's, or was used.
+        EPStateError: Its rows were not received yet.
+    """
+    if not isinstance(handle, LowLatencyHandle):
+        raise EPArgumentError(f"handle must be a LowLatencyHandle, got {type(handle).__name__}")
+    if handle.session is not session:
+        raise EPArgumentError("the handle belongs to another buffer")
+    if handle.was_used:
+        raise EPArgumentError(
+            f"the handle of low_latency_dispatch #{handle.number} was used before: each serves one "
+            "combine"
+        )
+    if handle.hook is not None and not handle.hook.was_called:
+        raise EPStateError(
+            f"the hook of {handle.hook.name} was not called: its rows are not received yet"
+        )
+    return handle
+
+
+class LowLatencyDispatchOutput(NamedTuple):
+    """Result of `Buffer.low_latency_dispatch`, in the order of DeepEP's return tuple.
+
+    H = hidden, M = ``num_max_dispatch_tokens_per_rank``, R ranks, E experts on each. Complete after
+    `event` or `hook`, where they were asked for.
+
+    Attributes:
+        recv_x: BF16 [E, R M, H]; or (``float8_e4m3fn`` [E, R M, H], scales), the scales FP32
+            [E, R M, H / 128], or int32 [E, R M, H / 512] where they are UE8M0. Rows of expert e
+            behind the first ``recv_count[e]`` are unspecified memory, and so are their scales.
+            Scales are column-major in the last two dimensions; the distance of two columns is R M
+            rounded up to a multiple of 4, as TMA needs it.
+        recv_count: [E] int32 on the device, rows of each expert.
+        handle: Pass it to `Buffer.low_latency_combine`.
+        event: Completion of the operation, with ``async_finish``.
+        hook: Receives; None without ``return_recv_hook``.
+    """
+
+    recv_x: Payload
+    recv_count: Tensor
+    handle: LowLatencyHandle
+    event: EventOverlap
+    hook: Hook | None
+
+
+class LowLatencyCombineOutput(NamedTuple):
+    """Result of `Buffer.low_latency_combine`.
+
+    Attributes:
+        combined_x: BF16 [T, H].
+        event: Completion of the operation, with ``async_finish``.
+        hook: Receives; None without ``return_recv_hook``.
+    """
+
+    combined_x: Tensor
+    event: EventOverlap
+    hook: Hook | None
