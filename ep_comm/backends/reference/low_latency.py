@@ -38,7 +38,8 @@ def rows_to_send(x_TH: Tensor) -> Tensor:
     another NaN.
     """
     rows = x_TH.clone()
-    words = rows.view(torch.int16).view(len(rows), rows.shape[1] // _BF16_IN_A_WORD, -1)
+    num_words = rows.shape[1] // _BF16_IN_A_WORD
+    words = rows.view(torch.int16).view(len(rows), num_words, _BF16_IN_A_WORD)
     words[..., 0][(words == _ALL_ONES).all(dim=-1)] = _BF16_NAN
     return rows
 
