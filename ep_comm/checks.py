@@ -53,23 +53,20 @@ def check_address(name: str, x: Tensor) -> None:
         )
 
 
+def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
+    if x.dtype != dtype:
+        raise EPArgumentError(f"{name} must be {dtype}, got {x.dtype}")
+
+
 def checked_tensor(
-    name: str,
-    value: object,
-    shape: tuple[int | None, ...],
-    dtype: torch.dtype,
-    device: torch.device | None = None,
+    name: str, value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """A contiguous tensor of that shape, where None is any size, and on that device if given."""
+    """A contiguous tensor of that shape and type, on that device."""
     tensor = plain_tensor(name, value)
-    if tensor.dtype != dtype:
-        raise EPArgumentError(f"{name} must be {dtype}, got {tensor.dtype}")
-    if tensor.dim() != len(shape) or any(
-        want not in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
-    ):
-        sizes = ", ".join("num_tokens" if size is None else str(size) for size in shape)
-        raise EPArgumentError(f"{name} must be [{sizes}], got {list(tensor.shape)}")
-    if device is not None and tensor.device != device:
+    check_dtype(name, tensor, dtype)
+    if tensor.shape != shape:
+        raise EPArgumentError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+    if tensor.device != device:
         raise EPArgumentError(f"{name} must be on {device}, got {tensor.device}")
     if not tensor.is_contiguous():
         raise EPArgumentError(f"{name} must be contiguous, got strides {list(tensor.stride())}")

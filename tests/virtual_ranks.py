@@ -24,7 +24,15 @@ import cases
 import torch
 from ranks import run_ranks
 
-from ep_comm import Buffer, CombineOutput, DispatchOutput, EPConfig, _native
+from ep_comm import (
+    Buffer,
+    CombineOutput,
+    DispatchOutput,
+    EPConfig,
+    LowLatencyCombineOutput,
+    LowLatencyDispatchOutput,
+    _native,
+)
 from ep_comm.session import Session
 from ep_comm.telemetry.records import Records
 
@@ -50,6 +58,14 @@ class VirtualBuffer(Buffer):
     def combine(self, *args: Any, **kwargs: Any) -> CombineOutput:
         self._meet()
         return super().combine(*args, **kwargs)
+
+    def low_latency_dispatch(self, *args: Any, **kwargs: Any) -> LowLatencyDispatchOutput:
+        self._meet()
+        return super().low_latency_dispatch(*args, **kwargs)
+
+    def low_latency_combine(self, *args: Any, **kwargs: Any) -> LowLatencyCombineOutput:
+        self._meet()
+        return super().low_latency_combine(*args, **kwargs)
 
     def synchronize(self) -> None:
         self._meet()

@@ -37,7 +37,7 @@ from ep_comm.low_latency.handle import (
 )
 from ep_comm.routing.layout import checked_source
 from ep_comm.session import Session
-from ep_comm.tracing import untraced
+from ep_comm.tracing import plain_tensor, untraced
 
 
 class LowLatencyCalls:
@@ -111,10 +111,11 @@ class LowLatencyCalls:
         check_phases(async_finish, return_recv_hook)
         check_sizes(num_max_dispatch_tokens_per_rank, num_experts, config)
         max_tokens = num_max_dispatch_tokens_per_rank
-        x = checks.checked_tensor("x", x, (None, config.hidden), torch.bfloat16)
+        x = plain_tensor("x", x)
+        checks.check_rows("x", x, None, config.hidden)
+        checks.check_dtype("x", x, torch.bfloat16)
         session.backend.check_device("x", x)
-        checks.check_address("x", x)
-        num_tokens, device = len(x), x.device
+        num_tokens, device = x.shape[0], x.device
         if num_tokens > max_tokens:
             raise EPArgumentError(
                 f"x has {num_tokens} tokens, more than num_max_dispatch_tokens_per_rank "
@@ -216,7 +217,7 @@ class LowLatencyCalls:
         session, backend = self._session, self._low_latency()
         check_phases(async_finish, return_recv_hook)
         handle = checked_handle(handle, session)
-        num_tokens, device = len(handle.topk_idx), handle.topk_idx.device
+        num_tokens, device = handle.topk_idx.shape[0], handle.topk_idx.device
         hidden = self.config.hidden
         shape = (self.num_local_experts, self.num_ranks * handle.max_tokens, hidden)
         x = checks.checked_tensor("x", x, shape, torch.bfloat16, device)
