@@ -137,7 +137,7 @@ def test_arrays_of_a_routing_stand_where_kernels_look_for_them(backend, capacity
     routing = plan(backend, capacity)
     first_word = {name: first for name, (first, _) in routing.places.items()}
     if capacity is None:  # nobody knows yet how many rows will come
-        assert routing.native.entries == backend._planned_entries.data_ptr()
+        assert routing.native.entries == backend._planner.entries.data_ptr()
         assert routing.places["entries"][1] == 0 and first_word.pop("entries")
     for name, kind in header.Routing._fields_:
         if kind is ctypes.c_void_p:
@@ -177,8 +177,8 @@ def test_a_handle_is_as_large_as_what_came(backend):
     dispatch(backend, routing)
     assert routing.num_bytes == bytes_of_own_tokens(10) + 7 * ENTRY_BYTES
     room = 2 * backend.config.max_tokens_per_rank * ENTRY_BYTES
-    assert backend._planned_entries.nbytes == room
-    assert backend.buffer_bytes - backend.offsets.total >= backend._planned_entries.nbytes
+    assert backend._planner.entries.nbytes == room
+    assert backend.buffer_bytes - backend.offsets.total >= backend._planner.entries.nbytes
     routing = plan(backend, layout="rank")
     dispatch(backend, routing)
     experts = routing.recv_topk_idx.nbytes
@@ -203,7 +203,7 @@ def test_a_handle_that_nobody_waits_for_has_room_for_the_worst(backend, layout, 
 def test_entries_are_copied_by_the_kernel_that_expands_for_the_first_time(backend):
     """Several handles at once, used in another order: each has its own, a plan's are used anew."""
     handles = [plan_and_dispatch(backend) for _ in range(3)]
-    planned = backend._planned_entries.data_ptr()
+    planned = backend._planner.entries.data_ptr()
     for (_, calls), number in zip(handles, (1, 2, 3), strict=True):
         plans, (push, expand) = calls[0], [call[1] for call in calls if call[0] == "ep_dispatch"]
         assert plans[1].ticket == number and plans[1].routing.entries == planned

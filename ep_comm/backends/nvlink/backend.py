@@ -31,21 +31,10 @@ from ep_comm.backends.base import (
 )
 from ep_comm.backends.nvlink import support
 from ep_comm.backends.nvlink.args import kernel_args
-from ep_comm.backends.nvlink.mailbox import Mailbox
 from ep_comm.backends.nvlink.memory import PeerMemory, buffer_offsets
-from ep_comm.backends.nvlink.routing import (
-    FirstDispatch,
-    NVLinkRouting,
-    arena_places,
-    entry_size,
-    native_routing,
-)
-from ep_comm.backends.nvlink.rows import (
-    allocate_experts,
-    allocate_rows,
-    describe_rows,
-    whole_weight_rows,
-)
+from ep_comm.backends.nvlink.planner import Planner
+from ep_comm.backends.nvlink.routing import NVLinkRouting, entry_size
+from ep_comm.backends.nvlink.rows import allocate_rows, describe_rows, whole_weight_rows
 from ep_comm.backends.nvlink.streams import Streams
 from ep_comm.backends.nvlink.tuning import (
     COMBINE_CHUNK_BYTES,
@@ -53,16 +42,12 @@ from ep_comm.backends.nvlink.tuning import (
     combine_chunks_per_unit,
     default_sms,
     split_dispatch,
-    split_plan,
 )
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 from ep_comm.job.meeting import Meeting
-from ep_comm.routing.layout import INPUT_KINDS
 from ep_comm.telemetry.device import DeviceRecorder
 from ep_comm.telemetry.watch import Wait
-
-_MAX_ROWS = 2**31 - 1
 
 
 def _tag(*call: int) -> int:
@@ -96,12 +81,10 @@ class NVLinkBackend:
         self.memory = memory
         self.rank, self.num_ranks = memory.rank, memory.num_ranks
         self.num_local_experts = config.num_experts // self.num_ranks
-        self._max_rows = self.num_ranks * config.max_tokens_per_rank
         native = _native.load()
         assert native is not None  # see `unavailable_reason`
         self.native = native
         self.native.load_kernels()
-        self._mailbox = Mailbox(self.native, memory, config)
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._streams = Streams(self.native, self.device.index, self._new_stream)
         self.recorder = DeviceRecorder(
@@ -115,20 +98,24 @@ class NVLinkBackend:
             dtype=torch.uint8,
             device=self.device,
         )
-        # Where plans leave the entries of rows that nobody knows the number of yet.
-        self._planned_entries = torch.empty(
-            self._max_rows * entry_size(config.num_topk), dtype=torch.int32, device=self.device
-        )
         properties = torch.cuda.get_device_properties(self.device)
         self._available_sms: int = properties.multi_processor_count
         self._num_sms: int | None = None
-        self._num_plans = 0
         self._args = kernel_args(
             config,
             memory,
             self.offsets,
             self._scratch.data_ptr(),
             self.recorder.wire_bytes_address,
+        )
+        self._planner = Planner(
+            self.native,
+            memory,
+            config,
+            self.device,
+            self._streams,
+            self.recorder,
+            self._args.plan,
         )
 
     @staticmethod
@@ -137,7 +124,7 @@ class NVLinkBackend:
 
     @property
     def buffer_bytes(self) -> int:
-        own = self._scratch.nbytes + self._planned_entries.nbytes
+        own = self._scratch.nbytes + self._planner.entries.nbytes
         return self.offsets.total + own + self.recorder.num_bytes
 
     def describe(self) -> str:
@@ -197,78 +184,9 @@ class NVLinkBackend:
     # --- plan ------------------------------------------------------------------------------------
 
     def plan(self, request: PlanRequest) -> NVLinkRouting:
+        """Start the kernels of a plan; its counts come while the dispatch pushes."""
         self.memory.check()
-        source, num_topk, layout, alignment, has_weights, capacity, asynchronous = request
-        is_captured = torch.cuda.is_current_stream_capturing()
-        if capacity is None and is_captured:
-            raise EPUnsupportedError(
-                "a new dispatch waits for the counts of its routing, which no CUDA graph can hold: "
-                "pass num_worst_tokens, or capture a cached dispatch"
-            )
-        config = self.config
-        asked_tokens = source.shape[0]
-        if asked_tokens > config.max_tokens_per_rank:
-            source = source[:0]  # the kernels tell all ranks
-        num_tokens = source.shape[0]
-        num_entries = self._max_rows
-        if capacity is not None and layout == "rank":  # rows from there on share one entry
-            num_entries = min(num_entries, capacity + 1)
-        in_arena = 0 if capacity is None else num_entries
-        sizes = (num_tokens, num_topk, in_arena, self.num_ranks, self.num_local_experts)
-        places, total = arena_places(*sizes)
-        selects_weights = has_weights and source.dtype == torch.bool
-        sms = self._sms(asynchronous)
-        # Where the host waits for nothing one kernel can push and expand, beside the plan's second
-        # one; with few SMs there is no room for both. In a graph it comes after that one: of two
-        # branches CUDA might run first what expands, and so waits for the other ranks' pushes.
-        in_one = capacity is not None and (
-            is_captured or (sms == self._available_sms and not selects_weights)
-        )
-        stream = self._streams.begin(header.EP_OP_DISPATCH, asynchronous, sms)
-        record = self.recorder.start("dispatch", 0)
-        self._num_plans += 1
-        arena = torch.empty(total, dtype=torch.int32, device=self.device)
-        planned = self._planned_entries.data_ptr()
-        native = native_routing(
-            arena.data_ptr(), *sizes, layout == "expert", num_entries - 1, planned
-        )
-        routing = NVLinkRouting(
-            num_tokens=num_tokens,
-            num_topk=num_topk,
-            layout=layout,
-            expert_alignment=alignment,
-            capacity=capacity,
-            native=native,
-            ticket=self._num_plans,
-            stream=self._streams.current,
-            arena=arena,
-            places=places,
-            memory=(arena,),
-            first=FirstDispatch(source, stream, sms, record, selects_weights, in_one, is_captured),
-            wait_for_kernels=self._wait_for_kernels,
-        )
-        args = self._args.plan
-        args.peers.record = record
-        args.routing = native
-        args.input = source.data_ptr()
-        args.ticket = 0 if capacity is not None else routing.ticket
-        args.capacity = _MAX_ROWS if capacity is None else capacity
-        args.input_kind = INPUT_KINDS[source.dtype]
-        args.asked_tokens = asked_tokens
-        args.expert_alignment = alignment
-        _, expand_sms = split_dispatch(sms, self.num_ranks)
-        args.num_send_blocks, args.num_receive_blocks = split_plan(sms, expand_sms)
-        streams = self._streams
-        self.native.plan(args, stream, stream if in_one else streams.side, streams.event)
-        if asynchronous and selects_weights:
-            # The caller's stream selects the probabilities by the experts that the plan finds.
-            streams.wait(streams.current, stream)
-        return routing
-
-    def _wait_for_kernels(self) -> None:
-        """Of all operations so far; their counts are then in device memory."""
-        self._streams.synchronize()
-        self.memory.check_fault()
+        return self._planner.plan(request, self._sms(request.asynchronous), self._available_sms)
 
     # --- dispatch --------------------------------------------------------------------------------
 
@@ -291,10 +209,10 @@ class NVLinkBackend:
         else:
             was_made = quantises or first.selects_weights or weights is not topk_weights
             if was_made:
-                self._wait_for_input(first, asynchronous)
+                self._planner.wait_for_input(first, asynchronous)
             # What is pushed has to be there: only an input of before the plan certainly is.
             args.is_behind_plan = first.in_one and not (was_made or first.is_captured)
-            received = self._first(args, routing, recv_dtype, first)
+            received = self._planner.dispatch(args, routing, recv_dtype, first)
         keep = (x, scales, weights, first and first.source, routing.memory)
         return self._pending(received, asynchronous, keep)
 
@@ -316,60 +234,6 @@ class NVLinkBackend:
         args.num_push_blocks, args.num_expand_blocks = push_blocks, expand_blocks
         args.num_blocks = push_blocks + expand_blocks
         self.native.launch("ep_dispatch", args, stream)
-        return received
-
-    def _wait_for_input(self, first: FirstDispatch, asynchronous: bool) -> None:
-        """The first dispatch goes on when what was made since its plan is there. The plan's own
-        streams are behind everything older."""
-        streams = self._streams
-        if asynchronous:
-            streams.wait(first.stream, streams.current)
-        if not first.in_one:
-            streams.wait(streams.side, first.stream)
-
-    def _first(
-        self,
-        args: header.DispatchArgs,
-        routing: NVLinkRouting,
-        recv_dtype: torch.dtype,
-        first: FirstDispatch,
-    ) -> Received:
-        """The dispatch after its plan: it pushes while the plan and the host go on."""
-        streams, stream = self._streams, first.stream
-        self.recorder.set_row_bytes(args.row_bytes + args.scale_bytes)
-        args.peers.record = first.record
-        args.is_planned = True
-        push_blocks, expand_blocks = split_dispatch(first.num_sms, self.num_ranks)
-        args.num_blocks = push_blocks + expand_blocks
-        args.num_push_blocks, args.num_expand_blocks = push_blocks, 0
-        if push_blocks and not first.in_one:
-            self.native.launch("ep_dispatch", args, stream)
-        if routing.capacity is None:
-            routing.sizes = self._mailbox.sizes(
-                routing.ticket,
-                self.recorder.epoch("dispatch"),
-                routing.expert_alignment,
-                streams.side,
-            )
-        received = allocate_rows(args, routing, self.config.hidden, recv_dtype, self.device)
-        if routing.layout == "rank":
-            routing.recv_topk_idx = allocate_experts(args, routing, first.source, self.device)
-        args.planned_entries = None
-        if routing.capacity is None:
-            # What expands copies them: the next plan, on the same stream, is behind it.
-            args.planned_entries = routing.native.entries
-            args.num_received = routing.sizes.num_received
-            routing.allocate_entries(args.num_received)
-            args.routing = routing.native
-        args.num_expand_blocks = expand_blocks
-        if first.in_one:
-            self.native.launch("ep_dispatch", args, stream)
-        else:
-            args.num_push_blocks = 0
-            self.native.launch("ep_dispatch", args, streams.side)
-            streams.wait(stream, streams.side)
-        if routing.capacity is None:
-            self._mailbox.raise_if_bad(first.source, routing.num_topk)
         return received
 
     # --- combine ---------------------------------------------------------------------------------

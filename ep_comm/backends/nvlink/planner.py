@@ -1,0 +1,207 @@
+"""A new dispatch: its plan, and the dispatch that follows it at once."""
+
+from __future__ import annotations
+
+import torch
+
+from ep_comm._native import NativeLibrary, header
+from ep_comm.backends.base import PlanRequest, Received
+from ep_comm.backends.nvlink.mailbox import Mailbox
+from ep_comm.backends.nvlink.memory import PeerMemory
+from ep_comm.backends.nvlink.routing import (
+    FirstDispatch,
+    NVLinkRouting,
+    arena_places,
+    entry_size,
+    native_routing,
+)
+from ep_comm.backends.nvlink.rows import allocate_experts, allocate_rows
+from ep_comm.backends.nvlink.streams import Streams
+from ep_comm.backends.nvlink.tuning import split_dispatch, split_plan
+from ep_comm.config import EPConfig
+from ep_comm.errors import EPUnsupportedError
+from ep_comm.routing.layout import INPUT_KINDS
+from ep_comm.telemetry.device import DeviceRecorder
+
+_MAX_ROWS = 2**31 - 1
+
+
+class Planner:
+    """Launches plans, and the first dispatch of each while its plan and the host go on.
+
+    Args:
+        native: The CUDA library.
+        memory: Of this rank.
+        config: Of the buffer.
+        device: The GPU.
+        streams: Where operations run.
+        recorder: Has a record of each.
+        args: Of plans; every one fills them in anew.
+
+    Attributes:
+        entries: Where plans leave the entries of rows whose number nobody knows yet.
+    """
+
+    def __init__(
+        self,
+        native: NativeLibrary,
+        memory: PeerMemory,
+        config: EPConfig,
+        device: torch.device,
+        streams: Streams,
+        recorder: DeviceRecorder,
+        args: header.PlanArgs,
+    ) -> None:
+        self._native = native
+        self._memory = memory
+        self._mailbox = Mailbox(native, memory, config)
+        self._config = config
+        self._device = device
+        self._streams = streams
+        self._recorder = recorder
+        self._args = args
+        self._num_ranks = memory.num_ranks
+        self._max_rows = self._num_ranks * config.max_tokens_per_rank
+        self._num_plans = 0
+        self.entries = torch.empty(
+            self._max_rows * entry_size(config.num_topk), dtype=torch.int32, device=device
+        )
+
+    def plan(self, request: PlanRequest, num_sms: int, available_sms: int) -> NVLinkRouting:
+        """Start a plan on so many of the GPU's `available_sms`; the host does not wait for it.
+
+        Raises:
+            EPUnsupportedError: A CUDA graph is captured, and the host would have to wait.
+        """
+        source, num_topk, layout, alignment, has_weights, capacity, asynchronous = request
+        is_captured = torch.cuda.is_current_stream_capturing()
+        if capacity is None and is_captured:
+            raise EPUnsupportedError(
+                "a new dispatch waits for the counts of its routing, which no CUDA graph can hold: "
+                "pass num_worst_tokens, or capture a cached dispatch"
+            )
+        config, streams = self._config, self._streams
+        asked_tokens = source.shape[0]
+        if asked_tokens > config.max_tokens_per_rank:
+            source = source[:0]  # the kernels tell all ranks
+        num_tokens = source.shape[0]
+        num_entries = self._max_rows
+        if capacity is not None and layout == "rank":  # rows from there on share one entry
+            num_entries = min(num_entries, capacity + 1)
+        in_arena = 0 if capacity is None else num_entries
+        num_local_experts = config.num_experts // self._num_ranks
+        sizes = (num_tokens, num_topk, in_arena, self._num_ranks, num_local_experts)
+        places, total = arena_places(*sizes)
+        selects_weights = has_weights and source.dtype == torch.bool
+        # Where the host waits for nothing one kernel can push and expand, beside the plan's second
+        # one; with few SMs there is no room for both. In a graph it comes after that one: of two
+        # branches CUDA might run first what expands, and so waits for the other ranks' pushes.
+        in_one = capacity is not None and (
+            is_captured or (num_sms == available_sms and not selects_weights)
+        )
+        stream = streams.begin(header.EP_OP_DISPATCH, asynchronous, num_sms)
+        record = self._recorder.start("dispatch", 0)
+        self._num_plans += 1
+        arena = torch.empty(total, dtype=torch.int32, device=self._device)
+        native = native_routing(
+            arena.data_ptr(), *sizes, layout == "expert", num_entries - 1, self.entries.data_ptr()
+        )
+        routing = NVLinkRouting(
+            num_tokens=num_tokens,
+            num_topk=num_topk,
+            layout=layout,
+            expert_alignment=alignment,
+            capacity=capacity,
+            native=native,
+            ticket=self._num_plans,
+            stream=streams.current,
+            arena=arena,
+            places=places,
+            memory=(arena,),
+            first=FirstDispatch(
+                source, stream, num_sms, record, selects_weights, in_one, is_captured
+            ),
+            wait_for_kernels=self._wait_for_kernels,
+        )
+        args = self._args
+        args.peers.record = record
+        args.routing = native
+        args.input = source.data_ptr()
+        args.ticket = 0 if capacity is not None else routing.ticket
+        args.capacity = _MAX_ROWS if capacity is None else capacity
+        args.input_kind = INPUT_KINDS[source.dtype]
+        args.asked_tokens = asked_tokens
+        args.expert_alignment = alignment
+        _, expand_sms = split_dispatch(num_sms, self._num_ranks)
+        args.num_send_blocks, args.num_receive_blocks = split_plan(num_sms, expand_sms)
+        self._native.plan(args, stream, stream if in_one else streams.side, streams.event)
+        if asynchronous and selects_weights:
+            # The caller's stream selects the probabilities by the experts that the plan finds.
+            streams.wait(streams.current, stream)
+        return routing
+
+    def _wait_for_kernels(self) -> None:
+        """Wait for all operations so far; their counts are then in device memory."""
+        self._streams.synchronize()
+        self._memory.check_fault()
+
+    def wait_for_input(self, first: FirstDispatch, asynchronous: bool) -> None:
+        """Order the first dispatch behind what was made since its plan.
+
+        The plan's own streams are behind everything older.
+        """
+        streams = self._streams
+        if asynchronous:
+            streams.wait(first.stream, streams.current)
+        if not first.in_one:
+            streams.wait(streams.side, first.stream)
+
+    def dispatch(
+        self,
+        args: header.DispatchArgs,
+        routing: NVLinkRouting,
+        recv_dtype: torch.dtype,
+        first: FirstDispatch,
+    ) -> Received:
+        """Push while the plan and the host go on; allocate and expand once the counts are known.
+
+        Raises:
+            EPTimeoutError, EPMismatchError: What ended the plan.
+            EPRoutingError: What it found wrong with the routing.
+        """
+        streams, stream = self._streams, first.stream
+        self._recorder.set_row_bytes(args.row_bytes + args.scale_bytes)
+        args.peers.record = first.record
+        args.is_planned = True
+        push_blocks, expand_blocks = split_dispatch(first.num_sms, self._num_ranks)
+        args.num_blocks = push_blocks + expand_blocks
+        args.num_push_blocks, args.num_expand_blocks = push_blocks, 0
+        if push_blocks and not first.in_one:
+            self._native.launch("ep_dispatch", args, stream)
+        if routing.capacity is None:
+            routing.sizes = self._mailbox.sizes(
+                routing.ticket,
+                self._recorder.epoch("dispatch"),
+                routing.expert_alignment,
+                streams.side,
+            )
+        received = allocate_rows(args, routing, self._config.hidden, recv_dtype, self._device)
+        if routing.layout == "rank":
+            routing.recv_topk_idx = allocate_experts(args, routing, first.source, self._device)
+        args.planned_entries = None
+        if routing.capacity is None:
+            # What expands copies them: the next plan, on the same stream, is behind it.
+            args.planned_entries = routing.native.entries
+            args.num_received = routing.sizes.num_received
+            routing.allocate_entries(args.num_received)
+            args.routing = routing.native
+        args.num_expand_blocks = expand_blocks
+        if first.in_one:
+            self._native.launch("ep_dispatch", args, stream)
+        else:
+            args.num_push_blocks = 0
+            self._native.launch("ep_dispatch", args, streams.side)
+            streams.wait(stream, streams.side)
+        if routing.capacity is None:
+            self._mailbox.raise_if_bad(first.source, routing.num_topk)
+        return received
