@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 
 import torch
 import torch.distributed as dist
@@ -13,12 +12,11 @@ from ep_comm import checks, ops
 from ep_comm.backends import make_backend
 from ep_comm.backends.base import CombineRequest, DispatchRequest, PlanRequest
 from ep_comm.config import EPConfig
-from ep_comm.errors import EPArgumentError, EPStateError
+from ep_comm.errors import EPArgumentError
 from ep_comm.events import EventOverlap
 from ep_comm.fp8 import FP8_DTYPE, Payload
 from ep_comm.handle import CombineOutput, DispatchHandle, DispatchOutput, checked_handle
 from ep_comm.low_latency.calls import LowLatencyCalls
-from ep_comm.routing.layout import checked_source
 from ep_comm.routing.probabilities import select_probabilities
 from ep_comm.routing.types import RowLayout
 from ep_comm.session import Session
@@ -59,19 +57,7 @@ class Buffer(LowLatencyCalls):
     def __init__(self, group: dist.ProcessGroup | None, config: EPConfig) -> None:
         if not isinstance(config, EPConfig):
             raise EPArgumentError(f"config must be an EPConfig, got {type(config).__name__}")
-        if not dist.is_initialized():
-            raise EPStateError(
-                "torch.distributed is not initialised: call init_process_group before Buffer"
-            )
-        self.group = dist.group.WORLD if group is None else group
-        if self.group == dist.GroupMember.NON_GROUP_MEMBER:
-            raise EPArgumentError("this process is not a member of the group")
-        if not isinstance(self.group, dist.ProcessGroup):
-            raise EPArgumentError(
-                f"group must be a ProcessGroup or None, got {type(group).__name__}"
-            )
-        if dist.get_backend(self.group) == "fake":
-            raise EPArgumentError('the group has torch\'s backend "fake", which moves no data')
+        self.group = checks.checked_group(group)
         self.config = config
         self.rank = dist.get_rank(self.group)
         self.num_ranks = dist.get_world_size(self.group)
@@ -85,13 +71,8 @@ class Buffer(LowLatencyCalls):
         """Give the buffer; the end of the block destroys it."""
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if exc is not None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None:
             self._session.backend.give_up()  # the other ranks may know nothing of it
         self.destroy()
 
@@ -192,11 +173,12 @@ class Buffer(LowLatencyCalls):
         session = self._session
         session.check_usable()
         checks.check_stream_arguments(previous_event, async_finish, allocate_on_comm_stream)
-        if during_backward is not None and not callable(during_backward):
-            raise EPArgumentError(
-                f"during_backward must be callable, got {type(during_backward).__name__}"
-            )
-        rows, scales = checks.checked_payload(x, self.config)
+        checks.check_during_backward(during_backward)
+        num_tokens = None
+        if handle is not None:
+            routing = checked_handle(handle, session).routing
+            num_tokens = routing.num_tokens
+        rows, scales = checks.checked_payload(x, num_tokens, self.config)
         session.backend.check_device("x", rows)
         wire, recv = checks.wire_and_recv_dtype(
             rows, scales, wire_dtype, recv_dtype, self.config.hidden
@@ -204,22 +186,16 @@ class Buffer(LowLatencyCalls):
         session.backend.check_wire_dtype(wire, recv)
         if previous_event is not None:  # what comes may copy an argument
             previous_event.current_stream_wait()
-        plan = None
         if handle is None:
-            plan = self._checked_plan(
-                rows, topk_idx, routing_map, layout, expert_alignment, num_worst_tokens
-            )
-            layout, expert_alignment = plan.layout, plan.expert_alignment
-            weights_shape = tuple(plan.source.shape)
+            layout, expert_alignment = checks.checked_layout(layout, expert_alignment)
+            checks.check_num_worst_tokens(num_worst_tokens)
+            source, num_topk = checks.checked_source(topk_idx, routing_map, rows, self.config)
+            weights_shape = tuple(source.shape)
         else:
-            routing = checked_handle(handle, session).routing
-            if topk_idx is not None or routing_map is not None:
-                raise EPArgumentError("pass topk_idx, routing_map or a handle, not two of them")
-            if num_worst_tokens is not None:
-                raise EPArgumentError("num_worst_tokens is that of the handle: leave it out")
-            checks.check_repeated(routing, layout, expert_alignment)
+            checks.check_repeated(
+                routing, topk_idx, routing_map, layout, expert_alignment, num_worst_tokens
+            )
             layout, expert_alignment = routing.layout, routing.expert_alignment
-            checks.check_rows("x", rows, routing.num_tokens, self.config.hidden)
             weights_shape = routing.token_weights_shape
         checks.check_scale_groups(recv, layout, expert_alignment)
         weights = checks.checked_weights(topk_weights, weights_shape, rows.device)
@@ -227,16 +203,22 @@ class Buffer(LowLatencyCalls):
         ops.check_dispatch_not_saved(request)
 
         with session.operation() as backend:
-            if plan is not None:
+            if handle is None:
+                plan = PlanRequest(
+                    source=source,
+                    num_topk=num_topk,
+                    layout=layout,
+                    expert_alignment=expert_alignment,
+                    has_weights=weights is not None,
+                    capacity=num_worst_tokens,
+                    asynchronous=async_finish,
+                )
                 with unseen():
-                    routing = backend.plan(
-                        plan._replace(has_weights=weights is not None, asynchronous=async_finish)
-                    )
+                    routing = backend.plan(plan)
                 handle = DispatchHandle(session=session, routing=routing)
                 if routing_map is not None and weights is not None:
                     weights = select_probabilities(weights, routing.topk_idx)
                     request = request._replace(topk_weights=weights)
-            assert handle is not None
             handle.during_backward = during_backward
             received = ops.dispatch(backend, handle, request)
             if allocate_on_comm_stream:
@@ -391,33 +373,3 @@ class Buffer(LowLatencyCalls):
             EPError: What ended an operation that was still in flight.
         """
         self._session.destroy()
-
-    def _checked_plan(
-        self,
-        x: Tensor,
-        topk_idx: Tensor | None,
-        routing_map: Tensor | None,
-        layout: RowLayout | None,
-        expert_alignment: int | None,
-        num_worst_tokens: int | None,
-    ) -> PlanRequest:
-        """The routing of a new dispatch of `x`, after all checks that the host can make."""
-        config = self.config
-        layout = "expert" if layout is None else layout
-        expert_alignment = 16 if expert_alignment is None else expert_alignment
-        checks.check_layout(layout, expert_alignment)
-        checks.check_num_worst_tokens(num_worst_tokens)
-        if topk_idx is None and routing_map is None:
-            raise EPArgumentError("pass exactly one of topk_idx, routing_map and handle")
-        map_topk = config.num_topk if topk_idx is None else None
-        source, num_topk = checked_source(topk_idx, routing_map, map_topk, config.num_experts)
-        checks.check_topk(source, num_topk, x, config)
-        return PlanRequest(
-            source=source,
-            num_topk=num_topk,
-            layout=layout,
-            expert_alignment=1 if layout == "rank" else expert_alignment,  # nothing is padded there
-            has_weights=False,
-            capacity=num_worst_tokens,
-            asynchronous=False,
-        )

@@ -3,29 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ep_comm import fp8
 from ep_comm.config import EPConfig, is_int
-from ep_comm.errors import EPArgumentError, EPTooManyTokensError
+from ep_comm.errors import EPArgumentError, EPStateError, EPTooManyTokensError
 from ep_comm.events import EventOverlap
 from ep_comm.routing.types import Routing, RowLayout
 from ep_comm.tracing import plain_tensor
 
 ROW_DTYPES = (torch.bfloat16, torch.float32)
+DEFAULT_ALIGNMENT = 16  # what Transformer Engine's FP8 GEMMs need
 _MAX_ALIGNMENT = 4096
+_ONE_ROUTING = "pass exactly one of topk_idx, routing_map and handle"
+
+
+def checked_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Return the group of a buffer, where None is the default one.
+
+    Raises:
+        EPStateError: torch.distributed is not initialised.
+        EPArgumentError: It is no group, not one of this process, or moves no data.
+    """
+    if not dist.is_initialized():
+        raise EPStateError(
+            "torch.distributed is not initialised: call init_process_group before Buffer"
+        )
+    chosen = dist.group.WORLD if group is None else group
+    if chosen == dist.GroupMember.NON_GROUP_MEMBER:
+        raise EPArgumentError("this process is not a member of the group")
+    if not isinstance(chosen, dist.ProcessGroup):
+        raise EPArgumentError(f"group must be a ProcessGroup or None, got {type(group).__name__}")
+    if dist.get_backend(chosen) == "fake":
+        raise EPArgumentError('the group has torch\'s backend "fake", which moves no data')
+    return chosen
 
 
 def check_num_sms(num_sms: object) -> None:
-    """A number of SMs, or None."""
+    """Refuse what is neither None nor a number of SMs, at least 2."""
     if num_sms is not None and (not is_int(num_sms) or num_sms < 2):
         raise EPArgumentError(f"num_sms must be at least 2, or None, got {num_sms!r}")
 
 
 def check_num_worst_tokens(num_worst_tokens: object) -> None:
-    """A number of rows that an int32 can count, or None."""
+    """Refuse what is neither None nor a number of rows that an int32 can count."""
     if num_worst_tokens is None:
         return
     if not is_int(num_worst_tokens) or not 0 < num_worst_tokens < 2**31:
@@ -35,7 +60,7 @@ def check_num_worst_tokens(num_worst_tokens: object) -> None:
 
 
 def check_rows(name: str, x: Tensor, num_rows: int | None, hidden: int) -> None:
-    """`x` is [num_rows, hidden], contiguous."""
+    """Refuse what is not [num_rows, hidden] and contiguous; None is any number of rows."""
     shape = x.shape
     if len(shape) != 2 or shape[1] != hidden or num_rows not in (None, shape[0]):
         rows = "num_tokens" if num_rows is None else num_rows
@@ -80,19 +105,6 @@ def checked_counter(
     return None if value is None else checked_tensor(name, value, (length,), dtype, device)
 
 
-def check_topk(topk_idx: Tensor, num_topk: int, x: Tensor, config: EPConfig) -> None:
-    """A routing [T, num_topk] belongs to the rows `x`, in a buffer of that config."""
-    if topk_idx.device != x.device:
-        raise EPArgumentError(f"the routing is on {topk_idx.device}, x on {x.device}")
-    if topk_idx.shape[0] != x.shape[0]:
-        raise EPArgumentError(f"the routing has {topk_idx.shape[0]} tokens, x has {x.shape[0]}")
-    if num_topk > config.num_topk:
-        raise EPArgumentError(
-            f"topk_idx has {num_topk} entries a token, the buffer was made for "
-            f"num_topk {config.num_topk}"
-        )
-
-
 def check_no_grad(**tensors: Tensor | None) -> None:
     """None of them asks for a gradient that nobody would compute."""
     for name, tensor in tensors.items():
@@ -104,7 +116,7 @@ def check_no_grad(**tensors: Tensor | None) -> None:
 
 
 def check_row_dtype(name: str, x: Tensor, config: EPConfig) -> None:
-    """Rows are BF16 or FP32, and no wider than the buffer was made for."""
+    """Refuse rows that are not BF16 or FP32, or wider than the buffer was made for."""
     if x.dtype not in ROW_DTYPES:
         raise EPArgumentError(f"{name} must be bfloat16 or float32, got {x.dtype}")
     if x.dtype.itemsize > config.dtype.itemsize:
@@ -120,13 +132,21 @@ def check_num_tokens(num_tokens: Sequence[int], config: EPConfig) -> None:
         raise EPTooManyTokensError(tuple(num_tokens), config.max_tokens_per_rank)
 
 
-def checked_payload(x: fp8.Payload, config: EPConfig) -> tuple[Tensor, Tensor | None]:
-    """Rows to dispatch: BF16 or FP32 [T, hidden], or FP8 with scales [T, hidden / 128]."""
+def checked_payload(
+    x: fp8.Payload, num_tokens: int | None, config: EPConfig
+) -> tuple[Tensor, Tensor | None]:
+    """Return the rows to dispatch, and their scales where they are FP8.
+
+    Args:
+        x: BF16 or FP32 [T, hidden], or FP8 with scales [T, hidden / 128].
+        num_tokens: T, or None for any.
+        config: The buffer's.
+    """
     if isinstance(x, tuple) and len(x) == 2:
         rows, scales = plain_tensor("x[0]", x[0]), plain_tensor("x[1]", x[1])
     else:
         rows, scales = plain_tensor("x", x), None
-    check_rows("x", rows, None, config.hidden)
+    check_rows("x", rows, num_tokens, config.hidden)
     if scales is None:
         check_row_dtype("x", rows, config)
         return rows, None
@@ -148,7 +168,7 @@ def wire_and_recv_dtype(
     recv_dtype: torch.dtype | None,
     hidden: int,
 ) -> tuple[torch.dtype, torch.dtype]:
-    """Defaults for the two types, and a refusal of pairs that make no sense."""
+    """Return the two types, defaults filled in. Pairs that make no sense are refused."""
     wire = rows.dtype if wire_dtype is None else wire_dtype
     recv = rows.dtype if recv_dtype is None else recv_dtype
     if wire != rows.dtype and (wire != fp8.FP8_DTYPE or scales is not None):
@@ -169,7 +189,7 @@ def wire_and_recv_dtype(
 
 
 def grad_wire_dtype(x: Tensor, wire_dtype: torch.dtype | None) -> torch.dtype:
-    """Default for the type in which the gradient of a combine of `x` travels."""
+    """Return the type in which the gradient of a combine of `x` travels: None is x's own."""
     wire = x.dtype if wire_dtype is None else wire_dtype
     if wire not in (x.dtype, fp8.FP8_DTYPE):
         raise EPArgumentError(
@@ -183,7 +203,7 @@ def grad_wire_dtype(x: Tensor, wire_dtype: torch.dtype | None) -> torch.dtype:
 def checked_weights(
     weights: Tensor | None, shape: tuple[int, ...], device: torch.device
 ) -> Tensor | None:
-    """Probabilities: FP32 of that shape, contiguous, on that device."""
+    """Return the probabilities, which are FP32 of that shape, contiguous, on that device."""
     name = "topk_weights"
     if weights is None:
         return None
@@ -200,6 +220,7 @@ def checked_weights(
 
 
 def check_alignment(expert_alignment: object) -> None:
+    """Refuse what is no number of rows that groups of experts can be padded to."""
     if not is_int(expert_alignment) or not 1 <= expert_alignment <= _MAX_ALIGNMENT:
         raise EPArgumentError(
             f"expert_alignment must be an integer from 1 to {_MAX_ALIGNMENT}, got "
@@ -207,14 +228,66 @@ def check_alignment(expert_alignment: object) -> None:
         )
 
 
-def check_layout(layout: RowLayout, expert_alignment: int) -> None:
-    if layout not in ("rank", "expert"):
+def checked_layout(layout: RowLayout | None, expert_alignment: int | None) -> tuple[RowLayout, int]:
+    """Return layout and alignment of a new dispatch, defaults filled in."""
+    layout = "expert" if layout is None else layout
+    if layout not in get_args(RowLayout):
         raise EPArgumentError(f"layout must be 'rank' or 'expert', got {layout!r}")
+    expert_alignment = DEFAULT_ALIGNMENT if expert_alignment is None else expert_alignment
     check_alignment(expert_alignment)
+    return layout, 1 if layout == "rank" else expert_alignment  # nothing is padded there
+
+
+def checked_source(
+    topk_idx: Tensor | None, routing_map: Tensor | None, rows: Tensor, config: EPConfig
+) -> tuple[Tensor, int]:
+    """Return the routing of `rows`, contiguous, and K.
+
+    Args:
+        topk_idx: int32 or int64 [T, K], any strides.
+        routing_map: bool [T, E], any strides; K is then ``config.num_topk``.
+        rows: [T, hidden], on the same device.
+        config: The buffer's.
+    """
+    if (topk_idx is None) == (routing_map is None):
+        raise EPArgumentError(_ONE_ROUTING)
+    if topk_idx is not None:
+        source = _checked_2d("topk_idx", topk_idx, (torch.int32, torch.int64), "num_topk")
+        num_topk = source.shape[1]
+        if not 1 <= num_topk <= config.num_topk:
+            raise EPArgumentError(
+                f"topk_idx has {num_topk} entries a token, the buffer was made for 1 to num_topk "
+                f"{config.num_topk}"
+            )
+    else:
+        source = _checked_2d("routing_map", routing_map, (torch.bool,), "num_experts")
+        num_topk = config.num_topk
+        if source.shape[1] != config.num_experts:
+            raise EPArgumentError(
+                f"routing_map has {source.shape[1]} columns, expected one for each of the "
+                f"num_experts = {config.num_experts} experts"
+            )
+    if source.device != rows.device:
+        raise EPArgumentError(f"the routing is on {source.device}, x on {rows.device}")
+    if source.shape[0] != rows.shape[0]:
+        raise EPArgumentError(f"the routing has {source.shape[0]} tokens, x has {rows.shape[0]}")
+    return source.contiguous(), num_topk
+
+
+def _checked_2d(name: str, value: object, dtypes: tuple[torch.dtype, ...], columns: str) -> Tensor:
+    tensor = plain_tensor(name, value)
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(map(str, dtypes))
+        raise EPArgumentError(f"{name} has dtype {tensor.dtype}, expected {expected}")
+    if tensor.dim() != 2:
+        raise EPArgumentError(
+            f"{name} has shape {list(tensor.shape)}, expected 2 dimensions [num_tokens, {columns}]"
+        )
+    return tensor
 
 
 def check_scale_groups(recv_dtype: torch.dtype, layout: RowLayout, expert_alignment: int) -> None:
-    """FP8 rows may be received in groups of `expert_alignment`."""
+    """Refuse FP8 rows in groups whose scales have no place: no multiple of 4 rows."""
     if recv_dtype == fp8.FP8_DTYPE and layout == "expert" and expert_alignment % 4:
         raise EPArgumentError(
             "FP8 rows with scales in the expert layout need expert_alignment to be a multiple "
@@ -223,9 +296,18 @@ def check_scale_groups(recv_dtype: torch.dtype, layout: RowLayout, expert_alignm
 
 
 def check_repeated(
-    routing: Routing, layout: RowLayout | None, expert_alignment: int | None
+    routing: Routing,
+    topk_idx: Tensor | None,
+    routing_map: Tensor | None,
+    layout: RowLayout | None,
+    expert_alignment: int | None,
+    num_worst_tokens: int | None,
 ) -> None:
-    """What is given along with a handle is what its routing has."""
+    """Refuse what is passed along with a handle and is not so in its `routing`."""
+    if topk_idx is not None or routing_map is not None:
+        raise EPArgumentError(_ONE_ROUTING)
+    if num_worst_tokens is not None:
+        raise EPArgumentError("num_worst_tokens is that of the handle: leave it out")
     if layout not in (None, routing.layout):
         raise EPArgumentError(f"layout is that of the handle, {routing.layout!r}, got {layout!r}")
     if routing.layout == "expert" and expert_alignment not in (None, routing.expert_alignment):
@@ -235,9 +317,18 @@ def check_repeated(
         )
 
 
+def check_during_backward(during_backward: object) -> None:
+    """Refuse what is neither None nor callable."""
+    if during_backward is not None and not callable(during_backward):
+        raise EPArgumentError(
+            f"during_backward must be callable, got {type(during_backward).__name__}"
+        )
+
+
 def check_stream_arguments(
     previous_event: object, async_finish: bool, allocate_on_comm_stream: bool
 ) -> None:
+    """Refuse what is no event, and `allocate_on_comm_stream` without what orders that stream."""
     if not isinstance(previous_event, (EventOverlap, type(None))):
         raise EPArgumentError(
             f"previous_event must be an EventOverlap, got {type(previous_event).__name__}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from types import TracebackType
 
 from ep_comm.backends.base import Backend
 from ep_comm.config import EPConfig
@@ -108,15 +107,10 @@ class Operation:
             )
         return backend
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         try:
-            if exc is not None:
+            if error is not None:
                 has_started = self._session.backend.num_started != self._num_started
-                self._session.take_error(exc, has_started)
+                self._session.take_error(error, has_started)
         finally:
             self._in_use.release()

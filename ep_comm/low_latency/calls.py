@@ -35,7 +35,6 @@ from ep_comm.low_latency.handle import (
     LowLatencyHandle,
     checked_handle,
 )
-from ep_comm.routing.layout import checked_source
 from ep_comm.session import Session
 from ep_comm.tracing import plain_tensor, untraced
 
@@ -121,8 +120,7 @@ class LowLatencyCalls:
                 f"x has {num_tokens} tokens, more than num_max_dispatch_tokens_per_rank "
                 f"{max_tokens}"
             )
-        source, num_topk = checked_source(topk_idx, None, None, config.num_experts)
-        checks.check_topk(source, num_topk, x, config)
+        source, num_topk = checks.checked_source(topk_idx, None, x, config)
         weights = checks.checked_weights(topk_weights, (num_tokens, num_topk), device)
         checks.check_no_grad(x=x, topk_weights=weights)
         recv_stats = checks.checked_counter(

@@ -12,9 +12,7 @@ import torch
 
 from ep_comm import _native
 from ep_comm._native import header
-from ep_comm.config import is_int
-from ep_comm.errors import EPArgumentError, EPRoutingError
-from ep_comm.tracing import plain_tensor
+from ep_comm.errors import EPRoutingError
 
 
 class RoutingLayout(NamedTuple):
@@ -50,9 +48,11 @@ def layout_of(
     to be able to raise on bad content.
 
     Args:
-        source, num_topk: What `checked_source` returned.
-        num_experts: E, at most 4096, a multiple of `num_ranks`.
-        num_ranks: R, at most 1024.
+        source: Contiguous. A topk_idx, int32 or int64 [T, K], of which -1 drops an entry. Or a
+            routing_map, bool [T, E], with at most K true entries a row.
+        num_topk: K.
+        num_experts: E, a multiple of `num_ranks`.
+        num_ranks: R.
 
     Raises:
         EPRoutingError: An entry is neither -1 nor an expert, a token names an expert twice, or a
@@ -69,83 +69,11 @@ def layout_of(
 
 
 def index_dtype(source: torch.Tensor) -> torch.dtype:
-    """Type of the local expert indices that go with a routing, see `checked_source`."""
+    """Return the type of the local expert indices that go with a routing."""
     return torch.int64 if source.dtype == torch.int64 else torch.int32
 
 
-def checked_source(
-    topk_idx: torch.Tensor | None,
-    routing_map: torch.Tensor | None,
-    num_topk: int | None,
-    num_experts: int,
-) -> tuple[torch.Tensor, int]:
-    """Exactly one of `topk_idx` and `routing_map`, contiguous, and K.
-
-    Args:
-        topk_idx: int32 or int64 [T, K], K <= 32, any strides. Expert of each copy; -1 = dropped.
-        routing_map: bool [T, E], any strides. Megatron's form: at most `num_topk` true in a row.
-        num_topk: K. Needed with `routing_map`; otherwise it must agree with `topk_idx`.
-        num_experts: E.
-
-    Raises:
-        EPArgumentError: Type, shape or size of an argument is wrong.
-    """
-    if (topk_idx is None) == (routing_map is None):
-        given = "neither" if topk_idx is None else "both"
-        raise EPArgumentError(f"pass exactly one of topk_idx and routing_map, not {given}")
-    if topk_idx is not None:
-        topk_idx = plain_tensor("topk_idx", topk_idx)
-        _check_topk_idx(topk_idx, num_topk)
-        return topk_idx.contiguous(), topk_idx.shape[1]
-    routing_map = plain_tensor("routing_map", routing_map)
-    _check_routing_map(routing_map, num_topk, num_experts)
-    assert num_topk is not None  # checked
-    return routing_map.contiguous(), num_topk
-
-
-# ---- Checks --------------------------------------------------------------------------------------
-
-
-def _check_int(name: str, value: object, maximum: int) -> None:
-    if not is_int(value) or not 1 <= value <= maximum:
-        raise EPArgumentError(f"{name} = {value!r}, expected an int in 1..{maximum}")
-
-
-def _check_tensor(
-    name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], dims: str
-) -> None:
-    if tensor.dtype not in dtypes:
-        expected = " or ".join(map(str, dtypes))
-        raise EPArgumentError(f"{name} has dtype {tensor.dtype}, expected {expected}")
-    if tensor.dim() != 2:
-        raise EPArgumentError(f"{name} has shape {list(tensor.shape)}, expected {dims}")
-
-
-def _check_topk_idx(topk_idx: torch.Tensor, num_topk: int | None) -> None:
-    _check_tensor(
-        "topk_idx", topk_idx, (torch.int32, torch.int64), "2 dimensions [num_tokens, num_topk]"
-    )
-    columns = topk_idx.shape[1]
-    if not 1 <= columns <= header.EP_MAX_TOPK:
-        raise EPArgumentError(
-            f"topk_idx has {columns} columns, expected 1..{header.EP_MAX_TOPK} (top-k)"
-        )
-    if num_topk is not None and num_topk != columns:
-        raise EPArgumentError(f"num_topk = {num_topk!r}, but topk_idx has {columns} columns")
-
-
-def _check_routing_map(routing_map: torch.Tensor, num_topk: int | None, num_experts: int) -> None:
-    _check_tensor(
-        "routing_map", routing_map, (torch.bool,), "2 dimensions [num_tokens, num_experts]"
-    )
-    if routing_map.shape[1] != num_experts:
-        raise EPArgumentError(
-            f"routing_map has {routing_map.shape[1]} columns, expected one for each of the "
-            f"num_experts = {num_experts} experts"
-        )
-    if num_topk is None:
-        raise EPArgumentError("num_topk is needed with routing_map: it says how wide topk_idx is")
-    _check_int("num_topk", num_topk, header.EP_MAX_TOPK)
+# ---- Bad content ---------------------------------------------------------------------------------
 
 
 def _raise_bad_expert(token: int, k: int, value: int, num_experts: int) -> NoReturn:
@@ -243,7 +171,11 @@ def launch_layout(
     """Start the kernels on the current stream, without waiting for them.
 
     Args:
-        source: What `checked_source` returned.
+        native: The CUDA library.
+        source: As in `layout_of`, on a GPU.
+        num_topk: K.
+        num_experts: E.
+        num_ranks: R.
 
     Returns:
         The layout, and what it found wrong with the content: int32 [4], for `raise_if_bad`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -47,18 +47,23 @@ class RoutingSizes:
         return self.num_received if layout == "rank" else self.num_expert_rows
 
 
+@dataclass(kw_only=True, eq=False)
 class Routing:
     """Where the tokens of one dispatch went. A backend's own kind adds what its kernels need.
 
     Attributes:
-        num_tokens, num_topk: T and K of this rank's own tokens.
+        num_tokens: T, this rank's own tokens.
+        num_topk: K.
         layout: Order of the received rows.
         expert_alignment: Rows of each local expert are padded to a multiple of this; 1 in the rank
             layout.
         capacity: Rows of the output, where the caller said how many; else None.
+        recv_topk_idx: See `ep_comm.DispatchHandle`, like all that follows but `sizes`.
         sizes: The counts. With a `capacity`, on a GPU, asking for them waits for it, bounded.
-        topk_idx, recv_topk_idx, device_tokens_per_expert, device_expert_offsets, num_bytes: See
-            `ep_comm.DispatchHandle`, which shows them.
+        topk_idx: The experts of the own tokens.
+        device_tokens_per_expert: The counts of groups, on the device.
+        device_expert_offsets: Where groups begin, on the device.
+        num_bytes: Memory that is kept.
     """
 
     num_tokens: int
@@ -66,26 +71,27 @@ class Routing:
     layout: RowLayout
     expert_alignment: int
     capacity: int | None
-    sizes: RoutingSizes
-    topk_idx: Tensor
-    recv_topk_idx: Tensor | None
-    device_tokens_per_expert: Tensor
-    device_expert_offsets: Tensor
-    num_bytes: int
+    recv_topk_idx: Tensor | None = None
+    # A backend sets these, or computes them when they are first asked for.
+    sizes: RoutingSizes = field(init=False, repr=False)
+    topk_idx: Tensor = field(init=False, repr=False)
+    device_tokens_per_expert: Tensor = field(init=False, repr=False)
+    device_expert_offsets: Tensor = field(init=False, repr=False)
+    num_bytes: int = field(init=False, repr=False)
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """Rows of dispatch's output and of combine's input."""
         return self.sizes.num_rows(self.layout) if self.capacity is None else self.capacity
 
-    @property
+    @cached_property
     def row_weights_shape(self) -> tuple[int, ...]:
         """Shape of the probabilities that come with the rows: [M] or [N, K]."""
         if self.layout == "expert":
             return (self.num_rows,)
         return (self.num_rows, self.num_topk)
 
-    @property
+    @cached_property
     def token_weights_shape(self) -> tuple[int, int]:
         """Shape of the probabilities of this rank's own tokens: [T, K]."""
         return (self.num_tokens, self.num_topk)

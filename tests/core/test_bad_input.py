@@ -17,8 +17,10 @@ from ep_comm import (
     EPRoutingError,
     EPStateError,
     EventOverlap,
+    checks,
     fp8,
 )
+from ep_comm._native import header
 from ep_comm.topology import backend_by_device_type, device_types
 
 SIZES = dict(num_experts=8, hidden=32, max_tokens_per_rank=6, num_topk=3, dtype=torch.float32)
@@ -40,13 +42,19 @@ BAD_DISPATCH = {
     "no_routing": (dict(x=X), "exactly one of topk_idx, routing_map and handle"),
     "two_routings": (dict(x=X, topk_idx=TOPK, routing_map=MAP), "exactly one of"),
     "token_count": (dict(x=X, topk_idx=TOPK[:3]), "3 tokens, x has 4"),
-    "topk_dtype": (dict(x=X, topk_idx=TOPK.float()), "float32"),
+    "topk_dtype": (
+        dict(x=X, topk_idx=TOPK.float()),
+        "topk_idx has dtype torch.float32, expected torch.int32 or torch.int64",
+    ),
+    "topk_dims": (dict(x=X, topk_idx=TOPK[0]), r"topk_idx has shape \[3\], expected 2 dimensions"),
+    "topk_empty": (dict(x=X, topk_idx=TOPK[:, :0]), "0 entries a token, .* 1 to num_topk 3"),
     "topk_too_wide": (dict(x=X, topk_idx=torch.zeros(4, 4).long()), "4 entries.*num_topk 3"),
     "expert_too_large": (dict(x=X, topk_idx=TOPK + 4), r"9"),
     "expert_negative": (dict(x=X, topk_idx=TOPK - 2), r"-2|-3"),
     "expert_twice": (dict(x=X, topk_idx=torch.zeros(4, 2).long()), "each expert may come once"),
-    "map_dtype": (dict(x=X, routing_map=MAP.int()), "bool"),
-    "map_width": (dict(x=X, routing_map=MAP[:, :7]), "7"),
+    "map_dtype": (dict(x=X, routing_map=MAP.int()), "dtype torch.int32, expected torch.bool"),
+    "map_dims": (dict(x=X, routing_map=MAP[0]), r"routing_map has shape \[8\], expected 2 dimens"),
+    "map_width": (dict(x=X, routing_map=MAP[:, :7]), "routing_map has 7 columns, .* num_experts ="),
     "map_too_many": (dict(x=X, routing_map=~MAP), "3"),
     "weights_dtype": (dict(x=X, topk_idx=TOPK, topk_weights=torch.ones(4, 3).double()), "float64"),
     "weights_shape": (dict(x=X, topk_idx=TOPK, topk_weights=torch.ones(4, 2)), r"\[4, 3\].*2"),
@@ -141,6 +149,22 @@ def test_bad_dispatch_arguments_are_named():
             assert messages[name].startswith(EPRoutingError.__name__)
 
 
+@pytest.mark.parametrize("name, source", [("topk_idx", TOPK), ("routing_map", MAP)])
+def test_strides_of_a_routing_do_not_matter(name, source):
+    strided = source.t().contiguous().t()
+    assert not strided.is_contiguous()
+    arguments = {"topk_idx": None, "routing_map": None, name: strided}
+    checked, num_topk = checks.checked_source(**arguments, rows=X, config=EPConfig(**SIZES))
+    assert checked.is_contiguous() and torch.equal(checked, source) and num_topk == 3
+
+
+def test_docstrings_give_the_numbers_of_the_code():
+    config, dispatch = (" ".join(each.__doc__.split()) for each in (EPConfig, Buffer.dispatch))
+    assert f"Experts over all ranks, at most {header.EP_MAX_EXPERTS}." in config
+    assert f"Most experts that a token selects, at most {header.EP_MAX_TOPK}." in config
+    assert f"The default, {checks.DEFAULT_ALIGNMENT}, is" in dispatch
+
+
 def try_combine(rank: int) -> dict[str, str]:
     buffer, other = (Buffer(None, EPConfig(**SIZES)) for _ in range(2))
     out = buffer.dispatch(X, TOPK)
@@ -164,7 +188,8 @@ def try_combine(rank: int) -> dict[str, str]:
             X, handle=handle, topk_weights=torch.ones(4, 1)
         ),
         "x is on meta": lambda: buffer.combine(rows.to("meta"), handle),
-        "not two of them": lambda: buffer.dispatch(X, TOPK, handle=handle),
+        "exactly one of topk_idx": lambda: buffer.dispatch(X, TOPK, handle=handle),
+        "routing_map and handle": lambda: buffer.dispatch(X, routing_map=MAP, handle=handle),
         "layout is that of the handle, 'expert', got 'rank'": lambda: buffer.dispatch(
             X, handle=handle, layout="rank"
         ),

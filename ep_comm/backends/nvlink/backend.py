@@ -245,7 +245,7 @@ class NVLinkBackend:
         combined = torch.empty(num_tokens, hidden, dtype=x.dtype, device=self.device)
         weights = None
         if topk_weights is not None:
-            weights = topk_weights.new_empty(num_tokens, routing.num_topk)
+            weights = topk_weights.new_empty(*routing.token_weights_shape)
         args = self._args.combine
         args.x = x.data_ptr()
         args.weights = None if topk_weights is None else topk_weights.data_ptr()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ep_comm._native import header
-from ep_comm.routing.types import Routing, RoutingSizes, RowLayout
+from ep_comm.routing.types import Routing, RoutingSizes
 
 
 def whole_vectors(num_topk: int) -> int:
@@ -92,14 +92,8 @@ class NVLinkRouting(Routing):
         memory: All of them, to keep alive what kernels read.
         first: What the plan leaves to the dispatch that follows it; None afterwards.
         wait_for_kernels: Waits until the counts are in device memory.
-        recv_topk_idx: Rank layout: written by the first dispatch.
     """
 
-    num_tokens: int
-    num_topk: int
-    layout: RowLayout
-    expert_alignment: int
-    capacity: int | None
     native: header.Routing
     ticket: int
     stream: int
@@ -108,7 +102,6 @@ class NVLinkRouting(Routing):
     memory: tuple[Tensor, ...]
     first: FirstDispatch | None
     wait_for_kernels: Callable[[], None] = field(repr=False)
-    recv_topk_idx: Tensor | None = None
 
     def allocate_entries(self, num_received: int) -> None:
         """Memory for the entries of so many rows, instead of the buffer's."""

@@ -292,7 +292,7 @@ class ReferenceBackend(Operations):
     def _scatter_weights(self, routing: ReferenceRouting, received: tuple[Tensor, ...]) -> Tensor:
         """Each entry [T, K] from the rank that owns its expert; dropped entries stay 0."""
         owner_TK = self._owner(routing.topk_idx)
-        out = received[0].new_zeros(routing.topk_idx.shape)
+        out = received[0].new_zeros(routing.token_weights_shape)
         for r, (tokens, rows) in enumerate(zip(routing.sent_tokens, received, strict=True)):
             out[tokens] = torch.where(owner_TK[tokens] == r, rows, out[tokens])
         return out

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ep_comm.routing.types import Routing, RoutingSizes, RowLayout
+from ep_comm.routing.types import Routing, RoutingSizes
 
 
 @dataclass(kw_only=True, eq=False)
@@ -24,14 +24,8 @@ class ReferenceRouting(Routing):
             no such row.
     """
 
-    num_tokens: int
-    num_topk: int
-    layout: RowLayout
-    expert_alignment: int
-    capacity: int | None
     sizes: RoutingSizes
     topk_idx: Tensor
-    recv_topk_idx: Tensor | None
     epoch: int
     sent_tokens: tuple[Tensor, ...]
     expert_row_NK: Tensor

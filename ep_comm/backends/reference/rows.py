@@ -91,7 +91,7 @@ def expand(received: Received, routing: ReferenceRouting) -> Received:
         scales[row] = received.scales[n]
         scales = fp8.join_scales(scales, routing.device_expert_offsets.tolist())
     if received.topk_weights is not None:
-        weights = received.topk_weights.new_zeros(routing.num_rows)
+        weights = received.topk_weights.new_zeros(routing.row_weights_shape)
         weights[row] = received.topk_weights[n, k]
     return Received(x, scales, weights)
 
