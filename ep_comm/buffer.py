@@ -41,8 +41,10 @@ class Buffer(LowLatencyCalls):
         config: Sizes and settings, equal on all ranks.
 
     Attributes:
-        group, config: As passed.
-        rank, num_ranks: Of this process in the group, and of the group.
+        group: The ranks that share the experts.
+        config: As passed.
+        rank: This process's rank in the group.
+        num_ranks: Number of ranks in the group.
         num_local_experts: Experts that each rank owns.
         passed_over: Why each faster backend than the chosen one was not taken, by name.
 
@@ -68,7 +70,7 @@ class Buffer(LowLatencyCalls):
         watch(backend, self.rank, config.timeout_s)
 
     def __enter__(self) -> Buffer:
-        """Give the buffer; the end of the block destroys it."""
+        """Return the buffer; the end of the block destroys it."""
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
@@ -137,9 +139,9 @@ class Buffer(LowLatencyCalls):
                 FP32 rows for the way; hidden must be a multiple of 128, over NVLink of 512.
             recv_dtype: Type of the received rows; None is x's own. With FP8 on the wire:
                 ``float8_e4m3fn`` gives (rows, scales) as they came, BF16 or FP32 dequantises.
-            num_worst_tokens: Rows of the output, padding included; room for all in any case have,
-                with R ranks and E experts on each, R max_tokens_per_rank min(K, E) + E
-                (`expert_alignment` - 1), in the rank layout R max_tokens_per_rank. The host then
+            num_worst_tokens: Rows of the output, padding included. With R ranks and E experts on
+                each, R max_tokens_per_rank min(K, E) + E (`expert_alignment` - 1) rows have room
+                for all in any case; in the rank layout R max_tokens_per_rank do. The host then
                 waits for nothing, so that the call can be captured in a CUDA graph; counts are on
                 the device (`DispatchHandle.device_tokens_per_expert`), and rows behind the last
                 group are padding. Rows for which there is no room are dropped, and the next call
@@ -167,8 +169,8 @@ class Buffer(LowLatencyCalls):
             EPUnsupportedError: FP8 with scales that are no powers of two; capture in a CUDA graph
                 without `num_worst_tokens`; a tensor without memory of its own, such as a DTensor;
                 selective checkpointing that saves the result.
-            EPOverflowError: Of an earlier dispatch, see `num_worst_tokens`; said before anything is
-                started, and once.
+            EPOverflowError: An earlier dispatch dropped rows, see `num_worst_tokens`; said before
+                anything is started, and once.
         """
         session = self._session
         session.check_usable()
@@ -259,14 +261,16 @@ class Buffer(LowLatencyCalls):
 
         Args:
             x: Rows in the order that the dispatch gave them, BF16 or FP32, contiguous.
-            handle: What the dispatch returned.
+            handle: The dispatch's.
             topk_weights: FP32, as the dispatch gave them ([M] or [N, K]): scattered back to
                 [T, K] without any sum. With their gradients this is the backward of dispatch.
             grad_wire_dtype: In the backward, which dispatches the gradient of `combined_x`: None
                 sends its rows as they are; ``torch.float8_e4m3fn`` quantises them for the way, and
                 they arrive dequantised, in x's dtype (hidden as for `dispatch`'s `wire_dtype`).
                 Gradients of `topk_weights` stay FP32.
-            previous_event, async_finish, allocate_on_comm_stream: As in `dispatch`.
+            previous_event: As in `dispatch`.
+            async_finish: As in `dispatch`.
+            allocate_on_comm_stream: As in `dispatch`.
 
         Returns:
             See `CombineOutput`.
@@ -301,7 +305,7 @@ class Buffer(LowLatencyCalls):
 
     @staticmethod
     def capture() -> EventOverlap:
-        """The current end of the current stream, to pass as `previous_event`."""
+        """Return the current end of the current stream, to pass as `previous_event`."""
         on_gpu = torch.cuda.is_available()
         return EventOverlap.record(torch.device("cuda" if on_gpu else "cpu"))
 
@@ -327,8 +331,10 @@ class Buffer(LowLatencyCalls):
 
     @property
     def records(self) -> Records:
-        """What each operation moved, how long it took and whom it waited for. Free until it is
-        read; reading waits for the GPU."""
+        """The records of operations: bytes moved, time taken, ranks waited for.
+
+        They cost nothing until they are read. Reading waits for the GPU.
+        """
         return self._session.backend.recorder
 
     @property
@@ -342,19 +348,20 @@ class Buffer(LowLatencyCalls):
         return self._session.backend.buffer_bytes
 
     def describe(self) -> str:
-        """Backend and transport in a few words."""
+        """Return backend and transport in a few words."""
         return self._session.backend.describe()
 
     def synchronize(self) -> None:
-        """Wait on the host for all operations that were started, and for graphs of them that were
-        replayed on the current stream.
+        """Wait on the host for all operations that were started.
+
+        Graphs of them that were replayed on the current stream are waited for too.
 
         Over NVLink a call only starts its kernels, and an error of theirs is raised by a later
         call. Before results are trusted for good, as in a checkpoint, this one says it. Gradients
         are results: the kernels of a backward pass were started by it.
 
         Raises:
-            EPTimeoutError, EPMismatchError, EPRoutingError: What ended an operation early.
+            EPTimeoutError, EPMismatchError, EPRoutingError: An operation ended early with it.
             EPOverflowError: See `dispatch`'s `num_worst_tokens`.
             EPStateError: The buffer failed earlier or was destroyed.
             EPUnsupportedError: The current stream is being captured in a CUDA graph.
@@ -366,10 +373,10 @@ class Buffer(LowLatencyCalls):
         """Free the buffer. Collective; every later call raises `EPStateError`.
 
         One that failed waits for no other rank. One that did not waits for the others, for at most
-        ``config.timeout_s``; where a rank does not come, a warning names it. What another rank may
-        still write to is never freed.
+        ``config.timeout_s``; where a rank does not come, a warning names it. Memory that another
+        rank may still write to is never freed.
 
         Raises:
-            EPError: What ended an operation that was still in flight.
+            EPError: An operation that was still in flight ended with it.
         """
         self._session.destroy()

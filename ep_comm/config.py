@@ -1,4 +1,4 @@
-"""What a `Buffer` is sized and configured by."""
+"""The sizes and settings of a `Buffer`."""
 
 from __future__ import annotations
 

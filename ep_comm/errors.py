@@ -91,8 +91,8 @@ class EPTooManyTokensError(_WithFields, EPRoutingError):
     raises it, when ranks may be an operation apart.
 
     Attributes:
-        num_tokens: What each rank dispatches, by group rank.
-        max_tokens: What there is room for.
+        num_tokens: Tokens that each rank dispatches, by group rank.
+        max_tokens: Tokens that there is room for.
     """
 
     num_tokens: tuple[int, ...]

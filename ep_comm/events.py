@@ -22,7 +22,7 @@ class EventOverlap:
 
     @classmethod
     def record(cls, device: torch.device) -> EventOverlap:
-        """An event at the current end of `device`'s current stream."""
+        """Return an event at the current end of `device`'s current stream."""
         if device.type != "cuda":
             return cls()
         event = torch.cuda.Event()

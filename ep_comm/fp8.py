@@ -30,7 +30,12 @@ _TWO_POW_127_BITS = 0x7F000000
 
 
 def check_hidden(hidden: int) -> None:
-    """Raise where a row of `hidden` elements cannot travel as FP8."""
+    """Refuse rows of `hidden` elements that cannot travel as FP8.
+
+    Raises:
+        EPArgumentError: They are no whole number of blocks.
+        EPUnsupportedError: As `check_scales`.
+    """
     if hidden % BLOCK:
         raise EPArgumentError(
             f"FP8 dispatch scales blocks of {BLOCK} elements: hidden {hidden} is not a multiple"
@@ -89,20 +94,20 @@ def _native_quantize(native: _native.NativeLibrary, x_TH: Tensor) -> tuple[Tenso
 
 
 def dequantize(x_fp8_TH: Tensor, scale_TB: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values of quantised rows: [T, H] in `dtype`, one FP32 product rounded once."""
+    """Return the values of quantised rows: [T, H] in `dtype`, one FP32 product rounded once."""
     num_tokens, hidden = x_fp8_TH.shape
     blocks = x_fp8_TH.float().view(num_tokens, hidden // BLOCK, BLOCK)
     return (blocks * scale_TB.unsqueeze(-1)).view(num_tokens, hidden).to(dtype)
 
 
 def split_scales(scales: Tensor, expert_offsets: list[int], hidden: int) -> list[Tensor]:
-    """The scales of each expert, as Transformer Engine's block-scaled GEMMs take them.
+    """Return the scales of each expert, as Transformer Engine's block-scaled GEMMs take them.
 
     Args:
         scales: FP32 [M * B] as dispatch gives them in the expert layout, B = hidden / 128.
-        hidden: Elements of a row.
         expert_offsets: E_local + 1 rows: where each expert's group begins, and where the last ends
             (``handle.device_expert_offsets.tolist()``); groups are multiples of 4 rows.
+        hidden: Elements of a row.
 
     Returns:
         For each expert a view [B, rows]: block-major, rows contiguous. Behind the last group stand
@@ -116,7 +121,7 @@ def split_scales(scales: Tensor, expert_offsets: list[int], hidden: int) -> list
 
 
 def join_scales(scales_MB: Tensor, expert_offsets: list[int]) -> Tensor:
-    """Scales a row [M, B] to the form that `split_scales` takes: the reference of the kernels."""
+    """Turn scales a row [M, B] into the form that `split_scales` takes: the kernels' reference."""
     joined = scales_MB.flatten().clone()
     blocks = scales_MB.shape[1]
     for first, end in itertools.pairwise(expert_offsets):
@@ -125,7 +130,7 @@ def join_scales(scales_MB: Tensor, expert_offsets: list[int]) -> Tensor:
 
 
 def _power_of_two_scale(amax: Tensor) -> Tensor:
-    """min(2^floor(log2(448 / amax)), 2^127); 1 where amax is 0 or infinite. Exact, by bits."""
+    """Return min(2^floor(log2(448 / amax)), 2^127), exactly; 1 where amax is 0 or infinite."""
     exponent = (FP8_MAX / amax).view(torch.int32) & _EXPONENT_BITS  # drops the mantissa: a floor
     scale = exponent.clamp(max=_TWO_POW_127_BITS).view(torch.float32)
     return torch.where((amax == 0) | amax.isinf(), 1.0, scale)

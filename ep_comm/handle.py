@@ -27,9 +27,9 @@ class DispatchHandle:
     """Where every row of one dispatch went. Made by `Buffer.dispatch`; read-only.
 
     Attributes:
-        session: Of the buffer that made it, which is the only one that accepts it.
+        session: The session of the buffer that made it, which is the only one that accepts it.
         routing: Where the rows went, as the backend keeps it.
-        during_backward: See `Buffer.dispatch`; of the last dispatch with this handle.
+        during_backward: See `Buffer.dispatch`. The last dispatch with this handle gave it.
         event: Completion of the last asynchronous operation with this handle.
     """
 
@@ -49,7 +49,7 @@ class DispatchHandle:
 
     @cached_property
     def id(self) -> int:
-        """What `handle_by_id` knows it by, from when it is first asked for."""
+        """The number that `handle_by_id` knows it by, from when it is first asked for."""
         number = next(_next_id)
         _handles[number] = self
         return number
@@ -71,8 +71,11 @@ class DispatchHandle:
 
     @property
     def recv_topk_idx(self) -> Tensor | None:
-        """Rank layout: [N, K] local expert indices of the received rows, -1 elsewhere, in the type
-        of the `topk_idx` that was dispatched (int32 of a routing map). Expert layout: None."""
+        """[N, K] local expert indices of the received rows, -1 elsewhere; rank layout only.
+
+        Their type is that of the `topk_idx` that was dispatched, int32 for a routing map. None in
+        the expert layout.
+        """
         return self.routing.recv_topk_idx
 
     @property
@@ -82,8 +85,10 @@ class DispatchHandle:
 
     @property
     def tokens_per_expert(self) -> Tensor:
-        """[E_local] int64 on the CPU, received tokens before padding. After a dispatch with
-        ``num_worst_tokens`` reading it waits for the GPU."""
+        """[E_local] int64 on the CPU, received tokens before padding.
+
+        After a dispatch with ``num_worst_tokens`` reading it waits for the GPU.
+        """
         return torch.tensor(self.routing.sizes.expert_rows)
 
     @property
@@ -93,14 +98,18 @@ class DispatchHandle:
 
     @property
     def device_tokens_per_expert(self) -> Tensor:
-        """[E_local] int32 on the buffer's device: tokens in each group, padding not counted. Expert
-        layout only."""
+        """[E_local] int32 on the buffer's device: tokens in each group, padding not counted.
+
+        Expert layout only.
+        """
         return self.routing.device_tokens_per_expert
 
     @property
     def device_expert_offsets(self) -> Tensor:
-        """[E_local + 1] int32 on the buffer's device: first row of each group, then the end of the
-        last. Expert layout only."""
+        """[E_local + 1] int32 on the buffer's device: first row of each group, then the last's end.
+
+        Expert layout only.
+        """
         return self.routing.device_expert_offsets
 
     @property
@@ -143,7 +152,7 @@ def checked_handle(handle: object, session: Session) -> DispatchHandle:
 
 
 def handle_by_id(handle_id: int) -> DispatchHandle:
-    """The living handle of that id; library ops can carry integers but no Python objects."""
+    """Return the living handle of that id: library ops can carry integers, but no objects."""
     return _handles[handle_id]
 
 
@@ -159,9 +168,9 @@ class DispatchOutput(NamedTuple):
             expert; see `DispatchHandle.recv_topk_idx`, which it is. Expert layout: None.
         recv_topk_weights: FP32; [N, K] in the rank layout, [M] in the expert layout (the
             probability of each row, 0 in padding); None where none were sent.
-        num_recv_tokens_per_expert_list: Rows of each local expert's group, padding included; of the
-            rank layout, which has no groups, the tokens of each local expert; []
-            with `num_worst_tokens`: see `DispatchHandle.device_expert_offsets`.
+        num_recv_tokens_per_expert_list: Rows of each local expert's group, padding included. In the
+            rank layout, which has no groups, tokens of each local expert. [] with
+            `num_worst_tokens`: see `DispatchHandle.device_expert_offsets`.
         handle: Pass it to `Buffer.combine`, or to `Buffer.dispatch` to repeat the routing.
         event: Completion of the operation.
     """

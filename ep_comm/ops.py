@@ -55,8 +55,10 @@ def check_dispatch_not_saved(request: DispatchRequest) -> None:
 
 
 def dispatch(backend: Backend, handle: DispatchHandle, request: DispatchRequest) -> Received:
-    """The op, inside `Session.operation`; without gradients to record straight to the backend:
-    torch's way costs 15 µs. A result that does not exist is None, or empty where the op made it."""
+    """Call the op, inside `Session.operation`; or the backend, where no gradients are recorded.
+
+    torch's way costs 15 µs. A result that does not exist is None, or empty where the op made it.
+    """
     if _needs_grad(request.x, request.topk_weights):
         return Received(*torch.ops.ep_comm.dispatch.default(*request, handle.id))
     return _result(backend.dispatch(handle.routing, request), handle, request.asynchronous)
@@ -68,7 +70,7 @@ def combine(
     request: CombineRequest,
     grad_wire_dtype: torch.dtype,
 ) -> Combined:
-    """As `dispatch`."""
+    """Call the op or the backend, as `dispatch` does."""
     x, topk_weights, asynchronous = request
     if _needs_grad(x, topk_weights):
         op = torch.ops.ep_comm.combine.default
@@ -77,7 +79,7 @@ def combine(
 
 
 def _needs_grad(x: Tensor, topk_weights: Tensor | None) -> bool:
-    """Whether the op is called, rather than the backend: gradients are to be recorded."""
+    """Return whether gradients are to be recorded, so that the op is called."""
     return torch.is_grad_enabled() and (
         x.requires_grad or (topk_weights is not None and topk_weights.requires_grad)
     )
@@ -109,7 +111,7 @@ def _combine(
 
 
 def _result(pending: Pending[Result], handle: DispatchHandle, asynchronous: bool) -> Result:
-    """The result, complete on the current stream, or else at ``handle.event``."""
+    """Return the result: complete on the current stream, or else at ``handle.event``."""
     if not asynchronous:
         return pending.wait()
     handle.event = pending.event
@@ -179,7 +181,7 @@ def _gradients(
     num_rows: int,
     weights_shape: tuple[int, ...],
 ) -> tuple[Tensor, Tensor | None]:
-    """What to send back: zeros for an output that this rank did not use, for others may have."""
+    """Return the gradients to send: zeros for an output unused here, which others may have used."""
     handle: DispatchHandle = ctx.handle
     if grad_x is None:
         hidden = handle.session.config.hidden
@@ -193,7 +195,7 @@ def _gradients(
 
 
 def _packed(tensor: Tensor) -> Tensor:
-    """As the backends need it: contiguous, and at an address that bulk copies take."""
+    """Return it as backends need it: contiguous, and at an address that bulk copies take."""
     tensor = plain_tensor("a gradient", tensor)
     if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
         return tensor

@@ -28,11 +28,11 @@ os.register_at_fork(after_in_child=_note_fork)
 
 
 class Session:
-    """What a buffer, its handles and their backward passes share.
+    """The common part of a buffer, its handles and their backward passes.
 
     Attributes:
-        backend: What moves the tokens.
-        config: Of the buffer.
+        backend: Moves the tokens.
+        config: The buffer's.
         unusable: Why the buffer can no longer be used; None as long as it can.
     """
 
@@ -54,7 +54,7 @@ class Session:
             )
 
     def operation(self) -> Operation:
-        """The context of one operation, which gives the backend.
+        """Return the context of one operation, which gives the backend.
 
         An error in it makes the buffer unusable: after a timeout or a mismatch messages of the
         failed operation may still be on their way, and nothing could be trusted. Wrong arguments
@@ -73,6 +73,7 @@ class Session:
         """Decide what an error of an operation means for the next one.
 
         Args:
+            error: It ended the operation.
             has_started: Whether the operation had started anything that other ranks may be waiting
                 for.
         """

@@ -34,7 +34,7 @@ class _UnusableLibrary(Exception):
 
 
 def _digest_of(dll: ctypes.CDLL) -> str:
-    """The `DIGEST` of the header that the library was built from. Nothing else is called before."""
+    """Return the `DIGEST` of the header that the library was built from, calling nothing else."""
     dll.ep_header_digest.restype = ctypes.c_char_p
     return dll.ep_header_digest().decode()
 
@@ -87,22 +87,21 @@ class NativeLibrary:
         raise EPStateError(f"libep_comm: {text} (status {status})")
 
     def layout_workspace_bytes(self, num_tokens: int, num_experts: int, num_ranks: int) -> int:
-        """Bytes of device memory that `layout` needs besides its outputs.
+        """Return the bytes of device memory that a layout needs besides its outputs.
 
         Raises:
             EPArgumentError: A size is out of bounds.
         """
-        num_bytes = self._dll.ep_layout_workspace_bytes(num_tokens, num_experts, num_ranks)
-        if num_bytes < 0:
-            self.check(EP_ERR_ARGUMENT)
-        return num_bytes
+        return self._checked_bytes(
+            self._dll.ep_layout_workspace_bytes(num_tokens, num_experts, num_ranks)
+        )
 
     def launch(self, function: str, args: ctypes.Structure, stream: int) -> None:
         """Call one of the functions that take a struct of arguments and a stream.
 
         Args:
             function: Such as ``"ep_layout"``.
-            args: Its struct, of `ep_comm._native.header`.
+            args: Its struct from `ep_comm._native.header`.
             stream: ``cudaStream_t`` as an integer, of the current device.
 
         Raises:
@@ -115,12 +114,16 @@ class NativeLibrary:
         self.check(self._dll.ep_load_kernels())
 
     def plan_scratch_bytes(self, max_tokens: int, num_experts: int, num_ranks: int) -> int:
-        """Bytes of device memory that plans of up to these sizes need.
+        """Return the bytes of device memory that plans of up to these sizes need.
 
         Raises:
             EPArgumentError: A size is out of bounds.
         """
-        num_bytes = self._dll.ep_plan_scratch_bytes(max_tokens, num_experts, num_ranks)
+        return self._checked_bytes(
+            self._dll.ep_plan_scratch_bytes(max_tokens, num_experts, num_ranks)
+        )
+
+    def _checked_bytes(self, num_bytes: int) -> int:
         if num_bytes < 0:
             self.check(EP_ERR_ARGUMENT)
         return num_bytes
@@ -128,7 +131,7 @@ class NativeLibrary:
     def buffer_offsets(
         self, max_tokens: int, row_bytes: int, num_topk: int, num_ranks: int
     ) -> header.BufferOffsets:
-        """Where things stand in the symmetric memory of every rank of a buffer.
+        """Return where things stand in the symmetric memory of every rank of a buffer.
 
         Raises:
             EPArgumentError: A size is out of bounds.
@@ -194,18 +197,18 @@ def _load() -> tuple[NativeLibrary | None, str]:
 
 
 def load() -> NativeLibrary | None:
-    """The CUDA library, or None where there is no usable one. Loads at the first call only."""
+    """Return the CUDA library, or None where there is no usable one. The first call loads it."""
     return _load()[0]
 
 
 def load_for(gpu: int) -> NativeLibrary | None:
-    """The CUDA library, or None where GPU number `gpu` cannot use it."""
+    """Return the CUDA library, or None where GPU number `gpu` cannot use it."""
     library = load()
     return library if library is not None and _has_code(library.cuda_archs, gpu) else None
 
 
 def unusable_reason(gpu: int) -> str | None:
-    """Why `load_for` gives no library, or None where it gives one."""
+    """Return why `load_for` gives no library, or None where it gives one."""
     library = load()
     if library is None:
         return status()
@@ -223,8 +226,10 @@ def _has_code(archs: tuple[str, ...], gpu: int) -> bool:
 
 
 def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether machine code for `arch` runs on a GPU: on later minor versions too, unless it is
-    "a", for one version alone."""
+    """Return whether a GPU runs machine code for `arch`.
+
+    It runs on later minor versions too, unless it is "a", for one version alone.
+    """
     major, minor = divmod(int(arch.rstrip("af")), 10)
     if arch.endswith("a"):
         return capability == (major, minor)
@@ -232,5 +237,5 @@ def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
 
 
 def status() -> str:
-    """What `load` loaded (path, architectures), or why it did not."""
+    """Return what `load` loaded (path, architectures), or why it loaded nothing."""
     return _load()[1]

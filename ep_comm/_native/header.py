@@ -36,8 +36,10 @@ FUNCTIONS: dict[str, tuple[type, list[type]]] = {}
 
 
 def _kind(declared: str) -> Any:
-    """The ctypes type of a declared one. Pointers are addresses, but for text and for arguments
-    of functions that come as one struct."""
+    """Return the ctypes type of a declared one.
+
+    Pointers are addresses, but for text and for a function's arguments that come as one struct.
+    """
     name = declared.replace("const", "").replace("*", "").strip()
     if "*" not in declared:
         return STRUCTS.get(name) or _SCALARS[name]
@@ -47,7 +49,7 @@ def _kind(declared: str) -> Any:
 
 
 def _split(declaration: str) -> tuple[str, str, list[int]]:
-    """Type, name and array sizes, such as ("int32_t", "num_rows", [8])."""
+    """Return type, name and array sizes, such as ("int32_t", "num_rows", [8])."""
     parts = re.fullmatch(r"(.*?[\s*])(\w+)((?:\[\w+\])*)", declaration.strip())
     assert parts is not None, f"{PATH}: cannot read {declaration!r}"
     sizes = re.findall(r"\w+", parts[3])

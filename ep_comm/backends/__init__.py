@@ -19,7 +19,7 @@ BACKENDS: tuple[type[Backend], ...] = (NVLinkBackend, ReferenceBackend)
 
 
 class _Member(NamedTuple):
-    """What a rank says at the meeting; `facts` are those of each backend, by name."""
+    """A rank's word at the meeting; `facts` are those of each backend, by name."""
 
     config: EPConfig
     facts: dict[str, object]

@@ -1,4 +1,4 @@
-"""What a backend is: the one protocol behind which tokens move."""
+"""The protocol of a backend: the one interface behind which tokens move."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Pending(Generic[Result]):
     Args:
         result: Its result, which may be read after `event`.
         event: Its completion.
-        finish: What the host has still to do; gives the result. None: nothing.
+        finish: The rest of the host's work, which gives the result; None where there is none.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Pending(Generic[Result]):
         return self._result
 
     def wait(self) -> Result:
-        """The result, complete on the current stream."""
+        """Return the result, complete on the current stream."""
         result = self.result
         self.event.current_stream_wait()
         return result
@@ -85,8 +85,8 @@ class DispatchRequest(NamedTuple):
         x: [T, H]; with `scales` it is FP8 already, else it is quantised where `wire_dtype` is FP8.
         scales: FP32 [T, H / 128], or None.
         topk_weights: FP32 [T, K], or None.
-        wire_dtype: What travels.
-        recv_dtype: What arrives. FP8 leaves rows and scales as they came; anything else
+        wire_dtype: The type that travels.
+        recv_dtype: The type that arrives. FP8 leaves rows and scales as they came; anything else
             dequantises. Scales of the expert layout come as `ep_comm.fp8.split_scales` takes them.
         asynchronous: Leave the current stream free, where the backend can.
     """
@@ -216,23 +216,23 @@ class Backend(Protocol):
 
     @property
     def recorder(self) -> Records:
-        """What the buffer shows as its records."""
+        """The records that the buffer shows."""
 
     @classmethod
     def facts(cls, group: dist.ProcessGroup, config: EPConfig) -> object:
-        """What the other ranks need to know of this one to choose a backend; pickled."""
+        """Return what the other ranks need to know of this one to choose a backend; pickled."""
 
     @classmethod
     def unavailable_reason(cls, facts: list) -> str | None:
-        """Why this backend cannot serve a group, or None where it can.
+        """Return why this backend cannot serve a group, or None where it can.
 
         Args:
-            facts: Of every rank, by group rank.
+            facts: Those of every rank, by group rank.
         """
 
     @classmethod
     def create(cls, group: dist.ProcessGroup, config: EPConfig, meeting: Meeting) -> Self:
-        """The backend of one buffer, whose ranks met at `meeting`. Collective."""
+        """Make the backend of one buffer, whose ranks met at `meeting`. Collective."""
 
     @property
     def low_latency(self) -> LowLatencyBackend | None:
@@ -251,20 +251,19 @@ class Backend(Protocol):
         """Whether ranks may have given an operation up halfway: no other one can be trusted."""
 
     def waits(self) -> list[Wait]:
-        """Say whom this rank waits for at the moment, without a call of CUDA; from any thread."""
+        """Return whom this rank waits for now. No call of CUDA; from any thread."""
 
     def describe(self) -> str:
-        """The backend and its transport in a few words, for the start-up line."""
+        """Return the backend and its transport in a few words, for the start-up line."""
 
     def set_num_sms(self, num_sms: int | None) -> None:
         """Limit the SMs of an operation, where the backend has kernels of its own."""
 
     def check_device(self, name: str, rows: Tensor) -> None:
-        """Raise `EPArgumentError` where `rows`, of that name, are not where it can send from."""
+        """Refuse `rows` that it cannot send from where they are; `name` is for the message."""
 
     def check_wire_dtype(self, wire_dtype: torch.dtype, recv_dtype: torch.dtype) -> None:
-        """Raise `EPArgumentError` where rows of the buffer cannot travel as `wire_dtype` and arrive
-        as `recv_dtype`."""
+        """Refuse rows that cannot travel as `wire_dtype` and arrive as `recv_dtype`."""
 
     def plan(self, request: PlanRequest) -> Routing:
         """Exchange the routing of a new dispatch.
@@ -284,15 +283,19 @@ class Backend(Protocol):
         """Wait on the host for what was started; raise what ended it early."""
 
     def keep_for_comm_stream(self, tensors: Iterable[Tensor | None]) -> None:
-        """Memory of these outputs of an asynchronous operation is not used again before that is
-        done, whenever they are freed."""
+        """Let the outputs of an asynchronous operation be freed at any time.
+
+        Their memory is not used again before the operation is done.
+        """
 
     def give_up(self) -> None:
-        """After an error that other ranks may not know of: `destroy` is not to wait for them."""
+        """Have `destroy` wait for nobody: this rank failed, and others may not know of it."""
 
     def abandon(self) -> None:
-        """After an error: work of the current stream from now on waits for what was started, whose
-        memory is about to be freed."""
+        """Order the current stream behind what was started, after an error.
+
+        The memory that it uses is about to be freed.
+        """
 
     def destroy(self) -> None:
         """Free what the backend holds. Collective."""

@@ -47,7 +47,7 @@ def synchronize_buffers() -> None:
     Call it before a checkpoint is written: it then has no results of communication that failed.
 
     Raises:
-        EPError: As `ep_comm.Buffer.synchronize`. What was computed since is worth nothing.
+        EPError: As `ep_comm.Buffer.synchronize`. All that was computed since is worth nothing.
     """
     for buffer in chain.from_iterable(_buffers.values()):
         buffer.synchronize()

@@ -1,4 +1,4 @@
-"""What dispatchers are called.
+"""The names of dispatchers.
 
 Our own is printed as ``ep_comm``. On command lines and in configurations it is ``deepep`` too.
 Megatron's DeepEP is another one: the library of that name, under Megatron's flex dispatcher. It is

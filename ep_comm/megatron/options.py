@@ -25,7 +25,7 @@ def option(
         default: The value without the flag.
         flag: Its flag, such as ``"--ep-num-sms"``.
         help: One or more sentences, for readers of ``--help`` and of docs/megatron.md.
-        unset: What a default of None stands for.
+        unset: Says what a default of None stands for.
         metavar: The flag's value in the help; None for a switch.
     """
     metadata = {"flag": flag, "help": help, "unset": unset, "metavar": metavar}
@@ -120,8 +120,8 @@ class Option(NamedTuple):
         key: The flag's name in parsed arguments and configurations, such as ``"ep_num_sms"``.
         value_type: bool, int or float. Where the default is None, so may the value be.
         default: The value without the flag.
-        help: What it does.
-        unset: What a default of None stands for; else empty.
+        help: Says what it does.
+        unset: Says what a default of None stands for; else empty.
         metavar: The flag's value in the help; None for a switch.
     """
 

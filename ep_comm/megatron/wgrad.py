@@ -140,7 +140,7 @@ def _skip_unfinished_gradients(linear: nn.Module) -> None:
 
     Transformer Engine's backward returns the memory that a delayed gradient will be written to.
     Something else holds that memory, so autograd would copy it, on the way to the combine, for
-    `backward_dw` to throw the copy away. What nobody else holds is taken as it is.
+    `backward_dw` to throw the copy away. Memory that nobody else holds is taken as it is.
     """
 
     def instead_of(grad: Tensor) -> Tensor | None:

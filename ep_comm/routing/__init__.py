@@ -1,1 +1,1 @@
-"""Who is sent what, into which slot."""
+"""Routing: who is sent what, into which slot."""

@@ -16,7 +16,7 @@ from ep_comm.errors import EPRoutingError
 
 
 class RoutingLayout(NamedTuple):
-    """What `layout_of` returns. All tensors are contiguous, on the device of the input.
+    """The result of `layout_of`. All tensors are contiguous, on the device of the input.
 
     T = tokens of this rank, K = top-k, E = experts, R = ranks.
 
@@ -101,7 +101,7 @@ def _raise_too_many(token: int, column: int, count: int, num_topk: int) -> NoRet
 
 
 def _first_true(mask: torch.Tensor) -> tuple[int, int] | None:
-    """Row and column of the first true entry of a 2-D mask in row-major order."""
+    """Return row and column of the first true entry of a 2-D mask in row-major order."""
     if not mask.any():
         return None
     # nonzero is in row-major order; argmax promises no particular one of several true entries.
@@ -110,7 +110,7 @@ def _first_true(mask: torch.Tensor) -> tuple[int, int] | None:
 
 
 def _topk_of_map(routing_map: torch.Tensor, num_topk: int) -> torch.Tensor:
-    """int32 [T, K] of a bool [T, E] map: each row's experts ascending, then -1."""
+    """Turn a bool [T, E] map into int32 [T, K]: each row's experts ascending, then -1."""
     place = routing_map.cumsum(dim=1, dtype=torch.int32) - 1
     excess = _first_true(routing_map & (place >= num_topk))
     if excess is not None:

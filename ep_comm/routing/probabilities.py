@@ -17,7 +17,7 @@ from ep_comm._native import header
 
 
 def select_probabilities(probs_TE: Tensor, topk_idx_TK: Tensor) -> Tensor:
-    """FP32 [T, K]: the selected experts' probabilities, 0 where `topk_idx_TK` is -1.
+    """Return FP32 [T, K]: the selected experts' probabilities, 0 where `topk_idx_TK` is -1.
 
     Differentiable: gradients scatter back to [T, E].
 

@@ -1,1 +1,1 @@
-"""What each operation moved and whom it waited for, and what is waited for now."""
+"""Records of what operations moved and waited for; warnings of whom they wait for now."""

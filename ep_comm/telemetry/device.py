@@ -1,4 +1,4 @@
-"""What NVLink operations moved and waited for: written by kernels, read when somebody asks."""
+"""Records of NVLink operations: written by kernels, read when somebody asks."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def watch(backend: Waiting, rank: int, timeout_s: float) -> None:
 
     Args:
         backend: Held weakly.
-        rank: Of this process, for the text.
+        rank: This process's, for the text.
         timeout_s: When the backend gives up; where that comes first nothing is to be said.
     """
     if timeout_s > _AFTER_S:
@@ -74,10 +74,11 @@ class _Watcher(threading.Thread):
 
 
 class _Watched:
-    """What was seen of one backend.
+    """The waits that were seen of one backend.
 
     Args:
-        rank, timeout_s: See `watch`.
+        rank: See `watch`.
+        timeout_s: See `watch`.
     """
 
     def __init__(self, rank: int, timeout_s: float) -> None:

@@ -11,7 +11,7 @@ from ep_comm.config import EPConfig
 
 
 class KernelArgs(NamedTuple):
-    """One of each, which every call fills in anew."""
+    """The arguments of each kernel; every call fills in the rest anew."""
 
     plan: header.PlanArgs
     dispatch: header.DispatchArgs
@@ -28,7 +28,8 @@ def kernel_args(
     """Return the arguments of one buffer.
 
     Args:
-        memory: Of this rank.
+        config: The buffer's.
+        memory: This rank's.
         offsets: Where things stand in it.
         scratch: Address of the plan's scratch memory.
         wire_bytes: Where kernels count what they send, see `PeerMemory.peers`.

@@ -56,21 +56,27 @@ def _tag(*call: int) -> int:
 
 
 class NVLinkBackend:
-    """See `ep_comm.backends.base.Backend`, whose methods these are."""
+    """The kernels of this project, between the GPUs of one host.
+
+    `ep_comm.backends.base.Backend` says what each method is for.
+    """
 
     name = "nvlink"
     low_latency = None
 
     @classmethod
     def facts(cls, group: dist.ProcessGroup, config: EPConfig) -> support.Facts:
+        """Find out this rank's host and GPU, the GPUs that it reaches, and what rules it out."""
         return support.facts_of(group, config)
 
     @classmethod
     def unavailable_reason(cls, facts: list[support.Facts]) -> str | None:
+        """Return why the ranks are not peers of one host, or None where they are."""
         return support.unavailable_reason(facts)
 
     @classmethod
     def create(cls, group: dist.ProcessGroup, config: EPConfig, meeting: Meeting) -> NVLinkBackend:
+        """Map the memory of all ranks here."""
         native = _native.load()
         assert native is not None  # or `facts` says so
         offsets = buffer_offsets(native, config, dist.get_world_size(group))
@@ -124,10 +130,12 @@ class NVLinkBackend:
 
     @property
     def buffer_bytes(self) -> int:
+        """The peer memory, the scratch memory of plans, and the records."""
         own = self._scratch.nbytes + self._planner.entries.nbytes
         return self.offsets.total + own + self.recorder.num_bytes
 
     def describe(self) -> str:
+        """Name the GPUs, the SMs that an operation may occupy, and what a layer keeps."""
         sms = self._num_sms or self._available_sms
         kept = 4 * entry_size(self.config.num_topk)
         return (
@@ -136,23 +144,28 @@ class NVLinkBackend:
         )
 
     def waits(self) -> list[Wait]:
+        """Return whom kernels wait for, as they write it into host memory."""
         return self.memory.waits()
 
     @property
     def has_failed(self) -> bool:
+        """Whether a kernel has given up, or ranks are an operation apart."""
         return self.memory.has_fault or self.memory.has_diverged
 
     @property
     def num_started(self) -> int:
+        """The dispatches and combines that were launched."""
         return self.recorder.num_operations
 
     def destroy(self) -> None:
+        """Wait until no rank writes here any more, and free the peer memory."""
         try:
             self.memory.free()
         finally:
             self._streams.forget()
 
     def set_num_sms(self, num_sms: int | None) -> None:
+        """Limit the SMs that the kernels of later operations occupy."""
         if num_sms is not None and not 2 <= num_sms <= self._available_sms:
             raise EPArgumentError(
                 f"num_sms must be 2 to {self._available_sms}, or None, got {num_sms}"
@@ -163,19 +176,22 @@ class NVLinkBackend:
         return self._num_sms or default_sms(self._available_sms, asynchronous)
 
     def check_device(self, name: str, rows: Tensor) -> None:
+        """Refuse rows that are not on the buffer's GPU."""
         if rows.get_device() != self.device.index:
             raise EPArgumentError(f"{name} is on {rows.device}, the buffer on {self.device}")
 
     def check_wire_dtype(self, wire_dtype: torch.dtype, recv_dtype: torch.dtype) -> None:
+        """Refuse FP8 where bulk copies cannot move its scales."""
         if wire_dtype == fp8.FP8_DTYPE:
             support.check_fp8_hidden(self.config.hidden, recv_dtype)
 
     def inject_delays(self, up_to_ns: int) -> None:
-        """For tests: every wait and every signal of later operations is late, at random."""
+        """Delay every wait and every signal of later operations at random, for tests."""
         for args in self._args:
             args.peers.delay_ns = up_to_ns
 
     def synchronize(self) -> None:
+        """Wait for all streams with an operation, and raise what their kernels reported."""
         if torch.cuda.is_current_stream_capturing():
             raise EPUnsupportedError("a CUDA graph cannot hold a wait of the host")
         self._streams.synchronize()
@@ -191,6 +207,7 @@ class NVLinkBackend:
     # --- dispatch --------------------------------------------------------------------------------
 
     def dispatch(self, routing: NVLinkRouting, request: DispatchRequest) -> Pending[Received]:
+        """Launch the kernel of a cached dispatch, or let a new one follow its plan."""
         x, scales, topk_weights, wire_dtype, recv_dtype, asynchronous = request
         first, routing.first = routing.first, None
         if first is None:
@@ -210,7 +227,7 @@ class NVLinkBackend:
             was_made = quantises or first.selects_weights or weights is not topk_weights
             if was_made:
                 self._planner.wait_for_input(first, asynchronous)
-            # What is pushed has to be there: only an input of before the plan certainly is.
+            # Rows that are pushed have to be there: only an input of before the plan certainly is.
             args.is_behind_plan = first.in_one and not (was_made or first.is_captured)
             received = self._planner.dispatch(args, routing, recv_dtype, first)
         keep = (x, scales, weights, first and first.source, routing.memory)
@@ -223,7 +240,7 @@ class NVLinkBackend:
         recv_dtype: torch.dtype,
         asynchronous: bool,
     ) -> Received:
-        """A dispatch whose routing is known: one kernel."""
+        """Launch a dispatch whose routing is known: one kernel."""
         sms = self._sms(asynchronous)
         received = allocate_rows(args, routing, self.config.hidden, recv_dtype, self.device)
         stream = self._streams.begin(header.EP_OP_DISPATCH, asynchronous, sms)
@@ -239,6 +256,7 @@ class NVLinkBackend:
     # --- combine ---------------------------------------------------------------------------------
 
     def combine(self, routing: NVLinkRouting, request: CombineRequest) -> Pending[Combined]:
+        """Launch the kernel of a combine."""
         self.memory.check()
         x, topk_weights, asynchronous = request
         num_tokens, hidden = routing.num_tokens, x.shape[1]
@@ -269,25 +287,31 @@ class NVLinkBackend:
     # --- order ------------------------------------------------------------------------------------
 
     def keep_for_comm_stream(self, tensors: Iterable[Tensor | None]) -> None:
+        """Record the communication stream as a user of the outputs."""
         for tensor in tensors:
             if tensor is not None:
                 tensor.record_stream(self._streams.comm)
 
     def _keep_for_current_stream(self, routing: NVLinkRouting) -> None:
-        """torch would use a dropped handle's memory again for its own stream, at once."""
+        """Keep the routing's memory until the current stream is done with it.
+
+        It belongs to the stream of its plan, where torch would use it again at once.
+        """
         if self._streams.current != routing.stream:
             current = torch.cuda.current_stream(self.device)
             for tensor in routing.memory:
                 tensor.record_stream(current)
 
     def give_up(self) -> None:
+        """Leave the peer memory mapped for ever: a late peer may write to it."""
         self.memory.give_up()
 
     def abandon(self) -> None:
+        """Order the caller's stream behind the side and the communication stream."""
         self._streams.abandon()
 
     def _pending(self, result, asynchronous: bool, keep: tuple) -> Pending:
-        """`keep` is what the kernels read."""
+        """Return the started operation, which holds `keep`, what its kernels read, till the end."""
         if not asynchronous:
             return Pending(result)
         return Pending(result, self._streams.comm_event(keep))

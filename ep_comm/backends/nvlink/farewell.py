@@ -17,8 +17,8 @@ class Farewell:
     may do something else by now.
 
     Args:
-        rank: Of this GPU.
-        flags_of: Of every rank, its flags [R] int32 as mapped here, zero at first.
+        rank: This GPU's.
+        flags_of: The flags [R] int32 of every rank, as mapped here; zero at first.
     """
 
     def __init__(self, rank: int, flags_of: Sequence[Tensor]) -> None:
@@ -31,7 +31,7 @@ class Farewell:
             flags_R[self._rank].fill_(1)
 
     def wait(self, timeout_s: float) -> list[int]:
-        """Wait until every rank has said it; the ranks that have not in time."""
+        """Wait until every rank has said it, and return those that have not in time."""
         deadline = time.monotonic() + timeout_s
         while True:
             said_R = self._flags_of[self._rank].tolist()

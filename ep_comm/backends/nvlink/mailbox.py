@@ -16,9 +16,9 @@ class Mailbox:
     """The counts of the last plan.
 
     Args:
-        native: What waits, without the GIL.
-        memory: Of this rank; kernels write the mailbox in its host part.
-        config: Of the buffer.
+        native: The CUDA library, which waits without the GIL.
+        memory: This rank's. Kernels write the mailbox in its host part.
+        config: The buffer's.
     """
 
     def __init__(self, native: NativeLibrary, memory: PeerMemory, config: EPConfig) -> None:
@@ -31,12 +31,13 @@ class Mailbox:
         """Wait for the counts of the plan with that `ticket`.
 
         Args:
+            ticket: Number of the plan on its buffer, which its counts carry.
             epoch: Number of its dispatch, for the message.
-            alignment: Of its expert groups.
+            alignment: Rows that its expert groups are padded to a multiple of.
             stream: Where it runs, to see where CUDA itself has failed.
 
         Raises:
-            EPTimeoutError, EPMismatchError: What ended the plan.
+            EPTimeoutError, EPMismatchError: The plan ended with it.
         """
         memory, content = self._memory, self._memory.mailbox
         arrived = self._native.mailbox_wait(

@@ -60,16 +60,17 @@ def farewell_flags(memory: Tensor, offsets: header.BufferOffsets, num_ranks: int
 
 
 class PeerMemory:
-    """One rank's view of the symmetric memory of a buffer, with its counters on the device, and its
-    mailbox, fault, notice and progress on the host.
+    """One rank's view of the symmetric memory of a buffer.
+
+    Its counters are on the device; its mailbox, fault, notice and progress are on the host.
 
     Args:
-        rank: Of this GPU.
+        rank: This GPU's.
         tensor: This rank's memory, all zero.
-        addresses: Of every rank's memory, as mapped here.
+        addresses: Address of every rank's memory, as mapped here.
         timeout_s: Bound of every wait.
-        keep: What has to live as long as the mapping.
-        farewell: Of its ranks.
+        keep: An object that has to live as long as the mapping.
+        farewell: How its ranks part.
     """
 
     @classmethod
@@ -80,7 +81,7 @@ class PeerMemory:
         offsets: header.BufferOffsets,
         timeout_s: float,
     ) -> PeerMemory:
-        """Memory with these offsets at each rank of a group. Collective, and bounded."""
+        """Make memory with these offsets at each rank of a group. Collective, and bounded."""
         rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
         device = torch.device("cuda", torch.cuda.current_device())
         if num_ranks == 1:
@@ -147,8 +148,12 @@ class PeerMemory:
         torch.cuda.synchronize()
 
     def peers(self, op: int, wire_bytes: int) -> header.Peers:
-        """What the kernels of an operation (EP_OP_*) need to know of the others; they count what
-        they send at the address `wire_bytes`."""
+        """Return what the kernels of an operation need to know of the other ranks.
+
+        Args:
+            op: EP_OP_*.
+            wire_bytes: Address at which they count the bytes that they send.
+        """
         return header.Peers(
             memory=self._addresses,
             fault=self.fault_address,
@@ -169,8 +174,10 @@ class PeerMemory:
         return self._fault.code != header.EP_FAULT_NONE
 
     def waits(self) -> list[Wait]:
-        """For whom kernels have been waiting for more than a second; nobody after a fault, which
-        has ended their waits. Reads host memory alone, from any thread."""
+        """Return the ranks that kernels have waited for longer than a second; from any thread.
+
+        Only host memory is read. After a fault, which has ended their waits, it is nobody.
+        """
         if self.has_fault:
             return []
         return [
@@ -184,7 +191,7 @@ class PeerMemory:
         """Raise what a kernel reported, if one did.
 
         Raises:
-            EPTimeoutError, EPMismatchError, EPRoutingError: By name of the rank.
+            EPTimeoutError, EPMismatchError, EPRoutingError: Names the rank.
         """
         if self.has_fault:
             raise self._error()
@@ -194,8 +201,8 @@ class PeerMemory:
 
         Raises:
             EPTimeoutError, EPMismatchError: As `check_fault`.
-            EPOverflowError, EPRoutingError: Of an earlier dispatch that no host waited for; said
-                once.
+            EPOverflowError, EPRoutingError: An earlier dispatch, which no host waited for, had it;
+                said once.
         """
         self.check_fault()
         if self._notice.code != header.EP_NOTICE_NONE:
@@ -242,6 +249,7 @@ class PeerMemory:
     def timeout(
         self, op: str, phase: str, late_ranks: tuple[int, ...], epoch: int
     ) -> EPTimeoutError:
+        """Return the error of a wait of this rank that ran out."""
         return EPTimeoutError(
             op=op,
             phase=phase,
@@ -254,11 +262,11 @@ class PeerMemory:
     def free(self) -> None:
         """Give the memory back, once no rank writes to it any more.
 
-        It is kept, and nobody is waited for, after a fault, or where it was given up; and kept,
-        with a warning, where a rank does not come to this within the timeout.
+        After a fault, or where it was given up, it is kept and nobody is waited for. It is kept
+        with a warning where a rank does not come to this within the timeout.
 
         Raises:
-            EPTimeoutError, EPMismatchError, EPRoutingError: Of what was still in flight.
+            EPTimeoutError, EPMismatchError, EPRoutingError: An operation in flight ended with it.
         """
         if self._farewell is None:
             return  # given back before
@@ -287,7 +295,7 @@ class PeerMemory:
         torch.cuda.synchronize()
 
     def give_up(self) -> None:
-        """This rank has failed in a way that the others do not know of."""
+        """Keep the memory for ever: this rank failed, and the others do not know of it."""
         self._is_given_up = True
 
     @property
@@ -295,7 +303,7 @@ class PeerMemory:
         return self._is_given_up or self.has_fault
 
     def __del__(self) -> None:
-        """What a late peer may still write to is never freed."""
+        """Leak the memory that a late peer may still write to."""
         if getattr(self, "_fault", None) is not None and self._may_be_written_to:
             device = (self.counters, self._epochs, self._waits, self.abort)
             _leaked.append((self.tensor, self._keep, self._farewell, self._host, device))
@@ -325,7 +333,7 @@ def allocated_by_all(
 
 
 def _mapped(tensor: Tensor, name: str, rank: int, num_ranks: int) -> Any:
-    """torch's handle of all ranks' memory, each mapped here. Collective.
+    """Map the memory of all ranks here, and return torch's handle of it. Collective.
 
     torch looks the ranks up by the name of a process group. The caller's may be a wrapper that it
     has never heard of, around a group that comes and goes, so it gets one that is no more than a
@@ -347,7 +355,7 @@ def _mapped(tensor: Tensor, name: str, rank: int, num_ranks: int) -> Any:
 
 
 def _phase_and_epoch(phase: int, expected: int) -> tuple[str, int]:
-    """Of a wait (EP_PHASE_*): a credit is for the operation before."""
+    """Return name and operation of a wait (EP_PHASE_*); a credit is for the operation before."""
     return _PHASES[phase], expected + (phase == header.EP_PHASE_CREDIT)
 
 

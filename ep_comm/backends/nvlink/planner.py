@@ -31,12 +31,12 @@ class Planner:
 
     Args:
         native: The CUDA library.
-        memory: Of this rank.
-        config: Of the buffer.
+        memory: This rank's.
+        config: The buffer's.
         device: The GPU.
         streams: Where operations run.
-        recorder: Has a record of each.
-        args: Of plans; every one fills them in anew.
+        recorder: Gives each dispatch its record.
+        args: The arguments of plans; every plan fills in the rest anew.
 
     Attributes:
         entries: Where plans leave the entries of rows whose number nobody knows yet.
@@ -166,8 +166,8 @@ class Planner:
         """Push while the plan and the host go on; allocate and expand once the counts are known.
 
         Raises:
-            EPTimeoutError, EPMismatchError: What ended the plan.
-            EPRoutingError: What it found wrong with the routing.
+            EPTimeoutError, EPMismatchError: The plan ended with it.
+            EPRoutingError: The plan found the routing wrong; the dispatch is complete.
         """
         streams, stream = self._streams, first.stream
         self._recorder.set_row_bytes(args.row_bytes + args.scale_bytes)
@@ -190,7 +190,7 @@ class Planner:
             routing.recv_topk_idx = allocate_experts(args, routing, first.source, self._device)
         args.planned_entries = None
         if routing.capacity is None:
-            # What expands copies them: the next plan, on the same stream, is behind it.
+            # The kernel that expands copies them: the next plan, on the same stream, is behind it.
             args.planned_entries = routing.native.entries
             args.num_received = routing.sizes.num_received
             routing.allocate_entries(args.num_received)

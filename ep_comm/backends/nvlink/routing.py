@@ -14,12 +14,12 @@ from ep_comm.routing.types import Routing, RoutingSizes
 
 
 def whole_vectors(num_topk: int) -> int:
-    """K4: `num_topk` rounded up to rows of 16 bytes."""
+    """Return K4: `num_topk` rounded up to rows of 16 bytes."""
     return -(-num_topk // 4) * 4
 
 
 def entry_size(num_topk: int) -> int:
-    """int32 numbers of a received row's entry."""
+    """Return the int32 numbers that a received row's entry takes."""
     return 3 * whole_vectors(num_topk)
 
 
@@ -27,7 +27,7 @@ def entry_size(num_topk: int) -> int:
 def arena_places(
     num_tokens: int, num_topk: int, num_entries: int, num_ranks: int, num_local_experts: int
 ) -> tuple[dict[str, tuple[int, int]], int]:
-    """(first int32, count) of each index array of one routing, and their total."""
+    """Return (first int32, count) of each index array of one routing, and their total."""
     counts = {
         "topk_idx": num_tokens * num_topk,
         "send_slot": num_tokens * num_ranks,
@@ -58,10 +58,10 @@ def native_routing(
     last_entry: int,
     entries: int,
 ) -> header.Routing:
-    """The index arrays in the allocation at address `arena`, for kernels; not to be changed. Where
-    it has no entries, they are at address `entries`.
+    """Return the index arrays in the allocation at address `arena`, for kernels; never change it.
 
-    torch gives the same addresses again and again, and to fill one in costs 4 µs.
+    Where that has no entries, they are at address `entries`. torch gives the same addresses again
+    and again, and to fill one in costs 4 µs.
     """
     places, _ = arena_places(num_tokens, num_topk, num_entries, num_ranks, num_local_experts)
     addresses = {name: arena + 4 * first for name, (first, _) in places.items()}
@@ -90,7 +90,7 @@ class NVLinkRouting(Routing):
         stream: The caller's, to which the memory of the arrays belongs.
         arena: The arrays whose size is known before the plan.
         memory: All of them, to keep alive what kernels read.
-        first: What the plan leaves to the dispatch that follows it; None afterwards.
+        first: The common part of the plan and of the first dispatch; None after that one.
         wait_for_kernels: Waits until the counts are in device memory.
     """
 
@@ -104,7 +104,7 @@ class NVLinkRouting(Routing):
     wait_for_kernels: Callable[[], None] = field(repr=False)
 
     def allocate_entries(self, num_received: int) -> None:
-        """Memory for the entries of so many rows, instead of the buffer's."""
+        """Allocate the entries of so many rows, to be used instead of the buffer's."""
         entries = self.arena.new_empty(num_received * entry_size(self.num_topk))
         self.memory = (self.arena, entries)
         self.native = header.Routing.from_buffer_copy(self.native)
@@ -112,21 +112,26 @@ class NVLinkRouting(Routing):
 
     @property
     def num_bytes(self) -> int:
+        """The index arrays, and the received rows' experts in the rank layout."""
         experts = () if self.recv_topk_idx is None else (self.recv_topk_idx,)
         return sum(tensor.nbytes for tensor in (*self.memory, *experts))
 
     def array(self, name: str) -> Tensor:
+        """Return one of the arrays that `arena_places` knows, as a view."""
         first, count = self.places[name]
         return self.arena[first : first + count]
 
     @cached_property
     def topk_idx(self) -> Tensor:
+        """The experts [T, K] that the plan found."""
         return self.array("topk_idx").view(self.num_tokens, self.num_topk)
 
     @cached_property
     def sizes(self) -> RoutingSizes:
-        """Set by the first dispatch where that waits for the counts; else they are read when they
-        are first asked for."""
+        """The counts: set by the first dispatch, if that waits for them; else read from the device.
+
+        Reading waits for the kernels.
+        """
         self.wait_for_kernels()
         return RoutingSizes(
             sent=tuple(self.array("num_sent").tolist()),
@@ -137,20 +142,22 @@ class NVLinkRouting(Routing):
 
     @property
     def device_tokens_per_expert(self) -> Tensor:
+        """The plan's counts; no copy."""
         return self.array("expert_tokens")
 
     @property
     def device_expert_offsets(self) -> Tensor:
+        """The plan's offsets; no copy."""
         return self.array("expert_first_row")
 
 
 class FirstDispatch(NamedTuple):
-    """What belongs to both a plan and the dispatch that follows it.
+    """The common part of a plan and of the dispatch that follows it.
 
     Attributes:
-        source: What the plan was made from.
+        source: The plan's topk_idx or routing_map.
         stream: Where they run.
-        num_sms: That they occupy.
+        num_sms: SMs that they occupy.
         record: Address of their record.
         selects_weights: Whether probabilities are selected by the plan's experts in between.
         in_one: Whether rows are pushed and expanded by one kernel, on the stream of the plan.

@@ -17,7 +17,7 @@ _RECV_KINDS = {torch.bfloat16: header.EP_RECV_BF16, torch.float32: header.EP_REC
 
 
 def whole_weight_rows(weights: Tensor | None) -> Tensor | None:
-    """Probabilities as bulk copies take them: rows of 16 bytes, at such an address."""
+    """Return probabilities as bulk copies take them: rows of 16 bytes, at such an address."""
     if weights is None:
         return None
     if weights.shape[1] % 4:
@@ -33,7 +33,7 @@ def describe_rows(
     weights: Tensor | None,
     recv_dtype: torch.dtype,
 ) -> None:
-    """What is sent, and along which routing."""
+    """Set what is sent, and along which routing."""
     args.x = x.data_ptr()
     args.scales = None if scales is None else scales.data_ptr()
     args.weights = None if weights is None else weights.data_ptr()
@@ -76,8 +76,10 @@ def allocate_rows(
 def allocate_experts(
     args: header.DispatchArgs, routing: NVLinkRouting, source: Tensor, device: torch.device
 ) -> Tensor:
-    """Local experts of the rows [N, K], for a first dispatch of the rank layout to fill; in the
-    type of those of its `source`."""
+    """Allocate the rows' local experts [N, K], which a first dispatch of the rank layout fills.
+
+    Their type is that of the experts in `source`.
+    """
     dtype = index_dtype(source)
     experts = torch.empty(routing.num_rows, routing.num_topk, dtype=dtype, device=device)
     args.recv_topk_idx = experts.data_ptr()

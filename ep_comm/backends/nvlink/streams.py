@@ -20,7 +20,7 @@ from ep_comm.events import EventOverlap
 
 
 def raw_stream(device_index: int) -> int:
-    """The current ``cudaStream_t``; `torch.cuda.current_stream` costs 6 µs, this a fraction."""
+    """Return the current ``cudaStream_t``, at a fraction of `torch.cuda.current_stream`'s 6 µs."""
     return torch._C._cuda_getCurrentRawStream(device_index)
 
 
@@ -32,7 +32,7 @@ class Streams:
 
     Args:
         native: Orders streams at a third of what it costs through torch.
-        device_index: Of the GPU.
+        device_index: The GPU's.
         new_stream: Makes a stream of the priority given.
 
     Attributes:
@@ -67,15 +67,15 @@ class Streams:
 
     @property
     def current(self) -> int:
-        """The caller's."""
+        """The caller's stream."""
         return raw_stream(self._device_index)
 
     def wait(self, waiting: int, other: int) -> None:
-        """`waiting` goes on when all that is on `other` now is done."""
+        """Order `waiting` behind all that is on `other` now."""
         self._native.stream_wait(waiting, other, self.event)
 
     def begin(self, op: int, asynchronous: bool, num_sms: int) -> int:
-        """The stream of the next operation, behind the caller's and all that it must not meet."""
+        """Return the next operation's stream, ordered behind all that it must not meet."""
         current = self.current
         stream = self._comm_handle if asynchronous else current
         if stream != current:
@@ -88,7 +88,10 @@ class Streams:
 
     @staticmethod
     def _is_within_reach(other: int) -> bool:
-        """Whether the current stream can wait for `other`: one being captured only for its like."""
+        """Return whether the current stream can wait for `other`.
+
+        One that is being captured can wait only for its like.
+        """
         if not torch.cuda.is_current_stream_capturing():
             return True
         if other == 0:  # the default stream is never captured, and may not be asked meanwhile
@@ -97,16 +100,17 @@ class Streams:
             return torch.cuda.is_current_stream_capturing()
 
     def abandon(self) -> None:
-        """After an error the caller's stream waits for the others, whose memory is about to be
-        freed."""
+        """Order the caller's stream behind the others, after an error: memory is about to go."""
         if torch.cuda.is_current_stream_capturing():
             return  # nothing runs, and the graph is void
         for stream in (self.side, self._comm_handle):
             self.wait(self.current, stream)
 
     def synchronize(self) -> None:
-        """Wait on the host for the operations that were started, and for graphs of them that were
-        replayed on the current stream."""
+        """Wait on the host for all operations that were started.
+
+        Graphs of them that were replayed on the current stream are among these.
+        """
         device = self._device_index
         torch.cuda.current_stream(device).synchronize()
         for stream in {self._comm_handle, *self._in_flight.streams(self._keys())}:
@@ -117,12 +121,14 @@ class Streams:
         self.forget()
 
     def comm_event(self, keep: tuple) -> EventOverlap:
-        """The end of the communication stream. `keep` is what its kernels read: held until the
-        caller's stream has waited."""
+        """Return the end of the communication stream.
+
+        It holds `keep`, what the kernels read, until the caller's stream has waited.
+        """
         return EventOverlap(self.comm.record_event(), keep)
 
     def forget(self) -> None:
-        """None of this backend's operations runs any more."""
+        """Note that none of this backend's operations runs any more."""
         for key in self._keys():
             self._in_flight.forget(key)
 
@@ -131,28 +137,28 @@ class InFlight:
     """Operations of this process that may still be running on one GPU; its buffers share it.
 
     Args:
-        num_sms: Of the GPU.
+        num_sms: The GPU's.
     """
 
     def __init__(self, num_sms: int) -> None:
         self._num_sms = num_sms
-        # Newest last; of each key where the last operation runs, the earlier ones being in order
+        # For each key, newest last: where the last operation runs, the earlier ones being in order
         # before it, and the most SMs of any.
         self._operations: dict[object, tuple[int, int]] = {}
 
     def start(self, key: object, stream: int, num_sms: int) -> list[int]:
-        """Streams that `stream` has to wait for before the next operation of `key` runs on it.
+        """Note the next operation of `key`, and return the streams that it has to wait for.
 
         Args:
             key: Operations with the same one use the same memory: never at once.
             stream: Where it will run.
-            num_sms: That its kernels occupy.
+            num_sms: SMs that its kernels occupy.
         """
         last_stream, most_sms = self._operations.pop(key, (stream, 0))
         behind = [] if last_stream == stream else [last_stream]
         # One operation runs at a time on each stream: the largest counts.
         sms_of_stream: dict[int, int] = {}
-        # Of a copy: the garbage collector may have a buffer forgotten at any moment.
+        # A copy: the garbage collector may have a buffer forgotten at any moment.
         for other_stream, other_sms in reversed(list(self._operations.values())):
             if other_stream not in (stream, last_stream):
                 largest = max(other_sms, sms_of_stream.get(other_stream, 0))
@@ -168,15 +174,15 @@ class InFlight:
         return sorted(behind)
 
     def streams(self, keys: Iterable[object]) -> set[int]:
-        """Where the last operations of these keys run; earlier ones are done before them."""
+        """Return where the last operations of these keys run; earlier ones are done before."""
         return {operation[0] for operation in map(self._operations.get, keys) if operation}
 
     def forget(self, key: object) -> None:
-        """There is no operation of `key` any more."""
+        """Note that there is no operation of `key` any more."""
         self._operations.pop(key, None)
 
 
 @functools.cache
 def in_flight(device_index: int) -> InFlight:
-    """The one of a GPU."""
+    """Return the one of a GPU."""
     return InFlight(torch.cuda.get_device_properties(device_index).multi_processor_count)

@@ -21,7 +21,7 @@ _MAX_HIDDEN_FP8_TO_FP32 = 30_208
 
 
 class Facts(NamedTuple):
-    """What a rank says of itself.
+    """A rank's own account of itself.
 
     Attributes:
         host: Its name.
@@ -49,7 +49,7 @@ def unavailable_reason(facts: Sequence[Facts]) -> str | None:
     """Say why NVLink cannot serve the group, or None where it can.
 
     Args:
-        facts: Of every rank, by group rank.
+        facts: Those of every rank, by group rank.
 
     Raises:
         EPArgumentError: Ranks have the same GPU.
@@ -75,12 +75,12 @@ def unavailable_reason(facts: Sequence[Facts]) -> str | None:
 
 
 def gpu_id(gpu: int) -> str:
-    """The same in every process, whatever number a GPU has there."""
+    """Return a GPU's name that is the same in every process, whatever number it has there."""
     return str(torch.cuda.get_device_properties(gpu).uuid)
 
 
 def _unreached() -> tuple[str, ...]:
-    """GPUs visible to this process that its own cannot write to."""
+    """Return the GPUs visible to this process that its own cannot write to."""
     mine = torch.cuda.current_device()
     return tuple(
         gpu_id(other)
@@ -90,7 +90,7 @@ def _unreached() -> tuple[str, ...]:
 
 
 def reason_here(num_ranks: int, config: EPConfig) -> str | None:
-    """Why this process cannot be one of `num_ranks` peers, or None where it can."""
+    """Return why this process cannot be one of `num_ranks` peers, or None where it can."""
     reason = _native.unusable_reason(torch.cuda.current_device())
     if reason is not None:
         return reason
@@ -109,8 +109,11 @@ def reason_here(num_ranks: int, config: EPConfig) -> str | None:
 
 
 def check_fp8_hidden(hidden: int, recv_dtype: torch.dtype = torch.bfloat16) -> None:
-    """Raise `EPArgumentError` where this backend cannot send rows of `hidden` elements as FP8, or
-    cannot make `recv_dtype` of them."""
+    """Refuse rows of `hidden` elements that cannot travel as FP8 and arrive as `recv_dtype`.
+
+    Raises:
+        EPArgumentError: Names the limit.
+    """
     # Bulk copies move multiples of 16 bytes, so the FP32 scales of a row must be that.
     if hidden % 512:
         raise EPArgumentError(f"FP8 over NVLink needs hidden to be a multiple of 512, got {hidden}")

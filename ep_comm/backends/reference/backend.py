@@ -48,22 +48,28 @@ from ep_comm.telemetry.watch import Wait
 
 
 class ReferenceBackend(Operations):
-    """See `ep_comm.backends.base.Backend`, whose methods these are."""
+    """The numerics contract in plain torch.
+
+    `ep_comm.backends.base.Backend` says what each method is for.
+    """
 
     name = "reference"
 
     @classmethod
     def facts(cls, group: dist.ProcessGroup, config: EPConfig) -> None:
+        """Return nothing: this backend works in every group."""
         return None
 
     @classmethod
     def unavailable_reason(cls, facts: list) -> str | None:
+        """Return None: this backend works in every group."""
         return None
 
     @classmethod
     def create(
         cls, group: dist.ProcessGroup, config: EPConfig, meeting: Meeting
     ) -> ReferenceBackend:
+        """Take the group's next number, by which messages of its buffers are told apart."""
         return cls(group, config, meeting.number)
 
     def __init__(self, group: dist.ProcessGroup, config: EPConfig, number: int) -> None:
@@ -75,43 +81,50 @@ class ReferenceBackend(Operations):
 
     @property
     def buffer_bytes(self) -> int:
+        """Nothing is held between operations."""
         return 0
 
     @property
     def num_started(self) -> int:
+        """The operations that were begun, plans among them."""
         return self.recorder.num_started
 
     def describe(self) -> str:
+        """Name torch's backends that carry the messages."""
         return f"reference over {'/'.join(sorted(set(self.transport.backends.values())))}"
 
     def waits(self) -> list[Wait]:
+        """Return whom the host waits for in a message."""
         return self.transport.waits()
 
     @property
     def has_failed(self) -> bool:
+        """False: the error itself says whether ranks are apart."""
         return False  # the error itself says so
 
     def synchronize(self) -> None:
+        """Wait for the current stream, and raise an overflow that was not said yet."""
         if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
         self._say_overflow()
 
     def keep_for_comm_stream(self, tensors: Iterable[Tensor | None]) -> None:
-        pass
+        """Do nothing: all runs on the current stream."""
 
     def give_up(self) -> None:
-        pass
+        """Do nothing: `destroy` waits for nobody."""
 
     def abandon(self) -> None:
-        pass
+        """Do nothing: all runs on the current stream."""
 
     def destroy(self) -> None:
-        pass
+        """Do nothing: memory goes with its tensors."""
 
     def set_num_sms(self, num_sms: int | None) -> None:
-        pass
+        """Do nothing: there are no kernels of this project here."""
 
     def check_device(self, name: str, rows: Tensor) -> None:
+        """Refuse rows on a device whose tensors the group cannot send."""
         if rows.device.type not in self.transport.device_types:
             raise EPArgumentError(
                 f"{name} is on {rows.device}, but the buffer's group moves tensors on "
@@ -119,11 +132,12 @@ class ReferenceBackend(Operations):
             )
 
     def check_wire_dtype(self, wire_dtype: torch.dtype, recv_dtype: torch.dtype) -> None:
-        pass
+        """Accept every pair that the buffer accepts."""
 
     # --- routing -------------------------------------------------------------------------------
 
     def plan(self, request: PlanRequest) -> ReferenceRouting:
+        """Find the layout of this rank's tokens, and send each peer the experts of its rows."""
         self._say_overflow()
         num_ranks, num_topk = self.transport.num_ranks, request.num_topk
         sent = layout_of(request.source, num_topk, self.config.num_experts, num_ranks)
@@ -178,6 +192,7 @@ class ReferenceBackend(Operations):
     # --- dispatch ------------------------------------------------------------------------------
 
     def dispatch(self, routing: ReferenceRouting, request: DispatchRequest) -> Pending[Received]:
+        """Send rows and probabilities; `Pending` has what is done once they came."""
         self._say_overflow()
         x, scales, topk_weights, wire_dtype, recv_dtype, _ = request
         recv_rows, num_received = routing.sizes.received, routing.sizes.num_received
@@ -227,6 +242,7 @@ class ReferenceBackend(Operations):
     # --- combine -------------------------------------------------------------------------------
 
     def combine(self, routing: ReferenceRouting, request: CombineRequest) -> Pending[Combined]:
+        """Add up this rank's rows of each token, and send the partial sums back."""
         self._say_overflow()
         x, topk_weights, _ = request
         recv_rows, num_received = routing.sizes.received, routing.sizes.num_received
@@ -273,7 +289,7 @@ class ReferenceBackend(Operations):
         return Pending(finish=finish)
 
     def _sum_over_ranks(self, routing: ReferenceRouting, partials: tuple[Tensor, ...]) -> Tensor:
-        """Levels 2 and 3 of combine: over a node's ranks, rounded, then over nodes, rounded."""
+        """Add up levels 2 and 3 of combine: a node's ranks, rounded, then the nodes, rounded."""
         num_ranks = self.transport.num_ranks
         ranks_per_node = self.config.ranks_per_node or num_ranks
         sent_tokens = routing.sent_tokens
@@ -290,7 +306,7 @@ class ReferenceBackend(Operations):
         return sum_in_order(routing.num_tokens, node_sums)[0].to(partials[0].dtype)
 
     def _scatter_weights(self, routing: ReferenceRouting, received: tuple[Tensor, ...]) -> Tensor:
-        """Each entry [T, K] from the rank that owns its expert; dropped entries stay 0."""
+        """Take each entry [T, K] from the rank that owns its expert; dropped entries stay 0."""
         owner_TK = self._owner(routing.topk_idx)
         out = received[0].new_zeros(routing.token_weights_shape)
         for r, (tokens, rows) in enumerate(zip(routing.sent_tokens, received, strict=True)):
@@ -298,7 +314,7 @@ class ReferenceBackend(Operations):
         return out
 
     def _note_overflow(self, routing: ReferenceRouting) -> None:
-        """As on a GPU: a dispatch that drops rows says so at the next call."""
+        """Keep what a dispatch dropped, to be said at the next call, as on a GPU."""
         capacity, needed = routing.capacity, routing.sizes.num_rows(routing.layout)
         if capacity is not None and needed > capacity:
             self._overflow = EPOverflowError(num_rows=needed, capacity=capacity)

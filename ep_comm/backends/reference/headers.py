@@ -1,6 +1,6 @@
-"""What ranks tell one another before an operation of the reference backend moves data.
+"""Ranks tell one another what comes before an operation of the reference backend moves data.
 
-So that a rank that does something else, or nothing, is named before anybody waits for its rows.
+So a rank that does something else, or nothing, is named before anybody waits for its rows.
 """
 
 from __future__ import annotations
@@ -41,11 +41,14 @@ def exchange_headers(
     """Tell every rank what this one is about to do, and check that all do the same.
 
     Args:
+        transport: Carries the headers.
+        config: The buffer's.
         buffer: Number of the buffer on its group.
-        record: Of the operation; gets the waits and bytes.
-        num_tokens: Of a plan, those of this rank; may differ between ranks, as rows may.
+        record: The operation's; gets the waits.
+        rows_to_rank: Rows that this rank will send to each.
+        num_tokens: This rank's tokens, in a plan; may differ between ranks, as rows may.
         max_rows: Most rows of a rank for another; None is ``config.max_tokens_per_rank``.
-        fields: What must be equal on all ranks: integers, and values that have a name.
+        fields: Values that must be equal on all ranks: integers, and values that have a name.
 
     Returns:
         Rows that each rank announced for this one.
@@ -110,6 +113,6 @@ def _mismatch(
 
 
 def _shown(key: str, value: int | None) -> object:
-    """A field's value, whatever a peer has sent."""
+    """Return a field's value as it is shown, whatever a peer has sent."""
     names = _NAMED.get(key, ())
     return names[value] if value is not None and 0 <= value < len(names) else value

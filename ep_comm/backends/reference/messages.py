@@ -22,17 +22,17 @@ _FIRST_TAG = 1 << 30
 
 
 class Operation(NamedTuple):
-    """What a wait is part of; error messages name it."""
+    """The operation that a wait is part of; error messages name it."""
 
     op: str
     epoch: int
     buffer: int
 
     def tag(self, phase: str) -> int:
-        """The tag of its messages, by which nothing else is taken for them.
+        """Return the tag of its messages, by which nothing else is taken for them.
 
-        All headers on a group have the same: so one that belongs to another buffer is seen, and
-        named. The rest is exchanged once headers agree.
+        All headers on a group have the same tag. So one that belongs to another buffer is seen,
+        and named. The rest is exchanged once headers agree.
         """
         if phase == _HEADER:
             return _FIRST_TAG
@@ -79,12 +79,12 @@ class Transport:
         return Exchange(self, send, recv, recv_rows, operation, phase)
 
     def waits(self) -> list[Wait]:
-        """Say whom the host waits for at the moment; from any thread."""
+        """Return whom the host waits for at the moment; from any thread."""
         waiting = self._waiting
         return [] if waiting is None else [waiting]
 
     def to_host(self, tensor: Tensor, operation: Operation, phase: str) -> Tensor:
-        """`tensor` on the CPU, waiting at most the timeout for the stream to get there."""
+        """Return `tensor` on the CPU; the stream has the timeout to get there."""
         if not tensor.is_cuda:
             return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -105,6 +105,7 @@ class Transport:
     def timeout(
         self, operation: Operation, phase: str, late_ranks: tuple[int, ...]
     ) -> EPTimeoutError:
+        """Return the error of a wait of this rank that ran out."""
         return EPTimeoutError(
             op=operation.op,
             phase=phase,
@@ -200,7 +201,7 @@ class Exchange:
         return Wait(self._operation.op, self._phase, self._operation.epoch, rank)
 
     def _missing(self, known: set[int]) -> set[int]:
-        """Ranks outside `known` whose message has not come either."""
+        """Return the ranks outside `known` whose message has not come either."""
         missing = set()
         for r, work in self._recvs:
             if r in known:

@@ -1,4 +1,4 @@
-"""What the reference backend keeps of one routing."""
+"""One routing, as the reference backend keeps it."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class ReferenceRouting(Routing):
 
     @cached_property
     def num_bytes(self) -> int:
+        """All index tensors, and the received rows' experts in the rank layout."""
         tensors = [self.topk_idx, self.expert_row_NK, *self.sent_tokens]
         if self.recv_topk_idx is not None:
             tensors.append(self.recv_topk_idx)
@@ -39,12 +40,14 @@ class ReferenceRouting(Routing):
 
     @cached_property
     def device_tokens_per_expert(self) -> Tensor:
+        """The counts, moved to the device when they are first asked for."""
         offsets = self.device_expert_offsets
         tokens = torch.tensor(self.sizes.expert_rows, dtype=torch.int32, device=offsets.device)
         return torch.minimum(tokens, offsets.diff()) if self.capacity is not None else tokens
 
     @cached_property
     def device_expert_offsets(self) -> Tensor:
+        """The running sum of the padded counts, cut off at the capacity."""
         ends = torch.tensor((0, *self.sizes.padded_expert_rows)).cumsum(0)
         if self.capacity is not None:
             ends = ends.clamp(max=self.capacity)

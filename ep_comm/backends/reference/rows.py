@@ -16,14 +16,14 @@ from ep_comm.backends.reference.routing import ReferenceRouting
 
 
 def to_bytes(rows: Tensor) -> Tensor:
-    """[T, H] rows as [T, bytes] uint8, sharing memory."""
+    """Return [T, H] rows as [T, bytes] uint8, sharing memory."""
     if not rows.numel():  # strides of an empty tensor may be anything, and then it has no view
         return rows.new_empty(len(rows), rows.shape[1] * rows.element_size(), dtype=torch.uint8)
     return rows.view(torch.uint8)
 
 
 def unpack(rows: Tensor, hidden: int, wire_dtype: torch.dtype, recv_dtype: torch.dtype) -> Received:
-    """Bytes off the wire as rows of `recv_dtype`."""
+    """Turn bytes off the wire into rows of `recv_dtype`."""
     if wire_dtype != fp8.FP8_DTYPE:
         return Received(rows.view(wire_dtype), None, None)
     x = rows[:, :hidden].contiguous().view(fp8.FP8_DTYPE)
@@ -36,7 +36,7 @@ def unpack(rows: Tensor, hidden: int, wire_dtype: torch.dtype, recv_dtype: torch
 def expert_rows(
     recv_topk_idx: Tensor, num_local_experts: int, alignment: int
 ) -> tuple[tuple[int, ...], Tensor]:
-    """Positions of received tokens in the expert-major output.
+    """Find the positions of received tokens in the expert-major output.
 
     Inside an expert's group tokens stand by source rank, then by token index, which is the order
     of received rows; groups stand in expert order, each padded to `alignment` rows.
@@ -58,14 +58,14 @@ def expert_rows(
 
 
 def fit(rows: Tensor, num_rows: int, value: float = 0) -> Tensor:
-    """The first `num_rows` rows, filled up with rows of `value`."""
+    """Return the first `num_rows` rows, filled up with rows of `value`."""
     fitted = rows.new_full((num_rows, *rows.shape[1:]), value)
     fitted[: len(rows)] = rows[:num_rows]
     return fitted
 
 
 def fit_received(received: Received, num_rows: int) -> Received:
-    """Rank-major rows cut, or filled up with padding."""
+    """Cut rank-major rows, or fill them up with padding."""
     like = received.x
     x = torch.zeros(num_rows, like.shape[1], dtype=like.dtype, device=like.device)
     to_bytes(x)[: len(received.x)] = to_bytes(received.x)[:num_rows]
@@ -78,7 +78,7 @@ def fit_received(received: Received, num_rows: int) -> Received:
 
 
 def expand(received: Received, routing: ReferenceRouting) -> Received:
-    """Rank-major rows to padded expert-major rows; padding is 0, with FP8 scale 1."""
+    """Turn rank-major rows into padded expert-major rows; padding is 0, with FP8 scale 1."""
     n, k = (routing.expert_row_NK >= 0).nonzero(as_tuple=True)
     row = routing.expert_row_NK[n, k]
     x = torch.zeros(
@@ -97,14 +97,14 @@ def expand(received: Received, routing: ReferenceRouting) -> Received:
 
 
 def collapse_weights(weights_M: Tensor, expert_row_NK: Tensor) -> Tensor:
-    """The inverse of `expand` for one number a row: [M] to [N, K], 0 where not local."""
+    """Undo `expand` for one number a row: [M] to [N, K], 0 where not local."""
     if not len(weights_M):
         return weights_M.new_zeros(expert_row_NK.shape)
     return torch.where(expert_row_NK >= 0, weights_M[expert_row_NK.clamp(min=0)], 0.0)
 
 
 def sum_expert_rows(x_MH: Tensor, routing: ReferenceRouting) -> Tensor:
-    """Level 1 of combine: a token's rows on this rank, ascending by expert, rounded once."""
+    """Add up level 1 of combine: a token's rows on this rank, ascending by expert, rounded once."""
     rows_NK = routing.expert_row_NK
     # Groups stand in expert order, so ascending rows are ascending experts.
     rows_NK = torch.where(rows_NK < 0, len(x_MH), rows_NK).sort(dim=1).values

@@ -26,10 +26,10 @@ class Training:
 
     Args:
         training: The module ``megatron.training.training``. Left alone until `use` is called.
-        version: Of this Megatron.
+        version: This Megatron's.
 
     Attributes:
-        options: What our dispatcher was installed with; None without it.
+        options: Those that our dispatcher was installed with; None without it.
         started: Whether the model is built and checked.
     """
 

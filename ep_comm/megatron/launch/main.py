@@ -1,6 +1,6 @@
-"""Run an unmodified Megatron-LM script with ep_comm's dispatcher.
+r"""Run an unmodified Megatron-LM script with ep_comm's dispatcher.
 
-    torchrun --nproc_per_node=8 -m ep_comm.megatron.launch pretrain_gpt.py \\
+    torchrun --nproc_per_node=8 -m ep_comm.megatron.launch pretrain_gpt.py \
         --moe-token-dispatcher deepep ARGS...
 
 The script runs as if Python had been given it directly, except that Megatron's argument parser
