@@ -5,11 +5,14 @@
 #include "common/launch.cuh"
 #include "common/warp.cuh"
 #include "dispatch/slots.cuh"
+#include "low_latency/route.cuh"
 #include "plan/plan.cuh"
 
 namespace {
 
 constexpr int64_t kAlignment = 256;
+
+using Word = uint8_t[16];
 
 // Hands out memory from its start on.
 class Cut {
@@ -50,6 +53,10 @@ int32_t check_sizes(const ep_buffer_layout_args& args) {
     return ep::fail(EP_ERR_ARGUMENT, "row_bytes = %lld is not in [16, %d] and a multiple of 16",
                     static_cast<long long>(args.row_bytes), INT_MAX);
   }
+  if (args.low_latency_tokens < 0 || args.low_latency_tokens > EP_LOW_LATENCY_MAX_TOKENS) {
+    return ep::fail(EP_ERR_ARGUMENT, "low_latency_tokens = %d is not in [0, %d]",
+                    args.low_latency_tokens, EP_LOW_LATENCY_MAX_TOKENS);
+  }
   return EP_OK;
 }
 
@@ -74,6 +81,16 @@ int32_t ep_buffer_layout(const ep_buffer_layout_args* args, ep_buffer_offsets* o
   offsets->dispatch_slots = cut.take<uint8_t>(others * tokens * longest_slot(*args));
   offsets->combine_rows = cut.take<uint8_t>(others * tokens * args->row_bytes);
   offsets->zeros = cut.take<uint8_t>(args->row_bytes);
+  const int64_t tokens_of_halves = 2 * ranks * args->low_latency_tokens;
+  const int64_t low_latency_row = 2ll * args->hidden;  // BF16
+  const int64_t weight_words = ep::low_latency::weight_words(args->num_topk);
+  const int64_t entry_words = ep::low_latency::expert_words(args->num_topk) + weight_words;
+  offsets->low_latency_credits = cut.take<uint32_t>(tokens_of_halves ? 2 * 2 * ranks : 0);
+  offsets->low_latency_headers = cut.take<Word>(tokens_of_halves ? 2 * ranks : 0);
+  offsets->low_latency_entries = cut.take<Word>(tokens_of_halves * entry_words);
+  offsets->low_latency_weights = cut.take<Word>(tokens_of_halves * weight_words);
+  offsets->low_latency_dispatch = cut.take<uint8_t>(tokens_of_halves * low_latency_row);
+  offsets->low_latency_combine = cut.take<uint8_t>(tokens_of_halves * low_latency_row);
   offsets->total = cut.end();
   offsets->max_chunks = static_cast<int32_t>(chunks);
   return EP_OK;

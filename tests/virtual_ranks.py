@@ -153,7 +153,7 @@ def _all_ranks(
     _connect(num_gpus)
     from ep_comm.backends.nvlink.backend import NVLinkBackend
     from ep_comm.backends.nvlink.farewell import Farewell
-    from ep_comm.backends.nvlink.memory import PeerMemory, buffer_offsets, farewell_flags
+    from ep_comm.backends.nvlink.memory import PeerMemory, buffer_offsets, clear, farewell_flags
 
     ranks_per_gpu = -(-num_ranks // num_gpus)
     streams = [_streams(gpu, 3 * ranks_per_gpu) for gpu in range(num_gpus)]
@@ -161,9 +161,11 @@ def _all_ranks(
     meet = barrier.wait if in_step else lambda: None
     offsets = buffer_offsets(_native.load(), config, num_ranks)
     memory = [
-        torch.zeros(offsets.total, dtype=torch.uint8, device=f"cuda:{rank % num_gpus}")
+        torch.empty(offsets.total, dtype=torch.uint8, device=f"cuda:{rank % num_gpus}")
         for rank in range(num_ranks)
     ]
+    for tensor in memory:
+        clear(tensor, offsets)
     addresses = [tensor.data_ptr() for tensor in memory]
     flags_of = [farewell_flags(tensor, offsets, num_ranks) for tensor in memory]
 

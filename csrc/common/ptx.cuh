@@ -34,6 +34,9 @@ __device__ inline void store_release_sys(uint64_t* flag, uint64_t value) {
 // Orders what other threads wrote before a later release of this one, which met them at a barrier.
 __device__ inline void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
+// The same between the blocks of one GPU.
+__device__ inline void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 __device__ inline uint64_t global_timer_ns() {
   uint64_t now;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
@@ -167,6 +170,39 @@ __device__ inline void store_global(uint4* pointer, const uint4& v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
                : "memory");
+}
+
+// 16 bytes that go to, or come from, another GPU as a whole: .b128 is single-copy atomic (PTX 8.3).
+// Nothing else is ordered by it.
+__device__ inline uint4 load_word(const uint4* pointer) {
+  uint4 v;
+  asm volatile(
+      "{\n"
+      ".reg .b128 word;\n"
+      ".reg .b64 low, high;\n"
+      "ld.relaxed.sys.global.b128 word, [%4];\n"
+      "mov.b128 {low, high}, word;\n"
+      "mov.b64 {%0, %1}, low;\n"
+      "mov.b64 {%2, %3}, high;\n"
+      "}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(pointer)
+      : "memory");
+  return v;
+}
+
+__device__ inline void store_word(uint4* pointer, const uint4& v) {
+  asm volatile(
+      "{\n"
+      ".reg .b128 word;\n"
+      ".reg .b64 low, high;\n"
+      "mov.b64 low, {%1, %2};\n"
+      "mov.b64 high, {%3, %4};\n"
+      "mov.b128 word, {low, high};\n"
+      "st.relaxed.sys.global.b128 [%0], word;\n"
+      "}" ::"l"(pointer),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+      : "memory");
 }
 
 // ---- Barriers of some warps of a block ---------------------------------------------------------

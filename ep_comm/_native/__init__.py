@@ -128,15 +128,12 @@ class NativeLibrary:
             self.check(EP_ERR_ARGUMENT)
         return num_bytes
 
-    def buffer_offsets(
-        self, max_tokens: int, row_bytes: int, num_topk: int, num_ranks: int
-    ) -> header.BufferOffsets:
+    def buffer_offsets(self, args: header.BufferLayoutArgs) -> header.BufferOffsets:
         """Return where things stand in the symmetric memory of every rank of a buffer.
 
         Raises:
             EPArgumentError: A size is out of bounds.
         """
-        args = header.BufferLayoutArgs(max_tokens, row_bytes, num_topk, num_ranks)
         offsets = header.BufferOffsets()
         self.check(self._dll.ep_buffer_layout(args, ctypes.byref(offsets)))
         return offsets

@@ -99,8 +99,9 @@ enum {
 
 enum {
   EP_FAULT_NONE = 0,
-  EP_FAULT_TIMEOUT = 1, /* the peer did not arrive */
-  EP_FAULT_MISMATCH = 2 /* the peer plans something else */
+  EP_FAULT_TIMEOUT = 1,  /* the peer did not arrive */
+  EP_FAULT_MISMATCH = 2, /* the peer plans something else */
+  EP_FAULT_RESULTS = 3   /* low latency: a third result of this rank would be out */
 };
 
 /* What the ranks of one plan must agree on; ep_fault.field. */
@@ -115,7 +116,12 @@ enum {
 };
 
 /* Operations; ep_fault.op. */
-enum { EP_OP_DISPATCH = 1, EP_OP_COMBINE = 2 };
+enum {
+  EP_OP_DISPATCH = 1,
+  EP_OP_COMBINE = 2,
+  EP_OP_LOW_LATENCY_DISPATCH = 3,
+  EP_OP_LOW_LATENCY_COMBINE = 4
+};
 
 /* Written by the first kernel that fails, into host memory that the device sees. Every kernel that
  * finds it set ends its waits. */
@@ -136,6 +142,8 @@ typedef struct ep_fault {
 typedef struct ep_progress {
   int64_t dispatch[EP_MAX_PEERS];
   int64_t combine[EP_MAX_PEERS];
+  int64_t low_latency_dispatch[EP_MAX_PEERS];
+  int64_t low_latency_combine[EP_MAX_PEERS];
 } ep_progress;
 
 /* What an operation did, written at its end; device memory. Times are of %globaltimer. */
@@ -180,6 +188,8 @@ typedef struct ep_buffer_layout_args {
   int64_t row_bytes;  /* of the widest type of rows; a multiple of 16 */
   int32_t num_topk;
   int32_t num_ranks;
+  int32_t low_latency_tokens; /* most tokens of a low-latency operation; 0: there are none */
+  int32_t hidden;             /* elements of their rows, which are BF16; a multiple of 8 */
 } ep_buffer_layout_args;
 
 /* Where things stand in the symmetric memory of every rank, in bytes from its start; the same on
@@ -199,7 +209,15 @@ typedef struct ep_buffer_offsets {
                                128-byte lines, as long as the rows of a dispatch need */
   int64_t combine_rows;     /* [R - 1, S, row_bytes]: partial rows, the next rank's first */
   int64_t zeros;            /* [row_bytes]: never written */
-  int64_t total;            /* bytes of it all */
+  /* Low latency, where there is room for it: M = low_latency_tokens, two of each (epochs take
+   * turns), words of 16 bytes. */
+  int64_t low_latency_credits;  /* uint32 [dispatch and combine, 2, R] */
+  int64_t low_latency_headers;  /* words [2, R] */
+  int64_t low_latency_entries;  /* words [2, R, M, ceil(K / 8) + ceil(K / 3)]: experts, weights */
+  int64_t low_latency_weights;  /* words [2, R, M, ceil(K / 3)]: given to combine */
+  int64_t low_latency_dispatch; /* [2, R, M, 2 hidden bytes]: rows, all ones while none is there */
+  int64_t low_latency_combine;  /* [2, R, M, 2 hidden bytes]: partial rows, the same */
+  int64_t total;                /* bytes of it all */
   int32_t max_chunks;
 } ep_buffer_offsets;
 
@@ -412,6 +430,88 @@ typedef struct ep_combine_args {
 
 /* Sums rows back to the ranks that own their tokens. */
 EP_API int32_t ep_combine(const ep_combine_args* args, void* stream);
+
+/* ---- Low latency: dispatch and combine of a few tokens --------------------------------------- */
+
+/* Most experts of a rank: 12 bits name one. */
+#define EP_LOW_LATENCY_MAX_LOCAL_EXPERTS 1024
+/* Most tokens of a rank in an operation. */
+#define EP_LOW_LATENCY_MAX_TOKENS 4096
+/* int32 numbers of ep_low_latency.state. */
+#define EP_LOW_LATENCY_STATE_INTS 32
+
+/* Phases of an operation that a kernel runs; both are 3. */
+enum { EP_LOW_LATENCY_SEND = 1, EP_LOW_LATENCY_RECEIVE = 2 };
+
+/* How rows travel and arrive. */
+enum {
+  EP_LOW_LATENCY_BF16 = 0,
+  EP_LOW_LATENCY_FP8 = 1,         /* scales amax / 448 */
+  EP_LOW_LATENCY_FP8_ROUNDED = 2, /* scales rounded up to powers of two */
+  EP_LOW_LATENCY_UE8M0 = 3        /* the same, received as exponents, four in an int32 */
+};
+
+/* What both operations say. R ranks, M = max_tokens, K = num_topk, E = experts of a rank, L = room.
+ */
+typedef struct ep_low_latency {
+  ep_peers peers;
+  int32_t* state;        /* device memory [EP_LOW_LATENCY_STATE_INTS], zero at first: both
+                            operations' counts, see csrc/low_latency/epochs.cuh */
+  int32_t* finished;     /* device memory, zero between kernels: blocks that are done */
+  int64_t* wait_stats;   /* device memory [R], to which the nanoseconds waited for each rank are
+                            added; or NULL */
+  int64_t credit_offset; /* ep_buffer_offsets.low_latency_credits */
+  int64_t row_offset;    /* of this operation: [2, R, L, 2 hidden bytes] */
+  int64_t header_offset; /* ep_buffer_offsets.low_latency_headers */
+  int64_t entry_offset;  /* dispatch: .low_latency_entries; combine: .low_latency_weights */
+  const void* topk_idx;  /* [num_tokens, K] experts, or -1; of this rank's tokens */
+  const float* weights;  /* [num_tokens, K], where has_weights */
+  int32_t has_weights;
+  int32_t idx_bytes;  /* of an entry of topk_idx: 4 or 8 */
+  int32_t num_tokens; /* of this rank */
+  int32_t max_tokens; /* of any rank in this operation; the same on all */
+  int32_t room;       /* low_latency_tokens of the buffer */
+  int32_t hidden;
+  int32_t num_topk;
+  int32_t num_local_experts;
+  int32_t phases;     /* EP_LOW_LATENCY_* */
+  int32_t lag;        /* a receive alone: sends of this kind since its own */
+  int32_t num_blocks; /* SMs */
+} ep_low_latency;
+
+/* What a dispatch leaves for its combine, device memory. A received row is n = source * M + token.
+ */
+typedef struct ep_low_latency_handle {
+  int32_t* num_tokens; /* [R] of each rank */
+  int32_t* rows;       /* [R, M, K] rows of recv_x, ascending by local expert; -1 behind the last */
+  float* weights;      /* [R, M, K] of these rows, where they came; or NULL */
+} ep_low_latency_handle;
+
+typedef struct ep_low_latency_dispatch_args {
+  ep_low_latency common;
+  ep_low_latency_handle handle;
+  const void* x;          /* BF16 [num_tokens, hidden] */
+  void* recv_x;           /* [E, R M, hidden] BF16 or E4M3 */
+  void* recv_scales;      /* FP32 [E, hidden / 128, S] or int32 [E, hidden / 512, S], S =
+                             scale_stride; or NULL */
+  int32_t* recv_count;    /* [E] rows of each expert */
+  int32_t* recv_stats;    /* [E], to which these are added; or NULL */
+  int32_t* recv_src_info; /* [E, R M] n of each row */
+  int32_t scale_stride;   /* at least R M */
+  int32_t format;         /* EP_LOW_LATENCY_* */
+} ep_low_latency_dispatch_args;
+
+/* topk_idx and the handle are those of the dispatch. Without common.has_weights the weights are
+ * handle.weights, which came with the rows. */
+typedef struct ep_low_latency_combine_args {
+  ep_low_latency common;
+  ep_low_latency_handle handle;
+  const void* x;    /* BF16 [E, R M, hidden]: what the experts made of recv_x */
+  void* combined_x; /* BF16 [num_tokens, hidden] */
+} ep_low_latency_combine_args;
+
+EP_API int32_t ep_low_latency_dispatch(const ep_low_latency_dispatch_args* args, void* stream);
+EP_API int32_t ep_low_latency_combine(const ep_low_latency_combine_args* args, void* stream);
 
 /* ---- Probe: what the links carry ------------------------------------------------------------ */
 

@@ -176,7 +176,7 @@ def memory_of_a_group(rank: int) -> list[int]:
     import torch.distributed._symmetric_memory as symmetric_memory
 
     zeros, tensors = torch.zeros, []
-    offsets = header.BufferOffsets(farewells=256, total=4096)
+    offsets = header.BufferOffsets(farewells=256, low_latency_dispatch=3072, total=4096)
 
     def allocate(num_bytes: int, **_) -> torch.Tensor:
         tensors.append(torch.full((num_bytes,), 7, dtype=torch.uint8))
@@ -191,7 +191,8 @@ def memory_of_a_group(rank: int) -> list[int]:
         patch.setattr(memory_module, "_mapped", lambda tensor, name, rank, num_ranks: mapped)
         meeting = meet(None, "make a Buffer", None, 10.0)
         memory = PeerMemory.of_group(dist.group.WORLD, meeting, offsets, 10.0)
-    assert not memory.tensor.any() and (memory.rank, memory.num_ranks) == (rank, 2)
+    assert not memory.tensor[:3072].any() and (memory.tensor[3072:] == 0xFF).all()
+    assert (memory.rank, memory.num_ranks) == (rank, 2)
     return memory._addresses[:2]
 
 

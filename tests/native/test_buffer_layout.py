@@ -42,12 +42,18 @@ def fields(offsets: header.BufferOffsets) -> dict[str, int]:
 
 @pytest.mark.parametrize("sizes", KNOWN, ids=str)
 def test_offsets_are_what_they_were(library, sizes):
-    offsets = library.buffer_offsets(*sizes)
-    assert tuple(fields(offsets).values()) == (0, 256, 512, 768, 1024, *KNOWN[sizes])
+    found = fields(library.buffer_offsets(header.BufferLayoutArgs(*sizes)))
+    low_latency = [found.pop(name) for name in list(found) if name.startswith("low_latency")]
+    assert tuple(found.values()) == (0, 256, 512, 768, 1024, *KNOWN[sizes])
+    assert set(low_latency) == {found["total"]}  # no room was asked for
 
 
-def bytes_of_parts(tokens: int, row_bytes: int, topk: int, ranks: int) -> dict[str, int]:
+def bytes_of_parts(
+    tokens: int, row_bytes: int, topk: int, ranks: int, room: int, hidden: int
+) -> dict[str, int]:
     """What ep_comm.h says of every part, in the order in which they stand there."""
+    weight_words = -(-topk // 3)
+    tokens_of_halves = 2 * ranks * room
     chunks = -(-tokens // header.EP_MIN_CHUNK_TOKENS)
     slot_bytes = -(-(row_bytes + 4 * (topk + -topk % 4)) // 128) * 128
     return {
@@ -63,15 +69,24 @@ def bytes_of_parts(tokens: int, row_bytes: int, topk: int, ranks: int) -> dict[s
         "dispatch_slots": (ranks - 1) * tokens * slot_bytes,
         "combine_rows": (ranks - 1) * tokens * row_bytes,
         "zeros": row_bytes,
+        "low_latency_credits": 16 * ranks if room else 0,
+        "low_latency_headers": 32 * ranks if room else 0,
+        "low_latency_entries": 16 * tokens_of_halves * (-(-topk // 8) + weight_words),
+        "low_latency_weights": 16 * tokens_of_halves * weight_words,
+        "low_latency_dispatch": 2 * hidden * tokens_of_halves,
+        "low_latency_combine": 2 * hidden * tokens_of_halves,
     }
 
 
 @pytest.mark.parametrize("ranks", range(1, header.EP_MAX_PEERS + 1))
 def test_parts_are_apart_aligned_and_inside(library, ranks):
-    for tokens, row_bytes, topk in product((1, 4, 130, 5000), (16, 2064, 14336), (1, 8, 32)):
-        found = fields(library.buffer_offsets(tokens, row_bytes, topk, ranks))
+    for tokens, row_bytes, topk, low_latency in product(
+        (1, 4, 130, 5000), (16, 2064, 14336), (1, 8, 32), ((0, 64), (1, 8), (128, 7168))
+    ):
+        sizes = (tokens, row_bytes, topk, ranks, *low_latency)
+        found = fields(library.buffer_offsets(header.BufferLayoutArgs(*sizes)))
         total, chunks = found.pop("total"), found.pop("max_chunks")
-        parts = bytes_of_parts(tokens, row_bytes, topk, ranks)
+        parts = bytes_of_parts(*sizes)
         assert list(found) == list(parts)
         ends = [found[name] + num_bytes for name, num_bytes in parts.items()]
         starts = [*found.values(), total]
@@ -92,8 +107,9 @@ def test_parts_are_apart_aligned_and_inside(library, ranks):
         ((1, 16, 33, 1), r"num_topk = 33 is not in \[1, 32\]"),
         ((1, 16, 1, 0), r"num_ranks = 0 is not in \[1, 8\]"),
         ((1, 16, 1, 9), "num_ranks = 9 is not"),
+        ((1, 16, 1, 1, 4097, 8), r"low_latency_tokens = 4097 is not in \[0, 4096\]"),
     ],
 )
 def test_sizes_out_of_bounds_are_refused(library, sizes, message):
     with pytest.raises(EPArgumentError, match=message):
-        library.buffer_offsets(*sizes)
+        library.buffer_offsets(header.BufferLayoutArgs(*sizes))

@@ -31,6 +31,7 @@ from ep_comm.backends.base import (
 )
 from ep_comm.backends.nvlink import support
 from ep_comm.backends.nvlink.args import kernel_args
+from ep_comm.backends.nvlink.low_latency import NVLinkLowLatency
 from ep_comm.backends.nvlink.memory import PeerMemory, buffer_offsets
 from ep_comm.backends.nvlink.planner import Planner
 from ep_comm.backends.nvlink.routing import NVLinkRouting, entry_size
@@ -62,7 +63,6 @@ class NVLinkBackend:
     """
 
     name = "nvlink"
-    low_latency = None
 
     @classmethod
     def facts(cls, group: dist.ProcessGroup, config: EPConfig) -> support.Facts:
@@ -123,6 +123,18 @@ class NVLinkBackend:
             self.recorder,
             self._args.plan,
         )
+        self.low_latency: NVLinkLowLatency | None = None
+        if config.low_latency_tokens is not None:
+            self.low_latency = NVLinkLowLatency(
+                self.native,
+                memory,
+                config,
+                self.offsets,
+                self.device,
+                self._streams,
+                self.recorder,
+                self._sms,
+            )
 
     @staticmethod
     def _new_stream(priority: int) -> torch.cuda.Stream:
@@ -189,6 +201,8 @@ class NVLinkBackend:
         """Delay every wait and every signal of later operations at random, for tests."""
         for args in self._args:
             args.peers.delay_ns = up_to_ns
+        for low_latency_args in self.low_latency.args if self.low_latency else ():
+            low_latency_args.common.peers.delay_ns = up_to_ns
 
     def synchronize(self) -> None:
         """Wait for all streams with an operation, and raise what their kernels reported."""

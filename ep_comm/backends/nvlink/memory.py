@@ -38,8 +38,14 @@ _ROUTING_PROBLEMS = {
     header.EP_ROUTING_DUPLICATE: "a second time expert",
     header.EP_ROUTING_TOO_MANY: "one selected expert too many of",
 }
-_HOST_STRIDE = 128  # bytes between what the device writes
-_OPS = {header.EP_OP_DISPATCH: "dispatch", header.EP_OP_COMBINE: "combine"}
+_HOST_STRIDE = 256  # bytes between what the device writes
+_OPS = {
+    header.EP_OP_DISPATCH: "dispatch",
+    header.EP_OP_COMBINE: "combine",
+    header.EP_OP_LOW_LATENCY_DISPATCH: "low_latency_dispatch",
+    header.EP_OP_LOW_LATENCY_COMBINE: "low_latency_combine",
+}
+_NUM_OPS = 1 + max(_OPS)
 # In the order of EP_FIELD_*.
 _FIELDS = ("num_topk", "hidden", "num_experts", "expert-major layout", "expert_alignment")
 
@@ -50,8 +56,25 @@ def buffer_offsets(native: NativeLibrary, config: EPConfig, num_ranks: int) -> h
     With R ranks, S = max_tokens_per_rank, rows of B bytes and K = num_topk it is mostly
     2 (R - 1) S B bytes of rows (dispatch and combine), and R S K 8 bytes of routing and weights.
     """
-    row_bytes = config.hidden * config.dtype.itemsize
-    return native.buffer_offsets(config.max_tokens_per_rank, row_bytes, config.num_topk, num_ranks)
+    return native.buffer_offsets(
+        header.BufferLayoutArgs(
+            max_tokens=config.max_tokens_per_rank,
+            row_bytes=config.hidden * config.dtype.itemsize,
+            num_topk=config.num_topk,
+            num_ranks=num_ranks,
+            low_latency_tokens=config.low_latency_tokens or 0,
+            hidden=config.hidden,
+        )
+    )
+
+
+def clear(memory: Tensor, offsets: header.BufferOffsets) -> None:
+    """Put a rank's memory into the state that operations expect at first.
+
+    It is zero, but for the slots of low-latency rows: there all ones say that nothing has come.
+    """
+    memory.zero_()
+    memory[offsets.low_latency_dispatch : offsets.total] = 0xFF
 
 
 def farewell_flags(memory: Tensor, offsets: header.BufferOffsets, num_ranks: int) -> Tensor:
@@ -85,7 +108,7 @@ class PeerMemory:
         rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
         device = torch.device("cuda", torch.cuda.current_device())
         if num_ranks == 1:
-            tensor = torch.zeros(offsets.total, dtype=torch.uint8, device=device)
+            tensor = torch.empty(offsets.total, dtype=torch.uint8, device=device)
             rendezvous, addresses = None, [tensor.data_ptr()]
             flags_of = [farewell_flags(tensor, offsets, num_ranks)]
         else:
@@ -103,8 +126,8 @@ class PeerMemory:
                 )
                 for r in range(num_ranks)
             ]
-            tensor.zero_()
-        # Everything is zero everywhere before anybody writes a flag.
+        clear(tensor, offsets)
+        # It is so everywhere before anybody writes a flag.
         torch.cuda.synchronize()
         meet(group, "use the memory of a Buffer", None, timeout_s)
         return cls(rank, tensor, addresses, timeout_s, rendezvous, Farewell(rank, flags_of))
@@ -129,8 +152,10 @@ class PeerMemory:
         self._addresses = (ctypes.c_void_p * header.EP_MAX_PEERS)(*addresses)
         # A row each for dispatch, combine and plan, so that they share no cache line.
         self.counters = torch.zeros(3, 64, dtype=torch.int32, device=tensor.device)
-        self._epochs = torch.zeros(3, 64, dtype=torch.int32, device=tensor.device)
-        self._waits = torch.zeros(3, header.EP_MAX_PEERS, dtype=torch.int64).to(tensor.device)
+        self._epochs = torch.zeros(_NUM_OPS, 64, dtype=torch.int32, device=tensor.device)
+        self._waits = torch.zeros(_NUM_OPS, header.EP_MAX_PEERS, dtype=torch.int64).to(
+            tensor.device
+        )
         self.abort = torch.zeros(1, dtype=torch.int32, device=tensor.device)
         # Pinned host memory has one address for host and device.
         small = (header.Fault, header.Notice, header.Progress)
@@ -231,6 +256,11 @@ class PeerMemory:
     def _error(self) -> EPError:
         fault = self._fault
         op = _OPS[fault.op]
+        if fault.code == header.EP_FAULT_RESULTS:
+            return EPStateError(
+                f"{op} #{fault.expected}: a third result would be out: receive those of the two "
+                "operations before, in a replayed graph too"
+            )
         if fault.field == header.EP_FIELD_CALL:
             return EPMismatchError(
                 f"ranks disagree: rank {self.rank} and rank {fault.peer} made different {op} "

@@ -24,6 +24,13 @@ def raw_stream(device_index: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device_index)
 
 
+_KINDS = (
+    header.EP_OP_DISPATCH,
+    header.EP_OP_COMBINE,
+    header.EP_OP_LOW_LATENCY_DISPATCH,  # and combine: they are in order with each other
+)
+
+
 class Streams:
     """The streams of one backend; all are given as ``cudaStream_t``.
 
@@ -63,7 +70,7 @@ class Streams:
             weakref.finalize(self, self._in_flight.forget, key)
 
     def _keys(self) -> list[tuple[int, int]]:
-        return [(id(self), op) for op in (header.EP_OP_DISPATCH, header.EP_OP_COMBINE)]
+        return [(id(self), op) for op in _KINDS]
 
     @property
     def current(self) -> int:

@@ -18,6 +18,8 @@ from ep_comm.topology import backend_by_device_type
 _MAX_ROW_BYTES = 92_000
 # Two rows as they arrive and one as it leaves fill an SM's shared memory.
 _MAX_HIDDEN_FP8_TO_FP32 = 30_208
+# A bit each in an SM's shared memory.
+_MAX_LOW_LATENCY_PLACES = 1_200_000
 
 
 class Facts(NamedTuple):
@@ -103,8 +105,15 @@ def reason_here(num_ranks: int, config: EPConfig) -> str | None:
         return f"rows of more than {_MAX_ROW_BYTES} bytes do not fit shared memory twice"
     if config.max_tokens_per_rank * num_ranks * config.num_topk >= 2**31:
         return "max_tokens_per_rank x ranks x num_topk is not below 2^31"
-    if config.num_experts // num_ranks > 1024:
-        return f"{config.num_experts // num_ranks} experts a rank, at most 1024"
+    num_local_experts = config.num_experts // num_ranks
+    if num_local_experts > 1024:
+        return f"{num_local_experts} experts a rank, at most 1024"
+    low_latency_rows = num_ranks * (config.low_latency_tokens or 0)
+    if num_local_experts * low_latency_rows > _MAX_LOW_LATENCY_PLACES:
+        return (
+            f"{num_local_experts} experts a rank x {low_latency_rows} low-latency tokens of all "
+            f"ranks, at most {_MAX_LOW_LATENCY_PLACES}"
+        )
     return None
 
 

@@ -1,0 +1,228 @@
+"""Low-latency operations over NVLink: one kernel each, or one for sending and one for receiving.
+
+The host waits for nothing. What a captured kernel has to know of its operation it counts on the
+device (csrc/low_latency/epochs.cuh), so every form can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ep_comm._native import NativeLibrary, header
+from ep_comm.backends.base import LowLatencyCombineRequest, LowLatencyDispatchRequest, Pending
+from ep_comm.backends.nvlink.memory import PeerMemory
+from ep_comm.backends.nvlink.streams import Streams
+from ep_comm.config import EPConfig
+from ep_comm.fp8_low_latency import ScaleForm
+from ep_comm.telemetry.device import DeviceRecorder
+
+_FORMATS = {
+    None: header.EP_LOW_LATENCY_BF16,
+    ScaleForm.FP32: header.EP_LOW_LATENCY_FP8,
+    ScaleForm.POWER_OF_TWO: header.EP_LOW_LATENCY_FP8_ROUNDED,
+    ScaleForm.UE8M0: header.EP_LOW_LATENCY_UE8M0,
+}
+_SEND, _RECEIVE = header.EP_LOW_LATENCY_SEND, header.EP_LOW_LATENCY_RECEIVE
+# All of them use the same counts: for streams they are one kind of operation.
+_KIND = header.EP_OP_LOW_LATENCY_DISPATCH
+
+
+@dataclass(frozen=True, kw_only=True)
+class NVLinkLowLatencyRouting:
+    """What a combine needs of its dispatch.
+
+    Attributes:
+        topk_idx: [T, K] int32 or int64 of this rank's tokens.
+        max_tokens: M of the dispatch.
+        native: What the dispatch left, for kernels.
+        memory: The tensor that it stands in.
+    """
+
+    topk_idx: Tensor
+    max_tokens: int
+    native: header.LowLatencyHandle
+    memory: Tensor
+
+
+class LowLatencyArgs(NamedTuple):
+    """The arguments of both kernels; every call fills in the rest anew."""
+
+    dispatch: header.LowLatencyDispatchArgs
+    combine: header.LowLatencyCombineArgs
+
+
+class NVLinkLowLatency:
+    """The low-latency part of the NVLink backend, see `ep_comm.backends.base.LowLatencyBackend`.
+
+    Args:
+        native: The CUDA library.
+        memory: This rank's.
+        config: The buffer's.
+        offsets: Where things stand in the memory.
+        device: The GPU.
+        streams: Where operations run.
+        recorder: Gives each operation its record.
+        num_sms: Returns the SMs of an operation, which may be asynchronous.
+
+    Attributes:
+        args: The kernels' arguments.
+    """
+
+    def __init__(
+        self,
+        native: NativeLibrary,
+        memory: PeerMemory,
+        config: EPConfig,
+        offsets: header.BufferOffsets,
+        device: torch.device,
+        streams: Streams,
+        recorder: DeviceRecorder,
+        num_sms: Callable[[bool], int],
+    ) -> None:
+        self._native = native
+        self._memory = memory
+        self._num_ranks = memory.num_ranks
+        self._device = device
+        self._streams = streams
+        self._recorder = recorder
+        self._num_sms = num_sms
+        self._num_sent: Counter[str] = Counter()
+        ints = header.EP_LOW_LATENCY_STATE_INTS
+        self._state = torch.zeros(3, ints, dtype=torch.int32, device=device)
+
+        def common(op: int, rows: int, entries: int) -> header.LowLatency:
+            is_combine = op == header.EP_OP_LOW_LATENCY_COMBINE
+            return header.LowLatency(
+                peers=memory.peers(op, recorder.wire_bytes_address),
+                state=self._state[0].data_ptr(),
+                finished=self._state[1 + is_combine].data_ptr(),
+                credit_offset=offsets.low_latency_credits,
+                row_offset=rows,
+                header_offset=offsets.low_latency_headers,
+                entry_offset=entries,
+                room=config.low_latency_tokens,
+                hidden=config.hidden,
+                num_local_experts=config.num_experts // memory.num_ranks,
+            )
+
+        self.args = LowLatencyArgs(
+            header.LowLatencyDispatchArgs(
+                common=common(
+                    header.EP_OP_LOW_LATENCY_DISPATCH,
+                    offsets.low_latency_dispatch,
+                    offsets.low_latency_entries,
+                )
+            ),
+            header.LowLatencyCombineArgs(
+                common=common(
+                    header.EP_OP_LOW_LATENCY_COMBINE,
+                    offsets.low_latency_combine,
+                    offsets.low_latency_weights,
+                )
+            ),
+        )
+
+    def dispatch(self, request: LowLatencyDispatchRequest) -> Pending[NVLinkLowLatencyRouting]:
+        """Launch the kernel that sends, and that which receives or its hook."""
+        self._memory.check()
+        topk_idx, weights, scales = request.topk_idx, request.topk_weights, request.recv_scales
+        routing = self._new_routing(topk_idx, request.max_tokens)
+        args = self.args.dispatch
+        self._fill(args.common, topk_idx, weights, request.max_tokens, request.wait_stats)
+        args.handle = routing.native
+        args.x = request.x.data_ptr()
+        args.recv_x = request.recv_x.data_ptr()
+        args.recv_scales = None if scales is None else scales.data_ptr()
+        args.scale_stride = 0 if scales is None else scales.stride(2)
+        args.recv_count = request.recv_count.data_ptr()
+        args.recv_stats = None if request.recv_stats is None else request.recv_stats.data_ptr()
+        args.recv_src_info = request.recv_src_info.data_ptr()
+        args.format = _FORMATS[request.scale_form]
+        return self._start("low_latency_dispatch", args, request, routing, (request, routing))
+
+    def combine(
+        self, routing: NVLinkLowLatencyRouting, request: LowLatencyCombineRequest
+    ) -> Pending[None]:
+        """Launch the kernel that sums and sends, and that which receives or its hook."""
+        self._memory.check()
+        args = self.args.combine
+        weights = request.topk_weights
+        self._fill(args.common, routing.topk_idx, weights, routing.max_tokens, request.wait_stats)
+        args.handle = routing.native
+        args.x = request.x.data_ptr()
+        args.combined_x = request.out.data_ptr()
+        return self._start("low_latency_combine", args, request, None, (request, routing))
+
+    def _new_routing(self, topk_idx: Tensor, max_tokens: int) -> NVLinkLowLatencyRouting:
+        """Allocate what a dispatch of these tokens leaves: tokens of ranks, rows, weights."""
+        entries = self._num_ranks * max_tokens * topk_idx.shape[1]
+        first = header.EP_MAX_PEERS
+        memory = torch.empty(first + 2 * entries, dtype=torch.int32, device=self._device)
+        address = memory.data_ptr()
+        native = header.LowLatencyHandle(
+            num_tokens=address, rows=address + 4 * first, weights=address + 4 * (first + entries)
+        )
+        return NVLinkLowLatencyRouting(
+            topk_idx=topk_idx, max_tokens=max_tokens, native=native, memory=memory
+        )
+
+    def _fill(
+        self,
+        common: header.LowLatency,
+        topk_idx: Tensor,
+        weights: Tensor | None,
+        max_tokens: int,
+        wait_stats: Tensor | None,
+    ) -> None:
+        common.topk_idx = topk_idx.data_ptr()
+        common.idx_bytes = topk_idx.element_size()
+        common.num_tokens, common.num_topk = topk_idx.shape
+        common.weights = None if weights is None else weights.data_ptr()
+        common.has_weights = weights is not None
+        common.max_tokens = max_tokens
+        common.wait_stats = None if wait_stats is None else wait_stats.data_ptr()
+
+    def _start(
+        self,
+        op: str,
+        args: Any,
+        request: LowLatencyDispatchRequest | LowLatencyCombineRequest,
+        result: Any,
+        keep: tuple,
+    ) -> Pending[Any]:
+        """Launch the operation, or its send phase; `keep` is what its kernels read."""
+        asynchronous = request.asynchronous
+        common = args.common
+        common.phases = _SEND if request.is_split else _SEND | _RECEIVE
+        common.num_blocks = sms = self._num_sms(asynchronous)
+        stream = self._streams.begin(_KIND, asynchronous, sms)
+        common.peers.record = self._recorder.start(op, 0)
+        self._num_sent[op] += 1
+        self._native.launch(f"ep_{op}", args, stream)
+        if asynchronous:
+            return Pending(result, self._streams.comm_event(keep))
+        if not request.is_split:
+            return Pending(result)
+        number, copy = self._num_sent[op], type(args).from_buffer_copy(args)
+
+        def receive(kept: tuple = keep) -> Any:
+            self._receive(op, copy, number)
+            return result
+
+        return Pending(finish=receive)
+
+    def _receive(self, op: str, args: Any, number: int) -> None:
+        """Launch the receive phase of the operation that was the `number`-th sent."""
+        self._memory.check()
+        common = args.common
+        common.phases = _RECEIVE
+        common.lag = self._num_sent[op] - number
+        common.num_blocks = sms = self._num_sms(False)
+        stream = self._streams.begin(_KIND, False, sms)
+        self._native.launch(f"ep_{op}", args, stream)
