@@ -1,0 +1,199 @@
+"""Low latency over NVLink: the cases of tests/core on virtual ranks and GPUs, and in graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import pytest
+import torch
+from cases import wait_for_stream
+from low_latency_cases import (
+    Inputs,
+    LowLatencyCase,
+    as_numpy,
+    check_results,
+    combine,
+    dispatch,
+    run_case,
+    run_two_at_once,
+)
+from ranks import run_ranks
+from test_buffer import on_gpus
+from test_low_latency import CASES, CHANGING, HARD, TWO_AT_ONCE, changing_operations
+from virtual_ranks import run_virtual_ranks
+
+from ep_comm import Buffer
+from ep_comm.errors import EPStateError, EPTimeoutError
+
+pytestmark = pytest.mark.gpu
+EIGHT = LowLatencyCase(
+    tokens=(12, 0, 7, 1, 12, 3, 9, 5), scales="fp32", hidden=384, num_topk=6, drop=0.1
+)
+GRAPH = LowLatencyCase(tokens=(9, 12), scales="ue8m0", hidden=512, num_topk=4, drop=0.1)
+LARGE = LowLatencyCase(
+    tokens=(128, 128), max_tokens=128, scales="fp32", hidden=7168, num_topk=8, experts_per_rank=18
+)
+
+
+def on_buffer(rank: int, buffer: Buffer, case: LowLatencyCase) -> dict[str, Any]:
+    return run_case(rank, buffer, case, "cuda")
+
+
+@pytest.mark.parametrize("case", [*CASES, *HARD, EIGHT])
+@pytest.mark.parametrize("delay_us", [0, 20])
+def test_named_cases(case, delay_us):
+    case = on_gpus(case, "nvlink")
+    results = run_virtual_ranks(case.num_ranks, on_buffer, case.config(), case, delay_us=delay_us)
+    check_results(case, results)
+
+
+def two_at_once(rank: int, buffer: Buffer) -> list[dict[str, Any]]:
+    return run_two_at_once(rank, buffer, [on_gpus(each, "nvlink") for each in TWO_AT_ONCE], "cuda")
+
+
+def test_two_results_are_out_at_once_beside_normal_operations():
+    config = on_gpus(TWO_AT_ONCE[0], "nvlink").config()
+    results = run_virtual_ranks(3, two_at_once, config)
+    for number, case in enumerate(TWO_AT_ONCE):
+        check_results(case, [of_rank[number] for of_rank in results], times=2 - number)
+
+
+def changing(rank: int, buffer: Buffer) -> list[dict[str, Any]]:
+    return changing_operations(rank, buffer, "cuda")
+
+
+@pytest.mark.parametrize("delay_us", [0, 50])
+def test_changing_operations_of_one_buffer(delay_us):
+    config = on_gpus(CHANGING[0], "nvlink").config()
+    results = run_virtual_ranks(2, changing, config, delay_us=delay_us)
+    for number, case in enumerate(CHANGING):
+        check_results(case, [of_rank[number] for of_rank in results])
+
+
+def rank_one_stays_away(rank: int, buffer: Buffer, case: LowLatencyCase) -> str | None:
+    given = Inputs.of_case(case, rank, "cuda")
+    if rank == 1:
+        time.sleep(3)
+        return None
+    dispatch(buffer, case, given)
+    with pytest.raises(EPTimeoutError) as caught:
+        buffer.synchronize()
+    assert not buffer.is_usable and caught.value.late_ranks == (1,)
+    return str(caught.value)
+
+
+def test_a_late_rank_is_named():
+    case = on_gpus(LowLatencyCase(tokens=(7, 5)), "nvlink")
+    config = case.config(timeout_s=1.0)
+    message, _ = run_virtual_ranks(2, rank_one_stays_away, config, case)
+    assert message.startswith("low_latency_dispatch #1: rank 0 waited 1 s for rank 1 (phase: plan)")
+
+
+# ---- CUDA graphs -------------------------------------------------------------------------------
+
+
+def replays(rank: int, case: LowLatencyCase, seeds: range) -> list[dict[str, Any]]:
+    """Two layers in one graph, replayed with changing routing and poisoned outputs."""
+    with torch.cuda.stream(torch.cuda.Stream()), Buffer(None, case.config()) as buffer:
+        layers = [Inputs.of_case(case, rank, "cuda") for _ in range(2)]
+        torch.cuda.current_stream().synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(
+            graph, stream=torch.cuda.current_stream(), capture_error_mode="relaxed"
+        ):
+            outs = [dispatch(buffer, case, given) for given in layers]
+            for out in outs[:: -1 if case.split else 1]:
+                if case.split:
+                    out.hook()
+            backs = [
+                combine(buffer, case, given, out.handle)
+                for given, out in zip(layers, outs, strict=True)
+            ]
+            for back in backs:
+                if case.split:
+                    back.hook()
+        results = []
+        for seed in seeds:
+            for given, salt in zip(layers, (0, 1000), strict=True):
+                fresh = Inputs.of_case(dataclasses.replace(case, seed=seed + salt), rank, "cuda")
+                for static, new in zip(given, fresh, strict=True):
+                    static.copy_(new)
+            for out in outs:
+                for tensor in (out.recv_x[0].view(torch.uint8), out.recv_count):
+                    tensor.fill_(77)
+            graph.replay()
+            wait_for_stream()
+            buffer.synchronize()
+            both = zip(layers, outs, strict=True)
+            results += [as_numpy(case, given, out) for given, out in both]
+        return results
+
+
+def check_replays(num_ranks: int, split: bool) -> None:
+    case = on_gpus(
+        dataclasses.replace(GRAPH, tokens=GRAPH.tokens[:num_ranks], split=split), "nvlink"
+    )
+    seeds = range(10, 16)
+    ranks = run_ranks(num_ranks, replays, case, seeds, backend="nccl")
+    for number, seed in enumerate(seeds):
+        for layer, salt in enumerate((0, 1000)):
+            of_seed = dataclasses.replace(case, seed=seed + salt)
+            check_results(of_seed, [results[2 * number + layer] for results in ranks])
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])
+def test_graphs_on_one_gpu(split):
+    check_replays(1, split)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])
+def test_graphs_on_gpus(split):
+    check_replays(2, split)
+
+
+def sends_without_receiving(rank: int) -> str:
+    case = on_gpus(LowLatencyCase(tokens=(5,), split=True), "nvlink")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        buffer = Buffer(None, case.config())
+        given = Inputs.of_case(case, rank, "cuda")
+        torch.cuda.current_stream().synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(
+            graph, stream=torch.cuda.current_stream(), capture_error_mode="relaxed"
+        ):
+            dispatch(buffer, case, given)
+        for _ in range(2):
+            graph.replay()
+        buffer.synchronize()
+        graph.replay()
+        with pytest.raises(EPStateError, match="a third result would be out") as caught:
+            buffer.synchronize()
+        return str(caught.value)
+
+
+def test_a_third_result_in_replays_is_a_fault():
+    (message,) = run_ranks(1, sends_without_receiving, backend="nccl")
+    assert message.startswith("low_latency_dispatch #3")
+
+
+# ---- A GPU each --------------------------------------------------------------------------------
+
+
+def on_a_gpu(rank: int, case: LowLatencyCase, repeats: int) -> dict[str, Any]:
+    with Buffer(None, case.config()) as buffer:
+        for _ in range(repeats):
+            results = run_case(rank, buffer, case, "cuda")
+        assert buffer.records.num_operations == 2 * repeats
+        assert all(0 < record.seconds < 1 for record in buffer.records)
+        return results
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])
+@pytest.mark.parametrize("weights_with", ["dispatch", "combine"])
+def test_full_size_on_gpus(split, weights_with):
+    case = dataclasses.replace(on_gpus(LARGE, "nvlink"), split=split, weights_with=weights_with)
+    check_results(case, run_ranks(2, on_a_gpu, case, 3, backend="nccl"))
