@@ -10,13 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_comm import fp8
-from ep_comm.config import EPConfig, is_int
+from ep_comm.config import ROW_DTYPES, EPConfig, is_int
 from ep_comm.errors import EPArgumentError, EPStateError, EPTooManyTokensError
 from ep_comm.events import EventOverlap
 from ep_comm.routing.types import Routing, RowLayout
 from ep_comm.tracing import plain_tensor
 
-ROW_DTYPES = (torch.bfloat16, torch.float32)
 DEFAULT_ALIGNMENT = 16  # what Transformer Engine's FP8 GEMMs need
 _MAX_ALIGNMENT = 4096
 _ONE_ROUTING = "pass exactly one of topk_idx, routing_map and handle"

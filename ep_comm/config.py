@@ -10,6 +10,7 @@ import torch
 from ep_comm._native.header import EP_MAX_EXPERTS, EP_MAX_TOPK
 from ep_comm.errors import EPArgumentError
 
+ROW_DTYPES = (torch.bfloat16, torch.float32)
 BackendName = Literal["auto", "nvlink", "reference"]
 
 _LOW_LATENCY_HIDDEN = 8  # elements of 16 bytes
@@ -20,6 +21,16 @@ _MAX_TIMEOUT_S = 1e8  # three years; of more the nanoseconds of ten do not fit i
 def is_int(value: object) -> TypeGuard[int]:
     """Return whether `value` is an integer, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_positive(name: str, value: object) -> None:
+    """Refuse what is no positive integer.
+
+    Raises:
+        EPArgumentError: Names what was passed.
+    """
+    if not is_int(value) or value < 1:
+        raise EPArgumentError(f"{name} must be a positive integer, got {value!r}")
 
 
 def check_timeout(timeout_s: object) -> None:
@@ -77,9 +88,7 @@ class EPConfig:
         optional = ("ranks_per_node", "low_latency_tokens")
         names += [name for name in optional if getattr(self, name) is not None]
         for name in names:
-            value = getattr(self, name)
-            if not is_int(value) or value < 1:
-                raise EPArgumentError(f"{name} must be a positive integer, got {value!r}")
+            check_positive(name, getattr(self, name))
         for name, maximum in (("num_experts", EP_MAX_EXPERTS), ("num_topk", EP_MAX_TOPK)):
             if getattr(self, name) > maximum:
                 raise EPArgumentError(f"{name} is at most {maximum}, got {getattr(self, name)}")
@@ -87,7 +96,7 @@ class EPConfig:
             raise EPArgumentError(
                 f"num_topk {self.num_topk} is more than num_experts {self.num_experts}"
             )
-        if self.dtype not in (torch.bfloat16, torch.float32):
+        if self.dtype not in ROW_DTYPES:
             raise EPArgumentError(f"dtype must be bfloat16 or float32, got {self.dtype!r}")
         if self.backend not in get_args(BackendName):
             raise EPArgumentError(

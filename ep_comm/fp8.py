@@ -67,7 +67,7 @@ def quantize(x_TH: Tensor) -> tuple[Tensor, Tensor]:
     """
     num_tokens, hidden = x_TH.shape
     check_hidden(hidden)
-    native = _native.load_for(x_TH.get_device()) if x_TH.is_cuda else None
+    native = _native.load_for(x_TH.device)
     if native is not None and x_TH.dtype in _NATIVE_DTYPES:
         return _native_quantize(native, x_TH.contiguous())
     blocks = x_TH.float().view(num_tokens, hidden // BLOCK, BLOCK)

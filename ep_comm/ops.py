@@ -29,7 +29,7 @@ from ep_comm.backends.base import (
     Received,
     Result,
 )
-from ep_comm.checks import ROW_DTYPES
+from ep_comm.config import ROW_DTYPES
 from ep_comm.handle import DispatchHandle, handle_by_id
 from ep_comm.tracing import check_not_saved, plain_tensor
 

@@ -3,7 +3,7 @@
 The library has a plain C ABI and needs no NVIDIA driver to load, so `status` says on any machine
 whether there is a build that fits.
 
-    native = load_for(gpu)   # None where the GPU cannot use it; unusable_reason(gpu) says why
+    native = load_for(tensor.device)   # None where that cannot use it; unusable_reason says why
     native.launch("ep_layout", args, stream)
 """
 
@@ -198,14 +198,14 @@ def load() -> NativeLibrary | None:
     return _load()[0]
 
 
-def load_for(gpu: int) -> NativeLibrary | None:
-    """Return the CUDA library, or None where GPU number `gpu` cannot use it."""
-    library = load()
-    return library if library is not None and _has_code(library.cuda_archs, gpu) else None
+def load_for(device: torch.device) -> NativeLibrary | None:
+    """Return the CUDA library, or None where `device` is no GPU that can use it."""
+    library = load() if device.type == "cuda" else None
+    return library if library is not None and _has_code(library.cuda_archs, device.index) else None
 
 
 def unusable_reason(gpu: int) -> str | None:
-    """Return why `load_for` gives no library, or None where it gives one."""
+    """Return why GPU number `gpu` cannot use the library, or None where it can."""
     library = load()
     if library is None:
         return status()

@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -131,7 +131,7 @@ def check_model(model_chunks: Iterable[nn.Module]) -> int:
     for chunk in model_chunks:
         if isinstance(chunk, _BaseDataParallel) and not isinstance(chunk, DistributedDataParallel):
             raise FSDP.error(type(chunk).__name__)
-    layers = list(moe_layers(model_chunks))
+    layers = required_moe_layers(model_chunks)
     others = [
         f"{name} ({type(layer.token_dispatcher).__name__})"
         for name, layer in layers
@@ -139,8 +139,6 @@ def check_model(model_chunks: Iterable[nn.Module]) -> int:
     ]
     if others:
         raise EPStateError(f"MoE layers without ep_comm's dispatcher: {', '.join(others)}")
-    if not layers and not is_pipelined(model_chunks):
-        raise EPStateError("the model has no MoE layer")
     return len(layers)
 
 
@@ -152,10 +150,18 @@ def moe_layers(model_chunks: Iterable[nn.Module]) -> Iterable[tuple[str, MoELaye
                 yield name, module
 
 
-def is_pipelined(model_chunks: Iterable[nn.Module]) -> bool:
-    """Return whether the chunks are one stage of a pipeline, rather than a whole model."""
+def required_moe_layers(model_chunks: Sequence[nn.Module]) -> list[tuple[str, MoELayer]]:
+    """Return what `moe_layers` yields. A stage of a pipeline may have none, a whole model must.
+
+    Raises:
+        EPStateError: The model has no MoE layer.
+    """
+    layers = list(moe_layers(model_chunks))
     configs = [getattr(chunk, "config", None) for chunk in model_chunks]
-    return any(getattr(config, "pipeline_model_parallel_size", 1) > 1 for config in configs)
+    is_stage = any(getattr(config, "pipeline_model_parallel_size", 1) > 1 for config in configs)
+    if not layers and not is_stage:
+        raise EPStateError("the model has no MoE layer")
+    return layers
 
 
 def _build(layer: MoELayer, options: EPOptions, args: tuple, kwargs: dict) -> None:

@@ -12,9 +12,8 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
-from ep_comm.errors import EPStateError
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
-from ep_comm.megatron.layer import is_pipelined, moe_layers
+from ep_comm.megatron.layer import required_moe_layers
 from ep_comm.telemetry.records import timed
 
 _PHASES = {
@@ -38,9 +37,7 @@ class MoEMeter:
 
     def __init__(self, model_chunks: Iterable[nn.Module]) -> None:
         model_chunks = list(model_chunks)
-        self._layers = [layer for _, layer in moe_layers(model_chunks)]
-        if not self._layers and not is_pipelined(model_chunks):
-            raise EPStateError("the model has no MoE layer to measure")
+        self._layers = [layer for _, layer in required_moe_layers(model_chunks)]
         self._device = next(model_chunks[0].parameters()).device
         self._spans: dict[str, list] = {"dispatch": [], "combine": [], "expert": []}
         self._tokens: dict[MoELayer, Tensor] = {}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ep_comm.checks import check_alignment, check_num_sms
-from ep_comm.config import check_timeout, is_int
+from ep_comm.config import check_positive, check_timeout
 from ep_comm.errors import EPArgumentError
 
 
@@ -106,9 +106,8 @@ class EPOptions:
             check_timeout(self.timeout_s)
         if self.expert_alignment is not None:
             check_alignment(self.expert_alignment)
-        tokens = self.max_tokens_per_rank
-        if tokens is not None and (not is_int(tokens) or tokens < 1):
-            raise EPArgumentError(f"max_tokens_per_rank must be a positive integer, got {tokens!r}")
+        if self.max_tokens_per_rank is not None:
+            check_positive("max_tokens_per_rank", self.max_tokens_per_rank)
 
 
 class Option(NamedTuple):

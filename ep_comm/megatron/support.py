@@ -22,7 +22,7 @@ from packaging.version import Version
 from ep_comm import fp8
 from ep_comm._native.header import EP_MAX_EXPERTS, EP_MAX_TOPK
 from ep_comm.backends.nvlink import support as nvlink_support
-from ep_comm.checks import ROW_DTYPES
+from ep_comm.config import ROW_DTYPES
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 from ep_comm.megatron.names import NAME, STOCK
 from ep_comm.megatron.options import EPOptions

@@ -58,7 +58,7 @@ def layout_of(
         EPRoutingError: An entry is neither -1 nor an expert, a token names an expert twice, or a
             row of a routing_map has too many. Names the first such entry in order of tokens.
     """
-    native = _native.load_for(source.get_device()) if source.is_cuda else None
+    native = _native.load_for(source.device)
     if native is not None:
         layout, error = launch_layout(native, source, num_topk, num_experts, num_ranks)
         raise_if_bad(error.tolist(), source, num_topk, num_experts)

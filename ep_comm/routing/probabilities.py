@@ -33,7 +33,7 @@ class _Select(torch.autograd.Function):
     def forward(ctx: Any, probs_TE: Tensor, topk_idx_TK: Tensor) -> Tensor:
         ctx.topk_idx_TK = topk_idx_TK  # no saved tensor: see Buffer on checkpointing
         ctx.num_experts = probs_TE.shape[1]
-        native = _native.load_for(probs_TE.get_device()) if probs_TE.is_cuda else None
+        native = _native.load_for(probs_TE.device)
         if native is not None:
             output = torch.empty_like(topk_idx_TK, dtype=torch.float32)
             _launch(native, "ep_select_probabilities", probs_TE, topk_idx_TK, output, ctx)
@@ -44,7 +44,7 @@ class _Select(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None]:
         topk_idx_TK = ctx.topk_idx_TK
-        native = _native.load_for(grad_TK.get_device()) if grad_TK.is_cuda else None
+        native = _native.load_for(grad_TK.device)
         if native is not None:
             output = grad_TK.new_empty(len(grad_TK), ctx.num_experts)
             grad_TK = grad_TK.contiguous()

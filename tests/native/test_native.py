@@ -231,8 +231,9 @@ def test_a_gpu_without_code_does_without_the_library(monkeypatch, library):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: ["H200", "A100"][gpu])
     monkeypatch.setattr(_native, "_has_code", _native._has_code.__wrapped__)
     monkeypatch.setattr(library, "cuda_archs", ("90a", "100a"))
-    assert _native.load_for(0) is library and _native.unusable_reason(0) is None
-    assert _native.load_for(1) is None
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert _native.load_for(first) is library and _native.unusable_reason(0) is None
+    assert _native.load_for(second) is None and _native.load_for(torch.device("cpu")) is None
     assert _native.unusable_reason(1) == (
         "GPU 1, A100, is sm_80; the CUDA library has code for sm_90a, sm_100a"
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ep_comm import checks, fp8
-from ep_comm.backends.reference.messages import Operation, Transport
+from ep_comm.backends.reference.messages import Exchange, Operation, Transport
 from ep_comm.config import EPConfig
 from ep_comm.errors import SAME_CALLS, EPMismatchError
 from ep_comm.fp8_low_latency import ScaleForm
@@ -70,8 +70,8 @@ def exchange_headers(
         filled = [_MAGIC, rows, num_tokens, len(mine), *mine.values()]
         header[: len(filled)] = torch.tensor(filled)
     recv = torch.empty_like(send, device=device)
-    exchange = transport.exchange(
-        send.to(device).split(1), recv, [1] * len(recv), operation, "header"
+    exchange = Exchange(
+        transport, send.to(device).split(1), recv, [1] * len(recv), operation, "header"
     )
     record.wait_s_by_rank = exchange.wait()
     headers = transport.to_host(recv, operation, "header").tolist()

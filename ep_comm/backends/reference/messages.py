@@ -64,20 +64,6 @@ class Transport:
         """The other ranks, the next one first, so that not all ranks write to the same one."""
         return [(self.rank + i) % self.num_ranks for i in range(1, self.num_ranks)]
 
-    def exchange(
-        self,
-        send: Sequence[Tensor],
-        recv: Tensor,
-        recv_rows: Sequence[int],
-        operation: Operation,
-        phase: str,
-    ) -> Exchange:
-        """Start sending ``send[r]`` to rank r, and receiving ``recv_rows[r]`` rows from it.
-
-        Both sides know the sizes. `recv` takes the rows of all ranks, in rank order.
-        """
-        return Exchange(self, send, recv, recv_rows, operation, phase)
-
     def waits(self) -> list[Wait]:
         """Return whom the host waits for at the moment; from any thread."""
         waiting = self._waiting
@@ -117,7 +103,18 @@ class Transport:
 
 
 class Exchange:
-    """Messages in flight. Keeps the tensors alive; `wait` before reading any of them."""
+    """Messages in flight. Keeps the tensors alive; `wait` before reading any of them.
+
+    Both sides know the sizes.
+
+    Args:
+        transport: Carries the messages.
+        send: ``send[r]`` goes to rank r.
+        recv: Takes the rows of all ranks, in rank order.
+        recv_rows: Rows that come from each rank.
+        operation: The messages are part of it.
+        phase: Names their part of it.
+    """
 
     def __init__(
         self,
@@ -181,7 +178,9 @@ class Exchange:
         arrived = {self._transport.rank}
         for r, work in [*self._recvs, *self._sends]:
             left = self._transport.timeout_s - (time.monotonic() - start)
-            self._transport._waiting = self._wait_for(r)
+            self._transport._waiting = Wait(
+                self._operation.op, self._phase, self._operation.epoch, r
+            )
             try:
                 work.wait(timedelta(seconds=max(left, 1e-3)))
             except RuntimeError as error:
@@ -196,9 +195,6 @@ class Exchange:
             waited[r] = max(waited[r], time.monotonic() - start)
             arrived.add(r)
         return tuple(waited)
-
-    def _wait_for(self, rank: int) -> Wait:
-        return Wait(self._operation.op, self._phase, self._operation.epoch, rank)
 
     def _missing(self, known: set[int]) -> set[int]:
         """Return the ranks outside `known` whose message has not come either."""

@@ -1,4 +1,4 @@
-"""What all operations of the reference backend do alike: agree, send rows, and count them."""
+"""The steps that all operations of the reference backend share: agree, send rows, count them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Operations:
 
     Args:
         transport: Between the ranks of its group.
-        config: Of the buffer.
-        number: Of the buffer on its group.
+        config: The buffer's.
+        number: The buffer's on its group.
         recorder: Gets a record of each operation.
     """
 
@@ -36,7 +36,7 @@ class Operations:
         self._exchange_headers = partial(exchange_headers, transport, config, number)
 
     def _owner(self, topk_idx: Tensor) -> Tensor:
-        """Rank that owns each selected expert; -1 for dropped entries."""
+        """Return the rank that owns each selected expert; -1 for dropped entries."""
         return torch.div(topk_idx, self.num_local_experts, rounding_mode="floor")
 
     def _send_rows(
@@ -48,7 +48,8 @@ class Operations:
         phase: str,
     ) -> Exchange:
         """Send ``send[r]`` to rank r; `recv` takes the rows of all ranks, in rank order."""
-        return self.transport.exchange(
+        return Exchange(
+            self.transport,
             [tensor.contiguous() for tensor in send],
             recv,
             recv_rows,
@@ -56,16 +57,15 @@ class Operations:
             phase,
         )
 
-    def _record_payload(self, record: OpRecord, send: Iterable[Tensor]) -> None:
+    def _record_payload(self, record: OpRecord, send: Sequence[Tensor]) -> None:
         rank = self.transport.rank
-        send = list(send)
         record.rows_to_rank = tuple(len(rows) for rows in send)
         record.wire_bytes_to_rank = tuple(
             0 if r == rank else rows.numel() for r, rows in enumerate(send)
         )
 
     def _check_received(self, recv_topk_idx: Tensor) -> None:
-        """What a peer sent is used as an index."""
+        """Refuse experts from a peer that cannot be used as an index."""
         if not recv_topk_idx.numel():
             return
         lowest, highest = (int(value) for value in recv_topk_idx.aminmax())

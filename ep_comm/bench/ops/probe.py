@@ -53,7 +53,7 @@ def measure_limit(watch: Stopwatch) -> Limit:
     # Imported here: it is not in every build of torch.
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    native = _native.load_for(watch.device.index)
+    native = _native.load_for(watch.device)
     if native is None:
         reason = _native.unusable_reason(watch.device.index)
         raise UserError(f"the CUDA library cannot be used: {reason}")
