@@ -136,7 +136,7 @@ def prepare(files: list[Path], vocab_size: int, prefix: Path) -> None:
 
 
 def _read(path: Path, console: Console) -> str:
-    """The text of a file. Bytes that are no UTF-8 are replaced, if there are only a few of them."""
+    """Return the text of a file. A few bytes that are no UTF-8 are replaced."""
     try:
         data = path.read_bytes()
         if data.startswith(_GZIP_MAGIC):
@@ -155,7 +155,7 @@ def _read(path: Path, console: Console) -> str:
 
 
 def _train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
-    """A BPE over bytes: it knows every text. Lacks the last token, which ends a document."""
+    """Train a BPE over bytes, which knows every text, but for the token that ends a document."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -18,7 +18,7 @@ _INTERVAL_S = 1.0
 
 
 class Wait(NamedTuple):
-    """Whom a rank waits for; fields as those of `EPTimeoutError`.
+    """A rank's wait for another one; fields as those of `EPTimeoutError`.
 
     Attributes:
         rank: None where the transport cannot tell.

@@ -52,8 +52,8 @@ from ep_comm.telemetry.watch import Wait
 
 
 def _tag(*call: int) -> int:
-    """0 to 255, the same for the same call on every rank: chunks carry it."""
-    return hash(call) & 0xFF  # of integers the hash is the same in every process
+    """Return 0 to 255, the same for the same call on every rank: chunks carry it."""
+    return hash(call) & 0xFF  # a hash of integers is the same in every process
 
 
 class NVLinkBackend:
@@ -142,7 +142,7 @@ class NVLinkBackend:
 
     @property
     def buffer_bytes(self) -> int:
-        """The peer memory, the scratch memory of plans, and the records."""
+        """The peer memory, that of plans, and the records."""
         own = self._scratch.nbytes + self._planner.entries.nbytes
         return self.offsets.total + own + self.recorder.num_bytes
 
@@ -289,7 +289,7 @@ class NVLinkBackend:
         args.chunk_rows = chunk_tokens(COMBINE_CHUNK_BYTES, row_bytes)
         sms = self._sms(asynchronous)
         args.chunks_per_unit = combine_chunks_per_unit(sms, args.chunk_rows)
-        args.dtype = header.EP_BF16 if x.dtype == torch.bfloat16 else header.EP_FP32
+        args.dtype = fp8.NATIVE_DTYPES[x.dtype]
         args.num_blocks = sms
         stream = self._streams.begin(header.EP_OP_COMBINE, asynchronous, sms)
         self._keep_for_current_stream(routing)

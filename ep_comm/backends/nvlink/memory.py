@@ -250,7 +250,7 @@ class PeerMemory:
         kind, token, place, value = routing_error
         return EPRoutingError(
             f"an earlier dispatch with num_worst_tokens got a bad routing: token {token}, entry "
-            f"{place}, {_ROUTING_PROBLEMS[kind]} {value}. What was wrong counted as dropped."
+            f"{place}, {_ROUTING_PROBLEMS[kind]} {value}. Wrong entries counted as dropped."
         )
 
     def _error(self) -> EPError:
