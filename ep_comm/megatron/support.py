@@ -25,7 +25,7 @@ from ep_comm.backends.nvlink import support as nvlink_support
 from ep_comm.config import ROW_DTYPES
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 from ep_comm.megatron.names import NAME, STOCK
-from ep_comm.megatron.options import EPOptions
+from ep_comm.megatron.options import EPOptions, flag_of
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -182,11 +182,8 @@ def _has_exact_recipe(config: TransformerConfig) -> bool:
 
 def _wire_flags(options: EPOptions) -> list[str]:
     """Return the flags that put FP8 on the wire."""
-    flags = (
-        ("--ep-fp8-dispatch", options.fp8_dispatch),
-        ("--ep-fp8-grad-dispatch", options.fp8_grad_dispatch),
-    )
-    return [flag for flag, is_on in flags if is_on]
+    names = ("fp8_dispatch", "fp8_grad_dispatch")
+    return [flag_of(name) for name in names if getattr(options, name)]
 
 
 def _fp8_without_hardware(config: TransformerConfig, options: EPOptions) -> object:
