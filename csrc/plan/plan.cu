@@ -102,9 +102,9 @@ int64_t ep_plan_scratch_bytes(int64_t max_tokens, int32_t num_experts, int32_t n
 
 int32_t ep_plan(const ep_plan_args* args, void* stream, void* side_stream, void* event) {
   const int32_t num_local_experts = args->num_experts / args->peers.num_ranks;
-  if (num_local_experts < 1 || num_local_experts > kMaxLocalExperts) {
+  if (num_local_experts < 1 || num_local_experts > EP_MAX_LOCAL_EXPERTS) {
     return ep::fail(EP_ERR_ARGUMENT, "num_local_experts = %d is not in [1, %d]", num_local_experts,
-                    kMaxLocalExperts);
+                    EP_MAX_LOCAL_EXPERTS);
   }
   for (const int32_t blocks : {args->num_send_blocks, args->num_receive_blocks}) {
     if (blocks < 1 || blocks > kMaxPlanBlocks) {

@@ -10,9 +10,8 @@ using layout::kChunkTokens;
 using layout::kThreads;
 
 constexpr int kMaxPlanBlocks = 64;
-constexpr int kHeaderInts = 16;         // rows sent, tokens, fields that must agree
-constexpr int kMaxGroupWords = 4096;    // (chunk, expert) pairs in a block's shared memory
-constexpr int kMaxLocalExperts = 1024;  // as many as a mailbox has room for
+constexpr int kHeaderInts = 16;       // rows sent, tokens, fields that must agree
+constexpr int kMaxGroupWords = 4096;  // (chunk, expert) pairs in a block's shared memory
 
 enum Counter { kSendBarrier, kSendEnd, kReceiveBarrier, kReceiveEnd };
 

@@ -89,6 +89,7 @@ EP_API int32_t ep_layout(const ep_layout_args* args, void* stream);
 /* ---- Peers: the ranks of one host, connected by NVLink -------------------------------------- */
 
 #define EP_MAX_PEERS 8
+#define EP_MAX_LOCAL_EXPERTS 1024 /* of one rank */
 
 /* What a bounded wait on the device was for; ep_fault.phase. */
 enum {
@@ -233,7 +234,7 @@ typedef struct ep_mailbox {
   int32_t asked_tokens[EP_MAX_PEERS];    /* of each rank; more than max_tokens: none was sent */
   int32_t num_sent_tokens[EP_MAX_PEERS]; /* rows to each rank */
   int32_t num_recv_tokens[EP_MAX_PEERS]; /* rows from each rank */
-  int32_t num_tokens_per_expert[1024];   /* [E_local] before padding */
+  int32_t num_tokens_per_expert[EP_MAX_LOCAL_EXPERTS]; /* [E_local] before padding */
 } ep_mailbox;
 
 /* What a plan that no host waits for has to say; host memory that the device sees. The first one

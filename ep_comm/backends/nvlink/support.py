@@ -106,8 +106,8 @@ def reason_here(num_ranks: int, config: EPConfig) -> str | None:
     if config.max_tokens_per_rank * num_ranks * config.num_topk >= 2**31:
         return "max_tokens_per_rank x ranks x num_topk is not below 2^31"
     num_local_experts = config.num_experts // num_ranks
-    if num_local_experts > 1024:
-        return f"{num_local_experts} experts a rank, at most 1024"
+    if num_local_experts > header.EP_MAX_LOCAL_EXPERTS:
+        return f"{num_local_experts} experts a rank, at most {header.EP_MAX_LOCAL_EXPERTS}"
     low_latency_rows = num_ranks * (config.low_latency_tokens or 0)
     if num_local_experts * low_latency_rows > _MAX_LOW_LATENCY_PLACES:
         return (
