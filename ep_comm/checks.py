@@ -78,6 +78,7 @@ def check_address(name: str, x: Tensor) -> None:
 
 
 def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
+    """Refuse a tensor of another type than `dtype`."""
     if x.dtype != dtype:
         raise EPArgumentError(f"{name} must be {dtype}, got {x.dtype}")
 
@@ -85,7 +86,7 @@ def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
 def checked_tensor(
     name: str, value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """A contiguous tensor of that shape and type, on that device."""
+    """Return `value`, a contiguous tensor of that shape and type, on that device."""
     tensor = plain_tensor(name, value)
     check_dtype(name, tensor, dtype)
     if tensor.shape != shape:
@@ -100,12 +101,12 @@ def checked_tensor(
 def checked_counter(
     name: str, value: Tensor | None, length: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
-    """[length] of that type and device, to which an operation adds, or None."""
+    """Return `value`: [length] of that type and device, to which an operation adds, or None."""
     return None if value is None else checked_tensor(name, value, (length,), dtype, device)
 
 
 def check_no_grad(**tensors: Tensor | None) -> None:
-    """None of them asks for a gradient that nobody would compute."""
+    """Refuse tensors that ask for a gradient which nobody would compute."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise EPArgumentError(

@@ -7,14 +7,13 @@ from typing import Literal, TypeGuard, get_args
 
 import torch
 
-from ep_comm._native.header import EP_MAX_EXPERTS, EP_MAX_TOPK
+from ep_comm._native.header import EP_MAX_EXPERTS, EP_MAX_LOCAL_EXPERTS, EP_MAX_TOPK
 from ep_comm.errors import EPArgumentError
 
 ROW_DTYPES = (torch.bfloat16, torch.float32)
 BackendName = Literal["auto", "nvlink", "reference"]
 
 _LOW_LATENCY_HIDDEN = 8  # elements of 16 bytes
-_LOW_LATENCY_EXPERTS = 1024  # of one rank
 _MAX_TIMEOUT_S = 1e8  # three years; of more the nanoseconds of ten do not fit into 64 bits
 
 
@@ -121,8 +120,8 @@ class EPConfig:
                 f"{self.ranks_per_node}"
             )
         num_local_experts = self.num_experts // num_ranks
-        if self.low_latency_tokens is not None and num_local_experts > _LOW_LATENCY_EXPERTS:
+        if self.low_latency_tokens is not None and num_local_experts > EP_MAX_LOCAL_EXPERTS:
             raise EPArgumentError(
-                f"low-latency operations serve at most {_LOW_LATENCY_EXPERTS} experts a rank, got "
+                f"low-latency operations serve at most {EP_MAX_LOCAL_EXPERTS} experts a rank, got "
                 f"{num_local_experts}"
             )

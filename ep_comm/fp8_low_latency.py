@@ -103,7 +103,7 @@ def quantize(x_TH: Tensor, form: ScaleForm) -> tuple[Tensor, Tensor]:
 
 
 def _exponent_above(value: Tensor) -> Tensor:
-    """The biased exponent of the least power of two that is not less than a positive FP32."""
+    """Return the biased exponent of the least power of two that is no less than a positive FP32."""
     bits = value.view(torch.int32)
     mantissa = bits & ((1 << _MANTISSA_BITS) - 1)
     return (bits >> _MANTISSA_BITS) + (mantissa != 0)

@@ -160,7 +160,7 @@ inline int32_t check(const ep_low_latency& common) {
   } limits[] = {
       {"num_ranks", common.peers.num_ranks, 1, EP_MAX_PEERS},
       {"num_topk", common.num_topk, 1, EP_MAX_TOPK},
-      {"num_local_experts", common.num_local_experts, 1, EP_LOW_LATENCY_MAX_LOCAL_EXPERTS},
+      {"num_local_experts", common.num_local_experts, 1, EP_MAX_LOCAL_EXPERTS},
       {"room", common.room, 1, EP_LOW_LATENCY_MAX_TOKENS},
       {"max_tokens", common.max_tokens, 1, common.room},
       {"num_tokens", common.num_tokens, 0, common.max_tokens},

@@ -434,8 +434,6 @@ EP_API int32_t ep_combine(const ep_combine_args* args, void* stream);
 
 /* ---- Low latency: dispatch and combine of a few tokens --------------------------------------- */
 
-/* Most experts of a rank: 12 bits name one. */
-#define EP_LOW_LATENCY_MAX_LOCAL_EXPERTS 1024
 /* Most tokens of a rank in an operation. */
 #define EP_LOW_LATENCY_MAX_TOKENS 4096
 /* int32 numbers of ep_low_latency.state. */

@@ -194,14 +194,18 @@ class LowLatencyBackend(Protocol):
     """
 
     def dispatch(self, request: LowLatencyDispatchRequest) -> Pending[Any]:
-        """Send rows. The result is what `combine` needs of the dispatch; it keeps its own memory,
-        whatever is dispatched afterwards."""
+        """Send rows.
+
+        The result is what `combine` needs of the dispatch. It keeps its own memory, whatever is
+        dispatched afterwards.
+        """
 
     def combine(self, routing: Any, request: LowLatencyCombineRequest) -> Pending[None]:
         """Weight and sum rows, and send them to their tokens' owners.
 
         Args:
             routing: The result of a dispatch; each is combined once.
+            request: The rows, and where their sums go.
         """
 
 

@@ -16,7 +16,7 @@ _TMA_STRIDE = 4  # scales of 4 bytes in the 16 bytes that a stride is a multiple
 
 
 def scale_form(use_fp8: bool, round_scale: bool, use_ue8m0: bool, hidden: int) -> ScaleForm | None:
-    """What DeepEP's three switches ask for, which rows of `hidden` can have; None is BF16."""
+    """Return the form that DeepEP's three switches ask for; None is BF16."""
     if round_scale and not use_fp8:
         raise EPArgumentError("round_scale=True needs use_fp8=True: BF16 rows have no scales")
     if use_ue8m0 and not round_scale:
@@ -42,6 +42,7 @@ def empty_scales(
 
 
 def check_phases(async_finish: bool, return_recv_hook: bool) -> None:
+    """Refuse both ways of leaving an operation unfinished at once."""
     if async_finish and return_recv_hook:
         raise EPArgumentError(
             "pass async_finish or return_recv_hook, not both: a hook receives on the stream that "
@@ -80,7 +81,7 @@ def check_same_routing(topk_idx: object, handle: LowLatencyHandle) -> None:
 
 
 def combine_weights(topk_weights: Tensor | None, handle: LowLatencyHandle) -> Tensor | None:
-    """The weights that combine has to bring to the experts' ranks; None where they are there."""
+    """Return the weights that combine has to bring to the experts' ranks; None: they are there."""
     mine = handle.topk_weights
     if topk_weights is mine:
         if mine is None:

@@ -199,7 +199,8 @@ class LowLatencyCalls:
             handle: What the dispatch returned. Its hook, if it has one, was called.
             zero_copy: The rows stand in `get_next_low_latency_combine_buffer` of the handle; of `x`
                 nothing is read.
-            async_finish, return_recv_hook: As in `low_latency_dispatch`.
+            async_finish: As in `low_latency_dispatch`.
+            return_recv_hook: As in `low_latency_dispatch`.
             out: [T, hidden] BF16, contiguous, for the result; None: a new one.
             combine_wait_recv_cost_stats: As `dispatch_wait_recv_cost_stats` there.
 
@@ -257,7 +258,7 @@ class LowLatencyCalls:
         return LowLatencyCombineOutput(out, event, hook)
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Tensor:
-        """The place of the rows of a combine with ``zero_copy=True``: BF16 [E, R M, hidden].
+        """Return where the rows of a combine with ``zero_copy=True`` stand: BF16 [E, R M, hidden].
 
         No combine copies its rows, with or without: this is for code that was written for DeepEP.
         The same tensor for each call with the handle.
@@ -287,8 +288,9 @@ class LowLatencyCalls:
 
         Args:
             num_max_dispatch_tokens_per_rank: ``EPConfig.low_latency_tokens``.
-            hidden, num_experts: Of the same config.
-            num_ranks: Of the group.
+            hidden: The config's.
+            num_ranks: The group's.
+            num_experts: The config's.
 
         Raises:
             EPArgumentError: A config with these sizes would be refused.
@@ -330,7 +332,7 @@ class LowLatencyCalls:
         return HooksOut("low_latency_combine")
 
     def _low_latency(self) -> LowLatencyBackend:
-        """The backend's low-latency part.
+        """Return the backend's low-latency part.
 
         Raises:
             EPStateError: The buffer is unusable.

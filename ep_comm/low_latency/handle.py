@@ -33,6 +33,7 @@ class Hook:
         self.was_called = False
 
     def __call__(self) -> None:
+        """Receive."""
         self._session.check_usable()
         if self.was_called:
             raise EPStateError(f"the hook of {self.name} was called before: call it once")

@@ -32,7 +32,7 @@ _FP32_NAN = 0x7FFFFFFF
 
 
 def rows_to_send(x_TH: Tensor) -> Tensor:
-    """A copy of BF16 rows without the waiting pattern.
+    """Copy BF16 rows, without the waiting pattern.
 
     Of 8 elements, from a multiple of 8 on, that all have the bits 0xFFFF, the first becomes 0x7FFF:
     another NaN.
@@ -77,6 +77,7 @@ class ReferenceLowLatency(Operations):
     """See `ep_comm.backends.base.LowLatencyBackend`, whose methods these are."""
 
     def dispatch(self, request: LowLatencyDispatchRequest) -> Pending[LowLatencyRouting]:
+        """Exchange headers, and send experts, rows and weights."""
         x, form, weights = request.x, request.scale_form, request.topk_weights
         num_topk = request.topk_idx.shape[1]
         num_ranks = self.transport.num_ranks
@@ -149,6 +150,7 @@ class ReferenceLowLatency(Operations):
     def combine(
         self, routing: LowLatencyRouting, request: LowLatencyCombineRequest
     ) -> Pending[None]:
+        """Exchange headers, bring weights, and send one partial row a token and rank."""
         x, weights = request.x, request.topk_weights
         sent_rows = [len(tokens) for tokens in routing.sent_tokens]  # and as many come back
         record = self.recorder.start("low_latency_combine", x.device)
@@ -188,7 +190,7 @@ class ReferenceLowLatency(Operations):
     def _weights_for(
         self, weights: Tensor, topk_idx: Tensor, sent_tokens: Sequence[Tensor]
     ) -> list[Tensor]:
-        """What each rank gets: [n_r, K], 0 where another rank has the expert."""
+        """Return what each rank gets: [n_r, K], 0 where another rank has the expert."""
         weights, owner_TK = weights_to_send(weights), self._owner(topk_idx)
         return [
             torch.where(owner_TK == r, weights, 0.0)[tokens] for r, tokens in enumerate(sent_tokens)
@@ -232,7 +234,7 @@ class ReferenceLowLatency(Operations):
 
 
 def _sum_weighted(x_EMH: Tensor, routing: LowLatencyRouting, weights_NK: Tensor) -> Tensor:
-    """The experts' rank's sum of each token: FP32 [N, H], by ascending expert, from the first.
+    """Sum each token's rows here: FP32 [N, H], by ascending expert, from the first.
 
     Each product is rounded to FP32 before it is added.
     """
