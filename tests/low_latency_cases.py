@@ -14,6 +14,7 @@ import low_latency_oracle as oracle
 import numpy as np
 import torch
 from cases import Case, assert_same, to_numpy, to_torch
+from oracle import fp32_to_bf16
 
 from ep_comm import Buffer, EPConfig, LowLatencyDispatchOutput
 
@@ -23,6 +24,9 @@ WEIGHT_BITS = [
     *(0x00000000, 0x80000000, 0x00000001, 0x807FFFFF, 0x7F7FFFFF, 0x3F800000, 0xBF4CCCCD),
 ]
 _POISON = -7.0
+# The first two cancel, rounded or not rounded; added to one of them first, the third is lost but
+# for a few bits.
+_CANCELLING = (1.0, -1.0, 2.0**-20)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,8 @@ class LowLatencyCase(Case):
         weights_with: "dispatch", "combine", or "both".
         split: Receive by hooks.
         every_value: Rows of every 16-bit value, and weights of every kind of NaN.
+        cancelling: Weights and expert outputs of which any other order of the sums, a product that
+            is not rounded, or another rounding between gives other bits.
     """
 
     max_tokens: int = 12
@@ -45,6 +51,7 @@ class LowLatencyCase(Case):
     weights_with: str = "dispatch"
     split: bool = False
     every_value: bool = False
+    cancelling: bool = False
 
     def config(self, **changes: Any) -> EPConfig:
         room = self.room or self.max_tokens
@@ -65,6 +72,8 @@ class LowLatencyCase(Case):
 
     def weights(self, rank: int) -> np.ndarray:
         shape = (self.tokens[rank], self.num_topk)
+        if self.cancelling:  # one for all experts of a token
+            return self.probabilities(rank, (shape[0], 1), salt=3).repeat(shape[1], axis=1)
         if not self.every_value:
             return self.probabilities(rank, shape, salt=3)
         count = shape[0] * shape[1]
@@ -74,6 +83,12 @@ class LowLatencyCase(Case):
     def expert_outputs(self, rank: int) -> np.ndarray:
         """[E, R M, hidden], garbage behind the rows that came among them."""
         num_rows = self.num_ranks * self.max_tokens
+        if self.cancelling:
+            row = np.random.default_rng(self.seed).standard_normal(self.hidden)
+            of_experts = np.resize(_CANCELLING, self.experts_per_rank)[:, None, None]
+            values = np.resize(_CANCELLING, rank + 1)[rank] * of_experts * row
+            shape = (self.experts_per_rank, num_rows, self.hidden)
+            return fp32_to_bf16(np.broadcast_to(values, shape).astype(np.float32))
         rows = self.rows(rank, self.experts_per_rank * num_rows, salt=4)
         return rows.reshape(self.experts_per_rank, num_rows, self.hidden)
 
