@@ -239,7 +239,7 @@ def _sum_weighted(x_EMH: Tensor, routing: LowLatencyRouting, weights_NK: Tensor)
     Each product is rounded to FP32 before it is added.
     """
     contributions = []
-    for expert in reversed(range(len(x_EMH))):
+    for expert in range(len(x_EMH)):
         rows, k = (routing.recv_topk_idx == expert).nonzero(as_tuple=True)
         values = x_EMH[expert, routing.place_NE[rows, expert]].float()
         contributions.append((rows, weights_NK[rows, k].unsqueeze(1) * values))
