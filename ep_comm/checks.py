@@ -204,19 +204,9 @@ def checked_weights(
     weights: Tensor | None, shape: tuple[int, ...], device: torch.device
 ) -> Tensor | None:
     """Return the probabilities, which are FP32 of that shape, contiguous, on that device."""
-    name = "topk_weights"
     if weights is None:
         return None
-    weights = plain_tensor(name, weights)
-    if weights.dtype != torch.float32:
-        raise EPArgumentError(f"{name} must be float32, got {weights.dtype}")
-    if weights.shape != shape:
-        raise EPArgumentError(f"{name} must be {list(shape)}, got {list(weights.shape)}")
-    if weights.device != device:
-        raise EPArgumentError(f"{name} is on {weights.device}, x on {device}")
-    if not weights.is_contiguous():
-        raise EPArgumentError(f"{name} must be contiguous, got strides {list(weights.stride())}")
-    return weights
+    return checked_tensor("topk_weights", weights, shape, torch.float32, device)
 
 
 def check_alignment(expert_alignment: object) -> None:

@@ -62,7 +62,7 @@ BAD_DISPATCH = {
     "topk_device": (dict(x=X, topk_idx=TOPK.to("meta")), "the routing is on meta, x on cpu"),
     "weights_device": (
         dict(x=X, topk_idx=TOPK, topk_weights=torch.ones(4, 3, device="meta")),
-        "topk_weights is on meta, x on cpu",
+        "topk_weights must be on cpu, got meta",
     ),
     "weights_strides": (
         dict(x=X, topk_idx=TOPK, topk_weights=torch.ones(3, 4).t()),
