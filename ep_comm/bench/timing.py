@@ -23,8 +23,10 @@ Mark = float | torch.cuda.Event
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Times of one call in µs, each the slowest rank's: of what the ranks do together the slowest
-    one of each sample, of what each host does alone the samples of the one with the largest median.
+    """Times of one call in µs, each the slowest rank's.
+
+    For what the ranks do together that is the slowest rank of each sample. For what each host does
+    alone it is the rank with the largest median.
 
     Attributes:
         call: Public call: everything between the call and the complete result. The GPUs are
@@ -104,7 +106,7 @@ class Stopwatch:
         )
 
     def back_to_back(self, call: Callable[[int], object], count: int) -> float:
-        """µs of one of `count` calls without anything between them, on this rank."""
+        """Return the µs of one of `count` calls with nothing between them, on this rank."""
         self.align_from_idle()
         start = self._mark()
         for i in range(count):
@@ -112,14 +114,14 @@ class Stopwatch:
         return self._us(start, self._mark()) / count
 
     def slowest(self, samples_us: list[float]) -> tuple[float, ...]:
-        """Each sample as the rank took for which it was longest."""
+        """Return each sample as the rank took for which it was longest."""
         samples = torch.tensor(samples_us, dtype=torch.float64, device=self.device)
         if samples_us:
             dist.all_reduce(samples, op=dist.ReduceOp.MAX)
         return tuple(samples.tolist())
 
     def of_slowest(self, samples_us: list[float]) -> tuple[float, ...]:
-        """All samples of the rank whose median is largest."""
+        """Return all samples of the rank whose median is largest."""
         mine = torch.tensor(samples_us, dtype=torch.float64, device=self.device)
         samples_RN = mine.new_empty(dist.get_world_size(), len(samples_us))
         dist.all_gather(list(samples_RN), mine)
@@ -132,7 +134,7 @@ class Stopwatch:
         dist.all_reduce(self._token)  # the GPUs come to it one by one, and leave it together
 
     def align_from_idle(self) -> None:
-        """The same after everything that was launched before is done."""
+        """Align the GPUs after everything that was launched before is done."""
         self._synchronize()
         dist.all_reduce(self._token)
 

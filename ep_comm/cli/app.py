@@ -30,6 +30,7 @@ def version(
         bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
+    """Print the version, where it is asked for."""
     if wanted:
         typer.echo(__version__)
         raise typer.Exit

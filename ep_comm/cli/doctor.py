@@ -54,7 +54,7 @@ def diagnose() -> str:
 
 
 def backend_choice(num_gpus: int) -> str:
-    """Backend of a group of all GPUs of this host, and the reason."""
+    """Return the backend of a group of all GPUs of this host, and the reason."""
     if num_gpus == 0:
         return "reference, over gloo: there is no GPU"
     if not dist.is_nccl_available():
@@ -76,12 +76,14 @@ def backend_choice(num_gpus: int) -> str:
 
 
 def no_gpu_reason() -> str:
+    """Return why torch sees no GPU."""
     if torch.version.cuda is None:
         return "none: this torch was built without CUDA"
     return "none that torch sees (driver, or CUDA_VISIBLE_DEVICES)"
 
 
 def symmetric_memory_status() -> str:
+    """Return whether torch's symmetric memory can be imported."""
     try:
         importlib.import_module("torch.distributed._symmetric_memory")
     except ImportError as error:
@@ -90,13 +92,13 @@ def symmetric_memory_status() -> str:
 
 
 def link_names(topology: str) -> list[list[str]]:
-    """Kind of link between each two GPUs, from the text of ``nvidia-smi topo -m``."""
+    """Return the kind of link between each two GPUs, out of ``nvidia-smi topo -m``."""
     rows = [line.split()[1:] for line in topology.splitlines() if re.match(r"GPU\d+\s", line)]
     return [row[: len(rows)] for row in rows]
 
 
 def _links(num_gpus: int) -> list[list[str]] | None:
-    """Kinds of links in torch's numbering of the GPUs, where that can be known."""
+    """Return kinds of links in torch's numbering of the GPUs, where that can be known."""
     nvidia_smi = shutil.which("nvidia-smi")
     if nvidia_smi is None or os.environ.get("CUDA_VISIBLE_DEVICES"):
         return None  # nvidia-smi numbers all GPUs, torch the visible ones
@@ -111,7 +113,7 @@ def _links(num_gpus: int) -> list[list[str]] | None:
 
 
 def _grid(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a table whose columns are as wide as their cells."""
+    """Return the lines of a table whose columns are as wide as their cells."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
@@ -131,7 +133,7 @@ def _gpus(num_gpus: int) -> list[str]:
 
 
 def _peers(num_gpus: int) -> list[str]:
-    """A row a GPU: whether it reaches each other one, and over what."""
+    """Return a row a GPU: whether it reaches each other one, and over what."""
     links = _links(num_gpus)
 
     def cell(i: int, j: int) -> str:

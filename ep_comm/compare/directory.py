@@ -56,11 +56,11 @@ class Directory:
         write_text(path / PLAN_FILE, text + "\n")
 
     def run_dir(self, variant: str) -> Path:
-        """Folder of one run's logs and checkpoints."""
+        """Return the folder of one run's logs and checkpoints."""
         return self.path / variant
 
     def log(self, variant: str) -> list[dict[str, Any]]:
-        """Records of one run so far; none if it was not begun."""
+        """Return the records of one run so far; none if it was not begun."""
         path = self.run_dir(variant) / LOG_FILE
         return read_log(path) if path.exists() else []
 

@@ -55,12 +55,12 @@ _NEEDED_SETTINGS = """
 
 
 def seed_number(variant: str) -> int:
-    """n of ``ep_comm-seedn``, 1 of ``ep_comm``."""
+    """Return n of ``ep_comm-seedn``, 1 of ``ep_comm``."""
     return int(_parts(variant)[2] or 1)
 
 
 def without_seed(variant: str) -> str:
-    """``ep_comm`` of ``ep_comm-seedn``, which differs from it in nothing but the weights' seed."""
+    """Return ``ep_comm`` of ``ep_comm-seedn``, which differs in the seed of the weights only."""
     return _parts(variant)[1]
 
 
@@ -71,12 +71,12 @@ def _parts(variant: str) -> re.Match[str]:
 
 
 def with_seed(name: str, number: int) -> str:
-    """The variant whose `without_seed` and `seed_number` these are."""
+    """Return the variant whose `without_seed` and `seed_number` these are."""
     return name if number == 1 else f"{name}-seed{number}"
 
 
 def flags_of(variant: str) -> tuple[str, ...]:
-    """What `variant` is trained with, but for its seed."""
+    """Return what `variant` is trained with, but for its seed."""
     return VARIANTS[without_seed(variant)]
 
 
@@ -116,7 +116,7 @@ class Plan:
         return [n for n in names if not glob.glob(n, recursive=True) and not glob.glob(f"{n}.idx")]
 
     def with_trained(self, variants: Iterable[str]) -> Plan:
-        """The plan with those of `skipped` that were trained on another machine."""
+        """Return the plan with those of `skipped` that were trained on another machine."""
         trained = set(variants)
         return replace(
             self,
@@ -125,7 +125,7 @@ class Plan:
         )
 
     def seed(self, variant: str) -> int:
-        """Seed of the weights of a variant."""
+        """Return the seed of the weights of a variant."""
         return self.settings["seed"] + seed_number(variant) - 1
 
     @property
@@ -145,7 +145,7 @@ class Plan:
         return self.settings["data_seed"] or self.settings["seed"]
 
     def command(self, variant: str, run_dir: Path, *, resume: bool) -> list[str]:
-        """The command that trains `variant`, from its latest checkpoint if it is to resume.
+        """Return the command that trains `variant`, from its latest checkpoint to resume.
 
         It writes none if its first one would be that of a finished run.
         """
@@ -230,7 +230,7 @@ def make_plan(
 def _shorter_warmup(
     values: dict[str, Any], flags: Sequence[str], steps: int
 ) -> tuple[list[str], list[str]]:
-    """Flags and a note for a run that would end before its learning rate has risen."""
+    """Return flags and a note for a run that would end before its learning rate has risen."""
     warmup = values.get("lr_warmup_iters", 0)
     given = {flag.split("=")[0] for flag in flags} & {"--lr-warmup-iters", "--lr-decay-iters"}
     if given or values.get("lr_decay_iters") or not isinstance(warmup, int) or warmup < steps:
@@ -259,7 +259,7 @@ def _in_order(names: Iterable[str]) -> list[str]:
 
 
 def _program(script: Path | None) -> list[str]:
-    """What Python, or torchrun, is told to run."""
+    """Return what Python, or torchrun, is told to run."""
     return ["-m", _PROGRAM] if script is None else [str(script)]
 
 
@@ -294,7 +294,7 @@ def _settings(script: Path | None, config: Path, flags: Sequence[str]) -> dict[s
 
 
 def _skip_reason(flags: Sequence[str], settings: dict[str, Any]) -> str | None:
-    """Why a variant cannot be trained here; None if it can."""
+    """Return why a variant cannot be trained here; None if it can."""
     reason = _no_fp8_wire_reason(settings) if set(variants.FP8_WIRE) <= set(flags) else None
     if set(variants.FP8_EXPERTS) <= set(flags):
         reason = _no_fp8_gemms_reason(settings) or reason

@@ -26,7 +26,7 @@ _RAW: dict[str, Any] = {"linestyle": "-", "linewidth": 0.7, "alpha": 0.25}
 
 
 def plot_losses(runs: Mapping[str, Run], window: int, title: str, path: Path) -> None:
-    """Training losses, smoothed and as they are, and validation losses."""
+    """Draw training losses, smoothed and as they are, and validation losses."""
     figure, axes = _figure(title, rows=1)
     for name, run in runs.items():
         steps = np.arange(1, len(run.train) + 1)
@@ -42,7 +42,7 @@ def plot_losses(runs: Mapping[str, Run], window: int, title: str, path: Path) ->
 
 
 def plot_differences(runs: Mapping[str, Run], window: int, title: str, path: Path) -> None:
-    """Differences from the reference: as they are, and their size on a logarithmic axis."""
+    """Draw differences from the reference, and their size on a logarithmic axis."""
     figure, (signed, size) = _figure(title, rows=2)
     reference = runs[REFERENCE]
     for name, run in runs.items():
@@ -76,7 +76,7 @@ def plot_differences(runs: Mapping[str, Run], window: int, title: str, path: Pat
 
 
 def _style(name: str) -> dict[str, Any]:
-    """All other seeds of a variant look the same."""
+    """Return how a run is drawn: all other seeds of a variant look the same."""
     if name in _STYLES:
         return _STYLES[name]
     variant = without_seed(name)

@@ -57,7 +57,7 @@ class Display:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, variant: str, step: int) -> None:
-        """A run starts, or goes on after `step`."""
+        """Show that a run starts, or goes on after `step`."""
         self._progress.start_task(self._tasks[variant])
         self._progress.update(self._tasks[variant], completed=step, status="starting")
         self._printed = step
@@ -82,7 +82,7 @@ class Display:
                 self.line(f"{variant}: step {done}/{self._steps}  {_status(step)}")
 
     def finish(self, variant: str, *, before: bool) -> None:
-        """A run is finished, now or `before`."""
+        """Show that a run is finished, now or `before`."""
         self._progress.update(self._tasks[variant], completed=self._steps, status="finished")
         self._progress.stop_task(self._tasks[variant])
         if before:

@@ -129,7 +129,7 @@ def make_document(
 
 
 def render(document: dict[str, Any]) -> str:
-    """The document as Markdown."""
+    """Return the document as Markdown."""
     variants = document["variants"]
     outcome = [
         f"{says}: {', '.join(names)}"
@@ -189,7 +189,7 @@ def _fails(checks: list[Check]) -> bool:
 
 
 def _passed(verdicts: Collection[str]) -> bool | None:
-    """Whether no variant failed; None where nothing was judged."""
+    """Return whether no variant failed; None where nothing was judged."""
     if _FAILED in verdicts:
         return False
     return True if {_EQUAL, _PASSED, _UNCLEAR} & set(verdicts) else None
@@ -263,7 +263,7 @@ def _explain(document: dict[str, Any]) -> str:
 
 
 def _order(variants: dict[str, Any]) -> list[str]:
-    """Which runs are above and below: the reference may be the one that is far from all others."""
+    """Say which runs are above and below: the reference may be the one far from all others."""
     offset = {name: variant["offset"] for name, variant in variants.items()}
     if None in offset.values():
         return []
@@ -278,7 +278,7 @@ def _order(variants: dict[str, Any]) -> list[str]:
 
 
 def _pairs(pairs: dict[str, Any]) -> list[str]:
-    """What is left when the seed's part is gone; nothing where no variant has two pairs."""
+    """Return the table of pairs of the same seed; empty where no variant has two pairs."""
     several = {name: found for name, found in pairs.items() if len(found["seeds"]) > 1}
     if not several:
         return []

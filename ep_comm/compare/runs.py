@@ -65,7 +65,7 @@ def interruptible() -> Iterator[None]:
 
 
 def last_step(directory: Directory, variant: str) -> int:
-    """The last step that a run to be resumed had trained; 0 if it has no checkpoint."""
+    """Return the last step that a run to be resumed had trained; 0 without a checkpoint."""
     if _latest(directory.run_dir(variant) / "checkpoints") is None:
         return 0
     steps = (r["iteration"] for r in directory.log(variant) if r["type"] == "train")
@@ -73,7 +73,7 @@ def last_step(directory: Directory, variant: str) -> int:
 
 
 def is_finished(records: list[Record], plan: Plan) -> bool:
-    """Whether a run has trained its last step, and validated after it if it validates."""
+    """Return whether a run has trained its last step, and validated after it if it validates."""
     kind = "valid" if plan.settings["eval_iters"] else "train"
     return any(r["type"] == kind and r["iteration"] == plan.steps for r in records)
 
@@ -138,7 +138,7 @@ def discard_checkpoints(directory: Directory, variant: str) -> None:
 def _follow(
     directory: Directory, variant: str, follow: Callable[[list[Record]], None], size: int
 ) -> int:
-    """Show what the log has gained since it had `size` bytes; returns its size."""
+    """Show what the log has gained since it had `size` bytes; return its size."""
     path = directory.run_dir(variant) / LOG_FILE
     now = path.stat().st_size if path.exists() else 0
     if now != size:
@@ -174,7 +174,7 @@ def _latest(checkpoints: Path) -> int | None:
 
 
 def _why(output: Path, begin: int, code: int) -> str:
-    """The run's own error if it printed one, else its last lines."""
+    """Return the run's own error if it printed one, else its last lines."""
     with output.open("rb") as file:
         file.seek(begin)
         lines = file.read().decode(errors="replace").splitlines()

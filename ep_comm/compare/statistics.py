@@ -133,6 +133,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
+        """Whether it is not above its limit."""
         return self.value <= self.limit  # NaN does not pass
 
     @property
@@ -142,17 +143,17 @@ class Check:
 
 
 def window_of(steps: int) -> int:
-    """Steps that are averaged: a twentieth of the run, but at least 5 and at most 100."""
+    """Return how many steps are averaged: a twentieth of the run, from 5 to 100."""
     return min(max(steps // 20, 5), 100)
 
 
 def steps_skipped(steps: int) -> int:
-    """Steps at the beginning that count for no difference."""
+    """Return how many steps at the beginning count for no difference."""
     return steps // 4
 
 
 def smooth(losses: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` values up to each one, of all up to it where there are fewer."""
+    """Return means of the last `window` values up to each one, or of as many as there are."""
     sums = np.cumsum(np.insert(losses, 0, 0.0))
     ends = np.arange(1, len(losses) + 1)
     begins = np.maximum(ends - window, 0)
@@ -160,7 +161,7 @@ def smooth(losses: np.ndarray, window: int) -> np.ndarray:
 
 
 def read_run(records: list[dict[str, Any]], steps: int) -> Run:
-    """The numbers of a finished run of `steps` steps.
+    """Return the numbers of a finished run of `steps` steps.
 
     Raises:
         ValueError: A step is missing.
@@ -182,7 +183,7 @@ def read_run(records: list[dict[str, Any]], steps: int) -> Run:
 
 
 def difference(run: Run, reference: Run) -> Difference:
-    """How far `run` is from `reference`; both have the same steps."""
+    """Return how far `run` is from `reference`; both have the same steps."""
     skipped = steps_skipped(len(run.train))
     smoothed = np.abs(run.smoothed - reference.smoothed)[skipped:]
     valid = None
@@ -199,7 +200,7 @@ def difference(run: Run, reference: Run) -> Difference:
 
 
 def equal_to_alltoall(name: str, runs: Mapping[str, Run]) -> bool:
-    """Whether a run has, at every step, the very loss of alltoall's run of the same seed."""
+    """Return whether a run has, at every step, the very loss of alltoall's of the same seed."""
     other = with_seed(REFERENCE, seed_number(name))
     if name == other or other not in runs:
         return False
@@ -209,12 +210,12 @@ def equal_to_alltoall(name: str, runs: Mapping[str, Run]) -> bool:
 
 
 def alltoall_among(names: Collection[str]) -> list[str]:
-    """Those that differ in nothing but the seed of the weights: the reference is one of them."""
+    """Return those that differ in the seed of the weights only, with the reference."""
     return [name for name in names if without_seed(name) == REFERENCE]
 
 
 def noise_of(runs: Mapping[str, Run]) -> Noise | None:
-    """How far the alltoall runs are from each other; None if there is but one."""
+    """Return how far the alltoall runs are from each other; None if there is but one."""
     alltoall = [runs[name] for name in alltoall_among(runs)]
     pairs = [difference(run, other) for run, other in combinations(alltoall, 2)]
     if not pairs:
@@ -228,7 +229,7 @@ def noise_of(runs: Mapping[str, Run]) -> Noise | None:
 
 
 def offsets(runs: Mapping[str, Run]) -> dict[str, float]:
-    """How far each run is above the mean of the alltoall runs, with its sign.
+    """Return how far each run is above the mean of the alltoall runs, with its sign.
 
     Of smoothed training losses, the mean over all steps after the first quarter. Empty with fewer
     than three alltoall runs: of two, neither is the odd one.
@@ -245,7 +246,7 @@ def offsets(runs: Mapping[str, Run]) -> dict[str, float]:
 
 
 def pairs_of(runs: Mapping[str, Run]) -> dict[str, Pairs]:
-    """Of each variant that has a counterpart (names without seeds), if both have a seed in common.
+    """Return the pairs of each variant (no seeds) that has a seed in common with its counterpart.
 
     What a seed does to the loss is far more than what a dispatcher does; most of it is not in the
     differences of pairs.
@@ -277,10 +278,10 @@ def pairs_of(runs: Mapping[str, Run]) -> dict[str, Pairs]:
 
 
 def counterpart_of(name: str, among: Collection[str]) -> str | None:
-    """What a variant is paired with: ep_comm with alltoall, an FP8 wire with the BF16 wire of the
-    same model. None if it has none, or none was trained. Names without seeds.
+    """Return what a variant is paired with; None if it has no counterpart, or none was trained.
 
-    Where ep_comm was not asked for, alltoall takes its place.
+    ep_comm is paired with alltoall, an FP8 wire with the BF16 wire of the same model. Names are
+    without seeds. Where ep_comm was not asked for, alltoall takes its place.
     """
     if name == EP_COMM:
         return REFERENCE
@@ -291,12 +292,12 @@ def counterpart_of(name: str, among: Collection[str]) -> str | None:
 
 
 def standard_error(values: Collection[float]) -> float | None:
-    """Of the mean of these values; None of one."""
+    """Return that of the mean of these values; None if there is but one."""
     return float(np.std(list(values), ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def judge(runs: Mapping[str, Run], tolerances: Tolerances) -> dict[str, list[Check]]:
-    """The checks of each variant that can be judged.
+    """Return the checks of each variant that can be judged.
 
     ep_comm is judged where the noise is known, an FP8 wire where the same model was trained
     with a BF16 wire and the same seeds; the checks stand with the first of these seeds. Where that
@@ -339,7 +340,7 @@ def _noise_at_the_end(noise: Noise, final_valid: float) -> float:
 
 
 def _relative_noise(noise: Noise, reference: Run) -> dict[str, float]:
-    """Of the final losses, by name."""
+    """Return the noise of the final losses, by name."""
     relative = {"train": noise.mean / reference.final_train}
     if noise.final_valid is not None and reference.final_valid is not None:
         at_the_end = _noise_at_the_end(noise, noise.final_valid)

@@ -16,7 +16,7 @@ NOT_INSTALLED = "not installed"
 
 
 def versions() -> dict[str, str]:
-    """Version of everything that matters here, or `NOT_INSTALLED`."""
+    """Return the version of everything that matters here, or `NOT_INSTALLED`."""
     return {
         "ep_comm": __version__,
         "Python": platform.python_version(),
@@ -29,12 +29,12 @@ def versions() -> dict[str, str]:
 
 
 def gpu_names() -> list[str]:
-    """Names of this machine's GPUs."""
+    """Return the names of this machine's GPUs."""
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
 def commit() -> str | None:
-    """``git describe`` of the source that runs; None where it is not in a repository."""
+    """Return ``git describe`` of the source that runs; None where it is in no repository."""
     try:
         result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--tags"],

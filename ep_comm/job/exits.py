@@ -77,7 +77,7 @@ def exit_together(error: Exception) -> NoReturn:
 
 
 def _all_come(error: Exception) -> bool:
-    """Whether all ranks come here. Then rank 0 has spoken, else one of those that do.
+    """Return whether all ranks come here. Then rank 0 has spoken, else one of those that do.
 
     torchrun kills the others as soon as one rank ends, so they meet first: in the store, for a
     barrier could be taken for one that the others are at.

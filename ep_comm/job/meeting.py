@@ -44,6 +44,7 @@ def meet(
     """Wait for all ranks of `group`, and exchange an answer each. Collective.
 
     Args:
+        group: Who meets.
         what_for: Must be the same on all ranks: what the meeting is about, for errors.
         answer: Anything that pickle takes.
         timeout_s: Bound of the wait.
@@ -95,7 +96,7 @@ def meet(
 def _values(
     store: dist.Store, keys: list[str], timeout_s: float
 ) -> tuple[list[bytes], tuple[int, ...]]:
-    """The values of all keys, or the ranks that are to blame that there are none in time.
+    """Return the values of all keys, or the ranks to blame that there are none in time.
 
     A rank that has given up is not here, but it is to blame only where all others are.
     """

@@ -12,7 +12,7 @@ _FIRST_PORT, _NUM_PORTS = 20_000, 10_000
 
 
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """What torch.distributed needs and `environment` lacks, for a process that srun started.
+    """Return what torch.distributed needs and `environment` lacks, if srun started the process.
 
     Returns:
         RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; empty for
@@ -68,7 +68,7 @@ def _check_torchrun(environment: Mapping[str, str], local_tasks: int) -> None:
 
 
 def _tasks_per_node(text: str) -> list[int]:
-    """Tasks of each node in SLURM's notation: ``"4(x2),1"`` is 4, 4, 1."""
+    """Return the tasks of each node: 4, 4, 1 for SLURM's ``"4(x2),1"``."""
     counts: list[int] = []
     for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts += [int(tasks)] * int(times or 1)
@@ -76,7 +76,7 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def _first_host(environment: Mapping[str, str]) -> str:
-    """The step's first node: of ``"gpu[03-05,9],cpu1"`` that is gpu03."""
+    """Return the step's first node: gpu03 of ``"gpu[03-05,9],cpu1"``."""
     if int(environment["SLURM_STEP_NUM_NODES"]) == 1:
         return "localhost"
     nodes = environment["SLURM_STEP_NODELIST"]

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def has_launcher() -> bool:
-    """Whether torchrun or srun started this process.
+    """Return whether torchrun or srun started this process.
 
     torch.distributed finds srun's ranks from then on as it does torchrun's.
     """

@@ -196,7 +196,7 @@ def _write_in_threads() -> None:
 
 
 def _ranks(trainee: Trainee) -> dict[str, int]:
-    """What the ranks' parts of a checkpoint depend on."""
+    """Return what the ranks' parts of a checkpoint depend on."""
     return {
         "processes": dist.get_world_size(),
         "expert_model_parallel_size": trainee.config.expert_model_parallel_size,
@@ -204,7 +204,7 @@ def _ranks(trainee: Trainee) -> dict[str, int]:
 
 
 def _parts(optimizer: dict[str, Any]) -> dict[int, ShardedBase]:
-    """The tensors of an optimizer's state, numbered.
+    """Return the tensors of an optimizer's state, numbered.
 
     Only they are read. The rest, hyperparameters, is grouped in the checkpoint by its own
     expert-parallel size: above 1 Megatron has an optimizer for the experts and one for all else.
@@ -215,7 +215,7 @@ def _parts(optimizer: dict[str, Any]) -> dict[int, ShardedBase]:
 
 
 def _with_parts(optimizer: dict[str, Any], loaded: dict[int, Any]) -> dict[str, Any]:
-    """`optimizer` with its `_parts` as loaded."""
+    """Return `optimizer` with its `_parts` as loaded."""
     numbers = itertools.count()
 
     def fill(leaf: Any) -> Any:
@@ -227,7 +227,7 @@ def _with_parts(optimizer: dict[str, Any], loaded: dict[int, Any]) -> dict[str, 
 
 
 def _sharded_state(trainee: Trainee, *, is_loading: bool) -> dict[str, Any]:
-    """The part of a checkpoint that differs between ranks."""
+    """Return the part of a checkpoint that differs between ranks."""
     model = trainee.model.module.sharded_state_dict(metadata=_METADATA)
     optimizer = trainee.optimizer.sharded_state_dict(
         model, is_loading=is_loading, metadata=_METADATA
@@ -338,7 +338,7 @@ def _latest(folder: Path) -> Path:
 
 
 def _readable(checkpoint: Path, action: Callable[[], T]) -> T:
-    """The result of `action`, or a `UserError` about `checkpoint` for whatever it fails with."""
+    """Return the result of `action`; raise a `UserError` for whatever it fails with."""
     try:
         return action()
     except (Exception, CheckpointException) as error:  # torch's is a BaseException
@@ -350,12 +350,12 @@ def _readable(checkpoint: Path, action: Callable[[], T]) -> T:
 
 
 def _common_state(checkpoint: Path) -> dict[str, Any]:
-    """The part of a checkpoint that all ranks share."""
+    """Return the part of a checkpoint that all ranks share."""
     return _readable(checkpoint, lambda: dist_checkpointing.load_common_state_dict(str(checkpoint)))
 
 
 def _fingerprint(config: PretrainConfig) -> dict[str, Any]:
-    """What has to be equal for a run to be continued exactly."""
+    """Return what has to be equal for a run to be continued exactly."""
     keys = config.model_dump(mode="json", exclude=FREE_KEYS)
     keys["lr_decay_iters"] = config.decay_iters
     return keys

@@ -44,7 +44,7 @@ def _key(default: Any, description: str) -> Any:
 
 
 class Model(_Group):
-    """model"""
+    """Model."""
 
     num_layers: PositiveInt = _key(..., "transformer layers, each of them with experts")
     hidden_size: PositiveInt = _key(..., "elements of a token's hidden state")
@@ -57,7 +57,7 @@ class Model(_Group):
 
 
 class MixtureOfExperts(_Group):
-    """mixture of experts"""
+    """Mixture of experts."""
 
     num_experts: PositiveInt = _key(..., "experts of a layer, over all ranks")
     moe_ffn_hidden_size: PositiveInt = _key(..., "hidden size of an expert")
@@ -89,7 +89,7 @@ class MixtureOfExperts(_Group):
 
 
 class Dispatch(_Group):
-    """token dispatch"""
+    """Token dispatch."""
 
     expert_model_parallel_size: PositiveInt = _key(1, "ranks that share the experts of a layer")
     moe_token_dispatcher: Annotated[
@@ -109,11 +109,11 @@ _EP_KEYS: dict[str, Any] = {
     )
     for each in OPTIONS
 }
-EPKeys = create_model("EPKeys", __base__=_Group, __doc__="ep_comm's dispatcher", **_EP_KEYS)
+EPKeys = create_model("EPKeys", __base__=_Group, __doc__="ep_comm's dispatcher.", **_EP_KEYS)
 
 
 class Training(_Group):
-    """training"""
+    """Training."""
 
     micro_batch_size: PositiveInt = _key(..., "sequences of one forward pass on one rank")
     global_batch_size: PositiveInt = _key(..., "sequences of one step, over all ranks")
@@ -164,7 +164,7 @@ class Training(_Group):
 
 
 class Data(_Group):
-    """data"""
+    """Data."""
 
     data_path: list[str] = _key(
         [],
@@ -187,7 +187,7 @@ MAY_CHANGE = ("data_path", "split", "data_seed", "micro_batch_size", "global_bat
 
 
 class Output(_Group):
-    """validation, checkpoints, logs"""
+    """Validation, checkpoints, logs."""
 
     eval_interval: PositiveInt = _key(100, "steps between validations; one more at the end")
     eval_iters: NonNegativeInt = _key(8, "global batches of one validation; 0: no validation")
@@ -329,7 +329,7 @@ class PretrainConfig(
         return self.lr_decay_iters or self.train_iters
 
     def num_microbatches(self, world_size: int) -> int:
-        """Forward passes of one step on one rank; all ranks are data-parallel.
+        """Return the forward passes of one step on one rank; all ranks are data-parallel.
 
         Raises:
             UserError: The parallel sizes or batch sizes do not fit this number of ranks.

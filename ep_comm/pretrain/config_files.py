@@ -14,7 +14,7 @@ _FOLDERS = (Path(__file__).with_name("configs"), Path(__file__).parents[2] / "co
 
 
 def find_config(path: Path) -> Path:
-    """The file that a ``--config`` means: its own, or else the one of that name that we ship.
+    """Return the file that a ``--config`` means: its own, or the one of that name that we ship.
 
     ``tiny-cpu``, ``tiny-cpu.yaml`` and ``configs/tiny-cpu.yaml`` name a shipped one.
 
@@ -33,7 +33,7 @@ def find_config(path: Path) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Keys and values of a YAML file.
+    """Return the keys and values of a YAML file.
 
     Raises:
         UserError: It cannot be read, or holds something else.

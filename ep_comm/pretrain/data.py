@@ -69,7 +69,7 @@ class Corpus:
 
 
 def load_datasets(config: PretrainConfig) -> tuple[Corpus, GPTDataset, GPTDataset | None]:
-    """Corpus, training data and (if validation is on) validation data; call it on all ranks.
+    """Return corpus, training data and (if it is on) validation data; call it on all ranks.
 
     Raises:
         UserError: The data cannot be read, is damaged, or is not enough for one sequence.
@@ -110,7 +110,7 @@ def load_datasets(config: PretrainConfig) -> tuple[Corpus, GPTDataset, GPTDatase
 def microbatches(
     dataset: GPTDataset, *, config: PretrainConfig, first_sample: int, device: torch.device
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's microbatches without end, from `first_sample` of the global order on.
+    """Yield this rank's microbatches without end, from `first_sample` of the global order on.
 
     A microbatch takes the next ``micro_batch_size * ranks`` samples, and rank r the r-th part of
     them. After the last sample the first one follows.
@@ -138,6 +138,8 @@ def add_document(builder: IndexedDatasetBuilder, tokens: np.ndarray, piece: int)
     """Add a document, with the token that ends it, to a pair that is being written.
 
     Args:
+        builder: Writes the pair.
+        tokens: All of the document.
         piece: Tokens of a sequence (`piece_size`).
     """
     full, rest = divmod(tokens.size, piece)
@@ -145,7 +147,7 @@ def add_document(builder: IndexedDatasetBuilder, tokens: np.ndarray, piece: int)
 
 
 def _checked_corpus(config: PretrainConfig) -> tuple[Corpus, str]:
-    """The corpus, and how Megatron is to split it."""
+    """Return the corpus, and how Megatron is to split it."""
     cache = config.data_cache_path or _user_cache()
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -182,7 +184,7 @@ def _standard_library() -> list[Path]:
 
 
 def _text_files(data_path: list[str]) -> list[Path]:
-    """The files that the user named, in an order that does not depend on the machine."""
+    """Return the files that the user named, in an order that does not depend on the machine."""
     files: list[Path] = []
     for name in data_path:
         if Path(name).is_dir():
@@ -250,7 +252,7 @@ def _megatron_pair(prefix: str, config: PretrainConfig, cache: Path) -> Corpus:
 
 
 def _tokenizer_size(path: Path) -> int | None:
-    """Different tokens of a file of the ``tokenizers`` library; None if there is no such file."""
+    """Return the size of a tokenizer of the ``tokenizers`` library; None if there is no file."""
     try:
         tokenizer = json.loads(path.read_text(encoding="utf-8"))
         added = [token["id"] for token in tokenizer.get("added_tokens", [])]
@@ -305,7 +307,7 @@ def _check_tokens(corpus: Corpus, token_size: int) -> None:
 
 
 def _read_index(prefix: str) -> tuple[np.ndarray, int]:
-    """Lengths of the sequences of a ``.bin/.idx`` pair, and bytes of a token, if both are whole."""
+    """Return the lengths of a pair's sequences, and bytes of a token, if both files are whole."""
     index_file, data_file = Path(get_idx_path(prefix)), Path(get_bin_path(prefix))
     try:
         # Not IndexedDataset: when that cannot be built, its __del__ prints a stack trace.

@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         "--print-config", action="store_true", help="print every key's value as JSON, and exit"
     )
     for group_type in GROUPS:
-        group = parser.add_argument_group(group_type.__doc__)
+        group = parser.add_argument_group((group_type.__doc__ or "").rstrip(".").lower())
         for key, field in group_type.model_fields.items():
             default = "required" if field.is_required() else f"default: {_show(field.default)}"
             help = f"{field.description} ({default})".replace("%", "%%")  # argparse formats it
@@ -111,7 +111,7 @@ def _show(default: Any) -> str:
 
 
 def _describe(error: ValidationError, path: str | None) -> str:
-    """One line for all of pydantic's complaints."""
+    """Return one line for all of pydantic's complaints."""
     problems, missing = [], []
     for problem in error.errors():
         key = str(problem["loc"][0]) if problem["loc"] else ""

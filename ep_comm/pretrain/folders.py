@@ -17,6 +17,7 @@ def lock_folder(folder: Path, flag: str) -> None:
     A file system without locks keeps nobody out.
 
     Args:
+        folder: It exists.
         flag: What the user named it with.
 
     Raises:

@@ -142,7 +142,7 @@ def _wandb_dir(config: PretrainConfig) -> Path:
 
 
 def _earlier_records(config: PretrainConfig, first_iteration: int) -> list[dict[str, Any]]:
-    """What the log tells of the run that is resumed after `first_iteration`."""
+    """Return what the log tells of the run that is resumed after `first_iteration`."""
     log = config.log_dir / LOG_FILE
     if first_iteration == 0 or not log.exists():
         return []
@@ -150,7 +150,7 @@ def _earlier_records(config: PretrainConfig, first_iteration: int) -> list[dict[
 
 
 def _wandb_run_id(earlier: list[dict[str, Any]]) -> str:
-    """The W&B run that a resumed run goes on with, if its log names one; else a new one."""
+    """Return the W&B run that a resumed run goes on with, if its log names one; else a new one."""
     ids = [record["wandb_run_id"] for record in earlier if "wandb_run_id" in record]
     return os.environ.get("WANDB_RUN_ID") or (ids[-1] if ids else secrets.token_hex(4))
 
@@ -246,7 +246,7 @@ class _WandB:
 
     @staticmethod
     def _start(config: PretrainConfig, start: dict[str, Any]) -> Any:
-        """A run that is online if a key is configured and the server answers, else offline."""
+        """Start a run: online if a key is configured and the server answers, else offline."""
         import wandb
 
         folder = _wandb_dir(config)

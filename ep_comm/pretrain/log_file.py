@@ -27,7 +27,7 @@ WIRE_MIB = "ep/wire-mib"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The valid records of a ``log.jsonl``, in order of their steps.
+    """Return the valid records of a ``log.jsonl``, in order of their steps.
 
     Raises:
         OSError: It cannot be read.
@@ -47,5 +47,5 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def scalars(records: list[dict[str, Any]], kind: str, name: str) -> dict[int, float]:
-    """The value of `name` at each step, of the records of type `kind`."""
+    """Return the value of `name` at each step, of the records of type `kind`."""
     return {r["iteration"]: r[name] for r in records if r["type"] == kind}

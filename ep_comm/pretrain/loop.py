@@ -132,7 +132,7 @@ def pretrain(config: PretrainConfig) -> None:
 def train_step(
     trainee: Trainee, batches: Batches, config: PretrainConfig, num_microbatches: int
 ) -> tuple[torch.Tensor, float]:
-    """One optimizer step; returns this rank's loss, and the gradient norm before clipping."""
+    """Take one optimizer step; return this rank's loss, and the gradient norm before clipping."""
     trainee.model.zero_grad_buffer()
     trainee.optimizer.zero_grad()
     loss = _forward_backward(trainee, batches, config, num_microbatches, forward_only=False)
@@ -145,7 +145,7 @@ def train_step(
 def _validate(
     trainee: Trainee, batches: Batches, config: PretrainConfig, num_microbatches: int
 ) -> float:
-    """Loss over the first `eval_iters` global batches, the same ones each time."""
+    """Return the loss over the first `eval_iters` global batches, the same ones each time."""
     trainee.model.eval()
     losses = [
         _forward_backward(trainee, batches, config, num_microbatches, forward_only=True)
@@ -165,7 +165,7 @@ def _forward_backward(
     *,
     forward_only: bool,
 ) -> torch.Tensor:
-    """Run one global batch; returns this rank's loss, averaged over its microbatches."""
+    """Run one global batch; return this rank's loss, averaged over its microbatches."""
     results = get_forward_backward_func()(
         forward_step_func=_forward_step,
         data_iterator=batches,
@@ -179,7 +179,7 @@ def _forward_backward(
 
 
 def _speed(duration: float, *, config: PretrainConfig, vocab_size: int) -> dict[str, float]:
-    """What a step that took `duration` seconds says of the speed, as `log_file` names it."""
+    """Return the speed of a step that took `duration` seconds, as `log_file` names it."""
     rate = config.global_batch_size * config.seq_length / duration
     flops = flops_per_token(config, padded_vocab_size(vocab_size))
     tflops = 1e-12 * flops * rate / dist.get_world_size()
@@ -204,7 +204,7 @@ def _stopped(config: PretrainConfig, iteration: int) -> str:
 
 
 def _forward_step(batches: Batches, model: torch.nn.Module) -> tuple[torch.Tensor, partial]:
-    """What Megatron's schedules call for one microbatch."""
+    """Return losses and loss function of a microbatch, as Megatron's schedules want them."""
     batch = next(batches)
     losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return losses, partial(_mean_loss, batch["loss_mask"])
@@ -218,7 +218,7 @@ def _mean_loss(
 
 
 def _versions() -> dict[str, str]:
-    """What a run's numbers depend on, for its log."""
+    """Return what a run's numbers depend on, for its log."""
     packages = ["torch", "megatron-core"]
     if have_transformer_engine():
         packages.append("transformer-engine")

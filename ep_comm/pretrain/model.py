@@ -99,8 +99,10 @@ def build(config: PretrainConfig, vocab_size: int, device: torch.device) -> Trai
 
 
 def slow_backend(trainee: Trainee) -> str | None:
-    """Return why ep_comm has only its reference backend on a machine with GPUs; None if it is not
-    so, or no dispatch has made a buffer yet."""
+    """Return why ep_comm has only its reference backend on a machine with GPUs.
+
+    None if it has a faster one, or no dispatch has made a buffer yet.
+    """
     if not torch.cuda.is_available():
         return None
     for _, layer in moe_layers([trainee.model]):
@@ -130,7 +132,7 @@ def gather_parameters(trainee: Trainee) -> None:
 
 
 def have_transformer_engine() -> bool:
-    """Whether Transformer Engine can be used: it is installed, and there is a GPU."""
+    """Return whether Transformer Engine can be used: it is installed, and there is a GPU."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
@@ -204,7 +206,7 @@ def _transformer_config(config: PretrainConfig) -> TransformerConfig:
 
 
 def megatrons_overlap(config: PretrainConfig) -> dict[str, bool]:
-    """Megatron's own overlap as arguments of the `TransformerConfig`: none unless it is on.
+    """Return Megatron's own overlap as arguments of `TransformerConfig`: none unless it is on.
 
     Raises:
         UserError: Megatron-Core or Transformer Engine is too old for it.
@@ -283,8 +285,10 @@ def _gpt_model(
 
 
 def fuse_accumulation(model: torch.nn.Module) -> None:
-    """Have Transformer Engine's layers add their weight gradients to DDP's buffers in the GEMMs
-    that compute them. Megatron's own layers, here the output layer, would need Apex for that."""
+    """Have Transformer Engine's GEMMs add weight gradients to DDP's buffers.
+
+    Megatron's own layers, here the output layer, would need Apex for that.
+    """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True  # type: ignore[assignment]  # no submodule

@@ -104,14 +104,14 @@ class AllToAll:
 
 
 def _by_expert(rows: Tensor, chunks: list[list[int]]) -> Tensor:
-    """From order of source ranks to order of experts."""
+    """Bring rows from the order of source ranks into that of experts."""
     parts = rows.split([count for of_rank in chunks for count in of_rank])
     num_experts = len(chunks[0])
     return torch.cat([part for e in range(num_experts) for part in parts[e::num_experts]])
 
 
 def _by_rank(rows: Tensor, chunks: list[list[int]]) -> Tensor:
-    """The inverse of `_by_expert`."""
+    """Undo `_by_expert`."""
     num_ranks = len(chunks)
     parts = rows.split([count for of_expert in zip(*chunks, strict=True) for count in of_expert])
     return torch.cat([part for r in range(num_ranks) for part in parts[r::num_ranks]])

@@ -54,7 +54,7 @@ class Case:
 
 
 def make_inputs(settings: Settings, rank: int, device: torch.device) -> list[InputSet]:
-    """`NUM_SETS` sets of this rank's inputs, each with rows and routing of its own."""
+    """Draw `NUM_SETS` sets of this rank's inputs, each with rows and routing of its own."""
     tokens, hidden, experts, topk = settings.shape
     sets = []
     for i in range(NUM_SETS):
@@ -74,7 +74,7 @@ def make_inputs(settings: Settings, rank: int, device: torch.device) -> list[Inp
 
 
 def buffer_cases(buffer: Buffer, inputs: list[InputSet], settings: Settings) -> list[Case]:
-    """Dispatch and combine of `buffer`. Collective."""
+    """Return dispatch and combine of `buffer`. Collective."""
     layout = settings.layout
     tokens, hidden, _, topk = settings.shape
     bf16_bytes = tokens * topk * hidden * 2
@@ -137,7 +137,7 @@ def buffer_cases(buffer: Buffer, inputs: list[InputSet], settings: Settings) -> 
 
 
 def graph_cases(cases: list[Case]) -> list[Case]:
-    """Of `buffer_cases`, a dispatch and a combine as CUDA graphs, with the SMs of this moment."""
+    """Return a dispatch and a combine of `buffer_cases` as CUDA graphs, with the SMs of now."""
     by_name = {case.name: case for case in cases}
     return [
         _in_graphs("dispatch, fresh, CUDA graph", by_name["dispatch, fresh, no host wait"]),
@@ -146,7 +146,7 @@ def graph_cases(cases: list[Case]) -> list[Case]:
 
 
 def _in_graphs(name: str, case: Case) -> Case:
-    """The same work, replayed: a graph for each set."""
+    """Return a case that replays the same work, from a graph for each set."""
     graphs: list[torch.cuda.CUDAGraph] = []
     wire_bytes: list[Sequence[int]] = []
     for i in range(NUM_SETS):
@@ -169,7 +169,7 @@ def _in_graphs(name: str, case: Case) -> Case:
 
 
 def alltoall_cases(alltoall: AllToAll, inputs: list[InputSet], settings: Settings) -> list[Case]:
-    """The same by NCCL, as Megatron's alltoall dispatcher does it. Collective."""
+    """Return dispatch and combine by NCCL, as Megatron's alltoall does them. Collective."""
     tokens, hidden, experts, topk = settings.shape
     row_bytes = hidden * 2
     # As Megatron's router gives them.

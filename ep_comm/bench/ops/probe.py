@@ -32,6 +32,7 @@ class Limit:
 
     @property
     def gb_per_s(self) -> float:
+        """The highest of all SM counts."""
         return max(self.gb_per_s_by_sms.values())
 
     @property
@@ -40,7 +41,7 @@ class Limit:
         return self.gb_per_s < REQUIRED_GB_PER_S
 
     def floor_us(self, wire_bytes: float) -> float:
-        """The least time in which that many bytes leave a GPU, in µs."""
+        """Return the least time in which that many bytes leave a GPU, in µs."""
         return wire_bytes / self.gb_per_s / 1e3
 
 

@@ -28,7 +28,7 @@ x limit: call against the time in which the limit carries one copy of a row a ra
 
 
 def headline(run: Run) -> str:
-    """Sizes and the limit; of a void run, that it is void and why."""
+    """Return sizes and limit; of a void run, that it is void and why."""
     shape, settings = run.settings.shape, run.settings
     limit = f"limit {run.limit.gb_per_s:.0f} GB/s"
     if run.limit.is_void:
@@ -43,12 +43,12 @@ def headline(run: Run) -> str:
 
 
 def floor_us(run: Run, result: Result) -> float:
-    """The least time of a result's work at the run's limit, in µs."""
+    """Return the least time of a result's work at the run's limit, in µs."""
     return run.limit.floor_us(result.floor_bytes)
 
 
 def ratio(run: Run, result: Result) -> float:
-    """Median call over its floor; at the limit it is 1."""
+    """Return the median call over its floor; at the limit it is 1."""
     return summarize(result.samples.call).median / floor_us(run, result)
 
 
@@ -58,7 +58,7 @@ def gb_per_s(num_bytes: float, us: float) -> float:
 
 
 def render(run: Run) -> Group:
-    """What rank 0 prints."""
+    """Return what rank 0 prints."""
     table = Table(title=headline(run), title_style="bold red" if run.limit.is_void else "bold")
     table.add_column("case", no_wrap=True)
     for name in (
@@ -77,7 +77,7 @@ def render(run: Run) -> Group:
 
 
 def write_json(run: Run, path: Path) -> None:
-    """Everything: settings, surroundings, and every sample in µs."""
+    """Write everything: settings, surroundings, and every sample in µs."""
     document = {
         "headline": headline(run),
         "void": run.limit.is_void,
@@ -114,7 +114,7 @@ def write_json(run: Run, path: Path) -> None:
 
 
 def write_plot(run: Run, available_sms: int, path: Path) -> None:
-    """Time of the call against SMs, a line a case, each with its floor."""
+    """Draw the time of the call against SMs, a line a case, each with its floor."""
     from matplotlib.figure import Figure  # slow to import, and seldom needed
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")

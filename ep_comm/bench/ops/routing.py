@@ -56,7 +56,7 @@ class RoutingSpec:
             )
 
     def describe(self) -> str:
-        """The routing in a few words."""
+        """Return the routing in a few words."""
         if self.kind == "zipf":
             return f"zipf, skew {self.skew:g}"
         if self.kind == "group-limited":
@@ -89,24 +89,24 @@ def make_routing(
 
 
 def imbalance(counts: Tensor) -> float:
-    """Largest over mean; 1 is even."""
+    """Return largest over mean; 1 is even."""
     return float(counts.max() / counts.double().mean())
 
 
 def tokens_per_expert(topk_idx_TK: Tensor, num_experts: int) -> Tensor:
-    """[E] int64: tokens that select each expert."""
+    """Return [E] int64: tokens that select each expert."""
     return torch.bincount(topk_idx_TK.flatten(), minlength=num_experts)
 
 
 def tokens_per_rank(topk_idx_TK: Tensor, num_experts: int, num_ranks: int) -> Tensor:
-    """[R] int64: tokens that go to each rank, once however many of its experts they select."""
+    """Return [R] int64: tokens that go to each rank, once for all of its experts."""
     goes_TR = torch.zeros(topk_idx_TK.shape[0], num_ranks, dtype=torch.int64)
     goes_TR.scatter_(1, topk_idx_TK // (num_experts // num_ranks), 1)
     return goes_TR.sum(dim=0)
 
 
 def _in_best_groups(scores_TE: Tensor, spec: RoutingSpec) -> Tensor:
-    """The scores, and minus infinity outside each token's best groups."""
+    """Return the scores, and minus infinity outside each token's best groups."""
     scores_TGe = scores_TE.unflatten(1, (spec.num_groups, -1))
     best_two = scores_TGe.topk(min(2, scores_TGe.shape[2]), dim=2).values.sum(dim=2)
     chosen = best_two.topk(spec.group_topk, dim=1).indices
@@ -115,6 +115,6 @@ def _in_best_groups(scores_TE: Tensor, spec: RoutingSpec) -> Tensor:
 
 
 def _popularity(num_experts: int) -> Tensor:
-    """[E] popularity rank of each expert, 0 the most popular: a fixed random permutation."""
+    """Return [E] popularity ranks, 0 the most popular: a fixed random permutation."""
     generator = torch.Generator().manual_seed(_PERMUTATION_SEED)
     return torch.randperm(num_experts, generator=generator)

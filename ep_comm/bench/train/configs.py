@@ -12,6 +12,7 @@ def make_configs(settings: TrainSettings, num_ranks: int | None) -> dict[str, Pr
     """Read the configuration for every variant.
 
     Args:
+        settings: Which variants, and the example's flags.
         num_ranks: Of the job; None where it is not known yet.
 
     Raises:

@@ -43,24 +43,24 @@ class LayerAlone:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Data-parallel ranks do not reduce the gradients of these passes."""
+        """Keep data-parallel ranks from reducing the gradients of these passes."""
         with self._model.no_sync():
             yield
 
     def forward(self) -> Tensor:
-        """[S, B, H], in the same precision as in training."""
+        """Return [S, B, H], in the same precision as in training."""
         with named(FORWARD), get_fp8_context(self._config, self._layer.layer_number - 1):
             output, _ = self._layer(self.hidden)
         return output
 
     def backward(self, output: Tensor) -> None:
-        """Of `forward`'s output, with a gradient of unit variance; weight gradients included."""
+        """Go back from `forward`'s output with a gradient of unit variance; weights included."""
         self.hidden.grad = None
         with named(BACKWARD):
             output.backward(self._grad)
 
     def once(self) -> None:
-        """Forward and backward."""
+        """Run forward and backward."""
         self.backward(self.forward())
 
     def measure(self, watch: Stopwatch, iters: int) -> LayerTimes:
@@ -89,10 +89,11 @@ class LayerAlone:
         return forward, backward
 
     def _hidden(self, watch: Stopwatch, pairs: int) -> tuple[float, ...]:
-        """How much longer the backward takes with the weight gradients behind its combine instead
-        of beside it, in ms; none of a variant that does not overlap them.
+        """Return the ms that a backward gains by weight gradients beside its combine.
 
-        In pairs, now one first, now the other, so that whatever the machine does meets both.
+        That is how much longer it takes with them behind the combine. It is empty where a variant
+        does not overlap them. The passes come in pairs, now one first, now the other: whatever the
+        machine does meets both.
         """
         dispatcher = self._layer.token_dispatcher
         weight_gradients = getattr(dispatcher, "during_backward", None)
@@ -124,7 +125,7 @@ class LayerAlone:
 
     @torch.no_grad()
     def _combine_alone(self, watch: Stopwatch) -> tuple[float, ...]:
-        """Gradients of rows and probabilities to the ranks of their tokens, as the backward does.
+        """Time combines of rows and probabilities, as the backward has them, in ms.
 
         The routing is that of the last forward.
         """

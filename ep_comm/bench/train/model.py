@@ -43,25 +43,25 @@ class Trainer:
         self._batches = _random_batches(config, vocab_size, device)
 
     def step(self, num_microbatches: int) -> Tensor:
-        """One optimizer step; this rank's loss, averaged over its microbatches."""
+        """Take one optimizer step; return this rank's loss, averaged over its microbatches."""
         loss, _ = train_step(self.trainee, self._batches, self.config, num_microbatches)
         samples = num_microbatches * self.config.micro_batch_size * dist.get_world_size()
         self.trainee.scheduler.step(increment=samples)
         return loss
 
     def moe_layers(self) -> list[MoELayer]:
-        """The model's MoE layers, first to last."""
+        """Return the model's MoE layers, first to last."""
         return [layer for _, layer in moe_layers([self.trainee.model])]
 
     def buffers(self) -> set[Buffer]:
-        """ep_comm's buffers; none with other dispatchers, and none before the first step."""
+        """Return ep_comm's buffers; none with other dispatchers, or before the first step."""
         dispatchers = [layer.token_dispatcher for layer in self.moe_layers()]
         buffers = (getattr(dispatcher, "buffer", None) for dispatcher in dispatchers)
         return {buffer for buffer in buffers if buffer is not None}
 
     @contextmanager
     def garbage_collection(self) -> Iterator[None]:
-        """As the example has it during training: off where that is ``manual_gc``."""
+        """Collect garbage as the example does: not at all with ``manual_gc``."""
         gc.collect()
         if getattr(self.config, "manual_gc", False):
             gc.disable()
@@ -71,7 +71,7 @@ class Trainer:
             gc.enable()
 
     def free(self) -> int:
-        """Give all memory back; returns the bytes that are still allocated on the GPU."""
+        """Give all memory back; return the bytes that are still allocated on the GPU."""
         destroy_buffers()
         # Dispatchers keep tensors whose graph holds the data-parallel hooks, which hold the model:
         # a cycle through C++, which Python's collector does not see.
@@ -86,14 +86,14 @@ class Trainer:
 
 
 def vocabulary(config: PretrainConfig) -> int:
-    """Size of the vocabulary: as configured, else that of the example's own text."""
+    """Return the size of the vocabulary: as configured, else that of the example's own text."""
     return config.vocab_size or EOD + 1
 
 
 def _random_batches(
     config: PretrainConfig, vocab_size: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """What `ep_comm.pretrain.data.microbatches` gives, of uniformly random tokens."""
+    """Yield what `ep_comm.pretrain.data.microbatches` does, of uniformly random tokens."""
     generator = torch.Generator(device).manual_seed(config.seed + dist.get_rank())
     shape = config.micro_batch_size, config.seq_length
     mask = torch.ones(shape, device=device)

@@ -106,7 +106,7 @@ def record(call: Callable[[], object], device: torch.device, path: Path) -> list
 
 
 def read_trace(path: Path) -> list[Event]:
-    """Events of an exported trace that have a duration."""
+    """Return the events of an exported trace that have a duration."""
     with gzip.open(path, "rt") as file:
         return [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
 
@@ -138,7 +138,7 @@ def summarize_trace(events: Iterable[Event], range_name: str) -> Profile:
 
 
 def bars(events: Iterable[Event], range_name: str) -> list[Bar]:
-    """What the GPU did for a range, by time; 0 is the begin of the first."""
+    """Return what the GPU did for a range, by time; 0 is the begin of the first."""
     events = list(events)
     work = sorted(_launched(events, *_range(events, range_name)), key=lambda event: event["ts"])
     return [
@@ -153,7 +153,7 @@ def bars(events: Iterable[Event], range_name: str) -> list[Bar]:
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of (start, end) intervals."""
+    """Return the length of the union of (start, end) intervals."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
@@ -167,7 +167,7 @@ def _range(events: list[Event], name: str) -> tuple[float, float]:
 
 
 def _launched(events: list[Event], begin: float, end: float) -> list[Event]:
-    """The GPU's work that was launched between two times, by any thread (backward has its own)."""
+    """Return the GPU's work of launches between two times, by any thread: backward has its own."""
     correlations = {
         event["args"]["correlation"]
         for event in events
@@ -184,7 +184,7 @@ def _launched(events: list[Event], begin: float, end: float) -> list[Event]:
 
 @contextmanager
 def _visible_wait_for_sizes() -> Iterator[None]:
-    """The host's wait for the sizes of a new dispatch polls memory: give it a name in the trace."""
+    """Give the wait for the sizes of a new dispatch, which polls memory, a name in the trace."""
     original = Mailbox.sizes
 
     def sizes(self: Mailbox, *args: Any) -> Any:

@@ -66,7 +66,7 @@ def write_report(run: TrainRun, out: Path, console: Console) -> None:
 
 
 def headline(run: TrainRun) -> str:
-    """The model and the job."""
+    """Return the model and the job in a line."""
     config = run.config
     return (
         f"{run.settings.config.stem}: {config['num_layers']} layers, "
@@ -78,7 +78,7 @@ def headline(run: TrainRun) -> str:
 
 
 def baseline(run: TrainRun) -> str:
-    """What alltoall and the others have in common."""
+    """Return what alltoall and the others have in common."""
     config = run.config
     switches = ", ".join(
         f"{key} {'on' if config[key] else 'off'}" for key in _BASELINE if key in config
@@ -92,7 +92,7 @@ def baseline(run: TrainRun) -> str:
 
 
 def render(run: TrainRun) -> Group:
-    """What rank 0 prints."""
+    """Return what rank 0 prints."""
     known = [f"{name} {version}" for name, version in versions().items()]
     surroundings = f"{', '.join(known)}; commit {commit() or 'none'}"
     return Group(
@@ -108,7 +108,7 @@ def render(run: TrainRun) -> Group:
 
 
 def document(run: TrainRun) -> dict[str, Any]:
-    """Everything: settings, surroundings, figures, and every sample."""
+    """Return everything: settings, surroundings, figures, and every sample."""
     settings = run.settings
     return {
         "headline": headline(run),
@@ -136,7 +136,7 @@ def document(run: TrainRun) -> dict[str, Any]:
 
 
 def draw_steps(run: TrainRun, path: Path) -> None:
-    """Median step time, a bar a variant, with its least and its 90th percentile."""
+    """Draw the median step time, a bar a variant, with its least and its 90th percentile."""
     from matplotlib.figure import Figure  # slow to import
 
     counts, names = run.settings.microbatches, run.settings.variants
@@ -155,7 +155,7 @@ def draw_steps(run: TrainRun, path: Path) -> None:
 
 
 def _overlap_timelines(run: TrainRun) -> dict[str, tuple[Bar, ...]]:
-    """Backwards of the variants with overlap, each after the one without it."""
+    """Return backwards of the variants with overlap, each after the one without it."""
     known = {name: found.backward_bars for name, found in run.inspections.items()}
     timelines: dict[str, tuple[Bar, ...]] = {}
     for name, bars in known.items():

@@ -129,16 +129,16 @@ class TrainRun:
         return next(iter(self.configs.values()))
 
     def step_ms(self, name: str, count: int) -> Summary:
-        """Of all steps in all blocks."""
+        """Return the times of all steps in all blocks."""
         return summarize(tuple(ms for block in self._blocks(name, count) for ms in block.step_ms))
 
     def tokens_per_s(self, name: str, count: int) -> float:
-        """Of one GPU, in the median step."""
+        """Return the tokens a second of one GPU, in the median step."""
         tokens = count * self.config["micro_batch_size"] * self.config["seq_length"]
         return 1e3 * tokens / self.step_ms(name, count).median
 
     def speedup(self, name: str, count: int) -> Speedup | None:
-        """Over the variant's reference; None if that was not measured."""
+        """Return the speedup over the variant's reference; None if that was not measured."""
         theirs = {b.block: median(b.step_ms) for b in self._blocks(reference_of(name), count)}
         if not theirs:
             return None
@@ -146,27 +146,27 @@ class TrainRun:
         return Speedup(of_blocks=tuple(ratios))
 
     def peak_bytes(self, name: str, count: int) -> int | None:
-        """The highest of all blocks; None where it is not known."""
+        """Return the highest of all blocks; None where it is not known."""
         peaks = (b.peak_bytes for b in self._blocks(name, count))
         return max((peak for peak in peaks if peak is not None), default=None)
 
     def num_allocations(self, name: str, count: int) -> int | None:
-        """Of all blocks; None where it is not known."""
+        """Return the sum of all blocks; None where it is not known."""
         counts = [b.num_allocations for b in self._blocks(name, count)]
         known = [count for count in counts if count is not None]
         return sum(known) if len(known) == len(counts) else None
 
     def memory_ratio(self, name: str, count: int) -> float | None:
-        """Peak memory over the reference's; None if either is not known."""
+        """Return peak memory over the reference's; None if either is not known."""
         mine, theirs = (self.peak_bytes(n, count) for n in (name, reference_of(name)))
         return mine / theirs if mine and theirs else None
 
     def loss(self, name: str, count: int) -> float:
-        """Of the last step of the last block."""
+        """Return that of the last step of the last block."""
         return [block.loss for block in self._blocks(name, count)][-1]
 
     def layer_ratio(self, name: str) -> float | None:
-        """MoE layer alone, forward and backward: the reference's time over the variant's."""
+        """Return the reference's time of the layer alone, both ways, over the variant's."""
         reference = reference_of(name)
         if reference not in self.inspections:
             return None
@@ -174,7 +174,7 @@ class TrainRun:
         return theirs / ours
 
     def hidden_share(self, name: str) -> float | None:
-        """Part of the backward combine that the weight gradients hide; None without our overlap.
+        """Return the part of the backward combine that the weight gradients hide; None without.
 
         (T_serial - T_overlapped) / T_combine: the median of the pairs over that of the combine
         alone at its fastest.

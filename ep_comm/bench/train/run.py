@@ -98,7 +98,7 @@ def run(
 
 
 def _warm(config: PretrainConfig, settings: TrainSettings, device: torch.device) -> Trainer:
-    """A model that has taken its first steps.
+    """Build a model and take its first steps.
 
     Raises:
         UserError: There is no room for it beside the others.
@@ -124,7 +124,7 @@ def _measure(
     block: int,
     own_bytes: int,
 ) -> Block:
-    """One visit: `settings.steps` steps, after one for the caches."""
+    """Time one visit: `settings.steps` steps, after one for the caches."""
     watch = Stopwatch(trainer.device, settings.steps)
     on_gpu = trainer.device.type == "cuda"
     gc.collect()
@@ -158,7 +158,7 @@ def _measure(
 
 
 def _inspect(trainer: Trainer, settings: TrainSettings, trace: Path) -> Inspection:
-    """A variant alone, before the blocks."""
+    """Measure a variant alone, before the blocks."""
     microbatches = settings.microbatches[0]
     for _ in range(settings.warmup + _DISCARDED_STEPS):
         trainer.step(microbatches)
@@ -170,7 +170,7 @@ def _inspect(trainer: Trainer, settings: TrainSettings, trace: Path) -> Inspecti
 
 
 def _profile(trainer: Trainer, layer: LayerAlone, microbatches: int, trace: Path) -> dict:
-    """Of a step and of the layer alone; on a CPU and on ranks other than 0 nothing."""
+    """Profile a step and the layer alone; empty on a CPU and on ranks other than 0."""
     if trainer.device.type != "cuda":
         return {}
     step_events = record(
@@ -208,7 +208,7 @@ def _peak_bytes(trainer: Trainer, others: int, watch: Stopwatch) -> int:
 
 
 def _allocated(device: torch.device) -> int:
-    """Bytes that torch has given out; 0 on a CPU."""
+    """Return the bytes that torch has given out; 0 on a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
@@ -217,7 +217,7 @@ def _num_allocations(trainer: Trainer) -> int:
 
 
 def _most(count: int, watch: Stopwatch) -> int:
-    """Of any rank."""
+    """Return the largest count of any rank."""
     return int(watch.slowest([float(count)])[0])
 
 

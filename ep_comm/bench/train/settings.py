@@ -41,11 +41,11 @@ class TrainSettings:
     warmup: int
 
     def arguments(self, variant: str) -> list[str]:
-        """The example's command line for a variant."""
+        """Return the example's command line for a variant."""
         return ["--config", str(self.config), *self.flags, *VARIANTS[variant]]
 
     def order(self, block: int) -> tuple[str, ...]:
-        """The variants in the order of a block: each block begins with another one."""
+        """Return the variants in the order of a block: each block begins with another one."""
         first = block % len(self.variants)
         return self.variants[first:] + self.variants[:first]
 
@@ -63,8 +63,13 @@ def make_train_settings(
     """Check what the user asked for, as far as the example's configuration is not needed.
 
     Args:
-        variants, microbatches: Comma-separated.
+        config: YAML file of the example.
         extra: Further flags of the example.
+        variants: Comma-separated names.
+        microbatches: Comma-separated numbers.
+        blocks: Visits of each variant.
+        steps: Timed steps of a visit.
+        warmup: Steps of each variant before the first block.
 
     Raises:
         EPArgumentError: Something of it is wrong.

@@ -18,13 +18,13 @@ _KINDS = (
 
 
 def kind_of(kernel: str) -> str:
-    """What a kernel does, by its name."""
+    """Return what a kernel does, by its name."""
     name = kernel.lower()
     return next(kind for kind, _, parts in _KINDS if any(part in name for part in parts))
 
 
 def draw_timelines(timelines: Mapping[str, Sequence[Bar]], title: str, path: Path) -> None:
-    """One timeline above the other, with one scale, a row for each stream.
+    """Draw one timeline above the other, with one scale, a row for each stream.
 
     Args:
         timelines: By name.
