@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -30,6 +29,9 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
+
+from ep_comm.bench.tables import markdown_table, number
+from ep_comm.bench.timing import summarize
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,9 +57,8 @@ class Table:
             for i in range(len(self.columns))
             if i == 0 or any(row[i] is not None for row in self.rows)
         ]
-        lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
-        cells = [[_text(line[i]) for i in kept] for line in lines]
-        return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+        columns, *rows = [[line[i] for i in kept] for line in (self.columns, *self.rows)]
+        return "\n".join(markdown_table([str(name) for name in columns], rows))
 
 
 @dataclass(frozen=True)
@@ -81,21 +82,8 @@ class Page:
     tables: Callable[[Document], list[Table]]
 
 
-def _text(cell: Cell) -> str:
-    return "–" if cell is None else str(cell).replace("|", "\\|")
-
-
-def _number(value: float | None, form: str = ".0f") -> str | None:
-    return None if value is None else format(value, form)
-
-
 def _median(samples: list[float]) -> float | None:
     return median(samples) if samples else None
-
-
-def _percentile_90(samples: list[float]) -> float:
-    """The least sample that 90 % do not exceed, as `ep_comm.bench.timing.summarize` has it."""
-    return sorted(samples)[math.ceil(0.9 * len(samples)) - 1]
 
 
 def _variant(name: str) -> str:
@@ -117,9 +105,8 @@ def _operation_tables(document: Document) -> list[Table]:
 def _operation_row(result: Document) -> list[Cell]:
     samples = result["samples_us"]
     times = {name: _median(found) for name, found in samples.items()}
-    call, spread = samples["call"], None
-    if len(call) > 1:
-        spread = f"{min(call):.0f}–{_percentile_90(call):.0f}"
+    call = summarize(samples["call"])
+    spread = f"{call.min:.0f}–{call.p90:.0f}" if len(samples["call"]) > 1 else None
     rates = (
         result[f"{of}_bytes"] / times["call"] / 1e3 if f"{of}_bytes" in result else None
         for of in ("wire", "logical")
@@ -127,11 +114,11 @@ def _operation_row(result: Document) -> list[Cell]:
     return [
         result["case"],
         {None: None, 0: "all"}.get(result["num_sms"], result["num_sms"]),
-        *(_number(us) for us in (result["floor_us"], times["kernel"], times["call"])),
+        *(number(us, ".0f") for us in (result["floor_us"], times["kernel"], times["call"])),
         spread,
-        _number(result["ratio"], ".2f"),
-        *(_number(times[name]) for name in ("unaligned", "idle", "host", "host_idle")),
-        *(_number(rate) for rate in rates),
+        number(result["ratio"], ".2f"),
+        *(number(times[name], ".0f") for name in ("unaligned", "idle", "host", "host_idle")),
+        *(number(rate, ".0f") for rate in rates),
     ]
 
 
@@ -153,11 +140,11 @@ def _operations(documents: Iterable[Document]) -> Table:
                 if result["case"] == case
             }
             calls = {sms: _call(ours[sms]) for sms in (0, _FEW_SMS) if sms in ours}
-            row: list[Cell] = [f"{_setting(document)}: {says}", _number(ours[0]["floor_us"])]
-            row += [_number(calls[0]), _number(calls.get(_FEW_SMS))]
+            row: list[Cell] = [f"{_setting(document)}: {says}", number(ours[0]["floor_us"], ".0f")]
+            row += [number(calls[0], ".0f"), number(calls.get(_FEW_SMS), ".0f")]
             for peer in peers:
                 call = None if "known" in says else theirs.get((peer, case.split(",")[0]))
-                row += [_number(call), None if call is None else f"{call / calls[0]:.1f} ×"]
+                row += [number(call, ".0f"), None if call is None else f"{call / calls[0]:.1f} ×"]
             rows.append(row)
     columns = ["µs", "links alone", "ep_comm", f"ep_comm, {_FEW_SMS} SMs"]
     return Table(columns + [c for peer in peers for c in (peer, f"{peer} ÷ ep_comm")], rows)
@@ -200,12 +187,12 @@ def _step_tables(document: Document) -> list[Table]:
         [
             _variant(result["variant"]),
             result["microbatches"],
-            _number(result["step_ms"]["median"], ".1f"),
+            number(result["step_ms"]["median"], ".1f"),
             f"{result['step_ms']['min']:.1f}–{result['step_ms']['p90']:.1f}",
             _speedup(result),
             ", ".join(f"{ratio:.2f}" for ratio in result["ratio_of_blocks"] or []) or None,
-            _number(result["tokens_per_s_per_gpu"], ",.0f"),
-            _number(result["peak_bytes"] and result["peak_bytes"] / 2**30, ".1f"),
+            number(result["tokens_per_s_per_gpu"], ",.0f"),
+            number(result["peak_bytes"] and result["peak_bytes"] / 2**30, ".1f"),
         ]
         for result in document["results"]
     ]
@@ -224,9 +211,9 @@ def _layer_tables(document: Document) -> list[Table]:
         layer, ratio = found["layer"], document["layer_ratio"][name]
         passes = [found.get("layer_forward"), found.get("layer_backward")]
         kernels = sum(each["kernels"] for each in passes) if all(passes) else layer.get("kernels")
-        times = (_number(_median(layer[part]), ".2f") for part in ("forward", "backward", "total"))
+        times = (number(_median(layer[part]), ".2f") for part in ("forward", "backward", "total"))
         shown = None if ratio in (None, 1.0) else f"{ratio:.2f}"
-        hidden = _number(document.get("hidden_share", {}).get(name), ".0%")
+        hidden = number(document.get("hidden_share", {}).get(name), ".0%")
         rows.append([_variant(name), *times, shown, kernels, hidden])
     columns = (
         "MoE layer alone; forward, ms; backward, ms; both; alltoall ÷ this; kernels; combine hidden"
@@ -280,13 +267,13 @@ def _convergence_tables(document: Document) -> list[Table]:
             [
                 _variant(name),
                 variant["seed"],
-                *(_number(variant[f"final_{of}_loss"], ".6f") for of in ("train", "valid")),
+                *(number(variant[f"final_{of}_loss"], ".6f") for of in ("train", "valid")),
                 *(_difference(found[key]) for key in ("largest", "mean")),
-                _number(share, ".2g"),
+                number(share, ".2g"),
                 _difference(found["final_valid"]),
-                _number(variant["offset"], "+.3f"),
-                _number(variant["tokens_per_s"], ",.0f"),
-                _number(variant["wire_mib"], ".2f"),
+                number(variant["offset"], "+.3f"),
+                number(variant["tokens_per_s"], ",.0f"),
+                number(variant["wire_mib"], ".2f"),
                 variant["verdict"],
             ]
         )
@@ -294,7 +281,7 @@ def _convergence_tables(document: Document) -> list[Table]:
 
 
 def _difference(value: float | None) -> str | None:
-    return "0" if value == 0 else _number(value, ".2e")
+    return "0" if value == 0 else number(value, ".2e")
 
 
 def _pair_tables(pairs: Document) -> list[Table]:

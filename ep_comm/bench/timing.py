@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from ep_comm.telemetry.records import Records
+from ep_comm.telemetry.records import Records, timed
 
 UNALIGNED_CALLS = 20
 _UNALIGNED_REPEATS = 5
 # About half a millisecond: more than the host needs to launch any of the measured calls.
 _SPIN_CYCLES = 1_000_000
-
-Mark = float | torch.cuda.Event
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +58,10 @@ class Summary:
     p90: float
 
 
-def summarize(samples: tuple[float, ...]) -> Summary:
+def summarize(samples: Sequence[float]) -> Summary:
     """Return the summary of at least one sample."""
-    ascending = sorted(samples)
-    return Summary(
-        median=statistics.median(ascending),
-        min=ascending[0],
-        p90=ascending[math.ceil(0.9 * len(ascending)) - 1],
-    )
+    p90 = float(np.percentile(samples, 90, method="inverted_cdf"))
+    return Summary(median=statistics.median(samples), min=min(samples), p90=p90)
 
 
 class Stopwatch:
@@ -91,16 +86,16 @@ class Stopwatch:
         """
         self._synchronize()
         before = records.num_operations if records else 0
-        aligned = [self._aligned(call, i) for i in range(self._iters)]
+        aligned = [self._sample(call, i, self.align) for i in range(self._iters)]
         # Of a new dispatch the reference backend has a record for its plan too.
         ended = [r for r in records.since(before) if r.op != "plan"] if records else []
-        from_idle = [self._from_idle(call, i) for i in range(self._iters)]
+        from_idle = [self._sample(call, i, self.align_from_idle) for i in range(self._iters)]
         in_a_row = [self.back_to_back(call, UNALIGNED_CALLS) for _ in range(_UNALIGNED_REPEATS)]
         return Samples(
-            call=self.slowest([self._us(start, end) for start, end, _ in aligned]),
-            idle=self.slowest([self._us(start, end) for start, end, _ in from_idle]),
-            host=self.of_slowest([host_us for _, _, host_us in aligned]),
-            host_idle=self.of_slowest([host_us for _, _, host_us in from_idle]),
+            call=self.slowest([1e6 * span.seconds for span, _ in aligned]),
+            idle=self.slowest([1e6 * span.seconds for span, _ in from_idle]),
+            host=self.of_slowest([host_us for _, host_us in aligned]),
+            host_idle=self.of_slowest([host_us for _, host_us in from_idle]),
             kernel=self.slowest([1e6 * record.seconds for record in ended]),
             unaligned=self.slowest(in_a_row),
         )
@@ -108,10 +103,10 @@ class Stopwatch:
     def back_to_back(self, call: Callable[[int], object], count: int) -> float:
         """Return the µs of one of `count` calls with nothing between them, on this rank."""
         self.align_from_idle()
-        start = self._mark()
-        for i in range(count):
-            call(i)
-        return self._us(start, self._mark()) / count
+        with timed(self.device) as span:
+            for i in range(count):
+                call(i)
+        return 1e6 * span.seconds / count
 
     def slowest(self, samples_us: list[float]) -> tuple[float, ...]:
         """Return each sample as the rank took for which it was longest."""
@@ -138,35 +133,16 @@ class Stopwatch:
         self._synchronize()
         dist.all_reduce(self._token)
 
-    def _aligned(self, call: Callable[[int], object], i: int) -> tuple[Mark, Mark, float]:
-        self.align()
-        return self._call(call, i)
-
-    def _from_idle(self, call: Callable[[int], object], i: int) -> tuple[Mark, Mark, float]:
-        self.align_from_idle()
-        return self._call(call, i)
-
-    def _call(self, call: Callable[[int], object], i: int) -> tuple[Mark, Mark, float]:
-        start = self._mark()
-        begin = time.perf_counter()
-        call(i)
-        host_us = (time.perf_counter() - begin) * 1e6
-        return start, self._mark(), host_us
+    def _sample(
+        self, call: Callable[[int], object], i: int, align: Callable[[], None]
+    ) -> tuple[Any, float]:  # what `timed` yields, and µs of the host
+        align()
+        with timed(self.device) as span:
+            begin = time.perf_counter()
+            call(i)
+            host_us = (time.perf_counter() - begin) * 1e6
+        return span, host_us
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def _mark(self) -> Mark:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _us(self, start: Mark, end: Mark) -> float:
-        if isinstance(start, float) or isinstance(end, float):
-            assert isinstance(start, float) and isinstance(end, float)  # marks of one device
-            return (end - start) * 1e6
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3

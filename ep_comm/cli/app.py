@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -95,8 +93,7 @@ def compare(
             plan,
             out or Path("runs", f"compare-{config.stem}"),
             Tolerances(noise=tolerance_noise, fp8=tolerance_fp8),
-            Console(),
-            command=shlex.join(["ep-comm", *sys.argv[1:]]),
+            Console(markup=False, highlight=False, soft_wrap=True),
         )
     raise typer.Exit(code)
 

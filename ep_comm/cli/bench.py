@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, cast
+from typing import IO, Annotated, cast
 
 import typer
 from rich.console import Console
 
 from ep_comm.pretrain.variants import VARIANTS
-
-if TYPE_CHECKING:
-    from ep_comm.bench.train.settings import TrainSettings
 
 _TABLE_WIDTH = 160  # of the widest table: less would cut figures
 
@@ -93,8 +90,7 @@ def bench(
         available_sms = torch.cuda.get_device_properties(device).multi_processor_count
         settings.check_job(dist.get_world_size(), available_sms)
         on_rank_0(lambda: out.mkdir(parents=True, exist_ok=True))
-        is_first = dist.get_rank() == 0
-        progress = Console(stderr=True, quiet=not is_first)
+        progress = Console(stderr=True, quiet=dist.get_rank() != 0)
         result = run(settings, device, progress.print)
 
         def report() -> None:
@@ -135,15 +131,18 @@ def train(
     any other --key value goes to its configuration, as in --num-layers 2. Ratios are
     alltoall's time over the variant's (above 1: faster), for FP8 experts alltoall-fp8's.
     """
-    from ep_comm.bench.train.settings import make_train_settings
-    from ep_comm.job.exits import needs_extra, user_errors_exit
+    import torch.distributed as dist
+
+    from ep_comm.job.exits import UserError, needs_extra, user_errors_exit
+    from ep_comm.job.start import agree, has_launcher, on_rank_0
 
     # Whatever the trainings print is progress; the report alone goes to stdout.
-    with user_errors_exit(), contextlib.redirect_stdout(sys.stderr):
-        with needs_extra("megatron"):
-            from ep_comm.pretrain.config_files import find_config
+    with user_errors_exit(), contextlib.redirect_stdout(sys.stderr), needs_extra("megatron"):
+        from ep_comm.bench.train.settings import make_configs, make_train_settings
+        from ep_comm.pretrain.start import join, prepare_megatron
+
         settings = make_train_settings(
-            config=find_config(config),
+            config=config,
             extra=context.args,
             variants=variants,
             microbatches=microbatches,
@@ -151,36 +150,21 @@ def train(
             steps=steps,
             warmup=warmup,
         )
-        _train(settings, out)
-
-
-def _train(settings: TrainSettings, out: Path) -> None:
-    """Join the job, measure and report."""
-    import torch.distributed as dist
-
-    from ep_comm.job.exits import UserError, needs_extra
-    from ep_comm.job.start import agree, has_launcher, on_rank_0
-
-    with needs_extra("megatron"):
-        from ep_comm.bench.train.configs import make_configs
-        from ep_comm.pretrain.start import join, prepare_megatron
-
-    if not has_launcher():
-        make_configs(settings, num_ranks=None)  # mistakes, without torchrun
-        raise UserError(
-            "start it with torchrun --nproc_per_node=N -m ep_comm.cli bench train --config ..."
-        )
-    device = join()
-    configs = agree(lambda: make_configs(settings, dist.get_world_size()))
-    on_rank_0(lambda: out.mkdir(parents=True, exist_ok=True))
-    prepare_megatron()
-    with needs_extra("megatron"):
+        if not has_launcher():
+            make_configs(settings, num_ranks=None)  # mistakes, without torchrun
+            raise UserError(
+                "start it with torchrun --nproc_per_node=N -m ep_comm.cli bench train --config ..."
+            )
+        device = join()
+        configs = agree(lambda: make_configs(settings, dist.get_world_size()))
+        on_rank_0(lambda: out.mkdir(parents=True, exist_ok=True))
+        prepare_megatron()
         from ep_comm.bench.train.report import write_report
         from ep_comm.bench.train.run import run  # imports Megatron: only now
 
-    progress = Console(stderr=True, quiet=dist.get_rank() != 0, soft_wrap=True, highlight=False)
-    result = run(settings, configs, device, out, progress.print)
-    on_rank_0(lambda: write_report(result, out, _console(sys.__stdout__)))
+        progress = Console(stderr=True, quiet=dist.get_rank() != 0, soft_wrap=True, highlight=False)
+        result = run(settings, configs, device, out, progress.print)
+        on_rank_0(lambda: write_report(result, out, _console(sys.__stdout__)))
     dist.destroy_process_group()
 
 

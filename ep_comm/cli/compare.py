@@ -31,9 +31,7 @@ from ep_comm.job.exits import UserError
 PASSED, RUN_FAILED, OUTSIDE_TOLERANCES = 0, 1, 3  # 2: a user's error
 
 
-def compare(
-    plan: Plan, out: Path, tolerances: Tolerances, console: Console, *, command: str
-) -> int:
+def compare(plan: Plan, out: Path, tolerances: Tolerances, console: Console) -> int:
     """Train what is not trained yet, and report.
 
     Args:
@@ -41,7 +39,6 @@ def compare(
         out: Folder of the report, the logs and, until a run is finished, its checkpoints.
         tolerances: What a variant may differ by.
         console: Where progress and outcome are shown.
-        command: The command line that was given, for the report.
 
     Returns:
         Exit code: `PASSED`, `RUN_FAILED`, `OUTSIDE_TOLERANCES`, or 128 and the number of the
@@ -62,9 +59,9 @@ def compare(
                 "trained"
             )
         for note in plan.notes:
-            console.print(note, highlight=False, soft_wrap=True)
+            console.print(note)
         for name, reason in plan.skipped.items():
-            console.print(f"{name} is skipped: {reason}", highlight=False, soft_wrap=True)
+            console.print(f"{name} is skipped: {reason}")
         try:
             with interruptible(), Display(console, plan) as display:
                 for variant in plan.variants:
@@ -81,8 +78,8 @@ def compare(
             print(f"error: {variant} {failure}", file=sys.stderr)
             return RUN_FAILED
         runs = {name: read_run(directory.log(name), plan.steps) for name in plan.variants}
-        document = write_report(plan, directory, runs, tolerances, command)
-    console.print(_table(document))
+        document = write_report(plan, directory, runs, tolerances)
+    console.print(_table(document), soft_wrap=False)
     _say_where(plan, directory, console)
     return OUTSIDE_TOLERANCES if document["passed"] is False else PASSED
 
@@ -109,21 +106,19 @@ def _table(document: dict[str, Any]) -> Table:
 
 
 def _say_where(plan: Plan, directory: Directory, console: Console) -> None:
-    """Where the report is, and how its W&B runs are uploaded."""
-    say = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
-    say(f"report: {directory.path / 'report.md'}")
+    """Say where the report is, and how its W&B runs are uploaded."""
+    console.print(f"report: {directory.path / 'report.md'}")
     if not plan.settings["wandb_project"]:
         return
     offline = [folder for name in plan.variants for folder in _offline_run(plan, directory, name)]
     if offline:
-        say("W&B runs, offline; to upload them:")
-        say(f"wandb sync {shlex.join(map(str, offline))}")
+        console.print(f"W&B runs, offline; to upload them:\nwandb sync {shlex.join(offline)}")
     else:
-        say(f"W&B: project {plan.settings['wandb_project']}, group {directory.group}")
+        console.print(f"W&B: project {plan.settings['wandb_project']}, group {directory.group}")
 
 
-def _offline_run(plan: Plan, directory: Directory, variant: str) -> list[Path]:
-    """Folder of a variant's W&B run if that is offline; the latest has all steps."""
+def _offline_run(plan: Plan, directory: Directory, variant: str) -> list[str]:
+    """Return the folder of a variant's W&B run if that is offline; the latest has all steps."""
     ids = [r["wandb_run_id"] for r in directory.log(variant) if "wandb_run_id" in r]
     parent = Path(plan.settings["wandb_save_dir"] or directory.run_dir(variant)) / "wandb"
-    return sorted(parent.glob(f"offline-run-*-{ids[-1]}"))[-1:] if ids else []
+    return sorted(map(str, parent.glob(f"offline-run-*-{ids[-1]}")))[-1:] if ids else []

@@ -8,8 +8,6 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -18,7 +16,7 @@ import torch.distributed as dist
 from ep_comm import EPConfig, _native
 from ep_comm._native import header
 from ep_comm.backends.nvlink import support as nvlink_support
-from ep_comm.job.environment import versions
+from ep_comm.job.environment import output_of, versions
 
 # What changes how the links, the queues and the network are used.
 ENVIRONMENT = (
@@ -99,16 +97,9 @@ def link_names(topology: str) -> list[list[str]]:
 
 def _links(num_gpus: int) -> list[list[str]] | None:
     """Return kinds of links in torch's numbering of the GPUs, where that can be known."""
-    nvidia_smi = shutil.which("nvidia-smi")
-    if nvidia_smi is None or os.environ.get("CUDA_VISIBLE_DEVICES"):
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):
         return None  # nvidia-smi numbers all GPUs, torch the visible ones
-    try:
-        result = subprocess.run(
-            [nvidia_smi, "topo", "-m"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    links = link_names(result.stdout)
+    links = link_names(output_of(["nvidia-smi", "topo", "-m"]))
     return links if len(links) == num_gpus else None
 
 

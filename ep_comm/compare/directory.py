@@ -12,7 +12,7 @@ from typing import Any
 
 from ep_comm.compare.plan import Plan
 from ep_comm.job.exits import UserError
-from ep_comm.job.lock import InUse, lock
+from ep_comm.job.files import lock, write_json
 from ep_comm.pretrain.log_file import LOG_FILE, read_log
 
 PLAN_FILE = "plan.json"
@@ -52,8 +52,7 @@ class Directory:
         date = datetime.now().strftime("%Y%m%d-%H%M%S")
         name = f"compare-{plan.config.stem}-{date}"
         self.group = os.environ.get("WANDB_RUN_GROUP", name)
-        text = json.dumps({"group": self.group, "begun_with": here}, indent=1)
-        write_text(path / PLAN_FILE, text + "\n")
+        write_json(path / PLAN_FILE, {"group": self.group, "begun_with": here})
 
     def run_dir(self, variant: str) -> Path:
         """Return the folder of one run's logs and checkpoints."""
@@ -95,19 +94,10 @@ def locked(path: Path) -> Iterator[int]:
         strangers = [file.name for file in path.iterdir() if file.name != _LOCK_FILE]
         if strangers and not (path / PLAN_FILE).exists():
             raise UserError(f"--out {path} holds other things ({min(strangers)})")
-        descriptor = lock(path / _LOCK_FILE)
-    except InUse as holder:
-        raise UserError(f"--out {path} is in use by {holder}") from None
+        descriptor = lock(path / _LOCK_FILE, f"--out {path}")
     except OSError as error:
         raise UserError(f"--out {path} cannot be used: {error.strerror}") from None
     try:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

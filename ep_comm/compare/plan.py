@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from ep_comm.job.exits import UserError, needs_extra
+from ep_comm.megatron.names import NAME as EP_COMM
+from ep_comm.megatron.names import STOCK as REFERENCE
 from ep_comm.pretrain import variants
 from ep_comm.pretrain.variants import first_owned
 
-REFERENCE = variants.ALLTOALL
-EP_COMM = variants.EP_COMM
 FP8 = f"{EP_COMM}-fp8"
 FP8_EXPERTS = f"{EP_COMM}-fp8-experts"
 FP8_ALL = f"{EP_COMM}-fp8-all"
@@ -202,8 +202,11 @@ def make_plan(
     notes: list[str] = []
     if steps is not None:
         flags += ["--train-iters", str(steps)]
-        shorter, note = _shorter_warmup(read_config(config), extra, steps)
-        flags, notes = [*flags, *shorter], [*notes, *note]
+        if warmup := _too_long_warmup(read_config(config), extra, steps):
+            flags += ["--lr-warmup-iters", str(steps // 10)]
+            notes = [
+                f"lr_warmup_iters is {steps // 10} instead of {warmup}: there are but {steps} steps"
+            ]
     if wandb_project is not None:
         flags += ["--wandb-project", wandb_project]
     settings = _settings(script, config, flags)
@@ -227,17 +230,16 @@ def make_plan(
     )
 
 
-def _shorter_warmup(
-    values: dict[str, Any], flags: Sequence[str], steps: int
-) -> tuple[list[str], list[str]]:
-    """Return flags and a note for a run that would end before its learning rate has risen."""
+def _too_long_warmup(values: dict[str, Any], flags: Sequence[str], steps: int) -> int | None:
+    """Return the warm-up of a file whose learning rate would rise to the end; None if it is not.
+
+    The user's own flags are left alone.
+    """
     warmup = values.get("lr_warmup_iters", 0)
     given = {flag.split("=")[0] for flag in flags} & {"--lr-warmup-iters", "--lr-decay-iters"}
-    if given or values.get("lr_decay_iters") or not isinstance(warmup, int) or warmup < steps:
-        return [], []
-    shorter = steps // 10
-    note = f"lr_warmup_iters is {shorter} instead of {warmup}: there are but {steps} steps"
-    return ["--lr-warmup-iters", str(shorter)], [note]
+    if given or values.get("lr_decay_iters") or not isinstance(warmup, int):
+        return None
+    return warmup if warmup >= steps else None
 
 
 def _parse_variants(text: str) -> list[str]:

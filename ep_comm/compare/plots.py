@@ -38,7 +38,7 @@ def plot_losses(runs: Mapping[str, Run], window: int, title: str, path: Path) ->
     axes[0].set_ylabel("loss")
     note = f"lines: mean of the last {window} steps\nfaint: each step\ncircles: validation"
     _finish(axes, note)
-    _save(figure, path)
+    figure.savefig(path, dpi=90)
 
 
 def plot_differences(runs: Mapping[str, Run], window: int, title: str, path: Path) -> None:
@@ -72,7 +72,7 @@ def plot_differences(runs: Mapping[str, Run], window: int, title: str, path: Pat
         f"shaded: counts for no difference"
     )
     _finish((signed, size), note)
-    _save(figure, path)
+    figure.savefig(path, dpi=90)
 
 
 def _style(name: str) -> dict[str, Any]:
@@ -104,7 +104,3 @@ def _finish(axes: tuple[Axes, ...] | list[Axes], note: str) -> None:
         each.margins(x=0.01)
     axes[0].legend(title=note, title_fontsize=8, fontsize=9, alignment="left")
     axes[-1].set_xlabel("step")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=90)

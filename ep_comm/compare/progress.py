@@ -25,7 +25,7 @@ def _status(step: dict[str, Any]) -> str:
 
 
 class Display:
-    """Use it in a ``with`` statement."""
+    """Bars or lines on a console without markup. Use it in a ``with`` statement."""
 
     def __init__(self, console: Console, plan: Plan) -> None:
         self._console, self._steps = console, plan.steps
@@ -52,17 +52,15 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def line(self, text: str) -> None:
-        """Print a line."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     def begin(self, variant: str, step: int) -> None:
         """Show that a run starts, or goes on after `step`."""
         self._progress.start_task(self._tasks[variant])
         self._progress.update(self._tasks[variant], completed=step, status="starting")
         self._printed = step
         begins = "begins; its first step takes a while"
-        self.line(f"{variant}: " + (f"going on, it had reached step {step}" if step else begins))
+        self._console.print(
+            f"{variant}: " + (f"going on, it had reached step {step}" if step else begins)
+        )
 
     def follow(self, variant: str, records: list[dict[str, Any]]) -> None:
         """Show the latest training step. Lines are of the same steps for every run."""
@@ -79,11 +77,11 @@ class Display:
             due = done % interval == 0 or done == self._steps
             if due and done > self._printed:
                 self._printed = done
-                self.line(f"{variant}: step {done}/{self._steps}  {_status(step)}")
+                self._console.print(f"{variant}: step {done}/{self._steps}  {_status(step)}")
 
     def finish(self, variant: str, *, before: bool) -> None:
         """Show that a run is finished, now or `before`."""
         self._progress.update(self._tasks[variant], completed=self._steps, status="finished")
         self._progress.stop_task(self._tasks[variant])
         if before:
-            self.line(f"{variant}: finished before")
+            self._console.print(f"{variant}: finished before")

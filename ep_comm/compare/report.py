@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
-from datetime import datetime, timezone
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
-from ep_comm.compare.directory import Directory, write_text
+from ep_comm.bench.tables import markdown_table, number
+from ep_comm.compare.directory import Directory
 from ep_comm.compare.plan import (
     EP_COMM,
     REFERENCE,
@@ -24,7 +24,6 @@ from ep_comm.compare.plan import (
 )
 from ep_comm.compare.plots import plot_differences, plot_losses
 from ep_comm.compare.statistics import (
-    Check,
     Pairs,
     Run,
     Tolerances,
@@ -39,7 +38,8 @@ from ep_comm.compare.statistics import (
     steps_skipped,
     window_of,
 )
-from ep_comm.job.environment import gpu_names, versions
+from ep_comm.job.environment import surroundings
+from ep_comm.job.files import write_json, write_text
 
 LOSS_PLOT = "loss.png"
 DIFFERENCE_PLOT = "difference.png"
@@ -49,33 +49,32 @@ _FAILED, _PASSED, _UNCLEAR, _EQUAL = "FAILED", "passed", "unclear", "bitwise equ
 
 
 def write_report(
-    plan: Plan, directory: Directory, runs: Mapping[str, Run], tolerances: Tolerances, command: str
+    plan: Plan, directory: Directory, runs: Mapping[str, Run], tolerances: Tolerances
 ) -> dict[str, Any]:
-    """Write ``report.md``, ``report.json`` and the pictures; returns what the JSON says.
+    """Write ``report.md``, ``report.json`` and the pictures; return what the JSON says.
 
     Args:
         plan: What was compared.
         directory: Where the report goes, and the logs are.
         runs: The finished runs, by variant.
         tolerances: What they may differ by.
-        command: The command line that repeats it.
     """
-    document = make_document(plan, directory, runs, tolerances, command)
+    document = make_document(plan, directory, runs, tolerances)
     title, window = document["title"], document["window"]
     plot_losses(runs, window, title, directory.path / LOSS_PLOT)
     if document["difference_plot"]:
         plot_differences(runs, window, title, directory.path / DIFFERENCE_PLOT)
     else:
         (directory.path / DIFFERENCE_PLOT).unlink(missing_ok=True)  # of fewer runs
-    write_text(directory.path / "report.json", json.dumps(document, indent=1) + "\n")
+    write_json(directory.path / "report.json", document)
     write_text(directory.path / "report.md", render(document))
     return document
 
 
 def make_document(
-    plan: Plan, directory: Directory, runs: Mapping[str, Run], tolerances: Tolerances, command: str
+    plan: Plan, directory: Directory, runs: Mapping[str, Run], tolerances: Tolerances
 ) -> dict[str, Any]:
-    """Everything that the report says, in plain types."""
+    """Return everything that the report says, in plain types."""
     reference, checks = runs[REFERENCE], judge(runs, tolerances)
     noise, offset, pairs = noise_of(runs), offsets(runs), pairs_of(runs)
     starts = [r for name in runs for r in directory.log(name) if r["type"] == "start"]
@@ -87,11 +86,10 @@ def make_document(
         "title": f"{plan.config.stem}: {plan.steps} steps on {plan.processes} processes",
         # None: nothing was judged.
         "passed": _passed(verdicts.values()),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "versions": versions(),
+        **surroundings(),
+        "command": shlex.join(["ep-comm", *sys.argv[1:]]),
+        "commit": ", ".join(sorted({each.get("commit", "none") for each in trained_with})),
         "trained_with": trained_with,
-        "gpus": gpu_names(),
         "cpu_cores": os.cpu_count(),
         "processes": plan.processes,
         "steps": plan.steps,
@@ -119,10 +117,7 @@ def make_document(
             }
             for name, run in runs.items()
         },
-        "difference_plot": any(
-            not np.array_equal(run.train, reference.train) or run.valid != reference.valid
-            for run in runs.values()
-        ),
+        "difference_plot": not all(run.has_losses_of(reference) for run in runs.values()),
         "pairs": {name: asdict(found) for name, found in pairs.items()},
         "settings": plan.settings,
     }
@@ -148,9 +143,9 @@ def render(document: dict[str, Any]) -> str:
         f"|Δ| from {REFERENCE}; training losses smoothed over {document['window']} steps; largest "
         f"and mean from step {document['steps_skipped'] + 1} on.",
         "",
-        *_table(
-            ["variant", "seed", "final train loss", "final validation loss", "largest \\|Δ\\|",
-             "at step", "mean \\|Δ\\|", "mean \\|Δ\\| / noise", "final validation \\|Δ\\|",
+        *markdown_table(
+            ["variant", "seed", "final train loss", "final validation loss", "largest |Δ|",
+             "at step", "mean |Δ|", "mean |Δ| / noise", "final validation |Δ|",
              "tokens/s, median", "MiB sent/step", "verdict"],
             [_row(name, variant, document["noise"]) for name, variant in variants.items()],
         ),
@@ -160,13 +155,13 @@ def render(document: dict[str, Any]) -> str:
         *[f"Skipped: {name}: {reason}." for name, reason in document["skipped"].items()],
     ]  # fmt: skip
     checks = [
-        [name, check["what"].replace("|", "\\|"), f"{check['value']:.3g}", f"{check['limit']:.3g}",
+        [name, check["what"], f"{check['value']:.3g}", f"{check['limit']:.3g}",
          "yes" if check["passed"] else "unclear" if check["is_unclear"] else "**NO**"]
         for name, variant in variants.items()
         for check in variant["checks"]
     ]  # fmt: skip
     if checks:
-        lines += _table(["variant", "what", "found", "allowed", "within"], checks)
+        lines += markdown_table(["variant", "what", "found", "allowed", "within"], checks)
         lines += ["", _explain(document)]
     lines += [
         "",
@@ -182,10 +177,6 @@ def render(document: dict[str, Any]) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _fails(checks: list[Check]) -> bool:
-    return not all(check.passed or check.is_unclear for check in checks)
 
 
 def _passed(verdicts: Collection[str]) -> bool | None:
@@ -207,9 +198,10 @@ def _verdict(
     if equal_to_alltoall(variant, runs):
         return _EQUAL
     if variant in checks:
-        if _fails(checks[variant]):
+        doubtful = [check for check in checks[variant] if not check.passed]
+        if not all(check.is_unclear for check in doubtful):
             return _FAILED
-        return _PASSED if all(check.passed for check in checks[variant]) else _UNCLEAR
+        return _UNCLEAR if doubtful else _PASSED
     if seed > 1 and name in pairs and seed in pairs[name].seeds:
         return "pair"
     needed = WIDE.get(name, REFERENCE if name == EP_COMM else None)
@@ -218,22 +210,16 @@ def _verdict(
     return f"not judged: needs {with_seed(needed, max(seed, 2) if needed == REFERENCE else seed)}"
 
 
-def _row(name: str, variant: dict[str, Any], noise: dict[str, Any] | None) -> list[str]:
-    found = variant["difference"]
-    cells = [name, str(variant["seed"]), f"{variant['final_train_loss']:.6f}"]
-    cells.append(_number(variant["final_valid_loss"], ".6f"))
-    if found is None:
-        cells += ["–"] * 5
-    else:
-        share = found["mean"] / noise["mean"] if noise and noise["mean"] else None
-        cells += [f"{found['largest']:.2e}", str(found["largest_step"]), f"{found['mean']:.2e}"]
-        cells += [_number(share, ".2g"), _number(found["final_valid"], ".2e")]
-    cells += [f"{variant['tokens_per_s']:,.0f}", _number(variant["wire_mib"], ".2f")]
-    return [*cells, variant["verdict"]]
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "–" if value is None else format(value, spec)
+def _row(name: str, variant: dict[str, Any], noise: dict[str, Any] | None) -> list[object]:
+    found = variant["difference"] or {}
+    share = found["mean"] / noise["mean"] if found and noise and noise["mean"] else None
+    return [
+        *(name, variant["seed"], number(variant["final_train_loss"], ".6f")),
+        *(number(variant["final_valid_loss"], ".6f"), number(found.get("largest"), ".2e")),
+        *(found.get("largest_step"), number(found.get("mean"), ".2e"), number(share, ".2g")),
+        *(number(found.get("final_valid"), ".2e"), number(variant["tokens_per_s"], ",.0f")),
+        *(number(variant["wire_mib"], ".2f"), variant["verdict"]),
+    ]
 
 
 def _explain(document: dict[str, Any]) -> str:
@@ -284,31 +270,27 @@ def _pairs(pairs: dict[str, Any]) -> list[str]:
         return []
     rows = [
         [name, found["counterpart"], ", ".join(map(str, found["seeds"])),
-         _each(found["final_train"]), _mean(found["final_train"]),
-         _each(found["final_valid"]), _mean(found["final_valid"])]
+         *_each_and_mean(found["final_train"]), *_each_and_mean(found["final_valid"])]
         for name, found in several.items()
     ]  # fmt: skip
     header = ["variant", "against", "seeds", "final train loss, relative Δ of each", "mean",
               "final validation loss", "mean"]  # fmt: skip
-    return ["Pairs of the same seed, means with their standard errors:", "", *_table(header, rows),
-            ""]  # fmt: skip
+    title = "Pairs of the same seed, means with their standard errors:"
+    return [title, "", *markdown_table(header, rows), ""]
 
 
-def _each(relative: list[float]) -> str:
-    return ", ".join(f"{value:+.2%}" for value in relative) or "–"
-
-
-def _mean(relative: list[float]) -> str:
-    return f"{fmean(relative):+.2%} ± {standard_error(relative):.2%}" if relative else "–"
+def _each_and_mean(relative: list[float]) -> tuple[str | None, str | None]:
+    if not relative:
+        return None, None
+    each = ", ".join(f"{value:+.2%}" for value in relative)
+    return each, f"{fmean(relative):+.2%} ± {standard_error(relative):.2%}"
 
 
 def _surroundings(document: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     gpus = document["gpus"]
     devices = f"{len(gpus)} × {gpus[0]}" if gpus else f"CPU, {document['cpu_cores']} cores"
-    commits = {each.get("commit", "none") for each in document["trained_with"]}
-    source = f"commit {', '.join(sorted(commits))}"
-    lines = [f"{document['date']}; {devices}; {source}; {versions}."]
+    lines = [f"{document['date']}; {devices}; commit {document['commit']}; {versions}."]
     if len(document["trained_with"]) > 1:
         lines.append(
             "**The runs were not all trained with the same versions or devices:** "
@@ -318,8 +300,3 @@ def _surroundings(document: dict[str, Any]) -> list[str]:
             + "."
         )
     return lines
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    separator = ["---", *["---:"] * (len(header) - 1)]
-    return [f"| {' | '.join(cells)} |" for cells in (header, separator, *rows)]

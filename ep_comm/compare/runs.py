@@ -14,8 +14,8 @@ from typing import Any
 
 from ep_comm.compare.directory import Directory
 from ep_comm.compare.plan import Plan
-from ep_comm.job.lock import introduce
-from ep_comm.pretrain.log_file import LOG_FILE
+from ep_comm.job.files import introduce
+from ep_comm.pretrain.log_file import LOG_FILE, latest_iteration
 
 OUTPUT_FILE = "output.log"
 _POLL_S = 0.5
@@ -66,7 +66,7 @@ def interruptible() -> Iterator[None]:
 
 def last_step(directory: Directory, variant: str) -> int:
     """Return the last step that a run to be resumed had trained; 0 without a checkpoint."""
-    if _latest(directory.run_dir(variant) / "checkpoints") is None:
+    if latest_iteration(directory.run_dir(variant) / "checkpoints") is None:
         return 0
     steps = (r["iteration"] for r in directory.log(variant) if r["type"] == "train")
     return max(steps, default=0)
@@ -101,7 +101,7 @@ def train(
     run_dir = directory.run_dir(variant)
     run_dir.mkdir(exist_ok=True)
     checkpoints = run_dir / "checkpoints"
-    if _latest(checkpoints) is None:
+    if latest_iteration(checkpoints) is None:
         shutil.rmtree(checkpoints, ignore_errors=True)  # of a run killed before its first one
     command = plan.command(variant, run_dir, resume=checkpoints.exists())
     output = run_dir / OUTPUT_FILE
@@ -164,13 +164,6 @@ def _environment(plan: Plan, directory: Directory, variant: str) -> dict[str, st
     if plan.processes > 1:
         environment.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its warning
     return environment
-
-
-def _latest(checkpoints: Path) -> int | None:
-    try:
-        return int((checkpoints / "latest_checkpointed_iteration.txt").read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _why(output: Path, begin: int, code: int) -> str:

@@ -70,6 +70,10 @@ class Run:
         """The last validation loss."""
         return self.valid[max(self.valid)] if self.valid else None
 
+    def has_losses_of(self, other: Run) -> bool:
+        """Return whether all losses are the same, bit by bit."""
+        return np.array_equal(self.train, other.train) and self.valid == other.valid
+
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
@@ -99,6 +103,11 @@ class Noise:
     largest: float
     mean: float
     final_valid: float | None
+
+    @property
+    def at_the_end(self) -> float | None:
+        """`final_valid`, but no less than `mean`: seeds may happen to end close to each other."""
+        return None if self.final_valid is None else max(self.final_valid, self.mean)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,11 +211,7 @@ def difference(run: Run, reference: Run) -> Difference:
 def equal_to_alltoall(name: str, runs: Mapping[str, Run]) -> bool:
     """Return whether a run has, at every step, the very loss of alltoall's of the same seed."""
     other = with_seed(REFERENCE, seed_number(name))
-    if name == other or other not in runs:
-        return False
-    return np.array_equal(runs[name].train, runs[other].train) and (
-        runs[name].valid == runs[other].valid
-    )
+    return name != other and other in runs and runs[name].has_losses_of(runs[other])
 
 
 def alltoall_among(names: Collection[str]) -> list[str]:
@@ -255,25 +260,21 @@ def pairs_of(runs: Mapping[str, Run]) -> dict[str, Pairs]:
     names = dict.fromkeys(map(without_seed, runs))
     for name in names:
         counterpart = counterpart_of(name, names)
-        if counterpart is None:
+        numbers = [seed_number(run) for run in runs if without_seed(run) == name]
+        seeds = [n for n in numbers if counterpart and with_seed(counterpart, n) in runs]
+        if counterpart is None or not seeds:
             continue
-        seeds = [seed_number(run) for run in runs if without_seed(run) == name]
-        seeds = [seed for seed in seeds if with_seed(counterpart, seed) in runs]
-        pairs = [(runs[with_seed(name, s)], runs[with_seed(counterpart, s)]) for s in seeds]
-        valid = [
-            (a.final_valid, b.final_valid)
-            for a, b in pairs
-            if a.final_valid is not None and b.final_valid is not None
-        ]
-        if len(valid) < len(pairs):
-            valid = []
-        if pairs:
-            found[name] = Pairs(
-                counterpart=counterpart,
-                seeds=tuple(seeds),
-                final_train=tuple(_relative(a.final_train, b.final_train) for a, b in pairs),
-                final_valid=tuple(_relative(a, b) for a, b in valid),
-            )
+        pairs = [(runs[with_seed(name, n)], runs[with_seed(counterpart, n)]) for n in seeds]
+        found[name] = Pairs(
+            counterpart=counterpart,
+            seeds=tuple(seeds),
+            final_train=tuple(_relative(a.final_train, b.final_train) for a, b in pairs),
+            final_valid=tuple(
+                _relative(a.final_valid, b.final_valid)
+                for a, b in pairs
+                if a.final_valid is not None and b.final_valid is not None  # all runs, or none
+            ),
+        )
     return found
 
 
@@ -324,27 +325,17 @@ def _within_noise(found: Difference, noise: Noise, tolerance: float) -> list[Che
         Check(what="largest |Δ|", value=found.largest, limit=tolerance * noise.largest),
         Check(what="mean |Δ|", value=found.mean, limit=tolerance * noise.mean),
     ]
-    if found.final_valid is not None and noise.final_valid is not None:
-        limit = tolerance * _noise_at_the_end(noise, noise.final_valid)
+    if found.final_valid is not None and noise.at_the_end is not None:
+        limit = tolerance * noise.at_the_end
         checks.append(Check(what="final validation |Δ|", value=found.final_valid, limit=limit))
     return checks
-
-
-def _noise_at_the_end(noise: Noise, final_valid: float) -> float:
-    """Return the noise of the final validation.
-
-    Seeds may happen to end close to each other: it is not taken as smaller than the noise was on
-    the whole way.
-    """
-    return max(final_valid, noise.mean)
 
 
 def _relative_noise(noise: Noise, reference: Run) -> dict[str, float]:
     """Return the noise of the final losses, by name."""
     relative = {"train": noise.mean / reference.final_train}
-    if noise.final_valid is not None and reference.final_valid is not None:
-        at_the_end = _noise_at_the_end(noise, noise.final_valid)
-        relative["validation"] = at_the_end / reference.final_valid
+    if noise.at_the_end is not None and reference.final_valid is not None:
+        relative["validation"] = noise.at_the_end / reference.final_valid
     return relative
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,43 +20,45 @@ from ep_comm.version import __version__
 NOT_INSTALLED = "not installed"
 
 
+def surroundings() -> dict[str, Any]:
+    """Return what every report says of its run: when, by which command, with what, and where."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "commit": commit(),
+        "versions": versions(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
 def versions() -> dict[str, str]:
     """Return the version of everything that matters here, or `NOT_INSTALLED`."""
+    has_nccl = dist.is_nccl_available()
     return {
         "ep_comm": __version__,
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA": torch.version.cuda or NOT_INSTALLED,
-        "NCCL": _nccl_version(),
+        "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else NOT_INSTALLED,
         "megatron-core": _package_version("megatron-core"),
         "transformer-engine": _package_version("transformer-engine"),
     }
 
 
-def gpu_names() -> list[str]:
-    """Return the names of this machine's GPUs."""
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-
-
 def commit() -> str | None:
     """Return ``git describe`` of the source that runs; None where it is in no repository."""
+    command = ["git", "describe", "--always", "--dirty", "--tags"]
+    return output_of(command, Path(__file__).parent).strip() or None
+
+
+def output_of(command: Sequence[str], folder: Path | None = None) -> str:
+    """Return what a short command prints; nothing where it is missing or hangs."""
     try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--tags"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        return subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=10
+        ).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None
-
-
-def _nccl_version() -> str:
-    if not dist.is_nccl_available():
-        return NOT_INSTALLED
-    return ".".join(str(part) for part in torch.cuda.nccl.version())
+        return ""
 
 
 def _package_version(name: str) -> str:

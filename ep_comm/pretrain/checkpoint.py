@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing.dummy
-import os
 import random
 import shutil
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -42,15 +40,14 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ep_comm.job.exits import UserError
+from ep_comm.job.files import write_text
 from ep_comm.job.start import agree, on_rank_0
 from ep_comm.megatron.options import OPTIONS
 from ep_comm.pretrain.config import MAY_CHANGE, PretrainConfig
-from ep_comm.pretrain.folders import lock_folder
+from ep_comm.pretrain.log_file import LATEST, latest_iteration
 from ep_comm.pretrain.model import Trainee, gather_parameters
 
 T = TypeVar("T")
-
-LATEST = "latest_checkpointed_iteration.txt"
 
 # Keys that a resumed run may change; with any other one changed it would not be the same run.
 FREE_KEYS = {each.key for each in OPTIONS} | set(
@@ -71,6 +68,18 @@ _METADATA = {
     "chained_optim_avoid_prefix": True,
 }
 
+# How the state of each random generator is read and set.
+_RANDOM_STATES: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+    "python": (random.getstate, random.setstate),
+    "numpy": (np.random.get_state, np.random.set_state),
+    "torch": (torch.get_rng_state, torch.set_rng_state),
+    "cuda": (torch.cuda.get_rng_state, torch.cuda.set_rng_state),
+    "megatron": (
+        lambda: tensor_parallel.get_cuda_rng_tracker().get_states(),
+        lambda states: tensor_parallel.get_cuda_rng_tracker().set_states(states),
+    ),
+}
+
 
 def check_paths(config: PretrainConfig) -> Path | None:
     """Refuse paths that would fail, or overwrite another run's checkpoints, hours later.
@@ -85,26 +94,6 @@ def check_paths(config: PretrainConfig) -> Path | None:
             one in the way of saving.
     """
     return on_rank_0(lambda: _check_paths(config))
-
-
-def take_folder(config: PretrainConfig) -> None:
-    """Make ``config.save``, if there is to be one, and keep other runs out of it.
-
-    The last check before a run begins.
-
-    Raises:
-        UserError: Nothing can be written there, or another run is saving there.
-    """
-    if config.save is None:
-        return
-    save = config.save
-
-    def try_it() -> None:
-        save.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=save).close()
-        lock_folder(save, "--save")
-
-    _write(config, try_it)
 
 
 def save(
@@ -128,9 +117,7 @@ def save(
 
     def name_it() -> None:
         temporary.rename(folder)
-        latest = root / (LATEST + ".tmp")
-        latest.write_text(f"{iteration}\n")
-        os.replace(latest, root / LATEST)
+        write_text(root / LATEST, f"{iteration}\n")
         if config.keep_checkpoints is not None:
             _delete_old(root, latest=iteration, keep=config.keep_checkpoints)
 
@@ -174,7 +161,8 @@ def load(trainee: Trainee, config: PretrainConfig, checkpoint: Path) -> tuple[in
     # The schedule goes by steps; Megatron counts it in samples, of the present batch size.
     trainee.scheduler.step(increment=state["iteration"] * config.global_batch_size)
     if same_ranks:
-        _set_rng_state(state["rng_state"])
+        for name, (_, set_state) in _RANDOM_STATES.items():
+            set_state(state["rng_state"][name])
     return state["iteration"], state["consumed_samples"]
 
 
@@ -232,9 +220,8 @@ def _sharded_state(trainee: Trainee, *, is_loading: bool) -> dict[str, Any]:
     optimizer = trainee.optimizer.sharded_state_dict(
         model, is_loading=is_loading, metadata=_METADATA
     )
-    rng_state = ShardedObject(
-        "rng_state", _rng_state(), (dist.get_world_size(),), (dist.get_rank(),)
-    )
+    states = {name: get() for name, (get, _) in _RANDOM_STATES.items()}
+    rng_state = ShardedObject("rng_state", states, (dist.get_world_size(),), (dist.get_rank(),))
     return {"model": model, "optimizer": optimizer, "rng_state": rng_state}
 
 
@@ -277,24 +264,6 @@ def _set_optimizer_steps(trainee: Trainee, iteration: int) -> None:
                 optimizer.optimizer.state[param]["step"] = torch.tensor(float(iteration))
 
 
-def _rng_state() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(),
-        "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
-    }
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["cuda"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
-
-
 def _write(config: PretrainConfig, action: Callable[[], None]) -> None:
     """Call `action`, which writes into ``config.save``, on rank 0; all ranks wait for it."""
 
@@ -324,12 +293,11 @@ def _check_paths(config: PretrainConfig) -> Path | None:
 
 
 def _latest(folder: Path) -> Path:
-    try:
-        iteration = int((folder / LATEST).read_text())
-    except (OSError, ValueError):
+    iteration = latest_iteration(folder)
+    if iteration is None:
         raise UserError(
             f"--load {folder} holds no checkpoint: {folder / LATEST} is missing or no number"
-        ) from None
+        )
     checkpoint = folder / f"iter_{iteration:07d}"
     is_checkpoint = dist_checkpointing.check_is_distributed_checkpoint
     if not _readable(checkpoint, lambda: is_checkpoint(str(checkpoint))):

@@ -24,8 +24,8 @@ from pydantic import (
 
 from ep_comm.errors import EPArgumentError
 from ep_comm.job.exits import UserError
+from ep_comm.megatron.names import NAME, printed
 from ep_comm.megatron.options import OPTIONS, EPOptions
-from ep_comm.pretrain.variants import EP_COMM, current_name
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=1, le=2**31 - 1)]  # numpy takes 32 bits, and Megatron adds to it
@@ -33,10 +33,6 @@ Seed = Annotated[int, Field(ge=1, le=2**31 - 1)]  # numpy takes 32 bits, and Meg
 
 class _Group(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _current_name(name: Any) -> Any:
-    return current_name(name) if isinstance(name, str) else name
 
 
 def _key(default: Any, description: str) -> Any:
@@ -93,7 +89,7 @@ class Dispatch(_Group):
 
     expert_model_parallel_size: PositiveInt = _key(1, "ranks that share the experts of a layer")
     moe_token_dispatcher: Annotated[
-        Literal["ep_comm", "alltoall", "allgather"], BeforeValidator(_current_name)
+        Literal["ep_comm", "alltoall", "allgather"], BeforeValidator(printed)
     ] = _key("ep_comm", "ep_comm's dispatcher, deepep for short, or one of Megatron's")
     overlap_dispatch_backward_with_experts_wgrad: bool = _key(
         False,
@@ -243,71 +239,79 @@ class PretrainConfig(
 
     @model_validator(mode="after")
     def _check(self) -> PretrainConfig:
-        if self.num_experts % self.expert_model_parallel_size:
-            raise ValueError(
+        channels = self.kv_channels or self.hidden_size // self.num_attention_heads
+        own_overlap = self.overlap_dispatch_backward_with_experts_wgrad
+        is_padded_alltoall = (
+            self.moe_router_padding_for_fp8 and self.moe_token_dispatcher == "alltoall"
+        )
+        refusals: list[tuple[Any, str]] = [
+            (
+                self.num_experts % self.expert_model_parallel_size,
                 f"num_experts {self.num_experts} is not divisible by "
-                f"expert_model_parallel_size {self.expert_model_parallel_size}"
-            )
-        if self.moe_router_topk > self.num_experts:
-            raise ValueError(
+                f"expert_model_parallel_size {self.expert_model_parallel_size}",
+            ),
+            (
+                self.moe_router_topk > self.num_experts,
                 f"moe_router_topk {self.moe_router_topk} is more than "
-                f"num_experts {self.num_experts}"
-            )
-        if self.num_query_groups and self.num_attention_heads % self.num_query_groups:
-            raise ValueError(
+                f"num_experts {self.num_experts}",
+            ),
+            (
+                self.num_query_groups and self.num_attention_heads % self.num_query_groups,
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_query_groups {self.num_query_groups}"
-            )
-        for key, needed in _NEEDS:
-            if getattr(self, key) and not getattr(self, needed):
-                raise ValueError(f"{key} needs {needed}")
-        for key in _NEED_EP_COMM:
-            if getattr(self, key) and not self.uses_ep_comm:
-                raise ValueError(
-                    f"{key} needs moe_token_dispatcher {EP_COMM}, not {self.moe_token_dispatcher}"
+                f"num_query_groups {self.num_query_groups}",
+            ),
+            *(
+                (getattr(self, key) and not getattr(self, needed), f"{key} needs {needed}")
+                for key, needed in _NEEDS
+            ),
+            *(
+                (
+                    getattr(self, key) and not self.uses_ep_comm,
+                    f"{key} needs moe_token_dispatcher {NAME}, not {self.moe_token_dispatcher}",
                 )
+                for key in _NEED_EP_COMM
+            ),
+            *(
+                (key not in MAY_CHANGE, f"load_despite {key} is none of {', '.join(MAY_CHANGE)}")
+                for key in self.load_despite
+            ),
+            (
+                channels % 2,
+                f"kv_channels (by default hidden_size / num_attention_heads) must be even for "
+                f"rotary embeddings, got {channels}",
+            ),
+            (
+                own_overlap and self.uses_ep_comm,
+                "overlap_dispatch_backward_with_experts_wgrad is for Megatron's own dispatchers: "
+                f"with moe_token_dispatcher {NAME} use ep_overlap_wgrad",
+            ),
+            (
+                # Megatron-Core's pads, in place, the map that the fused router's backward needs.
+                is_padded_alltoall and self.moe_router_fusion,
+                "moe_router_padding_for_fp8 with moe_token_dispatcher alltoall fails in the "
+                "backward of moe_router_fusion: turn that off (--no-moe-router-fusion)",
+            ),
+            (self.min_lr > self.lr, f"min_lr {self.min_lr} is more than lr {self.lr}"),
+            (
+                self.lr_warmup_iters >= self.decay_iters,
+                f"lr_warmup_iters {self.lr_warmup_iters} must be less than lr_decay_iters (by "
+                f"default train_iters), which is {self.decay_iters}",
+            ),
+        ]
+        for is_wrong, why in refusals:
+            if is_wrong:
+                raise ValueError(why)
         for each in OPTIONS:
             try:
                 EPOptions(**{each.name: getattr(self, each.key)})
             except EPArgumentError as error:
                 raise ValueError(str(error).replace(each.name, each.key, 1)) from None
-        for key in self.load_despite:
-            if key not in MAY_CHANGE:
-                raise ValueError(f"load_despite {key} is none of {', '.join(MAY_CHANGE)}")
-        channels = self.kv_channels or self.hidden_size // self.num_attention_heads
-        if channels % 2:
-            raise ValueError(
-                f"kv_channels (by default hidden_size / num_attention_heads) must be even for "
-                f"rotary embeddings, got {channels}"
-            )
-        if self.overlap_dispatch_backward_with_experts_wgrad and self.uses_ep_comm:
-            raise ValueError(
-                "overlap_dispatch_backward_with_experts_wgrad is for Megatron's own dispatchers: "
-                f"with moe_token_dispatcher {EP_COMM} use ep_overlap_wgrad"
-            )
-        if (
-            self.moe_router_padding_for_fp8
-            and self.moe_router_fusion
-            and self.moe_token_dispatcher == "alltoall"
-        ):
-            # Megatron-Core's pads, in place, the map that the fused router keeps for its backward.
-            raise ValueError(
-                "moe_router_padding_for_fp8 with moe_token_dispatcher alltoall fails in the "
-                "backward of moe_router_fusion: turn that off (--no-moe-router-fusion)"
-            )
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr {self.min_lr} is more than lr {self.lr}")
-        if self.lr_warmup_iters >= self.decay_iters:
-            raise ValueError(
-                f"lr_warmup_iters {self.lr_warmup_iters} must be less than lr_decay_iters (by "
-                f"default train_iters), which is {self.decay_iters}"
-            )
         return self
 
     @property
     def uses_ep_comm(self) -> bool:
         """Whether tokens go through ep_comm's dispatcher, not through one of Megatron's."""
-        return self.moe_token_dispatcher == EP_COMM
+        return self.moe_token_dispatcher == NAME
 
     @property
     def ep_options(self) -> EPOptions:

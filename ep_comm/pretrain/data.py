@@ -148,7 +148,8 @@ def add_document(builder: IndexedDatasetBuilder, tokens: np.ndarray, piece: int)
 
 def _checked_corpus(config: PretrainConfig) -> tuple[Corpus, str]:
     """Return the corpus, and how Megatron is to split it."""
-    cache = config.data_cache_path or _user_cache()
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = config.data_cache_path or home / "ep_comm"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         corpus = _corpus(config, cache)
@@ -164,10 +165,6 @@ def _checked_corpus(config: PretrainConfig) -> tuple[Corpus, str]:
     return corpus, split
 
 
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ep_comm"
-
-
 def _corpus(config: PretrainConfig, cache: Path) -> Corpus:
     if not config.data_path:
         return _tokenized(_standard_library(), cache)
@@ -179,8 +176,9 @@ def _corpus(config: PretrainConfig, cache: Path) -> Corpus:
 
 def _standard_library() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
-    files = (path for path in root.rglob("*.py") if "site-packages" not in path.parts)
-    return sorted(path for path in files if path.is_file())
+    return sorted(
+        path for path in root.rglob("*.py") if "site-packages" not in path.parts and path.is_file()
+    )
 
 
 def _text_files(data_path: list[str]) -> list[Path]:

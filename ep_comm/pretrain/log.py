@@ -9,6 +9,8 @@ import json
 import os
 import secrets
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ep_comm.job.exits import UserError
+from ep_comm.job.files import take_folder
 from ep_comm.job.start import agree, on_rank_0
 from ep_comm.pretrain.config import PretrainConfig
-from ep_comm.pretrain.folders import lock_folder
 from ep_comm.pretrain.log_file import (
     LOG_FILE,
     TOKENS_PER_S,
@@ -45,7 +47,7 @@ class RunLog:
         self, config: PretrainConfig, versions: dict[str, str], *, first_iteration: int
     ) -> None:
         self._config = config
-        on_rank_0(lambda: _make_run_dir(config.log_dir))
+        on_rank_0(lambda: take_folder(config.log_dir, "--run-dir"))
         start = {
             "type": "start",
             "iteration": first_iteration,
@@ -159,14 +161,6 @@ def _is_last_rank() -> bool:
     return dist.get_rank() == dist.get_world_size() - 1
 
 
-def _make_run_dir(run_dir: Path) -> None:
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create --run-dir {run_dir}: {error.strerror}") from None
-    lock_folder(run_dir, "--run-dir")
-
-
 def _open_log(path: Path) -> Any:
     unfinished = path.exists() and not path.read_bytes().endswith(b"\n")
     file = path.open("a", encoding="utf-8", buffering=1)  # whole lines reach the disk at once
@@ -234,15 +228,12 @@ class _WandB:
         self, config: PretrainConfig, start: dict[str, Any], earlier: list[dict[str, Any]]
     ) -> None:
         self._run: Any = None
-        try:
+        with self._failing_costs_a_warning():
             self._run = self._start(config, start)
-        except Exception as error:  # the client's failures have no common type
-            self._warn(error)
-            return
-        for record in earlier:
-            if record["type"] != "start":
-                values = {k: v for k, v in record.items() if k not in ("type", "iteration")}
-                self.log(record["iteration"], values)
+            for record in earlier:
+                if record["type"] != "start":
+                    values = {k: v for k, v in record.items() if k not in ("type", "iteration")}
+                    self.log(record["iteration"], values)
 
     @staticmethod
     def _start(config: PretrainConfig, start: dict[str, Any]) -> Any:
@@ -280,24 +271,25 @@ class _WandB:
         return init("offline")
 
     def log(self, iteration: int, scalars: dict[str, float]) -> None:
-        # A run that was resumed online has steps already, and takes none of them twice.
-        self._call(lambda: iteration >= self._run.step and self._run.log(scalars, step=iteration))
+        with self._failing_costs_a_warning():
+            # A run that was resumed online has steps already, and takes none of them twice.
+            if self._run is not None and iteration >= self._run.step:
+                self._run.log(scalars, step=iteration)
 
     def close(self, *, failed: bool) -> None:
         run = self._run
-        self._call(lambda: run.finish(exit_code=int(failed)))
-        if run is not None and run.offline:
+        if run is None:
+            return
+        with self._failing_costs_a_warning():
+            run.finish(exit_code=int(failed))
+        if run.offline:
             print(f"W&B run, offline; to upload it: wandb sync {Path(run.dir).parent}", flush=True)
 
-    def _call(self, action: Any) -> None:
-        if self._run is None:
-            return
+    @contextmanager
+    def _failing_costs_a_warning(self) -> Iterator[None]:
         try:
-            action()
-        except Exception as error:
-            self._warn(error)
-
-    def _warn(self, error: Exception) -> None:
-        self._run = None
-        text = " ".join(str(error).split())
-        print(f"warning: no more W&B logging, training goes on: {text}", file=sys.stderr)
+            yield
+        except Exception as error:  # the client's failures have no common type
+            self._run = None
+            text = " ".join(str(error).split())
+            print(f"warning: no more W&B logging, training goes on: {text}", file=sys.stderr)

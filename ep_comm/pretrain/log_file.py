@@ -1,6 +1,6 @@
-"""Reading ``log.jsonl``, what a run of ``examples/pretrain_moe.py`` leaves behind.
+"""What a run of ``examples/pretrain_moe.py`` leaves behind: ``log.jsonl``, and checkpoints.
 
-One JSON object a line, floats in full precision:
+The log has one JSON object a line, floats in full precision:
 
 - ``{"type": "start", "iteration": i, "config": ..., "versions": ..., ...}`` whenever the run is
   started or resumed after step i; it makes any earlier records beyond step i void;
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 LOG_FILE = "log.jsonl"
+LATEST = "latest_checkpointed_iteration.txt"  # in a folder of checkpoints
 TRAIN_LOSS = "lm loss"
 VALID_LOSS = "lm loss validation"
 TOKENS_PER_S = "tokens-per-second"
@@ -44,6 +45,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
                 records = []
         records.append(record)
     return records
+
+
+def latest_iteration(checkpoints: Path) -> int | None:
+    """Return after which step the latest checkpoint of a folder was written; None without one."""
+    try:
+        return int((checkpoints / LATEST).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def scalars(records: list[dict[str, Any]], kind: str, name: str) -> dict[int, float]:

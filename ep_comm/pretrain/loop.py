@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import math
 import sys
 import time
@@ -14,12 +13,13 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-import ep_comm
 from ep_comm import megatron as ep_megatron
-from ep_comm.job.environment import commit
+from ep_comm.job.environment import commit, versions
 from ep_comm.job.exits import UserError
+from ep_comm.job.files import take_folder
+from ep_comm.job.start import on_rank_0
 from ep_comm.job.stop import EXIT_CODE, StopRequest
-from ep_comm.pretrain.checkpoint import check_paths, load, save, take_folder
+from ep_comm.pretrain.checkpoint import check_paths, load, save
 from ep_comm.pretrain.config import PretrainConfig
 from ep_comm.pretrain.data import load_datasets, microbatches
 from ep_comm.pretrain.flops import flops_per_token, peak_tflops
@@ -50,7 +50,8 @@ def pretrain(config: PretrainConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     announce("reading the data")
     corpus, train_data, valid_data = load_datasets(config)
-    take_folder(config)
+    if (folder := config.save) is not None:
+        on_rank_0(lambda: take_folder(folder, "--save"))
     announce("building the model")
     trainee = build(config, corpus.vocab_size, device)
     iteration, consumed_samples = load(trainee, config, checkpoint) if checkpoint else (0, 0)
@@ -82,7 +83,7 @@ def pretrain(config: PretrainConfig) -> None:
             learning_rate = trainee.optimizer.param_groups[0]["lr"]
             own_loss, grad_norm = train_step(trainee, train_batches, config, num_microbatches)
             # One all-reduce for both: asking whether any rank is to stop costs four bytes.
-            loss, asked = _mean_over_ranks(own_loss, own_loss.new_tensor(stop.received))
+            loss, asked = mean_over_ranks(own_loss, own_loss.new_tensor(stop.received))
             stopping = asked > 0
             # Over NVLink nobody knows before whether a rank was missing in the backward pass.
             ep_megatron.synchronize_buffers()
@@ -152,7 +153,7 @@ def _validate(
         for _ in range(config.eval_iters)
     ]
     trainee.model.train()
-    mean = sum(_mean_over_ranks(*losses)) / len(losses)
+    mean = sum(mean_over_ranks(*losses)) / len(losses)
     ep_megatron.synchronize_buffers()  # no backward pass would say it
     return mean
 
@@ -190,7 +191,8 @@ def _speed(duration: float, *, config: PretrainConfig, vocab_size: int) -> dict[
     return found
 
 
-def _mean_over_ranks(*values: torch.Tensor) -> list[float]:
+def mean_over_ranks(*values: torch.Tensor) -> list[float]:
+    """Return the mean of each scalar over all ranks."""
     sums = torch.stack(values)
     dist.all_reduce(sums)
     return [total / dist.get_world_size() for total in sums.tolist()]
@@ -219,13 +221,8 @@ def _mean_loss(
 
 def _versions() -> dict[str, str]:
     """Return what a run's numbers depend on, for its log."""
-    packages = ["torch", "megatron-core"]
-    if have_transformer_engine():
-        packages.append("transformer-engine")
+    names = ("ep_comm", "torch", "megatron-core", "transformer-engine")
+    known = versions()
+    found = {name: known[name] for name in names[: 4 if have_transformer_engine() else 3]}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {
-        "ep_comm": ep_comm.__version__,
-        **{package: importlib.metadata.version(package) for package in packages},
-        "device": device,
-        "commit": commit() or "none",
-    }
+    return {**found, "device": device, "commit": commit() or "none"}

@@ -30,9 +30,9 @@ from ep_comm.errors import name_settings
 from ep_comm.job.exits import UserError
 from ep_comm.job.start import agree
 from ep_comm.megatron.layer import moe_layers
+from ep_comm.megatron.names import STOCK
 from ep_comm.megatron.options import flag_of
 from ep_comm.pretrain.config import PretrainConfig
-from ep_comm.pretrain.variants import ALLTOALL
 
 NEEDS_TRANSFORMER_ENGINE = (
     *("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion"),
@@ -179,9 +179,9 @@ def _transformer_config(config: PretrainConfig) -> TransformerConfig:
             moe_router_padding_for_quantization=config.moe_router_padding_for_fp8,
             # Megatron validates other features against its own dispatchers' names; ep_comm's
             # takes the place of alltoall in the layer spec.
-            moe_token_dispatcher_type=ALLTOALL
-            if config.uses_ep_comm
-            else config.moe_token_dispatcher,
+            moe_token_dispatcher_type=(
+                STOCK if config.uses_ep_comm else config.moe_token_dispatcher
+            ),
             expert_model_parallel_size=config.expert_model_parallel_size,
             recompute_granularity=config.recompute_granularity,
             recompute_modules=config.recompute_modules,

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ep_comm.megatron import names
-
-EP_COMM, ALLTOALL = names.NAME, names.STOCK
+from ep_comm.megatron.names import NAME, STOCK, printed
 
 DISPATCHER_FLAGS = ("--moe-token-dispatcher", "--moe-token-dispatcher-type")  # both mean the same
 
-_ALLTOALL = (DISPATCHER_FLAGS[0], ALLTOALL)
-_EP_COMM = (DISPATCHER_FLAGS[0], EP_COMM)
+_ALLTOALL = (DISPATCHER_FLAGS[0], STOCK)
+_EP_COMM = (DISPATCHER_FLAGS[0], NAME)
 _OVERLAP = ("--ep-overlap-wgrad",)
 _OWN_OVERLAP = ("--overlap-dispatch-backward-with-experts-wgrad",)  # Megatron's
 # FP8 experts as Megatron recommends them for Hopper.
@@ -48,12 +46,12 @@ def current_name(name: str) -> str:
     Every other name is returned as it is.
     """
     dispatcher, dash, rest = name.partition("-")
-    return names.printed(dispatcher) + dash + rest
+    return printed(dispatcher) + dash + rest
 
 
 def reference_of(name: str) -> str:
     """Return the variant of Megatron's own dispatcher that has the same experts as `name`."""
-    return "alltoall-fp8" if "--fp8-format" in VARIANTS[name] else ALLTOALL
+    return "alltoall-fp8" if "--fp8-format" in VARIANTS[name] else STOCK
 
 
 def serial_of(name: str) -> str | None:

@@ -278,13 +278,14 @@ def made_up_run(*, device: str = "cuda") -> TrainRun:
 
 def test_figures():
     run = made_up_run()
-    assert run.speedup("ep_comm", 1).of_blocks == (12 / 10, 12 / 12)
-    assert run.speedup("ep_comm", 2).median == pytest.approx(1.1)
-    assert run.speedup("ep_comm", 2).worst == 1
-    assert run.step_ms("ep_comm-overlap", 1).median == 8
-    assert run.tokens_per_s("ep_comm-overlap", 2) == pytest.approx(2 * 2 * 32 / 16e-3)
-    assert run.memory_ratio("ep_comm", 1) == pytest.approx(1.1)
-    assert run.num_allocations("ep_comm", 1) == 6 and run.num_allocations("alltoall", 2) == 0
+    one, two = (run.figures("ep_comm", count) for count in (1, 2))
+    assert one["ratio_of_blocks"] == (12 / 10, 12 / 12)
+    assert two["ratio_median"] == pytest.approx(1.1) and two["ratio_worst"] == 1
+    assert one["memory_ratio"] == pytest.approx(1.1) and one["num_allocations"] == 6
+    assert run.figures("alltoall", 2)["num_allocations"] == 0
+    overlap = run.figures("ep_comm-overlap", 2)
+    assert overlap["step_ms"]["median"] == 16
+    assert overlap["tokens_per_s_per_gpu"] == pytest.approx(2 * 2 * 32 / 16e-3)
     assert run.layer_ratio("ep_comm") == pytest.approx(10 / 9)
     assert run.hidden_share("ep_comm-overlap") == pytest.approx(0.8)
     assert run.hidden_share("ep_comm") is None
@@ -295,7 +296,8 @@ def test_without_the_reference_there_are_no_ratios():
     blocks = tuple(block for block in run.blocks if block.variant != "alltoall")
     inspections = {"ep_comm-overlap": run.inspections["ep_comm-overlap"]}
     run = TrainRun(**{**vars(run), "blocks": blocks, "inspections": inspections})
-    assert run.speedup("ep_comm", 1) is None and run.memory_ratio("ep_comm", 1) is None
+    found = run.figures("ep_comm", 1)
+    assert found["ratio_of_blocks"] is found["ratio_median"] is found["memory_ratio"] is None
     assert run.layer_ratio("ep_comm-overlap") is None
 
 

@@ -33,7 +33,7 @@ from example_runs import (  # noqa: E402
 )
 from ranks import RankFailure, run_ranks  # noqa: E402
 
-from ep_comm.job.lock import lock  # noqa: E402
+from ep_comm.job.files import lock  # noqa: E402
 from ep_comm.pretrain.config import PretrainConfig  # noqa: E402
 from ep_comm.pretrain.log_file import LOG_FILE, read_log  # noqa: E402
 
@@ -357,7 +357,7 @@ def test_only_the_latest_checkpoints_are_kept(tmp_path):
 def test_two_runs_in_one_folder(tmp_path, flag):
     folder = tmp_path / "folder"
     folder.mkdir()
-    held = lock(folder / ".lock")
+    held = lock(folder / ".lock", flag)
     flags = [*SMALL, "--train-iters", "1", flag, folder]
     with pytest.raises(RankFailure, match=f"{flag} {folder} is in use by process {os.getpid()} on"):
         run_ranks(2, pretrain, [str(flag) for flag in flags], fresh=True)

@@ -87,11 +87,11 @@ class AllToAll:
         )
         rows = self._exchange(rows, sent, received)
         probs = self._exchange(probs, sent, received)
-        return _by_expert(rows, chunks), _by_expert(probs, chunks), permutation
+        return _regroup(rows, chunks), _regroup(probs, chunks), permutation
 
     def combine(self, rows: Tensor, permutation: Permutation) -> Tensor:
         """Sum the rows of each token, in no fixed order and in the rows' own type: [T, H]."""
-        rows = _by_rank(rows, permutation.chunks)
+        rows = _regroup(rows, [list(counts) for counts in zip(*permutation.chunks, strict=True)])
         rows = self._exchange(rows, permutation.received, permutation.sent)
         combined = rows.new_zeros(permutation.shape)
         index = permutation.token_of_row.unsqueeze(1).expand(-1, rows.shape[1])
@@ -103,15 +103,11 @@ class AllToAll:
         return out
 
 
-def _by_expert(rows: Tensor, chunks: list[list[int]]) -> Tensor:
-    """Bring rows from the order of source ranks into that of experts."""
-    parts = rows.split([count for of_rank in chunks for count in of_rank])
-    num_experts = len(chunks[0])
-    return torch.cat([part for e in range(num_experts) for part in parts[e::num_experts]])
+def _regroup(rows: Tensor, chunks: list[list[int]]) -> Tensor:
+    """Bring rows from the order of `chunks` into that of its columns.
 
-
-def _by_rank(rows: Tensor, chunks: list[list[int]]) -> Tensor:
-    """Undo `_by_expert`."""
-    num_ranks = len(chunks)
-    parts = rows.split([count for of_expert in zip(*chunks, strict=True) for count in of_expert])
-    return torch.cat([part for r in range(num_ranks) for part in parts[r::num_ranks]])
+    From source ranks to experts where chunks are [R][E_local], and back where [E_local][R].
+    """
+    parts = rows.split([count for chunk in chunks for count in chunk])
+    num_columns = len(chunks[0])
+    return torch.cat([part for i in range(num_columns) for part in parts[i::num_columns]])

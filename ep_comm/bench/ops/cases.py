@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,16 +106,15 @@ def buffer_cases(buffer: Buffer, inputs: list[InputSet], settings: Settings) -> 
         rows: Any = out.recv_x  # one tensor: they were dispatched in BF16
         return buffer.combine(rows, out.handle)
 
-    def case(name: str, call: Callable[[int], object], logical_bytes: int = bf16_bytes) -> Case:
+    def case(
+        name: str, call: Callable[..., object], logical_bytes: int = bf16_bytes, **how
+    ) -> Case:
         return Case(
             name=name,
-            call=call,
+            call=partial(call, **how),
             wire_bytes_to_rank=last_call,
             logical_bytes=logical_bytes,
         )
-
-    def fp8_case(name: str, call: Callable[..., object], **how) -> Case:
-        return case(name, lambda i: call(i, **how), fp8_bytes)
 
     cases = [
         case("dispatch, fresh", fresh),
@@ -126,12 +126,12 @@ def buffer_cases(buffer: Buffer, inputs: list[InputSet], settings: Settings) -> 
         both = dict(wire_dtype=fp8.FP8_DTYPE, recv_dtype=fp8.FP8_DTYPE)
         to_bf16 = dict(quantized=True, recv_dtype=torch.bfloat16)
         cases += [
-            fp8_case("FP8 dispatch, fresh", fresh, quantized=True),
-            fp8_case("FP8 dispatch, fresh, no host wait", without_host_wait, quantized=True),
-            fp8_case("FP8 dispatch, cached", cached, quantized=True),
-            fp8_case("FP8 dispatch to BF16, fresh", fresh, **to_bf16),
-            fp8_case("FP8 dispatch to BF16, cached", cached, **to_bf16),
-            fp8_case("FP8 dispatch, quantising, fresh", fresh, **both),
+            case("FP8 dispatch, fresh", fresh, fp8_bytes, quantized=True),
+            case("FP8 dispatch, fresh, no host wait", without_host_wait, fp8_bytes, quantized=True),
+            case("FP8 dispatch, cached", cached, fp8_bytes, quantized=True),
+            case("FP8 dispatch to BF16, fresh", fresh, fp8_bytes, **to_bf16),
+            case("FP8 dispatch to BF16, cached", cached, fp8_bytes, **to_bf16),
+            case("FP8 dispatch, quantising, fresh", fresh, fp8_bytes, **both),
         ]
     return cases
 

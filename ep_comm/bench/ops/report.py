@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from ep_comm.bench.ops.probe import REQUIRED_GB_PER_S
 from ep_comm.bench.ops.run import Result, Run
+from ep_comm.bench.tables import screen_table
 from ep_comm.bench.timing import UNALIGNED_CALLS, summarize
-from ep_comm.job.environment import commit, gpu_names, versions
+from ep_comm.job import files
+from ep_comm.job.environment import surroundings
 
 _NOTES = f"""\
 times in µs, the slowest rank's median. call: public call, aligned ranks, with its min and p90
@@ -59,13 +56,11 @@ def gb_per_s(num_bytes: float, us: float) -> float:
 
 def render(run: Run) -> Group:
     """Return what rank 0 prints."""
-    table = Table(title=headline(run), title_style="bold red" if run.limit.is_void else "bold")
-    table.add_column("case", no_wrap=True)
-    for name in (
-        "SMs", "kernel", "call", "min", "p90", "unaligned", "idle", "host", "host idle",
+    columns = (
+        "case", "SMs", "kernel", "call", "min", "p90", "unaligned", "idle", "host", "host idle",
         "wire GB/s", "logical GB/s", "x limit",
-    ):  # fmt: skip
-        table.add_column(name, justify="right", no_wrap=True)
+    )  # fmt: skip
+    table = screen_table(headline(run), columns, "bold red" if run.limit.is_void else "bold")
     for result in run.results:
         table.add_row(result.case, *_cells(run, result))
     routing = (
@@ -81,11 +76,7 @@ def write_json(run: Run, path: Path) -> None:
     document = {
         "headline": headline(run),
         "void": run.limit.is_void,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
-        "commit": commit(),
-        "versions": versions(),
-        "gpus": gpu_names(),
+        **surroundings(),
         "num_ranks": run.num_ranks,
         "settings": {**asdict(run.settings), "shape": run.settings.shape._asdict()},
         "backend": run.backend,
@@ -110,7 +101,7 @@ def write_json(run: Run, path: Path) -> None:
             for result in run.results
         ],
     }
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    files.write_json(path, document)
 
 
 def write_plot(run: Run, available_sms: int, path: Path) -> None:

@@ -1,7 +1,6 @@
 """``ep-comm bench train``: training steps.
 
-settings.py  what to measure, checked
-configs.py   the training example's configuration of each variant
+settings.py  what to measure, checked, and the training example's configuration of each variant
 model.py     a variant in memory: the example's model, optimizer and step
 layer.py     one MoE layer alone
 profile.py   launches, host waits and GPU-busy time, from a trace of torch's profiler

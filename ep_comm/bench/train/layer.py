@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,12 +39,6 @@ class LayerAlone:
         )
         self.hidden.requires_grad_()
 
-    @contextmanager
-    def undisturbed(self) -> Iterator[None]:
-        """Keep data-parallel ranks from reducing the gradients of these passes."""
-        with self._model.no_sync():
-            yield
-
     def forward(self) -> Tensor:
         """Return [S, B, H], in the same precision as in training."""
         with named(FORWARD), get_fp8_context(self._config, self._layer.layer_number - 1):
@@ -65,7 +57,7 @@ class LayerAlone:
 
     def measure(self, watch: Stopwatch, iters: int) -> LayerTimes:
         """Time `iters` passes, after some to warm up. Collective."""
-        with self.undisturbed():
+        with self._model.no_sync():  # data-parallel ranks reduce no gradients of these passes
             for _ in range(_WARMUP):
                 self.once()
             spans = [self._timed(watch) for _ in range(iters)]

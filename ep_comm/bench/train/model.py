@@ -63,7 +63,7 @@ class Trainer:
     def garbage_collection(self) -> Iterator[None]:
         """Collect garbage as the example does: not at all with ``manual_gc``."""
         gc.collect()
-        if getattr(self.config, "manual_gc", False):
+        if self.config.manual_gc:
             gc.disable()
         try:
             yield

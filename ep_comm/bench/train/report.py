@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
-import sys
-from collections.abc import Iterable
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,11 +12,13 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from ep_comm.bench.train.profile import Bar, Profile
+from ep_comm.bench.tables import number, screen_table
+from ep_comm.bench.train.profile import Bar
 from ep_comm.bench.train.results import TrainRun
 from ep_comm.bench.train.timeline import draw_timelines
-from ep_comm.job.environment import commit, gpu_names, versions
-from ep_comm.pretrain.variants import reference_of, serial_of
+from ep_comm.job.environment import commit, surroundings, versions
+from ep_comm.job.files import write_json
+from ep_comm.pretrain.variants import serial_of
 
 _BASELINE = """
     bf16 moe_grouped_gemm moe_permute_fusion moe_router_fusion moe_router_force_load_balancing
@@ -55,7 +52,7 @@ for another rank"""
 
 def write_report(run: TrainRun, out: Path, console: Console) -> None:
     """Write ``bench-train.json``, ``steps.png`` and ``overlap.png``, and print the tables."""
-    (out / "bench-train.json").write_text(json.dumps(document(run), indent=1) + "\n")
+    write_json(out / "bench-train.json", document(run))
     console.print(render(run))
     draw_steps(run, out / "steps.png")
     timelines = _overlap_timelines(run)
@@ -93,8 +90,7 @@ def baseline(run: TrainRun) -> str:
 
 def render(run: TrainRun) -> Group:
     """Return what rank 0 prints."""
-    known = [f"{name} {version}" for name, version in versions().items()]
-    surroundings = f"{', '.join(known)}; commit {commit() or 'none'}"
+    known = ", ".join(f"{name} {version}" for name, version in versions().items())
     return Group(
         _step_table(run),
         Text(_STEP_NOTES, style="dim"),
@@ -103,7 +99,7 @@ def render(run: TrainRun) -> Group:
         _host_table(run) if run.device == "cuda" else Text("host costs: there is no GPU"),
         Text(_HOST_NOTES if run.device == "cuda" else "", style="dim"),
         Text(baseline(run)),
-        Text(surroundings),
+        Text(f"{known}; commit {commit() or 'none'}"),
     )
 
 
@@ -113,18 +109,14 @@ def document(run: TrainRun) -> dict[str, Any]:
     return {
         "headline": headline(run),
         "baseline": baseline(run),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
-        "commit": commit(),
-        "versions": versions(),
-        "gpus": gpu_names(),
+        **surroundings(),
         "device": run.device,
         "num_ranks": run.num_ranks,
         "settings": {**asdict(settings), "config": str(settings.config)},
         "vocab_size": run.vocab_size,
         "configs": run.configs,
         "results": [
-            _result(run, name, count)
+            run.figures(name, count)
             for count in settings.microbatches
             for name in settings.variants
         ],
@@ -143,10 +135,9 @@ def draw_steps(run: TrainRun, path: Path) -> None:
     figure = Figure(figsize=(1.5 + 0.9 * len(names) * len(counts), 4.5), layout="constrained")
     for axes, count in zip(figure.subplots(1, len(counts), squeeze=False)[0], counts, strict=True):
         for i, name in enumerate(names):
-            step = run.step_ms(name, count)
-            least_most = [[step.median - step.min], [max(step.p90 - step.median, 0.0)]]
-            axes.bar(i, step.median, yerr=least_most, capsize=4, label=name)
-            axes.annotate(f"{step.median:.1f}", (i, 0), ha="center", va="bottom", fontsize=8)
+            ms, least, p90 = run.figures(name, count)["step_ms"].values()
+            axes.bar(i, ms, yerr=[[ms - least], [max(p90 - ms, 0.0)]], capsize=4, label=name)
+            axes.annotate(f"{ms:.1f}", (i, 0), ha="center", va="bottom", fontsize=8)
         axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
         axes.set_title(f"{count} microbatch{'es' if count > 1 else ''}", fontsize=9)
         axes.set_ylabel("step, ms: median, min to p90")
@@ -165,58 +156,30 @@ def _overlap_timelines(run: TrainRun) -> dict[str, tuple[Bar, ...]]:
     return timelines
 
 
-def _result(run: TrainRun, name: str, count: int) -> dict[str, Any]:
-    found = run.speedup(name, count)
-    return {
-        "variant": name,
-        "microbatches": count,
-        "step_ms": asdict(run.step_ms(name, count)),
-        "tokens_per_s_per_gpu": run.tokens_per_s(name, count),
-        "reference": reference_of(name),
-        "ratio_of_blocks": found and found.of_blocks,
-        "ratio_median": found and found.median,
-        "ratio_worst": found and found.worst,
-        "peak_bytes": run.peak_bytes(name, count),
-        "memory_ratio": run.memory_ratio(name, count),
-        "num_allocations": run.num_allocations(name, count),
-        "loss": run.loss(name, count),
-    }
-
-
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def _table(title: str, columns: Iterable[str]) -> Table:
-    table = Table(title=title, title_style="bold")
-    table.add_column("variant", no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _show(value: float | None, form: str = ".2f") -> str:
-    return "-" if value is None else format(value, form)
+def _show(value: float | None, form: str) -> str:
+    return number(value, form) or "-"
 
 
 def _step_table(run: TrainRun) -> Table:
-    table = _table(
+    table = screen_table(
         headline(run),
-        ("microbatches", "step ms", "min", "p90", "tokens/s/GPU", "x", "worst block", "GiB",
-         "x memory", "allocs", "loss"),
+        ("variant", "microbatches", "step ms", "min", "p90", "tokens/s/GPU", "x", "worst block",
+         "GiB", "x memory", "allocs", "loss"),
     )  # fmt: skip
     for count in run.settings.microbatches:
         for name in run.settings.variants:
-            step, found = run.step_ms(name, count), run.speedup(name, count)
-            peak = run.peak_bytes(name, count)
+            found = run.figures(name, count)
+            peak = found["peak_bytes"]
             table.add_row(
-                *(name, str(count), f"{step.median:.1f}", f"{step.min:.1f}", f"{step.p90:.1f}"),
-                f"{run.tokens_per_s(name, count):,.0f}",
-                _show(found.median if found else None, ".3f"),
-                _show(found.worst if found else None, ".3f"),
+                *(name, str(count), *(f"{ms:.1f}" for ms in found["step_ms"].values())),
+                f"{found['tokens_per_s_per_gpu']:,.0f}",
+                *(_show(found[f"ratio_{which}"], ".3f") for which in ("median", "worst")),
                 _show(peak and peak / 2**30, ".1f"),
-                _show(run.memory_ratio(name, count), ".3f"),
-                _show(run.num_allocations(name, count), "d"),
-                f"{run.loss(name, count):.4f}",
+                *(_show(found["memory_ratio"], ".3f"), _show(found["num_allocations"], "d")),
+                f"{found['loss']:.4f}",
             )
         table.add_section()
     return table
@@ -224,14 +187,14 @@ def _step_table(run: TrainRun) -> Table:
 
 def _layer_table(run: TrainRun) -> Table:
     count = run.settings.microbatches[0]
-    table = _table(
+    table = screen_table(
         f"MoE layer alone | forward of the MoE layers in a step of {count} microbatch(es); ms",
-        ("forward", "backward", "both", "x", "combine alone", "hidden", "dispatch", "experts",
-         "combine", "of the step"),
+        ("variant", "forward", "backward", "both", "x", "combine alone", "hidden", "dispatch",
+         "experts", "combine", "of the step"),
     )  # fmt: skip
     for name, found in run.inspections.items():
         layer, phases = found.layer, found.phases_ms
-        share = sum(phases.values()) / run.step_ms(name, count).median
+        step_ms = run.figures(name, count)["step_ms"]["median"]
         table.add_row(
             name,
             *(f"{median(ms):.3f}" for ms in (layer.forward, layer.backward, layer.total)),
@@ -239,34 +202,26 @@ def _layer_table(run: TrainRun) -> Table:
             _show(median(layer.combine) if layer.combine else None, ".3f"),
             _show(run.hidden_share(name), ".0%"),
             *(f"{phases[phase]:.2f}" for phase in ("dispatch", "expert", "combine")),
-            f"{share:.0%}",
+            f"{sum(phases.values()) / step_ms:.0%}",
         )
     return table
 
 
 def _host_table(run: TrainRun) -> Table:
-    table = _table(
+    table = screen_table(
         f"host and GPU, a step of {run.settings.microbatches[0]} microbatch(es) | an MoE layer",
-        ("kernels", "waits", "host ms", "busy ms", "wall ms", "kernels", "waits", "host µs forward",
-         "host µs both", "busy µs"),
+        ("variant", "kernels", "waits", "host ms", "busy ms", "wall ms", "kernels", "waits",
+         "host µs forward", "host µs both", "busy µs"),
     )  # fmt: skip
     for name, found in run.inspections.items():
-        if found.step and found.layer_forward and found.layer_backward:
-            layer = _layer_cells(found.layer_forward, found.layer_backward)
-            table.add_row(name, *_step_cells(found.step), *layer)
+        step, forward, backward = found.step, found.layer_forward, found.layer_backward
+        if step and forward and backward:
+            table.add_row(
+                *(name, str(step.kernels), str(step.waits)),
+                *(f"{us / 1e3:.1f}" for us in (step.host_us, step.busy_us, step.wall_us)),
+                *(str(forward.kernels + backward.kernels), str(forward.waits + backward.waits)),
+                f"{forward.host_us:.0f}",
+                f"{forward.host_us + backward.host_us:.0f}",
+                f"{forward.busy_us + backward.busy_us:.0f}",
+            )
     return table
-
-
-def _step_cells(step: Profile) -> list[str]:
-    times = (f"{us / 1e3:.1f}" for us in (step.host_us, step.busy_us, step.wall_us))
-    return [str(step.kernels), str(step.waits), *times]
-
-
-def _layer_cells(forward: Profile, backward: Profile) -> list[str]:
-    return [
-        str(forward.kernels + backward.kernels),
-        str(forward.waits + backward.waits),
-        f"{forward.host_us:.0f}",
-        f"{forward.host_us + backward.host_us:.0f}",
-        f"{forward.busy_us + backward.busy_us:.0f}",
-    ]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-from ep_comm.bench.timing import Summary, summarize
+from ep_comm.bench.timing import summarize
 from ep_comm.bench.train.profile import Bar, Profile
 from ep_comm.bench.train.settings import TrainSettings
 from ep_comm.pretrain.variants import reference_of
@@ -81,27 +80,6 @@ class Inspection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speedup:
-    """Step time of the reference over the variant's, medians of a block; above 1 is faster.
-
-    Attributes:
-        of_blocks: One ratio a block.
-    """
-
-    of_blocks: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        """Of the blocks."""
-        return median(self.of_blocks)
-
-    @property
-    def worst(self) -> float:
-        """The block in which the variant looks worst."""
-        return min(self.of_blocks)
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainRun:
     """Everything that was measured. Methods take a variant, and a number of microbatches.
 
@@ -128,42 +106,35 @@ class TrainRun:
         """The first variant's configuration, for what all have in common."""
         return next(iter(self.configs.values()))
 
-    def step_ms(self, name: str, count: int) -> Summary:
-        """Return the times of all steps in all blocks."""
-        return summarize(tuple(ms for block in self._blocks(name, count) for ms in block.step_ms))
+    def figures(self, name: str, count: int) -> dict[str, Any]:
+        """Return what the steps of a variant gave, as ``bench-train.json`` has it.
 
-    def tokens_per_s(self, name: str, count: int) -> float:
-        """Return the tokens a second of one GPU, in the median step."""
+        A ratio of times is the reference's over the variant's, above 1 is faster; the ratio of
+        memory is the variant's over the reference's. They are None without the reference.
+        """
+        blocks, references = self._blocks(name, count), self._blocks(reference_of(name), count)
+        step = summarize([ms for block in blocks for ms in block.step_ms])
+        ratios = tuple(
+            median(theirs.step_ms) / median(ours.step_ms)
+            for ours, theirs in zip(blocks, references, strict=bool(references))
+        )
+        peak, their_peak = _peak_bytes(blocks), _peak_bytes(references)
+        allocations = [b.num_allocations for b in blocks if b.num_allocations is not None]
         tokens = count * self.config["micro_batch_size"] * self.config["seq_length"]
-        return 1e3 * tokens / self.step_ms(name, count).median
-
-    def speedup(self, name: str, count: int) -> Speedup | None:
-        """Return the speedup over the variant's reference; None if that was not measured."""
-        theirs = {b.block: median(b.step_ms) for b in self._blocks(reference_of(name), count)}
-        if not theirs:
-            return None
-        ratios = (theirs[b.block] / median(b.step_ms) for b in self._blocks(name, count))
-        return Speedup(of_blocks=tuple(ratios))
-
-    def peak_bytes(self, name: str, count: int) -> int | None:
-        """Return the highest of all blocks; None where it is not known."""
-        peaks = (b.peak_bytes for b in self._blocks(name, count))
-        return max((peak for peak in peaks if peak is not None), default=None)
-
-    def num_allocations(self, name: str, count: int) -> int | None:
-        """Return the sum of all blocks; None where it is not known."""
-        counts = [b.num_allocations for b in self._blocks(name, count)]
-        known = [count for count in counts if count is not None]
-        return sum(known) if len(known) == len(counts) else None
-
-    def memory_ratio(self, name: str, count: int) -> float | None:
-        """Return peak memory over the reference's; None if either is not known."""
-        mine, theirs = (self.peak_bytes(n, count) for n in (name, reference_of(name)))
-        return mine / theirs if mine and theirs else None
-
-    def loss(self, name: str, count: int) -> float:
-        """Return that of the last step of the last block."""
-        return [block.loss for block in self._blocks(name, count)][-1]
+        return {
+            "variant": name,
+            "microbatches": count,
+            "step_ms": asdict(step),
+            "tokens_per_s_per_gpu": 1e3 * tokens / step.median,
+            "reference": reference_of(name),
+            "ratio_of_blocks": ratios or None,
+            "ratio_median": median(ratios) if ratios else None,
+            "ratio_worst": min(ratios, default=None),
+            "peak_bytes": peak,
+            "memory_ratio": peak / their_peak if peak and their_peak else None,
+            "num_allocations": sum(allocations) if len(allocations) == len(blocks) else None,
+            "loss": blocks[-1].loss,
+        }
 
     def layer_ratio(self, name: str) -> float | None:
         """Return the reference's time of the layer alone, both ways, over the variant's."""
@@ -182,5 +153,9 @@ class TrainRun:
         layer = self.inspections[name].layer
         return median(layer.hidden) / median(layer.combine) if layer.hidden else None
 
-    def _blocks(self, name: str, count: int) -> Iterator[Block]:
-        return (b for b in self.blocks if (b.variant, b.microbatches) == (name, count))
+    def _blocks(self, name: str, count: int) -> list[Block]:
+        return [b for b in self.blocks if (b.variant, b.microbatches) == (name, count)]
+
+
+def _peak_bytes(blocks: list[Block]) -> int | None:
+    return max((b.peak_bytes for b in blocks if b.peak_bytes is not None), default=None)

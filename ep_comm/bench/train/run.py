@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from ep_comm.bench.timing import Stopwatch
+from ep_comm.bench.timing import Stopwatch, summarize
 from ep_comm.bench.train.layer import LayerAlone
 from ep_comm.bench.train.model import Trainer, vocabulary
 from ep_comm.bench.train.profile import (
@@ -34,6 +33,7 @@ from ep_comm.bench.train.settings import TrainSettings
 from ep_comm.job.exits import UserError
 from ep_comm.megatron import MoEMeter
 from ep_comm.pretrain.config import PretrainConfig
+from ep_comm.pretrain.loop import mean_over_ranks
 from ep_comm.pretrain.model import slow_backend
 from ep_comm.telemetry.records import timed
 
@@ -64,7 +64,8 @@ def run(
         progress(f"{name}: profile, MoE layer alone")
         trainer = Trainer(configs[name], device)
         inspections[name] = _inspect(trainer, settings, out / f"trace-{name}")
-        _free(trainer, progress)
+        if (left := trainer.free()) > 2**28:  # workspaces of libraries are less
+            progress(f"warning: {left / 2**30:.2f} GiB are still allocated")
     trainers: dict[str, Trainer] = {}
     own_bytes: dict[str, int] = {}  # of each model while it rests
     for name in settings.variants:
@@ -78,11 +79,8 @@ def run(
         for block in range(settings.blocks):
             for microbatches in settings.microbatches:
                 for name in settings.order(block):
-                    blocks.append(
-                        _measure(
-                            trainers[name], settings, name, microbatches, block, own_bytes[name]
-                        )
-                    )
+                    trainer, own = trainers[name], own_bytes[name]
+                    blocks.append(_measure(trainer, settings, name, microbatches, block, own))
                     progress(_describe(blocks[-1], settings))
     for trainer in trainers.values():
         trainer.free()
@@ -149,7 +147,7 @@ def _measure(
         block=block,
         step_ms=watch.slowest(step_ms),
         host_ms=watch.slowest(host_ms),
-        loss=_mean(loss),
+        loss=mean_over_ranks(loss)[0],
         peak_bytes=_peak_bytes(trainer, others, watch) if on_gpu else None,
         num_allocations=(
             _most(_num_allocations(trainer) - allocations_before, watch) if on_gpu else None
@@ -176,7 +174,7 @@ def _profile(trainer: Trainer, layer: LayerAlone, microbatches: int, trace: Path
     step_events = record(
         lambda: trainer.step(microbatches), trainer.device, trace.with_suffix(".json.gz")
     )
-    with layer.undisturbed():
+    with trainer.trainee.model.no_sync():
         layer_trace = trace.with_name(f"{trace.name}-layer.json.gz")
         layer_events = record(layer.once, trainer.device, layer_trace)
     if not step_events:
@@ -221,21 +219,8 @@ def _most(count: int, watch: Stopwatch) -> int:
     return int(watch.slowest([float(count)])[0])
 
 
-def _mean(loss: Tensor) -> float:
-    total = loss.clone()
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size()
-
-
-def _free(trainer: Trainer, progress: Callable[[str], None]) -> None:
-    left = trainer.free()
-    if left > 2**28:  # workspaces of libraries are less
-        progress(f"warning: {left / 2**30:.2f} GiB are still allocated")
-
-
 def _describe(block: Block, settings: TrainSettings) -> str:
-    median = sorted(block.step_ms)[len(block.step_ms) // 2]
     return (
         f"block {block.block + 1}/{settings.blocks}: {block.variant}, {block.microbatches} "
-        f"microbatch(es): {median:.1f} ms, loss {block.loss:.4f}"
+        f"microbatch(es): {summarize(block.step_ms).median:.1f} ms, loss {block.loss:.4f}"
     )

@@ -1,4 +1,4 @@
-"""What ``ep-comm bench train`` measures."""
+"""What ``ep-comm bench train`` measures, and the configurations that follow."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ep_comm.errors import EPArgumentError
+from ep_comm.job.exits import UserError
+from ep_comm.pretrain.config import PretrainConfig
+from ep_comm.pretrain.config_files import find_config
+from ep_comm.pretrain.flags import parse_args
 from ep_comm.pretrain.variants import DISPATCHER_FLAGS, VARIANTS, current_name, first_owned
 
 # What the benchmark decides itself, by flag, with what to use instead.
@@ -63,7 +67,7 @@ def make_train_settings(
     """Check what the user asked for, as far as the example's configuration is not needed.
 
     Args:
-        config: YAML file of the example.
+        config: YAML file of the example, or the name of one that we ship.
         extra: Further flags of the example.
         variants: Comma-separated names.
         microbatches: Comma-separated numbers.
@@ -73,6 +77,7 @@ def make_train_settings(
 
     Raises:
         EPArgumentError: Something of it is wrong.
+        UserError: There is no such file.
     """
     if own := first_owned(extra, _OWN_FLAGS):
         raise EPArgumentError(f"{own[0]} is what is measured: use {own[1]}")
@@ -84,7 +89,7 @@ def make_train_settings(
         if value < least:
             raise EPArgumentError(f"{name} {value} must be at least {least}")
     return TrainSettings(
-        config=config,
+        config=find_config(config),
         flags=tuple(extra),
         variants=_parse_variants(variants),
         microbatches=_parse_microbatches(microbatches),
@@ -92,6 +97,29 @@ def make_train_settings(
         steps=steps,
         warmup=warmup,
     )
+
+
+def make_configs(settings: TrainSettings, num_ranks: int | None) -> dict[str, PretrainConfig]:
+    """Read the example's configuration for every variant.
+
+    Args:
+        settings: Which variants, and the example's flags.
+        num_ranks: Of the job; None where it is not known yet.
+
+    Raises:
+        UserError: A key or a value is wrong, or unknown to this version of the example.
+    """
+    configs = {}
+    for name in settings.variants:
+        try:
+            config = parse_args(settings.arguments(name))
+            if num_ranks is not None:
+                smallest = {"global_batch_size": config.micro_batch_size * num_ranks}
+                config.model_copy(update=smallest).num_microbatches(num_ranks)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        configs[name] = config
+    return configs
 
 
 def _parse_variants(text: str) -> tuple[str, ...]:

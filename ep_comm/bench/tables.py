@@ -1,0 +1,44 @@
+"""Tables of reports: on the screen, and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.table import Table
+
+
+def screen_table(title: str, columns: Iterable[str], title_style: str = "bold") -> Table:
+    """Return an empty table: names in the first column, numbers in all others.
+
+    Args:
+        title: Above the table.
+        columns: Their names.
+        title_style: As rich takes it.
+    """
+    first, *others = columns
+    table = Table(title=title, title_style=title_style)
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Return the lines of a table: names in the first column, numbers in all others.
+
+    Args:
+        columns: Their names.
+        rows: A cell is shown as `str` has it, and None as a dash.
+    """
+    separator = ["---", *["---:"] * (len(columns) - 1)]
+    lines = [[_escaped(cell) for cell in cells] for cells in (columns, separator, *rows)]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def number(value: float | None, form: str) -> str | None:
+    """Return a number as `format` has it; None of None."""
+    return None if value is None else format(value, form)
+
+
+def _escaped(cell: object) -> str:
+    return "–" if cell is None else str(cell).replace("|", "\\|")
