@@ -24,7 +24,6 @@ import sys
 import tempfile
 import warnings
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -185,17 +184,13 @@ def _write_pair(
     total = 0
     about_tokens = sum(map(len, documents)) // _CHARACTERS_OF_A_TOKEN
     piece = piece_size(about_tokens, len(documents))
-    for batch in track(list(_batches(documents)), "tokenizing", console=console):
-        for encoding in tokenizer.encode_batch_fast(batch):
+    for i in track(range(0, len(documents), _BATCH), "tokenizing", console=console):
+        for encoding in tokenizer.encode_batch_fast(documents[i : i + _BATCH]):
             tokens = np.array([*encoding.ids, end], dtype=dtype)
             add_document(builder, tokens, piece)
             total += tokens.size
     builder.finalize(index)
     return total
-
-
-def _batches(documents: list[str]) -> Iterator[list[str]]:
-    return (documents[i : i + _BATCH] for i in range(0, len(documents), _BATCH))
 
 
 if __name__ == "__main__":

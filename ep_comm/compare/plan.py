@@ -43,8 +43,18 @@ _OWN_FLAGS = {
     "--wandb-exp-name": "--wandb-project; runs are named after their variant",
 }
 _VARIANT_KEYS = {flag.removeprefix("--").replace("-", "_") for flag in _VARIANT_FLAGS}
-_FP8_KEYS = ("ep_fp8_dispatch", "ep_fp8_grad_dispatch", "fp8_format")  # each turns on FP8
-_CHECKPOINT_KEYS = ("save", "load")
+# What the YAML file leaves out, with the reason: each of the first turns on FP8.
+_NOT_IN_FILE = {
+    **dict.fromkeys(
+        ("ep_fp8_dispatch", "ep_fp8_grad_dispatch", "fp8_format"),
+        " is what is compared: leave it out there",
+    ),
+    **dict.fromkeys(
+        ("save", "load"),
+        ": every run would have the same checkpoints. Leave it out there: runs that are "
+        "interrupted go on from their own, in --out",
+    ),
+}
 _PLACES = ("data_cache_path", "wandb_save_dir")  # of files, whatever machine they are on
 _PROGRAM = "ep_comm.pretrain"  # unless the user gives a script
 _CHECKPOINTS = 10  # of a run, where the configuration does not say how many
@@ -266,7 +276,11 @@ def _program(script: Path | None) -> list[str]:
 
 
 def _settings(script: Path | None, config: Path, flags: Sequence[str]) -> dict[str, Any]:
-    """Return what the script makes of its flags, or raise with its complaint."""
+    """Return what the script makes of its flags, without keys that a variant decides.
+
+    Raises:
+        UserError: Its complaint, or the file has what is compared.
+    """
     result = subprocess.run(
         [sys.executable, *_program(script), "--config", str(config), *flags, "--print-config"],
         capture_output=True,
@@ -283,14 +297,9 @@ def _settings(script: Path | None, config: Path, flags: Sequence[str]) -> dict[s
         raise UserError(f"{script} --print-config must print its configuration as JSON") from None
     if missing:
         raise UserError(f"{script} --print-config tells nothing of {', '.join(missing)}")
-    on = [key for key in _FP8_KEYS if settings.get(key)]
-    if on:
-        raise UserError(f"{on[0]} in {config} is what is compared: leave it out there")
-    if key := next((key for key in _CHECKPOINT_KEYS if settings.get(key)), None):
-        raise UserError(
-            f"{key} in {config}: every run would have the same checkpoints. Leave it out there: "
-            "runs that are interrupted go on from their own, in --out"
-        )
+    for key, why in _NOT_IN_FILE.items():
+        if settings.get(key):
+            raise UserError(f"{key} in {config}{why}")
     not_common = _VARIANT_KEYS | {"run_dir", "wandb_exp_name"}
     return {key: value for key, value in settings.items() if key not in not_common}
 

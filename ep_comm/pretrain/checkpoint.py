@@ -84,6 +84,8 @@ _RANDOM_STATES: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
 def check_paths(config: PretrainConfig) -> Path | None:
     """Refuse paths that would fail, or overwrite another run's checkpoints, hours later.
 
+    Call it on rank 0.
+
     Returns:
         The checkpoint to load, if any: the latest one in ``config.load``. Where that is
         ``config.save`` too, a run begins there if it is still without checkpoints: the same command
@@ -93,7 +95,19 @@ def check_paths(config: PretrainConfig) -> Path | None:
         UserError: There is no checkpoint to load, it belongs to another model or run, or there is
             one in the way of saving.
     """
-    return on_rank_0(lambda: _check_paths(config))
+    saved = config.save / LATEST if config.save else None
+    goes_on = config.save and config.load and config.save.resolve() == config.load.resolve()
+    if saved and saved.exists() and not goes_on:
+        raise UserError(
+            f"--save {config.save} already holds checkpoints, the latest of iteration "
+            f"{saved.read_text().strip()}: add --load {config.save} to go on from it, or "
+            f"choose another folder"
+        )
+    checkpoint = None
+    if config.load and not (goes_on and saved and not saved.exists()):
+        checkpoint = _latest(config.load)
+        _check_fingerprint(checkpoint, config)
+    return checkpoint
 
 
 def save(
@@ -274,22 +288,6 @@ def _write(config: PretrainConfig, action: Callable[[], None]) -> None:
             raise UserError(f"--save {config.save} cannot be written: {error.strerror}") from None
 
     on_rank_0(attempt)
-
-
-def _check_paths(config: PretrainConfig) -> Path | None:
-    saved = config.save / LATEST if config.save else None
-    goes_on = config.save and config.load and config.save.resolve() == config.load.resolve()
-    if saved and saved.exists() and not goes_on:
-        raise UserError(
-            f"--save {config.save} already holds checkpoints, the latest of iteration "
-            f"{saved.read_text().strip()}: add --load {config.save} to go on from it, or "
-            f"choose another folder"
-        )
-    checkpoint = None
-    if config.load and not (goes_on and saved and not saved.exists()):
-        checkpoint = _latest(config.load)
-        _check_fingerprint(checkpoint, config)
-    return checkpoint
 
 
 def _latest(folder: Path) -> Path:

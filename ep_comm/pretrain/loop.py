@@ -46,7 +46,7 @@ def pretrain(config: PretrainConfig) -> None:
     # Whatever can be wrong with the request comes first, before anything is written.
     num_microbatches = config.num_microbatches(dist.get_world_size())
     check_wandb(config)
-    checkpoint = check_paths(config)
+    checkpoint = on_rank_0(lambda: check_paths(config))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     announce("reading the data")
     corpus, train_data, valid_data = load_datasets(config)
@@ -123,7 +123,11 @@ def pretrain(config: PretrainConfig) -> None:
                 save(trainee, config, iteration=iteration, consumed_samples=consumed_samples)
                 log.message(f"step {iteration}: checkpoint in {config.save}")
         if iteration < config.train_iters:
-            log.message(_stopped(config, iteration))
+            saved = f"--load {config.save} goes on from there"
+            log.message(
+                f"asked to stop: stopped after step {iteration} of {config.train_iters}; "
+                + (saved if config.save else "nothing is saved, there is no --save")
+            )
     dist.barrier()  # W&B may take a while on one rank; no other one shall look as if it had failed
     dist.destroy_process_group()
     if iteration < config.train_iters:
@@ -196,13 +200,6 @@ def mean_over_ranks(*values: torch.Tensor) -> list[float]:
     sums = torch.stack(values)
     dist.all_reduce(sums)
     return [total / dist.get_world_size() for total in sums.tolist()]
-
-
-def _stopped(config: PretrainConfig, iteration: int) -> str:
-    done = f"asked to stop: stopped after step {iteration} of {config.train_iters}"
-    if config.save:
-        return f"{done}; --load {config.save} goes on from there"
-    return f"{done}; nothing is saved, there is no --save"
 
 
 def _forward_step(batches: Batches, model: torch.nn.Module) -> tuple[torch.Tensor, partial]:

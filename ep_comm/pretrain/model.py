@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import megatron.core
 import torch
@@ -33,6 +35,8 @@ from ep_comm.megatron.layer import moe_layers
 from ep_comm.megatron.names import STOCK
 from ep_comm.megatron.options import flag_of
 from ep_comm.pretrain.config import PretrainConfig
+
+C = TypeVar("C")
 
 NEEDS_TRANSFORMER_ENGINE = (
     *("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion"),
@@ -70,17 +74,10 @@ def build(config: PretrainConfig, vocab_size: int, device: torch.device) -> Trai
     spec = agree(lambda: _layer_spec(config))
     model = agree(lambda: _gpt_model(config, transformer_config, spec, vocab_size, device))
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            lr=config.lr,
-            min_lr=config.min_lr,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.adam_beta1,
-            adam_beta2=config.adam_beta2,
-            clip_grad=config.clip_grad,
-            bf16=config.bf16,
+        _configuration(
+            OptimizerConfig,
+            config,
             params_dtype=transformer_config.params_dtype,
-            use_distributed_optimizer=config.use_distributed_optimizer,
-            overlap_param_gather=config.overlap_param_gather,
             fp8_recipe=config.fp8_recipe if config.fp8_format else None,
         ),
         [model],
@@ -144,16 +141,13 @@ def _transformer_config(config: PretrainConfig) -> TransformerConfig:
             flag = key.replace("_", "-")
             without = f"--no-{flag}" if getattr(config, key) is True else f"no --{flag}"
             raise UserError(f"--{flag} needs a GPU and Transformer Engine; here: {without}")
+    check_megatrons_overlap(config)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     full_recompute = config.recompute_granularity == "full"
     try:
-        return TransformerConfig(
-            num_layers=config.num_layers,
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
-            num_query_groups=config.num_query_groups,
-            kv_channels=config.kv_channels,
-            qk_layernorm=config.qk_layernorm,
+        return _configuration(
+            TransformerConfig,
+            config,
             normalization="RMSNorm",
             gated_linear_unit=True,
             activation_func=torch.nn.functional.silu,
@@ -162,34 +156,15 @@ def _transformer_config(config: PretrainConfig) -> TransformerConfig:
             attention_dropout=0.0,
             num_moe_experts=config.num_experts,
             ffn_hidden_size=config.moe_ffn_hidden_size,  # of dense layers; there are none
-            moe_ffn_hidden_size=config.moe_ffn_hidden_size,
-            moe_router_topk=config.moe_router_topk,
             moe_router_dtype="fp32",
-            moe_router_score_function=config.moe_router_score_function,
-            moe_router_load_balancing_type=config.moe_router_load_balancing_type,
-            moe_aux_loss_coeff=config.moe_aux_loss_coeff,
-            moe_router_enable_expert_bias=config.moe_router_enable_expert_bias,
-            moe_router_bias_update_rate=config.moe_router_bias_update_rate,
-            moe_router_force_load_balancing=config.moe_router_force_load_balancing,
-            moe_shared_expert_intermediate_size=config.moe_shared_expert_intermediate_size,
-            moe_shared_expert_overlap=config.moe_shared_expert_overlap,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-            moe_permute_fusion=config.moe_permute_fusion,
-            moe_router_fusion=config.moe_router_fusion,
-            moe_router_padding_for_quantization=config.moe_router_padding_for_fp8,
             # Megatron validates other features against its own dispatchers' names; ep_comm's
             # takes the place of alltoall in the layer spec.
             moe_token_dispatcher_type=(
                 STOCK if config.uses_ep_comm else config.moe_token_dispatcher
             ),
-            expert_model_parallel_size=config.expert_model_parallel_size,
-            recompute_granularity=config.recompute_granularity,
-            recompute_modules=config.recompute_modules,
             recompute_method="uniform" if full_recompute else None,
             recompute_num_layers=1 if full_recompute else None,
-            bf16=config.bf16,
             fp8=config.fp8_format,
-            fp8_recipe=config.fp8_recipe,
             fp8_param=config.fp8_param_gather,
             params_dtype=dtype,
             pipeline_dtype=dtype,
@@ -199,21 +174,27 @@ def _transformer_config(config: PretrainConfig) -> TransformerConfig:
             apply_rope_fusion=fused,
             # Megatron would ask for Apex on behalf of its own layers: see fuse_accumulation.
             gradient_accumulation_fusion=False,
-            **megatrons_overlap(config),
         )
     except (AssertionError, ValueError) as error:
         raise UserError(f"megatron-core refuses the configuration: {error}") from None
 
 
-def megatrons_overlap(config: PretrainConfig) -> dict[str, bool]:
-    """Return Megatron's own overlap as arguments of `TransformerConfig`: none unless it is on.
+def _configuration(megatrons: type[C], config: PretrainConfig, **others: Any) -> C:
+    """Make one of Megatron's configurations: of our keys of the same name, and of `others`."""
+    theirs = {each.name for each in dataclasses.fields(megatrons)}  # type: ignore[arg-type]
+    same = {key: getattr(config, key) for key in PretrainConfig.model_fields if key in theirs}
+    return megatrons(**{**same, **others})
+
+
+def check_megatrons_overlap(config: PretrainConfig) -> None:
+    """Refuse Megatron's own overlap where it cannot work.
 
     Raises:
         UserError: Megatron-Core or Transformer Engine is too old for it.
     """
     key = "overlap_dispatch_backward_with_experts_wgrad"
     if not getattr(config, key):
-        return {}
+        return
     flag = "--" + key.replace("_", "-")
     if not hasattr(TransformerConfig, key):
         version = megatron.core.__version__
@@ -221,7 +202,6 @@ def megatrons_overlap(config: PretrainConfig) -> dict[str, bool]:
     # What Megatron asks for where DDP is to reduce delayed gradients during the backward pass.
     if not is_te_min_version("2.8.0"):
         raise UserError(f"{flag} needs Transformer Engine 2.8 or newer")
-    return {key: True}
 
 
 def _layer_spec(config: PretrainConfig) -> ModuleSpec:
@@ -266,11 +246,9 @@ def _gpt_model(
         model = Float16Module(transformer_config, model)
     model = DistributedDataParallel(
         transformer_config,
-        DistributedDataParallelConfig(
-            use_distributed_optimizer=config.use_distributed_optimizer,
-            overlap_grad_reduce=config.overlap_grad_reduce,
-            overlap_param_gather=config.overlap_param_gather,
-            fp8_param_gather=config.fp8_param_gather,
+        _configuration(
+            DistributedDataParallelConfig,
+            config,
             grad_reduce_in_fp32=True,
             # Without it DDP takes the experts' gradients when backward has gone through them, which
             # is before either overlap has computed them.

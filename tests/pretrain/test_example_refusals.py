@@ -120,9 +120,9 @@ def test_what_megatrons_overlap_needs(fields, has_te, words, monkeypatch):
     monkeypatch.setattr(model, "TransformerConfig", SimpleNamespace(**known))
     monkeypatch.setattr(model, "is_te_min_version", lambda version: has_te)
     flags = ["--moe-token-dispatcher", "alltoall", "--moe-grouped-gemm"]
-    assert model.megatrons_overlap(parse_args([*TINY, *flags])) == {}
+    model.check_megatrons_overlap(parse_args([*TINY, *flags]))
     with pytest.raises(UserError, match=words):
-        model.megatrons_overlap(parse_args([*TINY, *flags, MEGATRONS_OVERLAP]))
+        model.check_megatrons_overlap(parse_args([*TINY, *flags, MEGATRONS_OVERLAP]))
 
 
 def test_unknown_config_key(tmp_path):

@@ -123,24 +123,29 @@ def _measure(
     own_bytes: int,
 ) -> Block:
     """Time one visit: `settings.steps` steps, after one for the caches."""
-    watch = Stopwatch(trainer.device, settings.steps)
-    on_gpu = trainer.device.type == "cuda"
+    device = trainer.device
+    watch = Stopwatch(device, settings.steps)
     gc.collect()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(trainer.device)
-        others = _allocated(trainer.device) - own_bytes
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    others = _allocated(device) - own_bytes
     trainer.step(microbatches)
-    if on_gpu:
-        allocations_before = _num_allocations(trainer)
+    allocations_before = _num_allocations(device)
     watch.align_from_idle()
     spans, host_ms = [], []
     for _ in range(settings.steps):
         begin = time.perf_counter()
-        with timed(trainer.device) as span:
+        with timed(device) as span:
             loss = trainer.step(microbatches)
         spans.append(span)
         host_ms.append(1e3 * (time.perf_counter() - begin))
     step_ms = [1e3 * span.seconds for span in spans]
+    peak_bytes = num_allocations = None
+    if device.type == "cuda":
+        outside_torch = sum(buffer.buffer_bytes for buffer in trainer.buffers())
+        peak = torch.cuda.max_memory_allocated(device) - others + outside_torch
+        allocations = _num_allocations(device) - allocations_before
+        peak_bytes, num_allocations = map(int, watch.slowest([float(peak), float(allocations)]))
     return Block(
         variant=name,
         microbatches=microbatches,
@@ -148,10 +153,8 @@ def _measure(
         step_ms=watch.slowest(step_ms),
         host_ms=watch.slowest(host_ms),
         loss=mean_over_ranks(loss)[0],
-        peak_bytes=_peak_bytes(trainer, others, watch) if on_gpu else None,
-        num_allocations=(
-            _most(_num_allocations(trainer) - allocations_before, watch) if on_gpu else None
-        ),
+        peak_bytes=peak_bytes,
+        num_allocations=num_allocations,
     )
 
 
@@ -199,24 +202,14 @@ def _phases(trainer: Trainer, microbatches: int) -> tuple[dict[str, float], dict
     return phases, imbalance
 
 
-def _peak_bytes(trainer: Trainer, others: int, watch: Stopwatch) -> int:
-    outside_torch = sum(buffer.buffer_bytes for buffer in trainer.buffers())
-    torchs = torch.cuda.max_memory_allocated(trainer.device) - others
-    return _most(torchs + outside_torch, watch)
-
-
 def _allocated(device: torch.device) -> int:
     """Return the bytes that torch has given out; 0 on a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _num_allocations(trainer: Trainer) -> int:
-    return torch.cuda.memory_stats(trainer.device)["num_device_alloc"]
-
-
-def _most(count: int, watch: Stopwatch) -> int:
-    """Return the largest count of any rank."""
-    return int(watch.slowest([float(count)])[0])
+def _num_allocations(device: torch.device) -> int:
+    """Return how often torch asked the driver for memory; 0 on a CPU."""
+    return torch.cuda.memory_stats(device)["num_device_alloc"] if device.type == "cuda" else 0
 
 
 def _describe(block: Block, settings: TrainSettings) -> str:
