@@ -135,7 +135,7 @@ def prepare(files: list[Path], vocab_size: int, prefix: Path) -> None:
 
 
 def _read(path: Path, console: Console) -> str:
-    """Return the text of a file. A few bytes that are no UTF-8 are replaced."""
+    """Return the text of a file; a few bytes that are no UTF-8 are replaced."""
     try:
         data = path.read_bytes()
         if data.startswith(_GZIP_MAGIC):
@@ -154,7 +154,7 @@ def _read(path: Path, console: Console) -> str:
 
 
 def _train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
-    """Train a BPE over bytes, which knows every text, but for the token that ends a document."""
+    """Train a BPE over bytes: it knows every text. It lacks the token that ends a document."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -177,7 +177,7 @@ def _train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
 def _write_pair(
     documents: list[str], tokenizer: Tokenizer, data: str, index: str, console: Console
 ) -> int:
-    """Write both files; returns the number of tokens."""
+    """Write both files; return the number of tokens."""
     end = tokenizer.get_vocab_size()
     dtype = DType.optimal_dtype(end + 1)
     builder = IndexedDatasetBuilder(data, dtype=dtype)

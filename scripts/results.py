@@ -25,13 +25,14 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
 from ep_comm.bench.tables import markdown_table, number
 from ep_comm.bench.timing import summarize
+from ep_comm.compare.statistics import standard_error
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -294,9 +295,9 @@ def _pair_tables(pairs: Document) -> list[Table]:
             if len(each) > 1:
                 label = f"{_variant(name)} against {_variant(found['counterpart'])}"
                 seeds = ", ".join(map(str, found["seeds"]))
-                error = stdev(each) / len(each) ** 0.5
                 shown = ", ".join(f"{value:+.2%}" for value in each)
-                rows.append([label, says, seeds, shown, f"{fmean(each):+.2%} ± {error:.2%}"])
+                mean = f"{fmean(each):+.2%} ± {standard_error(each):.2%}"
+                rows.append([label, says, seeds, shown, mean])
     return [Table(columns.split("; "), rows)] if rows else []
 
 
@@ -336,7 +337,7 @@ BLOCKS = {"operations": _operations, "steps": _steps}
 
 
 def generate(root: Path = ROOT) -> dict[Path, str]:
-    """What every page with figures has to be, by its path.
+    """Return what every page with figures has to be, by its path.
 
     Raises:
         SystemExit: A file is of no known kind, or a block names one that is not there.
@@ -374,7 +375,7 @@ def _fill(match: re.Match[str], files: dict[str, Document]) -> str:
 
 
 def stale(root: Path = ROOT) -> list[Path]:
-    """Pages that are not what the files give."""
+    """Return pages that are not what the files give."""
     return [
         path for path, text in generate(root).items()
         if not path.exists() or path.read_text() != text

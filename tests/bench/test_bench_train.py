@@ -27,7 +27,7 @@ from ep_comm.bench.train.results import Block, Inspection, LayerTimes, TrainRun
 from ep_comm.bench.train.settings import make_train_settings
 from ep_comm.bench.train.timeline import draw_timelines, kind_of
 from ep_comm.cli.app import app
-from ep_comm.errors import EPArgumentError
+from ep_comm.job.exits import UserError
 from ep_comm.pretrain.variants import VARIANTS, reference_of, serial_of
 
 TINY = CONFIGS / "tiny-cpu.yaml"
@@ -92,7 +92,7 @@ def test_what_variants_are_compared_with():
     ],
 )
 def test_bad_settings(changes, words):
-    with pytest.raises(EPArgumentError) as error:
+    with pytest.raises(UserError) as error:
         settings(**changes)
     assert words in str(error.value)
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ep_comm import _native
 from ep_comm._native import header
 from ep_comm.bench.timing import Stopwatch
-from ep_comm.job.start import UserError
+from ep_comm.job.exits import UserError
 
 REQUIRED_GB_PER_S = 320.0
 _SMS = (16, 32)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ep_comm.job.start import UserError
+from ep_comm.job.exits import UserError
 
 KINDS = ("uniform", "group-limited", "zipf")
 _PERMUTATION_SEED = 0  # the same experts are hot on every rank and in every set

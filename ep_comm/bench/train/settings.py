@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ep_comm.errors import EPArgumentError
 from ep_comm.job.exits import UserError
 from ep_comm.pretrain.config import PretrainConfig
 from ep_comm.pretrain.config_files import find_config
@@ -76,18 +75,17 @@ def make_train_settings(
         warmup: Steps of each variant before the first block.
 
     Raises:
-        EPArgumentError: Something of it is wrong.
-        UserError: There is no such file.
+        UserError: Something of it is wrong.
     """
     if own := first_owned(extra, _OWN_FLAGS):
-        raise EPArgumentError(f"{own[0]} is what is measured: use {own[1]}")
+        raise UserError(f"{own[0]} is what is measured: use {own[1]}")
     for name, value, least in (
         ("--blocks", blocks, 1),
         ("--steps", steps, 1),
         ("--warmup", warmup, 0),
     ):
         if value < least:
-            raise EPArgumentError(f"{name} {value} must be at least {least}")
+            raise UserError(f"{name} {value} must be at least {least}")
     return TrainSettings(
         config=find_config(config),
         flags=tuple(extra),
@@ -126,7 +124,7 @@ def _parse_variants(text: str) -> tuple[str, ...]:
     names = [current_name(name.strip()) for name in text.split(",")]
     for name in names:
         if name not in VARIANTS:
-            raise EPArgumentError(f"--variants {name!r} is none of {', '.join(VARIANTS)}")
+            raise UserError(f"--variants {name!r} is none of {', '.join(VARIANTS)}")
     return tuple(dict.fromkeys(names))
 
 
@@ -136,7 +134,7 @@ def _parse_microbatches(text: str) -> tuple[int, ...]:
     except ValueError:
         counts = []
     if not counts or counts[0] < 1:
-        raise EPArgumentError(
+        raise UserError(
             f"--microbatches {text!r} must be comma-separated positive numbers, such as 1,8"
         )
     return tuple(counts)
