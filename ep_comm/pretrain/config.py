@@ -244,7 +244,7 @@ class PretrainConfig(
         is_padded_alltoall = (
             self.moe_router_padding_for_fp8 and self.moe_token_dispatcher == "alltoall"
         )
-        refusals: list[tuple[Any, str]] = [
+        refusals: list[tuple[Any, str]] = [  # whether, and why
             (
                 self.num_experts % self.expert_model_parallel_size,
                 f"num_experts {self.num_experts} is not divisible by "
@@ -259,21 +259,6 @@ class PretrainConfig(
                 self.num_query_groups and self.num_attention_heads % self.num_query_groups,
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_query_groups {self.num_query_groups}",
-            ),
-            *(
-                (getattr(self, key) and not getattr(self, needed), f"{key} needs {needed}")
-                for key, needed in _NEEDS
-            ),
-            *(
-                (
-                    getattr(self, key) and not self.uses_ep_comm,
-                    f"{key} needs moe_token_dispatcher {NAME}, not {self.moe_token_dispatcher}",
-                )
-                for key in _NEED_EP_COMM
-            ),
-            *(
-                (key not in MAY_CHANGE, f"load_despite {key} is none of {', '.join(MAY_CHANGE)}")
-                for key in self.load_despite
             ),
             (
                 channels % 2,
@@ -297,6 +282,21 @@ class PretrainConfig(
                 f"lr_warmup_iters {self.lr_warmup_iters} must be less than lr_decay_iters (by "
                 f"default train_iters), which is {self.decay_iters}",
             ),
+        ]
+        refusals += [
+            (getattr(self, key) and not getattr(self, needed), f"{key} needs {needed}")
+            for key, needed in _NEEDS
+        ]
+        refusals += [
+            (
+                getattr(self, key) and not self.uses_ep_comm,
+                f"{key} needs moe_token_dispatcher {NAME}, not {self.moe_token_dispatcher}",
+            )
+            for key in _NEED_EP_COMM
+        ]
+        refusals += [
+            (key not in MAY_CHANGE, f"load_despite {key} is none of {', '.join(MAY_CHANGE)}")
+            for key in self.load_despite
         ]
         for is_wrong, why in refusals:
             if is_wrong:
