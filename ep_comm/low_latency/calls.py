@@ -302,11 +302,10 @@ class LowLatencyCalls:
             num_topk=1,
             low_latency_tokens=num_max_dispatch_tokens_per_rank,
         ).check_group(num_ranks)
-        row = 2 * hidden
-        # Two halves, in each of them a slot a token and rank: for dispatch with an expert and a
-        # weight for each of the most selections, and for combine.
-        slot = (row + 8 * EP_MAX_TOPK) + (row + 4 * EP_MAX_TOPK)
-        return MOST_OUT * num_ranks * num_max_dispatch_tokens_per_rank * slot
+        # A slot for each token and rank: its row for dispatch and for combine, and what belongs to
+        # its selections, which is less than 16 bytes each. Beside them stand flags and gaps.
+        slot = 2 * 2 * hidden + 16 * EP_MAX_TOPK
+        return MOST_OUT * num_ranks * num_max_dispatch_tokens_per_rank * slot + 4096
 
     def clean_low_latency_buffer(
         self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int

@@ -6,6 +6,7 @@ from itertools import pairwise, product
 
 import pytest
 
+from ep_comm import Buffer
 from ep_comm._native import header
 from ep_comm.errors import EPArgumentError
 
@@ -76,6 +77,18 @@ def bytes_of_parts(
         "low_latency_dispatch": 2 * hidden * tokens_of_halves,
         "low_latency_combine": 2 * hidden * tokens_of_halves,
     }
+
+
+def test_low_latency_size_hint_is_enough():
+    for ranks, room, topk, hidden in product(
+        range(1, header.EP_MAX_PEERS + 1), (1, 128), (1, 8, header.EP_MAX_TOPK), (8, 2048, 7168)
+    ):
+        parts = bytes_of_parts(1, 16, topk, ranks, room, hidden)
+        rounded = [-(-size // 256) * 256 for name, size in parts.items() if "low_latency" in name]
+        hint = Buffer.get_low_latency_size_hint(room, hidden, ranks, 64 * ranks)
+        assert len(rounded) == 6 and sum(rounded) <= hint
+        if hidden > 8:
+            assert hint < 1.4 * sum(rounded) + 4096
 
 
 @pytest.mark.parametrize("ranks", range(1, header.EP_MAX_PEERS + 1))
