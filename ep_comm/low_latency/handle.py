@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
@@ -55,16 +54,16 @@ class HooksOut:
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.num_operations = 0
-        self._hooks: deque[Hook] = deque(maxlen=MOST_OUT)  # the last ones, called or not
+        self._hooks: list[Hook] = []  # at most MOST_OUT, and those not called yet among them
 
     def check_room(self) -> None:
         """Raise `EPStateError` where there is no room for another operation; name the hooks."""
-        out = [hook for hook in self._hooks if not hook.was_called]
-        if len(out) == MOST_OUT:
+        self._hooks = [hook for hook in self._hooks if not hook.was_called]
+        if len(self._hooks) == MOST_OUT:
+            names = " and ".join(hook.name for hook in self._hooks)
             raise EPStateError(
-                f"{self.kind} #{self.num_operations + 1}: the hooks of "
-                f"{' and '.join(hook.name for hook in out)} were not called yet, and not more than "
-                f"{MOST_OUT} results may be out at once"
+                f"{self.kind} #{self.num_operations + 1}: the hooks of {names} were not called "
+                f"yet, and not more than {MOST_OUT} results may be out at once"
             )
 
     def add(self, session: Session, pending: Pending, is_split: bool) -> Hook | None:
