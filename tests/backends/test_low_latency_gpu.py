@@ -41,6 +41,17 @@ def on_buffer(rank: int, buffer: Buffer, case: LowLatencyCase) -> dict[str, Any]
     return run_case(rank, buffer, case, "cuda")
 
 
+SMALL = LowLatencyCase(tokens=(7, 5), scales="fp32", hidden=128, num_topk=3, max_tokens=7)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])
+def test_small_cases(split):
+    """What ``scripts/sanitize.sh`` runs under compute-sanitizer, where all takes its time."""
+    case = dataclasses.replace(on_gpus(SMALL, "nvlink"), split=split)
+    config = case.config(timeout_s=30)
+    check_results(case, run_virtual_ranks(2, on_buffer, config, case, in_step=True))
+
+
 @pytest.mark.parametrize("case", [*CASES, *HARD, EIGHT])
 @pytest.mark.parametrize("delay_us", [0, 20])
 def test_named_cases(case, delay_us):
