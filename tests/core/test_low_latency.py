@@ -28,7 +28,7 @@ CASES = [
     Case(tokens=(9, 8, 7, 6), num_topk=8, experts_per_rank=2, ranks_per_node=2, drop=0.1),
     Case(tokens=(3, 3, 3, 3), drop=1.0, weights_with="combine"),
     Case(tokens=(9, 8, 7), num_topk=9, experts_per_rank=3, cancelling=True, drop=0.1),
-    Case(tokens=(9, 8), num_topk=6, experts_per_rank=3, cancelling=True, weights_with="combine"),
+    Case(tokens=(12,), num_topk=3, experts_per_rank=3, cancelling=True, weights_with="combine"),
     Case(tokens=(12, 0, 7), scales="fp32", hidden=384, num_topk=4, drop=0.2, max_tokens=13),
     Case(tokens=(12, 5), scales="power_of_two", hidden=128, weights_with="combine", split=True),
     Case(tokens=(9, 10, 8, 12), scales="ue8m0", hidden=512, num_topk=4, split=True, max_tokens=14),
