@@ -148,7 +148,7 @@ __device__ inline void receive_unit(const ep_low_latency_combine_args& args,
                                     Waiter& waiter) {
   const ep_low_latency& common = args.common;
   const int32_t num_words = common.hidden / kPer;
-  const uint32_t ranks = route_of(common, t).ranks;
+  const uint32_t ranks = args.handle.ranks[t];
   const LaneWords words(unit, num_words);
   float sums[kWordsOfLane][kPer];
 #pragma unroll
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(16) uint8_t shared[];
   const ep_low_latency& common = args.common;
   const Operation operation = begin_operation(common);
-  if (!operation.has_room) return;
+  if (!operation.can_begin) return;
   Waiter waiter(common.peers);
   if (common.phases & EP_LOW_LATENCY_SEND) {
     const int32_t warp = threadIdx.x / kWarpSize;

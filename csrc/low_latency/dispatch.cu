@@ -70,9 +70,11 @@ __device__ inline void send_header(const ep_low_latency_dispatch_args& args,
 }
 
 // Tells every rank, those that the token does not go to too, which of their experts want it.
-__device__ inline void send_entries(const ep_low_latency& common, const Operation& operation,
-                                    Entries& entries, int32_t t) {
+__device__ inline void send_entries(const ep_low_latency_dispatch_args& args,
+                                    const Operation& operation, Entries& entries, int32_t t) {
+  const ep_low_latency& common = args.common;
   Route route = route_of(common, t);
+  if (lane_id() == 0) args.handle.ranks[t] = static_cast<int32_t>(route.ranks);
   entries.fill(common, t, &route);
   const int32_t experts = expert_words(common.num_topk);
   const int32_t words = experts + (common.has_weights ? weight_words(common.num_topk) : 0);
@@ -192,7 +194,7 @@ __device__ inline void send(const ep_low_latency_dispatch_args& args, const Oper
   // Entries are what receivers wait for first. The last warps take them: rows begin with the first.
   if (first == stride - 1) send_header(args, operation);
   for (int32_t t = stride - 1 - first; t < common.num_tokens; t += stride) {
-    send_entries(common, operation, entries, t);
+    send_entries(args, operation, entries, t);
   }
   const RowWords row(common.hidden, args.format);
   const int32_t units = ceil_div<int32_t>(row.data, kWordsOfUnit);
@@ -280,12 +282,21 @@ __device__ inline bool collect(const ep_low_latency_dispatch_args& args, const O
 #pragma unroll
       for (int i = 0; i < kExpertsOfWord; ++i) {
         const uint32_t expert = expert_of_word(word, i);
-        if (expert == kNoExpert) continue;
+        if (expert >= static_cast<uint32_t>(common.num_local_experts)) continue;  // no expert
         atomicOr(&arrivals.bits[expert * arrivals.words + n / 32], 1u << (n % 32));
       }
     }
   }
   return __syncthreads_and(fine);
+}
+
+// After a fault: nothing has come, for what reads the outputs and for the combine that may follow.
+__device__ inline void leave_nothing(const ep_low_latency_dispatch_args& args) {
+  const ep_low_latency& common = args.common;
+  for (int32_t e = threadIdx.x; e < common.num_local_experts; e += kThreads) args.recv_count[e] = 0;
+  if (static_cast<int32_t>(threadIdx.x) < common.peers.num_ranks) {
+    args.handle.num_tokens[threadIdx.x] = 0;
+  }
 }
 
 // The counts of experts, shared out among the blocks.
@@ -363,7 +374,8 @@ __device__ inline void receive_unit(const ep_low_latency_dispatch_args& args,
 
   // Lane k has the token's k-th expert here, and its row.
   const uint32_t expert = lane < num_topk ? expert_of_lane(expert_word) : kNoExpert;
-  const int32_t num_experts = __popc(__ballot_sync(kFullWarp, expert != kNoExpert));
+  const bool is_expert = expert < static_cast<uint32_t>(common.num_local_experts);
+  const int32_t num_experts = __popc(__ballot_sync(kFullWarp, is_expert));
   int64_t row = -1;
   for (int32_t k = 0; k < num_experts; ++k) {
     const uint32_t e = __shfl_sync(kFullWarp, expert, k);
@@ -402,7 +414,10 @@ __device__ inline void receive_unit(const ep_low_latency_dispatch_args& args,
 __device__ inline void receive(const ep_low_latency_dispatch_args& args, const Operation& operation,
                                Arrivals& arrivals, Waiter& waiter) {
   const ep_low_latency& common = args.common;
-  if (!collect(args, operation, arrivals, waiter)) return;
+  if (!collect(args, operation, arrivals, waiter)) {
+    leave_nothing(args);
+    return;
+  }
   write_counts(args, arrivals);
   const int32_t num_ranks = common.peers.num_ranks;
   int32_t most_tokens = 0;
@@ -431,7 +446,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   Arrivals arrivals(shared + kWarps * entry_bytes, common);
   if (common.phases & EP_LOW_LATENCY_RECEIVE) arrivals.clear(common);
   const Operation operation = begin_operation(common);
-  if (!operation.has_room) return;
+  if (!operation.can_begin) {
+    leave_nothing(args);
+    return;
+  }
   Waiter waiter(common.peers);
   if (common.phases & EP_LOW_LATENCY_SEND) {
     Entries entries(shared + threadIdx.x / kWarpSize * entry_bytes, common);

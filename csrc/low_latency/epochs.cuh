@@ -30,7 +30,7 @@ struct Operation {
   int32_t half;
   uint32_t before;   // operations of the same half before this one
   bool has_credits;  // a kernel before has learnt that all ranks have received these
-  bool has_room;     // this rank itself has: otherwise a third result would be out
+  bool can_begin;    // no fault came before, and this rank itself has received these
 };
 
 __device__ inline Operation operation_of(const ep_low_latency& common, const State& state) {
@@ -42,8 +42,8 @@ __device__ inline Operation operation_of(const ep_low_latency& common, const Sta
   operation.before = (operation.epoch - 1) >> 1;
   const uint32_t known = state.known[state.launches % 2][operation.kind][operation.half];
   operation.has_credits = static_cast<int32_t>(known - operation.before) >= 0;
-  operation.has_room = !(common.phases & EP_LOW_LATENCY_SEND) ||
-                       state.received[operation.kind][operation.half] == operation.before;
+  // Sent before it was received, or received before it was sent, it would use what is in use.
+  operation.can_begin = state.received[operation.kind][operation.half] == operation.before;
   return operation;
 }
 
@@ -96,15 +96,18 @@ __device__ inline void count_operation(const ep_low_latency& common, const State
 // By all threads: which operation the kernel is part of. Counts it, and exchanges credits. The
 // state is read once a block: thousands of threads that load the same line take microseconds.
 __device__ inline Operation begin_operation(const ep_low_latency& common) {
-  __shared__ State state;
+  __shared__ alignas(16) State state;
+  __shared__ bool has_failed;
+  if (threadIdx.x == kStateWords) has_failed = aborted(common.peers);
   if (threadIdx.x < kStateWords) {
     ptx::load_global_if(true, reinterpret_cast<uint4*>(&state) + threadIdx.x,
                         reinterpret_cast<const uint4*>(common.state) + threadIdx.x);
   }
   __syncthreads();
-  const Operation operation = operation_of(common, state);
-  if (!operation.has_room) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) {
+  Operation operation = operation_of(common, state);
+  if (has_failed || !operation.can_begin) {
+    operation.can_begin = false;
+    if (!has_failed && blockIdx.x == 0 && threadIdx.x == 0) {
       raise_fault(common.peers, EP_FAULT_RESULTS, EP_PHASE_ROWS, common.peers.rank, 0,
                   operation.epoch, 0);
     }
@@ -118,7 +121,7 @@ __device__ inline Operation begin_operation(const ep_low_latency& common) {
     }
     count_operation(common, state, operation);
   }
-  if (warp == kBookkeepingWarp + 1 && blockIdx.x == gridDim.x - 1) exchange_credits(common, state);
+  if (warp == kBookkeepingWarp + 1 && blockIdx.x == 0) exchange_credits(common, state);
   return operation;
 }
 
@@ -141,7 +144,7 @@ __device__ inline bool wait_credits(const ep_low_latency& common, const Operatio
   };
   const int32_t r = lane_id();
   bool fine = true;
-  if (r < common.peers.num_ranks) {
+  if (r < common.peers.num_ranks && r != common.peers.rank) {  // can_begin says it of the own one
     const uint32_t* const theirs =
         credit(common, common.peers.rank, operation.kind, operation.half, r);
     while (fine && is_behind(ptx::load_acquire_sys(theirs))) {
@@ -149,7 +152,9 @@ __device__ inline bool wait_credits(const ep_low_latency& common, const Operatio
     }
     if (fine) waiter.has_come(r);
   }
-  return __all_sync(kFullWarp, fine);
+  fine = __all_sync(kFullWarp, fine);
+  __syncwarp();  // a vote orders no memory: what one lane has acquired holds for all from here on
+  return fine;
 }
 
 // EP_OK, or EP_ERR_ARGUMENT with a text: what the host can see of an operation's arguments.

@@ -45,12 +45,13 @@ __device__ inline Route route_of(const ep_low_latency& common, int32_t t) {
   return route;
 }
 
-// Fills in the places.
+// Fills in the places. An expert that stands twice in a token has two, so that none is left out.
 __device__ inline void find_places(Route* route, int32_t num_topk) {
   for (int32_t k = 0; k < num_topk; ++k) {
     const int32_t rank = __shfl_sync(kFullWarp, route->rank, k);
     const int32_t local = __shfl_sync(kFullWarp, route->local, k);
-    route->place += rank == route->rank && local < route->local;
+    const bool is_before = local < route->local || (local == route->local && k < lane_id());
+    route->place += rank == route->rank && is_before;
   }
 }
 

@@ -25,7 +25,7 @@ __device__ inline bool is_waiting(const uint4& word) {
   return (word.x & word.y & word.z & word.w) == 0xffffffffu;
 }
 
-// The waits of one thread: together bounded by the time limit of the operation.
+// The waits of one thread: those for one peer are together bounded by the operation's time limit.
 class Waiter {
  public:
   __device__ explicit Waiter(const ep_peers& peers) : peers_(peers) {}
@@ -35,7 +35,8 @@ class Waiter {
     if (has_failed_) return false;
     if (++spins_ % kSpinsBetweenChecks != 0) return true;
     const uint64_t now = ptx::global_timer_ns();
-    if (start_ns_ == 0) start_ns_ = now;
+    if (start_ns_ == 0 || peer != peer_) start_ns_ = now;
+    peer_ = peer;
     const uint64_t waited_ns = now - start_ns_;
     if (aborted(peers_)) {
       has_failed_ = true;
@@ -61,6 +62,7 @@ class Waiter {
  private:
   const ep_peers& peers_;
   uint64_t start_ns_ = 0;
+  int32_t peer_ = -1;
   uint32_t spins_ = 0;
   bool has_failed_ = false;
   bool told_ = false;

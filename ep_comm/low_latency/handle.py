@@ -25,10 +25,13 @@ class Hook:
         EPTimeoutError: A rank did not send within ``config.timeout_s``.
     """
 
-    def __init__(self, session: Session, name: str, receive: Callable[[], None]) -> None:
+    def __init__(
+        self, session: Session, kind: str, number: int, receive: Callable[[], None]
+    ) -> None:
         self._session = session
         self._receive = receive
-        self.name = name
+        self.number = number
+        self.name = f"{kind} #{number}"
         self.was_called = False
 
     def __call__(self) -> None:
@@ -57,14 +60,18 @@ class HooksOut:
         self._hooks: list[Hook] = []  # at most MOST_OUT, and those not called yet among them
 
     def check_room(self) -> None:
-        """Raise `EPStateError` where there is no room for another operation; name the hooks."""
+        """Raise `EPStateError` where there is no room for another operation; name the hook.
+
+        Operations take the memory of a buffer in turns: each uses that of the one before the last.
+        """
         self._hooks = [hook for hook in self._hooks if not hook.was_called]
-        if len(self._hooks) == MOST_OUT:
-            names = " and ".join(hook.name for hook in self._hooks)
-            raise EPStateError(
-                f"{self.kind} #{self.num_operations + 1}: the hooks of {names} were not called "
-                f"yet, and not more than {MOST_OUT} results may be out at once"
-            )
+        number = self.num_operations + 1
+        for hook in self._hooks:
+            if hook.number <= number - MOST_OUT:
+                raise EPStateError(
+                    f"{self.kind} #{number}: the hook of {hook.name} was not called yet, whose "
+                    f"memory it would use: results of the last {MOST_OUT} may be out at once"
+                )
 
     def add(self, session: Session, pending: Pending, is_split: bool) -> Hook | None:
         """Count an operation that was started; return its hook where it is to have one."""
@@ -75,7 +82,7 @@ class HooksOut:
         def receive() -> None:
             pending.wait()
 
-        hook = Hook(session, f"{self.kind} #{self.num_operations}", receive)
+        hook = Hook(session, self.kind, self.num_operations, receive)
         self._hooks.append(hook)
         return hook
 

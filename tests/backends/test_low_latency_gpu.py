@@ -88,10 +88,12 @@ def rank_one_stays_away(rank: int, buffer: Buffer, case: LowLatencyCase) -> str 
     if rank == 1:
         time.sleep(3)
         return None
-    dispatch(buffer, case, given)
+    out = dispatch(buffer, case, given)
+    combine(buffer, case, given, out.handle)  # after the fault it touches nobody's memory
     with pytest.raises(EPTimeoutError) as caught:
         buffer.synchronize()
     assert not buffer.is_usable and caught.value.late_ranks == (1,)
+    assert not out.recv_count.any()
     return str(caught.value)
 
 
@@ -100,6 +102,40 @@ def test_a_late_rank_is_named():
     config = case.config(timeout_s=1.0)
     message, _ = run_virtual_ranks(2, rank_one_stays_away, config, case)
     assert message.startswith("low_latency_dispatch #1: rank 0 waited 1 s for rank 1 (phase: plan)")
+
+
+def with_foreign_experts(rank: int, buffer: Buffer, case: LowLatencyCase) -> dict[str, Any]:
+    """What is to be dropped is not -1 but other numbers that are no experts."""
+    given = Inputs.of_case(case, rank, "cuda")
+    dropped = given.topk_idx < 0
+    given.topk_idx[dropped] = torch.tensor([-7, 1 << 40, case.num_experts], device="cuda")[
+        torch.arange(int(dropped.sum()), device="cuda") % 3
+    ]
+    wait_for_stream()
+    out = dispatch(buffer, case, given)
+    combine(buffer, case, given, out.handle)
+    return as_numpy(case, given, out)
+
+
+def test_what_is_no_expert_is_dropped():
+    case = on_gpus(LowLatencyCase(tokens=(12, 9), num_topk=4, drop=0.4), "nvlink")
+    check_results(case, run_virtual_ranks(2, with_foreign_experts, case.config(), case))
+
+
+def with_experts_twice(rank: int, buffer: Buffer, case: LowLatencyCase) -> list[int]:
+    given = Inputs.of_case(case, rank, "cuda")
+    given.topk_idx[:, 1] = given.topk_idx[:, 0]
+    wait_for_stream()
+    out = dispatch(buffer, case, given)
+    combine(buffer, case, given, out.handle)
+    buffer.synchronize()
+    return out.recv_count.tolist()
+
+
+def test_an_expert_twice_gets_the_row_once():
+    case = on_gpus(LowLatencyCase(tokens=(12, 9), num_topk=2), "nvlink")
+    counts = run_virtual_ranks(2, with_experts_twice, case.config(), case)
+    assert sum(map(sum, counts)) == 21
 
 
 # ---- CUDA graphs -------------------------------------------------------------------------------

@@ -130,11 +130,12 @@ def bad_calls(rank: int) -> dict[str, str]:
     messages["third dispatch"] = raised(lambda: dispatch(**split))
     messages["third dispatch without hook"] = raised(lambda: dispatch(**DISPATCH))
     messages["not received"] = raised(lambda: combine(**{**good, "handle": first.handle}))
+    second.hook()
+    messages["third dispatch out of turn"] = raised(lambda: dispatch(**split))
     first.hook()
     messages["dispatch hook twice"] = raised(first.hook)
     third = dispatch(**split)
-    for out in (second, third):
-        out.hook()
+    third.hook()
     backs = [
         combine(**{**good, "handle": out.handle, "return_recv_hook": True})
         for out in (first, second)
@@ -180,12 +181,12 @@ SAID = {
     "handle twice": "the handle of low_latency_dispatch #1 was used before",
     "its place": "the handle of low_latency_dispatch #1 was used before",
     "no weights": "pass topk_weights: none travelled with the dispatch",
-    "third dispatch": "low_latency_dispatch #5: the hooks of low_latency_dispatch #3 and "
-    "low_latency_dispatch #4 were not called yet",
-    "third dispatch without hook": "low_latency_dispatch #5: the hooks of",
+    "third dispatch": "low_latency_dispatch #5: the hook of low_latency_dispatch #3 was not called",
+    "third dispatch without hook": "low_latency_dispatch #5: the hook of",
+    "third dispatch out of turn": "#5: the hook of low_latency_dispatch #3 was not called yet",
     "not received": "the hook of low_latency_dispatch #3 was not called",
     "dispatch hook twice": "the hook of low_latency_dispatch #3 was called before",
-    "third combine": "the hooks of low_latency_combine #3 and low_latency_combine #4 were not",
+    "third combine": "the hook of low_latency_combine #3 was not called yet, whose memory",
     "combine hook twice": "the hook of low_latency_combine #4 was called before",
     "clean tokens": "from 1 to the 6",
     "clean hidden": "hidden is 512 in this buffer, got 256",

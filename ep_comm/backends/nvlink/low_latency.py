@@ -6,6 +6,7 @@ device (csrc/low_latency/epochs.cuh), so every form can be captured in a CUDA gr
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,12 +43,14 @@ class NVLinkLowLatencyRouting:
         max_tokens: M of the dispatch.
         native: What the dispatch left, for kernels.
         memory: The tensor that it stands in.
+        stream: The caller's at the dispatch, to which these tensors belong.
     """
 
     topk_idx: Tensor
     max_tokens: int
     native: header.LowLatencyHandle
     memory: Tensor
+    stream: int
 
 
 class LowLatencyArgs(NamedTuple):
@@ -144,7 +147,7 @@ class NVLinkLowLatency:
         args.recv_stats = None if request.recv_stats is None else request.recv_stats.data_ptr()
         args.recv_src_info = request.recv_src_info.data_ptr()
         args.format = _FORMATS[request.scale_form]
-        return self._start("low_latency_dispatch", args, request, routing, (request, routing))
+        return self._start("low_latency_dispatch", args, request, routing, routing)
 
     def combine(
         self, routing: NVLinkLowLatencyRouting, request: LowLatencyCombineRequest
@@ -157,19 +160,21 @@ class NVLinkLowLatency:
         args.handle = routing.native
         args.x = request.x.data_ptr()
         args.combined_x = request.out.data_ptr()
-        return self._start("low_latency_combine", args, request, None, (request, routing))
+        return self._start("low_latency_combine", args, request, routing, None)
 
     def _new_routing(self, topk_idx: Tensor, max_tokens: int) -> NVLinkLowLatencyRouting:
-        """Allocate what a dispatch of these tokens leaves: tokens of ranks, rows, weights."""
+        """Allocate what a dispatch of these tokens leaves, see ``ep_low_latency_handle``."""
         entries = self._num_ranks * max_tokens * topk_idx.shape[1]
-        first = header.EP_MAX_PEERS
-        memory = torch.empty(first + 2 * entries, dtype=torch.int32, device=self._device)
-        address = memory.data_ptr()
-        native = header.LowLatencyHandle(
-            num_tokens=address, rows=address + 4 * first, weights=address + 4 * (first + entries)
-        )
+        sizes = (header.EP_MAX_PEERS, max_tokens, entries, entries)
+        memory = torch.empty(sum(sizes), dtype=torch.int32, device=self._device)
+        places = itertools.accumulate(sizes, initial=0)
+        addresses = (memory.data_ptr() + 4 * place for place in places)
         return NVLinkLowLatencyRouting(
-            topk_idx=topk_idx, max_tokens=max_tokens, native=native, memory=memory
+            topk_idx=topk_idx,
+            max_tokens=max_tokens,
+            native=header.LowLatencyHandle(*itertools.islice(addresses, len(sizes))),
+            memory=memory,
+            stream=self._streams.current,
         )
 
     def _fill(
@@ -193,10 +198,10 @@ class NVLinkLowLatency:
         op: str,
         args: Any,
         request: LowLatencyDispatchRequest | LowLatencyCombineRequest,
+        routing: NVLinkLowLatencyRouting,
         result: Any,
-        keep: tuple,
     ) -> Pending[Any]:
-        """Launch the operation, or its send phase; `keep` is what its kernels read."""
+        """Launch the operation, or its send phase."""
         asynchronous = request.asynchronous
         common = args.common
         common.phases = _SEND if request.is_split else _SEND | _RECEIVE
@@ -205,17 +210,26 @@ class NVLinkLowLatency:
         common.peers.record = self._recorder.start(op, 0)
         self._num_sent[op] += 1
         self._native.launch(f"ep_{op}", args, stream)
+        self._keep_for_current_stream(routing)
         if asynchronous:
-            return Pending(result, self._streams.comm_event(keep))
+            return Pending(result, self._streams.comm_event((request, routing)))
         if not request.is_split:
             return Pending(result)
         number, copy = self._num_sent[op], type(args).from_buffer_copy(args)
 
-        def receive(kept: tuple = keep) -> Any:
+        def receive() -> Any:
             self._receive(op, copy, number)
+            self._keep_for_current_stream(routing)
             return result
 
         return Pending(finish=receive)
+
+    def _keep_for_current_stream(self, routing: NVLinkLowLatencyRouting) -> None:
+        """Keep the routing's memory until the current stream is done with it."""
+        if self._streams.current != routing.stream:
+            current = torch.cuda.current_stream(self._device)
+            for tensor in (routing.memory, routing.topk_idx):
+                tensor.record_stream(current)
 
     def _receive(self, op: str, args: Any, number: int) -> None:
         """Launch the receive phase of the operation that was the `number`-th sent."""

@@ -258,8 +258,8 @@ class PeerMemory:
         op = _OPS[fault.op]
         if fault.code == header.EP_FAULT_RESULTS:
             return EPStateError(
-                f"{op} #{fault.expected}: a third result would be out: receive those of the two "
-                "operations before, in a replayed graph too"
+                f"{op} #{fault.expected}: a third result would be out, or one is received twice: "
+                "receive what was sent, each once and in turn, in a replayed graph too"
             )
         if fault.field == header.EP_FIELD_CALL:
             return EPMismatchError(
