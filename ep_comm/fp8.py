@@ -132,6 +132,7 @@ def join_scales(scales_MB: Tensor, expert_offsets: list[int]) -> Tensor:
 
 def _power_of_two_scale(amax: Tensor) -> Tensor:
     """Return min(2^floor(log2(448 / amax)), 2^127), exactly; 1 where amax is 0 or infinite."""
-    exponent = (FP8_MAX / amax).view(torch.int32) & _EXPONENT_BITS  # drops the mantissa: a floor
+    fp8_max = torch.full_like(amax, FP8_MAX)  # a number would be multiplied by the inverse of amax
+    exponent = (fp8_max / amax).view(torch.int32) & _EXPONENT_BITS  # drops the mantissa: a floor
     scale = exponent.clamp(max=_TWO_POW_127_BITS).view(torch.float32)
     return torch.where((amax == 0) | amax.isinf(), 1.0, scale)

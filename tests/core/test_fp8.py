@@ -1,5 +1,6 @@
 """FP8 wire format against Transformer Engine's bits."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,15 @@ def test_dequantize_gives_transformer_engines_bits(dtype):
     assert_same_bits(
         fp8.dequantize(data, scale, torch.bfloat16), GOLDEN[f"{dtype}_dequantized_bf16_bits"]
     )
+
+
+def test_scales_at_the_edge_of_a_power_of_two():
+    """448 / amax is a power of two there, and what rounds a hair below it has half the scale."""
+    exponents = torch.arange(-118, 128, dtype=torch.int32)
+    x = torch.ldexp(torch.tensor(1.75), exponents)[:, None].repeat(1, fp8.BLOCK)
+    data, scales = fp8.quantize(x)
+    assert scales.flatten().tolist() == [math.ldexp(1.0, e - 8) for e in exponents.tolist()]
+    assert torch.equal(fp8.dequantize(data, scales, torch.float32), x)
 
 
 def test_requantised_values_are_the_same_values():
