@@ -14,20 +14,11 @@ using namespace ep::low_latency;
 
 constexpr int kPer = kPerVector<__nv_bfloat16>;
 
-__device__ inline uint4* slot_of(const ep_low_latency& common, int32_t owner, int32_t half,
-                                 int32_t from, int32_t t) {
-  const int64_t slot =
-      (static_cast<int64_t>(half) * common.peers.num_ranks + from) * common.room + t;
-  return in_memory_of<uint4>(common.peers, owner, common.row_offset + slot * 2 * common.hidden);
-}
-
 // Weights of a token of `source` that are given to combine, in words with the epoch.
 __device__ inline uint4* weights_of(const ep_low_latency& common, int32_t at, int32_t half,
                                     int32_t source, int32_t t) {
-  const int64_t token =
-      (static_cast<int64_t>(half) * common.peers.num_ranks + source) * common.room + t;
   return in_memory_of<uint4>(common.peers, at, common.entry_offset) +
-         token * weight_words(common.num_topk);
+         place_of(common, half, source, t) * weight_words(common.num_topk);
 }
 
 // ---- Sending -----------------------------------------------------------------------------------

@@ -28,13 +28,6 @@ struct RowWords {
   }
 };
 
-__device__ inline uint4* slot_of(const ep_low_latency& common, int32_t owner, int32_t half,
-                                 int32_t source, int32_t t) {
-  const int64_t slot =
-      (static_cast<int64_t>(half) * common.peers.num_ranks + source) * common.room + t;
-  return in_memory_of<uint4>(common.peers, owner, common.row_offset + slot * 2 * common.hidden);
-}
-
 __device__ inline uint4* header_of(const ep_low_latency& common, int32_t owner, int32_t half,
                                    int32_t source) {
   return in_memory_of<uint4>(common.peers, owner, common.header_offset) +
@@ -43,10 +36,9 @@ __device__ inline uint4* header_of(const ep_low_latency& common, int32_t owner, 
 
 __device__ inline uint4* entry_of(const ep_low_latency& common, int32_t owner, int32_t half,
                                   int32_t source, int32_t t) {
-  const int64_t entry =
-      (static_cast<int64_t>(half) * common.peers.num_ranks + source) * common.room + t;
   const int32_t words = expert_words(common.num_topk) + weight_words(common.num_topk);
-  return in_memory_of<uint4>(common.peers, owner, common.entry_offset) + entry * words;
+  return in_memory_of<uint4>(common.peers, owner, common.entry_offset) +
+         place_of(common, half, source, t) * words;
 }
 
 // What ranks must do alike, for the header.

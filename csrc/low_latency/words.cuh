@@ -16,6 +16,20 @@ constexpr int kWordsOfLane = 4;
 constexpr int kWordsOfUnit = kWordsOfLane * kWarpSize;
 constexpr int kSpinsBetweenChecks = 1024;
 
+// Number of a token among those of all ranks and both halves, in memory that has room for each.
+__device__ inline int64_t place_of(const ep_low_latency& common, int32_t half, int32_t rank,
+                                   int32_t t) {
+  return (static_cast<int64_t>(half) * common.peers.num_ranks + rank) * common.room + t;
+}
+
+// The slot, in `owner`'s memory, of a row that comes from `rank`: of its own token t in a dispatch,
+// of the owner's in a combine.
+__device__ inline uint4* slot_of(const ep_low_latency& common, int32_t owner, int32_t half,
+                                 int32_t rank, int32_t t) {
+  return in_memory_of<uint4>(
+      common.peers, owner, common.row_offset + place_of(common, half, rank, t) * 2 * common.hidden);
+}
+
 __device__ inline uint4 waiting_word() {
   constexpr uint32_t kOnes = 0xffffffffu;
   return make_uint4(kOnes, kOnes, kOnes, kOnes);
