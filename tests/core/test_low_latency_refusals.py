@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable
 from typing import Any
@@ -285,3 +286,18 @@ def one_rank_stays_away(rank: int) -> str:
 def test_a_late_rank_is_named():
     message, _ = run_ranks(2, one_rank_stays_away, fresh=True)
     assert message.startswith("low_latency_dispatch #2: rank 0 waited 3 s for rank 1 (phase: ")
+
+
+def leave_an_operation(rank: int) -> None:
+    """Nobody calls the hook, and the buffer goes: others on the group are none the worse for it."""
+    buffer = Buffer(None, EPConfig(**SIZES))
+    buffer.low_latency_dispatch(**DISPATCH, return_recv_hook=True)
+    buffer.destroy()
+    del buffer
+    gc.collect()
+    with Buffer(None, EPConfig(**SIZES, timeout_s=10)) as another:
+        check_good(another)
+
+
+def test_an_operation_that_is_left_unfinished_blocks_nobody():
+    run_ranks(2, leave_an_operation, fresh=True)

@@ -132,6 +132,7 @@ class Exchange:
         self._sends: list[tuple[int, dist.Work]] = []
         self._recvs: list[tuple[int, dist.Work]] = []
         self._collective: dist.Work | None = None
+        _unfinished.add(self)
         group, peers = transport.group, transport.peers
         if recv.is_cuda and transport.backends.get("cuda") == "nccl":
             self._collective = dist.all_to_all_single(
@@ -172,6 +173,7 @@ class Exchange:
         """
         if self._collective is not None:
             self._collective.wait()
+            _unfinished.discard(self)
             return ()
         start = time.monotonic()
         waited = [0.0] * self._transport.num_ranks
@@ -194,6 +196,7 @@ class Exchange:
                 self._transport._waiting = None
             waited[r] = max(waited[r], time.monotonic() - start)
             arrived.add(r)
+        _unfinished.discard(self)
         return tuple(waited)
 
     def _missing(self, known: set[int]) -> set[int]:
@@ -213,3 +216,9 @@ class Exchange:
             f"{self._operation.op} #{self._operation.epoch}: rank {self._transport.rank} lost the "
             f"connection to a peer (phase: {self._phase}): {error}"
         )
+
+
+# Exchanges that nobody has waited for to the end: an operation may be left, by an error or with a
+# hook that is never called. gloo must not lose what it still moves: other messages of the group,
+# those of other buffers too, would wait behind it for ever.
+_unfinished: set[Exchange] = set()
