@@ -190,7 +190,7 @@ class LowLatencyBackend(Protocol):
 
     What every backend gives, bit by bit: `ep_comm.low_latency`. Both calls send. What they return
     receives when its `Pending.result` is asked for, which happens once, in any order among those
-    that are out; where the request is not split, at once. Of each kind at most two are out.
+    that are out; where the request is not split, at once. Of each kind only the last two are out.
     """
 
     def dispatch(self, request: LowLatencyDispatchRequest) -> Pending[Any]:

@@ -19,5 +19,5 @@ The same bits on every backend, with any number of SMs:
 
 The two phases of an operation can be taken apart. With ``return_recv_hook=True`` a call only sends,
 and the hook that it returns receives: between them nothing of ours runs. Of dispatches and of
-combines two each may be *out* at once, sent but not yet received.
+combines the last two each may be *out*, sent but not yet received.
 """

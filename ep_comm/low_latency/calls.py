@@ -102,8 +102,8 @@ class LowLatencyCalls:
             EPRoutingError: A wrong routing: see there when it is raised.
             EPMismatchError: Another rank called something else.
             EPTimeoutError: A rank did not arrive within ``config.timeout_s``.
-            EPStateError: Two dispatches are out already; names the one whose hook has to be called
-                first. The buffer stays usable. Or it failed earlier, or was destroyed.
+            EPStateError: The dispatch before the last is still out; names the hook to call first.
+                The buffer stays usable. Or it failed earlier, or was destroyed.
             EPUnsupportedError: The backend has no low-latency operations.
         """
         session, backend, config = self._session, self._low_latency(), self.config
@@ -210,8 +210,8 @@ class LowLatencyCalls:
 
         Raises:
             EPArgumentError: Wrong arguments; a handle of another buffer, or used before.
-            EPStateError: The dispatch's hook was not called, or two combines are out already. The
-                buffer stays usable. Or it failed earlier, or was destroyed.
+            EPStateError: The dispatch's hook was not called, or the combine before the last is
+                still out. The buffer stays usable. Or it failed earlier, or was destroyed.
             Others as `low_latency_dispatch`.
         """
         session, backend = self._session, self._low_latency()
