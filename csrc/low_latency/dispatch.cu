@@ -13,6 +13,10 @@ using namespace ep;
 using namespace ep::low_latency;
 
 constexpr int kMaxShared = 200 * 1024;
+// Entries of all warps, tokens of the ranks, and a bit a place in lines of whole words.
+static_assert(kWarps * Entries::bytes(EP_MAX_PEERS, EP_MAX_TOPK) + 4 * EP_MAX_PEERS +
+                  EP_LOW_LATENCY_MAX_PLACES / 8 + 4 * EP_MAX_LOCAL_EXPERTS <=
+              kMaxShared);
 constexpr float kFp8Max = 448.0f;
 constexpr float kSmallestAmax = 1e-4f;
 constexpr int kScalesOfWord = 4;
@@ -466,14 +470,16 @@ int32_t ep_low_latency_dispatch(const ep_low_latency_dispatch_args* args, void* 
   if (common.hidden % block != 0) {
     return ep::fail(EP_ERR_ARGUMENT, "hidden = %d is not a multiple of %d", common.hidden, block);
   }
-  const int64_t bytes =
-      static_cast<int64_t>(kWarps) * Entries::bytes(common.peers.num_ranks, common.num_topk) +
-      Arrivals::bytes(common);
-  if (bytes > kMaxShared) {
-    return ep::fail(
-        EP_ERR_ARGUMENT, "%d local experts x %d ranks x %d tokens: the product is at most %d",
-        common.num_local_experts, common.peers.num_ranks, common.max_tokens, kMaxShared * 8);
+  const int64_t places =
+      static_cast<int64_t>(common.num_local_experts) * common.peers.num_ranks * common.max_tokens;
+  if (places > EP_LOW_LATENCY_MAX_PLACES) {
+    return ep::fail(EP_ERR_ARGUMENT,
+                    "%d local experts x %d ranks x %d tokens: the product is at most %d",
+                    common.num_local_experts, common.peers.num_ranks, common.max_tokens,
+                    EP_LOW_LATENCY_MAX_PLACES);
   }
+  const int64_t bytes =
+      kWarps * Entries::bytes(common.peers.num_ranks, common.num_topk) + Arrivals::bytes(common);
   low_latency_dispatch_kernel<<<common.num_blocks, kThreads, bytes,
                                 static_cast<cudaStream_t>(stream)>>>(*args);
   return ep::check_cuda(cudaGetLastError(), "ep_low_latency_dispatch");

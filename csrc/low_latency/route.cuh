@@ -67,7 +67,7 @@ struct Entries {
   uint32_t* weights;  // [R, K]
   int32_t num_topk;
 
-  static __host__ __device__ int32_t bytes(int32_t num_ranks, int32_t num_topk) {
+  static constexpr __host__ __device__ int32_t bytes(int32_t num_ranks, int32_t num_topk) {
     return round_up<int32_t>(num_ranks * num_topk * 6, 16);
   }
   __device__ Entries(uint8_t* shared, const ep_low_latency& common)

@@ -436,6 +436,8 @@ EP_API int32_t ep_combine(const ep_combine_args* args, void* stream);
 
 /* Most tokens of a rank in an operation. */
 #define EP_LOW_LATENCY_MAX_TOKENS 4096
+/* Most experts of a rank x tokens of all ranks: a bit each in an SM's shared memory. */
+#define EP_LOW_LATENCY_MAX_PLACES 1200000
 /* int32 numbers of ep_low_latency.state. */
 #define EP_LOW_LATENCY_STATE_INTS 32
 

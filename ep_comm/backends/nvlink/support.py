@@ -18,8 +18,6 @@ from ep_comm.topology import backend_by_device_type
 _MAX_ROW_BYTES = 92_000
 # Two rows as they arrive and one as it leaves fill an SM's shared memory.
 _MAX_HIDDEN_FP8_TO_FP32 = 30_208
-# A bit each in an SM's shared memory.
-_MAX_LOW_LATENCY_PLACES = 1_200_000
 
 
 class Facts(NamedTuple):
@@ -109,10 +107,10 @@ def reason_here(num_ranks: int, config: EPConfig) -> str | None:
     if num_local_experts > header.EP_MAX_LOCAL_EXPERTS:
         return f"{num_local_experts} experts a rank, at most {header.EP_MAX_LOCAL_EXPERTS}"
     low_latency_rows = num_ranks * (config.low_latency_tokens or 0)
-    if num_local_experts * low_latency_rows > _MAX_LOW_LATENCY_PLACES:
+    if num_local_experts * low_latency_rows > header.EP_LOW_LATENCY_MAX_PLACES:
         return (
             f"{num_local_experts} experts a rank x {low_latency_rows} low-latency tokens of all "
-            f"ranks, at most {_MAX_LOW_LATENCY_PLACES}"
+            f"ranks, at most {header.EP_LOW_LATENCY_MAX_PLACES}"
         )
     return None
 
