@@ -85,6 +85,19 @@ def reason_of_two(patch, gpus: tuple[str, ...], strangers: tuple[int, int]) -> s
     return nvlink_support.unavailable_reason(facts)
 
 
+def test_low_latency_rows_that_no_sm_can_place(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(nvlink_support._native, "unusable_reason", lambda gpu: None)
+    sizes = dict(num_experts=4096, hidden=64, max_tokens_per_rank=8, num_topk=2)
+    reasons = [
+        nvlink_support.reason_here(4, EPConfig(**sizes, low_latency_tokens=tokens))
+        for tokens in (None, 292, 293)
+    ]
+    assert reasons[:2] == [None, None] and reasons[2] == (
+        "1024 experts a rank x 1172 low-latency tokens of all ranks, at most 1200000"
+    )
+
+
 def test_gpus_without_peer_access_leave_the_reference_backend(monkeypatch):
     assert reason_of_two(monkeypatch, ("GPU-a", "GPU-b"), (0, 0)) is None
     reason = reason_of_two(monkeypatch, ("GPU-a", "GPU-b"), (1, 0))
