@@ -86,7 +86,7 @@ int32_t ep_buffer_layout(const ep_buffer_layout_args* args, ep_buffer_offsets* o
   const int64_t weight_words = ep::low_latency::weight_words(args->num_topk);
   const int64_t entry_words = ep::low_latency::expert_words(args->num_topk) + weight_words;
   offsets->low_latency_credits = cut.take<uint32_t>(tokens_of_halves ? 2 * 2 * ranks : 0);
-  offsets->low_latency_headers = cut.take<Word>(tokens_of_halves ? 2 * ranks : 0);
+  offsets->low_latency_headers = cut.take<Word>(tokens_of_halves ? 2 * 2 * ranks : 0);
   offsets->low_latency_entries = cut.take<Word>(tokens_of_halves * entry_words);
   offsets->low_latency_weights = cut.take<Word>(tokens_of_halves * weight_words);
   offsets->low_latency_dispatch = cut.take<uint8_t>(tokens_of_halves * low_latency_row);

@@ -46,7 +46,7 @@ class Kernels {
   static int32_t load_all();
 
  private:
-  static constexpr int kMax = 4;
+  static constexpr int kMax = 10;
   static Kernels* first_;
   const void* kernels_[kMax];  // nullptr behind the last
   const char* what_;

@@ -173,7 +173,28 @@ __device__ inline void store_global(uint4* pointer, const uint4& v) {
 }
 
 // 16 bytes that go to, or come from, another GPU as a whole: .b128 is single-copy atomic (PTX 8.3).
-// Nothing else is ordered by it.
+// Nothing else is ordered by it. Where the condition is false nothing is loaded, and *v is what it
+// was: behind a branch around a load the compiler would wait for all that are on their way.
+__device__ inline void load_word_if(bool condition, uint4* v, const uint4* pointer) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      ".reg .b128 word;\n"
+      ".reg .b64 low, high;\n"
+      "setp.ne.u32 p, %5, 0;\n"
+      "mov.b64 low, {%0, %1};\n"
+      "mov.b64 high, {%2, %3};\n"
+      "mov.b128 word, {low, high};\n"
+      "@p ld.relaxed.sys.global.b128 word, [%4];\n"
+      "mov.b128 {low, high}, word;\n"
+      "mov.b64 {%0, %1}, low;\n"
+      "mov.b64 {%2, %3}, high;\n"
+      "}"
+      : "+r"(v->x), "+r"(v->y), "+r"(v->z), "+r"(v->w)
+      : "l"(pointer), "r"(static_cast<uint32_t>(condition))
+      : "memory");
+}
+
 __device__ inline uint4 load_word(const uint4* pointer) {
   uint4 v;
   asm volatile(

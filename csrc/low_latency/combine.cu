@@ -4,8 +4,8 @@
 
 #include "common/launch.cuh"
 #include "common/vectors.cuh"
-#include "low_latency/epochs.cuh"
 #include "low_latency/route.cuh"
+#include "low_latency/shapes.cuh"
 
 namespace {
 
@@ -13,207 +13,269 @@ using namespace ep;
 using namespace ep::low_latency;
 
 constexpr int kPer = kPerVector<__nv_bfloat16>;
+constexpr int kRowsAtOnce = 8;  // of a token's experts, of which a lane loads a word each
+constexpr int kMaxShared = kWarps * Entries::bytes(EP_MAX_PEERS, EP_MAX_TOPK);
 
-// Weights of a token of `source` that are given to combine, in words with the epoch.
-__device__ inline uint4* weights_of(const ep_low_latency& common, int32_t at, int32_t half,
-                                    int32_t source, int32_t t) {
-  return in_memory_of<uint4>(common.peers, at, common.entry_offset) +
-         place_of(common, half, source, t) * weight_words(common.num_topk);
+// Adds to a sum that begins at -0: then the first term is what it is, whatever that is.
+__device__ inline void add(float (&sums)[kPer], const uint4& word) {
+  float values[kPer];
+  unpack<__nv_bfloat16>(word, values);
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) sums[i] = __fadd_rn(sums[i], values[i]);
+}
+
+__device__ inline void add(float (&sums)[kPer], const uint4& word, float weight) {
+  float values[kPer];
+  unpack<__nv_bfloat16>(word, values);
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) sums[i] = __fadd_rn(sums[i], __fmul_rn(weight, values[i]));
+}
+
+__device__ inline Header own_header(const ep_low_latency_combine_args& args) {
+  const ep_low_latency& common = args.common;
+  return {static_cast<uint32_t>(common.num_tokens), static_cast<uint32_t>(common.has_weights != 0),
+          args.handle.epochs[0]};
 }
 
 // ---- Sending -----------------------------------------------------------------------------------
 
-__device__ inline void send_weights(const ep_low_latency& common, const Operation& operation,
+// Weights that are given to combine go to the experts' ranks first.
+template <typename Memory>
+__device__ inline void send_weights(const Memory& memory, const Operation& operation,
                                     Entries& entries, int32_t first, int32_t stride) {
-  const int32_t num_words = weight_words(common.num_topk), num_ranks = common.peers.num_ranks;
+  const ep_low_latency& common = memory.common;
+  const int32_t words = weight_words(common.num_topk);
+#pragma unroll 1
   for (int32_t t = first; t < common.num_tokens; t += stride) {
-    Route route = route_of(common, t);
-    entries.fill(common, t, &route);
-    for (int32_t i = lane_id(); i < num_words * num_ranks; i += kWarpSize) {
-      const int32_t r = (i / num_words + common.peers.rank + 1) % num_ranks, j = i % num_words;
+    Route route(common, operation.alive, load_expert(common, t));
+    route.find_places(common.num_topk);
+    entries.fill(route, memory.num_ranks(), load_weight(common, t));
+#pragma unroll 1
+    for (int32_t i = lane_id(); i < words * memory.num_ranks(); i += kWarpSize) {
+      const int32_t which = i / words, j = i - which * words;
+      const int32_t r = memory.rank_behind(which + 1);
       if (!(route.ranks >> r & 1)) continue;
       delay(common.peers);
-      ptx::store_word(weights_of(common, r, operation.half, common.peers.rank, t) + j,
+      ptx::store_word(memory.entry(r, operation.half, memory.rank(), t) + j,
                       entries.weight_word(r, j, operation.epoch));
     }
   }
 }
 
-// The weight of lane k's row, in the order of the handle's rows. False after a fault.
-__device__ inline bool find_weight(const ep_low_latency_combine_args& args,
-                                   const Operation& operation, int32_t source, int32_t t,
-                                   bool has_row, float* weight, Waiter& waiter) {
-  const ep_low_latency& common = args.common;
-  const int32_t lane = lane_id();
-  bool fine = true;
-  if (has_row && common.has_weights) {
-    const uint4* const from =
-        weights_of(common, common.peers.rank, operation.half, source, t) + lane / kWeightsOfWord;
-    uint4 word = ptx::load_word(from);
-    fine = wait_for_stamp(from, &word, waiter, source, operation.epoch);
-    *weight = __uint_as_float(weight_of_word(word, lane % kWeightsOfWord));
-  } else if (has_row) {
+// Which rows make up a token's partial row, loaded: lane k has the k-th, and its weight, or the
+// word in which that is to come.
+struct Parts {
+  int32_t row;
+  float weight;
+  uint4 word;
+
+  template <typename Memory>
+  __device__ void load(const ep_low_latency_combine_args& args, const Memory& memory, int32_t half,
+                       int32_t source, int32_t t) {
+    const ep_low_latency& common = args.common;
+    row = -1;
+    if (lane_id() >= common.num_topk) return;
     const int64_t n = static_cast<int64_t>(source) * common.max_tokens + t;
-    *weight = args.handle.weights[n * common.num_topk + lane];
+    row = args.handle.rows[n * common.num_topk + lane_id()];
+    if (common.has_weights) {
+      delay(common.peers);
+      word = ptx::load_word(weight_word(memory, half, source, t));
+    } else {
+      weight = args.handle.weights[n * common.num_topk + lane_id()];
+    }
   }
-  return __all_sync(kFullWarp, fine);
-}
 
-// One unit of a token's partial row, by a warp.
-__device__ inline void send_unit(const ep_low_latency_combine_args& args,
-                                 const Operation& operation, int32_t source, int32_t t,
-                                 int32_t unit, Waiter& waiter) {
-  const ep_low_latency& common = args.common;
-  const int32_t lane = lane_id(), num_words = common.hidden / kPer;
-  const int64_t n = static_cast<int64_t>(source) * common.max_tokens + t;
-  const int32_t row = lane < common.num_topk ? args.handle.rows[n * common.num_topk + lane] : -1;
-  const int32_t num_rows = __popc(__ballot_sync(kFullWarp, row >= 0));
-  if (num_rows == 0) return;
-  float weight = 0.0f;
-  if (!find_weight(args, operation, source, t, row >= 0, &weight, waiter)) return;
-  const LaneWords words(unit, num_words);
-  // A sum that starts from -0 is its first term's, whatever that is.
-  float sums[kWordsOfLane][kPer];
-#pragma unroll
-  for (int j = 0; j < kWordsOfLane; ++j) {
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) sums[j][i] = -0.0f;
+  // Waits for a weight that is to come. False after a fault.
+  template <typename Memory>
+  __device__ bool complete(const Memory& memory, const Operation& operation, int32_t source,
+                           int32_t t) {
+    if (!memory.common.has_weights || row < 0) return true;
+    if (!wait_for_stamp(memory.common.peers, weight_word(memory, operation.half, source, t), &word,
+                        source, operation.epoch)) {
+      return false;
+    }
+    weight = __uint_as_float(weight_of_word(word, lane_id() % kWeightsOfWord));
+    return true;
   }
+
+  template <typename Memory>
+  __device__ static const uint4* weight_word(const Memory& memory, int32_t half, int32_t source,
+                                             int32_t t) {
+    return memory.entry(memory.rank(), half, source, t) + lane_id() / kWeightsOfWord;
+  }
+};
+
+// One unit of a token's partial row, by a warp. False after a fault.
+template <typename Memory>
+__device__ inline bool send_unit(const ep_low_latency_combine_args& args, const Memory& memory,
+                                 const Operation& operation, const UnitsOfRanks<Memory>& at,
+                                 Parts& parts) {
+  const int32_t num_rows = __popc(__ballot_sync(kFullWarp, parts.row >= 0));
+  if (num_rows == 0) return true;
+  const int32_t words_of_row = memory.hidden() / kPer, word = at.word();
+  const bool has_word = word < words_of_row;
+  const auto* const x = static_cast<const uint4*>(args.x) + word;
+  float sums[kPer];
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) sums[i] = -0.0f;
 #pragma unroll 1
-  for (int32_t k = 0; k < num_rows; ++k) {
-    const int64_t from = __shfl_sync(kFullWarp, row, k);
-    const float factor = __shfl_sync(kFullWarp, weight, k);
-    const auto* const x = static_cast<const uint4*>(args.x) + from * num_words;
-    uint4 bits[kWordsOfLane];
+  for (int32_t first = 0; first < num_rows; first += kRowsAtOnce) {
+    uint4 words[kRowsAtOnce];
 #pragma unroll
-    for (int j = 0; j < kWordsOfLane; ++j) {
-      if (words.has(j)) bits[j] = __ldg(x + words.at(j));
+    for (int k = 0; k < kRowsAtOnce; ++k) {
+      const int64_t row = __shfl_sync(kFullWarp, parts.row, (first + k) % kWarpSize);
+      ptx::load_global_if(has_word && first + k < num_rows, &words[k], x + row * words_of_row);
+    }
+    if (first == 0) {
+      const bool fine = parts.complete(memory, operation, at.rank, at.t);
+      if (!__all_sync(kFullWarp, fine)) return false;
     }
 #pragma unroll
-    for (int j = 0; j < kWordsOfLane; ++j) {
-      if (!words.has(j)) continue;
-      float values[kPer];
-      unpack<__nv_bfloat16>(bits[j], values);
-#pragma unroll
-      for (int i = 0; i < kPer; ++i) {
-        sums[j][i] = __fadd_rn(sums[j][i], __fmul_rn(factor, values[i]));
-      }
+    for (int k = 0; k < kRowsAtOnce; ++k) {
+      if (first + k >= num_rows) break;
+      add(sums, words[k], __shfl_sync(kFullWarp, parts.weight, first + k));
     }
   }
-  uint4* const slot = slot_of(common, source, operation.half, common.peers.rank, t);
-  delay(common.peers);
-#pragma unroll
-  for (int j = 0; j < kWordsOfLane; ++j) {
-    // A rounded NaN is 0x7fff: no word is the waiting pattern.
-    if (words.has(j)) ptx::store_word(slot + words.at(j), pack<__nv_bfloat16>(sums[j]));
+  delay(args.common.peers);
+  // A rounded NaN is 0x7fff: no word is the waiting pattern.
+  if (has_word) {
+    ptx::store_word(memory.row(at.rank, operation.half, memory.rank(), at.t) + word,
+                    pack<__nv_bfloat16>(sums));
   }
-}
-
-__device__ inline void send(const ep_low_latency_combine_args& args, const Operation& operation,
-                            Entries& entries, Waiter& waiter) {
-  const ep_low_latency& common = args.common;
-  const int32_t num_ranks = common.peers.num_ranks;
-  const int32_t first = threadIdx.x / kWarpSize * gridDim.x + blockIdx.x;
-  const int32_t stride = kWarps * gridDim.x;
-  if (!wait_credits(common, operation, waiter)) return;
-  if (common.has_weights) {
-    send_weights(common, operation, entries, stride - 1 - first, stride);
-  }
-  int32_t most_tokens = 0;
-  for (int32_t r = 0; r < num_ranks; ++r) most_tokens = max(most_tokens, args.handle.num_tokens[r]);
-  const int32_t units = ceil_div<int32_t>(common.hidden / kPer, kWordsOfUnit);
-  // Rows that travel first, the own ones last.
-  for (int32_t u = first; u < most_tokens * num_ranks * units; u += stride) {
-    const int32_t unit = u % units, i = u / units;
-    const int32_t source = (common.peers.rank + 1 + i / most_tokens) % num_ranks;
-    const int32_t t = i % most_tokens;
-    if (t >= args.handle.num_tokens[source]) continue;
-    send_unit(args, operation, source, t, unit, waiter);
-  }
+  return true;
 }
 
 // ---- Receiving ---------------------------------------------------------------------------------
 
-__device__ inline void receive_unit(const ep_low_latency_combine_args& args,
-                                    const Operation& operation, int32_t t, int32_t unit,
-                                    Waiter& waiter) {
-  const ep_low_latency& common = args.common;
-  const int32_t num_words = common.hidden / kPer;
-  const uint32_t ranks = args.handle.ranks[t];
-  const LaneWords words(unit, num_words);
-  float sums[kWordsOfLane][kPer];
-#pragma unroll
-  for (int j = 0; j < kWordsOfLane; ++j) {
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) sums[j][i] = ranks == 0 ? 0.0f : -0.0f;
-  }
-  const auto slot_from = [&](int32_t r) {
-    return slot_of(common, common.peers.rank, operation.half, r, t);
+// One unit of a combined row, by a warp. False after a fault.
+template <int kHidden, int kRanks>
+__device__ inline bool receive_unit(const ep_low_latency_combine_args& args,
+                                    const Memory<kHidden, kRanks>& memory,
+                                    const Operation& operation, const Units& at, uint32_t ranks) {
+  constexpr int kMaxRanks = kRanks != 0 ? kRanks : EP_MAX_PEERS;
+  const ep_peers& peers = args.common.peers;
+  const int32_t words_of_row = memory.hidden() / kPer, word = at.word();
+  if (word >= words_of_row) return true;
+  const auto slot = [&](int32_t r) {
+    return memory.row(memory.rank(), operation.half, r, at.t) + word;
   };
-  // The next rank's words are loaded while those of this one are added.
-  uint4 bits[kWordsOfLane], next[kWordsOfLane];
-  uint32_t left = ranks;
-  if (left != 0) load_words(slot_from(__ffs(left) - 1), words, next);
-#pragma unroll 1
-  while (left != 0) {
-    const int32_t r = __ffs(left) - 1;
-    left &= left - 1;
+  delay(peers);
+  uint4 words[kMaxRanks];
 #pragma unroll
-    for (int j = 0; j < kWordsOfLane; ++j) bits[j] = next[j];
-    if (left != 0) load_words(slot_from(__ffs(left) - 1), words, next);
-    delay(common.peers);
-    const uint64_t start_ns = ptx::global_timer_ns();
-    const bool fine = wait_for_words(slot_from(r), words, bits, waiter, r, operation.epoch);
-    if (t == 0 && unit == 0 && lane_id() == 0) add_wait(common, r, start_ns);
-    if (!__all_sync(kFullWarp, fine)) return;
-    restore_words(slot_from(r), words);
+  for (int r = 0; r < kMaxRanks; ++r) {
+    words[r] = make_uint4(0, 0, 0, 0);
+    ptx::load_word_if(ranks >> r & 1, &words[r], slot(r));
+  }
+  // All that have not come are looked for at once.
+  Wait wait;
+  int32_t missing = -1;
+  for (;;) {
+    int32_t last = missing;
+    missing = -1;
 #pragma unroll
-    for (int j = 0; j < kWordsOfLane; ++j) {
-      float values[kPer];
-      unpack<__nv_bfloat16>(bits[j], values);
+    for (int r = 0; r < kMaxRanks; ++r) {
+      if (is_waiting(words[r])) missing = r;
+    }
+    if (last >= 0 && last != missing) wait.has_come(peers, last);
+    if (missing < 0) break;
+    if (!wait.goes_on(peers, EP_PHASE_ROWS, missing, operation.epoch)) return false;
 #pragma unroll
-      for (int i = 0; i < kPer; ++i) sums[j][i] = __fadd_rn(sums[j][i], values[i]);
+    for (int r = 0; r < kMaxRanks; ++r) {
+      ptx::load_word_if(is_waiting(words[r]), &words[r], slot(r));
     }
   }
-  auto* const out = static_cast<uint4*>(args.combined_x) + static_cast<int64_t>(t) * num_words;
+  float sums[kPer];
 #pragma unroll
-  for (int j = 0; j < kWordsOfLane; ++j) {
-    if (words.has(j)) ptx::store_global(out + words.at(j), pack<__nv_bfloat16>(sums[j]));
+  for (int i = 0; i < kPer; ++i) sums[i] = ranks == 0 ? 0.0f : -0.0f;
+#pragma unroll
+  for (int r = 0; r < kMaxRanks; ++r) {
+    if (!(ranks >> r & 1)) continue;
+    ptx::store_word(slot(r), waiting_word());
+    add(sums, words[r]);
   }
+  ptx::store_global(
+      static_cast<uint4*>(args.combined_x) + static_cast<int64_t>(at.t) * words_of_row + word,
+      pack<__nv_bfloat16>(sums));
+  return true;
 }
 
-__device__ inline void receive(const ep_low_latency_combine_args& args, const Operation& operation,
-                               Waiter& waiter) {
-  const ep_low_latency& common = args.common;
-  const int32_t units = ceil_div<int32_t>(common.hidden / kPer, kWordsOfUnit);
-  const int32_t stride = kWarps * gridDim.x;
-  for (int32_t u = threadIdx.x / kWarpSize * gridDim.x + blockIdx.x; u < common.num_tokens * units;
-       u += stride) {
-    receive_unit(args, operation, u / units, u % units, waiter);
-  }
+// Ranks that token t comes back from.
+__device__ inline uint32_t ranks_of(const ep_low_latency_combine_args& args, int32_t t) {
+  return t < args.common.num_tokens ? args.handle.ranks[t] : 0;
+}
+
+// By the first warp of the first block: waits for all headers. They say whether all combine the
+// same dispatch; rows tell nothing of that.
+template <typename Memory>
+__device__ inline void check_headers(const ep_low_latency_combine_args& args, const Memory& memory,
+                                     const Operation& operation) {
+  const int32_t r = threadIdx.x;
+  if (blockIdx.x != 0 || r >= memory.num_ranks()) return;
+  args.common.peers.record->num_rows[r] = args.handle.num_rows[r];
+  if (operation.alive >> r & 1) receive_header(memory, operation, own_header(args), r);
 }
 
 // ---- The kernel --------------------------------------------------------------------------------
 
+template <int kHidden, int kRanks>
 __global__ void __launch_bounds__(kThreads, 1)
     low_latency_combine_kernel(const __grid_constant__ ep_low_latency_combine_args args) {
   extern __shared__ __align__(16) uint8_t shared[];
+  __shared__ int32_t num_tokens[EP_MAX_PEERS];
   const ep_low_latency& common = args.common;
-  const Operation operation = begin_operation(common);
-  if (!operation.can_begin) return;
-  Waiter waiter(common.peers);
-  if (common.phases & EP_LOW_LATENCY_SEND) {
-    const int32_t warp = threadIdx.x / kWarpSize;
-    Entries entries(shared + warp * Entries::bytes(common.peers.num_ranks, common.num_topk),
-                    common);
-    send(args, operation, entries, waiter);
+  const Memory<kHidden, kRanks> memory(common, weight_words(common.num_topk));
+  const int32_t units_of_row = ceil_div<int32_t>(memory.hidden() / kPer, kWarpSize);
+  const int32_t first = threadIdx.x / kWarpSize * gridDim.x + blockIdx.x;
+  const int32_t stride = kWarps * gridDim.x;
+  if (static_cast<int32_t>(threadIdx.x) < memory.num_ranks()) {
+    num_tokens[threadIdx.x] = args.handle.num_tokens[threadIdx.x];
   }
-  if (common.phases & EP_LOW_LATENCY_RECEIVE) receive(args, operation, waiter);
+  const Operation operation = begin_operation(memory, args.handle.epochs);
+  if (!operation.can_begin) return;
+  if (common.phases & EP_LOW_LATENCY_SEND && wait_credits(memory, operation)) {
+    if (first == stride - 1) send_header(memory, operation, own_header(args));
+    if (common.has_weights) {
+      Entries entries(shared + threadIdx.x / kWarpSize *
+                                   Entries::bytes(memory.num_ranks(), common.num_topk),
+                      common);
+      send_weights(memory, operation, entries, stride - 1 - first, stride);
+    }
+    // Rows that travel first, the own ones last.
+    UnitsOfRanks<Memory<kHidden, kRanks>> at(memory, units_of_row, 1, num_tokens);
+    Parts next;
+    if (at.find()) next.load(args, memory, operation.half, at.rank, at.t);
+#pragma unroll 1
+    while (at.is_there()) {
+      const auto unit = at;
+      Parts parts = next;
+      at.advance();
+      if (at.find()) next.load(args, memory, operation.half, at.rank, at.t);
+      if (!send_unit(args, memory, operation, unit, parts)) break;
+    }
+  }
+  if (common.phases & EP_LOW_LATENCY_RECEIVE) {
+    check_headers(args, memory, operation);
+    Units at(units_of_row);
+    uint32_t next = ranks_of(args, at.t);
+#pragma unroll 1
+    while (at.t < common.num_tokens) {
+      const Units unit = at;
+      const uint32_t ranks = next & operation.alive;
+      at.advance();
+      next = ranks_of(args, at.t);
+      const bool fine = receive_unit(args, memory, operation, unit, ranks);
+      if (!__all_sync(kFullWarp, fine)) break;
+    }
+  }
   low_latency::end_operation(common);
 }
 
-const Kernels kernels("low-latency combine kernel", Setup::kShared, 100 * 1024,
-                      low_latency_combine_kernel);
+template <int kHidden, int kRanks>
+struct Kernel {
+  static constexpr auto* function = low_latency_combine_kernel<kHidden, kRanks>;
+};
+const Kernels kernels =
+    of_shapes<Kernel>("low-latency combine kernel", kMaxShared, CompiledShapes());
 
 }  // namespace
 
@@ -221,8 +283,9 @@ int32_t ep_low_latency_combine(const ep_low_latency_combine_args* args, void* st
   const ep_low_latency& common = args->common;
   const int32_t status = low_latency::check(common);
   if (status != EP_OK) return status;
-  const int32_t bytes = kWarps * Entries::bytes(common.peers.num_ranks, common.num_topk);
-  low_latency_combine_kernel<<<common.num_blocks, kThreads, bytes,
-                               static_cast<cudaStream_t>(stream)>>>(*args);
+  const int32_t bytes =
+      common.has_weights ? kWarps * Entries::bytes(common.peers.num_ranks, common.num_topk) : 0;
+  kernel_for<Kernel>(common, CompiledShapes())<<<common.num_blocks, kThreads, bytes,
+                                                 static_cast<cudaStream_t>(stream)>>>(*args);
   return ep::check_cuda(cudaGetLastError(), "ep_low_latency_combine");
 }

@@ -4,8 +4,8 @@
 
 #include "common/launch.cuh"
 #include "common/vectors.cuh"
-#include "low_latency/epochs.cuh"
 #include "low_latency/route.cuh"
+#include "low_latency/shapes.cuh"
 
 namespace {
 
@@ -13,73 +13,73 @@ using namespace ep;
 using namespace ep::low_latency;
 
 constexpr int kMaxShared = 200 * 1024;
-// Entries of all warps, tokens of the ranks, and a bit a place in lines of whole words.
-static_assert(kWarps * Entries::bytes(EP_MAX_PEERS, EP_MAX_TOPK) + 4 * EP_MAX_PEERS +
-                  EP_LOW_LATENCY_MAX_PLACES / 8 + 4 * EP_MAX_LOCAL_EXPERTS <=
-              kMaxShared);
 constexpr float kFp8Max = 448.0f;
 constexpr float kSmallestAmax = 1e-4f;
 constexpr int kScalesOfWord = 4;
 
-// Words of a row on its way, and those of them that are data; scales follow.
+// Words of a row on its way, and those of them that are data; scales follow. A unit of data in FP8
+// has the blocks of one word of scales.
 struct RowWords {
   int32_t data, all;
 
-  __host__ __device__ RowWords(int32_t hidden, int32_t format) {
+  __device__ RowWords(int32_t hidden, int32_t format) {
     data = format == EP_LOW_LATENCY_BF16 ? hidden / 8 : hidden / 16;
     const int32_t scales = format == EP_LOW_LATENCY_BF16 ? 0 : hidden / kScaleBlock;
     all = data + ceil_div<int32_t>(scales, kScalesOfWord);
   }
 };
+static_assert(kScalesOfWord * kScaleBlock == kWarpSize * 16);
 
-__device__ inline uint4* header_of(const ep_low_latency& common, int32_t owner, int32_t half,
-                                   int32_t source) {
-  return in_memory_of<uint4>(common.peers, owner, common.header_offset) +
-         (half * common.peers.num_ranks + source);
-}
-
-__device__ inline uint4* entry_of(const ep_low_latency& common, int32_t owner, int32_t half,
-                                  int32_t source, int32_t t) {
-  const int32_t words = expert_words(common.num_topk) + weight_words(common.num_topk);
-  return in_memory_of<uint4>(common.peers, owner, common.entry_offset) +
-         place_of(common, half, source, t) * words;
-}
-
-// What ranks must do alike, for the header.
-__device__ inline uint32_t call_of(const ep_low_latency_dispatch_args& args) {
-  return static_cast<uint32_t>(args.format) << 16 |
-         static_cast<uint32_t>(args.common.has_weights != 0) << 8 |
-         static_cast<uint32_t>(args.common.num_topk);
+__device__ inline Header own_header(const ep_low_latency_dispatch_args& args) {
+  const ep_low_latency& common = args.common;
+  return {static_cast<uint32_t>(common.num_tokens),
+          static_cast<uint32_t>(args.format) << 16 |
+              static_cast<uint32_t>(common.has_weights != 0) << 8 |
+              static_cast<uint32_t>(common.num_topk),
+          static_cast<uint32_t>(common.max_tokens)};
 }
 
 // ---- Sending -----------------------------------------------------------------------------------
 
-__device__ inline void send_header(const ep_low_latency_dispatch_args& args,
-                                   const Operation& operation) {
-  const ep_low_latency& common = args.common;
-  const int32_t r = lane_id();
-  if (r >= common.peers.num_ranks) return;
-  const uint4 word = make_uint4(static_cast<uint32_t>(common.num_tokens), call_of(args),
-                                static_cast<uint32_t>(common.max_tokens), operation.epoch);
-  delay(common.peers);
-  ptx::store_word(header_of(common, r, operation.half, common.peers.rank), word);
-}
+// Token and what is loaded of it before the kernel knows which operation it is part of.
+struct Selection {
+  int32_t t;
+  int64_t expert;
+  float weight;
+
+  __device__ Selection(const ep_low_latency& common, int32_t token)
+      : t(token), expert(load_expert(common, t)), weight(load_weight(common, t)) {}
+};
 
 // Tells every rank, those that the token does not go to too, which of their experts want it.
-__device__ inline void send_entries(const ep_low_latency_dispatch_args& args,
-                                    const Operation& operation, Entries& entries, int32_t t) {
+template <typename Memory>
+__device__ inline void send_entries(const ep_low_latency_dispatch_args& args, const Memory& memory,
+                                    const Operation& operation, Entries& entries,
+                                    const Selection& selection) {
   const ep_low_latency& common = args.common;
-  Route route = route_of(common, t);
-  if (lane_id() == 0) args.handle.ranks[t] = static_cast<int32_t>(route.ranks);
-  entries.fill(common, t, &route);
+  Route route(common, operation.alive, selection.expert);
+  if (lane_id() == 0) args.handle.ranks[selection.t] = static_cast<int32_t>(route.ranks);
+  const bool is_second = route.find_places(common.num_topk);
+  entries.fill(route, memory.num_ranks(), selection.weight);
   const int32_t experts = expert_words(common.num_topk);
   const int32_t words = experts + (common.has_weights ? weight_words(common.num_topk) : 0);
-  for (int32_t i = lane_id(); i < words * common.peers.num_ranks; i += kWarpSize) {
-    const int32_t r = (i / words + common.peers.rank + 1) % common.peers.num_ranks, j = i % words;
+#pragma unroll 1
+  for (int32_t i = lane_id(); i < words * memory.num_ranks(); i += kWarpSize) {
+    const int32_t which = i / words, j = i - which * words;
+    const int32_t r = memory.rank_behind(which + 1);
     const uint4 word = j < experts ? entries.expert_word(r, j, operation.epoch)
                                    : entries.weight_word(r, j - experts, operation.epoch);
     delay(common.peers);
-    ptx::store_word(entry_of(common, r, operation.half, common.peers.rank, t) + j, word);
+    if (operation.alive >> r & 1) {
+      ptx::store_word(memory.entry(r, operation.half, memory.rank(), selection.t) + j, word);
+    }
+  }
+  const bool is_none =
+      lane_id() < common.num_topk && selection.expert != -1 &&
+      !Route::is_expert(common, selection.expert);
+  if (is_none || is_second) {
+    leave_notice(args.notice, is_none ? EP_ROUTING_OUT_OF_RANGE : EP_ROUTING_DUPLICATE,
+                 selection.t, selection.expert);
   }
 }
 
@@ -122,166 +122,164 @@ __device__ inline uint4 quantized(const uint4 (&bits)[2], bool is_rounded, float
   return packed.word;
 }
 
-__device__ inline void send_fp8(const ep_low_latency_dispatch_args& args,
-                                const Operation& operation, int32_t t, int32_t unit) {
-  const ep_low_latency& common = args.common;
-  const RowWords row(common.hidden, args.format);
-  const LaneWords words(unit, row.data);
-  const auto* const x =
-      static_cast<const uint4*>(args.x) + static_cast<int64_t>(t) * (common.hidden / 8);
-  uint4 bits[kWordsOfLane][2] = {};
-#pragma unroll
-  for (int j = 0; j < kWordsOfLane; ++j) {
-    if (!words.has(j)) continue;
-    bits[j][0] = __ldg(x + 2 * words.at(j));
-    bits[j][1] = __ldg(x + 2 * words.at(j) + 1);
+// A lane's part of a unit of a row, loaded: what becomes a word.
+struct Source {
+  uint4 bits[2];
+  int64_t expert;
+
+  __device__ void load(const ep_low_latency_dispatch_args& args, int32_t hidden,
+                       const Units& at) {
+    const bool is_bf16 = args.format == EP_LOW_LATENCY_BF16;
+    const bool is_there = at.t < args.common.num_tokens && at.word() < hidden / (is_bf16 ? 8 : 16);
+    const auto* const x =
+        static_cast<const uint4*>(args.x) + static_cast<int64_t>(at.t) * (hidden / 8);
+    bits[0] = bits[1] = make_uint4(0, 0, 0, 0);
+    expert = load_expert(args.common, at.t);
+    if (is_there) bits[0] = __ldg(x + (is_bf16 ? at.word() : 2 * at.word()));
+    if (is_there && !is_bf16) bits[1] = __ldg(x + 2 * at.word() + 1);
   }
-  const uint32_t ranks = route_of(common, t).ranks;  // while the row is loaded
-#pragma unroll
-  for (int j = 0; j < kWordsOfLane; ++j) {
-    if (words.at(j) - lane_id() >= row.data) break;  // none of this warp's lanes
+};
+
+// One unit of a row, by a warp.
+template <typename Memory>
+__device__ inline void send_unit(const ep_low_latency_dispatch_args& args, const Memory& memory,
+                                 const Operation& operation, const Units& at, const Source& source,
+                                 const RowWords& row) {
+  const uint32_t ranks = Route(args.common, operation.alive, source.expert).ranks;
+  const bool has_word = at.word() < row.data;
+  uint4 word = source.bits[0], scales{};
+  if (args.format == EP_LOW_LATENCY_BF16) {
+    if (is_waiting(word)) word.x = 0xffff7fffu;  // eight NaN: the first becomes another
+  } else {
     float scale;
-    const uint4 data = quantized(bits[j], args.format != EP_LOW_LATENCY_FP8, &scale);
-    if (!words.has(j)) scale = 1.0f;  // beyond the row: padding, which is no waiting pattern
-    uint4 scales;
+    word = quantized(source.bits, args.format != EP_LOW_LATENCY_FP8, &scale);
+    if (!has_word) scale = 1.0f;  // beyond the row: padding, which is no waiting pattern
     scales.x = __float_as_uint(__shfl_sync(kFullWarp, scale, 0));
     scales.y = __float_as_uint(__shfl_sync(kFullWarp, scale, 8));
     scales.z = __float_as_uint(__shfl_sync(kFullWarp, scale, 16));
     scales.w = __float_as_uint(__shfl_sync(kFullWarp, scale, 24));
-    const int32_t scale_word = row.data + words.at(j) / kWarpSize;
-    for_ranks(common.peers, ranks, [&](int32_t r) {
-      uint4* const slot = slot_of(common, r, operation.half, common.peers.rank, t);
-      if (words.has(j)) ptx::store_word(slot + words.at(j), data);
-      if (lane_id() == 0) ptx::store_word(slot + scale_word, scales);
-    });
   }
-}
-
-__device__ inline void send_bf16(const ep_low_latency_dispatch_args& args,
-                                 const Operation& operation, int32_t t, int32_t unit) {
-  const ep_low_latency& common = args.common;
-  const LaneWords words(unit, common.hidden / 8);
-  const auto* const x =
-      static_cast<const uint4*>(args.x) + static_cast<int64_t>(t) * (common.hidden / 8);
-  uint4 values[kWordsOfLane];
-#pragma unroll
-  for (int j = 0; j < kWordsOfLane; ++j) {
-    if (words.has(j)) values[j] = __ldg(x + words.at(j));
-  }
-  const uint32_t ranks = route_of(common, t).ranks;  // while the row is loaded
-#pragma unroll
-  for (int j = 0; j < kWordsOfLane; ++j) {
-    if (!words.has(j)) continue;
-    if (is_waiting(values[j])) values[j].x = 0xffff7fffu;  // eight NaN: the first becomes another
-    for_ranks(common.peers, ranks, [&](int32_t r) {
-      ptx::store_word(slot_of(common, r, operation.half, common.peers.rank, t) + words.at(j),
-                      values[j]);
-    });
-  }
-}
-
-__device__ inline void send(const ep_low_latency_dispatch_args& args, const Operation& operation,
-                            Entries& entries, Waiter& waiter) {
-  const ep_low_latency& common = args.common;
-  const int32_t warp = threadIdx.x / kWarpSize;
-  // Neighbouring units go to different SMs.
-  const int32_t first = warp * gridDim.x + blockIdx.x, stride = kWarps * gridDim.x;
-  if (!wait_credits(common, operation, waiter)) return;
-  // Entries are what receivers wait for first. The last warps take them: rows begin with the first.
-  if (first == stride - 1) send_header(args, operation);
-  for (int32_t t = stride - 1 - first; t < common.num_tokens; t += stride) {
-    send_entries(args, operation, entries, t);
-  }
-  const RowWords row(common.hidden, args.format);
-  const int32_t units = ceil_div<int32_t>(row.data, kWordsOfUnit);
-  for (int32_t u = first; u < common.num_tokens * units; u += stride) {
-    const int32_t t = u / units, unit = u % units;
-    delay(common.peers);
-    if (args.format == EP_LOW_LATENCY_BF16) {
-      send_bf16(args, operation, t, unit);
-    } else {
-      send_fp8(args, operation, t, unit);
-    }
-  }
+  const bool has_scales = lane_id() == 0 && row.all != row.data;
+  delay(args.common.peers);
+  for_ranks(memory, ranks, [&](int32_t r) {
+    uint4* const slot = memory.row(r, operation.half, memory.rank(), at.t);
+    if (has_word) ptx::store_word(slot + at.word(), word);
+    if (has_scales) ptx::store_word(slot + row.data + at.unit, scales);
+  });
 }
 
 // ---- Receiving ---------------------------------------------------------------------------------
 
-// Which rows each local expert gets, in shared memory of a block: bit n = source * M + token of the
-// expert's line. The place of a row among its expert's is the number of bits before it.
-struct Arrivals {
-  uint32_t* bits;       // [E, words]
+// What came, in shared memory of a block. Bit n = source * M + token of an expert's line: it gets
+// that row. The place of a row among its expert's is the number of bits before it.
+class Arrivals {
+ public:
   int32_t* num_tokens;  // [R]
-  int32_t words;
+  int32_t* num_rows;    // [R] that came from each rank
 
-  static __host__ __device__ int32_t words_of(const ep_low_latency& common) {
-    return ceil_div<int32_t>(common.peers.num_ranks * common.max_tokens, 32);
-  }
   static __host__ __device__ int64_t bytes(const ep_low_latency& common) {
-    return 4ll * common.num_local_experts * words_of(common) + 4 * EP_MAX_PEERS;
+    return 8 * EP_MAX_PEERS + 16ll * common.num_local_experts * groups_of(common);
   }
-  __device__ Arrivals(uint8_t* shared, const ep_low_latency& common)
-      : bits(reinterpret_cast<uint32_t*>(shared + 4 * EP_MAX_PEERS)),
-        num_tokens(reinterpret_cast<int32_t*>(shared)),
-        words(words_of(common)) {}
+  static __host__ __device__ int64_t entry_bytes(const ep_low_latency& common) {
+    return 16ll * common.peers.num_ranks * common.max_tokens * expert_words(common.num_topk);
+  }
+  // shared: bytes(), then entry_bytes() where has_entries.
+  __device__ Arrivals(uint8_t* shared, const ep_low_latency& common, bool has_entries)
+      : num_tokens(reinterpret_cast<int32_t*>(shared)),
+        num_rows(num_tokens + EP_MAX_PEERS),
+        lines_(reinterpret_cast<uint4*>(num_rows + EP_MAX_PEERS)),
+        groups_(groups_of(common)),
+        entries_(has_entries ? lines_ + common.num_local_experts * groups_ : nullptr) {}
 
   // By the block, before it meets to collect.
-  __device__ void clear(const ep_low_latency& common) const {
-    for (int32_t i = threadIdx.x; i < common.num_local_experts * words; i += kThreads) bits[i] = 0;
+  __device__ void clear(int32_t num_local_experts) const {
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < num_local_experts * groups_; i += kThreads) {
+      lines_[i] = make_uint4(0, 0, 0, 0);
+    }
+    if (threadIdx.x < EP_MAX_PEERS) num_rows[threadIdx.x] = 0;
   }
 
-  // By a warp: bits of `expert` before n.
+  __device__ void mark(uint32_t expert, int32_t n) const {
+    auto* const line = reinterpret_cast<uint32_t*>(lines_ + expert * groups_);
+    atomicOr(line + n / 32, 1u << (n % 32));
+  }
+
+  // Rows of `expert` before n.
   __device__ int32_t before(int32_t expert, int32_t n) const {
+    const uint4* line = lines_ + expert * groups_;
     int32_t count = 0;
-    for (int32_t w = lane_id(); w <= n / 32 && w < words; w += kWarpSize) {
-      const uint32_t mask = w < n / 32 ? ~0u : (1u << (n % 32)) - 1;
-      count += __popc(bits[expert * words + w] & mask);
+#pragma unroll 1
+    for (; n > 0; n -= 128, ++line) {
+      const uint32_t bits[4] = {line->x, line->y, line->z, line->w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) count += __popc(bits[i] & first_bits(n - 32 * i));
     }
-    return __reduce_add_sync(kFullWarp, count);
+    return count;
+  }
+
+  // The words with the experts of row n, where they are kept here; else nullptr.
+  __device__ uint4* entry(int32_t n, int32_t words) const {
+    return entries_ == nullptr ? nullptr : entries_ + n * words;
+  }
+
+ private:
+  uint4* lines_;  // [E, groups of 128 bits]
+  int32_t groups_;
+  uint4* entries_;  // [R, M, words]
+
+  static __host__ __device__ int32_t groups_of(const ep_low_latency& common) {
+    return ceil_div<int32_t>(common.peers.num_ranks * common.max_tokens, 128);
+  }
+  static __device__ uint32_t first_bits(int32_t n) {
+    return n >= 32 ? ~0u : n <= 0 ? 0 : (1u << n) - 1;
   }
 };
 
+// Lines of whole groups, entries of all warps, tokens of the ranks.
+static_assert(kWarps * Entries::bytes(EP_MAX_PEERS, EP_MAX_TOPK) + 8 * EP_MAX_PEERS +
+                  EP_LOW_LATENCY_MAX_PLACES / 8 + 16 * EP_MAX_LOCAL_EXPERTS <=
+              kMaxShared);
+
 // By the block: waits for every rank's header and entries. False after a fault.
-__device__ inline bool collect(const ep_low_latency_dispatch_args& args, const Operation& operation,
-                               Arrivals& arrivals, Waiter& waiter) {
+template <typename Memory>
+__device__ inline bool collect(const ep_low_latency_dispatch_args& args, const Memory& memory,
+                               const Operation& operation, const Arrivals& arrivals) {
   const ep_low_latency& common = args.common;
-  const ep_peers& peers = common.peers;
   bool fine = true;
-  if (static_cast<int32_t>(threadIdx.x) < peers.num_ranks) {
+  if (static_cast<int32_t>(threadIdx.x) < memory.num_ranks()) {
     const int32_t source = threadIdx.x;
-    const uint4* const word = header_of(common, peers.rank, operation.half, source);
-    delay(peers);
-    uint4 header = ptx::load_word(word);
-    const uint64_t start_ns = ptx::global_timer_ns();
-    fine = wait_for_stamp(word, &header, waiter, source, operation.epoch);
-    if (blockIdx.x == 0) add_wait(common, source, start_ns);
-    const bool is_same = header.y == call_of(args) &&
-                         header.z == static_cast<uint32_t>(common.max_tokens) &&
-                         header.x <= static_cast<uint32_t>(common.max_tokens);
-    if (fine && !is_same) {
-      raise_fault(peers, EP_FAULT_MISMATCH, EP_PHASE_PLAN, source, EP_FIELD_CALL, call_of(args),
-                  header.y);
-      fine = false;
+    int32_t num_tokens = 0;
+    if (operation.alive >> source & 1) {
+      num_tokens = receive_header(memory, operation, own_header(args), source);
     }
-    arrivals.num_tokens[source] = fine ? static_cast<int32_t>(header.x) : 0;
+    fine = num_tokens >= 0;
+    arrivals.num_tokens[source] = max(num_tokens, 0);
   }
   if (!__syncthreads_and(fine)) return false;
-  const int32_t experts = expert_words(common.num_topk);
-  for (int32_t n = threadIdx.x; n < peers.num_ranks * common.max_tokens; n += kThreads) {
+  const int32_t words = expert_words(common.num_topk);
+#pragma unroll 1
+  for (int32_t n = threadIdx.x; n < memory.num_ranks() * common.max_tokens; n += kThreads) {
     const int32_t source = n / common.max_tokens, t = n - source * common.max_tokens;
     if (t >= arrivals.num_tokens[source]) continue;
-    const uint4* const entry = entry_of(common, peers.rank, operation.half, source, t);
-    for (int32_t j = 0; j < experts; ++j) {
+    const uint4* const entry = memory.entry(memory.rank(), operation.half, source, t);
+    bool has_row = false;
+#pragma unroll 1
+    for (int32_t j = 0; j < words; ++j) {
       uint4 word = ptx::load_word(entry + j);
-      fine &= wait_for_stamp(entry + j, &word, waiter, source, operation.epoch);
+      fine &= wait_for_stamp(common.peers, entry + j, &word, source, operation.epoch);
       if (!fine) break;
+      uint4* const copy = arrivals.entry(n, words);
+      if (copy != nullptr) copy[j] = word;
 #pragma unroll
       for (int i = 0; i < kExpertsOfWord; ++i) {
         const uint32_t expert = expert_of_word(word, i);
         if (expert >= static_cast<uint32_t>(common.num_local_experts)) continue;  // no expert
-        atomicOr(&arrivals.bits[expert * arrivals.words + n / 32], 1u << (n % 32));
+        arrivals.mark(expert, n);
+        has_row = true;
       }
     }
+    if (has_row && blockIdx.x == 0) atomicAdd(arrivals.num_rows + source, 1);
   }
   return __syncthreads_and(fine);
 }
@@ -292,34 +290,36 @@ __device__ inline void leave_nothing(const ep_low_latency_dispatch_args& args) {
   for (int32_t e = threadIdx.x; e < common.num_local_experts; e += kThreads) args.recv_count[e] = 0;
   if (static_cast<int32_t>(threadIdx.x) < common.peers.num_ranks) {
     args.handle.num_tokens[threadIdx.x] = 0;
+    args.handle.num_rows[threadIdx.x] = 0;
   }
 }
 
-// The counts of experts, shared out among the blocks.
-__device__ inline void write_counts(const ep_low_latency_dispatch_args& args,
+// The counts of experts, shared out among the blocks, and those of ranks.
+__device__ inline void write_counts(const ep_low_latency_dispatch_args& args, int32_t num_ranks,
                                     const Arrivals& arrivals) {
   const ep_low_latency& common = args.common;
-  const int32_t num_rows = common.peers.num_ranks * common.max_tokens;
-  const int32_t warp = threadIdx.x / kWarpSize;
-  for (int32_t e = warp * gridDim.x + blockIdx.x; e < common.num_local_experts;
-       e += kWarps * gridDim.x) {
-    const int32_t count = arrivals.before(e, num_rows);
-    if (lane_id() != 0) continue;
+  const int32_t num_places = num_ranks * common.max_tokens;
+#pragma unroll 1
+  for (int32_t e = threadIdx.x * gridDim.x + blockIdx.x; e < common.num_local_experts;
+       e += kThreads * gridDim.x) {
+    const int32_t count = arrivals.before(e, num_places);
     args.recv_count[e] = count;
     if (args.recv_stats != nullptr) args.recv_stats[e] += count;
   }
-  if (blockIdx.x == 0 && static_cast<int32_t>(threadIdx.x) < common.peers.num_ranks) {
-    args.handle.num_tokens[threadIdx.x] = arrivals.num_tokens[threadIdx.x];
-  }
+  const int32_t r = threadIdx.x;
+  if (blockIdx.x != 0 || r >= num_ranks) return;
+  args.handle.num_tokens[r] = arrivals.num_tokens[r];
+  args.handle.num_rows[r] = common.peers.record->num_rows[r] = arrivals.num_rows[r];
 }
 
 // Stores the four scales of a word: column-major, rows next to each other.
-__device__ inline void store_scales(const ep_low_latency_dispatch_args& args, int64_t row,
+__device__ inline void store_scales(const ep_low_latency_dispatch_args& args, int32_t hidden,
+                                    int64_t row,
                                     int32_t index, const uint4& word) {
   const ep_low_latency& common = args.common;
   const int64_t num_rows = static_cast<int64_t>(common.peers.num_ranks) * common.max_tokens;
   const int64_t expert = row / num_rows, place = row - expert * num_rows;
-  const int32_t blocks = common.hidden / kScaleBlock;
+  const int32_t blocks = hidden / kScaleBlock;
   const uint32_t scales[kScalesOfWord] = {word.x, word.y, word.z, word.w};
   auto* const out = static_cast<uint32_t*>(args.recv_scales);
   if (args.format == EP_LOW_LATENCY_UE8M0) {
@@ -336,127 +336,161 @@ __device__ inline void store_scales(const ep_low_latency_dispatch_args& args, in
   }
 }
 
-// The expert of lane k: the token's k-th here, in a word that has come.
-__device__ inline uint32_t expert_of_lane(const uint4& word) {
-  uint32_t expert = kNoExpert;
-#pragma unroll
-  for (int i = 0; i < kExpertsOfWord; ++i) {
-    if (lane_id() % kExpertsOfWord == i) expert = expert_of_word(word, i);
-  }
-  return expert;
+// Lane k's expert of a row that came, and the row of recv_x that it becomes: -1 where there is none.
+template <typename Memory>
+__device__ inline int32_t find_row(const ep_low_latency& common, const Memory& memory,
+                                   const Operation& operation, const Arrivals& arrivals,
+                                   int32_t source, int32_t t) {
+  const int32_t words = expert_words(common.num_topk), num_places = memory.num_ranks() * common.max_tokens;
+  const int32_t n = source * common.max_tokens + t, j = lane_id() / kExpertsOfWord;
+  if (lane_id() >= common.num_topk) return -1;
+  const uint4* const copy = arrivals.entry(n, words);
+  const uint4 word =
+      copy != nullptr ? copy[j]
+                      : ptx::load_word(memory.entry(memory.rank(), operation.half, source, t) + j);
+  const uint32_t expert = expert_of_word(word, lane_id() % kExpertsOfWord);
+  if (expert >= static_cast<uint32_t>(common.num_local_experts)) return -1;
+  return expert * num_places + arrivals.before(expert, n);
 }
 
-// One unit of a received row, by a warp: to all of its experts' rows.
-__device__ inline void receive_unit(const ep_low_latency_dispatch_args& args,
-                                    const Operation& operation, const Arrivals& arrivals,
-                                    int32_t source, int32_t t, int32_t unit, Waiter& waiter) {
+// Keeps for combine where a row's experts have it, and their weights. False after a fault.
+template <typename Memory>
+__device__ inline bool keep_row(const ep_low_latency_dispatch_args& args, const Memory& memory,
+                                const Operation& operation, int32_t source, int32_t t,
+                                int32_t row) {
   const ep_low_latency& common = args.common;
-  const ep_peers& peers = common.peers;
-  const int32_t lane = lane_id(), num_topk = common.num_topk;
-  const int32_t n = source * common.max_tokens + t;
-  const int64_t num_rows = static_cast<int64_t>(peers.num_ranks) * common.max_tokens;
-  const RowWords widths(common.hidden, args.format);
-  const LaneWords words(unit, widths.all);
-  const uint4* const entry = entry_of(common, peers.rank, operation.half, source, t);
-  const uint4* const weights = entry + expert_words(num_topk) + lane / kWeightsOfWord;
-  uint4* const slot = slot_of(common, peers.rank, operation.half, source, t);
-  const bool keeps_weights = unit == 0 && common.has_weights && lane < num_topk;
-  // All loads at once: each takes most of a microsecond.
-  uint4 values[kWordsOfLane], weight_word{}, expert_word{};
-  if (lane < num_topk) expert_word = ptx::load_word(entry + lane / kExpertsOfWord);
-  if (keeps_weights) weight_word = ptx::load_word(weights);
-  delay(peers);
-  load_words(slot, words, values);
+  const int32_t lane = lane_id(), n = source * common.max_tokens + t;
+  if (lane >= common.num_topk) return true;
+  const int64_t i = static_cast<int64_t>(n) * common.num_topk + lane;
+  args.handle.rows[i] = row;
+  if (row >= 0) args.recv_src_info[row] = n;
+  if (!common.has_weights) return true;
+  const uint4* const from = memory.entry(memory.rank(), operation.half, source, t) +
+                            expert_words(common.num_topk) + lane / kWeightsOfWord;
+  uint4 word = ptx::load_word(from);
+  if (!wait_for_stamp(common.peers, from, &word, source, operation.epoch)) return false;
+  args.handle.weights[i] = __uint_as_float(weight_of_word(word, lane % kWeightsOfWord));
+  return true;
+}
 
-  // Lane k has the token's k-th expert here, and its row.
-  const uint32_t expert = lane < num_topk ? expert_of_lane(expert_word) : kNoExpert;
-  const bool is_expert = expert < static_cast<uint32_t>(common.num_local_experts);
-  const int32_t num_experts = __popc(__ballot_sync(kFullWarp, is_expert));
-  int64_t row = -1;
-  for (int32_t k = 0; k < num_experts; ++k) {
-    const uint32_t e = __shfl_sync(kFullWarp, expert, k);
-    const int32_t place = arrivals.before(static_cast<int32_t>(e), n);
-    if (lane == k) row = e * num_rows + place;
-  }
-  if (unit == 0 && lane < num_topk) {
-    args.handle.rows[static_cast<int64_t>(n) * num_topk + lane] = static_cast<int32_t>(row);
-    if (row >= 0) args.recv_src_info[row] = n;
-  }
+// One unit of a received row, by a warp: to all of its experts' rows. False after a fault.
+template <typename Memory>
+__device__ inline bool receive_unit(const ep_low_latency_dispatch_args& args, const Memory& memory,
+                                    const Operation& operation, const Arrivals& arrivals,
+                                    const UnitsOfRanks<Memory>& at, uint4 word,
+                                    const RowWords& row) {
+  const ep_low_latency& common = args.common;
+  const int32_t to = find_row(common, memory, operation, arrivals, at.rank, at.t);
+  const int32_t num_experts = __popc(__ballot_sync(kFullWarp, to >= 0));
   bool fine = true;
-  if (keeps_weights) {
-    fine = wait_for_stamp(weights, &weight_word, waiter, source, operation.epoch);
-    args.handle.weights[static_cast<int64_t>(n) * num_topk + lane] =
-        __uint_as_float(weight_of_word(weight_word, lane % kWeightsOfWord));
+  if (at.unit == 0) fine = keep_row(args, memory, operation, at.rank, at.t, to);
+  const bool has_word = num_experts != 0 && at.word() < row.all;
+  uint4* const from = memory.row(memory.rank(), operation.half, at.rank, at.t) + at.word();
+  if (has_word) {
+    fine = fine && wait_for_word(common.peers, from, &word, at.rank, operation.epoch);
   }
-  if (num_experts == 0) return;
-  fine = fine && wait_for_words(slot, words, values, waiter, source, operation.epoch);
-  if (!__all_sync(kFullWarp, fine)) return;
-  restore_words(slot, words);
+  if (!__all_sync(kFullWarp, fine)) return false;
+  if (has_word) ptx::store_word(from, waiting_word());
+#pragma unroll 1
   for (int32_t k = 0; k < num_experts; ++k) {
-    const int64_t to = __shfl_sync(kFullWarp, row, k);
-    auto* const out = static_cast<uint4*>(args.recv_x) + to * widths.data;
-#pragma unroll
-    for (int j = 0; j < kWordsOfLane; ++j) {
-      if (!words.has(j)) continue;
-      if (words.at(j) < widths.data) {
-        ptx::store_global(out + words.at(j), values[j]);
-      } else {
-        store_scales(args, to, words.at(j) - widths.data, values[j]);
-      }
+    const int64_t i = __shfl_sync(kFullWarp, to, k);
+    if (at.word() < row.data) {
+      ptx::store_global(static_cast<uint4*>(args.recv_x) + i * row.data + at.word(), word);
+    } else if (has_word) {
+      store_scales(args, memory.hidden(), i, at.word() - row.data, word);
     }
   }
+  return true;
 }
 
-__device__ inline void receive(const ep_low_latency_dispatch_args& args, const Operation& operation,
-                               Arrivals& arrivals, Waiter& waiter) {
-  const ep_low_latency& common = args.common;
-  if (!collect(args, operation, arrivals, waiter)) {
+template <typename Memory>
+__device__ inline void receive(const ep_low_latency_dispatch_args& args, const Memory& memory,
+                               const Operation& operation, const Arrivals& arrivals,
+                               const RowWords& row) {
+  if (!collect(args, memory, operation, arrivals)) {
     leave_nothing(args);
     return;
   }
-  write_counts(args, arrivals);
-  const int32_t num_ranks = common.peers.num_ranks;
-  int32_t most_tokens = 0;
-  for (int32_t r = 0; r < num_ranks; ++r) most_tokens = max(most_tokens, arrivals.num_tokens[r]);
-  const RowWords row(common.hidden, args.format);
-  const int32_t units = ceil_div<int32_t>(row.all, kWordsOfUnit);
-  const int32_t warp = threadIdx.x / kWarpSize;
-  const int32_t stride = kWarps * gridDim.x;
   // Own rows first: they are there.
-  for (int32_t u = warp * gridDim.x + blockIdx.x; u < most_tokens * num_ranks * units;
-       u += stride) {
-    const int32_t unit = u % units, i = u / units;
-    const int32_t source = (common.peers.rank + i / most_tokens) % num_ranks, t = i % most_tokens;
-    if (t >= arrivals.num_tokens[source]) continue;
-    receive_unit(args, operation, arrivals, source, t, unit, waiter);
+  UnitsOfRanks<Memory> at(memory, ceil_div<int32_t>(row.all, kWarpSize), 0, arrivals.num_tokens);
+  const auto load = [&] {
+    uint4 word{};
+    if (at.find()) {
+      const bool has_word = at.word() < row.all;
+      delay(args.common.peers);
+      ptx::load_word_if(has_word, &word,
+                        memory.row(memory.rank(), operation.half, at.rank, at.t) + at.word());
+    }
+    return word;
+  };
+  uint4 next = load();
+  write_counts(args, memory.num_ranks(), arrivals);
+  while (at.is_there()) {
+    const auto unit = at;
+    const uint4 word = next;
+    at.advance();
+    next = load();  // on its way meanwhile
+    if (!receive_unit(args, memory, operation, arrivals, unit, word, row)) return;
   }
 }
 
 // ---- The kernel --------------------------------------------------------------------------------
 
+template <int kHidden, int kRanks>
 __global__ void __launch_bounds__(kThreads, 1)
-    low_latency_dispatch_kernel(const __grid_constant__ ep_low_latency_dispatch_args args) {
+    low_latency_dispatch_kernel(const __grid_constant__ ep_low_latency_dispatch_args args,
+                                bool has_entries) {
   extern __shared__ __align__(16) uint8_t shared[];
   const ep_low_latency& common = args.common;
-  const int32_t entry_bytes = Entries::bytes(common.peers.num_ranks, common.num_topk);
-  Arrivals arrivals(shared + kWarps * entry_bytes, common);
-  if (common.phases & EP_LOW_LATENCY_RECEIVE) arrivals.clear(common);
-  const Operation operation = begin_operation(common);
+  const Memory<kHidden, kRanks> memory(
+      common, expert_words(common.num_topk) + weight_words(common.num_topk));
+  const RowWords row(memory.hidden(), args.format);
+  const bool sends = common.phases & EP_LOW_LATENCY_SEND;
+  const int32_t entry_bytes = Entries::bytes(memory.num_ranks(), common.num_topk);
+  const Arrivals arrivals(shared + kWarps * entry_bytes, common, has_entries);
+
+  // What is sent does not depend on the operation: it is loaded while the block learns that.
+  Units at(ceil_div<int32_t>(row.data, kWarpSize));
+  const int32_t first = threadIdx.x / kWarpSize * gridDim.x + blockIdx.x;
+  const int32_t stride = kWarps * gridDim.x;
+  Selection selection(common, sends ? stride - 1 - first : common.num_tokens);
+  Source next;
+  if (sends) next.load(args, memory.hidden(), at);
+  if (common.phases & EP_LOW_LATENCY_RECEIVE) arrivals.clear(common.num_local_experts);
+  const Operation operation = begin_operation(memory, args.handle.epochs);
   if (!operation.can_begin) {
     leave_nothing(args);
     return;
   }
-  Waiter waiter(common.peers);
-  if (common.phases & EP_LOW_LATENCY_SEND) {
+  if (sends && wait_credits(memory, operation)) {
+    // Entries are what receivers wait for first. The last warps take them: rows begin with the
+    // first.
     Entries entries(shared + threadIdx.x / kWarpSize * entry_bytes, common);
-    send(args, operation, entries, waiter);
+    if (first == stride - 1) send_header(memory, operation, own_header(args));
+#pragma unroll 1
+    while (selection.t < common.num_tokens) {
+      send_entries(args, memory, operation, entries, selection);
+      selection = Selection(common, selection.t + stride);
+    }
+#pragma unroll 1
+    while (at.t < common.num_tokens) {
+      const Units unit = at;
+      const Source source = next;
+      at.advance();
+      next.load(args, memory.hidden(), at);
+      send_unit(args, memory, operation, unit, source, row);
+    }
   }
-  if (common.phases & EP_LOW_LATENCY_RECEIVE) receive(args, operation, arrivals, waiter);
+  if (common.phases & EP_LOW_LATENCY_RECEIVE) receive(args, memory, operation, arrivals, row);
   low_latency::end_operation(common);
 }
 
-const Kernels kernels("low-latency dispatch kernel", Setup::kShared, kMaxShared,
-                      low_latency_dispatch_kernel);
+template <int kHidden, int kRanks>
+struct Kernel {
+  static constexpr auto* function = low_latency_dispatch_kernel<kHidden, kRanks>;
+};
+const Kernels kernels =
+    of_shapes<Kernel>("low-latency dispatch kernel", kMaxShared, CompiledShapes());
 
 }  // namespace
 
@@ -478,9 +512,12 @@ int32_t ep_low_latency_dispatch(const ep_low_latency_dispatch_args* args, void* 
                     common.num_local_experts, common.peers.num_ranks, common.max_tokens,
                     EP_LOW_LATENCY_MAX_PLACES);
   }
-  const int64_t bytes =
+  int64_t bytes =
       kWarps * Entries::bytes(common.peers.num_ranks, common.num_topk) + Arrivals::bytes(common);
-  low_latency_dispatch_kernel<<<common.num_blocks, kThreads, bytes,
-                                static_cast<cudaStream_t>(stream)>>>(*args);
+  const bool has_entries = bytes + Arrivals::entry_bytes(common) <= kMaxShared;
+  if (has_entries) bytes += Arrivals::entry_bytes(common);
+  kernel_for<Kernel>(common, CompiledShapes())<<<common.num_blocks, kThreads, bytes,
+                                                 static_cast<cudaStream_t>(stream)>>>(*args,
+                                                                                      has_entries);
   return ep::check_cuda(cudaGetLastError(), "ep_low_latency_dispatch");
 }

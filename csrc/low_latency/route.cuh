@@ -1,64 +1,85 @@
 // Which ranks a token goes to, and which of their experts want it.
 #pragma once
 
-#include "low_latency/words.cuh"
+#include "low_latency/epochs.cuh"
 
 namespace ep::low_latency {
 
-constexpr int kExpertsOfWord = 8;  // 12 bits each, then the epoch
-constexpr int kWeightsOfWord = 3;  // FP32, then the epoch
 constexpr uint32_t kNoExpert = 0xfff;
 
-__host__ __device__ inline int32_t expert_words(int32_t num_topk) {
-  return ceil_div(num_topk, kExpertsOfWord);
-}
-__host__ __device__ inline int32_t weight_words(int32_t num_topk) {
-  return ceil_div(num_topk, kWeightsOfWord);
-}
+// A token of this rank, known to a warp: lane k has the k-th of its experts.
+class Route {
+ public:
+  int32_t rank = -1;   // that owns the expert; -1 where there is none
+  int32_t local = 0;   // number of the expert there
+  int32_t place = 0;   // of the expert among the token's experts on that rank, ascending
+  uint32_t ranks = 0;  // bit r: some expert is on rank r; the same in all lanes
 
-// One token of this rank, known to a warp: lane k has its k-th expert.
-struct Route {
-  int32_t rank;    // that owns the expert; -1 where there is none
-  int32_t local;   // number of the expert there
-  int32_t place;   // of the expert among the token's experts on that rank, ascending
-  uint32_t ranks;  // bit r: some expert is on rank r; the same in all lanes
+  // expert: what load_expert() gave. What is none is dropped, and what a masked rank has.
+  __device__ Route(const ep_low_latency& common, uint32_t alive, int64_t expert) {
+    if (is_expert(common, expert)) {
+      // The quotient of an expert by those of a rank: a half is further from the next whole number
+      // than the product is from the true one.
+      const float of_rank = 1.0f / static_cast<float>(common.num_local_experts);
+      rank = static_cast<int32_t>((static_cast<float>(expert) + 0.5f) * of_rank);
+      local = static_cast<int32_t>(expert) - rank * common.num_local_experts;
+      if (!(alive >> rank & 1)) rank = -1;
+    }
+    ranks = __reduce_or_sync(kFullWarp, rank >= 0 ? 1u << rank : 0u);
+  }
+
+  __device__ static bool is_expert(const ep_low_latency& common, int64_t expert) {
+    return expert >= 0 && expert < common.num_local_experts * common.peers.num_ranks;
+  }
+
+  // Fills in the places. An expert that stands twice in a token has two, so that none is left out.
+  // Returns whether this lane's is the second of them.
+  __device__ bool find_places(int32_t num_topk) {
+    const int32_t key = rank << 16 | local;
+    bool is_second = false;
+#pragma unroll 1
+    for (int32_t k = 0; k < num_topk; ++k) {
+      const int32_t other = __shfl_sync(kFullWarp, key, k);
+      const bool is_same = other == key && k < lane_id();
+      place += other >> 16 == rank && (other < key || is_same);
+      is_second |= is_same;
+    }
+    return is_second && rank >= 0;
+  }
 };
 
-__device__ inline int64_t expert_at(const ep_low_latency& common, int64_t i) {
+// Lane k's expert of token t, as it was given; -1 behind the last.
+__device__ inline int64_t load_expert(const ep_low_latency& common, int32_t t) {
+  if (lane_id() >= common.num_topk || t >= common.num_tokens) return -1;
+  const int64_t i = static_cast<int64_t>(t) * common.num_topk + lane_id();
   return common.idx_bytes == 8 ? static_cast<const int64_t*>(common.topk_idx)[i]
                                : static_cast<const int32_t*>(common.topk_idx)[i];
 }
 
-// Ranks that token t goes to. What is no expert is dropped.
-__device__ inline Route route_of(const ep_low_latency& common, int32_t t) {
-  const int32_t lane = lane_id(), num_topk = common.num_topk;
-  const int32_t num_experts = common.num_local_experts * common.peers.num_ranks;
-  Route route{-1, 0, 0, 0};
-  if (lane < num_topk) {
-    const int64_t expert = expert_at(common, static_cast<int64_t>(t) * num_topk + lane);
-    if (expert >= 0 && expert < num_experts) {
-      route.rank = static_cast<int32_t>(expert) / common.num_local_experts;
-      route.local = static_cast<int32_t>(expert) - route.rank * common.num_local_experts;
-    }
-  }
-  route.ranks = __reduce_or_sync(kFullWarp, route.rank >= 0 ? 1u << route.rank : 0u);
-  return route;
-}
-
-// Fills in the places. An expert that stands twice in a token has two, so that none is left out.
-__device__ inline void find_places(Route* route, int32_t num_topk) {
-  for (int32_t k = 0; k < num_topk; ++k) {
-    const int32_t rank = __shfl_sync(kFullWarp, route->rank, k);
-    const int32_t local = __shfl_sync(kFullWarp, route->local, k);
-    const bool is_before = local < route->local || (local == route->local && k < lane_id());
-    route->place += rank == route->rank && is_before;
-  }
+// Tells the host of an expert that is none, or that a token has twice. Of several notices one whole
+// one stays: 16 bytes are written at once.
+__device__ __noinline__ inline void leave_notice(ep_notice* notice, int32_t kind, int32_t t,
+                                                 int64_t expert) {
+  volatile int32_t* const code = &notice->code;
+  if (*code != EP_NOTICE_NONE) return;
+  const int64_t shown = max(min(expert, static_cast<int64_t>(INT32_MAX)),
+                            static_cast<int64_t>(INT32_MIN));
+  ptx::store_word(reinterpret_cast<uint4*>(notice->routing_error),
+                  make_uint4(kind, t, lane_id(), static_cast<uint32_t>(shown)));
+  __threadfence_system();
+  *code = EP_NOTICE_ROUTING;
 }
 
 // A weight whose bits are all one, a NaN, travels as another NaN.
 __device__ inline uint32_t weight_bits(float weight) {
   const uint32_t bits = __float_as_uint(weight);
   return bits == 0xffffffffu ? 0x7fffffffu : bits;
+}
+
+// Lane k's weight of token t; 0 where weights do not travel.
+__device__ inline float load_weight(const ep_low_latency& common, int32_t t) {
+  if (!common.has_weights || lane_id() >= common.num_topk || t >= common.num_tokens) return 0.0f;
+  return common.weights[static_cast<int64_t>(t) * common.num_topk + lane_id()];
 }
 
 // The entries of one token for each rank, in shared memory of a warp.
@@ -77,20 +98,18 @@ struct Entries {
         num_topk(common.num_topk) {}
 
   // By the warp.
-  __device__ void fill(const ep_low_latency& common, int32_t t, Route* route) {
-    find_places(route, num_topk);
+  __device__ void fill(const Route& route, int32_t num_ranks, float weight) {
     __syncwarp();  // what was sent before has been read
-    for (int32_t i = lane_id(); i < common.peers.num_ranks * num_topk; i += kWarpSize) {
+#pragma unroll 1
+    for (int32_t i = lane_id(); i < num_ranks * num_topk; i += kWarpSize) {
       experts[i] = kNoExpert;
       weights[i] = 0;
     }
     __syncwarp();
-    if (route->rank >= 0) {
-      const int32_t i = route->rank * num_topk + route->place;
-      experts[i] = static_cast<uint16_t>(route->local);
-      if (common.has_weights) {
-        weights[i] = weight_bits(common.weights[static_cast<int64_t>(t) * num_topk + lane_id()]);
-      }
+    if (route.rank >= 0) {
+      const int32_t i = route.rank * num_topk + route.place;
+      experts[i] = static_cast<uint16_t>(route.local);
+      weights[i] = weight_bits(weight);
     }
     __syncwarp();
   }
@@ -127,11 +146,11 @@ struct Entries {
 };
 
 // The i-th expert of a word that expert_word() made.
-__device__ inline uint32_t expert_of_word(const uint4& word, int i) {
-  const uint64_t low = static_cast<uint64_t>(word.y) << 32 | word.x;
-  if (i < 5) return static_cast<uint32_t>(low >> (12 * i)) & kNoExpert;
-  if (i == 5) return static_cast<uint32_t>(low >> 60) | (word.z & 0xff) << 4;
-  return word.z >> (12 * i - 64) & kNoExpert;
+__device__ inline uint32_t expert_of_word(const uint4& word, int32_t i) {
+  const bool is_first = i < 3;  // its 12 bits end in the second of three times 32 bits
+  const uint64_t pair = static_cast<uint64_t>(is_first ? word.y : word.z) << 32 |
+                        (is_first ? word.x : word.y);
+  return static_cast<uint32_t>(pair >> (12 * i - (is_first ? 0 : 32))) & kNoExpert;
 }
 
 __device__ inline uint32_t weight_of_word(const uint4& word, int i) {

@@ -152,8 +152,10 @@ typedef struct ep_record {
   int64_t epoch; /* number of the operation among those of its kind, from 1 */
   int64_t begin_ns;
   int64_t end_ns;
-  int64_t longest_wait_ns[EP_MAX_PEERS]; /* for each rank, of any thread of the operation */
-  int32_t num_rows[EP_MAX_PEERS];        /* sent to each rank, or back to it */
+  int64_t longest_wait_ns[EP_MAX_PEERS]; /* for each rank, of any thread of the operation; low
+                                            latency: for its header */
+  int32_t num_rows[EP_MAX_PEERS];        /* sent to each rank, or back to it; low-latency dispatch:
+                                            received from it */
 } ep_record;
 
 /* Whom a kernel talks to. */
@@ -213,7 +215,7 @@ typedef struct ep_buffer_offsets {
   /* Low latency, where there is room for it: M = low_latency_tokens, two of each (epochs take
    * turns), words of 16 bytes. */
   int64_t low_latency_credits;  /* uint32 [dispatch and combine, 2, R] */
-  int64_t low_latency_headers;  /* words [2, R] */
+  int64_t low_latency_headers;  /* words [dispatch and combine, 2, R] */
   int64_t low_latency_entries;  /* words [2, R, M, ceil(K / 8) + ceil(K / 3)]: experts, weights */
   int64_t low_latency_weights;  /* words [2, R, M, ceil(K / 3)]: given to combine */
   int64_t low_latency_dispatch; /* [2, R, M, 2 hidden bytes]: rows, all ones while none is there */
@@ -237,11 +239,11 @@ typedef struct ep_mailbox {
   int32_t num_tokens_per_expert[EP_MAX_LOCAL_EXPERTS]; /* [E_local] before padding */
 } ep_mailbox;
 
-/* What a plan that no host waits for has to say; host memory that the device sees. The first one
+/* What an operation that no host waits for has to say; host memory that the device sees. The first one
  * stays until the host has cleared it. */
 typedef struct ep_notice {
+  int32_t routing_error[4];           /* EP_NOTICE_ROUTING: as ep_layout_args.error; 16-byte aligned */
   int32_t code;                       /* EP_NOTICE_*, written last */
-  int32_t routing_error[4];           /* EP_NOTICE_ROUTING: as ep_layout_args.error */
   int32_t asked_tokens[EP_MAX_PEERS]; /* EP_NOTICE_TOO_MANY: as ep_mailbox.asked_tokens */
   int32_t num_rows; /* EP_NOTICE_OVERFLOW: rows that the output would have needed */
   int32_t capacity; /* rows that it has; EP_NOTICE_TOO_MANY: ep_plan_args.max_tokens */
@@ -476,14 +478,16 @@ typedef struct ep_low_latency {
   int32_t num_topk;
   int32_t num_local_experts;
   int32_t phases;     /* EP_LOW_LATENCY_* */
-  int32_t lag;        /* a receive alone: sends of this kind since its own */
+  int32_t is_general; /* take the kernel for any sizes, where there is one for these */
   int32_t num_blocks; /* SMs */
 } ep_low_latency;
 
 /* What a dispatch leaves for its combine, device memory. A received row is n = source * M + token.
  */
 typedef struct ep_low_latency_handle {
+  uint32_t* epochs;    /* [2] of the dispatch and of the combine, as their sends leave them */
   int32_t* num_tokens; /* [R] of each rank; zero after a fault */
+  int32_t* num_rows;   /* [R] rows that came from each rank */
   int32_t* ranks; /* [num_tokens] bit r: some expert of the token is on rank r; of this rank's */
   int32_t* rows;  /* [R, M, K] rows of recv_x, ascending by local expert; -1 behind the last */
   float* weights; /* [R, M, K] of these rows, where they came; or NULL */
@@ -492,6 +496,7 @@ typedef struct ep_low_latency_handle {
 typedef struct ep_low_latency_dispatch_args {
   ep_low_latency common;
   ep_low_latency_handle handle;
+  ep_notice* notice;      /* host memory, mapped: of what is no expert, and is dropped */
   const void* x;          /* BF16 [num_tokens, hidden] */
   void* recv_x;           /* [E, R M, hidden] BF16 or E4M3 */
   void* recv_scales;      /* FP32 [E, hidden / 128, S] or int32 [E, hidden / 512, S], S =

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -50,7 +51,10 @@ class DeviceRecorder:
 
     @property
     def wire_bytes(self) -> int:
-        """Payload and scale bytes that left this rank so far; waits for the operations."""
+        """Payload and scale bytes that left this rank so far; waits for the operations.
+
+        Without those of low-latency operations, which count no bytes.
+        """
         self._synchronize()
         return int(self._wire_bytes)
 
@@ -88,20 +92,19 @@ class DeviceRecorder:
 
     def _record(self, op: str, place: int, row_bytes: int, raw: bytes) -> OpRecord:
         record = header.Record.from_buffer_copy(raw)
-        span = Interval((record.end_ns - record.begin_ns) / 1e9)
-        if op.startswith("low_latency"):  # whose kernels count no rows: it would be half their time
-            return OpRecord(op=op, epoch=record.epoch, place=place, span=span)
         rows = tuple(record.num_rows[: self._num_ranks])
         waits = [wait / 1e9 for wait in record.longest_wait_ns[: self._num_ranks]]
         waits[self._rank] = 0.0  # its own blocks, for one another
-        return OpRecord(
+        result = OpRecord(
             op=op,
             epoch=record.epoch,
             place=place,
-            rows_to_rank=rows,
-            wire_bytes_to_rank=tuple(
-                0 if r == self._rank else count * row_bytes for r, count in enumerate(rows)
-            ),
             wait_s_by_rank=tuple(waits),
-            span=span,
+            span=Interval((record.end_ns - record.begin_ns) / 1e9),
         )
+        if op == "low_latency_dispatch":
+            return replace(result, rows_from_rank=rows)
+        wire_bytes = tuple(
+            0 if r == self._rank else count * row_bytes for r, count in enumerate(rows)
+        )
+        return replace(result, rows_to_rank=rows, wire_bytes_to_rank=wire_bytes)

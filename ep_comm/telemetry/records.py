@@ -51,16 +51,20 @@ class OpRecord:
             graphs count.
         place: Number among all operations of the buffer, in the order of the calls.
         rows_to_rank: Token rows sent; the entry of the own rank counts rows that stayed.
+            Of a low-latency dispatch over NVLink not known: see `rows_from_rank`.
+        rows_from_rank: Of a low-latency dispatch over NVLink: token rows received.
         wire_bytes_to_rank: Payload and FP8 scale bytes that left this rank; own entry 0.
         wait_s_by_rank: Seconds that were waited for each rank. Reference backend: of the host
             until the rank's header was there, in rank order; empty where the transport is
-            asynchronous to the host. NVLink: the longest wait of any thread on the GPU.
+            asynchronous to the host. NVLink: the longest wait of any thread on the GPU; low
+            latency: the wait for the rank's header.
     """
 
     op: str
     epoch: int
     place: int
     rows_to_rank: tuple[int, ...] = ()
+    rows_from_rank: tuple[int, ...] = ()
     wire_bytes_to_rank: tuple[int, ...] = ()
     wait_s_by_rank: tuple[float, ...] = ()
     span: _Span | Interval | None = field(default=None, repr=False)

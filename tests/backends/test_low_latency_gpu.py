@@ -25,7 +25,7 @@ from test_low_latency import CASES, CHANGING, HARD, TWO_AT_ONCE, changing_operat
 from virtual_ranks import run_virtual_ranks
 
 from ep_comm import Buffer
-from ep_comm.errors import EPStateError, EPTimeoutError
+from ep_comm.errors import EPMismatchError, EPRoutingError, EPStateError, EPTimeoutError
 
 pytestmark = pytest.mark.gpu
 EIGHT = LowLatencyCase(
@@ -114,7 +114,13 @@ def with_foreign_experts(rank: int, buffer: Buffer, case: LowLatencyCase) -> dic
     wait_for_stream()
     out = dispatch(buffer, case, given)
     combine(buffer, case, given, out.handle)
-    return as_numpy(case, given, out)
+    results = as_numpy(case, given, out)
+    with pytest.raises(EPRoutingError, match=r"token \d+, entry \d, no expert has number") as caught:
+        dispatch(buffer, case, given)
+    shown = {"-7", str(2**31 - 1), str(case.num_experts)}
+    assert any(f"number {number}." in str(caught.value) for number in shown)
+    combine(buffer, case, given, dispatch(buffer, case, given).handle)  # it was said once
+    return results
 
 
 def test_what_is_no_expert_is_dropped():
@@ -128,7 +134,9 @@ def with_experts_twice(rank: int, buffer: Buffer, case: LowLatencyCase) -> list[
     wait_for_stream()
     out = dispatch(buffer, case, given)
     combine(buffer, case, given, out.handle)
-    buffer.synchronize()
+    wait_for_stream()
+    with pytest.raises(EPRoutingError, match=r"entry 1, a second time expert"):
+        dispatch(buffer, case, given)
     return out.recv_count.tolist()
 
 
@@ -136,6 +144,23 @@ def test_an_expert_twice_gets_the_row_once():
     case = on_gpus(LowLatencyCase(tokens=(12, 9), num_topk=2), "nvlink")
     counts = run_virtual_ranks(2, with_experts_twice, case.config(), case)
     assert sum(map(sum, counts)) == 21
+
+
+def with_other_handles(rank: int, buffer: Buffer, case: LowLatencyCase) -> str:
+    """Ranks combine different dispatches: of the same sizes, so that only the epochs tell."""
+    given = Inputs.of_case(case, rank, "cuda")
+    handles = [dispatch(buffer, case, given).handle for _ in range(2)]
+    combine(buffer, case, given, handles[rank])
+    with pytest.raises(EPMismatchError) as caught:
+        buffer.synchronize()
+    return str(caught.value)
+
+
+def test_combines_of_different_dispatches_are_a_mismatch():
+    case = on_gpus(LowLatencyCase(tokens=(7, 5)), "nvlink")
+    messages = run_virtual_ranks(2, with_other_handles, case.config(timeout_s=20), case)
+    for message in messages:
+        assert "different low_latency_combine calls: handles of different dispatches" in message
 
 
 # ---- CUDA graphs -------------------------------------------------------------------------------

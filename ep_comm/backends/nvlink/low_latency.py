@@ -7,7 +7,6 @@ device (csrc/low_latency/epochs.cuh), so every form can be captured in a CUDA gr
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ _FORMATS = {
     ScaleForm.UE8M0: header.EP_LOW_LATENCY_UE8M0,
 }
 _SEND, _RECEIVE = header.EP_LOW_LATENCY_SEND, header.EP_LOW_LATENCY_RECEIVE
+_NUM_EPOCHS = 2  # of a handle
 # All of them use the same counts: for streams they are one kind of operation.
 _KIND = header.EP_OP_LOW_LATENCY_DISPATCH
 
@@ -91,11 +91,11 @@ class NVLinkLowLatency:
         self._native = native
         self._memory = memory
         self._num_ranks = memory.num_ranks
+        self._hidden = config.hidden
         self._device = device
         self._streams = streams
         self._recorder = recorder
         self._num_sms = num_sms
-        self._num_sent: Counter[str] = Counter()
         ints = header.EP_LOW_LATENCY_STATE_INTS
         self._state = torch.zeros(3, ints, dtype=torch.int32, device=device)
 
@@ -120,7 +120,8 @@ class NVLinkLowLatency:
                     header.EP_OP_LOW_LATENCY_DISPATCH,
                     offsets.low_latency_dispatch,
                     offsets.low_latency_entries,
-                )
+                ),
+                notice=memory.notice_address,
             ),
             header.LowLatencyCombineArgs(
                 common=common(
@@ -153,7 +154,7 @@ class NVLinkLowLatency:
         self, routing: NVLinkLowLatencyRouting, request: LowLatencyCombineRequest
     ) -> Pending[None]:
         """Launch the kernel that sums and sends, and that which receives or its hook."""
-        self._memory.check()
+        self._memory.check_fault()
         args = self.args.combine
         weights = request.topk_weights
         self._fill(args.common, routing.topk_idx, weights, routing.max_tokens, request.wait_stats)
@@ -165,7 +166,8 @@ class NVLinkLowLatency:
     def _new_routing(self, topk_idx: Tensor, max_tokens: int) -> NVLinkLowLatencyRouting:
         """Allocate what a dispatch of these tokens leaves, see ``ep_low_latency_handle``."""
         entries = self._num_ranks * max_tokens * topk_idx.shape[1]
-        sizes = (header.EP_MAX_PEERS, max_tokens, entries, entries)
+        of_ranks = header.EP_MAX_PEERS
+        sizes = (_NUM_EPOCHS, of_ranks, of_ranks, max_tokens, entries, entries)
         memory = torch.empty(sum(sizes), dtype=torch.int32, device=self._device)
         places = itertools.accumulate(sizes, initial=0)
         addresses = (memory.data_ptr() + 4 * place for place in places)
@@ -207,18 +209,17 @@ class NVLinkLowLatency:
         common.phases = _SEND if request.is_split else _SEND | _RECEIVE
         common.num_blocks = sms = self._num_sms(asynchronous)
         stream = self._streams.begin(_KIND, asynchronous, sms)
-        common.peers.record = self._recorder.start(op, 0)
-        self._num_sent[op] += 1
+        common.peers.record = self._recorder.start(op, 2 * self._hidden)
         self._native.launch(f"ep_{op}", args, stream)
         self._keep_for_current_stream(routing)
         if asynchronous:
             return Pending(result, self._streams.comm_event((request, routing)))
         if not request.is_split:
             return Pending(result)
-        number, copy = self._num_sent[op], type(args).from_buffer_copy(args)
+        copy = type(args).from_buffer_copy(args)
 
         def receive() -> Any:
-            self._receive(op, copy, number)
+            self._receive(op, copy)
             self._keep_for_current_stream(routing)
             return result
 
@@ -231,12 +232,11 @@ class NVLinkLowLatency:
             for tensor in (routing.memory, routing.topk_idx):
                 tensor.record_stream(current)
 
-    def _receive(self, op: str, args: Any, number: int) -> None:
-        """Launch the receive phase of the operation that was the `number`-th sent."""
-        self._memory.check()
+    def _receive(self, op: str, args: Any) -> None:
+        """Launch the receive phase of the operation that was sent with `args`."""
+        self._memory.check_fault()
         common = args.common
         common.phases = _RECEIVE
-        common.lag = self._num_sent[op] - number
         common.num_blocks = sms = self._num_sms(False)
         stream = self._streams.begin(_KIND, False, sms)
         self._native.launch(f"ep_{op}", args, stream)

@@ -249,8 +249,9 @@ class PeerMemory:
             return too_many
         kind, token, place, value = routing_error
         return EPRoutingError(
-            f"an earlier dispatch with num_worst_tokens got a bad routing: token {token}, entry "
-            f"{place}, {_ROUTING_PROBLEMS[kind]} {value}. Wrong entries counted as dropped."
+            f"an earlier dispatch, for which the host did not wait, got a bad routing: token "
+            f"{token}, entry {place}, {_ROUTING_PROBLEMS[kind]} {value}. Wrong entries counted as "
+            "dropped."
         )
 
     def _error(self) -> EPError:

@@ -1,0 +1,142 @@
+// Where the words of low-latency operations stand, and which warp takes which of them.
+#pragma once
+
+#include "low_latency/words.cuh"
+
+namespace ep::low_latency {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kExpertsOfWord = 8;  // 12 bits each, then the epoch
+constexpr int kWeightsOfWord = 3;  // FP32, then the epoch
+
+__host__ __device__ inline int32_t expert_words(int32_t num_topk) {
+  return ceil_div(num_topk, kExpertsOfWord);
+}
+__host__ __device__ inline int32_t weight_words(int32_t num_topk) {
+  return ceil_div(num_topk, kWeightsOfWord);
+}
+
+// The symmetric memory of all ranks. Hidden size and number of ranks are known when this is
+// compiled, or 0: then they are the arguments'.
+template <int kHidden, int kRanks>
+class Memory {
+ public:
+  const ep_low_latency& common;
+
+  // entry_words: of a token's entry.
+  __device__ Memory(const ep_low_latency& arguments, int32_t entry_words)
+      : common(arguments), entry_words_(entry_words) {}
+
+  __device__ int32_t hidden() const { return kHidden != 0 ? kHidden : common.hidden; }
+  __device__ int32_t num_ranks() const { return kRanks != 0 ? kRanks : common.peers.num_ranks; }
+  __device__ int32_t rank() const { return common.peers.rank; }
+
+  // The i-th rank behind this one, for i up to their number.
+  __device__ int32_t rank_behind(int32_t i) const {
+    const int32_t r = rank() + i;
+    return r < num_ranks() ? r : r - num_ranks();
+  }
+
+  // The slot of a row that comes from `rank`: of its own token t in a dispatch, of the owner's in a
+  // combine.
+  __device__ uint4* row(int32_t owner, int32_t half, int32_t rank, int32_t t) const {
+    return words(owner, common.row_offset) + place(half, rank, t) * (hidden() / 8);
+  }
+  __device__ uint4* header(int32_t owner, int32_t kind, int32_t half, int32_t rank) const {
+    return words(owner, common.header_offset) + ((kind * 2 + half) * num_ranks() + rank);
+  }
+  // Experts of a token of `rank`, then its weights; or, of a combine, weights alone.
+  __device__ uint4* entry(int32_t owner, int32_t half, int32_t rank, int32_t t) const {
+    return words(owner, common.entry_offset) + place(half, rank, t) * entry_words_;
+  }
+  __device__ uint32_t* credit(int32_t owner, int32_t kind, int32_t half, int32_t rank) const {
+    return in_memory_of<uint32_t>(common.peers, owner, common.credit_offset) +
+           ((kind * 2 + half) * num_ranks() + rank);
+  }
+
+ private:
+  int32_t entry_words_;
+
+  __device__ uint4* words(int32_t owner, int64_t offset) const {
+    return in_memory_of<uint4>(common.peers, owner, offset);
+  }
+  // Number of a token among those of all ranks and both halves.
+  __device__ int64_t place(int32_t half, int32_t rank, int32_t t) const {
+    return static_cast<int64_t>(half * num_ranks() + rank) * common.room + t;
+  }
+};
+
+// Calls store(r) for each rank of the set, beginning behind this one, so that not all write to the
+// same.
+template <int kHidden, int kRanks, typename Store>
+__device__ inline void for_ranks(const Memory<kHidden, kRanks>& memory, uint32_t ranks,
+                                 const Store& store) {
+  constexpr int kUnroll = kRanks != 0 ? kRanks : 1;
+#pragma unroll kUnroll
+  for (int32_t i = 1; i <= memory.num_ranks(); ++i) {
+    const int32_t r = memory.rank_behind(i);
+    if (ranks >> r & 1) store(r);
+  }
+}
+
+// The units of work of a warp, one after the other: a word for each lane. Units of a row are
+// neighbours, and neighbours go to different SMs.
+class Units {
+ public:
+  int32_t t, unit;  // row, and unit in it
+
+  __device__ explicit Units(int32_t units_of_row) : of_row_(units_of_row) {
+    const int32_t first = threadIdx.x / kWarpSize * gridDim.x + blockIdx.x;
+    const int32_t stride = kWarps * gridDim.x;
+    t = first / of_row_, unit = first - t * of_row_;
+    rows_of_step_ = stride / of_row_, units_of_step_ = stride - rows_of_step_ * of_row_;
+  }
+
+  __device__ void advance() {
+    t += rows_of_step_, unit += units_of_step_;
+    if (unit < of_row_) return;
+    unit -= of_row_, ++t;
+  }
+
+  // This lane's word in the row.
+  __device__ int32_t word() const { return unit * kWarpSize + lane_id(); }
+
+ private:
+  int32_t of_row_, rows_of_step_, units_of_step_;
+};
+
+// The same over the rows of all ranks, from the `first`-th behind this one on. num_tokens: [R], of
+// each rank, in shared memory.
+template <typename Memory>
+class UnitsOfRanks : public Units {
+ public:
+  int32_t rank;  // whose row it is
+
+  __device__ UnitsOfRanks(const Memory& memory, int32_t units_of_row, int32_t first,
+                          const int32_t* num_tokens)
+      : Units(units_of_row),
+        memory_(memory),
+        num_tokens_(num_tokens),
+        i_(first),
+        left_(memory.num_ranks()) {}
+
+  __device__ bool is_there() const { return left_ > 0; }
+
+  // Finds out whose row it is; false behind the last one.
+  __device__ bool find() {
+    for (; left_ > 0; --left_, ++i_) {
+      rank = memory_.rank_behind(i_);
+      if (t < num_tokens_[rank]) return true;
+      t -= num_tokens_[rank];
+    }
+    return false;
+  }
+
+ private:
+  const Memory& memory_;
+  const int32_t* num_tokens_;
+  int32_t i_, left_;
+};
+
+}  // namespace ep::low_latency
