@@ -153,6 +153,13 @@ __device__ inline void load_global_if(bool condition, uint4* v, const uint4* poi
       : "memory");
 }
 
+// A load that stays where it stands in the program: so it can be on its way early.
+__device__ inline uint32_t load_global_now(const uint32_t* pointer) {
+  uint32_t value;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
+  return value;
+}
+
 __device__ inline uint64_t load_shared_u64(uint32_t shared) {
   uint64_t value;
   asm volatile("ld.shared.u64 %0, [%1];" : "=l"(value) : "r"(shared) : "memory");
@@ -226,11 +233,34 @@ __device__ inline void store_word(uint4* pointer, const uint4& v) {
       : "memory");
 }
 
+// ---- Copies of single words into shared memory -------------------------------------------------
+//
+// By each thread for itself: what it has copied, it may read when it has waited for it.
+
+__device__ inline void copy_word(uint4* shared, const uint4* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
+               "l"(global)
+               : "memory");
+}
+
+__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// All but the newest kPending groups are there.
+template <int kPending>
+__device__ inline void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // ---- Barriers of some warps of a block ---------------------------------------------------------
 
 // Waits for `threads` threads of whole warps. Number 0 is that of __syncthreads.
 __device__ inline void named_barrier(int32_t number, int32_t threads) {
   asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// Counts as having come to it, and waits for nobody.
+__device__ inline void named_arrive(int32_t number, int32_t threads) {
+  asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
 }  // namespace ep::ptx

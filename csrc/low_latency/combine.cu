@@ -12,9 +12,17 @@ namespace {
 using namespace ep;
 using namespace ep::low_latency;
 
+constexpr int kWarps = 16;
+constexpr int kThreads = kWarps * kWarpSize;
+// The last warps have the least to send: one does what nobody waits for.
+constexpr int kBookkeepingWarp = kWarps - 2;
 constexpr int kPer = kPerVector<__nv_bfloat16>;
-constexpr int kRowsAtOnce = 8;  // of a token's experts, of which a lane loads a word each
-constexpr int kMaxShared = kWarps * Entries::bytes(EP_MAX_PEERS, EP_MAX_TOPK);
+// Rows of a token's experts of which a lane has a word on its way: those of two units.
+constexpr int kStages = 2;
+constexpr int kRowsOfStage = 8;
+constexpr int kStageWords = kRowsOfStage * kWarpSize;
+constexpr int kStageBytes = kWarps * kStages * kStageWords * static_cast<int>(sizeof(uint4));
+constexpr int kMaxShared = kStageBytes + kWarps * Entries::bytes(EP_MAX_PEERS, EP_MAX_TOPK);
 
 // Adds to a sum that begins at -0: then the first term is what it is, whatever that is.
 __device__ inline void add(float (&sums)[kPer], const uint4& word) {
@@ -31,6 +39,11 @@ __device__ inline void add(float (&sums)[kPer], const uint4& word, float weight)
   for (int i = 0; i < kPer; ++i) sums[i] = __fadd_rn(sums[i], __fmul_rn(weight, values[i]));
 }
 
+// The last one to get work.
+__device__ inline bool is_last_warp() {
+  return threadIdx.x / kWarpSize == kWarps - 1 && blockIdx.x == gridDim.x - 1;
+}
+
 __device__ inline Header own_header(const ep_low_latency_combine_args& args) {
   const ep_low_latency& common = args.common;
   return {static_cast<uint32_t>(common.num_tokens), static_cast<uint32_t>(common.has_weights != 0),
@@ -39,180 +52,286 @@ __device__ inline Header own_header(const ep_low_latency_combine_args& args) {
 
 // ---- Sending -----------------------------------------------------------------------------------
 
-// Weights that are given to combine go to the experts' ranks first.
+// Weights that are given to combine go to the experts' ranks first. By the last warps, which have
+// the fewest rows.
 template <typename Memory>
 __device__ inline void send_weights(const Memory& memory, const Operation& operation,
-                                    Entries& entries, int32_t first, int32_t stride) {
+                                    Entries& entries) {
   const ep_low_latency& common = memory.common;
   const int32_t words = weight_words(common.num_topk);
+  const int32_t first = threadIdx.x / kWarpSize * gridDim.x + blockIdx.x;
+  const int32_t stride = kWarps * gridDim.x;
 #pragma unroll 1
-  for (int32_t t = first; t < common.num_tokens; t += stride) {
-    Route route(common, operation.alive, load_expert(common, t));
+  for (int32_t t = stride - 1 - first; t < common.num_tokens; t += stride) {
+    Route route;
+    route.find(common, load_expert(common, t));
     route.find_places(common.num_topk);
     entries.fill(route, memory.num_ranks(), load_weight(common, t));
+    const uint32_t ranks = route.ranks & operation.alive;
 #pragma unroll 1
     for (int32_t i = lane_id(); i < words * memory.num_ranks(); i += kWarpSize) {
       const int32_t which = i / words, j = i - which * words;
       const int32_t r = memory.rank_behind(which + 1);
-      if (!(route.ranks >> r & 1)) continue;
-      delay(common.peers);
-      ptx::store_word(memory.entry(r, operation.half, memory.rank(), t) + j,
-                      entries.weight_word(r, j, operation.epoch));
+      if (!(ranks >> r & 1)) continue;
+      memory.delay();
+      uint4 word = entries.weight_word(r, j);
+      word.w = operation.epoch;
+      ptx::store_word(memory.entry(r, operation.half, memory.rank(), t) + j, word);
     }
   }
 }
 
-// Which rows make up a token's partial row, loaded: lane k has the k-th, and its weight, or the
-// word in which that is to come.
+// The rows that make up a token's partial row: lane k has the k-th, or -1, and its weight if that
+// came with the dispatch.
 struct Parts {
-  int32_t row;
-  float weight;
-  uint4 word;
+  int32_t row = -1;
+  float weight = 0.0f;
 
-  template <typename Memory>
-  __device__ void load(const ep_low_latency_combine_args& args, const Memory& memory, int32_t half,
-                       int32_t source, int32_t t) {
+  __device__ void load(const ep_low_latency_combine_args& args, int32_t source, int32_t t) {
     const ep_low_latency& common = args.common;
     row = -1;
-    if (lane_id() >= common.num_topk) return;
-    const int64_t n = static_cast<int64_t>(source) * common.max_tokens + t;
-    row = args.handle.rows[n * common.num_topk + lane_id()];
-    if (common.has_weights) {
-      delay(common.peers);
-      word = ptx::load_word(weight_word(memory, half, source, t));
-    } else {
-      weight = args.handle.weights[n * common.num_topk + lane_id()];
-    }
+    if (t >= common.max_tokens || lane_id() >= common.num_topk) return;
+    const int64_t i =
+        (static_cast<int64_t>(source) * common.max_tokens + t) * common.num_topk + lane_id();
+    const int32_t num_tokens = args.handle.num_tokens[source];
+    const int32_t found = args.handle.rows[i];  // nothing, where there is no such token
+    if (!common.has_weights) weight = args.handle.weights[i];
+    if (t < num_tokens) row = found;
   }
 
-  // Waits for a weight that is to come. False after a fault.
+  __device__ int32_t num_rows() const { return __popc(__ballot_sync(kFullWarp, row >= 0)); }
+
+  // Waits for a weight that is given to combine. False after a fault.
   template <typename Memory>
   __device__ bool complete(const Memory& memory, const Operation& operation, int32_t source,
                            int32_t t) {
     if (!memory.common.has_weights || row < 0) return true;
-    if (!wait_for_stamp(memory.common.peers, weight_word(memory, operation.half, source, t), &word,
-                        source, operation.epoch)) {
-      return false;
-    }
+    const uint4* const from = memory.entry(memory.rank(), operation.half, source, t) +
+                              lane_id() / kWeightsOfWord;
+    memory.delay();
+    uint4 word = ptx::load_word(from);
+    if (!wait_for_stamp(memory.common.peers, from, &word, source, operation.epoch)) return false;
     weight = __uint_as_float(weight_of_word(word, lane_id() % kWeightsOfWord));
     return true;
   }
-
-  template <typename Memory>
-  __device__ static const uint4* weight_word(const Memory& memory, int32_t half, int32_t source,
-                                             int32_t t) {
-    return memory.entry(memory.rank(), half, source, t) + lane_id() / kWeightsOfWord;
-  }
 };
 
-// One unit of a token's partial row, by a warp. False after a fault.
+// Begins to copy this lane's words of the rows into a stage, those for which there is room.
+__device__ inline void begin_copies(const uint4* x, int32_t words_of_row, const Parts& parts,
+                                    int32_t word, uint4* stage) {
+  const int32_t num_rows = min(parts.num_rows(), kRowsOfStage);
+#pragma unroll 1
+  for (int32_t k = 0; k < num_rows; ++k) {
+    const int64_t row = __shfl_sync(kFullWarp, parts.row, k);
+    if (word < words_of_row) {
+      ptx::copy_word(stage + k * kWarpSize + lane_id(), x + row * words_of_row + word);
+    }
+  }
+  ptx::copy_commit();
+}
+
+// Sums a unit of a token's partial row, and sends it. By a warp; false after a fault.
 template <typename Memory>
 __device__ inline bool send_unit(const ep_low_latency_combine_args& args, const Memory& memory,
-                                 const Operation& operation, const UnitsOfRanks<Memory>& at,
-                                 Parts& parts) {
-  const int32_t num_rows = __popc(__ballot_sync(kFullWarp, parts.row >= 0));
-  if (num_rows == 0) return true;
+                                 const Operation& operation, const Units& at, int32_t source,
+                                 Parts& parts, const uint4* stage) {
+  const int32_t num_rows = parts.num_rows();
+  if (num_rows == 0 || !(operation.alive >> source & 1)) return true;
+  const bool fine = parts.complete(memory, operation, source, at.t);
+  if (!__all_sync(kFullWarp, fine)) return false;
   const int32_t words_of_row = memory.hidden() / kPer, word = at.word();
-  const bool has_word = word < words_of_row;
   const auto* const x = static_cast<const uint4*>(args.x) + word;
   float sums[kPer];
 #pragma unroll
   for (int i = 0; i < kPer; ++i) sums[i] = -0.0f;
 #pragma unroll 1
-  for (int32_t first = 0; first < num_rows; first += kRowsAtOnce) {
-    uint4 words[kRowsAtOnce];
-#pragma unroll
-    for (int k = 0; k < kRowsAtOnce; ++k) {
-      const int64_t row = __shfl_sync(kFullWarp, parts.row, (first + k) % kWarpSize);
-      ptx::load_global_if(has_word && first + k < num_rows, &words[k], x + row * words_of_row);
-    }
-    if (first == 0) {
-      const bool fine = parts.complete(memory, operation, at.rank, at.t);
-      if (!__all_sync(kFullWarp, fine)) return false;
-    }
-#pragma unroll
-    for (int k = 0; k < kRowsAtOnce; ++k) {
-      if (first + k >= num_rows) break;
-      add(sums, words[k], __shfl_sync(kFullWarp, parts.weight, first + k));
-    }
+  for (int32_t k = 0; k < num_rows; ++k) {
+    const int64_t row = __shfl_sync(kFullWarp, parts.row, k);
+    const float weight = __shfl_sync(kFullWarp, parts.weight, k);
+    if (word >= words_of_row) continue;
+    add(sums, k < kRowsOfStage ? stage[k * kWarpSize + lane_id()] : __ldg(x + row * words_of_row),
+        weight);
   }
-  delay(args.common.peers);
+  memory.delay();
   // A rounded NaN is 0x7fff: no word is the waiting pattern.
-  if (has_word) {
-    ptx::store_word(memory.row(at.rank, operation.half, memory.rank(), at.t) + word,
+  if (word < words_of_row) {
+    ptx::store_word(memory.row(source, operation.half, memory.rank(), at.t) + word,
                     pack<__nv_bfloat16>(sums));
+  }
+  return true;
+}
+
+// Begins the operation, and sends. Rows that are added are on their way before the block learns
+// which operation it is part of. False after a fault.
+template <typename Memory>
+__device__ inline bool begin_and_send(const ep_low_latency_combine_args& args,
+                                      const Memory& memory, uint8_t* shared,
+                                      Operation* operation) {
+  const ep_low_latency& common = args.common;
+  const Begin begin(common, args.handle.epochs);
+  const bool sends = common.phases & EP_LOW_LATENCY_SEND;
+  const int32_t words_of_row = memory.hidden() / kPer, warp = threadIdx.x / kWarpSize;
+  const auto* const x = static_cast<const uint4*>(args.x);
+  uint4* const stages = reinterpret_cast<uint4*>(shared) + warp * kStages * kStageWords;
+  Units at(kWarps, ceil_div<int32_t>(words_of_row, kWarpSize), memory.num_ranks(), warp);
+  // The next rank's rows first, the own ones last.
+  const auto source_of = [&](const Units& unit) { return memory.rank_behind(unit.source + 1); };
+  Units ahead = at;
+  Parts next, after_next;
+  int32_t most_tokens = 0, stage = 0;
+  if (sends) {
+    next.load(args, source_of(at), at.t);
+    for (int32_t r = 0; r < memory.num_ranks(); ++r) {
+      most_tokens = max(most_tokens, args.handle.num_tokens[r]);
+    }
+    ahead.advance();
+    after_next.load(args, source_of(ahead), ahead.t);
+    begin_copies(x, words_of_row, next, at.word(), stages);
+  }
+  *operation = begin.operation();
+  const bool keeps_books = warp == kBookkeepingWarp;
+  if (!keeps_books) has_read_state(kThreads);
+  if (keeps_books && operation->can_begin && blockIdx.x == gridDim.x - 1) {
+    exchange_credits(memory, begin, *operation);
+  }
+  if (keeps_books) count_operation(common, begin, *operation, kThreads);
+  if (!operation->can_begin) return false;
+  if (!sends) return true;
+  if (!wait_credits(memory, *operation)) return false;
+  if (is_last_warp()) {
+    send_header(memory, *operation, own_header(args));
+    if (lane_id() == 0) begin_record(common, *operation, args.handle.epochs);
+  }
+  if (common.has_weights) {
+    Entries entries(
+        shared + kStageBytes + warp * Entries::bytes(memory.num_ranks(), common.num_topk), common);
+    send_weights(memory, *operation, entries);
+  }
+#pragma unroll 1
+  while (at.t < most_tokens) {
+    const Units unit = at;
+    Parts parts = next;
+    const uint4* const filled = stages + stage * kStageWords;
+    at = ahead, next = after_next, stage ^= 1;
+    begin_copies(x, words_of_row, next, at.word(), stages + stage * kStageWords);
+    ahead.advance();
+    after_next.load(args, source_of(ahead), ahead.t);
+    ptx::copy_wait<1>();
+    if (!send_unit(args, memory, *operation, unit, source_of(unit), parts, filled)) return false;
   }
   return true;
 }
 
 // ---- Receiving ---------------------------------------------------------------------------------
 
-// One unit of a combined row, by a warp. False after a fault.
-template <int kHidden, int kRanks>
-__device__ inline bool receive_unit(const ep_low_latency_combine_args& args,
-                                    const Memory<kHidden, kRanks>& memory,
-                                    const Operation& operation, const Units& at, uint32_t ranks) {
-  constexpr int kMaxRanks = kRanks != 0 ? kRanks : EP_MAX_PEERS;
-  const ep_peers& peers = args.common.peers;
-  const int32_t words_of_row = memory.hidden() / kPer, word = at.word();
-  if (word >= words_of_row) return true;
-  const auto slot = [&](int32_t r) {
-    return memory.row(memory.rank(), operation.half, r, at.t) + word;
-  };
-  delay(peers);
-  uint4 words[kMaxRanks];
-#pragma unroll
-  for (int r = 0; r < kMaxRanks; ++r) {
-    words[r] = make_uint4(0, 0, 0, 0);
-    ptx::load_word_if(ranks >> r & 1, &words[r], slot(r));
-  }
-  // All that have not come are looked for at once.
-  Wait wait;
-  int32_t missing = -1;
-  for (;;) {
-    int32_t last = missing;
-    missing = -1;
-#pragma unroll
-    for (int r = 0; r < kMaxRanks; ++r) {
-      if (is_waiting(words[r])) missing = r;
-    }
-    if (last >= 0 && last != missing) wait.has_come(peers, last);
-    if (missing < 0) break;
-    if (!wait.goes_on(peers, EP_PHASE_ROWS, missing, operation.epoch)) return false;
-#pragma unroll
-    for (int r = 0; r < kMaxRanks; ++r) {
-      ptx::load_word_if(is_waiting(words[r]), &words[r], slot(r));
-    }
-  }
-  float sums[kPer];
-#pragma unroll
-  for (int i = 0; i < kPer; ++i) sums[i] = ranks == 0 ? 0.0f : -0.0f;
-#pragma unroll
-  for (int r = 0; r < kMaxRanks; ++r) {
-    if (!(ranks >> r & 1)) continue;
-    ptx::store_word(slot(r), waiting_word());
-    add(sums, words[r]);
-  }
-  ptx::store_global(
-      static_cast<uint4*>(args.combined_x) + static_cast<int64_t>(at.t) * words_of_row + word,
-      pack<__nv_bfloat16>(sums));
-  return true;
-}
-
 // Ranks that token t comes back from.
 __device__ inline uint32_t ranks_of(const ep_low_latency_combine_args& args, int32_t t) {
   return t < args.common.num_tokens ? args.handle.ranks[t] : 0;
 }
 
-// By the first warp of the first block: waits for all headers. They say whether all combine the
-// same dispatch; rows tell nothing of that.
+// A lane's words of a unit of the partial rows, loaded, whatever they are by now.
+template <int kHidden, int kRanks>
+struct Incoming {
+  static constexpr int kMaxRanks = kRanks != 0 ? kRanks : EP_MAX_PEERS;
+
+  uint32_t ranks;  // that the token comes back from
+  uint4 words[kMaxRanks];
+
+  __device__ void load(const Memory<kHidden, kRanks>& memory, const Operation& operation,
+                       const Units& at, uint32_t ranks_of_token) {
+    ranks = at.word() < memory.hidden() / kPer ? ranks_of_token & operation.alive : 0;
+    memory.delay();
+#pragma unroll
+    for (int r = 0; r < kMaxRanks; ++r) {
+      words[r] = make_uint4(0, 0, 0, 0);
+      ptx::load_word_if(ranks >> r & 1, &words[r], slot(memory, operation, at, r));
+    }
+  }
+
+  // Waits for all that have not come at once. False after a fault.
+  __device__ bool wait(const Memory<kHidden, kRanks>& memory, const Operation& operation,
+                       const Units& at) {
+    const ep_peers& peers = memory.common.peers;
+    Wait wait;
+    int32_t missing = -1;
+    for (;;) {
+      const int32_t last = missing;
+      missing = -1;
+#pragma unroll
+      for (int r = 0; r < kMaxRanks; ++r) {
+        if (is_waiting(words[r])) missing = r;
+      }
+      if (last >= 0 && last != missing) wait.has_come(peers, last);
+      if (missing < 0) return true;
+      if (!wait.goes_on(peers, EP_PHASE_ROWS, missing, operation.epoch)) return false;
+#pragma unroll
+      for (int r = 0; r < kMaxRanks; ++r) {
+        ptx::load_word_if(is_waiting(words[r]), &words[r], slot(memory, operation, at, r));
+      }
+    }
+  }
+
+  __device__ static uint4* slot(const Memory<kHidden, kRanks>& memory, const Operation& operation,
+                                const Units& at, int32_t r) {
+    return memory.row(memory.rank(), operation.half, r, at.t) + at.word();
+  }
+};
+
+// One unit of a combined row, by a warp. False after a fault.
+template <int kHidden, int kRanks>
+__device__ inline bool receive_unit(const ep_low_latency_combine_args& args,
+                                    const Memory<kHidden, kRanks>& memory,
+                                    const Operation& operation, const Units& at,
+                                    Incoming<kHidden, kRanks>& incoming) {
+  const int32_t words_of_row = memory.hidden() / kPer;
+  const bool fine = incoming.wait(memory, operation, at);
+  if (!__all_sync(kFullWarp, fine)) return false;
+  float sums[kPer];
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) sums[i] = incoming.ranks == 0 ? 0.0f : -0.0f;
+#pragma unroll
+  for (int r = 0; r < incoming.kMaxRanks; ++r) {
+    if (!(incoming.ranks >> r & 1)) continue;
+    ptx::store_word(incoming.slot(memory, operation, at, r), waiting_word());
+    add(sums, incoming.words[r]);
+  }
+  if (at.word() < words_of_row) {
+    ptx::store_global(static_cast<uint4*>(args.combined_x) +
+                          static_cast<int64_t>(at.t) * words_of_row + at.word(),
+                      pack<__nv_bfloat16>(sums));
+  }
+  return true;
+}
+
+// By the last warp of all: waits for the headers. They say whether all combine the same dispatch;
+// rows tell nothing of that.
 template <typename Memory>
 __device__ inline void check_headers(const ep_low_latency_combine_args& args, const Memory& memory,
                                      const Operation& operation) {
-  const int32_t r = threadIdx.x;
-  if (blockIdx.x != 0 || r >= memory.num_ranks()) return;
+  const int32_t r = lane_id();
+  if (r >= memory.num_ranks()) return;
   args.common.peers.record->num_rows[r] = args.handle.num_rows[r];
-  if (operation.alive >> r & 1) receive_header(memory, operation, own_header(args), r);
+  if (operation.alive >> r & 1) receive_header(memory, operation, own_header(args), r, true);
+}
+
+template <int kHidden, int kRanks>
+__device__ inline void receive(const ep_low_latency_combine_args& args,
+                               const Memory<kHidden, kRanks>& memory, const Operation& operation) {
+  if (is_last_warp()) check_headers(args, memory, operation);
+  __syncwarp();
+  // The last warps first, which had the least to send.
+  Units at(kWarps, ceil_div<int32_t>(memory.hidden() / kPer, kWarpSize), 1,
+           kWarps - 1 - threadIdx.x / kWarpSize);
+  Incoming<kHidden, kRanks> next;
+  next.load(memory, operation, at, ranks_of(args, at.t));
+#pragma unroll 1
+  while (at.t < args.common.num_tokens) {
+    const Units unit = at;
+    Incoming<kHidden, kRanks> incoming = next;
+    at.advance();
+    next.load(memory, operation, at, ranks_of(args, at.t));
+    if (!receive_unit(args, memory, operation, unit, incoming)) return;
+  }
 }
 
 // ---- The kernel --------------------------------------------------------------------------------
@@ -221,52 +340,13 @@ template <int kHidden, int kRanks>
 __global__ void __launch_bounds__(kThreads, 1)
     low_latency_combine_kernel(const __grid_constant__ ep_low_latency_combine_args args) {
   extern __shared__ __align__(16) uint8_t shared[];
-  __shared__ int32_t num_tokens[EP_MAX_PEERS];
+  ptx::let_next_kernel_start();
+  ptx::wait_for_kernel_before();
   const ep_low_latency& common = args.common;
   const Memory<kHidden, kRanks> memory(common, weight_words(common.num_topk));
-  const int32_t units_of_row = ceil_div<int32_t>(memory.hidden() / kPer, kWarpSize);
-  const int32_t first = threadIdx.x / kWarpSize * gridDim.x + blockIdx.x;
-  const int32_t stride = kWarps * gridDim.x;
-  if (static_cast<int32_t>(threadIdx.x) < memory.num_ranks()) {
-    num_tokens[threadIdx.x] = args.handle.num_tokens[threadIdx.x];
-  }
-  const Operation operation = begin_operation(memory, args.handle.epochs);
-  if (!operation.can_begin) return;
-  if (common.phases & EP_LOW_LATENCY_SEND && wait_credits(memory, operation)) {
-    if (first == stride - 1) send_header(memory, operation, own_header(args));
-    if (common.has_weights) {
-      Entries entries(shared + threadIdx.x / kWarpSize *
-                                   Entries::bytes(memory.num_ranks(), common.num_topk),
-                      common);
-      send_weights(memory, operation, entries, stride - 1 - first, stride);
-    }
-    // Rows that travel first, the own ones last.
-    UnitsOfRanks<Memory<kHidden, kRanks>> at(memory, units_of_row, 1, num_tokens);
-    Parts next;
-    if (at.find()) next.load(args, memory, operation.half, at.rank, at.t);
-#pragma unroll 1
-    while (at.is_there()) {
-      const auto unit = at;
-      Parts parts = next;
-      at.advance();
-      if (at.find()) next.load(args, memory, operation.half, at.rank, at.t);
-      if (!send_unit(args, memory, operation, unit, parts)) break;
-    }
-  }
-  if (common.phases & EP_LOW_LATENCY_RECEIVE) {
-    check_headers(args, memory, operation);
-    Units at(units_of_row);
-    uint32_t next = ranks_of(args, at.t);
-#pragma unroll 1
-    while (at.t < common.num_tokens) {
-      const Units unit = at;
-      const uint32_t ranks = next & operation.alive;
-      at.advance();
-      next = ranks_of(args, at.t);
-      const bool fine = receive_unit(args, memory, operation, unit, ranks);
-      if (!__all_sync(kFullWarp, fine)) break;
-    }
-  }
+  Operation operation;
+  if (!begin_and_send(args, memory, shared, &operation)) return;
+  if (common.phases & EP_LOW_LATENCY_RECEIVE) receive(args, memory, operation);
   low_latency::end_operation(common);
 }
 
@@ -283,9 +363,14 @@ int32_t ep_low_latency_combine(const ep_low_latency_combine_args* args, void* st
   const ep_low_latency& common = args->common;
   const int32_t status = low_latency::check(common);
   if (status != EP_OK) return status;
-  const int32_t bytes =
-      common.has_weights ? kWarps * Entries::bytes(common.peers.num_ranks, common.num_topk) : 0;
-  kernel_for<Kernel>(common, CompiledShapes())<<<common.num_blocks, kThreads, bytes,
-                                                 static_cast<cudaStream_t>(stream)>>>(*args);
-  return ep::check_cuda(cudaGetLastError(), "ep_low_latency_combine");
+  int32_t bytes = 0;
+  if (common.phases & EP_LOW_LATENCY_SEND) {
+    bytes = kStageBytes;
+    if (common.has_weights) {
+      bytes += kWarps * Entries::bytes(common.peers.num_ranks, common.num_topk);
+    }
+  }
+  const cudaError_t error = ep::launch_early(kernel_for<Kernel>(common, CompiledShapes()),
+                                             common.num_blocks, kThreads, bytes, stream, *args);
+  return ep::check_cuda(error, "ep_low_latency_combine");
 }

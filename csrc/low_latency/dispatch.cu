@@ -12,6 +12,19 @@ namespace {
 using namespace ep;
 using namespace ep::low_latency;
 
+// Warps have roles: most send rows; the others tell what the rows are, and find out where those
+// that come have to go. Then all receive. In a few microseconds what counts is how many
+// instructions there are one after the other.
+constexpr int kRowWarps = 14;  // with a word a lane as many as 7168 elements of FP8 need
+constexpr int kEntryWarps = 4;
+constexpr int kWarps = kRowWarps + kEntryWarps;
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kEntryThreads = kEntryWarps * kWarpSize;
+// The last of the row warps, which has the least to send, does what nobody waits for.
+constexpr int kBookkeepingWarp = kRowWarps - 1;
+constexpr int kEntryBarrier = 2;  // number of the entry warps' own
+constexpr int kItemsAtOnce = 32;  // of a block, whose rows are known at once
+
 constexpr int kMaxShared = 200 * 1024;
 constexpr float kFp8Max = 448.0f;
 constexpr float kSmallestAmax = 1e-4f;
@@ -41,46 +54,97 @@ __device__ inline Header own_header(const ep_low_latency_dispatch_args& args) {
 
 // ---- Sending -----------------------------------------------------------------------------------
 
-// Token and what is loaded of it before the kernel knows which operation it is part of.
-struct Selection {
-  int32_t t;
-  int64_t expert;
-  float weight;
-
-  __device__ Selection(const ep_low_latency& common, int32_t token)
-      : t(token), expert(load_expert(common, t)), weight(load_weight(common, t)) {}
-};
-
-// Tells every rank, those that the token does not go to too, which of their experts want it.
+// What the entry warps send of one token: words that say which experts want it, and its weights.
+// Rows wait for nothing, so entries have to be ahead of them on the links: what can be is ready
+// before the operation is known.
 template <typename Memory>
-__device__ inline void send_entries(const ep_low_latency_dispatch_args& args, const Memory& memory,
-                                    const Operation& operation, Entries& entries,
-                                    const Selection& selection) {
-  const ep_low_latency& common = args.common;
-  Route route(common, operation.alive, selection.expert);
-  if (lane_id() == 0) args.handle.ranks[selection.t] = static_cast<int32_t>(route.ranks);
-  const bool is_second = route.find_places(common.num_topk);
-  entries.fill(route, memory.num_ranks(), selection.weight);
-  const int32_t experts = expert_words(common.num_topk);
-  const int32_t words = experts + (common.has_weights ? weight_words(common.num_topk) : 0);
+class Selection {
+ public:
+  // entries: the warp's.
+  __device__ Selection(const ep_low_latency& common, const Memory& memory, Entries& entries)
+      : common_(common), memory_(memory), entries_(entries) {
+    num_expert_words_ = expert_words(common.num_topk);
+    num_words_ = num_expert_words_ + (common.has_weights ? weight_words(common.num_topk) : 0);
+  }
+
+  __device__ void prepare(int32_t t) {
+    t_ = t;
+    expert_ = load_expert(common_, t);
+    const float weight = load_weight(common_, t);
+    route_ = Route();
+    route_.find(common_, expert_);
+    is_second_ = route_.find_places(common_.num_topk);
+    entries_.fill(route_, memory_.num_ranks(), weight);
+    if (lane_id() < num_words_ * memory_.num_ranks()) take(lane_id());
+  }
+
+  // To every rank, those that the token does not go to too.
+  __device__ void send(const ep_low_latency_dispatch_args& args, const Operation& operation) {
+    const int32_t count = num_words_ * memory_.num_ranks();
+    memory_.delay();
 #pragma unroll 1
-  for (int32_t i = lane_id(); i < words * memory.num_ranks(); i += kWarpSize) {
-    const int32_t which = i / words, j = i - which * words;
-    const int32_t r = memory.rank_behind(which + 1);
-    const uint4 word = j < experts ? entries.expert_word(r, j, operation.epoch)
-                                   : entries.weight_word(r, j - experts, operation.epoch);
-    delay(common.peers);
-    if (operation.alive >> r & 1) {
-      ptx::store_word(memory.entry(r, operation.half, memory.rank(), selection.t) + j, word);
+    for (int32_t i = lane_id(); i < count; i += kWarpSize) {
+      if (i != lane_id()) take(i);
+      word_.w = operation.epoch;
+      if (operation.alive >> to_ & 1) {
+        ptx::store_word(memory_.entry(to_, operation.half, memory_.rank(), t_) + j_, word_);
+      }
+    }
+    if (lane_id() == 0) args.handle.ranks[t_] = route_.ranks & operation.alive;
+    if (is_second_ || route_.is_none) {
+      leave_notice(args.notice, is_second_ ? EP_ROUTING_DUPLICATE : EP_ROUTING_OUT_OF_RANGE, t_,
+                   expert_);
     }
   }
-  const bool is_none =
-      lane_id() < common.num_topk && selection.expert != -1 &&
-      !Route::is_expert(common, selection.expert);
-  if (is_none || is_second) {
-    leave_notice(args.notice, is_none ? EP_ROUTING_OUT_OF_RANGE : EP_ROUTING_DUPLICATE,
-                 selection.t, selection.expert);
+
+ private:
+  const ep_low_latency& common_;
+  const Memory& memory_;
+  Entries& entries_;
+  int32_t num_expert_words_, num_words_, t_;
+  Route route_;
+  int64_t expert_;
+  bool is_second_;  // lane k: the expert stood before
+  uint4 word_;      // of this lane: the j-th for rank `to`
+  int32_t to_, j_;
+
+  __device__ void take(int32_t i) {
+    const int32_t behind = i / num_words_;
+    to_ = memory_.rank_behind(behind + 1), j_ = i - behind * num_words_;
+    word_ = j_ < num_expert_words_ ? entries_.expert_word(to_, j_)
+                                   : entries_.weight_word(to_, j_ - num_expert_words_);
   }
+};
+
+// By the entry warps. False after a fault.
+template <typename Memory>
+__device__ inline bool begin_and_send_entries(const ep_low_latency_dispatch_args& args,
+                                              const Memory& memory, const Begin& begin,
+                                              Entries& entries, Operation* operation) {
+  const ep_low_latency& common = args.common;
+  const bool sends = common.phases & EP_LOW_LATENCY_SEND;
+  const int32_t of_entries = static_cast<int32_t>(threadIdx.x) / kWarpSize - kRowWarps;
+  const int32_t num_tokens = sends ? common.num_tokens : 0;
+  const int32_t stride = kEntryWarps * gridDim.x;
+  int32_t t = of_entries * gridDim.x + blockIdx.x;
+  Selection<Memory> selection(common, memory, entries);
+  if (t < num_tokens) selection.prepare(t);
+  *operation = begin.operation();
+  has_read_state(kThreads);
+  if (!operation->can_begin) return false;
+  if (!sends) return true;
+  if (!wait_credits(memory, *operation)) return false;
+  if (of_entries == kEntryWarps - 1 && blockIdx.x == gridDim.x - 1) {
+    send_header(memory, *operation, own_header(args));
+    if (lane_id() == 0) begin_record(common, *operation, args.handle.epochs);
+  }
+#pragma unroll 1
+  while (t < num_tokens) {
+    selection.send(args, *operation);
+    t += stride;
+    if (t < num_tokens) selection.prepare(t);
+  }
+  return true;
 }
 
 // Scale that is sent along, and what elements are multiplied by. See ep_comm.fp8's low-latency
@@ -122,63 +186,99 @@ __device__ inline uint4 quantized(const uint4 (&bits)[2], bool is_rounded, float
   return packed.word;
 }
 
-// A lane's part of a unit of a row, loaded: what becomes a word.
+// A lane's part of a unit of a row, loaded: what becomes a word; and, as lane k, the token's k-th
+// expert.
 struct Source {
   uint4 bits[2];
   int64_t expert;
 
-  __device__ void load(const ep_low_latency_dispatch_args& args, int32_t hidden,
-                       const Units& at) {
+  __device__ void load(const ep_low_latency_dispatch_args& args, int32_t hidden, const Units& at) {
     const bool is_bf16 = args.format == EP_LOW_LATENCY_BF16;
-    const bool is_there = at.t < args.common.num_tokens && at.word() < hidden / (is_bf16 ? 8 : 16);
-    const auto* const x =
-        static_cast<const uint4*>(args.x) + static_cast<int64_t>(at.t) * (hidden / 8);
+    const bool is_there = at.word() < hidden / (is_bf16 ? 8 : 16);
+    const auto* const x = static_cast<const uint4*>(args.x) +
+                          static_cast<int64_t>(at.t) * (hidden / 8) +
+                          (is_bf16 ? at.word() : 2 * at.word());
     bits[0] = bits[1] = make_uint4(0, 0, 0, 0);
+    if (is_there) bits[0] = __ldg(x);
+    if (is_there && !is_bf16) bits[1] = __ldg(x + 1);
     expert = load_expert(args.common, at.t);
-    if (is_there) bits[0] = __ldg(x + (is_bf16 ? at.word() : 2 * at.word()));
-    if (is_there && !is_bf16) bits[1] = __ldg(x + 2 * at.word() + 1);
   }
 };
 
-// One unit of a row, by a warp.
+// By the row warps. The first unit is ready before the warp knows the operation. False after a
+// fault.
 template <typename Memory>
-__device__ inline void send_unit(const ep_low_latency_dispatch_args& args, const Memory& memory,
-                                 const Operation& operation, const Units& at, const Source& source,
-                                 const RowWords& row) {
-  const uint32_t ranks = Route(args.common, operation.alive, source.expert).ranks;
-  const bool has_word = at.word() < row.data;
-  uint4 word = source.bits[0], scales{};
-  if (args.format == EP_LOW_LATENCY_BF16) {
-    if (is_waiting(word)) word.x = 0xffff7fffu;  // eight NaN: the first becomes another
-  } else {
-    float scale;
-    word = quantized(source.bits, args.format != EP_LOW_LATENCY_FP8, &scale);
-    if (!has_word) scale = 1.0f;  // beyond the row: padding, which is no waiting pattern
-    scales.x = __float_as_uint(__shfl_sync(kFullWarp, scale, 0));
-    scales.y = __float_as_uint(__shfl_sync(kFullWarp, scale, 8));
-    scales.z = __float_as_uint(__shfl_sync(kFullWarp, scale, 16));
-    scales.w = __float_as_uint(__shfl_sync(kFullWarp, scale, 24));
+__device__ inline bool begin_and_send_rows(const ep_low_latency_dispatch_args& args,
+                                           const Memory& memory, const Begin& begin,
+                                           const RowWords& row, Operation* operation) {
+  const ep_low_latency& common = args.common;
+  const bool sends = common.phases & EP_LOW_LATENCY_SEND;
+  const int32_t num_tokens = sends ? common.num_tokens : 0;
+  const bool is_bf16 = args.format == EP_LOW_LATENCY_BF16;
+  const bool keeps_books = threadIdx.x / kWarpSize == kBookkeepingWarp;
+  bool has_begun = false;
+  Units at(kRowWarps, ceil_div<int32_t>(row.data, kWarpSize), 1, threadIdx.x / kWarpSize);
+  Source next;
+  if (at.t < num_tokens) next.load(args, memory.hidden(), at);
+#pragma unroll 1
+  for (;;) {
+    const Units unit = at;
+    const Source source = next;
+    at.advance();
+    if (at.t < num_tokens) next.load(args, memory.hidden(), at);  // on its way meanwhile
+
+    const bool is_there = unit.t < num_tokens, has_word = unit.word() < row.data;
+    Route route;
+    uint4 word = source.bits[0], scales{};
+    if (is_there) {
+      route.find(common, source.expert);
+      if (is_bf16) {
+        if (is_waiting(word)) word.x = 0xffff7fffu;  // eight NaN: the first becomes another
+      } else {
+        float scale;
+        word = quantized(source.bits, args.format != EP_LOW_LATENCY_FP8, &scale);
+        if (!has_word) scale = 1.0f;  // beyond the row: padding, which is no waiting pattern
+        scales.x = __float_as_uint(__shfl_sync(kFullWarp, scale, 0));
+        scales.y = __float_as_uint(__shfl_sync(kFullWarp, scale, 8));
+        scales.z = __float_as_uint(__shfl_sync(kFullWarp, scale, 16));
+        scales.w = __float_as_uint(__shfl_sync(kFullWarp, scale, 24));
+      }
+    }
+    if (!has_begun) {
+      has_begun = true;
+      *operation = begin.operation();
+      if (!keeps_books) has_read_state(kThreads);
+      if (!operation->can_begin) break;
+      if (keeps_books && blockIdx.x == gridDim.x - 1) exchange_credits(memory, begin, *operation);
+      if (!sends || !wait_credits(memory, *operation)) break;
+    }
+    if (!is_there) break;
+    memory.delay();
+    for_ranks(memory, route.ranks & operation->alive, [&](int32_t r) {
+      uint4* const slot = memory.row(r, operation->half, memory.rank(), unit.t);
+      if (has_word) ptx::store_word(slot + unit.word(), word);
+      if (lane_id() == 0 && !is_bf16) ptx::store_word(slot + row.data + unit.unit, scales);
+    });
   }
-  const bool has_scales = lane_id() == 0 && row.all != row.data;
-  delay(args.common.peers);
-  for_ranks(memory, ranks, [&](int32_t r) {
-    uint4* const slot = memory.row(r, operation.half, memory.rank(), at.t);
-    if (has_word) ptx::store_word(slot + at.word(), word);
-    if (has_scales) ptx::store_word(slot + row.data + at.unit, scales);
-  });
+  if (keeps_books) count_operation(common, begin, *operation, kThreads);
+  return operation->can_begin;
 }
 
 // ---- Receiving ---------------------------------------------------------------------------------
+
+constexpr int32_t kNotKnown = INT32_MAX;
 
 // What came, in shared memory of a block. Bit n = source * M + token of an expert's line: it gets
 // that row. The place of a row among its expert's is the number of bits before it.
 class Arrivals {
  public:
-  int32_t* num_tokens;  // [R]
-  int32_t* num_rows;    // [R] that came from each rank
+  volatile int32_t* num_tokens;  // [R]; kNotKnown before the header is there
+  int32_t* num_rows;             // [R] that came from each rank
+  int32_t* rows;                 // [kItemsAtOnce, K] of recv_x that an item becomes, or -1
 
   static __host__ __device__ int64_t bytes(const ep_low_latency& common) {
-    return 8 * EP_MAX_PEERS + 16ll * common.num_local_experts * groups_of(common);
+    return 8 * EP_MAX_PEERS + row_bytes(common.num_topk) +
+           16ll * common.num_local_experts * groups_of(common);
   }
   static __host__ __device__ int64_t entry_bytes(const ep_low_latency& common) {
     return 16ll * common.peers.num_ranks * common.max_tokens * expert_words(common.num_topk);
@@ -186,18 +286,22 @@ class Arrivals {
   // shared: bytes(), then entry_bytes() where has_entries.
   __device__ Arrivals(uint8_t* shared, const ep_low_latency& common, bool has_entries)
       : num_tokens(reinterpret_cast<int32_t*>(shared)),
-        num_rows(num_tokens + EP_MAX_PEERS),
-        lines_(reinterpret_cast<uint4*>(num_rows + EP_MAX_PEERS)),
+        num_rows(reinterpret_cast<int32_t*>(shared) + EP_MAX_PEERS),
+        rows(num_rows + EP_MAX_PEERS),
+        lines_(reinterpret_cast<uint4*>(shared + 8 * EP_MAX_PEERS + row_bytes(common.num_topk))),
         groups_(groups_of(common)),
         entries_(has_entries ? lines_ + common.num_local_experts * groups_ : nullptr) {}
 
-  // By the block, before it meets to collect.
-  __device__ void clear(int32_t num_local_experts) const {
+  // By the entry warps, before they meet. `thread` is the number of one among them.
+  __device__ void clear(int32_t num_local_experts, int32_t thread) const {
 #pragma unroll 1
-    for (int32_t i = threadIdx.x; i < num_local_experts * groups_; i += kThreads) {
+    for (int32_t i = thread; i < num_local_experts * groups_; i += kEntryThreads) {
       lines_[i] = make_uint4(0, 0, 0, 0);
     }
-    if (threadIdx.x < EP_MAX_PEERS) num_rows[threadIdx.x] = 0;
+    if (thread < EP_MAX_PEERS) {
+      num_rows[thread] = 0;
+      num_tokens[thread] = kNotKnown;
+    }
   }
 
   __device__ void mark(uint32_t expert, int32_t n) const {
@@ -210,12 +314,14 @@ class Arrivals {
     const uint4* line = lines_ + expert * groups_;
     int32_t count = 0;
 #pragma unroll 1
-    for (; n > 0; n -= 128, ++line) {
-      const uint32_t bits[4] = {line->x, line->y, line->z, line->w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) count += __popc(bits[i] & first_bits(n - 32 * i));
+    for (; n >= 128; n -= 128, ++line) {
+      count += __popc(line->x) + __popc(line->y) + __popc(line->z) + __popc(line->w);
     }
-    return count;
+    if (n == 0) return count;
+    const uint64_t low = static_cast<uint64_t>(line->y) << 32 | line->x;
+    const uint64_t high = static_cast<uint64_t>(line->w) << 32 | line->z;
+    const uint64_t before = (1ull << (n & 63)) - 1;
+    return count + (n < 64 ? __popcll(low & before) : __popcll(low) + __popcll(high & before));
   }
 
   // The words with the experts of row n, where they are kept here; else nullptr.
@@ -228,47 +334,71 @@ class Arrivals {
   int32_t groups_;
   uint4* entries_;  // [R, M, words]
 
+  static constexpr __host__ __device__ int32_t row_bytes(int32_t num_topk) {
+    return kItemsAtOnce * num_topk * static_cast<int32_t>(sizeof(int32_t));
+  }
   static __host__ __device__ int32_t groups_of(const ep_low_latency& common) {
     return ceil_div<int32_t>(common.peers.num_ranks * common.max_tokens, 128);
   }
-  static __device__ uint32_t first_bits(int32_t n) {
-    return n >= 32 ? ~0u : n <= 0 ? 0 : (1u << n) - 1;
-  }
 };
 
-// Lines of whole groups, entries of all warps, tokens of the ranks.
-static_assert(kWarps * Entries::bytes(EP_MAX_PEERS, EP_MAX_TOPK) + 8 * EP_MAX_PEERS +
-                  EP_LOW_LATENCY_MAX_PLACES / 8 + 16 * EP_MAX_LOCAL_EXPERTS <=
+// Lines of whole groups, entries of the entry warps, rows, tokens of the ranks.
+static_assert(kEntryWarps * Entries::bytes(EP_MAX_PEERS, EP_MAX_TOPK) + 8 * EP_MAX_PEERS +
+                  4 * kItemsAtOnce * EP_MAX_TOPK + EP_LOW_LATENCY_MAX_PLACES / 8 +
+                  16 * EP_MAX_LOCAL_EXPERTS <=
               kMaxShared);
 
-// By the block: waits for every rank's header and entries. False after a fault.
+// Waits for a word of the entry of a token, which is there or not: that is known when the header of
+// its rank has come. Returns whether it is; *fine becomes false after a fault.
+__device__ inline bool wait_for_entry(const ep_peers& peers, const uint4* from, uint4* word,
+                                      const volatile int32_t* num_tokens, int32_t t, int32_t source,
+                                      uint32_t epoch, bool* fine) {
+  if (word->w == epoch) return true;
+  Wait wait;
+  do {
+    if (t >= *num_tokens) return false;
+    if (!wait.goes_on(peers, EP_PHASE_PLAN, source, epoch)) {
+      *fine = false;
+      return false;
+    }
+    *word = ptx::load_word(from);
+  } while (word->w != epoch);
+  wait.has_come(peers, source);
+  return true;
+}
+
+// By the entry warps: waits for every rank's header and entries. False, for some of them, after a
+// fault.
 template <typename Memory>
 __device__ inline bool collect(const ep_low_latency_dispatch_args& args, const Memory& memory,
                                const Operation& operation, const Arrivals& arrivals) {
   const ep_low_latency& common = args.common;
+  const int32_t words = expert_words(common.num_topk);
   bool fine = true;
-  if (static_cast<int32_t>(threadIdx.x) < memory.num_ranks()) {
-    const int32_t source = threadIdx.x;
+  // The last warp looks for headers first.
+  const int32_t thread = threadIdx.x - kRowWarps * kWarpSize;
+  const int32_t of_warp = threadIdx.x - (kThreads - kWarpSize);
+  if (of_warp >= 0 && of_warp < memory.num_ranks()) {
     int32_t num_tokens = 0;
-    if (operation.alive >> source & 1) {
-      num_tokens = receive_header(memory, operation, own_header(args), source);
+    if (operation.alive >> of_warp & 1) {
+      num_tokens = receive_header(memory, operation, own_header(args), of_warp, blockIdx.x == 0);
     }
     fine = num_tokens >= 0;
-    arrivals.num_tokens[source] = max(num_tokens, 0);
+    arrivals.num_tokens[of_warp] = max(num_tokens, 0);
   }
-  if (!__syncthreads_and(fine)) return false;
-  const int32_t words = expert_words(common.num_topk);
 #pragma unroll 1
-  for (int32_t n = threadIdx.x; n < memory.num_ranks() * common.max_tokens; n += kThreads) {
+  for (int32_t n = thread; n < memory.num_ranks() * common.max_tokens; n += kEntryThreads) {
     const int32_t source = n / common.max_tokens, t = n - source * common.max_tokens;
-    if (t >= arrivals.num_tokens[source]) continue;
+    if (!(operation.alive >> source & 1)) continue;  // whatever it may still write
     const uint4* const entry = memory.entry(memory.rank(), operation.half, source, t);
     bool has_row = false;
 #pragma unroll 1
     for (int32_t j = 0; j < words; ++j) {
       uint4 word = ptx::load_word(entry + j);
-      fine &= wait_for_stamp(common.peers, entry + j, &word, source, operation.epoch);
-      if (!fine) break;
+      if (!wait_for_entry(common.peers, entry + j, &word, arrivals.num_tokens + source, t, source,
+                          operation.epoch, &fine)) {
+        break;
+      }
       uint4* const copy = arrivals.entry(n, words);
       if (copy != nullptr) copy[j] = word;
 #pragma unroll
@@ -281,12 +411,13 @@ __device__ inline bool collect(const ep_low_latency_dispatch_args& args, const M
     }
     if (has_row && blockIdx.x == 0) atomicAdd(arrivals.num_rows + source, 1);
   }
-  return __syncthreads_and(fine);
+  return fine;
 }
 
 // After a fault: nothing has come, for what reads the outputs and for the combine that may follow.
 __device__ inline void leave_nothing(const ep_low_latency_dispatch_args& args) {
   const ep_low_latency& common = args.common;
+#pragma unroll 1
   for (int32_t e = threadIdx.x; e < common.num_local_experts; e += kThreads) args.recv_count[e] = 0;
   if (static_cast<int32_t>(threadIdx.x) < common.peers.num_ranks) {
     args.handle.num_tokens[threadIdx.x] = 0;
@@ -300,13 +431,13 @@ __device__ inline void write_counts(const ep_low_latency_dispatch_args& args, in
   const ep_low_latency& common = args.common;
   const int32_t num_places = num_ranks * common.max_tokens;
 #pragma unroll 1
-  for (int32_t e = threadIdx.x * gridDim.x + blockIdx.x; e < common.num_local_experts;
-       e += kThreads * gridDim.x) {
+  for (int32_t e = (kThreads - 1 - threadIdx.x) * gridDim.x + blockIdx.x;
+       e < common.num_local_experts; e += kThreads * gridDim.x) {
     const int32_t count = arrivals.before(e, num_places);
     args.recv_count[e] = count;
     if (args.recv_stats != nullptr) args.recv_stats[e] += count;
   }
-  const int32_t r = threadIdx.x;
+  const int32_t r = kThreads - 1 - threadIdx.x;
   if (blockIdx.x != 0 || r >= num_ranks) return;
   args.handle.num_tokens[r] = arrivals.num_tokens[r];
   args.handle.num_rows[r] = common.peers.record->num_rows[r] = arrivals.num_rows[r];
@@ -317,8 +448,8 @@ __device__ inline void store_scales(const ep_low_latency_dispatch_args& args, in
                                     int64_t row,
                                     int32_t index, const uint4& word) {
   const ep_low_latency& common = args.common;
-  const int64_t num_rows = static_cast<int64_t>(common.peers.num_ranks) * common.max_tokens;
-  const int64_t expert = row / num_rows, place = row - expert * num_rows;
+  const int32_t num_rows = common.peers.num_ranks * common.max_tokens;
+  const int32_t expert = row / num_rows, place = row - expert * num_rows;
   const int32_t blocks = hidden / kScaleBlock;
   const uint32_t scales[kScalesOfWord] = {word.x, word.y, word.z, word.w};
   auto* const out = static_cast<uint32_t*>(args.recv_scales);
@@ -326,17 +457,18 @@ __device__ inline void store_scales(const ep_low_latency_dispatch_args& args, in
     uint32_t exponents = 0;
 #pragma unroll
     for (int i = 0; i < kScalesOfWord; ++i) exponents |= (scales[i] >> 23 & 0xff) << (8 * i);
-    out[(expert * (blocks / 4) + index) * args.scale_stride + place] = exponents;
+    out[static_cast<int64_t>(expert * (blocks / 4) + index) * args.scale_stride + place] = exponents;
     return;
   }
 #pragma unroll
   for (int i = 0; i < kScalesOfWord; ++i) {
     const int32_t block = index * kScalesOfWord + i;
-    if (block < blocks) out[(expert * blocks + block) * args.scale_stride + place] = scales[i];
+    if (block >= blocks) break;
+    out[static_cast<int64_t>(expert * blocks + block) * args.scale_stride + place] = scales[i];
   }
 }
 
-// Lane k's expert of a row that came, and the row of recv_x that it becomes: -1 where there is none.
+// The row of recv_x that lane k's expert of a row has it in; -1 where there is none.
 template <typename Memory>
 __device__ inline int32_t find_row(const ep_low_latency& common, const Memory& memory,
                                    const Operation& operation, const Arrivals& arrivals,
@@ -353,85 +485,200 @@ __device__ inline int32_t find_row(const ep_low_latency& common, const Memory& m
   return expert * num_places + arrivals.before(expert, n);
 }
 
-// Keeps for combine where a row's experts have it, and their weights. False after a fault.
-template <typename Memory>
-__device__ inline bool keep_row(const ep_low_latency_dispatch_args& args, const Memory& memory,
-                                const Operation& operation, int32_t source, int32_t t,
-                                int32_t row) {
-  const ep_low_latency& common = args.common;
-  const int32_t lane = lane_id(), n = source * common.max_tokens + t;
-  if (lane >= common.num_topk) return true;
-  const int64_t i = static_cast<int64_t>(n) * common.num_topk + lane;
-  args.handle.rows[i] = row;
-  if (row >= 0) args.recv_src_info[row] = n;
-  if (!common.has_weights) return true;
-  const uint4* const from = memory.entry(memory.rank(), operation.half, source, t) +
-                            expert_words(common.num_topk) + lane / kWeightsOfWord;
-  uint4 word = ptx::load_word(from);
-  if (!wait_for_stamp(common.peers, from, &word, source, operation.epoch)) return false;
-  args.handle.weights[i] = __uint_as_float(weight_of_word(word, lane % kWeightsOfWord));
-  return true;
-}
+// The receiver's work of a block, cut into items: a part of a row each, so many that every SM has
+// one. Own rows are the first of each token's: they are there.
+class Items {
+ public:
+  struct Item {
+    int32_t t, source, first_word, end_word;
+  };
 
-// One unit of a received row, by a warp: to all of its experts' rows. False after a fault.
-template <typename Memory>
-__device__ inline bool receive_unit(const ep_low_latency_dispatch_args& args, const Memory& memory,
-                                    const Operation& operation, const Arrivals& arrivals,
-                                    const UnitsOfRanks<Memory>& at, uint4 word,
-                                    const RowWords& row) {
-  const ep_low_latency& common = args.common;
-  const int32_t to = find_row(common, memory, operation, arrivals, at.rank, at.t);
-  const int32_t num_experts = __popc(__ballot_sync(kFullWarp, to >= 0));
-  bool fine = true;
-  if (at.unit == 0) fine = keep_row(args, memory, operation, at.rank, at.t, to);
-  const bool has_word = num_experts != 0 && at.word() < row.all;
-  uint4* const from = memory.row(memory.rank(), operation.half, at.rank, at.t) + at.word();
-  if (has_word) {
-    fine = fine && wait_for_word(common.peers, from, &word, at.rank, operation.epoch);
+  __device__ Items(int32_t num_ranks, int32_t max_tokens, int32_t words_of_row)
+      : num_ranks_(num_ranks), words_of_row_(words_of_row) {
+    const int32_t rows = num_ranks * max_tokens, units = ceil_div<int32_t>(words_of_row, kWarpSize);
+    parts_ = max(1, min(static_cast<int32_t>(gridDim.x) / rows, units));
+    units_of_item_ = ceil_div<int32_t>(units, parts_);
+    const int32_t left = rows * parts_ - static_cast<int32_t>(blockIdx.x);
+    count_ = left <= 0 ? 0 : ceil_div<int32_t>(left, gridDim.x);
   }
-  if (!__all_sync(kFullWarp, fine)) return false;
-  if (has_word) ptx::store_word(from, waiting_word());
+
+  __device__ int32_t count() const { return count_; }
+  __device__ int32_t units_of_item() const { return units_of_item_; }
+
+  // The i-th of this block. `source` counts from the own rank on.
+  __device__ Item at(int32_t i) const {
+    const int32_t item = i * gridDim.x + blockIdx.x;
+    const int32_t row = item / parts_, part = item - row * parts_;
+    const int32_t t = row / num_ranks_, first = part * units_of_item_ * kWarpSize;
+    return {t, row - t * num_ranks_, first,
+            min(first + units_of_item_ * kWarpSize, words_of_row_)};
+  }
+
+ private:
+  int32_t num_ranks_, words_of_row_, parts_, units_of_item_, count_;
+};
+
+// By the entry warps: finds the rows of recv_x that become of the items from `first` on.
+template <typename Memory>
+__device__ inline void find_rows(const ep_low_latency& common, const Memory& memory,
+                                 const Operation& operation, const Arrivals& arrivals,
+                                 const Items& items, int32_t first) {
+  const int32_t of_entries = threadIdx.x / kWarpSize - kRowWarps;
+  const int32_t count = min(items.count() - first, kItemsAtOnce);
 #pragma unroll 1
-  for (int32_t k = 0; k < num_experts; ++k) {
-    const int64_t i = __shfl_sync(kFullWarp, to, k);
-    if (at.word() < row.data) {
-      ptx::store_global(static_cast<uint4*>(args.recv_x) + i * row.data + at.word(), word);
-    } else if (has_word) {
-      store_scales(args, memory.hidden(), i, at.word() - row.data, word);
+  for (int32_t i = of_entries; i < count; i += kEntryWarps) {
+    const Items::Item item = items.at(first + i);
+    const int32_t source = memory.rank_behind(item.source);
+    int32_t row = -1;
+    if (item.t < arrivals.num_tokens[source]) {
+      row = find_row(common, memory, operation, arrivals, source, item.t);
     }
+    if (lane_id() < common.num_topk) arrivals.rows[i * common.num_topk + lane_id()] = row;
   }
-  return true;
 }
 
+// By the entry warps: keeps for combine where the experts of the items' rows have them, and the
+// weights. False after a fault.
+template <typename Memory>
+__device__ inline bool keep_rows(const ep_low_latency_dispatch_args& args, const Memory& memory,
+                                 const Operation& operation, const Arrivals& arrivals,
+                                 const Items& items, int32_t first) {
+  const ep_low_latency& common = args.common;
+  const int32_t lane = lane_id(), of_entries = threadIdx.x / kWarpSize - kRowWarps;
+  const int32_t count = min(items.count() - first, kItemsAtOnce);
+  bool fine = true;
+#pragma unroll 1
+  for (int32_t i = of_entries; i < count; i += kEntryWarps) {
+    const Items::Item item = items.at(first + i);
+    const int32_t source = memory.rank_behind(item.source);
+    if (item.first_word != 0 || item.t >= arrivals.num_tokens[source]) continue;
+    if (lane >= common.num_topk) continue;
+    const int32_t n = source * common.max_tokens + item.t;
+    const int64_t at = static_cast<int64_t>(n) * common.num_topk + lane;
+    const int32_t row = arrivals.rows[i * common.num_topk + lane];
+    args.handle.rows[at] = row;
+    if (row >= 0) args.recv_src_info[row] = n;
+    if (!common.has_weights) continue;
+    const uint4* const from = memory.entry(memory.rank(), operation.half, source, item.t) +
+                              expert_words(common.num_topk) + lane / kWeightsOfWord;
+    uint4 word = ptx::load_word(from);
+    fine = fine && wait_for_stamp(common.peers, from, &word, source, operation.epoch);
+    if (!fine) continue;
+    args.handle.weights[at] = __uint_as_float(weight_of_word(word, lane % kWeightsOfWord));
+  }
+  return __all_sync(kFullWarp, fine);
+}
+
+// What a warp receives: units of items, one after the other, this lane's word of each.
+template <typename Memory>
+class Receiver {
+ public:
+  __device__ Receiver(const ep_low_latency_dispatch_args& args, const Memory& memory,
+                      const Operation& operation, const RowWords& row, const Items& items)
+      : args_(args), memory_(memory), operation_(operation), row_(row), items_(items) {
+    const int32_t units = items.units_of_item(), warp = threadIdx.x / kWarpSize;
+    i_ = warp / units, unit_ = warp - i_ * units;
+    step_i_ = kWarps / units, step_unit_ = kWarps - step_i_ * units;
+    load();
+  }
+
+  // Those of the items before `end`, whose rows are known. False after a fault.
+  __device__ bool receive(const Arrivals& arrivals, int32_t first, int32_t end) {
+    const int32_t num_topk = args_.common.num_topk;
+#pragma unroll 1
+    while (i_ < end) {
+      const int32_t t = item_.t, source = memory_.rank_behind(item_.source), at = word_;
+      const bool is_in_item = at < item_.end_word;
+      const int32_t* const rows = arrivals.rows + (i_ - first) * num_topk;
+      uint4 word = incoming_;
+      advance();
+      load();  // on its way meanwhile
+
+      const int32_t to = lane_id() < num_topk ? rows[lane_id()] : -1;
+      const int32_t num_experts = __popc(__ballot_sync(kFullWarp, to >= 0));
+      const bool has_word = num_experts != 0 && is_in_item;
+      uint4* const from = slot(source, t) + at;
+      bool fine = true;
+      if (has_word) {
+        fine = wait_for_word(args_.common.peers, from, &word, source, operation_.epoch);
+      }
+      if (!__all_sync(kFullWarp, fine)) return false;
+      if (has_word) ptx::store_word(from, waiting_word());
+#pragma unroll 1
+      for (int32_t k = 0; k < num_experts; ++k) {
+        if (!has_word) break;
+        const int32_t row = rows[k];
+        if (at < row_.data) {
+          auto* const out = static_cast<uint4*>(args_.recv_x);
+          ptx::store_global(out + static_cast<int64_t>(row) * row_.data + at, word);
+        } else {
+          store_scales(args_, memory_.hidden(), row, at - row_.data, word);
+        }
+      }
+    }
+    return true;
+  }
+
+ private:
+  const ep_low_latency_dispatch_args& args_;
+  const Memory& memory_;
+  const Operation& operation_;
+  const RowWords& row_;
+  const Items& items_;
+  int32_t i_, unit_, step_i_, step_unit_;
+  Items::Item item_;
+  int32_t word_;
+  uint4 incoming_;  // whatever is there by now
+
+  __device__ uint4* slot(int32_t source, int32_t t) const {
+    return memory_.row(memory_.rank(), operation_.half, source, t);
+  }
+  __device__ void load() {
+    if (i_ >= items_.count()) return;
+    item_ = items_.at(i_);
+    word_ = item_.first_word + unit_ * kWarpSize + lane_id();
+    memory_.delay();
+    ptx::load_word_if(word_ < item_.end_word, &incoming_,
+                      slot(memory_.rank_behind(item_.source), item_.t) + word_);
+  }
+  __device__ void advance() {
+    i_ += step_i_, unit_ += step_unit_;
+    if (unit_ < items_.units_of_item()) return;
+    unit_ -= items_.units_of_item(), ++i_;
+  }
+};
+
+// By all warps of a block. is_fine: for this one, so far.
 template <typename Memory>
 __device__ inline void receive(const ep_low_latency_dispatch_args& args, const Memory& memory,
                                const Operation& operation, const Arrivals& arrivals,
-                               const RowWords& row) {
-  if (!collect(args, memory, operation, arrivals)) {
-    leave_nothing(args);
-    return;
+                               const RowWords& row, bool is_fine) {
+  const ep_low_latency& common = args.common;
+  const bool is_entry_warp = threadIdx.x >= kRowWarps * kWarpSize;
+  const Items items(memory.num_ranks(), common.max_tokens, row.all);
+  Receiver<Memory> receiver(args, memory, operation, row, items);
+  if (is_entry_warp) {
+    arrivals.clear(common.num_local_experts, threadIdx.x - kRowWarps * kWarpSize);
+    ptx::named_barrier(kEntryBarrier, kEntryThreads);
+    if (is_fine) is_fine = collect(args, memory, operation, arrivals);
+    ptx::named_barrier(kEntryBarrier, kEntryThreads);
   }
-  // Own rows first: they are there.
-  UnitsOfRanks<Memory> at(memory, ceil_div<int32_t>(row.all, kWarpSize), 0, arrivals.num_tokens);
-  const auto load = [&] {
-    uint4 word{};
-    if (at.find()) {
-      const bool has_word = at.word() < row.all;
-      delay(args.common.peers);
-      ptx::load_word_if(has_word, &word,
-                        memory.row(memory.rank(), operation.half, at.rank, at.t) + at.word());
+#pragma unroll 1
+  for (int32_t first = 0;; first += kItemsAtOnce) {
+    if (is_entry_warp) find_rows(common, memory, operation, arrivals, items, first);
+    if (!__syncthreads_and(is_fine)) {
+      leave_nothing(args);
+      return;
     }
-    return word;
-  };
-  uint4 next = load();
-  write_counts(args, memory.num_ranks(), arrivals);
-  while (at.is_there()) {
-    const auto unit = at;
-    const uint4 word = next;
-    at.advance();
-    next = load();  // on its way meanwhile
-    if (!receive_unit(args, memory, operation, arrivals, unit, word, row)) return;
+    const int32_t end = min(first + kItemsAtOnce, items.count());
+    if (is_entry_warp) {
+      is_fine = keep_rows(args, memory, operation, arrivals, items, first);
+    }
+    is_fine = is_fine && receiver.receive(arrivals, first, end);
+    if (first + kItemsAtOnce >= items.count()) break;
+    __syncthreads();  // all have read the rows
   }
+  write_counts(args, memory.num_ranks(), arrivals);
 }
 
 // ---- The kernel --------------------------------------------------------------------------------
@@ -441,47 +688,26 @@ __global__ void __launch_bounds__(kThreads, 1)
     low_latency_dispatch_kernel(const __grid_constant__ ep_low_latency_dispatch_args args,
                                 bool has_entries) {
   extern __shared__ __align__(16) uint8_t shared[];
+  ptx::let_next_kernel_start();
+  ptx::wait_for_kernel_before();
   const ep_low_latency& common = args.common;
+  const Begin begin(common, args.handle.epochs);
   const Memory<kHidden, kRanks> memory(
       common, expert_words(common.num_topk) + weight_words(common.num_topk));
   const RowWords row(memory.hidden(), args.format);
-  const bool sends = common.phases & EP_LOW_LATENCY_SEND;
   const int32_t entry_bytes = Entries::bytes(memory.num_ranks(), common.num_topk);
-  const Arrivals arrivals(shared + kWarps * entry_bytes, common, has_entries);
-
-  // What is sent does not depend on the operation: it is loaded while the block learns that.
-  Units at(ceil_div<int32_t>(row.data, kWarpSize));
-  const int32_t first = threadIdx.x / kWarpSize * gridDim.x + blockIdx.x;
-  const int32_t stride = kWarps * gridDim.x;
-  Selection selection(common, sends ? stride - 1 - first : common.num_tokens);
-  Source next;
-  if (sends) next.load(args, memory.hidden(), at);
-  if (common.phases & EP_LOW_LATENCY_RECEIVE) arrivals.clear(common.num_local_experts);
-  const Operation operation = begin_operation(memory, args.handle.epochs);
-  if (!operation.can_begin) {
-    leave_nothing(args);
-    return;
+  const Arrivals arrivals(shared + kEntryWarps * entry_bytes, common, has_entries);
+  const bool receives = common.phases & EP_LOW_LATENCY_RECEIVE;
+  const int32_t of_entries = static_cast<int32_t>(threadIdx.x) / kWarpSize - kRowWarps;
+  Operation operation;
+  bool is_fine;
+  if (of_entries < 0) {
+    is_fine = begin_and_send_rows(args, memory, begin, row, &operation);
+  } else {
+    Entries entries(shared + of_entries * entry_bytes, common);
+    is_fine = begin_and_send_entries(args, memory, begin, entries, &operation);
   }
-  if (sends && wait_credits(memory, operation)) {
-    // Entries are what receivers wait for first. The last warps take them: rows begin with the
-    // first.
-    Entries entries(shared + threadIdx.x / kWarpSize * entry_bytes, common);
-    if (first == stride - 1) send_header(memory, operation, own_header(args));
-#pragma unroll 1
-    while (selection.t < common.num_tokens) {
-      send_entries(args, memory, operation, entries, selection);
-      selection = Selection(common, selection.t + stride);
-    }
-#pragma unroll 1
-    while (at.t < common.num_tokens) {
-      const Units unit = at;
-      const Source source = next;
-      at.advance();
-      next.load(args, memory.hidden(), at);
-      send_unit(args, memory, operation, unit, source, row);
-    }
-  }
-  if (common.phases & EP_LOW_LATENCY_RECEIVE) receive(args, memory, operation, arrivals, row);
+  if (receives) receive(args, memory, operation, arrivals, row, is_fine);
   low_latency::end_operation(common);
 }
 
@@ -513,11 +739,11 @@ int32_t ep_low_latency_dispatch(const ep_low_latency_dispatch_args* args, void* 
                     EP_LOW_LATENCY_MAX_PLACES);
   }
   int64_t bytes =
-      kWarps * Entries::bytes(common.peers.num_ranks, common.num_topk) + Arrivals::bytes(common);
+      kEntryWarps * Entries::bytes(common.peers.num_ranks, common.num_topk) +
+      Arrivals::bytes(common);
   const bool has_entries = bytes + Arrivals::entry_bytes(common) <= kMaxShared;
   if (has_entries) bytes += Arrivals::entry_bytes(common);
-  kernel_for<Kernel>(common, CompiledShapes())<<<common.num_blocks, kThreads, bytes,
-                                                 static_cast<cudaStream_t>(stream)>>>(*args,
-                                                                                      has_entries);
-  return ep::check_cuda(cudaGetLastError(), "ep_low_latency_dispatch");
+  const cudaError_t error = ep::launch_early(kernel_for<Kernel>(common, CompiledShapes()),
+                                             common.num_blocks, kThreads, bytes, stream, *args, has_entries);
+  return ep::check_cuda(error, "ep_low_latency_dispatch");
 }

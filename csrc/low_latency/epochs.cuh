@@ -2,6 +2,8 @@
 // has not read. See PROTOCOL.md, "Low latency".
 #pragma once
 
+#include <cstddef>
+
 #include "common/launch.cuh"
 #include "low_latency/memory.cuh"
 
@@ -17,13 +19,8 @@ struct State {
                             // before this one has learnt
   uint32_t masked;          // bit r: rank r is dead, or taken for dead. The host writes it
 };
-constexpr int kStateWords = 4;
-static_assert(sizeof(State) == kStateWords * sizeof(uint4));
-static_assert(sizeof(State) <= EP_LOW_LATENCY_STATE_INTS * sizeof(int32_t));
-
-// Does what nobody waits for: of all warps of a block the last two have the least to send, and the
-// last one sends what is waited for first.
-constexpr int kBookkeepingWarp = kWarps - 2;
+constexpr int kStateInts = sizeof(State) / sizeof(uint32_t);
+static_assert(kStateInts == 16 && kStateInts <= EP_LOW_LATENCY_STATE_INTS);
 
 struct Operation {
   int32_t kind;
@@ -35,104 +32,119 @@ struct Operation {
   bool can_begin;    // no fault came before, and this rank itself has received these
 };
 
-// sent_epoch: of a receive alone, what its send left.
-__device__ inline Operation operation_of(const ep_low_latency& common, const State& state,
-                                         uint32_t sent_epoch) {
-  Operation operation;
-  operation.kind = common.peers.op == EP_OP_LOW_LATENCY_COMBINE;
-  operation.epoch =
-      common.phases & EP_LOW_LATENCY_SEND ? state.sent[operation.kind] + 1 : sent_epoch;
-  operation.half = operation.epoch & 1;
-  operation.before = (operation.epoch - 1) >> 1;
-  operation.alive = ~state.masked;
-  const uint32_t known = state.known[state.launches % 2][operation.kind][operation.half];
-  operation.has_credits = static_cast<int32_t>(known - operation.before) >= 0;
-  // Sent before it was received, or received before it was sent, it would use what is in use.
-  operation.can_begin = state.received[operation.kind][operation.half] == operation.before;
-  return operation;
-}
+// What a kernel knows of its operation. Every warp reads it for itself, a word a lane: so nobody
+// waits for another warp, and those of an SM find it in L1.
+class Begin {
+ public:
+  // Begins to load it. epochs: of the handle's dispatch and combine.
+  __device__ Begin(const ep_low_latency& common, const uint32_t* epochs) : common_(common) {
+    const int32_t lane = lane_id();
+    word_ = ptx::load_global_now(
+        lane < kStateInts    ? reinterpret_cast<const uint32_t*>(common.state) + lane
+        : lane == kAbortLane ? reinterpret_cast<const uint32_t*>(common.peers.abort)
+                             : epochs + kind());
+  }
+
+  __device__ Operation operation() const {
+    const bool sends = common_.phases & EP_LOW_LATENCY_SEND;
+    Operation operation;
+    operation.kind = kind();
+    operation.epoch = sends ? of(offsetof(State, sent) / 4 + kind()) + 1 : of(kEpochLane);
+    operation.half = operation.epoch & 1;
+    operation.before = (operation.epoch - 1) >> 1;
+    operation.alive = ~of(offsetof(State, masked) / 4);
+    const uint32_t known =
+        of(offsetof(State, known) / 4 + (launches() % 2 * 2 + kind()) * 2 + operation.half);
+    operation.has_credits = static_cast<int32_t>(known - operation.before) >= 0;
+    // Sent before it was received, or received before it was sent, it would use what is in use.
+    const bool is_in_turn = received(kind(), operation.half) == operation.before;
+    const bool has_failed = of(kAbortLane) != 0;
+    operation.can_begin = !has_failed && is_in_turn;
+    if (!has_failed && !is_in_turn && blockIdx.x == 0 && threadIdx.x == 0) {
+      raise_fault(common_.peers, EP_FAULT_RESULTS, EP_PHASE_ROWS, common_.peers.rank, 0,
+                  operation.epoch, 0);
+    }
+    return operation;
+  }
+
+  __device__ uint32_t launches() const { return of(offsetof(State, launches) / 4); }
+  __device__ uint32_t received(int32_t kind, int32_t half) const {
+    return of(offsetof(State, received) / 4 + kind * 2 + half);
+  }
+
+ private:
+  static constexpr int kAbortLane = kStateInts, kEpochLane = kStateInts + 1;
+  const ep_low_latency& common_;
+  uint32_t word_;
+
+  __device__ int32_t kind() const { return common_.peers.op == EP_OP_LOW_LATENCY_COMBINE; }
+  __device__ uint32_t of(int32_t lane) const { return __shfl_sync(kFullWarp, word_, lane); }
+};
 
 // By one warp: tells every rank what this one has received and put back, and learns the same of
-// them for the next kernel. Kernels before this one have put it back: the fence orders that before
+// them for the next kernel. Kernels before this one have put it back: the release orders that before
 // the credit. Nobody in this kernel waits for it.
 template <typename Memory>
-__device__ inline void exchange_credits(const Memory& memory, const State& state) {
-  const ep_peers& peers = memory.common.peers;
+__device__ inline void exchange_credits(const Memory& memory, const Begin& begin,
+                                        const Operation& operation) {
   const int32_t num_ranks = memory.num_ranks(), lane = lane_id();
   const int32_t which = min(lane / num_ranks, 3), r = lane % num_ranks;
   const int32_t kind = which / 2, half = which % 2;
-  const bool is_alive = lane < 4 * num_ranks && !(state.masked >> r & 1);
+  const uint32_t mine = begin.received(kind, half), launches = begin.launches();
   // A rank that is masked has, for all that matters, received what this one has.
-  uint32_t theirs = state.received[kind][half];
-  if (is_alive) {
-    signal(peers, memory.credit(r, kind, half, memory.rank()), theirs);
+  uint32_t theirs = mine;
+  if (lane < 4 * num_ranks && operation.alive >> r & 1) {
+    memory.delay();
+    ptx::store_release_sys(memory.credit(r, kind, half, memory.rank()), mine);
     theirs = ptx::load_acquire_sys(memory.credit(memory.rank(), kind, half, r));
   }
   uint32_t fewest = theirs;
+#pragma unroll 1
   for (int32_t other = 0; other < num_ranks; ++other) {
     const uint32_t value = __shfl_sync(kFullWarp, theirs, which * num_ranks + other);
     if (static_cast<int32_t>(value - fewest) < 0) fewest = value;
   }
   if (lane < 4 * num_ranks && r == 0) {
     auto* const next = reinterpret_cast<State*>(memory.common.state);
-    next->known[(state.launches + 1) % 2][kind][half] = fewest;
+    next->known[(launches + 1) % 2][kind][half] = fewest;
   }
 }
 
-// Counts the operation, for later kernels: this one goes on with what it has read.
-__device__ inline void count_operation(const ep_low_latency& common, const State& state,
-                                       const Operation& operation) {
+// Number of the barrier at which all warps of a block have read the state.
+constexpr int kStateBarrier = 1;
+
+// By all warps but one, when they have read the state.
+__device__ inline void has_read_state(int32_t num_threads) {
+  ptx::named_arrive(kStateBarrier, num_threads);
+}
+
+// By the other warp: counts the operation for later kernels, when all blocks have read the state.
+// This kernel goes on with what it has read.
+__device__ inline void count_operation(const ep_low_latency& common, const Begin& begin,
+                                       const Operation& operation, int32_t num_threads) {
+  const uint32_t launches = begin.launches();
+  ptx::named_barrier(kStateBarrier, num_threads);
+  if (lane_id() != 0) return;
   ptx::fence_acq_rel_gpu();
   if (atomicAdd(common.finished, 1) != static_cast<int32_t>(gridDim.x) - 1) return;
-  ptx::fence_acq_rel_gpu();  // all blocks have read the state
+  ptx::fence_acq_rel_gpu();
   *common.finished = 0;
+  if (!operation.can_begin) return;
   auto* const next = reinterpret_cast<State*>(common.state);
-  next->launches = state.launches + 1;
+  next->launches = launches + 1;
   if (common.phases & EP_LOW_LATENCY_SEND) next->sent[operation.kind] = operation.epoch;
   if (common.phases & EP_LOW_LATENCY_RECEIVE) {
     next->received[operation.kind][operation.half] = operation.before + 1;
   }
 }
 
-// By all threads: which operation the kernel is part of. Counts it, and exchanges credits. The
-// state is read once a block: thousands of threads that load the same line take microseconds.
-// epochs: of the handle's dispatch and combine.
-template <typename Memory>
-__device__ inline Operation begin_operation(const Memory& memory, uint32_t* epochs) {
-  __shared__ alignas(16) State state;
-  __shared__ uint32_t sent_epoch;
-  __shared__ bool has_failed;
-  const ep_low_latency& common = memory.common;
-  uint32_t* const epoch = epochs + (common.peers.op == EP_OP_LOW_LATENCY_COMBINE);
-  if (threadIdx.x == kStateWords) has_failed = aborted(common.peers);
-  if (threadIdx.x == kWarpSize && !(common.phases & EP_LOW_LATENCY_SEND)) sent_epoch = *epoch;
-  if (threadIdx.x < kStateWords) {
-    ptx::load_global_if(true, reinterpret_cast<uint4*>(&state) + threadIdx.x,
-                        reinterpret_cast<const uint4*>(common.state) + threadIdx.x);
-  }
-  __syncthreads();
-  Operation operation = operation_of(common, state, sent_epoch);
-  if (has_failed || !operation.can_begin) {
-    operation.can_begin = false;
-    if (!has_failed && blockIdx.x == 0 && threadIdx.x == 0) {
-      raise_fault(common.peers, EP_FAULT_RESULTS, EP_PHASE_ROWS, common.peers.rank, 0,
-                  operation.epoch, 0);
-    }
-    return operation;
-  }
-  if (threadIdx.x / kWarpSize == kBookkeepingWarp) {
-    if (lane_id() == 0) {
-      if (blockIdx.x == 0 && common.phases & EP_LOW_LATENCY_SEND) {
-        *epoch = operation.epoch;
-        common.peers.record->epoch = operation.epoch;
-        common.peers.record->begin_ns = static_cast<int64_t>(ptx::global_timer_ns());
-      }
-      count_operation(common, state, operation);
-    }
-    __syncwarp();
-    if (blockIdx.x == 0) exchange_credits(memory, state);
-  }
-  return operation;
+// By one thread of all.
+__device__ inline void begin_record(const ep_low_latency& common, const Operation& operation,
+                                    uint32_t* epochs) {
+  if (!(common.phases & EP_LOW_LATENCY_SEND)) return;
+  epochs[operation.kind] = operation.epoch;
+  common.peers.record->epoch = operation.epoch;
+  common.peers.record->begin_ns = static_cast<int64_t>(ptx::global_timer_ns());
 }
 
 // By a thread of each block, when that is done: the record keeps the latest. Times only grow, so
@@ -185,25 +197,26 @@ __device__ inline void send_header(const Memory& memory, const Operation& operat
                                    const Header& header) {
   const int32_t r = lane_id();
   if (r >= memory.num_ranks() || !(operation.alive >> r & 1)) return;
-  delay(memory.common.peers);
+  memory.delay();
   ptx::store_word(memory.header(r, operation.kind, operation.half, memory.rank()),
                   make_uint4(header.num_tokens, header.call, header.of, operation.epoch));
 }
 
 // By one thread: waits for the header of `source`, which is to be like the own one but for the
-// number of tokens. Returns that number; -1 after a fault. The first block keeps the time.
+// number of tokens. Returns that number; -1 after a fault. One of all threads keeps the time.
 template <typename Memory>
 __device__ inline int32_t receive_header(const Memory& memory, const Operation& operation,
-                                         const Header& own, int32_t source) {
+                                         const Header& own, int32_t source,
+                                         bool keeps_time) {
   const ep_low_latency& common = memory.common;
   const ep_peers& peers = common.peers;
   const uint4* const from =
       memory.header(memory.rank(), operation.kind, operation.half, source);
-  delay(peers);
+  memory.delay();
   const uint64_t start_ns = ptx::global_timer_ns();
   uint4 word = ptx::load_word(from);
   if (!wait_for_stamp(peers, from, &word, source, operation.epoch)) return -1;
-  if (blockIdx.x == 0) {
+  if (keeps_time) {
     const int64_t waited_ns = static_cast<int64_t>(ptx::global_timer_ns() - start_ns);
     peers.record->longest_wait_ns[source] = waited_ns;
     if (common.wait_stats != nullptr) common.wait_stats[source] += waited_ns;

@@ -5,8 +5,6 @@
 
 namespace ep::low_latency {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kExpertsOfWord = 8;  // 12 bits each, then the epoch
 constexpr int kWeightsOfWord = 3;  // FP32, then the epoch
 
@@ -31,6 +29,12 @@ class Memory {
   __device__ int32_t hidden() const { return kHidden != 0 ? kHidden : common.hidden; }
   __device__ int32_t num_ranks() const { return kRanks != 0 ? kRanks : common.peers.num_ranks; }
   __device__ int32_t rank() const { return common.peers.rank; }
+
+  // For tests, see ep_peers.delay_ns: in the kernels for any sizes alone, since even a call that is
+  // not made costs instructions.
+  __device__ void delay() const {
+    if constexpr (kHidden == 0) ep::delay(common.peers);
+  }
 
   // The i-th rank behind this one, for i up to their number.
   __device__ int32_t rank_behind(int32_t i) const {
@@ -80,63 +84,42 @@ __device__ inline void for_ranks(const Memory<kHidden, kRanks>& memory, uint32_t
   }
 }
 
-// The units of work of a warp, one after the other: a word for each lane. Units of a row are
-// neighbours, and neighbours go to different SMs.
+// The units of work of a warp, one after the other: a word for each lane. A token has a row of each
+// of some sources. Units of a row are neighbours, and neighbours go to different SMs.
 class Units {
  public:
-  int32_t t, unit;  // row, and unit in it
+  int32_t t, source, unit;
 
-  __device__ explicit Units(int32_t units_of_row) : of_row_(units_of_row) {
-    const int32_t first = threadIdx.x / kWarpSize * gridDim.x + blockIdx.x;
-    const int32_t stride = kWarps * gridDim.x;
-    t = first / of_row_, unit = first - t * of_row_;
-    rows_of_step_ = stride / of_row_, units_of_step_ = stride - rows_of_step_ * of_row_;
+  // By `num_warps` of each block; `warp` is the number of one among them.
+  __device__ Units(int32_t num_warps, int32_t units_of_row, int32_t num_sources, int32_t warp)
+      : units_of_row_(units_of_row), num_sources_(num_sources) {
+    split(warp * gridDim.x + blockIdx.x, &t, &source, &unit);
+    split(num_warps * gridDim.x, &step_t_, &step_source_, &step_unit_);
   }
 
   __device__ void advance() {
-    t += rows_of_step_, unit += units_of_step_;
-    if (unit < of_row_) return;
-    unit -= of_row_, ++t;
+    unit += step_unit_;
+    const bool next_row = unit >= units_of_row_;
+    if (next_row) unit -= units_of_row_;
+    source += step_source_ + next_row;
+    const bool next_token = source >= num_sources_;
+    if (next_token) source -= num_sources_;
+    t += step_t_ + next_token;
   }
 
   // This lane's word in the row.
   __device__ int32_t word() const { return unit * kWarpSize + lane_id(); }
 
  private:
-  int32_t of_row_, rows_of_step_, units_of_step_;
-};
+  int32_t units_of_row_, num_sources_;
+  int32_t step_t_, step_source_, step_unit_;
 
-// The same over the rows of all ranks, from the `first`-th behind this one on. num_tokens: [R], of
-// each rank, in shared memory.
-template <typename Memory>
-class UnitsOfRanks : public Units {
- public:
-  int32_t rank;  // whose row it is
-
-  __device__ UnitsOfRanks(const Memory& memory, int32_t units_of_row, int32_t first,
-                          const int32_t* num_tokens)
-      : Units(units_of_row),
-        memory_(memory),
-        num_tokens_(num_tokens),
-        i_(first),
-        left_(memory.num_ranks()) {}
-
-  __device__ bool is_there() const { return left_ > 0; }
-
-  // Finds out whose row it is; false behind the last one.
-  __device__ bool find() {
-    for (; left_ > 0; --left_, ++i_) {
-      rank = memory_.rank_behind(i_);
-      if (t < num_tokens_[rank]) return true;
-      t -= num_tokens_[rank];
-    }
-    return false;
+  __device__ void split(int32_t n, int32_t* tokens, int32_t* sources, int32_t* units) const {
+    const int32_t rows = n / units_of_row_;
+    *units = n - rows * units_of_row_;
+    *tokens = rows / num_sources_;
+    *sources = rows - *tokens * num_sources_;
   }
-
- private:
-  const Memory& memory_;
-  const int32_t* num_tokens_;
-  int32_t i_, left_;
 };
 
 }  // namespace ep::low_latency

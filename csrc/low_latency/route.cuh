@@ -14,22 +14,19 @@ class Route {
   int32_t local = 0;   // number of the expert there
   int32_t place = 0;   // of the expert among the token's experts on that rank, ascending
   uint32_t ranks = 0;  // bit r: some expert is on rank r; the same in all lanes
+  bool is_none = false;  // what was given for an expert is none, and not -1
 
-  // expert: what load_expert() gave. What is none is dropped, and what a masked rank has.
-  __device__ Route(const ep_low_latency& common, uint32_t alive, int64_t expert) {
-    if (is_expert(common, expert)) {
+  // expert: what load_expert() gave. What is none is dropped.
+  __device__ void find(const ep_low_latency& common, int64_t expert) {
+    if (expert >= 0 && expert < common.num_local_experts * common.peers.num_ranks) {
       // The quotient of an expert by those of a rank: a half is further from the next whole number
       // than the product is from the true one.
-      const float of_rank = 1.0f / static_cast<float>(common.num_local_experts);
+      const float of_rank = __fdividef(1.0f, static_cast<float>(common.num_local_experts));
       rank = static_cast<int32_t>((static_cast<float>(expert) + 0.5f) * of_rank);
       local = static_cast<int32_t>(expert) - rank * common.num_local_experts;
-      if (!(alive >> rank & 1)) rank = -1;
     }
+    is_none = rank < 0 && expert != -1;
     ranks = __reduce_or_sync(kFullWarp, rank >= 0 ? 1u << rank : 0u);
-  }
-
-  __device__ static bool is_expert(const ep_low_latency& common, int64_t expert) {
-    return expert >= 0 && expert < common.num_local_experts * common.peers.num_ranks;
   }
 
   // Fills in the places. An expert that stands twice in a token has two, so that none is left out.
@@ -114,8 +111,8 @@ struct Entries {
     __syncwarp();
   }
 
-  // Experts of the j-th word for a rank.
-  __device__ uint4 expert_word(int32_t rank, int32_t j, uint32_t epoch) const {
+  // The j-th word of experts for a rank; the epoch is still to be written.
+  __device__ uint4 expert_word(int32_t rank, int32_t j) const {
     uint64_t low = 0;
     uint32_t high = 0;
 #pragma unroll
@@ -131,17 +128,17 @@ struct Entries {
         high |= expert << (12 * i - 64);
       }
     }
-    return make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), high, epoch);
+    return make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), high, 0);
   }
 
-  __device__ uint4 weight_word(int32_t rank, int32_t j, uint32_t epoch) const {
+  __device__ uint4 weight_word(int32_t rank, int32_t j) const {
     uint32_t values[kWeightsOfWord];
 #pragma unroll
     for (int i = 0; i < kWeightsOfWord; ++i) {
       const int32_t k = j * kWeightsOfWord + i;
       values[i] = k < num_topk ? weights[rank * num_topk + k] : 0;
     }
-    return make_uint4(values[0], values[1], values[2], epoch);
+    return make_uint4(values[0], values[1], values[2], 0);
   }
 };
 
