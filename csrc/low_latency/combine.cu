@@ -16,13 +16,13 @@ constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * kWarpSize;
 // The last warps have the least to send: one does what nobody waits for.
 constexpr int kBookkeepingWarp = kWarps - 2;
+constexpr int kManyTokens = 64;  // with which more travels than the links take at once
 constexpr int kPer = kPerVector<__nv_bfloat16>;
 // Rows of a token's experts of which a lane has a word on its way: those of two units.
 constexpr int kStages = 2;
 constexpr int kRowsOfStage = 8;
 constexpr int kStageWords = kRowsOfStage * kWarpSize;
 constexpr int kStageBytes = kWarps * kStages * kStageWords * static_cast<int>(sizeof(uint4));
-constexpr int kMaxShared = kStageBytes + kWarps * Entries::bytes(EP_MAX_PEERS, EP_MAX_TOPK);
 
 // Adds to a sum that begins at -0: then the first term is what it is, whatever that is.
 __device__ inline void add(float (&sums)[kPer], const uint4& word) {
@@ -55,8 +55,7 @@ __device__ inline Header own_header(const ep_low_latency_combine_args& args) {
 // Weights that are given to combine go to the experts' ranks first. By the last warps, which have
 // the fewest rows.
 template <typename Memory>
-__device__ inline void send_weights(const Memory& memory, const Operation& operation,
-                                    Entries& entries) {
+__device__ inline void send_weights(const Memory& memory, const Operation& operation) {
   const ep_low_latency& common = memory.common;
   const int32_t words = weight_words(common.num_topk);
   const int32_t first = threadIdx.x / kWarpSize * gridDim.x + blockIdx.x;
@@ -65,17 +64,16 @@ __device__ inline void send_weights(const Memory& memory, const Operation& opera
   for (int32_t t = stride - 1 - first; t < common.num_tokens; t += stride) {
     Route route;
     route.find(common, load_expert(common, t));
-    route.find_places(common.num_topk);
-    entries.fill(route, memory.num_ranks(), load_weight(common, t));
+    const float weight = load_weight(common, t);
     const uint32_t ranks = route.ranks & operation.alive;
 #pragma unroll 1
-    for (int32_t i = lane_id(); i < words * memory.num_ranks(); i += kWarpSize) {
-      const int32_t which = i / words, j = i - which * words;
-      const int32_t r = memory.rank_behind(which + 1);
-      if (!(ranks >> r & 1)) continue;
-      memory.delay();
-      uint4 word = entries.weight_word(r, j);
+    for (int32_t done = 0; done < words * memory.num_ranks(); done += kWarpSize) {
+      const int32_t i = done + lane_id(), behind = i / words, j = i - behind * words;
+      uint4 word = weight_word(weight, j);
       word.w = operation.epoch;
+      const int32_t r = behind < memory.num_ranks() ? memory.rank_behind(behind + 1) : 0;
+      if (behind >= memory.num_ranks() || !(ranks >> r & 1)) continue;
+      memory.delay();
       ptx::store_word(memory.entry(r, operation.half, memory.rank(), t) + j, word);
     }
   }
@@ -85,6 +83,7 @@ __device__ inline void send_weights(const Memory& memory, const Operation& opera
 // came with the dispatch.
 struct Parts {
   int32_t row = -1;
+  int32_t k = 0;  // which of the token's top-k it is
   float weight = 0.0f;
 
   __device__ void load(const ep_low_latency_combine_args& args, int32_t source, int32_t t) {
@@ -96,7 +95,8 @@ struct Parts {
     const int32_t num_tokens = args.handle.num_tokens[source];
     const int32_t found = args.handle.rows[i];  // nothing, where there is no such token
     if (!common.has_weights) weight = args.handle.weights[i];
-    if (t < num_tokens) row = found;
+    if (t >= num_tokens || found < 0) return;
+    row = found & ((1 << kRowBits) - 1), k = found >> kRowBits;
   }
 
   __device__ int32_t num_rows() const { return __popc(__ballot_sync(kFullWarp, row >= 0)); }
@@ -106,12 +106,12 @@ struct Parts {
   __device__ bool complete(const Memory& memory, const Operation& operation, int32_t source,
                            int32_t t) {
     if (!memory.common.has_weights || row < 0) return true;
-    const uint4* const from = memory.entry(memory.rank(), operation.half, source, t) +
-                              lane_id() / kWeightsOfWord;
+    const uint4* const from =
+        memory.entry(memory.rank(), operation.half, source, t) + k / kWeightsOfWord;
     memory.delay();
     uint4 word = ptx::load_word(from);
     if (!wait_for_stamp(memory.common.peers, from, &word, source, operation.epoch)) return false;
-    weight = __uint_as_float(weight_of_word(word, lane_id() % kWeightsOfWord));
+    weight = __uint_as_float(weight_of_word(word, k % kWeightsOfWord));
     return true;
   }
 };
@@ -161,21 +161,45 @@ __device__ inline bool send_unit(const ep_low_latency_combine_args& args, const 
   return true;
 }
 
+// The owners whose rows a block sends: those behind this rank from the `first`-th on. With many
+// tokens some blocks send what travels, and the others the own rows.
+struct Share {
+  Part part;
+  int32_t first, num_sources;
+
+  template <typename Memory>
+  __device__ explicit Share(const Memory& memory)
+      : part(all_blocks()), first(1), num_sources(memory.num_ranks()) {
+    const int32_t num_ranks = num_sources, num_blocks = part.num_blocks;
+    if (num_ranks == 1 || num_blocks == 1 || memory.common.max_tokens < kManyTokens) return;
+    const int32_t travelling =
+        max(1, min(num_blocks * (num_ranks - 1) / num_ranks, num_blocks - 1));
+    if (part.block < travelling) {
+      part.num_blocks = travelling, num_sources = num_ranks - 1;
+    } else {
+      part = {num_blocks - travelling, part.block - travelling};
+      first = num_ranks, num_sources = 1;
+    }
+  }
+};
+
 // Begins the operation, and sends. Rows that are added are on their way before the block learns
 // which operation it is part of. False after a fault.
 template <typename Memory>
-__device__ inline bool begin_and_send(const ep_low_latency_combine_args& args,
-                                      const Memory& memory, uint8_t* shared,
-                                      Operation* operation) {
+__device__ inline bool begin_and_send(const ep_low_latency_combine_args& args, const Memory& memory,
+                                      uint8_t* shared, Operation* operation) {
   const ep_low_latency& common = args.common;
   const Begin begin(common, args.handle.epochs);
   const bool sends = common.phases & EP_LOW_LATENCY_SEND;
   const int32_t words_of_row = memory.hidden() / kPer, warp = threadIdx.x / kWarpSize;
   const auto* const x = static_cast<const uint4*>(args.x);
   uint4* const stages = reinterpret_cast<uint4*>(shared) + warp * kStages * kStageWords;
-  Units at(kWarps, ceil_div<int32_t>(words_of_row, kWarpSize), memory.num_ranks(), warp);
-  // The next rank's rows first, the own ones last.
-  const auto source_of = [&](const Units& unit) { return memory.rank_behind(unit.source + 1); };
+  const int32_t units_of_row = ceil_div<int32_t>(words_of_row, kWarpSize);
+  const Share share(memory);
+  Units at(share.part, kWarps, warp, units_of_row, share.num_sources);
+  const auto source_of = [&](const Units& unit) {
+    return memory.rank_behind(unit.source + share.first);
+  };
   Units ahead = at;
   Parts next, after_next;
   int32_t most_tokens = 0, stage = 0;
@@ -202,11 +226,7 @@ __device__ inline bool begin_and_send(const ep_low_latency_combine_args& args,
     send_header(memory, *operation, own_header(args));
     if (lane_id() == 0) begin_record(common, *operation, args.handle.epochs);
   }
-  if (common.has_weights) {
-    Entries entries(
-        shared + kStageBytes + warp * Entries::bytes(memory.num_ranks(), common.num_topk), common);
-    send_weights(memory, *operation, entries);
-  }
+  if (common.has_weights) send_weights(memory, *operation);
 #pragma unroll 1
   while (at.t < most_tokens) {
     const Units unit = at;
@@ -320,8 +340,8 @@ __device__ inline void receive(const ep_low_latency_combine_args& args,
   if (is_last_warp()) check_headers(args, memory, operation);
   __syncwarp();
   // The last warps first, which had the least to send.
-  Units at(kWarps, ceil_div<int32_t>(memory.hidden() / kPer, kWarpSize), 1,
-           kWarps - 1 - threadIdx.x / kWarpSize);
+  Units at(all_blocks(), kWarps, kWarps - 1 - threadIdx.x / kWarpSize,
+           ceil_div<int32_t>(memory.hidden() / kPer, kWarpSize), 1);
   Incoming<kHidden, kRanks> next;
   next.load(memory, operation, at, ranks_of(args, at.t));
 #pragma unroll 1
@@ -355,7 +375,7 @@ struct Kernel {
   static constexpr auto* function = low_latency_combine_kernel<kHidden, kRanks>;
 };
 const Kernels kernels =
-    of_shapes<Kernel>("low-latency combine kernel", kMaxShared, CompiledShapes());
+    of_shapes<Kernel>("low-latency combine kernel", kStageBytes, CompiledShapes());
 
 }  // namespace
 
@@ -363,13 +383,7 @@ int32_t ep_low_latency_combine(const ep_low_latency_combine_args* args, void* st
   const ep_low_latency& common = args->common;
   const int32_t status = low_latency::check(common);
   if (status != EP_OK) return status;
-  int32_t bytes = 0;
-  if (common.phases & EP_LOW_LATENCY_SEND) {
-    bytes = kStageBytes;
-    if (common.has_weights) {
-      bytes += kWarps * Entries::bytes(common.peers.num_ranks, common.num_topk);
-    }
-  }
+  const int32_t bytes = common.phases & EP_LOW_LATENCY_SEND ? kStageBytes : 0;
   const cudaError_t error = ep::launch_early(kernel_for<Kernel>(common, CompiledShapes()),
                                              common.num_blocks, kThreads, bytes, stream, *args);
   return ep::check_cuda(error, "ep_low_latency_combine");

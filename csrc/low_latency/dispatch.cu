@@ -23,6 +23,9 @@ constexpr int kEntryThreads = kEntryWarps * kWarpSize;
 // The last of the row warps, which has the least to send, does what nobody waits for.
 constexpr int kBookkeepingWarp = kRowWarps - 1;
 constexpr int kEntryBarrier = 2;  // number of the entry warps' own
+// At this one the row warps wait until the entries are sent. Behind rows they would have to wait
+// for the links, and the receivers cannot begin without them.
+constexpr int kSentBarrier = 3;
 constexpr int kItemsAtOnce = 32;  // of a block, whose rows are known at once
 
 constexpr int kMaxShared = 200 * 1024;
@@ -55,14 +58,12 @@ __device__ inline Header own_header(const ep_low_latency_dispatch_args& args) {
 // ---- Sending -----------------------------------------------------------------------------------
 
 // What the entry warps send of one token: words that say which experts want it, and its weights.
-// Rows wait for nothing, so entries have to be ahead of them on the links: what can be is ready
-// before the operation is known.
+// What can be is ready before the operation is known.
 template <typename Memory>
 class Selection {
  public:
-  // entries: the warp's.
-  __device__ Selection(const ep_low_latency& common, const Memory& memory, Entries& entries)
-      : common_(common), memory_(memory), entries_(entries) {
+  __device__ Selection(const ep_low_latency& common, const Memory& memory)
+      : common_(common), memory_(memory) {
     num_expert_words_ = expert_words(common.num_topk);
     num_words_ = num_expert_words_ + (common.has_weights ? weight_words(common.num_topk) : 0);
   }
@@ -70,29 +71,27 @@ class Selection {
   __device__ void prepare(int32_t t) {
     t_ = t;
     expert_ = load_expert(common_, t);
-    const float weight = load_weight(common_, t);
+    weight_ = load_weight(common_, t);
     route_ = Route();
     route_.find(common_, expert_);
-    is_second_ = route_.find_places(common_.num_topk);
-    entries_.fill(route_, memory_.num_ranks(), weight);
-    if (lane_id() < num_words_ * memory_.num_ranks()) take(lane_id());
+    take(0);
   }
 
   // To every rank, those that the token does not go to too.
   __device__ void send(const ep_low_latency_dispatch_args& args, const Operation& operation) {
-    const int32_t count = num_words_ * memory_.num_ranks();
     memory_.delay();
 #pragma unroll 1
-    for (int32_t i = lane_id(); i < count; i += kWarpSize) {
-      if (i != lane_id()) take(i);
+    for (int32_t first = 0; first < num_words_ * memory_.num_ranks(); first += kWarpSize) {
+      if (first != 0) take(first);
       word_.w = operation.epoch;
-      if (operation.alive >> to_ & 1) {
+      if (has_word_ && operation.alive >> to_ & 1) {
         ptx::store_word(memory_.entry(to_, operation.half, memory_.rank(), t_) + j_, word_);
       }
     }
     if (lane_id() == 0) args.handle.ranks[t_] = route_.ranks & operation.alive;
-    if (is_second_ || route_.is_none) {
-      leave_notice(args.notice, is_second_ ? EP_ROUTING_DUPLICATE : EP_ROUTING_OUT_OF_RANGE, t_,
+    const bool is_second = route_.is_second();
+    if (is_second || route_.is_none) {
+      leave_notice(args.notice, is_second ? EP_ROUTING_DUPLICATE : EP_ROUTING_OUT_OF_RANGE, t_,
                    expert_);
     }
   }
@@ -100,19 +99,30 @@ class Selection {
  private:
   const ep_low_latency& common_;
   const Memory& memory_;
-  Entries& entries_;
   int32_t num_expert_words_, num_words_, t_;
   Route route_;
   int64_t expert_;
-  bool is_second_;  // lane k: the expert stood before
-  uint4 word_;      // of this lane: the j-th for rank `to`
+  float weight_;
+  // Of this lane: the j-th word for rank `to`.
+  uint4 word_;
   int32_t to_, j_;
+  bool has_word_;
 
-  __device__ void take(int32_t i) {
-    const int32_t behind = i / num_words_;
-    to_ = memory_.rank_behind(behind + 1), j_ = i - behind * num_words_;
-    word_ = j_ < num_expert_words_ ? entries_.expert_word(to_, j_)
-                                   : entries_.weight_word(to_, j_ - num_expert_words_);
+  // By the warp: makes the words from the first-th on.
+  __device__ void take(int32_t first) {
+    const int32_t i = first + lane_id(), behind = i / num_words_;
+    j_ = i - behind * num_words_;
+    has_word_ = behind < memory_.num_ranks();
+    to_ = has_word_ ? memory_.rank_behind(behind + 1) : 0;
+    word_ = weight_word(weight_, max(j_ - num_expert_words_, 0));
+#pragma unroll 1
+    for (int32_t b = 0; b < memory_.num_ranks(); ++b) {
+#pragma unroll 1
+      for (int32_t j = 0; j < num_expert_words_; ++j) {
+        const uint4 word = route_.expert_word(memory_.rank_behind(b + 1), j);
+        if (behind == b && j_ == j) word_ = word;
+      }
+    }
   }
 };
 
@@ -120,31 +130,31 @@ class Selection {
 template <typename Memory>
 __device__ inline bool begin_and_send_entries(const ep_low_latency_dispatch_args& args,
                                               const Memory& memory, const Begin& begin,
-                                              Entries& entries, Operation* operation) {
+                                              Operation* operation) {
   const ep_low_latency& common = args.common;
   const bool sends = common.phases & EP_LOW_LATENCY_SEND;
   const int32_t of_entries = static_cast<int32_t>(threadIdx.x) / kWarpSize - kRowWarps;
   const int32_t num_tokens = sends ? common.num_tokens : 0;
   const int32_t stride = kEntryWarps * gridDim.x;
   int32_t t = of_entries * gridDim.x + blockIdx.x;
-  Selection<Memory> selection(common, memory, entries);
+  Selection<Memory> selection(common, memory);
   if (t < num_tokens) selection.prepare(t);
   *operation = begin.operation();
   has_read_state(kThreads);
-  if (!operation->can_begin) return false;
-  if (!sends) return true;
-  if (!wait_credits(memory, *operation)) return false;
-  if (of_entries == kEntryWarps - 1 && blockIdx.x == gridDim.x - 1) {
+  if (!sends) return operation->can_begin;
+  const bool is_fine = operation->can_begin && wait_credits(memory, *operation);
+  if (is_fine && of_entries == kEntryWarps - 1 && blockIdx.x == gridDim.x - 1) {
     send_header(memory, *operation, own_header(args));
     if (lane_id() == 0) begin_record(common, *operation, args.handle.epochs);
   }
 #pragma unroll 1
-  while (t < num_tokens) {
+  while (is_fine && t < num_tokens) {
     selection.send(args, *operation);
     t += stride;
     if (t < num_tokens) selection.prepare(t);
   }
-  return true;
+  ptx::named_arrive(kSentBarrier, kThreads);
+  return is_fine;
 }
 
 // Scale that is sent along, and what elements are multiplied by. See ep_comm.fp8's low-latency
@@ -217,7 +227,8 @@ __device__ inline bool begin_and_send_rows(const ep_low_latency_dispatch_args& a
   const bool is_bf16 = args.format == EP_LOW_LATENCY_BF16;
   const bool keeps_books = threadIdx.x / kWarpSize == kBookkeepingWarp;
   bool has_begun = false;
-  Units at(kRowWarps, ceil_div<int32_t>(row.data, kWarpSize), 1, threadIdx.x / kWarpSize);
+  Units at(all_blocks(), kRowWarps, threadIdx.x / kWarpSize, ceil_div<int32_t>(row.data, kWarpSize),
+           1);
   Source next;
   if (at.t < num_tokens) next.load(args, memory.hidden(), at);
 #pragma unroll 1
@@ -248,6 +259,7 @@ __device__ inline bool begin_and_send_rows(const ep_low_latency_dispatch_args& a
       has_begun = true;
       *operation = begin.operation();
       if (!keeps_books) has_read_state(kThreads);
+      if (sends) ptx::named_barrier(kSentBarrier, kThreads);
       if (!operation->can_begin) break;
       if (keeps_books && blockIdx.x == gridDim.x - 1) exchange_credits(memory, begin, *operation);
       if (!sends || !wait_credits(memory, *operation)) break;
@@ -342,9 +354,8 @@ class Arrivals {
   }
 };
 
-// Lines of whole groups, entries of the entry warps, rows, tokens of the ranks.
-static_assert(kEntryWarps * Entries::bytes(EP_MAX_PEERS, EP_MAX_TOPK) + 8 * EP_MAX_PEERS +
-                  4 * kItemsAtOnce * EP_MAX_TOPK + EP_LOW_LATENCY_MAX_PLACES / 8 +
+// Tokens of the ranks, rows, lines of whole groups.
+static_assert(8 * EP_MAX_PEERS + 4 * kItemsAtOnce * EP_MAX_TOPK + EP_LOW_LATENCY_MAX_PLACES / 8 +
                   16 * EP_MAX_LOCAL_EXPERTS <=
               kMaxShared);
 
@@ -445,8 +456,7 @@ __device__ inline void write_counts(const ep_low_latency_dispatch_args& args, in
 
 // Stores the four scales of a word: column-major, rows next to each other.
 __device__ inline void store_scales(const ep_low_latency_dispatch_args& args, int32_t hidden,
-                                    int64_t row,
-                                    int32_t index, const uint4& word) {
+                                    int64_t row, int32_t index, const uint4& word) {
   const ep_low_latency& common = args.common;
   const int32_t num_rows = common.peers.num_ranks * common.max_tokens;
   const int32_t expert = row / num_rows, place = row - expert * num_rows;
@@ -457,7 +467,8 @@ __device__ inline void store_scales(const ep_low_latency_dispatch_args& args, in
     uint32_t exponents = 0;
 #pragma unroll
     for (int i = 0; i < kScalesOfWord; ++i) exponents |= (scales[i] >> 23 & 0xff) << (8 * i);
-    out[static_cast<int64_t>(expert * (blocks / 4) + index) * args.scale_stride + place] = exponents;
+    out[static_cast<int64_t>(expert * (blocks / 4) + index) * args.scale_stride + place] =
+        exponents;
     return;
   }
 #pragma unroll
@@ -473,7 +484,8 @@ template <typename Memory>
 __device__ inline int32_t find_row(const ep_low_latency& common, const Memory& memory,
                                    const Operation& operation, const Arrivals& arrivals,
                                    int32_t source, int32_t t) {
-  const int32_t words = expert_words(common.num_topk), num_places = memory.num_ranks() * common.max_tokens;
+  const int32_t words = expert_words(common.num_topk),
+                num_places = memory.num_ranks() * common.max_tokens;
   const int32_t n = source * common.max_tokens + t, j = lane_id() / kExpertsOfWord;
   if (lane_id() >= common.num_topk) return -1;
   const uint4* const copy = arrivals.entry(n, words);
@@ -510,8 +522,7 @@ class Items {
     const int32_t item = i * gridDim.x + blockIdx.x;
     const int32_t row = item / parts_, part = item - row * parts_;
     const int32_t t = row / num_ranks_, first = part * units_of_item_ * kWarpSize;
-    return {t, row - t * num_ranks_, first,
-            min(first + units_of_item_ * kWarpSize, words_of_row_)};
+    return {t, row - t * num_ranks_, first, min(first + units_of_item_ * kWarpSize, words_of_row_)};
   }
 
  private:
@@ -533,7 +544,10 @@ __device__ inline void find_rows(const ep_low_latency& common, const Memory& mem
     if (item.t < arrivals.num_tokens[source]) {
       row = find_row(common, memory, operation, arrivals, source, item.t);
     }
-    if (lane_id() < common.num_topk) arrivals.rows[i * common.num_topk + lane_id()] = row;
+    // Those that there are, then as many -1 as there are none.
+    const uint32_t lanes = __ballot_sync(kFullWarp, row >= 0), below = (1u << lane_id()) - 1;
+    const int32_t place = row >= 0 ? __popc(lanes & below) : __popc(lanes) + __popc(~lanes & below);
+    if (lane_id() < common.num_topk) arrivals.rows[i * common.num_topk + place] = row;
   }
 }
 
@@ -552,11 +566,18 @@ __device__ inline bool keep_rows(const ep_low_latency_dispatch_args& args, const
     const Items::Item item = items.at(first + i);
     const int32_t source = memory.rank_behind(item.source);
     if (item.first_word != 0 || item.t >= arrivals.num_tokens[source]) continue;
+    const int32_t row = find_row(common, memory, operation, arrivals, source, item.t);
+    const uint32_t order = row;  // none is the largest
+    int32_t place = 0;
+#pragma unroll 1
+    for (int32_t k = 0; k < common.num_topk; ++k) {
+      const uint32_t other = __shfl_sync(kFullWarp, order, k);
+      place += other < order || (other == order && k < lane);
+    }
     if (lane >= common.num_topk) continue;
     const int32_t n = source * common.max_tokens + item.t;
-    const int64_t at = static_cast<int64_t>(n) * common.num_topk + lane;
-    const int32_t row = arrivals.rows[i * common.num_topk + lane];
-    args.handle.rows[at] = row;
+    const int64_t at = static_cast<int64_t>(n) * common.num_topk + place;
+    args.handle.rows[at] = row < 0 ? -1 : row | lane << kRowBits;
     if (row >= 0) args.recv_src_info[row] = n;
     if (!common.has_weights) continue;
     const uint4* const from = memory.entry(memory.rank(), operation.half, source, item.t) +
@@ -695,19 +716,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Memory<kHidden, kRanks> memory(
       common, expert_words(common.num_topk) + weight_words(common.num_topk));
   const RowWords row(memory.hidden(), args.format);
-  const int32_t entry_bytes = Entries::bytes(memory.num_ranks(), common.num_topk);
-  const Arrivals arrivals(shared + kEntryWarps * entry_bytes, common, has_entries);
-  const bool receives = common.phases & EP_LOW_LATENCY_RECEIVE;
-  const int32_t of_entries = static_cast<int32_t>(threadIdx.x) / kWarpSize - kRowWarps;
+  const Arrivals arrivals(shared, common, has_entries);
   Operation operation;
   bool is_fine;
-  if (of_entries < 0) {
+  if (threadIdx.x < kRowWarps * kWarpSize) {
     is_fine = begin_and_send_rows(args, memory, begin, row, &operation);
   } else {
-    Entries entries(shared + of_entries * entry_bytes, common);
-    is_fine = begin_and_send_entries(args, memory, begin, entries, &operation);
+    is_fine = begin_and_send_entries(args, memory, begin, &operation);
   }
-  if (receives) receive(args, memory, operation, arrivals, row, is_fine);
+  if (common.phases & EP_LOW_LATENCY_RECEIVE) {
+    receive(args, memory, operation, arrivals, row, is_fine);
+  }
   low_latency::end_operation(common);
 }
 
@@ -738,12 +757,11 @@ int32_t ep_low_latency_dispatch(const ep_low_latency_dispatch_args* args, void* 
                     common.num_local_experts, common.peers.num_ranks, common.max_tokens,
                     EP_LOW_LATENCY_MAX_PLACES);
   }
-  int64_t bytes =
-      kEntryWarps * Entries::bytes(common.peers.num_ranks, common.num_topk) +
-      Arrivals::bytes(common);
+  int64_t bytes = Arrivals::bytes(common);
   const bool has_entries = bytes + Arrivals::entry_bytes(common) <= kMaxShared;
   if (has_entries) bytes += Arrivals::entry_bytes(common);
-  const cudaError_t error = ep::launch_early(kernel_for<Kernel>(common, CompiledShapes()),
-                                             common.num_blocks, kThreads, bytes, stream, *args, has_entries);
+  const cudaError_t error =
+      ep::launch_early(kernel_for<Kernel>(common, CompiledShapes()), common.num_blocks, kThreads,
+                       bytes, stream, *args, has_entries);
   return ep::check_cuda(error, "ep_low_latency_dispatch");
 }

@@ -82,8 +82,8 @@ class Begin {
 };
 
 // By one warp: tells every rank what this one has received and put back, and learns the same of
-// them for the next kernel. Kernels before this one have put it back: the release orders that before
-// the credit. Nobody in this kernel waits for it.
+// them for the next kernel. Kernels before this one have put it back: the release orders that
+// before the credit. Nobody in this kernel waits for it.
 template <typename Memory>
 __device__ inline void exchange_credits(const Memory& memory, const Begin& begin,
                                         const Operation& operation) {
@@ -169,8 +169,7 @@ __device__ inline bool wait_credits(const Memory& memory, const Operation& opera
   bool fine = true;
   // can_begin says it of the own rank
   if (r < memory.num_ranks() && r != memory.rank() && operation.alive >> r & 1) {
-    const uint32_t* const theirs =
-        memory.credit(memory.rank(), operation.kind, operation.half, r);
+    const uint32_t* const theirs = memory.credit(memory.rank(), operation.kind, operation.half, r);
     Wait wait;
     while (fine && is_behind(ptx::load_acquire_sys(theirs))) {
       fine = wait.goes_on(peers, EP_PHASE_CREDIT, r, operation.epoch - 1);
@@ -206,12 +205,10 @@ __device__ inline void send_header(const Memory& memory, const Operation& operat
 // number of tokens. Returns that number; -1 after a fault. One of all threads keeps the time.
 template <typename Memory>
 __device__ inline int32_t receive_header(const Memory& memory, const Operation& operation,
-                                         const Header& own, int32_t source,
-                                         bool keeps_time) {
+                                         const Header& own, int32_t source, bool keeps_time) {
   const ep_low_latency& common = memory.common;
   const ep_peers& peers = common.peers;
-  const uint4* const from =
-      memory.header(memory.rank(), operation.kind, operation.half, source);
+  const uint4* const from = memory.header(memory.rank(), operation.kind, operation.half, source);
   memory.delay();
   const uint64_t start_ns = ptx::global_timer_ns();
   uint4 word = ptx::load_word(from);

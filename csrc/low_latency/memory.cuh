@@ -7,6 +7,8 @@ namespace ep::low_latency {
 
 constexpr int kExpertsOfWord = 8;  // 12 bits each, then the epoch
 constexpr int kWeightsOfWord = 3;  // FP32, then the epoch
+constexpr int kRowBits = 24;       // of a row in the handle; above them stands which top-k it is
+static_assert(EP_LOW_LATENCY_MAX_PLACES <= 1 << kRowBits && EP_MAX_TOPK <= 1 << (31 - kRowBits));
 
 __host__ __device__ inline int32_t expert_words(int32_t num_topk) {
   return ceil_div(num_topk, kExpertsOfWord);
@@ -84,17 +86,28 @@ __device__ inline void for_ranks(const Memory<kHidden, kRanks>& memory, uint32_t
   }
 }
 
+// Blocks that share some work, and the number of this one among them. An SM whose stores wait for
+// the links can load nothing: so where much travels, some blocks do that and the others the rest.
+struct Part {
+  int32_t num_blocks, block;
+};
+
+__device__ inline Part all_blocks() {
+  return {static_cast<int32_t>(gridDim.x), static_cast<int32_t>(blockIdx.x)};
+}
+
 // The units of work of a warp, one after the other: a word for each lane. A token has a row of each
 // of some sources. Units of a row are neighbours, and neighbours go to different SMs.
 class Units {
  public:
   int32_t t, source, unit;
 
-  // By `num_warps` of each block; `warp` is the number of one among them.
-  __device__ Units(int32_t num_warps, int32_t units_of_row, int32_t num_sources, int32_t warp)
+  // By `num_warps` of each block of a part; `warp` is the number of one among them.
+  __device__ Units(const Part& part, int32_t num_warps, int32_t warp, int32_t units_of_row,
+                   int32_t num_sources)
       : units_of_row_(units_of_row), num_sources_(num_sources) {
-    split(warp * gridDim.x + blockIdx.x, &t, &source, &unit);
-    split(num_warps * gridDim.x, &step_t_, &step_source_, &step_unit_);
+    split(warp * part.num_blocks + part.block, &t, &source, &unit);
+    split(num_warps * part.num_blocks, &step_t_, &step_source_, &step_unit_);
   }
 
   __device__ void advance() {

@@ -8,12 +8,10 @@ namespace ep::low_latency {
 constexpr uint32_t kNoExpert = 0xfff;
 
 // A token of this rank, known to a warp: lane k has the k-th of its experts.
-class Route {
- public:
-  int32_t rank = -1;   // that owns the expert; -1 where there is none
-  int32_t local = 0;   // number of the expert there
-  int32_t place = 0;   // of the expert among the token's experts on that rank, ascending
-  uint32_t ranks = 0;  // bit r: some expert is on rank r; the same in all lanes
+struct Route {
+  int32_t rank = -1;     // that owns the expert; -1 where there is none
+  int32_t local = 0;     // number of the expert there
+  uint32_t ranks = 0;    // bit r: some expert is on rank r; the same in all lanes
   bool is_none = false;  // what was given for an expert is none, and not -1
 
   // expert: what load_expert() gave. What is none is dropped.
@@ -22,26 +20,34 @@ class Route {
       // The quotient of an expert by those of a rank: a half is further from the next whole number
       // than the product is from the true one.
       const float of_rank = __fdividef(1.0f, static_cast<float>(common.num_local_experts));
-      rank = static_cast<int32_t>((static_cast<float>(expert) + 0.5f) * of_rank);
+      rank =
+          static_cast<int32_t>((static_cast<float>(static_cast<int32_t>(expert)) + 0.5f) * of_rank);
       local = static_cast<int32_t>(expert) - rank * common.num_local_experts;
     }
     is_none = rank < 0 && expert != -1;
     ranks = __reduce_or_sync(kFullWarp, rank >= 0 ? 1u << rank : 0u);
   }
 
-  // Fills in the places. An expert that stands twice in a token has two, so that none is left out.
-  // Returns whether this lane's is the second of them.
-  __device__ bool find_places(int32_t num_topk) {
-    const int32_t key = rank << 16 | local;
-    bool is_second = false;
-#pragma unroll 1
-    for (int32_t k = 0; k < num_topk; ++k) {
-      const int32_t other = __shfl_sync(kFullWarp, key, k);
-      const bool is_same = other == key && k < lane_id();
-      place += other >> 16 == rank && (other < key || is_same);
-      is_second |= is_same;
-    }
-    return is_second && rank >= 0;
+  // By the warp: whether this lane's expert stands before it already.
+  __device__ bool is_second() const {
+    const uint32_t same = __match_any_sync(kFullWarp, rank << 16 | local);
+    return rank >= 0 && same & ((1u << lane_id()) - 1);
+  }
+
+  // By the warp: the j-th word of experts for a rank, of the k-th ones in their order; the epoch is
+  // still to be written.
+  __device__ uint4 expert_word(int32_t of_rank, int32_t j) const {
+    const int32_t i = lane_id() - j * kExpertsOfWord;
+    const uint32_t expert = rank == of_rank ? local : kNoExpert;
+    const bool is_here = i >= 0 && i < kExpertsOfWord;
+    const int32_t first = i < 3 ? 0 : i < 6 ? 1 : 2;  // of three times 32 bits
+    const uint64_t bits = is_here ? static_cast<uint64_t>(expert) << (12 * i - 32 * first) : 0;
+    const auto low = static_cast<uint32_t>(bits), high = static_cast<uint32_t>(bits >> 32);
+    const uint32_t x = first == 0 ? low : 0;
+    const uint32_t y = first == 0 ? high : first == 1 ? low : 0;
+    const uint32_t z = first == 0 ? 0 : first == 1 ? high : low;
+    return make_uint4(__reduce_or_sync(kFullWarp, x), __reduce_or_sync(kFullWarp, y),
+                      __reduce_or_sync(kFullWarp, z), 0);
   }
 };
 
@@ -59,8 +65,8 @@ __device__ __noinline__ inline void leave_notice(ep_notice* notice, int32_t kind
                                                  int64_t expert) {
   volatile int32_t* const code = &notice->code;
   if (*code != EP_NOTICE_NONE) return;
-  const int64_t shown = max(min(expert, static_cast<int64_t>(INT32_MAX)),
-                            static_cast<int64_t>(INT32_MIN));
+  const int64_t shown =
+      max(min(expert, static_cast<int64_t>(INT32_MAX)), static_cast<int64_t>(INT32_MIN));
   ptx::store_word(reinterpret_cast<uint4*>(notice->routing_error),
                   make_uint4(kind, t, lane_id(), static_cast<uint32_t>(shown)));
   __threadfence_system();
@@ -79,74 +85,20 @@ __device__ inline float load_weight(const ep_low_latency& common, int32_t t) {
   return common.weights[static_cast<int64_t>(t) * common.num_topk + lane_id()];
 }
 
-// The entries of one token for each rank, in shared memory of a warp.
-struct Entries {
-  uint16_t* experts;  // [R, K]
-  uint32_t* weights;  // [R, K]
-  int32_t num_topk;
-
-  static constexpr __host__ __device__ int32_t bytes(int32_t num_ranks, int32_t num_topk) {
-    return round_up<int32_t>(num_ranks * num_topk * 6, 16);
-  }
-  __device__ Entries(uint8_t* shared, const ep_low_latency& common)
-      : experts(reinterpret_cast<uint16_t*>(shared + common.peers.num_ranks * common.num_topk *
-                                                         sizeof(uint32_t))),
-        weights(reinterpret_cast<uint32_t*>(shared)),
-        num_topk(common.num_topk) {}
-
-  // By the warp.
-  __device__ void fill(const Route& route, int32_t num_ranks, float weight) {
-    __syncwarp();  // what was sent before has been read
-#pragma unroll 1
-    for (int32_t i = lane_id(); i < num_ranks * num_topk; i += kWarpSize) {
-      experts[i] = kNoExpert;
-      weights[i] = 0;
-    }
-    __syncwarp();
-    if (route.rank >= 0) {
-      const int32_t i = route.rank * num_topk + route.place;
-      experts[i] = static_cast<uint16_t>(route.local);
-      weights[i] = weight_bits(weight);
-    }
-    __syncwarp();
-  }
-
-  // The j-th word of experts for a rank; the epoch is still to be written.
-  __device__ uint4 expert_word(int32_t rank, int32_t j) const {
-    uint64_t low = 0;
-    uint32_t high = 0;
-#pragma unroll
-    for (int i = 0; i < kExpertsOfWord; ++i) {
-      const int32_t k = j * kExpertsOfWord + i;
-      const uint32_t expert = k < num_topk ? experts[rank * num_topk + k] : kNoExpert;
-      if (i < 5) {
-        low |= static_cast<uint64_t>(expert) << (12 * i);
-      } else if (i == 5) {
-        low |= static_cast<uint64_t>(expert) << 60;
-        high |= expert >> 4;
-      } else {
-        high |= expert << (12 * i - 64);
-      }
-    }
-    return make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), high, 0);
-  }
-
-  __device__ uint4 weight_word(int32_t rank, int32_t j) const {
-    uint32_t values[kWeightsOfWord];
-#pragma unroll
-    for (int i = 0; i < kWeightsOfWord; ++i) {
-      const int32_t k = j * kWeightsOfWord + i;
-      values[i] = k < num_topk ? weights[rank * num_topk + k] : 0;
-    }
-    return make_uint4(values[0], values[1], values[2], 0);
-  }
-};
+// By the warp: lane i gets the j-th word of a token's weights, of which lane k has the k-th; j may
+// differ between lanes. The epoch is still to be written.
+__device__ inline uint4 weight_word(float weight, int32_t j) {
+  const uint32_t bits = weight_bits(weight);
+  const auto of = [&](int32_t k) { return __shfl_sync(kFullWarp, bits, k % kWarpSize); };
+  const int32_t first = j * kWeightsOfWord;
+  return make_uint4(of(first), of(first + 1), of(first + 2), 0);
+}
 
 // The i-th expert of a word that expert_word() made.
 __device__ inline uint32_t expert_of_word(const uint4& word, int32_t i) {
   const bool is_first = i < 3;  // its 12 bits end in the second of three times 32 bits
-  const uint64_t pair = static_cast<uint64_t>(is_first ? word.y : word.z) << 32 |
-                        (is_first ? word.x : word.y);
+  const uint64_t pair =
+      static_cast<uint64_t>(is_first ? word.y : word.z) << 32 | (is_first ? word.x : word.y);
   return static_cast<uint32_t>(pair >> (12 * i - (is_first ? 0 : 32))) & kNoExpert;
 }
 

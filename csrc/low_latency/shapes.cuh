@@ -17,10 +17,9 @@ struct Shape {
 template <typename... Each>
 struct Shapes {};
 
-using CompiledShapes =
-    Shapes<Shape<2048, 2>, Shape<2048, 4>, Shape<2048, 8>,  //
-           Shape<4096, 2>, Shape<4096, 4>, Shape<4096, 8>,  //
-           Shape<7168, 2>, Shape<7168, 4>, Shape<7168, 8>>;
+using CompiledShapes = Shapes<Shape<2048, 2>, Shape<2048, 4>, Shape<2048, 8>,  //
+                              Shape<4096, 2>, Shape<4096, 4>, Shape<4096, 8>,  //
+                              Shape<7168, 2>, Shape<7168, 4>, Shape<7168, 8>>;
 
 // `Kernel<kHidden, kRanks>::function` is the kernel; that for <0, 0> takes any sizes.
 template <template <int, int> class Kernel, typename... Each>

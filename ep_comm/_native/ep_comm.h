@@ -489,7 +489,8 @@ typedef struct ep_low_latency_handle {
   int32_t* num_tokens; /* [R] of each rank; zero after a fault */
   int32_t* num_rows;   /* [R] rows that came from each rank */
   int32_t* ranks; /* [num_tokens] bit r: some expert of the token is on rank r; of this rank's */
-  int32_t* rows;  /* [R, M, K] rows of recv_x, ascending by local expert; -1 behind the last */
+  int32_t* rows;  /* [R, M, K] row of recv_x | k << 24 of the token's k-th expert, ascending by local
+                     expert; -1 behind the last */
   float* weights; /* [R, M, K] of these rows, where they came; or NULL */
 } ep_low_latency_handle;
 
