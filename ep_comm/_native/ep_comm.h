@@ -535,6 +535,30 @@ typedef struct ep_probe_args {
 /* Pushes every row of the source to every other rank. */
 EP_API int32_t ep_probe(const ep_probe_args* args, void* stream);
 
+/* ---- Ping: how long 16 bytes take from one GPU to another ------------------------------------ */
+
+typedef struct ep_ping_args {
+  ep_peers peers;      /* memory: one word of 16 bytes, zero before the first launch */
+  int64_t* elapsed_ns; /* device memory: of all timed round trips; -1 after a fault */
+  int32_t partner;     /* rank that answers; its kernel has this one for a partner */
+  int32_t first; /* number of the first round trip, from 1: they go on from launch to launch */
+  int32_t num_round_trips; /* timed ones, behind one that is not */
+} ep_ping_args;
+
+/* The lower rank of two sends a word, and the other one answers, again and again: relaxed stores
+ * and loads of system scope. */
+EP_API int32_t ep_ping(const ep_ping_args* args, void* stream);
+
+/* ---- Busy: other work, which knows when it began and ended ----------------------------------- */
+
+typedef struct ep_busy_args {
+  int64_t* stamps_ns; /* device memory [2]: begin and end, of %globaltimer; or NULL */
+  int64_t duration_ns;
+} ep_busy_args;
+
+/* Keeps the stream busy for so long: one block that spins. */
+EP_API int32_t ep_busy(const ep_busy_args* args, void* stream);
+
 #ifdef __cplusplus
 }
 #endif

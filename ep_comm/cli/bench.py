@@ -1,4 +1,4 @@
-"""``ep-comm bench`` and ``ep-comm bench train``."""
+"""``ep-comm bench``, ``ep-comm bench low-latency`` and ``ep-comm bench train``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def bench(
     """Time dispatch and combine against the limit of the links and NCCL's alltoall.
 
     Run by torchrun, one process a GPU. Where the links carried too little for the figures to count
-    the tables say VOID. The subcommand train times whole training steps.
+    the tables say VOID. The subcommand low-latency times the operations for decoding, and train
+    whole training steps.
     """
     if context.invoked_subcommand is not None:
         for name in context.params:
@@ -104,6 +105,105 @@ def bench(
         on_rank_0(report)
     dist.barrier()
     dist.destroy_process_group()
+
+
+@app.command("low-latency")
+def low_latency(
+    tokens: Annotated[
+        str | None, typer.Option(help="Tokens of each rank; default: 1,8,32,128,256.")
+    ] = None,
+    hidden: Annotated[
+        str | None, typer.Option(help="Elements of a token; default: 7168. A list too.")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Hidden 2048, 4096 and 7168: three times as long.")
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="8 and 128 tokens, 100 replays: half a minute.")
+    ] = False,
+    topk: Annotated[int, typer.Option(help="Experts of a token.")] = 8,
+    experts: Annotated[
+        int, typer.Option(help="Over all ranks; rounded up to a multiple of them.")
+    ] = 288,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Dispatch BF16 rows, not FP8. Combine is BF16.")
+    ] = False,
+    num_sms: Annotated[str, typer.Option(help="SM counts, such as 0,32; 0 is all.")] = "0",
+    replays: Annotated[
+        int | None,
+        typer.Option(help="Of each CUDA graph, of 20 operations; default: 500. 10000 for tails."),
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="nvlink; or reference: the host's time, of CPU ranks.")
+    ] = "nvlink",
+    out: Annotated[
+        Path, typer.Option(help="Folder of bench-low-latency.json and the picture.")
+    ] = Path("runs/bench-low-latency"),
+) -> None:
+    """Time low-latency dispatch and combine against what the links can do, and NCCL's alltoall.
+
+    Run by torchrun, one process a GPU: median, 99th percentile and maximum in CUDA graphs and in
+    eager calls, fused and phase by phase, and the host's time of each call. Every size is measured
+    with room for just its tokens, and for 128. Results are checked in the same run: exits with 1
+    if a row is wrong.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from ep_comm.bench.low_latency.report import render, write_json, write_plot
+    from ep_comm.bench.low_latency.run import Run, run
+    from ep_comm.bench.low_latency.settings import (
+        BackendName,
+        parse_numbers,
+        sizes,
+    )
+    from ep_comm.job.exits import UserError, user_errors_exit
+    from ep_comm.job.start import has_launcher, join, on_rank_0
+
+    with user_errors_exit():
+        settings = sizes(
+            tokens=None if tokens is None else parse_numbers("--tokens", tokens),
+            hidden=None if hidden is None else parse_numbers("--hidden", hidden),
+            replays=replays,
+            full=full,
+            quick=quick,
+            topk=topk,
+            experts=experts,
+            fp8=not bf16,
+            num_sms=parse_numbers("--num-sms", num_sms),
+            backend=cast(BackendName, backend),  # check() refuses others
+        )
+        settings.check()
+        if not has_launcher():
+            raise UserError(
+                "start it with torchrun --nproc_per_node=2 -m ep_comm.cli bench low-latency ..."
+            )
+        device = join()
+        available_sms = None
+        if device.type == "cuda":
+            available_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        settings.check_job(dist.get_world_size(), available_sms)
+        on_rank_0(lambda: out.mkdir(parents=True, exist_ok=True))
+        is_first = dist.get_rank() == 0
+        progress = Console(stderr=True, quiet=not is_first)
+
+        def save(found: Run) -> None:
+            if is_first:
+                write_json(found, out / "bench-low-latency.json")
+
+        result = run(settings, device, progress.print, save)
+
+        def report() -> None:
+            console = _console()
+            console.print(render(result))
+            write_plot(result, out / "bench-low-latency.png")
+            console.print(f"written to {out}", highlight=False)
+
+        on_rank_0(report)
+    dist.barrier()
+    dist.destroy_process_group()
+    if result.num_wrong:
+        raise typer.Exit(1)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

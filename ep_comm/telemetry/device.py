@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from ep_comm._native import header
 from ep_comm.telemetry.records import Interval, OpRecord
@@ -43,6 +44,17 @@ class DeviceRecorder:
     def num_bytes(self) -> int:
         """Device memory of the ring."""
         return self._ring.numel()
+
+    @property
+    def times_ns(self) -> Tensor:
+        """[RING_LENGTH, 2] int64 on the device: when each operation began and ended.
+
+        By the GPU's clock. The n-th operation of the buffer, from 0, stands in row
+        n % RING_LENGTH. Nothing is waited for: these are the numbers of operations that are done.
+        """
+        begin, end = (getattr(header.Record, name).offset // 8 for name in ("begin_ns", "end_ns"))
+        assert end == begin + 1
+        return self._ring.view(torch.int64)[:, begin : end + 1]
 
     @property
     def wire_bytes_address(self) -> int:

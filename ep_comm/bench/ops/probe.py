@@ -51,27 +51,13 @@ def measure_limit(watch: Stopwatch) -> Limit:
     Raises:
         UserError: The CUDA library is not there.
     """
-    # Imported here: it is not in every build of torch.
-    import torch.distributed._symmetric_memory as symmetric_memory
-
-    native = _native.load_for(watch.device)
-    if native is None:
-        reason = _native.unusable_reason(watch.device.index)
-        raise UserError(f"the CUDA library cannot be used: {reason}")
-    native.load_kernels()
+    native = usable_library(watch.device)
     num_ranks, row_bytes = dist.get_world_size(), header.EP_PROBE_ROW_BYTES
     wire_bytes = (num_ranks - 1) * _NUM_ROWS * row_bytes
     source = torch.zeros(_NUM_ROWS * row_bytes, dtype=torch.uint8, device=watch.device)
-    memory = symmetric_memory.empty(wire_bytes, dtype=torch.uint8, device=watch.device)
-    world = dist.group.WORLD
-    assert world is not None  # the job was joined
-    mapped = symmetric_memory.rendezvous(memory, world)
+    keep, peers = symmetric_memory(wire_bytes, watch.device)
     args = header.ProbeArgs(
-        peers=header.Peers(
-            memory=(ctypes.c_void_p * header.EP_MAX_PEERS)(*mapped.buffer_ptrs),
-            rank=dist.get_rank(),
-            num_ranks=num_ranks,
-        ),
+        peers=peers,
         source=source.data_ptr(),
         num_rows=_NUM_ROWS,
     )
@@ -87,4 +73,44 @@ def measure_limit(watch: Stopwatch) -> Limit:
         times_us = [watch.back_to_back(push, _LAUNCHES) for _ in range(_REPEATS)]
         rates[num_sms] = wire_bytes / min(watch.slowest(times_us)) / 1e3
     dist.barrier()  # nobody frees what another one still writes to
+    del keep
     return Limit(gb_per_s_by_sms=rates)
+
+
+def usable_library(device: torch.device) -> _native.NativeLibrary:
+    """Return the CUDA library with its kernels loaded.
+
+    Raises:
+        UserError: It is not there, or has no code for this GPU.
+    """
+    native = _native.load_for(device)
+    if native is None:
+        reason = _native.unusable_reason(device.index)
+        raise UserError(f"the CUDA library cannot be used: {reason}")
+    native.load_kernels()
+    return native
+
+
+def symmetric_memory(num_bytes: int, device: torch.device) -> tuple[object, header.Peers]:
+    """Make memory, all zero, that every rank of the default group can write to. Collective.
+
+    Returns:
+        What has to live as long as anybody may write; and where the ranks' memory is mapped here,
+        for kernels that need nothing else of their peers.
+    """
+    # Imported here: it is not in every build of torch.
+    import torch.distributed._symmetric_memory as torch_symmetric_memory
+
+    memory = torch_symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+    memory.zero_()
+    world = dist.group.WORLD
+    assert world is not None  # the job was joined
+    mapped = torch_symmetric_memory.rendezvous(memory, world)
+    peers = header.Peers(
+        memory=(ctypes.c_void_p * header.EP_MAX_PEERS)(*mapped.buffer_ptrs),
+        rank=dist.get_rank(),
+        num_ranks=dist.get_world_size(),
+    )
+    torch.cuda.synchronize(device)
+    dist.barrier()  # it is zero everywhere before anybody writes
+    return (memory, mapped), peers
