@@ -4,16 +4,18 @@
     python scripts/results.py            # after a JSON file was added or replaced
     python scripts/results.py --check    # exit code 1 where a page is not what the files give
 
-A file is what ``ep-comm bench`` (bench.json), ``ep-comm bench train`` (bench-train.json) or
-``ep-comm compare`` (report.json) wrote, under a name of its own; or a plain table of a run by hand:
-title, machine, columns and rows. Files of one kind become one page, a section each. A guide shows
-figures between two comments::
+A file is what ``ep-comm bench`` (bench.json), ``ep-comm bench low-latency``
+(bench-low-latency.json), ``ep-comm bench train`` (bench-train.json) or ``ep-comm compare``
+(report.json) wrote, under a name of its own; or a plain table of a run by hand: title, machine,
+columns and rows. Files of one kind become one page, a section each. A guide shows figures between
+two comments::
 
     <!-- results: operations h200-x4-w1 h200-x8-w1-groups -->
     <!-- end -->
 
-``operations`` sets dispatch and combine beside the other libraries of the same run, ``steps`` lists
-how much faster training steps are.
+``operations`` sets dispatch and combine beside the other libraries of the same run, ``latency`` has
+low-latency operations in CUDA graphs beside their floor, ``steps`` lists how much faster training
+steps are.
 """
 
 from __future__ import annotations
@@ -167,13 +169,87 @@ def _call(result: Document) -> float:
 
 def _setting(document: Document) -> str:
     shape, routing = document["settings"]["shape"], document["settings"]["routing"]
-    gpu = document["gpus"][0].removeprefix("NVIDIA ") if document["gpus"] else "CPU ranks"
     groups = (
         f", experts in {routing['group_topk']} of {routing['num_groups']} groups"
         if routing["kind"] == "group-limited"
         else ""
     )
-    return f"{document['num_ranks']} × {gpu}, hidden {shape['hidden']}{groups}"
+    return f"{document['num_ranks']} × {_gpu(document)}, hidden {shape['hidden']}{groups}"
+
+
+def _gpu(document: Document) -> str:
+    return document["gpus"][0].removeprefix("NVIDIA ") if document["gpus"] else "CPU ranks"
+
+
+# --- ep-comm bench low-latency --------------------------------------------------------------------
+
+_SIZE = ("hidden", "tokens", "room", "num_sms")
+_LATENCIES = {
+    "dispatch": "dispatch",
+    "combine": "combine",
+    "combine, own weights": "combine, own weights",
+    "dispatch + combine": "both",
+    "four phases": "four phases",
+}
+
+
+def _latency_tables(document: Document) -> list[Table]:
+    columns = (
+        "operation; hidden; tokens; room; SMs; p50; p99; max; p99 ÷ p50; mean; kernel; floor; "
+        "eager p50; eager p99; eager max; wrong"
+    ).split("; ")
+    operations = Table(columns, [_latency_row(result) for result in document["low_latency"]])
+    calls = list(document["host"][0]["times"])
+    host: list[list[Cell]] = [
+        [_size(found), *(_p50_and_p99(found["times"][call]) for call in calls)]
+        for found in document["host"]
+    ]
+    return [operations, Table(["host, p50 (p99)", *calls], host)]
+
+
+def _latency_row(result: Document) -> list[Cell]:
+    graph, eager, kernel = (result[name] or {} for name in ("graph", "eager", "kernel"))
+    tail = graph["p99"] / graph["p50"] if graph else None
+    return [
+        *(result[name] for name in ("operation", "hidden", "tokens", "room")),
+        {0: "all"}.get(result["num_sms"], result["num_sms"]),
+        *(number(graph.get(name), ".1f") for name in ("p50", "p99", "max")),
+        number(tail, ".2f"),
+        *(number(us, ".1f") for us in (result["mean_us"], kernel.get("p50"), result["floor_us"])),
+        *(number(eager.get(name), ".1f") for name in ("p50", "p99", "max")),
+        result["wrong"],
+    ]
+
+
+def _latency(documents: Iterable[Document]) -> Table:
+    """A row a size: median and 99th percentile in CUDA graphs, and the floor of both operations."""
+    rows: list[list[Cell]] = []
+    for document in documents:
+        by_size: dict[tuple, Document] = {}
+        for result in document["low_latency"]:
+            size = tuple(result[name] for name in _SIZE)
+            by_size.setdefault(size, {})[result["operation"]] = result
+        for size, results in by_size.items():
+            hidden, tokens, room, _ = size
+            if room is None:
+                continue
+            (peer,) = by_size[hidden, tokens, None, None].values()
+            both = results["dispatch + combine"]
+            shown = [*(results.get(name) for name in _LATENCIES), peer]
+            cells = [_p50_and_p99(found["graph"]) if found else None for found in shown]
+            label = f"{document['num_ranks']} × {_gpu(document)}, {_size(both)}"
+            rows.append([label, *cells, number(both["floor_us"], ".1f")])
+    columns = ["µs, p50 (p99)", *_LATENCIES.values(), "NCCL alltoall, one way", "floor of both"]
+    return Table(columns, rows)
+
+
+def _size(found: Document) -> str:
+    sms = f", {found['num_sms']} SMs" if found["num_sms"] else ""
+    return f"hidden {found['hidden']}: {found['tokens']} tokens, room for {found['room']}{sms}"
+
+
+def _p50_and_p99(times: Document | None) -> str | None:
+    return f"{times['p50']:.1f} ({times['p99']:.1f})" if times else None
 
 
 # --- ep-comm bench train --------------------------------------------------------------------------
@@ -312,6 +388,13 @@ PAGES = [
         _operation_tables,
     ),
     Page(
+        "low-latency",
+        "Low latency: `ep-comm bench low-latency`",
+        "Times in µs. [The guide](../performance.md#low-latency) explains the columns.",
+        lambda document: "low_latency" in document,
+        _latency_tables,
+    ),
+    Page(
         "training-steps",
         "Training steps: `ep-comm bench train`",
         "[The guide](../performance.md#training-steps) says how they are measured.",
@@ -333,7 +416,7 @@ PAGES = [
         lambda document: [Table(table["columns"], table["rows"]) for table in document["tables"]],
     ),
 ]
-BLOCKS = {"operations": _operations, "steps": _steps}
+BLOCKS = {"operations": _operations, "latency": _latency, "steps": _steps}
 
 
 def generate(root: Path = ROOT) -> dict[Path, str]:
@@ -356,6 +439,8 @@ def generate(root: Path = ROOT) -> dict[Path, str]:
             for name, document in files.items()
             if page.takes(document)
         ]  # fmt: skip
+        if not sections:
+            continue
         pages[folder / f"{page.name}.md"] = (
             template.render(page=page, sections=sections).rstrip() + "\n"
         )

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ep_comm.bench.low_latency.clocks import HOST_CALLS, Times
 from ep_comm.bench.low_latency.run import Result, Run
+from ep_comm.bench.low_latency.settings import Point
 from ep_comm.bench.low_latency.works import BUSY_NS, REPEATS
 from ep_comm.bench.ops.probe import REQUIRED_GB_PER_S
 from ep_comm.bench.tables import number, screen_table
@@ -154,51 +155,55 @@ def _plot_line(axes: Any, operation: str, results: list[Result]) -> None:
 
 def _operations(run: Run, hidden: int) -> Table:
     columns = (
-        "operation", "tokens", "room", "SMs", "p50", "p99", "max", "p99/p50", "mean", "kernel",
-        "floor", "x floor", "eager p50", "p99", "max", "wrong",
+        "operation", "p50", "p99", "max", "p99/p50", "mean", "kernel", "floor", "x floor",
+        "eager p50", "p99", "max", "wrong",
     )  # fmt: skip
     title = f"hidden {hidden}: {headline(run)}"
     table = screen_table(title, columns, "bold red" if is_void(run) or run.num_wrong else "bold")
-    last = None
+    last = ""
     for result in run.results:
         if result.hidden != hidden:
             continue
-        size = (result.tokens, result.room, result.num_sms)
-        if last not in (None, size):
+        if (size := _size(result)) != last:
             table.add_section()
+            table.add_row(size, style="bold")
         last = size
         table.add_row(result.operation, *(cell or "-" for cell in _cells(result)))
     return table
 
 
+def _size(found: Result | Point) -> str:
+    room = "" if found.room is None else f", room for {found.room}"
+    sms = f", {found.num_sms} SMs" if found.num_sms else ""
+    return f"{found.tokens} token{'s' * (found.tokens > 1)}{room}{sms}"
+
+
 def _cells(result: Result) -> Iterable[str | None]:
     graph, eager, floor_us = result.graph, result.eager, result.floor_us
     best = _best(result)
-    yield str(result.tokens)
-    yield None if result.room is None else str(result.room)
-    yield {None: None, 0: "all"}.get(result.num_sms, str(result.num_sms))
     yield from _three(graph)
     yield None if graph is None or graph.p50 <= 0 else f"{graph.p99 / graph.p50:.2f}"
-    yield number(result.mean_us, ".1f")
-    yield None if result.kernel is None else f"{result.kernel.p50:.1f}"
-    yield number(floor_us, ".1f")
+    yield _us(result.mean_us)
+    yield None if result.kernel is None else _us(result.kernel.p50)
+    yield _us(floor_us)
     yield None if floor_us is None or best is None else f"{best.p50 / floor_us:.1f}"
     yield from _three(eager)
     yield number(result.wrong, "d")
 
 
 def _three(times: Times | None) -> tuple[str | None, ...]:
-    if times is None:
-        return None, None, None
-    return f"{times.p50:.1f}", f"{times.p99:.1f}", f"{times.max:.1f}"
+    return (None,) * 3 if times is None else tuple(map(_us, (times.p50, times.p99, times.max)))
+
+
+def _us(value: float | None) -> str | None:
+    return number(value, ".1f" if value is None or value < 1000 else ".0f")
 
 
 def _host(run: Run) -> Table:
-    table = screen_table("host, µs: p50 / p99", ("tokens", "room", "hidden", *HOST_CALLS))
+    table = screen_table("host, µs: p50 / p99", ("size", *HOST_CALLS))
     for found in run.host:
-        point, times = found.point, found.times
-        cells = (f"{times[name].p50:.1f} / {times[name].p99:.1f}" for name in HOST_CALLS)
-        table.add_row(str(point.tokens), str(point.room), str(point.hidden), *cells)
+        cells = (f"{_us(each.p50)} / {_us(each.p99)}" for each in found.times.values())
+        table.add_row(f"hidden {found.point.hidden}: {_size(found.point)}", *cells)
     return table
 
 
