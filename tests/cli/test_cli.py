@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_bench import made_up_run
+from test_bench_low_latency import made_up_run as low_latency_run
 from typer.testing import CliRunner
 
 from ep_comm import __version__, _native
@@ -112,6 +113,54 @@ def test_bench_prints_and_writes_even_a_void_run(rate, is_void, monkeypatch, tmp
     assert ("VOID" in result.output) == is_void
     assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.png"}
     assert asked[0].shape == PRESETS["W2"]._replace(topk=4) and asked[0].sms == (0, 24)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "start it with torchrun"),
+        (["--tokens", "0"], "--tokens 0 must be positive"),
+        (["--tokens", "few"], "--tokens 'few' must be comma-separated"),
+        (["--hidden", "100"], "--hidden 100 is not a multiple of 128"),
+        (["--full", "--hidden", "2048"], "--full and --hidden"),
+        (["--backend", "nvshmem"], "--backend 'nvshmem' is none of"),
+    ],
+)
+def test_bench_low_latency_outside_of_torchrun(no_job, capfd, flags, words):
+    result = CliRunner().invoke(app, ["bench", "low-latency", *flags])
+    assert result.exit_code == 2
+    error = capfd.readouterr().err + result.output
+    assert error.startswith(f"error: {words}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("wrong", [0, 3])
+def test_bench_low_latency_prints_and_writes_even_wrong_results(wrong, monkeypatch, tmp_path):
+    monkeypatch.setattr("ep_comm.job.start.has_launcher", lambda: True)
+    monkeypatch.setattr("ep_comm.job.start.join", lambda: torch.device("cuda"))
+    monkeypatch.setattr("ep_comm.job.start.on_rank_0", lambda action: action())
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda: None)
+    gpu = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    asked = []
+
+    def run(settings, device, progress, save):
+        asked.append(settings)
+        found = low_latency_run(wrong=wrong)
+        save(found)
+        return found
+
+    monkeypatch.setattr("ep_comm.bench.low_latency.run.run", run)
+    command = ["bench", "low-latency", "--quick", "--bf16", "--num-sms", "0,32"]
+    result = CliRunner().invoke(app, [*command, "--out", str(tmp_path)])
+    assert result.exit_code == (1 if wrong else 0), result.output
+    assert "one way 0.70" in result.output
+    names = {"bench-low-latency.json", "bench-low-latency.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    settings = asked[0]
+    assert not settings.fp8 and settings.num_sms == (0, 32) and settings.replays == 100
 
 
 def test_doctor_fits_on_one_screen():

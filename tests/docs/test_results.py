@@ -13,10 +13,12 @@ import pytest
 from rich.console import Console
 from test_bench import LIMIT
 from test_bench import made_up_run as operations
+from test_bench_low_latency import made_up_run as latencies
 from test_bench_train import made_up_run as steps
 from test_compare import CURVES, begun, compare
 from test_compare import config as config  # a fixture
 
+from ep_comm.bench.low_latency.report import write_json as write_latencies
 from ep_comm.bench.ops.report import write_json
 from ep_comm.bench.train.report import write_report
 
@@ -75,6 +77,32 @@ def test_a_file_of_ep_comm_bench(checkout):
         "| dispatch, fresh | all | 100 | – | 120 | 119–121 | 1.20 | 125 | 180 | 41 | 51 |" in found
     )
     assert "Source:" not in found and "**Void" not in found
+
+
+def test_a_file_of_ep_comm_bench_low_latency(checkout):
+    write_latencies(latencies(), checkout / "docs" / "results" / "new.json")
+    found = section(checkout, "low-latency", "new")
+    assert (
+        "| dispatch + combine | 7168 | 8 | 8 | all | 40.0 | 60.0 | 120.0 | 1.50 | 39.0 | – | 4.0 |"
+        in found
+    )
+    assert "| NCCL alltoall | 7168 | 8 | – | – | 33.0 | 35.0 | 44.0 | 1.06 |" in found
+    assert "| hidden 7168: 8 tokens, room for 128 | 20.0 (24.0) |" in found
+
+
+def test_latencies_stand_beside_their_floor(checkout):
+    write_latencies(latencies(), checkout / "docs" / "results" / "new.json")
+    run = json.loads((checkout / "docs" / "results" / "new.json").read_text())
+    lines = str(results._latency([run | {"gpus": ["NVIDIA H200"]}])).splitlines()
+    assert lines[0] == (
+        "| µs, p50 (p99) | dispatch | combine | combine, own weights | both | four phases "
+        "| NCCL alltoall, one way | floor of both |"
+    )
+    assert lines[2] == (
+        "| 2 × H200, hidden 7168: 8 tokens, room for 8 | 10.0 (15.0) | 30.0 (45.0) | 60.0 (90.0) "
+        "| 40.0 (60.0) | 120.0 (180.0) | 33.0 (35.0) | 4.0 |"
+    )
+    assert len(lines) == 2 + 3
 
 
 def test_a_void_run_says_so(checkout):

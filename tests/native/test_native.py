@@ -159,6 +159,38 @@ def test_refuses_bad_arguments_before_any_launch(library):
         library.layout_workspace_bytes(1, 7, 2)
 
 
+def test_a_word_needs_a_partner(library):
+    def refusal(**fields: int) -> str:
+        peers = header.Peers(rank=1, num_ranks=2)
+        args = {"partner": 0, "first": 1, "num_round_trips": 5, **fields}
+        with pytest.raises(EPArgumentError) as raised:
+            library.launch("ep_ping", header.PingArgs(peers=peers, **args), 0)
+        return str(raised.value)
+
+    assert refusal(partner=1) == "libep_comm: partner = 1 is no other rank of 2"
+    assert refusal(partner=2) == "libep_comm: partner = 2 is no other rank of 2"
+    assert "first = 0 and num_round_trips = 5 must be positive" in refusal(first=0)
+    assert "num_round_trips = 0 must be positive" in refusal(num_round_trips=0)
+
+
+def test_nobody_is_busy_for_less_than_no_time(library):
+    with pytest.raises(EPArgumentError, match="duration_ns = -1 is negative"):
+        library.launch("ep_busy", header.BusyArgs(duration_ns=-1), 0)
+
+
+@pytest.mark.gpu
+def test_other_work_says_when_it_ran(library):
+    library.load_kernels()
+    stamps = torch.zeros(3, 2, dtype=torch.int64, device="cuda")
+    stream = torch.cuda.current_stream().cuda_stream
+    for row in stamps:
+        args = header.BusyArgs(stamps_ns=row.data_ptr(), duration_ns=200_000)
+        library.launch("ep_busy", args, stream)
+    begins, ends = stamps.cpu().unbind(1)
+    assert ((ends - begins >= 200_000) & (ends - begins < 2_000_000)).all()
+    assert (begins[1:] >= ends[:-1]).all() and (begins > 0).all()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would launch on pointers to host memory")
 def test_reports_cuda_failures(library):
     memory = (ctypes.c_int32 * 8)()

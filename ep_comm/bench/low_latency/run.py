@@ -257,8 +257,11 @@ def _on_the_host(work: Work, point: Point, watch: Stopwatch) -> list[Result]:
 
 def _measure_alltoall(found: Run, hidden: int, tokens: int, watch: Stopwatch) -> Result:
     """Send every token to every rank in BF16: what fixed sizes take, whatever the routing is."""
-    rows = torch.randn(found.num_ranks * tokens, hidden, device=watch.device).bfloat16()
-    out = torch.empty_like(rows)
+    generator = torch.Generator(watch.device).manual_seed(dist.get_rank())  # rows of its own
+    rows = torch.randn(
+        found.num_ranks * tokens, hidden, generator=generator, device=watch.device
+    ).bfloat16()
+    out = torch.zeros_like(rows)
 
     def call() -> None:
         dist.all_to_all_single(out, rows)
