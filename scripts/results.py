@@ -189,6 +189,7 @@ _LATENCIES = {
     "combine": "combine",
     "combine, own weights": "combine, own weights",
     "dispatch + combine": "both",
+    "dispatch + combine, general kernel": "both, general kernel",
     "four phases": "four phases",
 }
 

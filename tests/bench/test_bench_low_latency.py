@@ -14,6 +14,8 @@ from ranks import run_ranks
 from rich.console import Console
 
 from ep_comm import Buffer
+from ep_comm._native import header
+from ep_comm.backends.nvlink.low_latency import LowLatencyArgs, NVLinkLowLatency
 from ep_comm.bench.low_latency import clocks, run, works
 from ep_comm.bench.low_latency.clocks import HOST_CALLS, Times
 from ep_comm.bench.low_latency.floors import Floors, WireBytes, measure_one_way
@@ -43,6 +45,9 @@ OPERATIONS = [
     "dispatch of a pair, own weights",
     "combine, own weights",
     "dispatch + combine, own weights",
+    "dispatch of a pair, general kernel",
+    "combine, general kernel",
+    "dispatch + combine, general kernel",
     "send of dispatch",
     "receive of dispatch",
     "send of combine",
@@ -190,6 +195,23 @@ def test_phases_stand_between_other_work():
     }
 
 
+def test_the_general_kernel_is_taken_for_a_while():
+    low_latency = object.__new__(NVLinkLowLatency)
+    low_latency.args = LowLatencyArgs(
+        header.LowLatencyDispatchArgs(), header.LowLatencyCombineArgs()
+    )
+    buffer = mock.Mock()
+    buffer._session.backend.low_latency = low_latency
+
+    def taken() -> list[int]:
+        return [args.common.is_general for args in low_latency.args]
+
+    with pytest.raises(ZeroDivisionError), works.general_kernels(buffer):
+        assert taken() == [1, 1]
+        1 / 0  # noqa: B018
+    assert taken() == [0, 0]
+
+
 def three_ranks_times(rank: int) -> dict[str, Times]:
     """Of two calls of each kind; rank 1 has the slowest hooks, rank 2 the slowest combines."""
     watch = Stopwatch(torch.device("cpu"), iters=1)
@@ -227,6 +249,8 @@ def test_weights_of_their_own_are_a_hop_more():
     found = run._floors_of(WireBytes(dispatch=340e3, combine=680e3), FLOORS)
     assert found["dispatch + combine"] == pytest.approx(1.7 + 2.7)
     assert found["combine, own weights"] == pytest.approx(1.4 + 2)
+    assert found["dispatch + combine, general kernel"] == found["dispatch + combine"]
+    assert found.keys() < set(OPERATIONS)
     assert run._floors_of(WireBytes(dispatch=1, combine=1), None) == {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -161,6 +162,28 @@ def test_bench_low_latency_prints_and_writes_even_wrong_results(wrong, monkeypat
     assert {path.name for path in tmp_path.iterdir()} == names
     settings = asked[0]
     assert not settings.fp8 and settings.num_sms == (0, 32) and settings.replays == 100
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CPU ranks are for machines without GPUs")
+def test_bench_low_latency_on_cpu_ranks(tmp_path):
+    flags = "--backend reference --tokens 130 --hidden 128 --topk 2 --experts 4"
+    command = f"torch.distributed.run --nproc_per_node=2 -m ep_comm.cli bench low-latency {flags}"
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split(), "--out", str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks, top-2 of 4, FP8 dispatch" in done.stdout and "host, µs" in done.stdout
+    document = json.loads((tmp_path / "bench-low-latency.json").read_text())
+    assert document["num_wrong"] == 0 and len(document["host"]) == 1
+    assert [result["operation"] for result in document["low_latency"]] == [
+        *("dispatch", "dispatch + combine", "dispatch + combine, own weights", "gloo alltoall")
+    ]
+    assert (tmp_path / "bench-low-latency.png").exists()
 
 
 def test_doctor_fits_on_one_screen():

@@ -95,12 +95,12 @@ def test_latencies_stand_beside_their_floor(checkout):
     run = json.loads((checkout / "docs" / "results" / "new.json").read_text())
     lines = str(results._latency([run | {"gpus": ["NVIDIA H200"]}])).splitlines()
     assert lines[0] == (
-        "| µs, p50 (p99) | dispatch | combine | combine, own weights | both | four phases "
-        "| NCCL alltoall, one way | floor of both |"
+        "| µs, p50 (p99) | dispatch | combine | combine, own weights | both "
+        "| both, general kernel | four phases | NCCL alltoall, one way | floor of both |"
     )
     assert lines[2] == (
         "| 2 × H200, hidden 7168: 8 tokens, room for 8 | 10.0 (15.0) | 30.0 (45.0) | 60.0 (90.0) "
-        "| 40.0 (60.0) | 120.0 (180.0) | 33.0 (35.0) | 4.0 |"
+        "| 40.0 (60.0) | 100.0 (150.0) | 150.0 (225.0) | 33.0 (35.0) | 4.0 |"
     )
     assert len(lines) == 2 + 3
 

@@ -173,7 +173,7 @@ def _measure_point(
     calls = Calls(buffer, inputs, point, settings.fp8)
     wire = WireBytes.of_inputs(inputs, point.hidden, settings.fp8)
     floors = _floors_of(wire, found.floors)
-    works: list[Work] = [Dispatches(calls), Pairs(calls, False), Pairs(calls, True)]
+    works: list[Work] = [Dispatches(calls), Pairs(calls), Pairs(calls, own_weights=True)]
     if watch.device.type == "cpu":
         for work in works:
             found.results += _on_the_host(work, point, watch)
@@ -182,7 +182,7 @@ def _measure_point(
         return
 
     native = usable_library(watch.device)
-    works.append(SplitPairs(calls, native, watch.device))
+    works += [Pairs(calls, general=True), SplitPairs(calls, native, watch.device)]
     clock = GpuClock(watch, native, settings.replays)
     for work in works:
         replayed = clock.replayed(work)
@@ -218,17 +218,13 @@ def _floors_of(wire: WireBytes, floors: Floors | None) -> dict[str, float]:
     """Return the floor of each operation that has one, in µs."""
     if floors is None:
         return {}
-    dispatch, combine = floors.us(wire.dispatch), floors.us(wire.combine)
-    own_weights = floors.us(wire.combine, hops=2)  # the weights go first
-    return {
-        "dispatch": dispatch,
-        "dispatch of a pair": dispatch,
-        "combine": combine,
-        "dispatch + combine": dispatch + combine,
-        "dispatch of a pair, own weights": dispatch,
-        "combine, own weights": own_weights,
-        "dispatch + combine, own weights": dispatch + own_weights,
-    }
+    found = {"dispatch": floors.us(wire.dispatch)}
+    for says, hops in (("", 1), (", own weights", 2), (", general kernel", 1)):  # weights go first
+        combine = floors.us(wire.combine, hops)
+        found[f"dispatch of a pair{says}"] = found["dispatch"]
+        found[f"combine{says}"] = combine
+        found[f"dispatch + combine{says}"] = found["dispatch"] + combine
+    return found
 
 
 def _on_the_host(work: Work, point: Point, watch: Stopwatch) -> list[Result]:

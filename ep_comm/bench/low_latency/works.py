@@ -8,7 +8,8 @@ its predecessor on the GPU may begin early.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ep_comm import Buffer, LowLatencyCombineOutput, LowLatencyDispatchOutput
 from ep_comm._native import NativeLibrary, header
+from ep_comm.backends.nvlink.low_latency import NVLinkLowLatency
 from ep_comm.bench.low_latency import check
 from ep_comm.bench.low_latency.inputs import NUM_SETS, InputSet
 from ep_comm.bench.low_latency.settings import Point
@@ -83,6 +85,20 @@ class Calls:
             out=out,
             return_recv_hook=split,
         )
+
+
+@contextmanager
+def general_kernels(buffer: Buffer) -> Iterator[None]:
+    """Have low-latency operations of a buffer over NVLink take the kernels for any sizes."""
+    low_latency = buffer._session.backend.low_latency
+    assert isinstance(low_latency, NVLinkLowLatency)
+    for args in low_latency.args:
+        args.common.is_general = True
+    try:
+        yield
+    finally:
+        for args in low_latency.args:
+            args.common.is_general = False
 
 
 class Work(Protocol):
@@ -207,19 +223,22 @@ class Pairs(_Recorded):
     Args:
         calls: What to call.
         own_weights: Combine brings the weights; else they travel with the dispatch.
+        general: By the kernels for any sizes, where there are others for these.
     """
 
-    def __init__(self, calls: Calls, own_weights: bool) -> None:
-        says = ", own weights" if own_weights else ""
+    def __init__(self, calls: Calls, *, own_weights: bool = False, general: bool = False) -> None:
+        says = ", own weights" * own_weights + ", general kernel" * general
         names = f"dispatch of a pair{says}", f"combine{says}"
         super().__init__(calls, names, together=f"dispatch + combine{says}")
         self._own_weights = own_weights
+        self._kernels = general_kernels if general else nullcontext
 
     def run(self) -> None:
         """Call or capture them all."""
-        for i, out in enumerate(self._combined):
-            self._received = self._calls.dispatch(i, self._own_weights)
-            self._calls.combine(i, self._received, out, self._own_weights)
+        with self._kernels(self._calls.buffer):
+            for i, out in enumerate(self._combined):
+                self._received = self._calls.dispatch(i, self._own_weights)
+                self._calls.combine(i, self._received, out, self._own_weights)
 
 
 class SplitPairs(_Checked):
