@@ -195,11 +195,12 @@ class GpuClock:
     def _measured(self, work: Work, stamps: Tensor, mean_us: float | None) -> Measured:
         torch.cuda.synchronize(self._device)
         steps = stamps[..., 1].diff(dim=1).abs().flatten().cpu().numpy()
+        (step_ns,) = self._watch.slowest([float(np.gcd.reduce(steps))])
         return Measured(
             times={name: self._slowest(ns) for name, ns in work.durations(stamps).items()},
             kernels={name: self._slowest(ns) for name, ns in work.kernels(stamps).items()},
             mean_us=mean_us,
-            step_ns=int(np.gcd.reduce(steps)),
+            step_ns=int(step_ns),
         )
 
     @staticmethod
