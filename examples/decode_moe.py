@@ -38,8 +38,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
 from ep_comm import Buffer, EPConfig
-from ep_comm.bench.tables import screen_table
-from ep_comm.bench.timing import Stopwatch
+from ep_comm.bench.tables import number, screen_table
 from ep_comm.job import files
 from ep_comm.job.environment import surroundings
 from ep_comm.job.exits import UserError, user_errors_exit
@@ -64,15 +63,18 @@ IN_TURN, OVERLAPPED = "low-latency, 2 in turn", "low-latency, 2 overlapped"
 Phases = Generator[None, None, Tensor]  # yields while something of it is in flight
 
 
-# --- To the experts and back: x [T, hidden], topk_idx and FP32 weights [T, K] to [T, hidden] ------
+# --- To the experts and back ----------------------------------------------------------------------
+# x [T, hidden], topk_idx and FP32 weights [T, K] of this rank's tokens; the result is [T, hidden].
 
 
-def low_latency(buffer: Buffer, split: bool, x, topk_idx, weights, experts: Experts) -> Phases:
+def low_latency(
+    buffer: Buffer, split: bool, x: Tensor, topk_idx: Tensor, weights: Tensor, experts: Experts
+) -> Phases:
     """Dispatch, and combine, which weights and sums; with `split` hooks receive."""
+    num_experts = buffer.config.num_experts
     out = buffer.low_latency_dispatch(
-        x, topk_idx, len(x), buffer.config.num_experts, weights,
-        use_fp8=False, return_recv_hook=split,
-    )  # fmt: skip
+        x, topk_idx, len(x), num_experts, weights, use_fp8=False, return_recv_hook=split
+    )
     if split:
         yield
         out.hook()
@@ -84,31 +86,33 @@ def low_latency(buffer: Buffer, split: bool, x, topk_idx, weights, experts: Expe
     return back.combined_x
 
 
-def normal(buffer: Buffer, x, topk_idx, weights, experts: Experts) -> Phases:
+def normal(
+    buffer: Buffer, x: Tensor, topk_idx: Tensor, weights: Tensor, experts: Experts
+) -> Phases:
     """Dispatch into an output with room for all tokens of all ranks; combine."""
     yield from ()  # nothing is left in flight
     room = buffer.num_ranks * len(x)
     out = buffer.dispatch(x, topk_idx, weights, layout="rank", num_worst_tokens=room)
-    y = experts.weighted_sum(out.recv_x, out.recv_topk_idx, out.recv_topk_weights)
-    return buffer.combine(y, out.handle).combined_x
+    sums = experts.weighted_sum(out.recv_x, out.recv_topk_idx, out.recv_topk_weights)
+    return buffer.combine(sums, out.handle).combined_x
 
 
-def alltoall(x, topk_idx, weights, experts: Experts) -> Phases:
-    """Send all tokens to all ranks, experts and weights behind each; a sum comes from each rank."""
+def alltoall(x: Tensor, topk_idx: Tensor, weights: Tensor, experts: Experts) -> Phases:
+    """Send all rows to all ranks, weights and experts behind each; every rank returns sums."""
     yield from ()
-    num_ranks, columns = dist.get_world_size(), 2 * topk_idx.shape[1]  # two BF16 in four bytes
-    rows = torch.cat([x, topk_idx.int().view(x.dtype), weights.view(x.dtype)], dim=1)
-    rows = _exchanged(rows.repeat(num_ranks, 1))
-    x, topk_idx, weights = rows.split([x.shape[1], columns, columns], dim=1)
-    topk_idx = topk_idx.contiguous().view(torch.int32) - dist.get_rank() * len(experts.up)
-    sums = experts.weighted_sum(x, topk_idx.long(), weights.contiguous().view(torch.float32))
-    sums = _exchanged(sums).unflatten(0, (num_ranks, -1))
+    num_ranks, first_expert = dist.get_world_size(), dist.get_rank() * len(experts.up)
+    routing = torch.cat([weights, topk_idx.float()], dim=1)
+    rows = torch.cat([x, routing.view(x.dtype)], dim=1).expand(num_ranks, -1, -1)
+    rows, routing = _exchanged(rows.contiguous()).flatten(0, 1).tensor_split([x.shape[1]], dim=1)
+    weights, topk_idx = routing.contiguous().view(torch.float32).chunk(2, dim=1)
+    sums = experts.weighted_sum(rows, topk_idx.long() - first_expert, weights)
+    sums = _exchanged(sums.unflatten(0, (num_ranks, len(x))))
     return sums.sum(0, dtype=torch.float32).bfloat16()
 
 
-def _exchanged(rows: Tensor) -> Tensor:
-    received = torch.empty_like(rows)
-    dist.all_to_all_single(received, rows)
+def _exchanged(of_ranks: Tensor) -> Tensor:
+    received = torch.empty_like(of_ranks)
+    dist.all_to_all_single(received, of_ranks)
     return received
 
 
@@ -127,12 +131,10 @@ class Experts(NamedTuple):
 
     def weighted_sum(self, x: Tensor, topk_idx: Tensor, weights: Tensor) -> Tensor:
         """Sum what experts make of rows [N, hidden]; `topk_idx` not in 0 to E - 1 is no expert."""
-        num_experts = len(self.up)
-        others = (topk_idx < 0) | (topk_idx >= num_experts)
-        weights_NE = weights.new_zeros(len(x), num_experts + 1)  # the last is of the others
-        weights_NE.scatter_(1, topk_idx.masked_fill(others, num_experts), weights)
-        y = self(x.expand(num_experts, -1, -1))
-        return (y * weights_NE.T[:num_experts, :, None]).sum(0).bfloat16()
+        last, row = len(self.up) - 1, torch.arange(len(x), device=x.device)
+        y = self(x.expand(last + 1, -1, -1))[topk_idx.clamp(0, last), row[:, None]]
+        weights = weights.masked_fill((topk_idx < 0) | (topk_idx > last), 0)
+        return (y * weights[:, :, None]).sum(1).bfloat16()
 
 
 class Decoder:
@@ -254,7 +256,7 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def times(step: Callable[[], None], num_steps: int, device: torch.device) -> tuple[float, ...]:
+def times(step: Callable[[], None], num_steps: int, device: torch.device) -> list[float]:
     """Return the µs of each step, then of all with no pause between: those of the slowest rank."""
     for _ in range(WARM_UP):
         step()
@@ -264,7 +266,10 @@ def times(step: Callable[[], None], num_steps: int, device: torch.device) -> tup
             with timed(device) as span:
                 step()
             spans.append(span)
-    return Stopwatch(device, 0).slowest([1e6 * span.seconds for span in (*spans, whole)])
+    us = [1e6 * span.seconds for span in (*spans, whole)]
+    slowest_us = torch.tensor(us, dtype=torch.float64, device=device)
+    dist.all_reduce(slowest_us, op=dist.ReduceOp.MAX)
+    return slowest_us.tolist()
 
 
 # --- What it says ---------------------------------------------------------------------------------
@@ -272,45 +277,35 @@ def times(step: Callable[[], None], num_steps: int, device: torch.device) -> tup
 
 def report(options: argparse.Namespace, results: dict[str, dict[str, float]]) -> None:
     """Print the table, and write the file that ``--json`` names."""
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, no graphs"
-    num_tokens = options.tokens * dist.get_world_size()
+    num_ranks = dist.get_world_size()
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU without graphs"
     title = (
-        f"{dist.get_world_size()} ranks ({where}), {options.tokens} tokens a rank and step: "
-        f"{options.layers} layers, hidden {options.hidden}, top-{options.topk} of {options.experts}"
+        f"{num_ranks} × {where}, {options.tokens} tokens each: {options.layers} layers, "
+        f"hidden {options.hidden}, top-{options.topk} of {options.experts} experts"
     )
     columns = ["µs a step", "p50", "p99", "alltoall ÷ this", "tokens/s", "same tokens"]
-    p50 = {name: found["p50_us"] for name, found in results.items()}
-    rows = [
-        [
-            name,
-            f"{found['p50_us']:,.0f}",
-            f"{found['p99_us']:,.0f}",
-            f"{p50['alltoall'] / p50[name]:.2f}" if "alltoall" in p50 else "–",
-            f"{found['tokens_per_s']:,.0f}",
-            f"{found['same_tokens'] * num_tokens:.0f} of {num_tokens}",
-        ]
-        for name, found in results.items()
-    ]
-    notes = ["same tokens: as alltoall without a graph, after one step, on all ranks"]
+    rows = []
+    for name, found in results.items():
+        ratio = results["alltoall"]["p50_us"] / found["p50_us"] if "alltoall" in results else None
+        num_tokens = options.tokens * num_ranks
+        same = f"{found['same_tokens'] * num_tokens:.0f} of {num_tokens}"
+        times = (f"{found[key]:,.0f}" for key in ("p50_us", "p99_us"))
+        rows.append([name, *times, number(ratio, ".2f"), f"{found['tokens_per_s']:,.0f}", same])
+    notes = ["a step: a token of each sequence; same tokens: as eager alltoall, of the first step"]
     if options.overlap:
-        of_two, of_one = (p50[name] - p50[OVERLAPPED] for name in (IN_TURN, "low-latency"))
-        notes.append(
-            f"overlap saves {of_two:.0f} µs a step of two in turn, {of_one:.0f} of one batch"
+        of_two, of_one = (
+            results[name]["p50_us"] - results[OVERLAPPED]["p50_us"]
+            for name in (IN_TURN, "low-latency")
         )
-    table = screen_table(title, columns)
+        notes.append(f"overlap saves {of_two:.0f} µs of two in turn, {of_one:.0f} of one batch")
+    table = screen_table("", columns)
     for row in rows:
-        table.add_row(*row)
-    Console(width=110).print(table, *notes, sep="\n", highlight=False)
+        table.add_row(*(cell or "–" for cell in row))
+    Console(width=110).print(title, table, *notes, sep="\n", highlight=False)
     if options.json:
-        figures = {"results": results, "tables": [{"columns": columns, "rows": rows}]}
         settings = {name: getattr(options, name) for name in SIZES}
-        document = {
-            "title": title,
-            **surroundings(),
-            "settings": settings,
-            **figures,
-            "notes": notes,
-        }
+        document = {"title": title, **surroundings(), "settings": settings, "results": results}
+        document |= {"tables": [{"columns": columns, "rows": rows}], "notes": notes}
         files.write_json(options.json, document)
 
 
