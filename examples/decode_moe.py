@@ -9,8 +9,8 @@ model runs with three ways to the experts and back, whose GEMMs have the same sh
 * ``low-latency``: ``Buffer.low_latency_dispatch`` and ``low_latency_combine``, rows in BF16.
 * ``normal``: ``Buffer.dispatch`` and ``combine``, with ``num_worst_tokens``.
 * ``alltoall``: NCCL's ``all_to_all_single``. In a graph its sizes are fixed, and nothing may be
-  dropped, so each rank sends all its tokens to every rank. No less would always be enough, and the
-  copies for each expert that Megatron's alltoall sends would be more.
+  dropped, so each rank sends all its tokens to every rank: the least that is always enough. A copy
+  for each expert, which Megatron's alltoall sends, is more on fewer ranks than ``--topk``.
 
 ``--overlap`` cuts the tokens in two micro-batches: while rows of one are in flight the GEMMs of the
 other run, and the hooks receive behind them. Two micro-batches read all weights twice, so compare
@@ -326,9 +326,8 @@ def main() -> None:
         for name in SIZES:
             if getattr(options, name) < 1:
                 raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
-        if options.overlap and (
-            options.tokens % 2 or options.dispatcher not in ("all", "low-latency")
-        ):
+        can_overlap = options.tokens % 2 == 0 and options.dispatcher in ("all", "low-latency")
+        if options.overlap and not can_overlap:
             raise UserError("--overlap needs the low-latency dispatcher, and --tokens to be even")
         if not has_launcher():
             raise UserError("start it with torchrun --nproc_per_node=2 examples/decode_moe.py")
