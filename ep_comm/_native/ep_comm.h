@@ -239,11 +239,11 @@ typedef struct ep_mailbox {
   int32_t num_tokens_per_expert[EP_MAX_LOCAL_EXPERTS]; /* [E_local] before padding */
 } ep_mailbox;
 
-/* What an operation that no host waits for has to say; host memory that the device sees. The first one
- * stays until the host has cleared it. */
+/* What an operation that no host waits for has to say; host memory that the device sees. The first
+ * one stays until the host has cleared it. */
 typedef struct ep_notice {
-  int32_t routing_error[4];           /* EP_NOTICE_ROUTING: as ep_layout_args.error; 16-byte aligned */
-  int32_t code;                       /* EP_NOTICE_*, written last */
+  int32_t routing_error[4]; /* EP_NOTICE_ROUTING: as ep_layout_args.error; aligned to 16 */
+  int32_t code;             /* EP_NOTICE_*, written last */
   int32_t asked_tokens[EP_MAX_PEERS]; /* EP_NOTICE_TOO_MANY: as ep_mailbox.asked_tokens */
   int32_t num_rows; /* EP_NOTICE_OVERFLOW: rows that the output would have needed */
   int32_t capacity; /* rows that it has; EP_NOTICE_TOO_MANY: ep_plan_args.max_tokens */
@@ -489,7 +489,7 @@ typedef struct ep_low_latency_handle {
   int32_t* num_tokens; /* [R] of each rank; zero after a fault */
   int32_t* num_rows;   /* [R] rows that came from each rank */
   int32_t* ranks; /* [num_tokens] bit r: some expert of the token is on rank r; of this rank's */
-  int32_t* rows;  /* [R, M, K] row of recv_x | k << 24 of the token's k-th expert, ascending by local
+  int32_t* rows;  /* [R, M, K] row of recv_x | k << 24 of a token's k-th expert, ascending by local
                      expert; -1 behind the last */
   float* weights; /* [R, M, K] of these rows, where they came; or NULL */
 } ep_low_latency_handle;

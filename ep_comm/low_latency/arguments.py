@@ -37,8 +37,12 @@ def empty_scales(
     num_experts, num_rows = shape
     stride = -(-num_rows // _TMA_STRIDE) * _TMA_STRIDE
     columns = hidden // form.elements_per_scale
-    scales = torch.empty(num_experts, columns, stride, dtype=form.dtype, device=device)
-    return scales[:, :, :num_rows].transpose(1, 2)
+    return torch.empty_strided(
+        (num_experts, num_rows, columns),
+        (columns * stride, 1, stride),
+        dtype=form.dtype,
+        device=device,
+    )
 
 
 def check_phases(async_finish: bool, return_recv_hook: bool) -> None:

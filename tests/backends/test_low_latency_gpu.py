@@ -115,7 +115,8 @@ def with_foreign_experts(rank: int, buffer: Buffer, case: LowLatencyCase) -> dic
     out = dispatch(buffer, case, given)
     combine(buffer, case, given, out.handle)
     results = as_numpy(case, given, out)
-    with pytest.raises(EPRoutingError, match=r"token \d+, entry \d, no expert has number") as caught:
+    message = r"token \d+, entry \d, no expert has number"
+    with pytest.raises(EPRoutingError, match=message) as caught:
         dispatch(buffer, case, given)
     shown = {"-7", str(2**31 - 1), str(case.num_experts)}
     assert any(f"number {number}." in str(caught.value) for number in shown)

@@ -6,7 +6,6 @@ device (csrc/low_latency/epochs.cuh), so every form can be captured in a CUDA gr
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,7 +28,7 @@ _FORMATS = {
     ScaleForm.UE8M0: header.EP_LOW_LATENCY_UE8M0,
 }
 _SEND, _RECEIVE = header.EP_LOW_LATENCY_SEND, header.EP_LOW_LATENCY_RECEIVE
-_NUM_EPOCHS = 2  # of a handle
+_EPOCHS = 2  # of a handle: the dispatch's and the combine's
 # All of them use the same counts: for streams they are one kind of operation.
 _KIND = header.EP_OP_LOW_LATENCY_DISPATCH
 
@@ -166,15 +165,20 @@ class NVLinkLowLatency:
     def _new_routing(self, topk_idx: Tensor, max_tokens: int) -> NVLinkLowLatencyRouting:
         """Allocate what a dispatch of these tokens leaves, see ``ep_low_latency_handle``."""
         entries = self._num_ranks * max_tokens * topk_idx.shape[1]
-        of_ranks = header.EP_MAX_PEERS
-        sizes = (_NUM_EPOCHS, of_ranks, of_ranks, max_tokens, entries, entries)
-        memory = torch.empty(sum(sizes), dtype=torch.int32, device=self._device)
-        places = itertools.accumulate(sizes, initial=0)
-        addresses = (memory.data_ptr() + 4 * place for place in places)
+        num_ints = _EPOCHS + 2 * header.EP_MAX_PEERS + max_tokens + 2 * entries
+        memory = torch.empty(num_ints, dtype=torch.int32, device=self._device)
+        epochs = memory.data_ptr()
+        num_tokens = epochs + 4 * _EPOCHS
+        num_rows = num_tokens + 4 * header.EP_MAX_PEERS
+        ranks = num_rows + 4 * header.EP_MAX_PEERS
+        rows = ranks + 4 * max_tokens
+        native = header.LowLatencyHandle(
+            epochs, num_tokens, num_rows, ranks, rows, rows + 4 * entries
+        )
         return NVLinkLowLatencyRouting(
             topk_idx=topk_idx,
             max_tokens=max_tokens,
-            native=header.LowLatencyHandle(*itertools.islice(addresses, len(sizes))),
+            native=native,
             memory=memory,
             stream=self._streams.current,
         )
