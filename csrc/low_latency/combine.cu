@@ -360,8 +360,8 @@ template <int kHidden, int kRanks>
 __global__ void __launch_bounds__(kThreads, 1)
     low_latency_combine_kernel(const __grid_constant__ ep_low_latency_combine_args args) {
   extern __shared__ __align__(16) uint8_t shared[];
-  ptx::let_next_kernel_start();
   ptx::wait_for_kernel_before();
+  ptx::let_next_kernel_start();  // not before: those that wait would pile up
   const ep_low_latency& common = args.common;
   const Memory<kHidden, kRanks> memory(common, weight_words(common.num_topk));
   Operation operation;

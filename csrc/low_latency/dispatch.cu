@@ -336,6 +336,15 @@ class Arrivals {
     return count + (n < 64 ? __popcll(low & before) : __popcll(low) + __popcll(high & before));
   }
 
+  // Once all headers are there. After a fault some may not be.
+  __device__ int32_t most_tokens(int32_t num_ranks) const {
+    int32_t most = 0;
+    for (int32_t r = 0; r < num_ranks; ++r) {
+      if (num_tokens[r] != kNotKnown) most = max(most, num_tokens[r]);
+    }
+    return most;
+  }
+
   // The words with the experts of row n, where they are kept here; else nullptr.
   __device__ uint4* entry(int32_t n, int32_t words) const {
     return entries_ == nullptr ? nullptr : entries_ + n * words;
@@ -505,12 +514,19 @@ class Items {
     int32_t t, source, first_word, end_word;
   };
 
-  __device__ Items(int32_t num_ranks, int32_t max_tokens, int32_t words_of_row)
+  // num_tokens: what the other ranks may have too. There may be room for many more.
+  __device__ Items(int32_t num_ranks, int32_t num_tokens, int32_t max_tokens, int32_t words_of_row)
       : num_ranks_(num_ranks), words_of_row_(words_of_row) {
-    const int32_t rows = num_ranks * max_tokens, units = ceil_div<int32_t>(words_of_row, kWarpSize);
+    const int32_t rows = num_ranks * max(num_tokens, 1);
+    const int32_t units = ceil_div<int32_t>(words_of_row, kWarpSize);
     parts_ = max(1, min(static_cast<int32_t>(gridDim.x) / rows, units));
     units_of_item_ = ceil_div<int32_t>(units, parts_);
-    const int32_t left = rows * parts_ - static_cast<int32_t>(blockIdx.x);
+    end_at(max_tokens);
+  }
+
+  // No rank has more tokens.
+  __device__ void end_at(int32_t most_tokens) {
+    const int32_t left = num_ranks_ * most_tokens * parts_ - static_cast<int32_t>(blockIdx.x);
     count_ = left <= 0 ? 0 : ceil_div<int32_t>(left, gridDim.x);
   }
 
@@ -676,13 +692,14 @@ __device__ inline void receive(const ep_low_latency_dispatch_args& args, const M
                                const RowWords& row, bool is_fine) {
   const ep_low_latency& common = args.common;
   const bool is_entry_warp = threadIdx.x >= kRowWarps * kWarpSize;
-  const Items items(memory.num_ranks(), common.max_tokens, row.all);
+  Items items(memory.num_ranks(), common.num_tokens, common.max_tokens, row.all);
   Receiver<Memory> receiver(args, memory, operation, row, items);
   if (is_entry_warp) {
     arrivals.clear(common.num_local_experts, threadIdx.x - kRowWarps * kWarpSize);
     ptx::named_barrier(kEntryBarrier, kEntryThreads);
     if (is_fine) is_fine = collect(args, memory, operation, arrivals);
     ptx::named_barrier(kEntryBarrier, kEntryThreads);
+    items.end_at(arrivals.most_tokens(memory.num_ranks()));
   }
 #pragma unroll 1
   for (int32_t first = 0;; first += kItemsAtOnce) {
@@ -691,6 +708,7 @@ __device__ inline void receive(const ep_low_latency_dispatch_args& args, const M
       leave_nothing(args);
       return;
     }
+    if (!is_entry_warp) items.end_at(arrivals.most_tokens(memory.num_ranks()));
     const int32_t end = min(first + kItemsAtOnce, items.count());
     if (is_entry_warp) {
       is_fine = keep_rows(args, memory, operation, arrivals, items, first);
@@ -709,8 +727,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     low_latency_dispatch_kernel(const __grid_constant__ ep_low_latency_dispatch_args args,
                                 bool has_entries) {
   extern __shared__ __align__(16) uint8_t shared[];
-  ptx::let_next_kernel_start();
   ptx::wait_for_kernel_before();
+  ptx::let_next_kernel_start();  // not before: those that wait would pile up
   const ep_low_latency& common = args.common;
   const Begin begin(common, args.handle.epochs);
   const Memory<kHidden, kRanks> memory(
