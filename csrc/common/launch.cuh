@@ -17,7 +17,8 @@ int32_t fail(int32_t status, const char* format, ...) __attribute__((format(prin
 int32_t check_cuda(cudaError_t error, const char* what);
 
 // Launches a kernel that may start before the one in front of it on the stream has ended: it runs
-// ptx::wait_for_kernel_before() before it touches anything that changes.
+// ptx::wait_for_kernel_before() before it touches global memory, and nothing that the one in front
+// may write is read through the read-only path (`__ldg`).
 template <typename... Params, typename... Args>
 cudaError_t launch_early(void (*kernel)(Params...), int32_t blocks, int32_t threads,
                          int64_t shared_bytes, void* stream, const Args&... args) {

@@ -95,8 +95,12 @@ struct Parts {
     const int32_t num_tokens = args.handle.num_tokens[source];
     const int32_t found = args.handle.rows[i];  // nothing, where there is no such token
     if (!common.has_weights) weight = args.handle.weights[i];
-    if (t >= num_tokens || found < 0) return;
-    row = found & ((1 << kRowBits) - 1), k = found >> kRowBits;
+    const int32_t at = found & ((1 << kRowBits) - 1);
+    const int32_t num_places =
+        common.num_local_experts * common.peers.num_ranks * common.max_tokens;
+    // After a fault of the dispatch anything may stand there: it is looked at before that is known.
+    if (t >= num_tokens || found < 0 || at >= num_places) return;
+    row = at, k = found >> kRowBits;
   }
 
   __device__ int32_t num_rows() const { return __popc(__ballot_sync(kFullWarp, row >= 0)); }
@@ -149,8 +153,13 @@ __device__ inline bool send_unit(const ep_low_latency_combine_args& args, const 
     const int64_t row = __shfl_sync(kFullWarp, parts.row, k);
     const float weight = __shfl_sync(kFullWarp, parts.weight, k);
     if (word >= words_of_row) continue;
-    add(sums, k < kRowsOfStage ? stage[k * kWarpSize + lane_id()] : __ldg(x + row * words_of_row),
-        weight);
+    uint4 bits;
+    if (k < kRowsOfStage) {
+      bits = stage[k * kWarpSize + lane_id()];
+    } else {
+      ptx::load_global_if(true, &bits, x + row * words_of_row);
+    }
+    add(sums, bits, weight);
   }
   memory.delay();
   // A rounded NaN is 0x7fff: no word is the waiting pattern.

@@ -209,8 +209,8 @@ struct Source {
                           static_cast<int64_t>(at.t) * (hidden / 8) +
                           (is_bf16 ? at.word() : 2 * at.word());
     bits[0] = bits[1] = make_uint4(0, 0, 0, 0);
-    if (is_there) bits[0] = __ldg(x);
-    if (is_there && !is_bf16) bits[1] = __ldg(x + 1);
+    ptx::load_global_if(is_there, &bits[0], x);
+    ptx::load_global_if(is_there && !is_bf16, &bits[1], x + 1);
     expert = load_expert(args.common, at.t);
   }
 };
@@ -259,9 +259,13 @@ __device__ inline bool begin_and_send_rows(const ep_low_latency_dispatch_args& a
       has_begun = true;
       *operation = begin.operation();
       if (!keeps_books) has_read_state(kThreads);
-      if (sends) ptx::named_barrier(kSentBarrier, kThreads);
+      const bool exchanges = keeps_books && blockIdx.x == gridDim.x - 1;
+      // Entries may have to wait for a credit, and so this rank's own credits may not wait for
+      // them.
+      if (sends && exchanges) ptx::named_arrive(kSentBarrier, kThreads);
+      if (sends && !exchanges) ptx::named_barrier(kSentBarrier, kThreads);
       if (!operation->can_begin) break;
-      if (keeps_books && blockIdx.x == gridDim.x - 1) exchange_credits(memory, begin, *operation);
+      if (exchanges) exchange_credits(memory, begin, *operation);
       if (!sends || !wait_credits(memory, *operation)) break;
     }
     if (!is_there) break;
@@ -434,7 +438,7 @@ __device__ inline bool collect(const ep_low_latency_dispatch_args& args, const M
   return fine;
 }
 
-// After a fault: nothing has come, for what reads the outputs and for the combine that may follow.
+// After a fault that a block has seen in time: nothing has come, for what reads the outputs.
 __device__ inline void leave_nothing(const ep_low_latency_dispatch_args& args) {
   const ep_low_latency& common = args.common;
 #pragma unroll 1
@@ -698,6 +702,7 @@ __device__ inline void receive(const ep_low_latency_dispatch_args& args, const M
     arrivals.clear(common.num_local_experts, threadIdx.x - kRowWarps * kWarpSize);
     ptx::named_barrier(kEntryBarrier, kEntryThreads);
     if (is_fine) is_fine = collect(args, memory, operation, arrivals);
+    __syncwarp();
     ptx::named_barrier(kEntryBarrier, kEntryThreads);
     items.end_at(arrivals.most_tokens(memory.num_ranks()));
   }

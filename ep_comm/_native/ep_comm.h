@@ -147,7 +147,8 @@ typedef struct ep_progress {
   int64_t low_latency_combine[EP_MAX_PEERS];
 } ep_progress;
 
-/* What an operation did, written at its end; device memory. Times are of %globaltimer. */
+/* What an operation did, written at its end; device memory. Times are of %globaltimer. The end of a
+ * low-latency one is that of the first warps of its blocks. */
 typedef struct ep_record {
   int64_t epoch; /* number of the operation among those of its kind, from 1 */
   int64_t begin_ns;
@@ -486,7 +487,7 @@ typedef struct ep_low_latency {
  */
 typedef struct ep_low_latency_handle {
   uint32_t* epochs;    /* [2] of the dispatch and of the combine, as their sends leave them */
-  int32_t* num_tokens; /* [R] of each rank; zero after a fault */
+  int32_t* num_tokens; /* [R] of each rank; after a fault zero, or as it came */
   int32_t* num_rows;   /* [R] rows that came from each rank */
   int32_t* ranks; /* [num_tokens] bit r: some expert of the token is on rank r; of this rank's */
   int32_t* rows;  /* [R, M, K] row of recv_x | k << 24 of a token's k-th expert, ascending by local

@@ -71,6 +71,27 @@ def test_two_results_are_out_at_once_beside_normal_operations():
         check_results(case, [of_rank[number] for of_rank in results], times=2 - number)
 
 
+def with_a_third_dispatch(rank: int, buffer: Buffer, case: LowLatencyCase) -> list[dict[str, Any]]:
+    """No kernel stands between a receive and the send that needs the credit for it."""
+    inputs = [Inputs.of_case(case, rank, "cuda") for _ in range(3)]
+    outs = [dispatch(buffer, case, given) for given in inputs[:2]]
+    outs[0].hook()
+    outs.append(dispatch(buffer, case, inputs[2]))
+    for out in outs[1:]:
+        out.hook()
+    for given, out in zip(inputs, outs, strict=True):
+        combine(buffer, case, given, out.handle).hook()
+    return [as_numpy(case, given, out) for given, out in zip(inputs, outs, strict=True)]
+
+
+def test_a_credit_waits_for_no_credit():
+    case = on_gpus(LowLatencyCase(tokens=(7, 5), split=True), "nvlink")
+    config = case.config(timeout_s=10)
+    results = run_virtual_ranks(2, with_a_third_dispatch, config, case)
+    for of_operation in zip(*results, strict=True):
+        check_results(case, list(of_operation))
+
+
 def changing(rank: int, buffer: Buffer) -> list[dict[str, Any]]:
     return changing_operations(rank, buffer, "cuda")
 
