@@ -27,6 +27,7 @@ from ep_comm.config import EPConfig
 from ep_comm.errors import (
     EPArgumentError,
     EPError,
+    EPLostRankError,
     EPMismatchError,
     EPOverflowError,
     EPRoutingError,
@@ -52,6 +53,7 @@ __all__ = [
     "EPArgumentError",
     "EPConfig",
     "EPError",
+    "EPLostRankError",
     "EPMismatchError",
     "EPOverflowError",
     "EPRoutingError",

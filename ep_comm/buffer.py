@@ -16,7 +16,8 @@ from ep_comm.errors import EPArgumentError
 from ep_comm.events import EventOverlap
 from ep_comm.fp8 import FP8_DTYPE, Payload
 from ep_comm.handle import CombineOutput, DispatchHandle, DispatchOutput, checked_handle
-from ep_comm.low_latency.calls import LowLatencyCalls
+from ep_comm.job.roster import Roster
+from ep_comm.low_latency.masks import MaskCalls
 from ep_comm.routing.probabilities import select_probabilities
 from ep_comm.routing.types import RowLayout
 from ep_comm.session import Session
@@ -25,7 +26,7 @@ from ep_comm.telemetry.watch import watch
 from ep_comm.tracing import plain_tensor, unseen, untraced
 
 
-class Buffer(LowLatencyCalls):
+class Buffer(MaskCalls):
     """Expert-parallel communication of one process group.
 
     Names and meaning follow DeepEP's ``Buffer`` wherever the same thing exists. The constructor,
@@ -65,8 +66,10 @@ class Buffer(LowLatencyCalls):
         self.num_ranks = dist.get_world_size(self.group)
         config.check_group(self.num_ranks)
         self.num_local_experts = config.num_experts // self.num_ranks
-        backend, self.passed_over = make_backend(self.group, config)
+        backend, self.passed_over, name = make_backend(self.group, config)
         self._session = Session(backend, config)
+        store = dist.distributed_c10d._get_default_store()
+        self._roster = Roster(store, name, self.rank, self.num_ranks, config.timeout_s)
         watch(backend, self.rank, config.timeout_s)
 
     def __enter__(self) -> Buffer:
@@ -165,7 +168,8 @@ class Buffer(LowLatencyCalls):
             EPRoutingError: A wrong routing, or too many tokens on some rank.
             EPMismatchError: Another rank called something else.
             EPTimeoutError: A rank did not arrive within ``config.timeout_s``.
-            EPStateError: The buffer failed earlier or was destroyed.
+            EPStateError: The buffer failed earlier or was destroyed; or a rank is masked, or was
+                since the handle was made.
             EPUnsupportedError: FP8 with scales that are no powers of two; capture in a CUDA graph
                 without `num_worst_tokens`; a tensor without memory of its own, such as a DTensor;
                 selective checkpointing that saves the result.
@@ -174,6 +178,7 @@ class Buffer(LowLatencyCalls):
         """
         session = self._session
         session.check_usable()
+        session.check_no_mask()
         checks.check_stream_arguments(previous_event, async_finish, allocate_on_comm_stream)
         checks.check_during_backward(during_backward)
         num_tokens = None
@@ -339,7 +344,7 @@ class Buffer(LowLatencyCalls):
 
     @property
     def is_usable(self) -> bool:
-        """False after `destroy` and after an operation that failed."""
+        """False after `destroy`, and after an operation that failed until ranks are masked."""
         return self._session.unusable is None
 
     @property

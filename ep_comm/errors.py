@@ -154,9 +154,40 @@ class EPTimeoutError(_WithFields, RuntimeError):
         late = (
             f"rank {', '.join(map(str, self.late_ranks))}" if self.late_ranks else "an unknown rank"
         )
-        was = "There is no buffer" if self.op == "create" else "The buffer is no longer usable"
         return (
             f"{self.op} #{self.epoch}: rank {self.rank} waited {self.timeout_s:g} s for {late} "
-            f"(phase: {self.phase}). {was}; build a new one on a group without the missing rank, "
-            f"or raise {setting('timeout_s')} if the rank is only slow."
+            f"(phase: {self.phase}). {self._advice}"
+        )
+
+    @property
+    def _advice(self) -> str:
+        if self.op in ("mask_rank", "clear_mask"):
+            return (
+                "Call it again on all ranks that are to go on; mask_rank without arguments masks "
+                "those that do not come."
+            )
+        was = "There is no buffer" if self.op == "create" else "The buffer is no longer usable"
+        options = ["build a new one on a group without the missing rank"]
+        if self.op.startswith("low_latency"):
+            options.insert(0, "call Buffer.mask_rank on all others to go on without it")
+        if not isinstance(self, EPLostRankError):
+            options.append(f"raise {setting('timeout_s')} if the rank is only slow")
+        return f"{was}; {', or '.join(options)}."
+
+
+@dataclass(eq=False)
+class EPLostRankError(EPTimeoutError):
+    """A rank's connection has ended, as it does when its process dies: no point in waiting longer.
+
+    Attributes:
+        reason: What the transport says.
+    """
+
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.op} #{self.epoch}: rank {self.rank} lost the connection to rank "
+            f"{', '.join(map(str, self.late_ranks))} (phase: {self.phase}): {self.reason}. "
+            f"{self._advice}"
         )

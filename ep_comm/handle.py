@@ -143,11 +143,11 @@ def checked_handle(handle: object, session: Session) -> DispatchHandle:
 
     Raises:
         EPArgumentError: It is none, or another buffer's.
+        EPStateError: Ranks were masked since it was made.
     """
     if not isinstance(handle, DispatchHandle):
         raise EPArgumentError(f"handle must be a DispatchHandle, got {type(handle).__name__}")
-    if handle.session is not session:
-        raise EPArgumentError("the handle belongs to another buffer")
+    session.check_own(handle.session)
     return handle
 
 

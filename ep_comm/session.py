@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ep_comm.backends.base import Backend
 from ep_comm.config import EPConfig
@@ -30,23 +32,57 @@ os.register_at_fork(after_in_child=_note_fork)
 class Session:
     """The common part of a buffer, its handles and their backward passes.
 
-    Attributes:
+    A buffer gets a new one when ranks are masked: handles and hooks of before keep the old one.
+
+    Args:
         backend: Moves the tokens.
         config: The buffer's.
+        masked: Ranks that operations go on without, ascending.
+
+    Attributes:
         unusable: Why the buffer can no longer be used; None as long as it can.
+        is_destroyed: Whether that is for good.
     """
 
-    def __init__(self, backend: Backend, config: EPConfig) -> None:
+    def __init__(self, backend: Backend, config: EPConfig, masked: tuple[int, ...] = ()) -> None:
         self.backend = backend
         self.config = config
+        self.masked = masked
         self.unusable: str | None = None
+        self.is_destroyed = False
+        self._whose = "the buffer"
         self._process = _process
         self._in_use = threading.RLock()
 
     def check_usable(self) -> None:
         """Raise `EPStateError` where no operation can begin any more."""
         if self.unusable is not None:
-            raise EPStateError(f"the buffer can no longer be used: {self.unusable}")
+            raise EPStateError(f"{self._whose} can no longer be used: {self.unusable}")
+        self._check_process()
+
+    def check_no_mask(self) -> None:
+        """Raise `EPStateError` for an operation that needs all ranks, where some are masked."""
+        if self.masked:
+            raise EPStateError(
+                f"rank {', '.join(map(str, self.masked))} is masked, and only low-latency "
+                "operations go on without it: make a new Buffer on a group without it for the "
+                "others, or call clear_mask on all ranks"
+            )
+
+    def check_own(self, session: Session) -> None:
+        """Raise for a handle that was not made by this session.
+
+        Raises:
+            EPArgumentError: It is of another buffer.
+            EPStateError: Ranks were masked since it was made.
+        """
+        if session is self:
+            return
+        if session.backend is self.backend:
+            session.check_usable()
+        raise EPArgumentError("the handle belongs to another buffer")
+
+    def _check_process(self) -> None:
         if self._process != _process:
             raise EPStateError(
                 f"the buffer belongs to process {self._process}, of which this one ({_process}) is "
@@ -64,9 +100,29 @@ class Session:
         self.check_usable()
         return Operation(self, self._in_use)
 
+    @contextmanager
+    def recovery(self) -> Iterator[Backend]:
+        """Give the backend to a call that makes a buffer usable again, whatever has failed on it.
+
+        What an error in it means for the buffer is the call's affair.
+        """
+        if self.is_destroyed:
+            self.check_usable()
+        self._check_process()
+        operation = Operation(self, self._in_use)
+        backend = operation.__enter__()
+        try:
+            yield backend
+        finally:
+            operation.__exit__(None, None, None)
+
+    def retire(self, reason: str) -> None:
+        """End the handles and hooks of this session: the buffer has a new one."""
+        self._whose, self.unusable = "this handle or hook", reason
+
     def destroy(self) -> None:
         """Free what the backend holds. Collective."""
-        self.unusable = "it was destroyed"
+        self.unusable, self.is_destroyed = "it was destroyed", True
         self.backend.destroy()
 
     def take_error(self, error: BaseException, has_started: bool) -> None:

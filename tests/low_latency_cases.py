@@ -235,14 +235,24 @@ def as_numpy(case: LowLatencyCase, given: Inputs, out: LowLatencyDispatchOutput)
     return results
 
 
-def check_results(case: LowLatencyCase, results: list[dict[str, Any]], times: int = 1) -> None:
-    """Against the oracle. Rows of each expert were counted `times` times."""
-    ranks = range(case.num_ranks)
+def check_results(
+    case: LowLatencyCase,
+    results: list[dict[str, Any]],
+    times: int = 1,
+    masked: tuple[int, ...] = (),
+) -> None:
+    """Against the oracle. Rows of each expert were counted `times` times.
+
+    Of ranks in `masked` nothing came, nothing went to their experts, and there is no result.
+    """
     per_rank, hidden = case.experts_per_rank, case.hidden
-    topk_idx = [case.topk_idx(r) for r in ranks]
-    x = [case.rows(r, case.tokens[r], salt=2) for r in ranks]
-    sent = [[_sent(row, case.scales) for row in rows] for rows in x]
-    y = [case.expert_outputs(r) for r in ranks]
+    topk_idx = [case.topk_idx(r) for r in range(case.num_ranks)]
+    for r, topk in enumerate(topk_idx):
+        topk[np.isin(topk // per_rank, masked) | (r in masked)] = -1
+    ranks = [r for r in range(case.num_ranks) if r not in masked]
+    x = {r: case.rows(r, case.tokens[r], salt=2) for r in ranks}
+    sent = {r: [_sent(row, case.scales) for row in rows] for r, rows in x.items()}
+    y = {r: case.expert_outputs(r) for r in ranks}
     outputs: dict[tuple[int, int], dict[int, np.ndarray]] = {}
     for r in ranks:
         got = results[r]

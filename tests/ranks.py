@@ -70,7 +70,9 @@ class RankGroup:
             self._pipes.append(mine)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *args: Any, timeout_s: float, dying: tuple[int, ...]
+    ) -> list[Any]:
         for pipe in self._pipes:
             pipe.send((function, args))
         answers: dict[int, tuple[bool, Any]] = {}
@@ -86,7 +88,7 @@ class RankGroup:
                 try:
                     answers[rank] = pipe.recv()
                 except EOFError:
-                    answers[rank] = (False, "the process died")
+                    answers[rank] = (rank in dying, None if rank in dying else "the process died")
         if failures := _failures(answers):
             raise RankFailure("\n".join(failures))
         return [answers[r][1] for r in range(len(self._pipes))]
@@ -115,24 +117,25 @@ def run_ranks(
     fresh: bool = False,
     pool: str = "",
     backend: str = "gloo",
+    dying: tuple[int, ...] = (),
 ) -> list[Any]:
     """Run ``function(rank, *args)`` on `num_ranks` ranks; results in rank order.
 
     `fresh` uses processes of its own, for tests that damage their group. `pool` names processes
     that only tests of that name share, for tests that change their process. With `backend` "nccl"
-    rank r has GPU r.
+    rank r has GPU r. The processes of `dying` may die: their result is None.
     """
     if fresh:
         group = RankGroup(num_ranks, backend)
         try:
-            return group.run(function, *args, timeout_s=timeout_s)
+            return group.run(function, *args, timeout_s=timeout_s, dying=dying)
         finally:
             group.stop()
     key = (num_ranks, pool, backend)
     if key not in _groups:
         _groups[key] = RankGroup(num_ranks, backend)
     try:
-        return _groups[key].run(function, *args, timeout_s=timeout_s)
+        return _groups[key].run(function, *args, timeout_s=timeout_s, dying=())
     except RankFailure:
         _groups.pop(key).stop()  # a failed rank leaves the others out of step
         raise

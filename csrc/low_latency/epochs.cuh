@@ -9,16 +9,7 @@
 
 namespace ep::low_latency {
 
-// In ep_low_latency.state. Index 0 of `kind` is dispatch, 1 combine; `half` is that of the memory
-// which an epoch uses: they take turns.
-struct State {
-  uint32_t launches;        // kernels so far
-  uint32_t sent[2];         // [kind] operations
-  uint32_t received[2][2];  // [kind][half]
-  uint32_t known[2][2][2];  // [launches % 2][kind][half]: what all ranks have received, as a kernel
-                            // before this one has learnt
-  uint32_t masked;          // bit r: rank r is dead, or taken for dead. The host writes it
-};
+using State = ep_low_latency_state;  // what is in ep_low_latency.state
 constexpr int kStateInts = sizeof(State) / sizeof(uint32_t);
 static_assert(kStateInts == 16 && kStateInts <= EP_LOW_LATENCY_STATE_INTS);
 

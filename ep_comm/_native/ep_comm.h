@@ -441,7 +441,19 @@ EP_API int32_t ep_combine(const ep_combine_args* args, void* stream);
 #define EP_LOW_LATENCY_MAX_TOKENS 4096
 /* Most experts of a rank x tokens of all ranks: a bit each in an SM's shared memory. */
 #define EP_LOW_LATENCY_MAX_PLACES 1200000
-/* int32 numbers of ep_low_latency.state. */
+/* Counts of a buffer's low-latency operations, device memory. Kernels count on; the host writes it
+ * anew when ranks are masked. Index 0 of `kind` is dispatch, 1 combine; `half` is that of the
+ * memory which an epoch uses, epoch % 2. */
+typedef struct ep_low_latency_state {
+  uint32_t launches;       /* kernels so far */
+  uint32_t sent[2];        /* [kind] operations */
+  uint32_t received[2][2]; /* [kind][half] */
+  uint32_t known[2][2][2]; /* [launches % 2][kind][half]: what all ranks have received, as a kernel
+                              before this one has learnt */
+  uint32_t masked;         /* bit r: rank r is dead, or taken for dead; the host writes it */
+} ep_low_latency_state;
+
+/* int32 numbers of ep_low_latency.state, at least those of ep_low_latency_state. */
 #define EP_LOW_LATENCY_STATE_INTS 32
 
 /* Phases of an operation that a kernel runs; both are 3. */

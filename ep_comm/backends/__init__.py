@@ -25,11 +25,22 @@ class _Member(NamedTuple):
     facts: dict[str, object]
 
 
-def make_backend(group: dist.ProcessGroup, config: EPConfig) -> tuple[Backend, dict[str, str]]:
-    """Build the backend that `config` asks for on `group`. Collective, and bounded.
+class Made(NamedTuple):
+    """A backend for a buffer.
 
-    Returns:
-        The backend, and why each faster one was passed over.
+    Attributes:
+        backend: The one that `config` asks for, or the fastest that works.
+        passed_over: Why each faster one was not taken, by name.
+        name: The buffer's, the same on all ranks and of no other one.
+    """
+
+    backend: Backend
+    passed_over: dict[str, str]
+    name: str
+
+
+def make_backend(group: dist.ProcessGroup, config: EPConfig) -> Made:
+    """Build the backend that `config` asks for on `group`. Collective, and bounded.
 
     Raises:
         EPArgumentError: The backend asked for is not available; says why.
@@ -46,7 +57,7 @@ def make_backend(group: dist.ProcessGroup, config: EPConfig) -> tuple[Backend, d
         facts = [member.facts[backend.name] for member in meeting.answers]
         reason = backend.unavailable_reason(facts)
         if reason is None:
-            return backend.create(group, config, meeting), passed_over
+            return Made(backend.create(group, config, meeting), passed_over, meeting.name)
         passed_over[backend.name] = reason
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
     raise EPArgumentError(f"no backend for this group: {reasons}")

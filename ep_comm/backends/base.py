@@ -292,6 +292,29 @@ class Backend(Protocol):
         Their memory is not used again before the operation is done.
         """
 
+    def quiesce(self) -> int:
+        """Have all that was started end, whatever has become of it.
+
+        Returns:
+            The highest number that an operation of this rank may have.
+
+        Raises:
+            EPUnsupportedError: The backend cannot mask ranks here, or not now.
+        """
+
+    def restart(self, masked: tuple[int, ...], first: int) -> None:
+        """Begin anew without `masked`: nothing of before is ever taken for anything of after.
+
+        Called behind `quiesce`, when it is behind it on all other ranks that go on. They call
+        this too, and no operation begins before it has ended on all.
+
+        Args:
+            masked: Ranks that low-latency operations go on without. Nothing is sent to them or
+                waited for; what they still send is never looked at.
+            first: Low-latency operations count on from this number. It is even, the same on all
+                ranks, and higher than any that `quiesce` gave.
+        """
+
     def give_up(self) -> None:
         """Have `destroy` wait for nobody: this rank failed, and others may not know of it."""
 

@@ -340,6 +340,10 @@ class LowLatencyCalls:
             EPUnsupportedError: The backend has none.
         """
         self._session.check_usable()
+        return self._made_for_low_latency()
+
+    def _made_for_low_latency(self) -> LowLatencyBackend:
+        """Return the backend's low-latency part, of an unusable buffer too."""
         if self.config.low_latency_tokens is None:
             raise EPArgumentError(
                 "the buffer was made without low-latency operations: pass "

@@ -52,11 +52,12 @@ class HooksOut:
 
     Args:
         kind: "low_latency_dispatch" or "low_latency_combine".
+        num_operations: The number that they count on from.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, num_operations: int = 0) -> None:
         self.kind = kind
-        self.num_operations = 0
+        self.num_operations = num_operations
         self._hooks: list[Hook] = []  # at most MOST_OUT, and those not called yet among them
 
     def check_room(self) -> None:
@@ -133,12 +134,11 @@ def checked_handle(handle: object, session: Session) -> LowLatencyHandle:
 
     Raises:
         EPArgumentError: It is none, or another buffer's, or was used.
-        EPStateError: Its rows were not received yet.
+        EPStateError: Its rows were not received yet, or ranks were masked since it was made.
     """
     if not isinstance(handle, LowLatencyHandle):
         raise EPArgumentError(f"handle must be a LowLatencyHandle, got {type(handle).__name__}")
-    if handle.session is not session:
-        raise EPArgumentError("the handle belongs to another buffer")
+    session.check_own(handle.session)
     if handle.was_used:
         raise EPArgumentError(
             f"the handle of low_latency_dispatch #{handle.number} was used before: each serves one "

@@ -78,6 +78,10 @@ class DeviceRecorder:
         self._started.append((op, self.num_operations, row_bytes))
         return self._ring.data_ptr() + slot * _RECORD_BYTES
 
+    def restart(self) -> None:
+        """Count the operations of each kind anew, as the device does."""
+        self._epochs.clear()
+
     def epoch(self, op: str) -> int:
         """Return the number of the last operation of that kind; the host knows of no replays."""
         return self._epochs[op]

@@ -119,18 +119,26 @@ class Recorder:
 
     Attributes:
         num_started: Records opened, plans among them.
+        num_operations: Dispatches and combines among them.
     """
 
     def __init__(self) -> None:
         self._ring: deque[OpRecord] = deque(maxlen=RING_LENGTH)
         self._epochs: Counter[str] = Counter()
+        self._first = 0
         self.num_started = 0
+        self.num_operations = 0
         self.wire_bytes = 0
 
     @property
-    def num_operations(self) -> int:
-        """Dispatches and combines so far."""
-        return self._epochs.total()
+    def most_operations(self) -> int:
+        """Of the kinds of operations the highest number so far."""
+        return max(self._epochs.values(), default=self._first)
+
+    def count_from(self, number: int) -> None:
+        """Have the operations of each kind count on from `number`, the same on all ranks."""
+        self._first = number
+        self._epochs.clear()
 
     def __iter__(self) -> Iterator[OpRecord]:
         return iter(self._ring)
@@ -144,9 +152,10 @@ class Recorder:
         self.num_started += 1
         is_plan = op == "plan"
         counted = "dispatch" if is_plan else op
-        epoch, place = self._epochs[counted] + 1, self.num_operations + 1
+        epoch, place = self._epochs.get(counted, self._first) + 1, self.num_operations + 1
         if not is_plan:
             self._epochs[op] = epoch
+            self.num_operations = place
         return OpRecord(op=op, epoch=epoch, place=place, span=_Span(device))
 
     def finish(self, record: OpRecord) -> None:

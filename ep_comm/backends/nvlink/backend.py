@@ -316,6 +316,27 @@ class NVLinkBackend:
             for tensor in routing.memory:
                 tensor.record_stream(current)
 
+    def quiesce(self) -> int:
+        """Wait for the GPU, and return the highest number of a low-latency operation."""
+        if torch.cuda.is_current_stream_capturing():
+            raise EPUnsupportedError("ranks cannot be masked while a CUDA graph is captured")
+        assert self.low_latency is not None  # the caller has seen to it
+        torch.cuda.synchronize()  # graphs too, whatever stream they were replayed on
+        self._streams.forget()
+        return self.low_latency.most_operations
+
+    def restart(self, masked: tuple[int, ...], first: int) -> None:
+        """Put all memory into its first state, and have low-latency kernels leave `masked` out.
+
+        Kernels read the mask in device memory: captured ones too, when they are replayed.
+        """
+        assert self.low_latency is not None
+        self.memory.restart(self.offsets, masked)
+        self.low_latency.restart(masked, first)
+        self._planner.restart()
+        self.recorder.restart()
+        torch.cuda.synchronize()
+
     def give_up(self) -> None:
         """Leave the peer memory mapped for ever: a late peer may write to it."""
         self.memory.give_up()

@@ -19,16 +19,21 @@ class Farewell:
     Args:
         rank: This GPU's.
         flags_of: The flags [R] int32 of every rank, as mapped here; zero at first.
+
+    Attributes:
+        masked: Ranks whose memory is not touched any more.
     """
 
     def __init__(self, rank: int, flags_of: Sequence[Tensor]) -> None:
         self._rank = rank
         self._flags_of = flags_of
+        self.masked: tuple[int, ...] = ()
 
     def say(self) -> None:
         """Tell all ranks, on the current stream."""
-        for flags_R in self._flags_of:
-            flags_R[self._rank].fill_(1)
+        for rank, flags_R in enumerate(self._flags_of):
+            if rank not in self.masked:
+                flags_R[self._rank].fill_(1)
 
     def wait(self, timeout_s: float) -> list[int]:
         """Wait until every rank has said it, and return those that have not in time."""

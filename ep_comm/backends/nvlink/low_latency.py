@@ -89,12 +89,14 @@ class NVLinkLowLatency:
     ) -> None:
         self._native = native
         self._memory = memory
+        self._offsets = offsets
         self._num_ranks = memory.num_ranks
         self._hidden = config.hidden
         self._device = device
         self._streams = streams
         self._recorder = recorder
         self._num_sms = num_sms
+        # The counts, and for each kernel those of its blocks that are done.
         ints = header.EP_LOW_LATENCY_STATE_INTS
         self._state = torch.zeros(3, ints, dtype=torch.int32, device=device)
 
@@ -161,6 +163,34 @@ class NVLinkLowLatency:
         args.x = request.x.data_ptr()
         args.combined_x = request.out.data_ptr()
         return self._start("low_latency_combine", args, request, routing, None)
+
+    @property
+    def most_operations(self) -> int:
+        """Of both kinds the higher number of an operation sent so far; waits for the GPU."""
+        state = header.LowLatencyState.from_buffer_copy(self._state[0].cpu().numpy().tobytes())
+        return max(state.sent)
+
+    def restart(self, masked: tuple[int, ...], first: int) -> None:
+        """Count on from `first`, as if all operations so far had been received everywhere.
+
+        Their memory holds the waiting pattern, and zeros. Headers and entries of before, which a
+        masked rank may still write, carry a lower epoch.
+        """
+        half = first // 2
+        halves = (half, half), (half, half)
+        state = header.LowLatencyState(
+            sent=(first, first),
+            received=halves,
+            known=(halves, halves),
+            masked=sum(1 << rank for rank in masked),
+        )
+        self._state.zero_()
+        words = torch.frombuffer(bytearray(state), dtype=torch.int32)
+        self._state[0, : len(words)].copy_(words)
+        memory = self._memory.tensor
+        assert memory is not None  # it was not destroyed
+        credits = memory[self._offsets.low_latency_credits :]
+        credits[: 16 * self._num_ranks].view(torch.int32).fill_(half)
 
     def _new_routing(self, topk_idx: Tensor, max_tokens: int) -> NVLinkLowLatencyRouting:
         """Allocate what a dispatch of these tokens leaves, see ``ep_low_latency_handle``."""

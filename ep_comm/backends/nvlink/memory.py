@@ -290,6 +290,20 @@ class PeerMemory:
             timeout_s=self._timeout_s,
         )
 
+    def restart(self, offsets: header.BufferOffsets, masked: tuple[int, ...]) -> None:
+        """Put all into the state that operations expect at first, faults too.
+
+        No kernel of this rank runs, and no rank writes here but, late, those in `masked`: so with
+        any the memory is kept for ever.
+        """
+        assert self.tensor is not None and self._farewell is not None  # it was not destroyed
+        clear(self.tensor, offsets)
+        for tensor in (self.counters, self._epochs, self._waits, self.abort, self._host):
+            tensor.zero_()
+        self.has_diverged = False
+        self._farewell.masked = masked
+        self._is_given_up = bool(masked)
+
     def free(self) -> None:
         """Give the memory back, once no rank writes to it any more.
 

@@ -140,6 +140,10 @@ class Planner:
             streams.wait(streams.current, stream)
         return routing
 
+    def restart(self) -> None:
+        """Count plans anew: the mailbox is empty."""
+        self._num_plans = 0
+
     def _wait_for_kernels(self) -> None:
         """Wait for all operations so far; their counts are then in device memory."""
         self._streams.synchronize()

@@ -111,6 +111,17 @@ class ReferenceBackend(Operations):
     def keep_for_comm_stream(self, tensors: Iterable[Tensor | None]) -> None:
         """Do nothing: all runs on the current stream."""
 
+    def quiesce(self) -> int:
+        """Return the highest number of a message's operation; what is on its way may stay there."""
+        self.transport.check_can_mask()
+        return self.recorder.most_operations
+
+    def restart(self, masked: tuple[int, ...], first: int) -> None:
+        """Leave ranks out, and let no message of before meet one of after."""
+        self.transport.masked, self.transport.first = masked, first
+        self.recorder.count_from(first)
+        self._overflow = None
+
     def give_up(self) -> None:
         """Do nothing: `destroy` waits for nobody."""
 

@@ -82,9 +82,12 @@ class ReferenceLowLatency(Operations):
         num_topk = request.topk_idx.shape[1]
         num_ranks = self.transport.num_ranks
         sent = layout_of(request.topk_idx, num_topk, self.config.num_experts, num_ranks)
-        topk_idx = sent.topk_idx
+        topk_idx, is_token_in_rank = sent.topk_idx, sent.is_token_in_rank
+        for r in self.transport.masked:
+            topk_idx = topk_idx.where(self._owner(topk_idx) != r, -1)
+            is_token_in_rank[:, r] = False
         sent_tokens = tuple(
-            sent.is_token_in_rank[:, r].nonzero(as_tuple=True)[0] for r in range(num_ranks)
+            is_token_in_rank[:, r].nonzero(as_tuple=True)[0] for r in range(num_ranks)
         )
         record = self.recorder.start("low_latency_dispatch", x.device)
         recv_rows = self._exchange_headers(

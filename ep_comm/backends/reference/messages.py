@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_comm.errors import EPStateError, EPTimeoutError
+from ep_comm.errors import EPLostRankError, EPTimeoutError, EPUnsupportedError
 from ep_comm.telemetry.watch import Wait
 from ep_comm.topology import backend_by_device_type, device_types
 
@@ -28,15 +30,20 @@ class Operation(NamedTuple):
     epoch: int
     buffer: int
 
-    def tag(self, phase: str) -> int:
+    def tag(self, phase: str, first: int = 0) -> int:
         """Return the tag of its messages, by which nothing else is taken for them.
 
         All headers on a group have the same tag. So one that belongs to another buffer is seen,
         and named. The rest is exchanged once headers agree.
+
+        Once ranks were masked, operations count on from a number `first` that none had before, and
+        headers have a tag of it and of their buffer. So what an operation left behind that was
+        given up meets nothing: neither a header, nor rows before there were 2^18 operations more.
         """
-        if phase == _HEADER:
+        number = first if phase == _HEADER else self.epoch
+        if number == 0:
             return _FIRST_TAG
-        place = _PHASES.index(phase) << 28 | self.buffer % 1024 << 18 | self.epoch % 2**18
+        place = _PHASES.index(phase) << 28 | self.buffer % 1024 << 18 | number % 2**18
         return _FIRST_TAG | place
 
 
@@ -46,6 +53,10 @@ class Transport:
     gloo blocks the host, so that every wait can be bounded and its late peer named; its messages
     carry tags. NCCL enqueues on the current stream, and takes messages in the order in which they
     come, whosever they are; only `to_host` blocks, and there the late peer is unknown.
+
+    Attributes:
+        masked: Ranks that nothing is sent to, and nothing received from.
+        first: See `Operation.tag`.
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
@@ -53,6 +64,8 @@ class Transport:
         self.rank = dist.get_rank(group)
         self.num_ranks = dist.get_world_size(group)
         self.timeout_s = timeout_s
+        self.masked: tuple[int, ...] = ()
+        self.first = 0
         self._waiting: Wait | None = None
         self.backends = backend_by_device_type(group)
         self.device_types = device_types(self.backends)
@@ -62,7 +75,20 @@ class Transport:
     @property
     def peers(self) -> list[int]:
         """The other ranks, the next one first, so that not all ranks write to the same one."""
-        return [(self.rank + i) % self.num_ranks for i in range(1, self.num_ranks)]
+        others = ((self.rank + i) % self.num_ranks for i in range(1, self.num_ranks))
+        return [r for r in others if r not in self.masked]
+
+    def check_can_mask(self) -> None:
+        """Refuse a transport that cannot leave ranks out.
+
+        Raises:
+            EPUnsupportedError: Names it.
+        """
+        if "nccl" in self.backends.values():
+            raise EPUnsupportedError(
+                "the reference backend over NCCL cannot mask ranks, for NCCL's collectives need "
+                "all of a group: use the NVLink backend, or a gloo group"
+            )
 
     def waits(self) -> list[Wait]:
         """Return whom the host waits for at the moment; from any thread."""
@@ -144,21 +170,20 @@ class Exchange:
                 async_op=True,
             )
             return
-        tag, recvs = operation.tag(phase), recv.split(tuple(recv_rows))
+        tag, recvs = operation.tag(phase, transport.first), recv.split(tuple(recv_rows))
         recvs[transport.rank].copy_(send[transport.rank])
-        try:
-            for r in peers:
-                if recvs[r].numel():
+        for r in peers:
+            if recvs[r].numel():
+                with self._losing(r):
                     work = dist.irecv(recvs[r], group=group, group_src=r, tag=tag)
-                    assert work is not None  # this rank is a member of the group
-                    self._recvs.append((r, work))
-            for r in peers:
-                if send[r].numel():
+                assert work is not None  # this rank is a member of the group
+                self._recvs.append((r, work))
+        for r in peers:
+            if send[r].numel():
+                with self._losing(r):
                     work = dist.isend(send[r], group=group, group_dst=r, tag=tag)
-                    assert work is not None
-                    self._sends.append((r, work))
-        except RuntimeError as error:
-            raise self._lost_peer(error) from error
+                assert work is not None
+                self._sends.append((r, work))
 
     def wait(self) -> tuple[float, ...]:
         """Complete the exchange.
@@ -169,7 +194,7 @@ class Exchange:
 
         Raises:
             EPTimeoutError: A peer did not arrive in time; names all that are missing.
-            EPStateError: A peer closed its connection.
+            EPLostRankError: A peer's connection has ended.
         """
         if self._collective is not None:
             self._collective.wait()
@@ -187,7 +212,7 @@ class Exchange:
                 work.wait(timedelta(seconds=max(left, 1e-3)))
             except RuntimeError as error:
                 if time.monotonic() - start < 0.95 * self._transport.timeout_s:
-                    raise self._lost_peer(error) from error
+                    raise self._lost(r, error) from error
                 late = {r} | self._missing(arrived | {r})
                 raise self._transport.timeout(
                     self._operation, self._phase, tuple(sorted(late))
@@ -211,11 +236,17 @@ class Exchange:
                 missing.add(r)
         return missing
 
-    def _lost_peer(self, error: RuntimeError) -> EPStateError:
-        return EPStateError(
-            f"{self._operation.op} #{self._operation.epoch}: rank {self._transport.rank} lost the "
-            f"connection to a peer (phase: {self._phase}): {error}"
-        )
+    @contextmanager
+    def _losing(self, peer: int) -> Iterator[None]:
+        """Raise what is known of `peer` for what the transport raises."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._lost(peer, error) from error
+
+    def _lost(self, peer: int, error: RuntimeError) -> EPLostRankError:
+        late = self._transport.timeout(self._operation, self._phase, (peer,))
+        return EPLostRankError(**asdict(late), reason=str(error).partition(". ")[0])
 
 
 # Exchanges that nobody has waited for to the end: an operation may be left, by an error or with a
