@@ -22,6 +22,7 @@ from unittest import mock
 
 import cases
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 
 from ep_comm import (
@@ -33,15 +34,23 @@ from ep_comm import (
     LowLatencyDispatchOutput,
     _native,
 )
+from ep_comm.job.roster import Roster
 from ep_comm.session import Session
 from ep_comm.telemetry.records import Records
 
 
 class VirtualBuffer(Buffer):
-    """A buffer of a rank without a process group; `meet` is called before operations and waits."""
+    """A buffer of a rank without a process group; `meet` is called before operations and waits.
+
+    Where ranks are masked, they agree in `store`.
+    """
 
     def __init__(
-        self, backend: Any, config: EPConfig, meet: Callable[[], object] = lambda: None
+        self,
+        backend: Any,
+        config: EPConfig,
+        meet: Callable[[], object] = lambda: None,
+        store: dist.Store | None = None,
     ) -> None:
         self.group = None
         self.config = config
@@ -49,6 +58,9 @@ class VirtualBuffer(Buffer):
         self.num_local_experts = backend.num_local_experts
         self.passed_over = {}
         self._session = Session(backend, config)
+        self._roster = Roster(
+            store or dist.HashStore(), "virtual", self.rank, self.num_ranks, config.timeout_s
+        )
         self._meet = meet
 
     def dispatch(self, *args: Any, **kwargs: Any) -> DispatchOutput:
@@ -157,7 +169,7 @@ def _all_ranks(
 
     ranks_per_gpu = -(-num_ranks // num_gpus)
     streams = [_streams(gpu, 3 * ranks_per_gpu) for gpu in range(num_gpus)]
-    barrier = threading.Barrier(num_ranks)
+    barrier, store = threading.Barrier(num_ranks), dist.HashStore()
     meet = barrier.wait if in_step else lambda: None
     offsets = buffer_offsets(_native.load(), config, num_ranks)
     memory = [
@@ -186,7 +198,7 @@ def _all_ranks(
                 del reserve
                 backend = VirtualBackend(own, config)
                 backend.inject_delays(1000 * delay_us)
-                buffer = VirtualBuffer(backend, config, meet)
+                buffer = VirtualBuffer(backend, config, meet, store)
                 buffer.set_num_sms(sms_of_a_rank(num_ranks, num_gpus))
                 barrier.wait()
                 result = function(rank, buffer, *args)

@@ -302,7 +302,7 @@ class Backend(Protocol):
             EPUnsupportedError: The backend cannot mask ranks here, or not now.
         """
 
-    def restart(self, masked: tuple[int, ...], first: int) -> None:
+    def restart(self, masked: tuple[int, ...], first: int, store: dist.Store) -> None:
         """Begin anew without `masked`: nothing of before is ever taken for anything of after.
 
         Called behind `quiesce`, when it is behind it on all other ranks that go on. They call
@@ -313,6 +313,7 @@ class Backend(Protocol):
                 waited for; what they still send is never looked at.
             first: Low-latency operations count on from this number. It is even, the same on all
                 ranks, and higher than any that `quiesce` gave.
+            store: Of the ranks that go on, for this alone.
         """
 
     def give_up(self) -> None:

@@ -60,7 +60,8 @@ class Roster:
         self, store: dist.Store, name: str, rank: int, num_ranks: int, timeout_s: float
     ) -> None:
         self.masked: tuple[int, ...] = ()
-        self._store = dist.PrefixStore(f"{name}/roster", store)
+        self._store = store
+        self._state_key = f"{name}/roster"
         self._rank = rank
         self._num_ranks = num_ranks
         self._timeout_s = timeout_s
@@ -97,6 +98,10 @@ class Roster:
             return self._agree(op, masked, answer)
         except dist.DistError as error:
             raise self._lost_store(error) from error
+
+    def store(self) -> dist.Store:
+        """Return a store of those that have agreed last, for that time alone."""
+        return dist.PrefixStore(f"{self._state_key}/{self._number}", self._store)
 
     def meet(self, op: str) -> None:
         """Wait until all ranks that take part have come to this. Collective among these.
@@ -138,7 +143,7 @@ class Roster:
             disagrees = [(r, word.masked) for r, word in words.items() if word.masked != wanted]
             if here == expected or (is_over and wanted is None and not disagrees):
                 text = json.dumps([self._number, sorted(everyone - here)])
-                self._store.compare_set("state", raw, text)  # or another rank was first
+                self._store.compare_set(self._state_key, raw, text)  # or another rank was first
             elif is_over:
                 self._say(wanted, None)
                 if disagrees:
@@ -157,9 +162,9 @@ class Roster:
 
     def _state(self) -> tuple[_State, str]:
         """Return what was agreed last, and its text in the store."""
-        if not self._store.check(["state"]):
+        if not self._store.check([self._state_key]):
             return _State(0, ()), ""
-        text = self._store.get("state").decode()
+        text = self._store.get(self._state_key).decode()
         number, masked = json.loads(text)
         return _State(number, tuple(masked)), text
 
@@ -175,7 +180,7 @@ class Roster:
         return _Word(None if masked is None else tuple(masked), answer)
 
     def _key(self, rank: int, phase: str = "") -> str:
-        return f"{self._number}/{rank}{phase}"
+        return f"{self._state_key}/{self._number}/{rank}{phase}"
 
     # --- errors ----------------------------------------------------------------------------------
 

@@ -99,7 +99,7 @@ class MaskCalls(LowLatencyCalls):
             masked = self._roster.masked
             # Even, so that the two halves of the memory are as far.
             first = 2 * (max(numbers) // 2 + 1)
-            backend.restart(masked, first)
+            backend.restart(masked, first, self._roster.store())
             self._roster.meet(op)
         session.retire(f"{op} was called since it was made; begin anew with a dispatch")
         self._session = Session(session.backend, self.config, masked)

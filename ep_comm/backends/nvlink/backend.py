@@ -325,7 +325,7 @@ class NVLinkBackend:
         self._streams.forget()
         return self.low_latency.most_operations
 
-    def restart(self, masked: tuple[int, ...], first: int) -> None:
+    def restart(self, masked: tuple[int, ...], first: int, store: dist.Store) -> None:
         """Put all memory into its first state, and have low-latency kernels leave `masked` out.
 
         Kernels read the mask in device memory: captured ones too, when they are replayed.

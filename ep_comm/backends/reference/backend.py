@@ -112,13 +112,13 @@ class ReferenceBackend(Operations):
         """Do nothing: all runs on the current stream."""
 
     def quiesce(self) -> int:
-        """Return the highest number of a message's operation; what is on its way may stay there."""
+        """Return the highest number of an operation; messages on their way may stay there."""
         self.transport.check_can_mask()
         return self.recorder.most_operations
 
-    def restart(self, masked: tuple[int, ...], first: int) -> None:
-        """Leave ranks out, and let no message of before meet one of after."""
-        self.transport.masked, self.transport.first = masked, first
+    def restart(self, masked: tuple[int, ...], first: int, store: dist.Store) -> None:
+        """Connect the ranks that go on anew."""
+        self.transport.restart(masked, store)
         self.recorder.count_from(first)
         self._overflow = None
 

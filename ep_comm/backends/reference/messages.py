@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_comm.errors import EPLostRankError, EPTimeoutError, EPUnsupportedError
+from ep_comm.errors import EPLostRankError, EPStateError, EPTimeoutError, EPUnsupportedError
 from ep_comm.telemetry.watch import Wait
 from ep_comm.topology import backend_by_device_type, device_types
 
@@ -30,33 +30,29 @@ class Operation(NamedTuple):
     epoch: int
     buffer: int
 
-    def tag(self, phase: str, first: int = 0) -> int:
+    def tag(self, phase: str) -> int:
         """Return the tag of its messages, by which nothing else is taken for them.
 
         All headers on a group have the same tag. So one that belongs to another buffer is seen,
         and named. The rest is exchanged once headers agree.
-
-        Once ranks were masked, operations count on from a number `first` that none had before, and
-        headers have a tag of it and of their buffer. So what an operation left behind that was
-        given up meets nothing: neither a header, nor rows before there were 2^18 operations more.
         """
-        number = first if phase == _HEADER else self.epoch
-        if number == 0:
+        if phase == _HEADER:
             return _FIRST_TAG
-        place = _PHASES.index(phase) << 28 | self.buffer % 1024 << 18 | number % 2**18
+        place = _PHASES.index(phase) << 28 | self.buffer % 1024 << 18 | self.epoch % 2**18
         return _FIRST_TAG | place
 
 
 class Transport:
-    """Sends one tensor to, and receives one from, every rank of a group.
+    """Carries messages between the ranks of a group; or between those that are not masked.
 
     gloo blocks the host, so that every wait can be bounded and its late peer named; its messages
     carry tags. NCCL enqueues on the current stream, and takes messages in the order in which they
     come, whosever they are; only `to_host` blocks, and there the late peer is unknown.
 
+    After a wait that ran out gloo closes all connections of its group on that rank.
+
     Attributes:
         masked: Ranks that nothing is sent to, and nothing received from.
-        first: See `Operation.tag`.
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
@@ -65,7 +61,9 @@ class Transport:
         self.num_ranks = dist.get_world_size(group)
         self.timeout_s = timeout_s
         self.masked: tuple[int, ...] = ()
-        self.first = 0
+        # Connections of the buffer's own, once ranks were masked; the ranks at their ends.
+        self._gloo: dist.ProcessGroupGloo | None = None
+        self._members: list[int] = []
         self._waiting: Wait | None = None
         self.backends = backend_by_device_type(group)
         self.device_types = device_types(self.backends)
@@ -84,11 +82,53 @@ class Transport:
         Raises:
             EPUnsupportedError: Names it.
         """
-        if "nccl" in self.backends.values():
+        others = sorted({*self.backends.values()} - {"gloo"})
+        if others:
             raise EPUnsupportedError(
-                "the reference backend over NCCL cannot mask ranks, for NCCL's collectives need "
-                "all of a group: use the NVLink backend, or a gloo group"
+                f"the reference backend masks ranks over gloo, not over {'/'.join(others)}: use a "
+                "gloo group, or the NVLink backend"
             )
+
+    def restart(self, masked: tuple[int, ...], store: dist.Store) -> None:
+        """Connect the ranks that are not in `masked` anew. Collective among them, and bounded.
+
+        So no message of an operation that was given up is ever taken for a later one.
+
+        Args:
+            masked: Ranks to leave out from now on.
+            store: Of these ranks, for this alone.
+
+        Raises:
+            EPStateError: One of them did not come to this, or is not reached.
+        """
+        self.masked = masked
+        self._members = [r for r in range(self.num_ranks) if r not in masked]
+        self._gloo = None
+        if len(self._members) == 1:
+            return
+        place, bound = self._members.index(self.rank), timedelta(seconds=2 * self.timeout_s)
+        try:
+            self._gloo = dist.ProcessGroupGloo(store, place, len(self._members), bound)
+        except RuntimeError as error:
+            raise EPStateError(
+                f"rank {self.rank} cannot connect to the ranks that go on: {error}"
+            ) from error
+
+    def send(self, tensor: Tensor, peer: int, tag: int) -> dist.Work:
+        """Begin to send a tensor to another rank."""
+        if self._gloo is not None:
+            return self._gloo.send([tensor], self._members.index(peer), tag)
+        work = dist.isend(tensor, group=self.group, group_dst=peer, tag=tag)
+        assert work is not None  # this rank is a member of the group
+        return work
+
+    def receive(self, tensor: Tensor, peer: int, tag: int) -> dist.Work:
+        """Begin to receive a tensor from another rank."""
+        if self._gloo is not None:
+            return self._gloo.recv([tensor], self._members.index(peer), tag)
+        work = dist.irecv(tensor, group=self.group, group_src=peer, tag=tag)
+        assert work is not None
+        return work
 
     def waits(self) -> list[Wait]:
         """Return whom the host waits for at the moment; from any thread."""
@@ -159,31 +199,27 @@ class Exchange:
         self._recvs: list[tuple[int, dist.Work]] = []
         self._collective: dist.Work | None = None
         _unfinished.add(self)
-        group, peers = transport.group, transport.peers
+        peers = transport.peers
         if recv.is_cuda and transport.backends.get("cuda") == "nccl":
             self._collective = dist.all_to_all_single(
                 recv,
                 torch.cat(tuple(send)),
                 list(recv_rows),
                 [len(rows) for rows in send],
-                group=group,
+                group=transport.group,
                 async_op=True,
             )
             return
-        tag, recvs = operation.tag(phase, transport.first), recv.split(tuple(recv_rows))
+        tag, recvs = operation.tag(phase), recv.split(tuple(recv_rows))
         recvs[transport.rank].copy_(send[transport.rank])
         for r in peers:
             if recvs[r].numel():
                 with self._losing(r):
-                    work = dist.irecv(recvs[r], group=group, group_src=r, tag=tag)
-                assert work is not None  # this rank is a member of the group
-                self._recvs.append((r, work))
+                    self._recvs.append((r, transport.receive(recvs[r], r, tag)))
         for r in peers:
             if send[r].numel():
                 with self._losing(r):
-                    work = dist.isend(send[r], group=group, group_dst=r, tag=tag)
-                assert work is not None
-                self._sends.append((r, work))
+                    self._sends.append((r, transport.send(send[r], r, tag)))
 
     def wait(self) -> tuple[float, ...]:
         """Complete the exchange.
