@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from virtual_ranks import VirtualBuffer
 
 from ep_comm import EPConfig, EventOverlap
@@ -85,6 +86,39 @@ def make_backend(config: EPConfig) -> NVLinkBackend:
         mock.patch.object(nvlink_streams, "in_flight", lambda _: InFlight(132)),
     ):
         return NVLinkBackend(memory, config)
+
+
+def test_the_state_of_kernels_when_ranks_are_masked(monkeypatch):
+    """As if all operations before number 8 had been received by all, with a bit for each masked."""
+    config = dataclasses.replace(CONFIG, low_latency_tokens=4)
+    memory_bytes = torch.full((4096,), 7, dtype=torch.uint8)
+    synchronized = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: synchronized.append(True))
+    backend = make_backend(config)
+    backend.memory.tensor = memory_bytes
+    backend.offsets.low_latency_credits = 512
+    state = backend.low_latency._state
+    words = header.LowLatencyState(launches=9, sent=(6, 5), masked=4)
+    ints = torch.frombuffer(bytearray(words), dtype=torch.int32)
+    state[0, : len(ints)] = ints
+    state[1:, 0] = 3  # blocks of a kernel that gave up
+    assert backend.quiesce() == 6 and synchronized == [True]
+    dispatch_args = backend.low_latency.args.dispatch.common
+    backend.restart((1, 3), 8, dist.HashStore())
+    assert backend.memory.restart.call_args.args == (backend.offsets, (1, 3))
+    words = header.LowLatencyState.from_address(dispatch_args.state)
+    assert list(words.sent) == [8, 8] and words.masked == 0b1010
+    assert {n for of_kind in words.received for n in of_kind} == {4}
+    assert {n for of_launch in words.known for kind in of_launch for n in kind} == {4}
+    assert not state[1:].any() and not state[0, len(ints) :].any()
+    credits = memory_bytes[512:].view(torch.int32)
+    assert (credits[: 4 * 2] == 4).all() and credits[8] == 0x07070707  # two kinds, halves, ranks
+    assert (memory_bytes[:512] == 7).all() and synchronized == [True] * 2
+    assert backend.quiesce() == 8
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(EPUnsupportedError, match="while a CUDA graph is captured"):
+        backend.quiesce()
 
 
 @pytest.fixture

@@ -122,6 +122,40 @@ def test_each_kind_of_operation_has_its_words(monkeypatch):
     assert memory.waits() == [] and not memory.has_fault and memory.mailbox.ticket == 0
 
 
+def test_a_masked_rank_is_not_told_and_its_memory_not_touched():
+    flags_of = [torch.zeros(3, dtype=torch.int32) for _ in range(3)]
+    farewell = Farewell(0, flags_of)
+    farewell.masked = (1,)
+    farewell.say()
+    assert [flags.tolist() for flags in flags_of] == [[1, 0, 0], [0, 0, 0], [1, 0, 0]]
+
+
+def test_memory_begins_anew_when_ranks_are_masked(monkeypatch):
+    """As it was at first, and to be freed only once no rank is masked any more."""
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, pin_memory=None, **how: zeros(*size, **how))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    offsets = header.BufferOffsets(low_latency_dispatch=64, total=128)
+    tensor = torch.full((128,), 7, dtype=torch.uint8)
+    memory = PeerMemory(1, tensor, [1, 2, 3], 2.0, None, Farewell(1, [zeros(3)] * 3))
+    memory._fault.op, memory._fault.code = header.EP_OP_COMBINE, header.EP_FAULT_TIMEOUT
+    memory._fault.phase = header.EP_PHASE_ROWS
+    memory._notice.code, memory.mailbox.ticket = header.EP_NOTICE_OVERFLOW, 5
+    memory._progress.combine[2] = header.EP_PHASE_ROWS << 32 | 12
+    memory.has_diverged = True
+    memory.give_up()
+    on_device = (memory.counters, memory._epochs, memory._waits, memory.abort)
+    for counts in on_device:
+        counts.fill_(3)
+    for masked in ((0,), ()):
+        memory.restart(offsets, masked)
+        memory.check()
+        assert memory.waits() == [] and memory.mailbox.ticket == 0 and not memory.has_diverged
+        assert not any(counts.any() for counts in on_device)
+        assert not tensor[:64].any() and (tensor[64:] == 0xFF).all()
+        assert memory._farewell.masked == masked and memory._may_be_written_to == bool(masked)
+
+
 def test_farewell_waits_for_all_and_names_who_is_late():
     flags_of = [torch.zeros(3, dtype=torch.int32) for _ in range(3)]
     farewells = [Farewell(rank, flags_of) for rank in range(3)]

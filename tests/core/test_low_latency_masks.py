@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 from low_latency_cases import Inputs, LowLatencyCase, check_results, dispatch, run_case
 from ranks import run_ranks
-from test_low_latency_refusals import DISPATCH, SIZES, TOPK, X, raised
+from test_low_latency_refusals import DISPATCH, SIZES, TOPK, raised
 
 from ep_comm import Buffer, EPConfig, EPMismatchError, EPStateError, EPTimeoutError
+from ep_comm.job.meeting import meet
 
 TIMEOUT_S = 2.0
 THREE = LowLatencyCase(tokens=(7, 5, 9), num_topk=4, experts_per_rank=3, drop=0.1)
@@ -38,12 +39,19 @@ Results = dict[int, tuple[tuple[int, ...], dict[str, Any]]]  # by step: who was 
 
 
 def make_buffer(case: LowLatencyCase) -> Buffer:
-    dist.barrier()  # or making it may take longer
+    meet(dist.group.WORLD, "begin", None, 60.0)  # or making it may take longer
     return Buffer(None, case.config(timeout_s=TIMEOUT_S))
 
 
 def of_step(case: LowLatencyCase, step: int) -> LowLatencyCase:
     return replace(case, seed=step)
+
+
+def decode(rank: int, buffer: Buffer, case: LowLatencyCase, step: int) -> Any:
+    """What is in `Results`."""
+    results = run_case(rank, buffer, of_step(case, step), case.device)
+    buffer.synchronize()  # over NVLink a later call raises an operation's error
+    return buffer.query_masked(), results
 
 
 def agreed_step(rank: int, step: int, ranks: list[int], number: int) -> int:
@@ -74,22 +82,23 @@ def decode_until_one_dies(rank: int, case: LowLatencyCase, victim: int, when: st
     results: Results = {}
     step, num_masks = 0, 0
     while step < NUM_STEPS:
-        given = of_step(case, step)
         if rank == victim and step == DIES_AT:
             if when == "between":
-                dispatch(buffer, given, Inputs.of_case(given, rank, "cpu"))
+                given = of_step(case, step)
+                dispatch(buffer, given, Inputs.of_case(given, rank, case.device))
             if when.endswith("ms later"):  # wherever it is by then
                 delay_s = int(when.split()[0]) / 1000
                 threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
             else:
                 os.kill(os.getpid(), signal.SIGKILL)
         try:
-            results[step] = (buffer.query_masked(), run_case(rank, buffer, given, "cpu"))
+            results[step] = decode(rank, buffer, case, step)
             step += 1
-        except EPTimeoutError as error:
+        except EPTimeoutError:
             start = time.monotonic()
             assert not buffer.is_usable
-            buffer.mask_rank(*(error.late_ranks if when == "before" else ()))
+            # Who waited for one that had given up names that one too: but all know who came.
+            buffer.mask_rank(*((victim,) if when == "before" else ()))
             assert time.monotonic() - start < 3 * TIMEOUT_S + 2
             assert buffer.is_usable and buffer.query_masked() == (victim,)
             num_masks += 1
@@ -112,12 +121,19 @@ def decode_until_one_dies(rank: int, case: LowLatencyCase, victim: int, when: st
         pytest.param(FOUR, "between", marks=pytest.mark.slow),
         pytest.param(FOUR, "18 ms later", marks=pytest.mark.slow),
     ],
+    ids=lambda value: f"{value.num_ranks} ranks" if isinstance(value, LowLatencyCase) else value,
 )
 def test_a_killed_rank_is_masked_and_the_decode_loop_goes_on(case, when):
-    victim = 1 if case is FOUR else 2
+    check_a_killed_rank(case, 1 if case is FOUR else 2, when)
+
+
+def check_a_killed_rank(
+    case: LowLatencyCase, victim: int, when: str, backend: str = "gloo"
+) -> None:
     ranks = run_ranks(
-        case.num_ranks, decode_until_one_dies, case, victim, when, fresh=True, dying=(victim,)
-    )
+        case.num_ranks, decode_until_one_dies, case, victim, when,
+        fresh=True, dying=(victim,), backend=backend,
+    )  # fmt: skip
     assert ranks[victim] is None
     masks = check_steps(case, ranks, NUM_STEPS)
     dies_at = masks.index((victim,))
@@ -134,7 +150,9 @@ def decode_while_one_is_stopped(rank: int, case: LowLatencyCase, victim: int) ->
     store.set(f"pid/{rank}", str(os.getpid()))
     pid = int(store.get(f"pid/{victim}"))
     buffer = make_buffer(case)
-    first_handle = buffer.dispatch(torch.ones(2, case.hidden).bfloat16(), TOPK[:2]).handle
+    topk_idx = TOPK[:2].to(case.device)
+    ones = torch.ones(2, case.hidden, dtype=torch.bfloat16, device=case.device)
+    first = buffer.dispatch(ones, topk_idx)
     results: Results = {}
     step, was_cleared = 0, False
 
@@ -155,9 +173,8 @@ def decode_while_one_is_stopped(rank: int, case: LowLatencyCase, victim: int) ->
             if not was_cleared and store.check(["all at"]) and step == int(store.get("all at")):
                 come_back()
                 was_cleared = True
-        given = of_step(case, step)
         try:
-            results[step] = (buffer.query_masked(), run_case(rank, buffer, given, "cpu"))
+            results[step] = decode(rank, buffer, case, step)
             step += 1
             if buffer.query_masked() and step == NUM_STEPS - 8:
                 step -= 1  # until the victim is there
@@ -172,27 +189,37 @@ def decode_while_one_is_stopped(rank: int, case: LowLatencyCase, victim: int) ->
                 come_back()
                 was_cleared = True
                 continue
-            assert error.late_ranks == (victim,), str(error)
-            buffer.mask_rank(victim)
+            buffer.mask_rank()
+            assert buffer.query_masked() == (victim,)
+            others = [r for r in range(case.num_ranks) if r != victim]
+            step = agreed_step(rank, step, others, 1)
     with pytest.raises(EPStateError, match="_mask was called|mask_rank was called"):
-        buffer.combine(torch.ones(first_handle.num_rows, case.hidden).bfloat16(), first_handle)
-    out = buffer.dispatch(X[:2, : case.hidden].contiguous(), TOPK[:2])  # normal ones work too
+        buffer.combine(first.recv_x, first.handle)
+    out = buffer.dispatch(ones, topk_idx)  # normal operations work too
     back = buffer.combine(out.recv_x, out.handle).combined_x
-    assert torch.equal(back, (TOPK[:2] >= 0).sum(1)[:, None] * X[:2, : case.hidden])
+    assert torch.equal(back, (topk_idx >= 0).sum(1)[:, None] * ones)
     buffer.destroy()
     return results
 
 
-@pytest.mark.parametrize("case", [THREE, pytest.param(FOUR, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case", [THREE, pytest.param(FOUR, marks=pytest.mark.slow)], ids=["three", "four"]
+)
 def test_a_stopped_rank_is_masked_and_comes_back(case):
-    victim = 2
-    ranks = run_ranks(case.num_ranks, decode_while_one_is_stopped, case, victim, fresh=True)
+    check_a_stopped_rank(case, 2)
+
+
+def check_a_stopped_rank(case: LowLatencyCase, victim: int, backend: str = "gloo") -> None:
+    ranks = run_ranks(
+        case.num_ranks, decode_while_one_is_stopped, case, victim, fresh=True, backend=backend
+    )
     of_victim = ranks[victim]
     masks = [ranks[0][step][0] for step in range(NUM_STEPS)]
-    back = len(masks) - masks[::-1].index((victim,))
-    assert masks == [()] * 5 + [(victim,)] * (back - 5) + [()] * (NUM_STEPS - back)
-    assert 9 < back < NUM_STEPS and set(of_victim) >= {*range(5), *range(back, NUM_STEPS)}
-    for step in range(5, back):  # what it still had of the step that the others gave up
+    gone, back = masks.index((victim,)), len(masks) - masks[::-1].index((victim,))
+    assert masks == [()] * gone + [(victim,)] * (back - gone) + [()] * (NUM_STEPS - back)
+    assert gone in (4, 5)  # where some rank still was when rank 0 began step 5
+    assert 9 < back < NUM_STEPS and set(of_victim) >= {*range(gone - 1), *range(back, NUM_STEPS)}
+    for step in range(gone, back):  # what it still had of the step that the others gave up
         of_victim.pop(step, None)
     check_steps(case, ranks, NUM_STEPS)
 
@@ -317,10 +344,10 @@ def ranks_disagree(rank: int) -> tuple[str, Results]:
         message = str(caught.value)
         assert buffer.is_usable and buffer.query_masked() == ()
     dist.barrier()
-    results = {0: ((), run_case(rank, buffer, of_step(case, 0), "cpu"))}
+    results = {0: decode(rank, buffer, case, 0)}
     buffer.mask_rank()  # all come: nobody is masked
     assert buffer.query_masked() == ()
-    results[1] = ((), run_case(rank, buffer, of_step(case, 1), "cpu"))
+    results[1] = decode(rank, buffer, case, 1)
     return message, results
 
 
@@ -349,7 +376,7 @@ def one_goes_while_masks_change(rank: int) -> None:
     assert "mask_rank did not come to its end" in repr(buffer)
     buffer.mask_rank(1)
     assert buffer.query_masked() == (1, 2)
-    run_case(rank, buffer, of_step(case, 0), "cpu")
+    decode(rank, buffer, case, 0)
     dist.barrier()
 
 

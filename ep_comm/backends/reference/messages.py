@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -62,7 +62,7 @@ class Transport:
         self.timeout_s = timeout_s
         self.masked: tuple[int, ...] = ()
         # Connections of the buffer's own, once ranks were masked; the ranks at their ends.
-        self._gloo: dist.ProcessGroupGloo | None = None
+        self._gloo: Any = None  # a ProcessGroupGloo; torch's stubs lack its methods
         self._members: list[int] = []
         self._waiting: Wait | None = None
         self.backends = backend_by_device_type(group)
