@@ -69,8 +69,8 @@ def exchange_headers(
         # Other operations have other fields: room for the longest, sent at full length.
         filled = [_MAGIC, rows, num_tokens, len(mine), *mine.values()]
         header[: len(filled)] = torch.tensor(filled)
+    # What stays as it is is of masked ranks: as if they said the same, no rows either way.
     recv = send.to(device, copy=True)
-    recv[:, 1:3] = 0  # of a rank that is masked: it does the same, without rows and tokens
     exchange = Exchange(
         transport, send.to(device).split(1), recv, [1] * len(recv), operation, "header"
     )

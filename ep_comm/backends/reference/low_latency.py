@@ -83,9 +83,7 @@ class ReferenceLowLatency(Operations):
         num_ranks = self.transport.num_ranks
         sent = layout_of(request.topk_idx, num_topk, self.config.num_experts, num_ranks)
         topk_idx, is_token_in_rank = sent.topk_idx, sent.is_token_in_rank
-        for r in self.transport.masked:
-            topk_idx = topk_idx.where(self._owner(topk_idx) != r, -1)
-            is_token_in_rank[:, r] = False
+        is_token_in_rank[:, list(self.transport.masked)] = False
         sent_tokens = tuple(
             is_token_in_rank[:, r].nonzero(as_tuple=True)[0] for r in range(num_ranks)
         )
