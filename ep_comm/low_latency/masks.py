@@ -32,8 +32,8 @@ class MaskCalls(LowLatencyCalls):
         As long as a rank is masked, `dispatch` and `combine` are refused, and `destroy` waits for
         nobody. Masked ranks stay so until `clear_mask`.
 
-        The ranks meet in torch.distributed's store. torchrun holds it in its agent; otherwise it is
-        mostly in rank 0 of the default group, and then nothing can be masked once that has died.
+        The ranks meet in torch.distributed's store. Mostly the process of rank 0 holds it: nothing
+        can be masked once that has died.
 
         Args:
             ranks: Group ranks, the same on all ranks that go on. None: those that do not come to
@@ -79,8 +79,8 @@ class MaskCalls(LowLatencyCalls):
     def query_masked(self) -> tuple[int, ...]:
         """Return the masked ranks, ascending.
 
-        A rank of which the others have masked finds itself among them, once an operation of its own
-        has failed: then this asks the store.
+        Once an operation has failed this asks the store, so that a rank which the others have
+        masked finds itself among them.
 
         Raises:
             EPStateError: The store is gone, and the buffer is unusable.
@@ -95,7 +95,7 @@ class MaskCalls(LowLatencyCalls):
         session = self._session
         with session.recovery() as backend:
             numbers = self._roster.agree(op, masked, backend.quiesce())
-            session.unusable = f"{op} did not come to its end"
+            session.unusable = f"{op} did not come to its end: call it again"
             masked = self._roster.masked
             # Even, so that the two halves of the memory are as far.
             first = 2 * (max(numbers) // 2 + 1)

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from ep_comm import EPOverflowError, EPTimeoutError, EPTooManyTokensError, errors
+from ep_comm import EPLostRankError, EPOverflowError, EPTimeoutError, EPTooManyTokensError, errors
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,9 @@ from ep_comm import EPOverflowError, EPTimeoutError, EPTooManyTokensError, error
         EPTimeoutError(
             op="combine", phase="rows", rank=0, late_ranks=(1, 2), epoch=3, timeout_s=2.0
         ),
+        EPLostRankError(
+            op="plan", phase="rows", rank=0, late_ranks=(1,), epoch=3, timeout_s=2.0, reason="gone"
+        ),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -24,6 +27,22 @@ def test_errors_reach_another_process(error):
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error) and str(again) == str(error)
     assert again in {again}
+
+
+def test_messages_say_what_to_do_next():
+    late = dict(phase="rows", rank=0, late_ranks=(1,), epoch=3, timeout_s=2.0)
+    anew, slow = "build a new one on a group without the missing rank", "if the rank is only slow."
+    normal = str(EPTimeoutError(op="combine", **late))
+    assert f"no longer usable; {anew}, or raise" in normal and normal.endswith(slow)
+    low_latency = EPTimeoutError(op="low_latency_combine", **late)
+    mask = "call Buffer.mask_rank on all others to go on without it"
+    assert f"no longer usable; {mask}, or {anew}, or raise" in str(low_latency)
+    lost = EPLostRankError(op="low_latency_combine", **late, reason="Connection reset by peer")
+    assert str(lost) == (
+        "low_latency_combine #3: rank 0 lost the connection to rank 1 (phase: rows): Connection "
+        f"reset by peer. The buffer is no longer usable; {mask}, or {anew}."
+    )
+    assert "There is no buffer; build" in str(EPTimeoutError(op="create", **late))
 
 
 def test_messages_name_the_setting_of_the_tool_in_use(monkeypatch):
