@@ -13,6 +13,15 @@ using State = ep_low_latency_state;  // what is in ep_low_latency.state
 constexpr int kStateInts = sizeof(State) / sizeof(uint32_t);
 static_assert(kStateInts == 16 && kStateInts <= EP_LOW_LATENCY_STATE_INTS);
 
+// How far a count is ahead of another one, times four. Of counts 30 bits are looked at: epochs go
+// on at 2^31 when 32 bits are full, for zero stands in words that nothing has come into.
+__device__ inline int32_t ahead(uint32_t count, uint32_t of) {
+  return static_cast<int32_t>((count - of) << 2);
+}
+__device__ inline uint32_t epoch_after(uint32_t epoch) {
+  return epoch + 1 != 0 ? epoch + 1 : 1u << 31;
+}
+
 struct Operation {
   int32_t kind;
   uint32_t epoch;
@@ -40,15 +49,15 @@ class Begin {
     const bool sends = common_.phases & EP_LOW_LATENCY_SEND;
     Operation operation;
     operation.kind = kind();
-    operation.epoch = sends ? of(offsetof(State, sent) / 4 + kind()) + 1 : of(kEpochLane);
+    operation.epoch = sends ? epoch_after(of(offsetof(State, sent) / 4 + kind())) : of(kEpochLane);
     operation.half = operation.epoch & 1;
     operation.before = (operation.epoch - 1) >> 1;
     operation.alive = ~of(offsetof(State, masked) / 4);
     const uint32_t known =
         of(offsetof(State, known) / 4 + (launches() % 2 * 2 + kind()) * 2 + operation.half);
-    operation.has_credits = static_cast<int32_t>(known - operation.before) >= 0;
+    operation.has_credits = ahead(known, operation.before) >= 0;
     // Sent before it was received, or received before it was sent, it would use what is in use.
-    const bool is_in_turn = received(kind(), operation.half) == operation.before;
+    const bool is_in_turn = ahead(received(kind(), operation.half), operation.before) == 0;
     const bool has_failed = of(kAbortLane) != 0;
     operation.can_begin = !has_failed && is_in_turn;
     if (!has_failed && !is_in_turn && blockIdx.x == 0 && threadIdx.x == 0) {
@@ -93,7 +102,7 @@ __device__ inline void exchange_credits(const Memory& memory, const Begin& begin
 #pragma unroll 1
   for (int32_t other = 0; other < num_ranks; ++other) {
     const uint32_t value = __shfl_sync(kFullWarp, theirs, which * num_ranks + other);
-    if (static_cast<int32_t>(value - fewest) < 0) fewest = value;
+    if (ahead(value, fewest) < 0) fewest = value;
   }
   if (lane < 4 * num_ranks && r == 0) {
     auto* const next = reinterpret_cast<State*>(memory.common.state);
@@ -153,9 +162,7 @@ __device__ inline bool wait_credits(const Memory& memory, const Operation& opera
   // The end of the kernel before orders what it learnt before all that this one does.
   if (operation.has_credits) return true;
   const ep_peers& peers = memory.common.peers;
-  const auto is_behind = [&](uint32_t count) {
-    return static_cast<int32_t>(count - operation.before) < 0;
-  };
+  const auto is_behind = [&](uint32_t count) { return ahead(count, operation.before) < 0; };
   const int32_t r = lane_id();
   bool fine = true;
   // can_begin says it of the own rank

@@ -92,6 +92,21 @@ def test_a_credit_waits_for_no_credit():
         check_results(case, list(of_operation))
 
 
+def after_four_thousand_million(rank: int, buffer: Buffer, case: LowLatencyCase) -> list:
+    """As `run_case`, while the operations' numbers run out of 32 bits."""
+    buffer._session.backend.low_latency.restart((), 2**32 - 4)
+    wait_for_stream()
+    return [run_case(rank, buffer, case, "cuda") for _ in range(8)]
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])
+def test_numbers_of_operations_run_over(split):
+    case = on_gpus(LowLatencyCase(tokens=(7, 5), split=split), "nvlink")
+    results = run_virtual_ranks(2, after_four_thousand_million, case.config(timeout_s=10), case)
+    for of_operation in zip(*results, strict=True):
+        check_results(case, list(of_operation))
+
+
 def changing(rank: int, buffer: Buffer) -> list[dict[str, Any]]:
     return changing_operations(rank, buffer, "cuda")
 

@@ -71,7 +71,7 @@ def bytes_of_parts(
         "combine_rows": (ranks - 1) * tokens * row_bytes,
         "zeros": row_bytes,
         "low_latency_credits": 16 * ranks if room else 0,
-        "low_latency_headers": 32 * ranks if room else 0,
+        "low_latency_headers": 64 * ranks if room else 0,
         "low_latency_entries": 16 * tokens_of_halves * (-(-topk // 8) + weight_words),
         "low_latency_weights": 16 * tokens_of_halves * weight_words,
         "low_latency_dispatch": 2 * hidden * tokens_of_halves,
