@@ -12,75 +12,17 @@
 
 #include <algorithm>
 
-#include "combine/teams.cuh"
+#include "combine/rows.cuh"
 #include "common/launch.cuh"
 #include "common/peers.cuh"
 #include "common/warp.cuh"
-#include "routing/entries.cuh"
 
 namespace {
 
 using namespace ep;
 
-constexpr int kMaxUnitRows = 32;  // a lister's lane lists one
-constexpr int kGroupTokens = 4;   // tokens that a team sums at a time
 // ep_combine_args.counters; the first is end_operation's.
 constexpr int kUnitsTaken = 1, kGroupsTaken = 2;
-
-// Takes the next number of a counter, the same for all lanes.
-__device__ inline int32_t take(int32_t* counter) {
-  int32_t next = 0;
-  if (lane_id() == 0) next = atomicAdd(counter, 1);
-  return __shfl_sync(kFullWarp, next, 0);
-}
-
-// Output rows of received row n in ascending order of experts, [K4]; -1 behind the last.
-__device__ inline const int4* output_rows(const ep_combine_args& args, int32_t n) {
-  return reinterpret_cast<const int4*>(args.routing.entries +
-                                       place_in_entries(args.routing, n, kRowsAscending));
-}
-
-// Returns how many output rows there are. Where none fitted into the output it is 1: a row of zeros
-// is listed for them.
-__device__ inline int32_t count_rows(const ep_combine_args& args, int32_t n) {
-  const int4* const rows = output_rows(args, n);
-  int32_t count = 0;
-  for (int32_t i = 0; i < args.routing.num_topk4 / 4; ++i) {
-    const int4 four = rows[i];
-    count += (four.x >= 0) + (four.y >= 0) + (four.z >= 0) + (four.w >= 0);
-  }
-  return max(count, 1);
-}
-
-// Returns row `row` of this rank's input, or a row of zeros where `row` is negative.
-__device__ inline const uint4* input_row(const ep_combine_args& args, int32_t row) {
-  const uint8_t* const bytes =
-      row < 0 ? in_memory_of<const uint8_t>(args.peers, args.peers.rank, args.zero_offset)
-              : args.x + row * int64_t{args.row_bytes};
-  return reinterpret_cast<const uint4*>(bytes);
-}
-
-// Lists the `count` output rows of received row n as one sum, or as part of one. The bit kFirst of
-// `what` goes to the first of them, the other bits to the last.
-__device__ inline void list_rows(const ep_combine_args& args, int32_t n, int32_t count,
-                                 uint32_t what, ListedRow* list) {
-  const auto* const rows = reinterpret_cast<const int32_t*>(output_rows(args, n));
-  for (int32_t i = 0; i < count; ++i) {
-    uint32_t of_row = i == 0 ? what & ListedRow::kFirst : 0;
-    if (i == count - 1) of_row |= what & ~ListedRow::kFirst;
-    list[i] = ListedRow{input_row(args, rows[i]), of_row};
-  }
-}
-
-// Returns the gradient of the probability of entry k of received row n.
-__device__ inline float weight_of(const ep_combine_args& args, int32_t n, int32_t k) {
-  const ep_routing& routing = args.routing;
-  if (routing.entries[place_in_entries(routing, n, kLocalExperts) + k] < 0) return 0.0f;
-  const int32_t* const rows = routing.entries + place_in_entries(routing, n, kRowOfK);
-  const int32_t row = rows[routing.expert_major ? k : 0];
-  if (row < 0) return 0.0f;
-  return args.weights[routing.expert_major ? row : int64_t{row} * routing.num_topk + k];
-}
 
 // ---- Pushing -----------------------------------------------------------------------------------
 
@@ -110,32 +52,6 @@ __device__ inline bool may_push(const ep_peers& peers, int64_t credit_offset) {
   return __all_sync(kFullWarp, fine);
 }
 
-// Lists the partial rows of received rows [begin, end) of an owner; returns how many rows that
-// takes.
-__device__ int32_t list_unit(const ep_combine_args& args, int32_t owner, int32_t begin, int32_t end,
-                             ListedRow* list) {
-  const int32_t slot = begin + lane_id();
-  const int32_t n = args.routing.first_of_source[owner] + slot;
-  const int32_t count = slot < end ? count_rows(args, n) : 0;
-  int32_t total;
-  const int32_t at = sum_before(count, &total);
-  const uint32_t out = static_cast<uint32_t>(lane_id()) << ListedRow::kOutShift;
-  list_rows(args, n, count, out | ListedRow::kFirst | ListedRow::kLast, list + at);
-  return total;
-}
-
-__device__ void send_weights(const ep_combine_args& args, int32_t owner, int32_t begin,
-                             int32_t end) {
-  const ep_peers& peers = args.peers;
-  const int32_t num_topk = args.routing.num_topk;
-  const int32_t first_n = args.routing.first_of_source[owner] + begin;
-  const int64_t to = (static_cast<int64_t>(peers.rank) * args.max_tokens + begin) * num_topk;
-  float* const weights = in_memory_of<float>(peers, owner, args.weight_offset);
-  for (int32_t i = lane_id(); i < (end - begin) * num_topk; i += kWarpSize) {
-    weights[to + i] = weight_of(args, first_n + i / num_topk, i % num_topk);
-  }
-}
-
 __device__ void list_pushes(const ep_combine_args& args, Team& team, int32_t vectors) {
   const ep_peers& peers = args.peers;
   const int32_t num_ranks = peers.num_ranks, num_others = num_ranks - 1;
@@ -154,7 +70,7 @@ __device__ void list_pushes(const ep_combine_args& args, Team& team, int32_t vec
       const int32_t end = min(begin + unit_rows, args.routing.num_recv[owner]);
       if (begin >= end) continue;  // and nobody waits for it
       const int32_t num_rows = list_unit(args, owner, begin, end, team.rows());
-      if (args.weights != nullptr) send_weights(args, owner, begin, end);
+      if (args.weights != nullptr) send_weights(args, owner, owner, args.weight_offset, begin, end);
       const int64_t region =
           static_cast<int64_t>(region_of(peers.rank, owner, num_ranks)) * args.max_tokens;
       team.hand_over(
@@ -170,12 +86,6 @@ __device__ void list_pushes(const ep_combine_args& args, Team& team, int32_t vec
 }
 
 // ---- Summing -----------------------------------------------------------------------------------
-
-// This lane's token of a group.
-struct Token {
-  int32_t slot[EP_MAX_PEERS];  // -1 where the token does not go
-  bool exists;
-};
 
 // Waits for the chunks with the partial rows of a group. Lane r waits for those of rank r.
 __device__ bool wait_for_partials(const ep_combine_args& args, const Token& token) {
@@ -204,71 +114,6 @@ __device__ bool wait_for_partials(const ep_combine_args& args, const Token& toke
   }
   __syncwarp();  // all lanes may read what one waited for
   return __all_sync(kFullWarp, fine);
-}
-
-// Returns the ranks of r's node as bits.
-__device__ inline uint32_t node_of(const ep_combine_args& args, int32_t r) {
-  const int32_t ranks_per_node = min(args.ranks_per_node, args.peers.num_ranks);
-  return ((1u << ranks_per_node) - 1) << (r / ranks_per_node * ranks_per_node);
-}
-
-// `ranks` have a part of a token. Returns which of its sums begin with rank r's part, and which are
-// complete with it.
-__device__ inline uint32_t place_in_sums(const ep_combine_args& args, uint32_t ranks, int32_t r) {
-  const uint32_t below = ranks & ((1u << r) - 1), above = ranks & (~1u << r);
-  const uint32_t of_node = node_of(args, r);
-  uint32_t what = 0;
-  if (!(below & of_node)) what |= ListedRow::kFirst;
-  if (!(below & ~of_node)) what |= ListedRow::kFirstNode;
-  if (!(above & of_node)) what |= ListedRow::kLastOfNode;
-  if (!above) what |= ListedRow::kLast;
-  return what;
-}
-
-// Lists the rows of a group's tokens; returns how many that takes.
-__device__ int32_t list_group(const ep_combine_args& args, const Token& token, ListedRow* list) {
-  const ep_peers& peers = args.peers;
-  uint32_t ranks = 0;  // that the token went to
-  int32_t own_n = -1;  // its received row on this one
-#pragma unroll
-  for (int32_t r = 0; r < EP_MAX_PEERS; ++r) {
-    if (token.slot[r] < 0) continue;
-    ranks |= 1u << r;
-    if (r == peers.rank) own_n = args.routing.first_of_source[r] + token.slot[r];
-  }
-  const int32_t own_rows = own_n < 0 ? 0 : count_rows(args, own_n);
-  // Where another rank's part comes first, this rank's rows are added up before it and kept.
-  const uint32_t before = ranks & node_of(args, peers.rank) & ((1u << peers.rank) - 1);
-  const bool keeps = own_rows > 1 && before != 0;
-  const bool is_nowhere = token.exists && ranks == 0;
-  const int32_t count = is_nowhere ? 1 : __popc(ranks) + max(own_rows - 1, 0);
-  int32_t total;
-  list += sum_before(count, &total);
-  const uint32_t out = static_cast<uint32_t>(lane_id()) << ListedRow::kOutShift;
-  if (is_nowhere) *list = ListedRow{input_row(args, -1), out | place_in_sums(args, 0, 0)};
-  if (keeps) {
-    list_rows(args, own_n, own_rows, ListedRow::kFirst | ListedRow::kKeep, list);
-    list += own_rows;
-  }
-#pragma unroll
-  for (int32_t r = 0; r < EP_MAX_PEERS; ++r) {
-    if (token.slot[r] < 0) continue;
-    uint32_t what = place_in_sums(args, ranks, r);
-    if (r == peers.rank && keeps) {
-      list[-1].what |= ListedRow::kAddKept | what;
-    } else if (r == peers.rank) {
-      if (own_rows > 1 && !(what & ListedRow::kLastOfNode)) what |= ListedRow::kRound;
-      list_rows(args, own_n, own_rows, out | what, list);
-      list += own_rows;
-    } else {
-      const int64_t region = region_of(r, peers.rank, peers.num_ranks);
-      const int64_t place = region * args.max_tokens + token.slot[r];
-      const auto* const staged =
-          in_memory_of<const uint8_t>(peers, peers.rank, args.row_offset) + place * args.row_bytes;
-      *list++ = ListedRow{reinterpret_cast<const uint4*>(staged), out | what};
-    }
-  }
-  return total;
 }
 
 __device__ void gather_weights(const ep_combine_args& args, int32_t begin, int32_t end) {
@@ -310,7 +155,7 @@ __device__ void list_sums(const ep_combine_args& args, Team& team, int32_t vecto
                           ? args.routing.send_slot[static_cast<int64_t>(t) * peers.num_ranks + r]
                           : -1;
     }
-    const int32_t num_rows = list_group(args, token, team.rows());
+    const int32_t num_rows = list_group(args, token, peers.rank, args.row_offset, team.rows());
     fine = wait_for_partials(args, token);
     if (!fine) break;
     if (args.combined_weights != nullptr) gather_weights(args, begin, end);

@@ -116,9 +116,9 @@ struct Unit {
   int32_t first_of_source = 0;  // the received row in the source's slot 0
 };
 
-// What a warp that expands knows, and its steps. All its lanes call a step together, but for
-// load().
-struct Expansion {
+// How a warp that expands moves a row from a stage to where it belongs. All its lanes call a step
+// together, but for load_entry().
+struct Placement {
   const ep_dispatch_args& args;
   const Stages& stages;
   const int32_t* const entries;  // of the routing, see ep_routing
@@ -134,60 +134,26 @@ struct Expansion {
   const int32_t rows_offset = bytes, experts_offset = rows_offset + index_bytes;
   const int32_t indices_bytes = needs_experts ? 2 * index_bytes : index_bytes;
 
-  // Units are numbered by chunk, then by source from this rank on.
-  __device__ int32_t count_units() const {
-    int32_t num_chunks = 0;
-    for (int32_t r = 0; r < num_ranks; ++r) {
-      num_chunks = max(num_chunks, ceil_div(args.routing.source_tokens[r], chunk_tokens));
-    }
-    return num_chunks * num_ranks;
-  }
-
-  // True when the unit can be read. With `block` it waits until then, and false means a fault.
-  __device__ bool open(int32_t index, bool block, Unit* unit) const {
-    const int32_t chunk = index / num_ranks;
-    unit->source = (args.peers.rank + index) % num_ranks;
-    unit->rows = 0;
-    unit->first = chunk * chunk_tokens;
-    if (unit->first >= args.routing.source_tokens[unit->source]) return true;
-    unit->first_of_source = args.routing.first_of_source[unit->source];
-    if (unit->source == args.peers.rank) {
-      unit->rows = tokens_that_stay(unit->first);
-      return true;
-    }
-    return open_chunk(chunk, block, unit);
-  }
-
-  // Bit j says that token first + j of this rank has an expert here.
-  __device__ uint32_t tokens_that_stay(int32_t first) const {
-    const int32_t t = first + lane_id();
-    const bool stays =
-        lane_id() < chunk_tokens && t < args.routing.num_tokens &&
-        args.routing.send_slot[static_cast<int64_t>(t) * num_ranks + args.peers.rank] >= 0;
-    return __ballot_sync(kFullWarp, stays);
-  }
-
-  // open() for a chunk that another rank pushes.
-  __device__ bool open_chunk(int32_t chunk, bool block, Unit* unit) const {
+  // Opens the unit whose rows a peer has flagged, see open(). `peer` is its number for waits; lane
+  // 0 asks flag_at() where the flag stands.
+  template <typename FlagAt>
+  __device__ bool open_flagged(const FlagAt& flag_at, int32_t peer, bool block, Unit* unit) const {
     const ep_peers& peers = args.peers;
-    const int32_t source = unit->source;
     uint64_t flag = 0;
     bool arrived = true;
     if (lane_id() == 0) {
-      const uint64_t* const flags = in_memory_of<uint64_t>(peers, peers.rank, args.flag_offset) +
-                                    static_cast<int64_t>(source) * args.max_chunks;
+      const uint64_t* const chunk_flag = flag_at();
       const uint32_t stamp = chunk_stamp(epoch, args.tag);
       const auto is_of_this_epoch = [stamp](uint64_t value) {
         return flag_stamp(value) >> 8 == stamp >> 8;
       };
       if (block) {
-        arrived =
-            wait_flag(peers, &flags[chunk], is_of_this_epoch, &flag, EP_PHASE_ROWS, source, epoch);
+        arrived = wait_flag(peers, chunk_flag, is_of_this_epoch, &flag, EP_PHASE_ROWS, peer, epoch);
       } else {
-        flag = ptx::load_acquire_sys(&flags[chunk]);
+        flag = ptx::load_acquire_sys(chunk_flag);
         arrived = is_of_this_epoch(flag);
       }
-      if (arrived && !same_call(peers, stamp, flag_stamp(flag), source)) arrived = false;
+      if (arrived && !same_call(peers, stamp, flag_stamp(flag), peer)) arrived = false;
       fence_for_bulk();  // the rows are read by bulk loads
     }
     if (!__shfl_sync(kFullWarp, arrived, 0)) return false;
@@ -198,22 +164,9 @@ struct Expansion {
     return true;
   }
 
-  // Lane 0 starts to load row j of the unit into stage i, and its entry behind it.
-  __device__ void load(int32_t i, const Unit& unit, int32_t j) const {
-    const ep_peers& peers = args.peers;
-    int32_t slot = unit.first + j;
-    if (unit.source == peers.rank) {
-      slot = args.routing.send_slot[static_cast<int64_t>(slot) * num_ranks + peers.rank];
-      load_own_token(args, stages, i, unit.first + j, indices_bytes);
-    } else {
-      const int64_t region = region_of(unit.source, peers.rank, num_ranks);
-      stages.expect(i, bytes + indices_bytes);
-      stages.load(
-          i, 0,
-          peers.memory[peers.rank] + args.slot_offset + (region * args.max_tokens + slot) * stride,
-          bytes);
-    }
-    const int32_t n = unit.first_of_source + slot;
+  // Lane 0 starts to load the entry of received row n behind the row in stage i, which announces
+  // its bytes.
+  __device__ void load_entry(int32_t i, int32_t n) const {
     static_assert(kLocalExperts == kRowOfK + 1, "the experts stand behind the output rows");
     stages.load(i, rows_offset, entries + place_in_entries(args.routing, n, kRowOfK),
                 indices_bytes);
@@ -294,22 +247,79 @@ struct Expansion {
   }
 };
 
-__device__ inline void expand(const ep_dispatch_args& args, const Stages& stages, int32_t epoch,
-                              int32_t warp, int32_t num_warps) {
-  ptx::wait_for_kernel_before();  // is_behind_plan: the plan's second one
-  fence_for_bulk();               // output rows are read by bulk loads
-  // After a fault in the plan there are no entries. The host launches this without having waited
-  // for the plan, where the caller gave the number of rows.
-  if (__any_sync(kFullWarp, aborted(args.peers))) return;
-  const bool copies = args.is_planned && args.planned_entries != nullptr;
-  if (copies) copy_entries(args, warp, num_warps);
-  const int32_t* const entries = copies ? args.planned_entries : args.routing.entries;
-  write_padding(args, warp, num_warps);
+// What a warp that expands knows of the units of one node.
+struct Expansion : Placement {
+  // Units are numbered by chunk, then by source from this rank on.
+  __device__ int32_t count_units() const {
+    int32_t num_chunks = 0;
+    for (int32_t r = 0; r < num_ranks; ++r) {
+      num_chunks = max(num_chunks, ceil_div(args.routing.source_tokens[r], chunk_tokens));
+    }
+    return num_chunks * num_ranks;
+  }
 
-  const Expansion expansion{args, stages, entries, epoch};
+  // True when the unit can be read. With `block` it waits until then, and false means a fault.
+  __device__ bool open(int32_t index, bool block, Unit* unit) const {
+    const int32_t chunk = index / num_ranks;
+    unit->source = (args.peers.rank + index) % num_ranks;
+    unit->rows = 0;
+    unit->first = chunk * chunk_tokens;
+    if (unit->first >= args.routing.source_tokens[unit->source]) return true;
+    unit->first_of_source = args.routing.first_of_source[unit->source];
+    if (unit->source == args.peers.rank) {
+      unit->rows = tokens_that_stay(unit->first);
+      return true;
+    }
+    return open_chunk(chunk, block, unit);
+  }
+
+  // Bit j says that token first + j of this rank has an expert here.
+  __device__ uint32_t tokens_that_stay(int32_t first) const {
+    const int32_t t = first + lane_id();
+    const bool stays =
+        lane_id() < chunk_tokens && t < args.routing.num_tokens &&
+        args.routing.send_slot[static_cast<int64_t>(t) * num_ranks + args.peers.rank] >= 0;
+    return __ballot_sync(kFullWarp, stays);
+  }
+
+  // open() for a chunk that another rank pushes.
+  __device__ bool open_chunk(int32_t chunk, bool block, Unit* unit) const {
+    const int32_t source = unit->source;
+    const auto flag_at = [this, chunk, source] {
+      return in_memory_of<uint64_t>(args.peers, args.peers.rank, args.flag_offset) +
+             static_cast<int64_t>(source) * args.max_chunks + chunk;
+    };
+    return open_flagged(flag_at, source, block, unit);
+  }
+
+  // Lane 0 starts to load row j of the unit into stage i, and its entry behind it.
+  __device__ void load(int32_t i, const Unit& unit, int32_t j) const {
+    const ep_peers& peers = args.peers;
+    int32_t slot = unit.first + j;
+    if (unit.source == peers.rank) {
+      slot = args.routing.send_slot[static_cast<int64_t>(slot) * num_ranks + peers.rank];
+      load_own_token(args, stages, i, unit.first + j, indices_bytes);
+    } else {
+      const int64_t region = region_of(unit.source, peers.rank, num_ranks);
+      stages.expect(i, bytes + indices_bytes);
+      stages.load(
+          i, 0,
+          peers.memory[peers.rank] + args.slot_offset + (region * args.max_tokens + slot) * stride,
+          bytes);
+    }
+    load_entry(i, unit.first_of_source + slot);
+  }
+};
+
+// Moves the units of a warp, each in turn. `first` rows have been through its stages before;
+// returns how many have now.
+template <typename Units>
+__device__ inline int32_t expand_units(const Units& expansion, int32_t warp, int32_t num_warps,
+                                       int32_t first) {
+  const Stages& stages = expansion.stages;
   const int32_t num_units = expansion.count_units();
   Unit unit;
-  int32_t next_unit = warp, loaded = 0, stored = 0;
+  int32_t next_unit = warp, loaded = first, stored = first;
   bool fine = true;
   while (true) {
     // One stage stays free: the one whose stores may still be reading.
@@ -334,6 +344,22 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
     if (loaded == stored) break;  // nothing left, or a fault
     expansion.store(stored++);
   }
+  return stored;
+}
+
+__device__ inline void expand(const ep_dispatch_args& args, const Stages& stages, int32_t epoch,
+                              int32_t warp, int32_t num_warps) {
+  ptx::wait_for_kernel_before();  // is_behind_plan: the plan's second one
+  fence_for_bulk();               // output rows are read by bulk loads
+  // After a fault in the plan there are no entries. The host launches this without having waited
+  // for the plan, where the caller gave the number of rows.
+  if (__any_sync(kFullWarp, aborted(args.peers))) return;
+  const bool copies = args.is_planned && args.planned_entries != nullptr;
+  if (copies) copy_entries(args, warp, num_warps);
+  const int32_t* const entries = copies ? args.planned_entries : args.routing.entries;
+  write_padding(args, warp, num_warps);
+
+  expand_units(Expansion{{args, stages, entries, epoch}}, warp, num_warps, 0);
   wait_until_written<0>();
 }
 

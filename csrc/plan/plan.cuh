@@ -34,7 +34,23 @@ struct Scratch {
   Receive receive;
 };
 
-__device__ inline int32_t field_of(const ep_plan_args& args, int32_t field) {
+// What the plan of one node knows of its sources. That of several nodes has functions of these
+// names too (nodes/plan.cuh).
+__device__ inline int32_t num_sources(const ep_plan_args& args) { return args.peers.num_ranks; }
+// Number of a source among the peers that are waited for.
+__device__ inline int32_t peer_of(const ep_plan_args&, int32_t source) { return source; }
+// Tokens whose rows a source pushes here in chunks.
+__device__ inline int32_t tokens_of(const ep_plan_args& args, int32_t,
+                                    int32_t asked_tokens) {
+  return asked_tokens <= args.max_tokens ? asked_tokens : 0;
+}
+// Where the host finds the rows of each local expert.
+__device__ inline int32_t* expert_counts(const ep_plan_args& args) {
+  return args.mailbox->num_tokens_per_expert;
+}
+
+template <typename Args>
+__device__ inline int32_t field_of(const Args& args, int32_t field) {
   switch (field) {
     case EP_FIELD_NUM_TOPK:
       return args.routing.num_topk;

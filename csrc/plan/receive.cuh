@@ -13,14 +13,18 @@
 
 namespace ep::plan {
 
-// Thread `source` waits for that rank's routing and reads its header. A rank with more tokens than
-// there is room for sends none, and all hear how many it asked for. After a fault there are 0 rows.
-__device__ inline void wait_for_header(const ep_plan_args& args, int32_t source, int32_t epoch,
+// What differs where the plan is one of several nodes is asked of the arguments (plan/plan.cuh,
+// nodes/plan.cu): how many sources there are, where their counts go.
+
+// Waits for the routing of rank `source` and reads its header. A rank with more tokens than there
+// is room for sends none, and all hear how many it asked for. After a fault there are 0 rows.
+template <typename Args>
+__device__ inline void wait_for_header(const Args& args, int32_t source, int32_t epoch,
                                        int32_t* num_rows, int32_t* asked_tokens) {
   const ep_peers& peers = args.peers;
   const uint32_t* const flag = in_memory_of<uint32_t>(peers, peers.rank, args.flag_offset) + source;
   int32_t rows = 0, asked = 0;
-  if (wait_epoch(peers, flag, epoch, EP_PHASE_PLAN, source)) {
+  if (wait_epoch(peers, flag, epoch, EP_PHASE_PLAN, peer_of(args, source))) {
     const volatile int32_t* const header =
         in_memory_of<int32_t>(peers, peers.rank, args.header_offset) + source * kHeaderInts;
     rows = min(max(header[0], 0), args.max_tokens);
@@ -28,7 +32,8 @@ __device__ inline void wait_for_header(const ep_plan_args& args, int32_t source,
     for (int i = 0; i < EP_NUM_FIELDS; ++i) {
       const int32_t ours = field_of(args, i), theirs = header[2 + i];
       if (theirs == ours) continue;
-      raise_fault(peers, EP_FAULT_MISMATCH, EP_PHASE_PLAN, source, i, ours, theirs);
+      raise_fault(peers, EP_FAULT_MISMATCH, EP_PHASE_PLAN, peer_of(args, source), i, ours,
+                  theirs);
       rows = 0;
       break;
     }
@@ -37,7 +42,7 @@ __device__ inline void wait_for_header(const ep_plan_args& args, int32_t source,
   asked_tokens[source] = asked;
   if (blockIdx.x == 0) {
     args.routing.num_recv[source] = rows;
-    args.routing.source_tokens[source] = asked <= args.max_tokens ? asked : 0;
+    args.routing.source_tokens[source] = tokens_of(args, source, asked);
   }
 }
 
@@ -71,13 +76,14 @@ __device__ inline int32_t source_of(int32_t n, const int32_t* first_of_source, i
 }
 
 // One block says where each expert's group stands in an output of `capacity` rows.
-__device__ inline void publish_groups(const ep_plan_args& args, const int32_t* expert_tokens,
+template <typename Args>
+__device__ inline void publish_groups(const Args& args, const int32_t* expert_tokens,
                                       const int32_t* first_row, int32_t end) {
-  const int32_t num_local_experts = args.num_experts / args.peers.num_ranks;
+  const int32_t num_local_experts = args.num_experts / num_sources(args);
   const int32_t capacity = args.capacity;
   for (int32_t e = threadIdx.x; e < num_local_experts; e += kThreads) {
     const int32_t tokens = expert_tokens[e];
-    if (args.ticket != 0) args.mailbox->num_tokens_per_expert[e] = tokens;
+    if (args.ticket != 0) expert_counts(args)[e] = tokens;
     if (args.routing.expert_major) {
       const int32_t first = min(first_row[e], capacity);
       args.routing.expert_first_row[e] = first;
@@ -135,7 +141,8 @@ struct Chunks {
 
 // Copies the local experts of a group's rows into the entries, and says in `mask` which rows go to
 // which expert.
-__device__ inline void take_in(const ep_plan_args& args, const Chunks& group, int32_t num_experts,
+template <typename Args>
+__device__ inline void take_in(const Args& args, const Chunks& group, int32_t num_experts,
                                const int32_t* first_of_source, int32_t num_received,
                                const int32_t* staged, uint32_t* mask) {
   const int32_t num_topk = args.routing.num_topk;
@@ -145,7 +152,7 @@ __device__ inline void take_in(const ep_plan_args& args, const Chunks& group, in
     const int32_t row = i / num_topk;
     const int32_t n = group.first * kChunkTokens + row;
     if (n >= num_received) break;
-    const int32_t source = source_of(n, first_of_source, args.peers.num_ranks), k = i % num_topk;
+    const int32_t source = source_of(n, first_of_source, num_sources(args)), k = i % num_topk;
     const int32_t slot = n - first_of_source[source];
     const int32_t expert =
         staged[(static_cast<int64_t>(source) * args.max_tokens + slot) * num_topk + k];
@@ -234,7 +241,8 @@ __device__ inline int32_t place_in_order(const int32_t* experts, int32_t num_top
 }
 
 // Writes the output rows of a group's rows into the entries, in the order of k and ascending.
-__device__ inline void write_rows(const ep_plan_args& args, const Chunks& group,
+template <typename Args>
+__device__ inline void write_rows(const Args& args, const Chunks& group,
                                   int32_t num_experts, int32_t num_received, const uint32_t* mask,
                                   const int32_t* chunk_first_row) {
   const int32_t num_topk = args.routing.num_topk, num_topk4 = args.routing.num_topk4;
@@ -262,13 +270,12 @@ __device__ inline void write_rows(const ep_plan_args& args, const Chunks& group,
   __syncthreads();
 }
 
-__global__ void __launch_bounds__(kThreads)
-    receive_kernel(const __grid_constant__ ep_plan_args args, const Scratch scratch) {
-  extern __shared__ int32_t shared[];
-  ptx::let_next_kernel_start();  // all blocks have their places: a dispatch will not take them
+// The whole kernel, for at most kMaxSources ranks.
+template <int kMaxSources, typename Args>
+__device__ inline void receive_all(const Args& args, const Scratch& scratch, int32_t* shared) {
   const ep_peers& peers = args.peers;
   const Receive& receive = scratch.receive;
-  const int32_t num_ranks = peers.num_ranks;
+  const int32_t num_ranks = num_sources(args);
   const int32_t num_experts = args.num_experts / num_ranks;  // of this rank
   const int32_t group_words = receive.chunks_per_group * num_experts;
   auto* const mask = reinterpret_cast<uint32_t*>(shared);
@@ -276,11 +283,12 @@ __global__ void __launch_bounds__(kThreads)
   int32_t* const next_row = chunk_first_row + group_words;
   int32_t* const tokens = next_row + num_experts;
   int32_t* const first_row = tokens + num_experts;  // [E] of each expert's group
-  __shared__ int32_t num_rows[EP_MAX_PEERS], first_of_source[EP_MAX_PEERS];
-  __shared__ int32_t asked_tokens[EP_MAX_PEERS];
+  __shared__ int32_t num_rows[kMaxSources], first_of_source[kMaxSources];
+  __shared__ int32_t asked_tokens[kMaxSources];
   const int32_t epoch = epoch_of(peers);
   uint32_t* const counters = reinterpret_cast<uint32_t*>(args.counters);
 
+  static_assert(kMaxSources <= kThreads, "a thread waits for each source");
   if (static_cast<int32_t>(threadIdx.x) < num_ranks) {
     wait_for_header(args, threadIdx.x, epoch, num_rows, asked_tokens);
   }
@@ -328,6 +336,13 @@ __global__ void __launch_bounds__(kThreads)
   if (is_last_block(&args.counters[kReceiveEnd], gridDim.x) && threadIdx.x == 0) {
     counters[kReceiveBarrier] = 0;
   }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    receive_kernel(const __grid_constant__ ep_plan_args args, const Scratch scratch) {
+  extern __shared__ int32_t shared[];
+  ptx::let_next_kernel_start();  // all blocks have their places: a dispatch will not take them
+  receive_all<EP_MAX_PEERS>(args, scratch, shared);
 }
 
 }  // namespace ep::plan
