@@ -155,7 +155,9 @@ __device__ void list_sums(const ep_combine_args& args, Team& team, int32_t vecto
                           ? args.routing.send_slot[static_cast<int64_t>(t) * peers.num_ranks + r]
                           : -1;
     }
-    const int32_t num_rows = list_group(args, token, peers.rank, args.row_offset, team.rows());
+    OtherPlaces none;
+    const int32_t num_rows =
+        list_group(args, token, peers.rank, args.row_offset, NoOtherNodes(), team.rows(), &none);
     fine = wait_for_partials(args, token);
     if (!fine) break;
     if (args.combined_weights != nullptr) gather_weights(args, begin, end);
@@ -200,22 +202,10 @@ const Kernels kernels("combine kernels", Setup::kShared, kMaxTeamShared, kKernel
 }  // namespace
 
 int32_t ep_combine(const ep_combine_args* args, void* stream) {
-  if (args->row_bytes < 16 || args->row_bytes % 16) {
-    return ep::fail(EP_ERR_ARGUMENT, "rows of %d bytes are not a multiple of 16", args->row_bytes);
-  }
+  const int32_t status = ep::check_combine(*args);
+  if (status != EP_OK) return status;
   const int32_t unit_rows = args->chunk_rows * args->chunks_per_unit;
   const int32_t num_topk4 = args->routing.num_topk4;
-  if (unit_rows < 1 || unit_rows > kMaxUnitRows || num_topk4 > EP_MAX_TOPK) {
-    return ep::fail(EP_ERR_ARGUMENT, "%d rows a unit, num_topk4 = %d: at most %d and %d", unit_rows,
-                    num_topk4, kMaxUnitRows, EP_MAX_TOPK);
-  }
-  if (args->num_blocks < 1 || args->push_percent < 0 || args->push_percent > 100) {
-    return ep::fail(EP_ERR_ARGUMENT, "%d blocks, %d %% of the teams: at least 1, and 0 to 100",
-                    args->num_blocks, args->push_percent);
-  }
-  if (args->dtype != EP_BF16 && args->dtype != EP_FP32) {
-    return ep::fail(EP_ERR_ARGUMENT, "dtype = %d is not one of EP_BF16, EP_FP32", args->dtype);
-  }
   const int32_t list_rows =
       std::max(unit_rows * num_topk4, kGroupTokens * (num_topk4 + args->peers.num_ranks));
   const ep::Teams teams = ep::Teams::of_rows(args->row_bytes, list_rows);

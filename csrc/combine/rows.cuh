@@ -3,6 +3,7 @@
 #pragma once
 
 #include "combine/teams.cuh"
+#include "common/launch.cuh"
 #include "common/peers.cuh"
 #include "common/warp.cuh"
 #include "routing/entries.cuh"
@@ -119,10 +120,25 @@ __device__ inline uint32_t place_in_sums(const ep_combine_args& args, uint32_t r
   return what;
 }
 
+// Rows that a token has besides those of the ranks here: sums of other nodes.
+struct NoOtherNodes {
+  static constexpr int32_t before = 0, after = 0;  // this node
+};
+struct OtherNodes {
+  int32_t before, after;
+};
+// Where they are listed, of this lane's token.
+struct OtherPlaces {
+  ListedRow *before, *after;
+};
+
 // Lists the rows of a group's tokens; returns how many that takes. `own_source` is the source of
-// this rank's received rows of them; partial rows stand at row_offset.
+// this rank's received rows of them; partial rows stand at row_offset. There is room left for the
+// rows of `others`, and *places says where.
+template <typename Others>
 __device__ inline int32_t list_group(const ep_combine_args& args, const Token& token,
-                                     int32_t own_source, int64_t row_offset, ListedRow* list) {
+                                     int32_t own_source, int64_t row_offset, const Others& others,
+                                     ListedRow* list, OtherPlaces* places) {
   const ep_peers& peers = args.peers;
   uint32_t ranks = 0;  // that the token went to
   int32_t own_n = -1;  // its received row on this one
@@ -136,10 +152,13 @@ __device__ inline int32_t list_group(const ep_combine_args& args, const Token& t
   // Where another rank's part comes first, this rank's rows are added up before it and kept.
   const uint32_t before = ranks & node_of(args, peers.rank) & ((1u << peers.rank) - 1);
   const bool keeps = own_rows > 1 && before != 0;
-  const bool is_nowhere = token.exists && ranks == 0;
-  const int32_t count = is_nowhere ? 1 : __popc(ranks) + max(own_rows - 1, 0);
+  const bool is_nowhere = token.exists && ranks == 0 && others.before + others.after == 0;
+  const int32_t here = is_nowhere ? 1 : __popc(ranks) + max(own_rows - 1, 0);
+  const int32_t count = others.before + here + others.after;
   int32_t total;
   list += sum_before(count, &total);
+  places->before = list;
+  list += others.before;
   const uint32_t out = static_cast<uint32_t>(lane_id()) << ListedRow::kOutShift;
   if (is_nowhere) *list = ListedRow{input_row(args, -1), out | place_in_sums(args, 0, 0)};
   if (keeps) {
@@ -150,6 +169,8 @@ __device__ inline int32_t list_group(const ep_combine_args& args, const Token& t
   for (int32_t r = 0; r < EP_MAX_PEERS; ++r) {
     if (token.slot[r] < 0) continue;
     uint32_t what = place_in_sums(args, ranks, r);
+    if (others.before != 0) what &= ~ListedRow::kFirstNode;
+    if (others.after != 0) what &= ~ListedRow::kLast;
     if (r == peers.rank && keeps) {
       list[-1].what |= ListedRow::kAddKept | what;
     } else if (r == peers.rank) {
@@ -164,7 +185,29 @@ __device__ inline int32_t list_group(const ep_combine_args& args, const Token& t
       *list++ = ListedRow{reinterpret_cast<const uint4*>(staged), out | what};
     }
   }
+  places->after = list;
   return total;
+}
+
+// Refuses what the kernels cannot add up. Host code.
+inline int32_t check_combine(const ep_combine_args& args) {
+  if (args.row_bytes < 16 || args.row_bytes % 16) {
+    return fail(EP_ERR_ARGUMENT, "rows of %d bytes are not a multiple of 16", args.row_bytes);
+  }
+  const int32_t unit_rows = args.chunk_rows * args.chunks_per_unit;
+  const int32_t num_topk4 = args.routing.num_topk4;
+  if (unit_rows < 1 || unit_rows > kMaxUnitRows || num_topk4 > EP_MAX_TOPK) {
+    return fail(EP_ERR_ARGUMENT, "%d rows a unit, num_topk4 = %d: at most %d and %d", unit_rows,
+                num_topk4, kMaxUnitRows, EP_MAX_TOPK);
+  }
+  if (args.num_blocks < 1 || args.push_percent < 0 || args.push_percent > 100) {
+    return fail(EP_ERR_ARGUMENT, "%d blocks, %d %% of the teams: at least 1, and 0 to 100",
+                args.num_blocks, args.push_percent);
+  }
+  if (args.dtype != EP_BF16 && args.dtype != EP_FP32) {
+    return fail(EP_ERR_ARGUMENT, "dtype = %d is not one of EP_BF16, EP_FP32", args.dtype);
+  }
+  return EP_OK;
 }
 
 }  // namespace ep

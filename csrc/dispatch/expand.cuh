@@ -122,7 +122,8 @@ struct Placement {
   const ep_dispatch_args& args;
   const Stages& stages;
   const int32_t* const entries;  // of the routing, see ep_routing
-  const int32_t epoch;
+  const int32_t epoch;           // of the operation
+  const int32_t wave;            // what flags are stamped with: on one node the same
   const int32_t num_ranks = args.peers.num_ranks, chunk_tokens = args.chunk_tokens;
   const int32_t bytes = slot_bytes(args), out_bytes = out_row_bytes(args);
   const int64_t stride = slot_stride(args);
@@ -143,7 +144,7 @@ struct Placement {
     bool arrived = true;
     if (lane_id() == 0) {
       const uint64_t* const chunk_flag = flag_at();
-      const uint32_t stamp = chunk_stamp(epoch, args.tag);
+      const uint32_t stamp = chunk_stamp(wave, args.tag);
       const auto is_of_this_epoch = [stamp](uint64_t value) {
         return flag_stamp(value) >> 8 == stamp >> 8;
       };
@@ -359,7 +360,7 @@ __device__ inline void expand(const ep_dispatch_args& args, const Stages& stages
   const int32_t* const entries = copies ? args.planned_entries : args.routing.entries;
   write_padding(args, warp, num_warps);
 
-  expand_units(Expansion{{args, stages, entries, epoch}}, warp, num_warps, 0);
+  expand_units(Expansion{{args, stages, entries, epoch, epoch}}, warp, num_warps, 0);
   wait_until_written<0>();
 }
 

@@ -8,9 +8,6 @@
 
 namespace ep::dispatch {
 
-// Tokens pushed after a chunk before its flag is raised: by then its stores have mostly landed.
-constexpr int kFlagLag = 2;
-
 struct PushedChunk {
   int32_t chunk = -1;  // -1: none
   int32_t first = 0;

@@ -7,6 +7,8 @@
 namespace ep::dispatch {
 
 constexpr int kMaxChunkTokens = 32;  // a unit's rows are bits of one word
+// Tokens pushed after a chunk before its flag is raised: by then its stores have mostly landed.
+constexpr int kFlagLag = 2;
 
 __host__ __device__ inline int32_t slot_bytes(const ep_dispatch_args& args) {
   return args.row_bytes + args.scale_bytes + args.weight_bytes;

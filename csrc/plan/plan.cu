@@ -6,38 +6,24 @@
 
 #include "common/launch.cuh"
 #include "plan/receive.cuh"
+#include "plan/scratch.cuh"
 #include "plan/send.cuh"
+
+namespace ep::plan {
+
+__global__ void __launch_bounds__(kThreads)
+    receive_kernel(const __grid_constant__ ep_plan_args args, const Scratch scratch) {
+  extern __shared__ int32_t shared[];
+  ptx::let_next_kernel_start();  // all blocks have their places: a dispatch will not take them
+  receive_all<EP_MAX_PEERS>(args, scratch, shared);
+}
+
+}  // namespace ep::plan
 
 namespace {
 
 using namespace ep;
 using namespace ep::plan;
-
-constexpr int64_t kScratchAlignment = 256;
-
-// Cuts the scratch at address `base` up for the largest sizes and returns the bytes that it takes.
-int64_t cut_scratch(int64_t max_tokens, int32_t num_experts, int32_t num_ranks, uintptr_t base,
-                    Scratch* scratch) {
-  const int32_t num_local_experts = num_experts / num_ranks;
-  layout::Shape largest = layout::make_shape(max_tokens, 1, num_experts, num_ranks, kMaxPlanBlocks);
-  largest.num_blocks = kMaxPlanBlocks;  // fewer tokens may take more blocks
-  scratch->receive.max_chunks =
-      static_cast<int32_t>(ceil_div<int64_t>(max_tokens * num_ranks, kChunkTokens));
-  uintptr_t next = base;
-  const auto take = [&next](int64_t bytes) {
-    const uintptr_t start = next;
-    next += round_up<int64_t>(bytes, kScratchAlignment);
-    return start;
-  };
-  scratch->sent_error = reinterpret_cast<int32_t*>(take(16));
-  scratch->receive.expert_count =
-      reinterpret_cast<int32_t*>(take(4 * int64_t{kMaxPlanBlocks} * num_local_experts));
-  scratch->receive.chunk_rows = reinterpret_cast<uint32_t*>(
-      take(4 * static_cast<int64_t>(scratch->receive.max_chunks) * num_local_experts));
-  const uintptr_t workspace = next;
-  return static_cast<int64_t>(workspace - base) +
-         layout::cut_workspace(largest, false, workspace, &scratch->layout);
-}
 
 template <typename Input>
 int32_t launch_send(const ep_plan_args& args, const Input& input, const Scratch& scratch,
@@ -68,12 +54,10 @@ int32_t launch_send(const ep_plan_args& args, const Scratch& scratch, cudaStream
 
 int32_t launch_receive(const ep_plan_args& args, Scratch scratch, cudaStream_t stream) {
   const int32_t num_local_experts = args.num_experts / args.peers.num_ranks;
-  Receive& receive = scratch.receive;
-  const int32_t blocks = std::clamp(args.num_receive_blocks, 1, receive.max_chunks);
-  receive.chunks_per_group =
-      std::clamp(kMaxGroupWords / num_local_experts, 1, ceil_div(receive.max_chunks, blocks));
-  receive_kernel<<<blocks, kThreads, receive.shared_bytes(num_local_experts), stream>>>(args,
-                                                                                        scratch);
+  const int32_t blocks =
+      divide_receive(args.num_receive_blocks, num_local_experts, &scratch.receive);
+  const int32_t shared_bytes = scratch.receive.shared_bytes(num_local_experts);
+  receive_kernel<<<blocks, kThreads, shared_bytes, stream>>>(args, scratch);
   return check_cuda(cudaGetLastError(), "ep_plan: receive_kernel");
 }
 

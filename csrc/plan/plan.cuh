@@ -40,8 +40,7 @@ __device__ inline int32_t num_sources(const ep_plan_args& args) { return args.pe
 // Number of a source among the peers that are waited for.
 __device__ inline int32_t peer_of(const ep_plan_args&, int32_t source) { return source; }
 // Tokens whose rows a source pushes here in chunks.
-__device__ inline int32_t tokens_of(const ep_plan_args& args, int32_t,
-                                    int32_t asked_tokens) {
+__device__ inline int32_t tokens_of(const ep_plan_args& args, int32_t, int32_t asked_tokens) {
   return asked_tokens <= args.max_tokens ? asked_tokens : 0;
 }
 // Where the host finds the rows of each local expert.

@@ -1,6 +1,6 @@
-// The second kernel of a plan. It waits for the flags and copies the routing out of the staging
-// memory, which the next plan overwrites. It counts the rows of each expert, tells the host, and
-// says where every row stands in the output.
+// What the second kernel of a plan does. It waits for the flags and copies the routing out of the
+// staging memory, which the next plan overwrites. It counts the rows of each expert, tells the
+// host, and says where every row stands in the output.
 //
 // It is the layout again, with each local expert taken for a rank: the slot of a received row is
 // its place in the expert's group. The headers say how many rows came, so no other rows are looked
@@ -32,8 +32,7 @@ __device__ inline void wait_for_header(const Args& args, int32_t source, int32_t
     for (int i = 0; i < EP_NUM_FIELDS; ++i) {
       const int32_t ours = field_of(args, i), theirs = header[2 + i];
       if (theirs == ours) continue;
-      raise_fault(peers, EP_FAULT_MISMATCH, EP_PHASE_PLAN, peer_of(args, source), i, ours,
-                  theirs);
+      raise_fault(peers, EP_FAULT_MISMATCH, EP_PHASE_PLAN, peer_of(args, source), i, ours, theirs);
       rows = 0;
       break;
     }
@@ -242,8 +241,8 @@ __device__ inline int32_t place_in_order(const int32_t* experts, int32_t num_top
 
 // Writes the output rows of a group's rows into the entries, in the order of k and ascending.
 template <typename Args>
-__device__ inline void write_rows(const Args& args, const Chunks& group,
-                                  int32_t num_experts, int32_t num_received, const uint32_t* mask,
+__device__ inline void write_rows(const Args& args, const Chunks& group, int32_t num_experts,
+                                  int32_t num_received, const uint32_t* mask,
                                   const int32_t* chunk_first_row) {
   const int32_t num_topk = args.routing.num_topk, num_topk4 = args.routing.num_topk4;
   int32_t* const entries = args.routing.entries;
@@ -336,13 +335,6 @@ __device__ inline void receive_all(const Args& args, const Scratch& scratch, int
   if (is_last_block(&args.counters[kReceiveEnd], gridDim.x) && threadIdx.x == 0) {
     counters[kReceiveBarrier] = 0;
   }
-}
-
-__global__ void __launch_bounds__(kThreads)
-    receive_kernel(const __grid_constant__ ep_plan_args args, const Scratch scratch) {
-  extern __shared__ int32_t shared[];
-  ptx::let_next_kernel_start();  // all blocks have their places: a dispatch will not take them
-  receive_all<EP_MAX_PEERS>(args, scratch, shared);
 }
 
 }  // namespace ep::plan

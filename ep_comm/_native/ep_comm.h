@@ -534,6 +534,233 @@ typedef struct ep_low_latency_combine_args {
 EP_API int32_t ep_low_latency_dispatch(const ep_low_latency_dispatch_args* args, void* stream);
 EP_API int32_t ep_low_latency_combine(const ep_low_latency_combine_args* args, void* stream);
 
+/* ---- Between nodes -------------------------------------------------------------------------- */
+
+/* N nodes of L ranks: csrc/PROTOCOL.md, "Between nodes". R = N L ranks. Peers, in ep_peers and in
+ * all that is told of them, are the ranks (k, l), rank l of the node k before this one, in this
+ * order: number k L + l. Sources of rows are global ranks. */
+#define EP_MAX_NODES 256
+#define EP_MAX_NODE_RANKS 512 /* R */
+/* Chunks of rows to one node in one operation. */
+#define EP_MAX_NETWORK_CHUNKS 32
+
+typedef struct ep_nodes_layout_args {
+  int64_t max_tokens; /* rows that each source rank has room for */
+  int64_t row_bytes;  /* of the widest type of rows; a multiple of 16 */
+  int32_t num_topk;
+  int32_t num_nodes;
+  int32_t ranks_per_node;
+} ep_nodes_layout_args;
+
+/* Where things stand, in bytes; each at a multiple of 256. All of it is zero before the first
+ * operation. Fields *_half and *_region are sizes: from one of two halves, or from the memory of
+ * one distance, to the next. S = max_tokens, K = num_topk, C = max_chunks, O = N - 1. */
+typedef struct ep_nodes_offsets {
+  /* In the symmetric memory of a node's ranks. */
+  int64_t farewells;        /* int32 [L] */
+  int64_t plan_flags;       /* uint32 [R]: epoch of the routing that came from each source */
+  int64_t dispatch_credits; /* uint32 [L]: wave of dispatch that each local rank has read */
+  int64_t combine_credits;  /* uint32 [L]: the same of combine */
+  int64_t plan_headers;     /* int32 [R, 16] */
+  int64_t dispatch_flags;   /* uint64 [2, L, C] */
+  int64_t combine_flags;    /* uint32 [2, L, C] */
+  int64_t plan_idx;         /* int32 [R, S, K] */
+  int64_t combine_weights;  /* float [2, L, S, K] */
+  int64_t dispatch_slots;   /* [2, L - 1, S, slot] */
+  int64_t combine_rows;     /* [2, L - 1, S, row_bytes] */
+  int64_t zeros;            /* [row_bytes] */
+  int64_t total;
+  int64_t dispatch_slots_half;
+  int64_t combine_rows_half;
+  /* In network memory. Of distance k everything has number k - 1. */
+  int64_t network_credits;        /* uint64 [dispatch and combine, O]: of the node k after */
+  int64_t network_plan_flags;     /* uint64 [O]: of the node k before, as all that follows but what
+                                     is to be sent: that is for the node k after */
+  int64_t network_dispatch_flags; /* uint64 [O, EP_MAX_NETWORK_CHUNKS]: stamp | rows in all */
+  int64_t network_combine_flags;  /* uint64 [O, EP_MAX_NETWORK_CHUNKS]: stamp */
+  int64_t network_weight_flags;   /* the same, of weights */
+  int64_t plan_to_send;           /* int32 [O, 16 + S (L + K)]: header, relay entries */
+  int64_t plan_received;
+  int64_t dispatch_to_send; /* [O, S, slot] */
+  int64_t dispatch_received;
+  int64_t combine_to_send; /* [O, S, row_bytes] */
+  int64_t combine_received;
+  int64_t weights_to_send; /* float [O, S, K] */
+  int64_t weights_received;
+  int64_t network_total;
+  int64_t plan_region;
+  int64_t dispatch_region;
+  int64_t combine_region;
+  int64_t weights_region;
+  int32_t max_chunks;
+  int32_t network_chunk_rows; /* rows of a chunk on the network, in both operations */
+} ep_nodes_offsets;
+
+/* Fills `offsets`. Host code alone: needs no GPU. */
+EP_API int32_t ep_nodes_layout(const ep_nodes_layout_args* args, ep_nodes_offsets* offsets);
+
+/* A message that is to be carried out late: csrc/network/network.cuh. */
+typedef struct ep_network_message {
+  const uint8_t* from;
+  uint8_t* to;
+  int64_t num_bytes;
+  int64_t value; /* of the flag */
+  int64_t* flag;
+} ep_network_message;
+
+/* For tests: puts wait here for whoever carries them out, late and in any order. Memory that all
+ * ranks see, zero at first. */
+#define EP_NETWORK_QUEUE_LENGTH 4096
+typedef struct ep_network_queue {
+  ep_network_message messages[EP_NETWORK_QUEUE_LENGTH];
+  int32_t posted[EP_NETWORK_QUEUE_LENGTH]; /* 1: the message is there; 0 again when it is taken */
+  int32_t num_posted;
+  int32_t stop;        /* set by the host: ep_network_carry ends */
+  int32_t early_flags; /* for a test that must fail: flags are raised before their data is there */
+} ep_network_queue;
+
+/* How a rank reaches its rail, the ranks with its number on the other nodes. */
+typedef struct ep_network {
+  uint8_t* memory;           /* this rank's network memory */
+  uint8_t* const* memory_of; /* device memory [N]: that of the rank on the node k after */
+  ep_network_queue* queue;   /* NULL: puts are stores, carried out at once */
+  int64_t bytes_per_us;      /* of this rank's stores; 0: as fast as they can */
+  int32_t num_nodes;
+  int32_t node;
+} ep_network;
+
+/* For tests: carries messages out until `stop` is set, each up to delay_ns late, in random order.
+ */
+typedef struct ep_network_carry_args {
+  ep_network_queue* queue;
+  int64_t delay_ns;
+  int32_t seed;
+} ep_network_carry_args;
+EP_API int32_t ep_network_carry(const ep_network_carry_args* args, void* stream);
+
+/* What a routing has besides ep_routing where there are several nodes. In ep_routing num_sent,
+ * num_recv, first_of_source and source_tokens are [R] by global rank, send_slot is [T, L] for the
+ * ranks of this node, and source_tokens of other nodes are the rows that the network brings. */
+typedef struct ep_nodes_routing {
+  int32_t* node_slot;   /* [T, N] place among the tokens that go to each node; or -1 */
+  int32_t* node_tokens; /* [N, S] tokens that go to the node k after, in order; row 0 is not used */
+  int32_t* num_to_node; /* [N] tokens that go to each node */
+  int32_t* num_relayed; /* [N] rows that the network brings from the node k before; of 0 none */
+  int32_t* relay_first; /* [N] rows from nearer nodes */
+  int32_t* num_pushed;  /* [L] rows that this rank pushes to each of its node, relayed ones too */
+  int32_t* relay;       /* [rows, L + K] relay entries, nearest node first: those that expand the
+                           first dispatch copy them there */
+} ep_nodes_routing;
+
+/* Counts for the host, int32 in host memory that the device sees: ticket, written last; 4 of
+ * ep_layout_args.error; [R] tokens that each rank asked for; [R] rows sent to each; [R] rows
+ * received from each; [N] num_relayed; [E_local] rows of each expert, before padding. */
+#define EP_NODES_MAILBOX_ERROR 1
+#define EP_NODES_MAILBOX_COUNTS 5
+
+/* What a plan that no host waits for has to say, int32: EP_NOTICE_*, written last; 4 of
+ * ep_layout_args.error; rows that the output would have needed; rows that it has, or max_tokens;
+ * [R] tokens that each rank asked for. */
+#define EP_NODES_NOTICE_ERROR 1
+#define EP_NODES_NOTICE_ROWS 5
+#define EP_NODES_NOTICE_CAPACITY 6
+#define EP_NODES_NOTICE_ASKED 7
+
+/* What an operation did, in int64: fields of ep_record up to end_ns, then [R] longest_wait_ns of
+ * each peer, then [R] rows sent to each peer: over NVLink to the ranks of this node, relayed ones
+ * too; over the network to the rail. */
+#define EP_NODES_RECORD_WAITS 3
+
+/* Fields with the names of ep_plan_args mean the same. */
+typedef struct ep_nodes_plan_args {
+  ep_peers peers; /* num_ranks = L, rank = l */
+  ep_network network;
+  ep_routing routing;
+  ep_nodes_routing nodes;
+  const void* input;
+  void* scratch; /* ep_nodes_plan_scratch_bytes(), 256-byte aligned */
+  int32_t* mailbox;
+  int32_t* notice;
+  int32_t* counters;              /* [5] zero; left zero */
+  int64_t flag_offset;            /* plan_flags */
+  int64_t credit_offset;          /* dispatch_credits */
+  int64_t header_offset;          /* plan_headers */
+  int64_t idx_offset;             /* plan_idx */
+  int64_t network_credit_offset;  /* network_credits */
+  int64_t network_flag_offset;    /* network_plan_flags */
+  int64_t network_send_offset;    /* plan_to_send */
+  int64_t network_receive_offset; /* plan_received */
+  int64_t network_region;         /* plan_region */
+  int32_t ticket;
+  int32_t capacity;
+  int32_t input_kind;
+  int32_t num_experts;
+  int32_t max_tokens;
+  int32_t asked_tokens;
+  int32_t hidden;
+  int32_t expert_alignment;
+  int32_t num_send_blocks;
+  int32_t num_receive_blocks;
+} ep_nodes_plan_args;
+
+EP_API int64_t ep_nodes_plan_scratch_bytes(int64_t max_tokens, int32_t num_experts,
+                                           int32_t num_nodes, int32_t ranks_per_node);
+
+/* As ep_plan. */
+EP_API int32_t ep_nodes_plan(const ep_nodes_plan_args* args, void* stream, void* side_stream,
+                             void* event);
+
+/* `dispatch` is that of one node with its ranks as peers; of it planned_entries and what follows to
+ * weight_bytes mean the same, and is_behind_plan is 0. */
+typedef struct ep_nodes_dispatch_args {
+  ep_dispatch_args dispatch;
+  ep_network network;
+  ep_nodes_routing nodes;
+  int32_t* wave_counters;         /* [N] zero; left zero */
+  int64_t slot_half;              /* dispatch_slots_half */
+  int64_t network_credit_offset;  /* network_credits */
+  int64_t network_flag_offset;    /* network_dispatch_flags */
+  int64_t network_send_offset;    /* dispatch_to_send */
+  int64_t network_receive_offset; /* dispatch_received */
+  int64_t network_region;         /* dispatch_region */
+  int64_t plan_flag_offset;       /* network_plan_flags */
+  int64_t plan_offset;            /* plan_received: where relay entries are while is_planned */
+  int64_t plan_region;            /* plan_region */
+  int32_t network_chunk_rows;
+  int32_t num_gather_blocks; /* these come first, then those that push, then those that expand */
+  int32_t first_wave;        /* waves [first_wave, end_wave) are pushed; all are expanded */
+  int32_t end_wave;
+} ep_nodes_dispatch_args;
+
+EP_API int32_t ep_nodes_dispatch(const ep_nodes_dispatch_args* args, void* stream);
+
+/* Of one operation, and of each of its waves: groups that are done in it and in each chunk, and
+ * whether the wave before has had its credit. */
+#define EP_NODES_COMBINE_COUNTERS 2
+#define EP_NODES_COMBINE_WAVE_COUNTERS 34
+
+/* `combine` is that of one node with its ranks as peers, and ranks_per_node = L. */
+typedef struct ep_nodes_combine_args {
+  ep_combine_args combine; /* counters: EP_NODES_COMBINE_COUNTERS + N x
+                              EP_NODES_COMBINE_WAVE_COUNTERS */
+  ep_network network;
+  ep_nodes_routing nodes;
+  int64_t row_half;               /* combine_rows_half */
+  int64_t network_credit_offset;  /* network_credits, the second row */
+  int64_t network_flag_offset;    /* network_combine_flags */
+  int64_t network_send_offset;    /* combine_to_send */
+  int64_t network_receive_offset; /* combine_received */
+  int64_t network_region;         /* combine_region */
+  int64_t weight_flag_offset;     /* network_weight_flags */
+  int64_t weight_send_offset;     /* weights_to_send */
+  int64_t weight_receive_offset;  /* weights_received */
+  int64_t weight_region;          /* weights_region */
+  int32_t network_chunk_rows;
+  int32_t has_weights; /* on any rank: combine.weights may be NULL where no row came */
+} ep_nodes_combine_args;
+
+EP_API int32_t ep_nodes_combine(const ep_nodes_combine_args* args, void* stream);
+
 /* ---- Probe: what the links carry ------------------------------------------------------------ */
 
 #define EP_PROBE_ROW_BYTES 14336

@@ -1,0 +1,89 @@
+// The network at its worst, for tests: messages between virtual ranks of one GPU are carried out
+// late and in random order. Of each, the flag comes behind the data; nothing else is ordered. What
+// is sent is read when the message is carried out.
+
+#include "common/launch.cuh"
+#include "network/network.cuh"
+
+namespace {
+
+using namespace ep;
+
+constexpr int kCarryThreads = 128;
+constexpr unsigned long long kNone = ~0ull;
+
+// Numbers that need not be good, but not the same in two runs of different seed.
+struct Random {
+  uint64_t state;
+  __device__ uint32_t next() {
+    state = state * 6364136223846793005ull + 1442695040888963407ull;
+    return static_cast<uint32_t>(state >> 33);
+  }
+};
+
+__device__ inline void pass_time(uint64_t nanoseconds) {
+  const uint64_t start = ptx::global_timer_ns();
+  while (ptx::global_timer_ns() - start < nanoseconds) {
+  }
+}
+
+__global__ void __launch_bounds__(kCarryThreads)
+    carry_kernel(const __grid_constant__ ep_network_carry_args args) {
+  __shared__ unsigned long long best;
+  __shared__ ep_network_message message;
+  ep_network_queue& queue = *args.queue;
+  Random random{static_cast<uint64_t>(args.seed) + 1};
+  const network::BlockGroup group;
+  while (true) {
+    // All threads draw the same numbers. Each message draws one of its own, and the lowest wins.
+    const uint32_t draw = random.next();
+    const uint64_t late_ns = args.delay_ns == 0 ? 0 : random.next() % args.delay_ns;
+    if (threadIdx.x == 0) best = kNone;
+    __syncthreads();
+    for (int32_t i = threadIdx.x; i < EP_NETWORK_QUEUE_LENGTH; i += kCarryThreads) {
+      if (ptx::load_acquire_sys(reinterpret_cast<const uint32_t*>(&queue.posted[i])) == 0) continue;
+      const uint32_t drawn = (draw ^ (i * 2654435761u)) * 2246822519u;
+      atomicMin(&best, static_cast<unsigned long long>(drawn) << 32 | static_cast<uint32_t>(i));
+    }
+    __syncthreads();
+    const unsigned long long chosen = best;
+    __syncthreads();
+    if (chosen == kNone) {
+      // What has been posted is carried out even where the host has said stop.
+      bool stops = false;
+      if (threadIdx.x == 0) {
+        stops = ptx::load_acquire_sys(reinterpret_cast<const uint32_t*>(&queue.stop)) != 0;
+      }
+      if (__syncthreads_or(stops)) return;
+      continue;
+    }
+    const auto place = static_cast<int32_t>(chosen & 0xffffffffu);
+    if (threadIdx.x == 0) {
+      const volatile ep_network_message& posted = queue.messages[place];
+      message = {posted.from, posted.to, posted.num_bytes, posted.value, posted.flag};
+      ptx::store_release_sys(reinterpret_cast<uint32_t*>(&queue.posted[place]), 0);
+    }
+    __syncthreads();
+    auto* const flag = reinterpret_cast<network::Flag*>(message.flag);
+    const auto raise = [&] {
+      if (threadIdx.x != 0) return;
+      ptx::fence_acq_rel_sys();
+      ptx::store_release_sys(flag, static_cast<network::Flag>(message.value));
+    };
+    if (queue.early_flags) raise();
+    pass_time(late_ns);
+    network::copy(message.to, message.from, message.num_bytes, group);
+    __syncthreads();
+    if (!queue.early_flags) raise();
+    __syncthreads();
+  }
+}
+
+const Kernels kernels("network kernel", Setup::kPlain, 0, carry_kernel);
+
+}  // namespace
+
+int32_t ep_network_carry(const ep_network_carry_args* args, void* stream) {
+  carry_kernel<<<1, kCarryThreads, 0, static_cast<cudaStream_t>(stream)>>>(*args);
+  return ep::check_cuda(cudaGetLastError(), "ep_network_carry");
+}

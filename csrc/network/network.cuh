@@ -1,0 +1,113 @@
+// The network between nodes, as kernels see it: put() sends memory to a rank of the rail and then
+// raises a flag there; raise_far() raises a flag alone. Nothing else is ordered (PROTOCOL.md,
+// "What the network must do"), and nothing here waits.
+//
+// This is the version without a network: several nodes on one host, whose memory is mapped.
+// Messages are stores; or, for tests, they wait in a queue for ep_network_carry, which carries them
+// out late.
+#pragma once
+
+#include "common/peers.cuh"
+#include "common/warp.cuh"
+
+namespace ep::network {
+
+// Threads that put something together.
+struct WarpGroup {
+  __device__ int32_t index() const { return lane_id(); }
+  __device__ int32_t size() const { return kWarpSize; }
+  __device__ void sync() const { __syncwarp(); }
+};
+struct BlockGroup {
+  __device__ int32_t index() const { return threadIdx.x; }
+  __device__ int32_t size() const { return blockDim.x; }
+  __device__ void sync() const { __syncthreads(); }
+};
+
+// Flags hold 64 bits, as those of NVSHMEM do.
+using Flag = uint64_t;
+
+// A place in the network memory of the rank on the node k after.
+__device__ inline uint8_t* memory_of(const ep_network& network, int32_t k) {
+  return network.memory_of[k];
+}
+
+// Copies multiples of 4 bytes; past L1, for what this kernel has written elsewhere.
+template <typename Group>
+__device__ inline void copy(uint8_t* to, const uint8_t* from, int64_t num_bytes, Group group) {
+  constexpr int kAhead = 4;
+  const int64_t num_vectors = num_bytes / 16, step = group.size();
+  const auto* const source = reinterpret_cast<const uint4*>(from);
+  for (int64_t first = group.index(); first < num_vectors; first += kAhead * step) {
+    uint4 v[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      ptx::load_global_if(first + i * step < num_vectors, &v[i], source + first + i * step);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + i * step < num_vectors) {
+        ptx::store_global(reinterpret_cast<uint4*>(to) + first + i * step, v[i]);
+      }
+    }
+  }
+  const auto* const words = reinterpret_cast<const volatile uint32_t*>(from);
+  for (int64_t i = num_vectors * 4 + group.index(); i < num_bytes / 4; i += step) {
+    reinterpret_cast<uint32_t*>(to)[i] = words[i];
+  }
+}
+
+// One thread leaves a message for ep_network_carry.
+__device__ inline void post(ep_network_queue& queue, const ep_network_message& message) {
+  const int32_t place =
+      (static_cast<uint32_t>(atomicAdd(&queue.num_posted, 1)) % EP_NETWORK_QUEUE_LENGTH);
+  queue.messages[place] = message;
+  ptx::fence_acq_rel_sys();
+  ptx::store_release_sys(reinterpret_cast<uint32_t*>(&queue.posted[place]), 1);
+}
+
+// Sends num_bytes, which may be 0, from this rank's network memory to the node k after, to the same
+// network memory at `to`, and then raises the flag at `flag` there. All threads of the group call
+// it, and have met behind whoever wrote what is sent.
+template <typename Group>
+__device__ inline void put(const ep_peers& peers, const ep_network& network, int32_t k,
+                           int64_t from, int64_t to, int64_t num_bytes, int64_t flag, Flag value,
+                           Group group) {
+  uint8_t* const memory = memory_of(network, k);
+  if (network.queue != nullptr) {
+    if (group.index() == 0) {
+      ptx::fence_acq_rel_sys();
+      post(*network.queue,
+           {network.memory + from, memory + to, num_bytes, static_cast<int64_t>(value),
+            reinterpret_cast<int64_t*>(memory + flag)});
+    }
+    group.sync();
+    return;
+  }
+  const uint64_t start = ptx::global_timer_ns();
+  copy(memory + to, network.memory + from, num_bytes, group);
+  group.sync();
+  if (group.index() == 0) {
+    if (network.bytes_per_us != 0) {
+      const uint64_t least_ns = static_cast<uint64_t>(num_bytes * 1000 / network.bytes_per_us);
+      while (ptx::global_timer_ns() - start < least_ns) {
+      }
+    }
+    signal(peers, reinterpret_cast<Flag*>(memory + flag), value);
+  }
+  group.sync();
+}
+
+// One thread raises the flag at `flag` of the node k after.
+__device__ inline void raise_far(const ep_peers& peers, const ep_network& network, int32_t k,
+                                 int64_t flag, Flag value) {
+  uint8_t* const memory = memory_of(network, k);
+  if (network.queue != nullptr) {
+    post(*network.queue, {nullptr, nullptr, 0, static_cast<int64_t>(value),
+                          reinterpret_cast<int64_t*>(memory + flag)});
+    return;
+  }
+  signal(peers, reinterpret_cast<Flag*>(memory + flag), value);
+}
+
+}  // namespace ep::network

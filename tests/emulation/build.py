@@ -1,0 +1,76 @@
+"""Compile kernels for the CPU: ``build(folder)`` returns a library with their C interface.
+
+The sources are csrc's own. Only what is no C++ is rewritten: launches and shared memory.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+from ep_comm._native import header
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+SOURCES = (
+    "abi.cu",
+    "load.cu",
+    "plan/plan.cu",
+    "nodes/layout.cu",
+    "nodes/plan.cu",
+    "nodes/dispatch.cu",
+    "nodes/combine.cu",
+    "network/adversary.cu",
+)
+_LAUNCH = re.compile(r"([\w\[\]\.]+)<<<(.*?)>>>\((.*?)\);", re.S)
+
+
+def _rewrite(text: str) -> str:
+    # Arguments are evaluated at the launch; the kernel runs later.
+    text = _LAUNCH.sub(
+        r"emulation::launch(\2, [=, run = [=](const auto&... each) { \1(each...); }, "
+        r"all = std::make_tuple(\3)] { std::apply(run, all); });",
+        text,
+    )
+    text = re.sub(
+        r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];",
+        r"\1* const \2 = reinterpret_cast<\1*>(emulation::the_block->shared);",
+        text,
+    )
+    return text.replace("__shared__ ", "static thread_local ")
+
+
+def build(folder: Path) -> Path:
+    """Compile into `folder`, and return the library."""
+    for source in (ROOT / "csrc").rglob("*.cu*"):
+        target = folder / "csrc" / source.relative_to(ROOT / "csrc")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(_rewrite(source.read_text()))
+    (folder / "csrc" / "common" / "ptx.cuh").unlink()
+    flags = [
+        "-std=c++17", "-O1", "-g", "-w", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden",
+        f"-I{HERE / 'include'}", f"-I{folder / 'csrc'}", f"-I{header.PATH.parent}",
+        "-DEP_CUDA_ARCHS=cpu", f"-DEP_HEADER_DIGEST={header.DIGEST}",
+    ]  # fmt: skip
+    objects = []
+    pending = []
+    for source in (*SOURCES, None):
+        path = HERE / "runtime.cpp" if source is None else folder / "csrc" / source
+        objects.append(folder / f"{len(objects)}.o")
+        command = ["g++", "-x", "c++", "-c", *flags, str(path), "-o", str(objects[-1])]
+        pending.append(subprocess.Popen(command))
+        if len(pending) == 2:
+            assert pending.pop(0).wait() == 0, "g++ failed"
+    for process in pending:
+        assert process.wait() == 0, "g++ failed"
+    library = folder / "libep_comm_emulated.so"
+    command = ["g++", "-shared", "-pthread", *map(str, objects), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return library
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(build(Path(sys.argv[1])))

@@ -1,0 +1,124 @@
+// The instructions of csrc/common/ptx.cuh, on the CPU.
+#pragma once
+
+#include "emulation.h"
+
+namespace ep::ptx {
+
+inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - emulation::the_block->shared);
+}
+
+template <typename T>
+T load_acquire_sys(const T* flag) {
+  emulation::spin();
+  return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
+}
+inline void store_release_sys(uint32_t* flag, uint32_t value) {
+  __atomic_store_n(flag, value, __ATOMIC_RELEASE);
+}
+inline void store_release_sys(uint64_t* flag, uint64_t value) {
+  __atomic_store_n(flag, value, __ATOMIC_RELEASE);
+}
+inline void fence_acq_rel_sys() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline void fence_acq_rel_gpu() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline uint64_t global_timer_ns() {
+  emulation::spin();
+  return static_cast<uint64_t>(clock64());
+}
+inline void let_next_kernel_start() {}
+inline void wait_for_kernel_before() {}
+inline void fence_proxy_async_global() {}
+inline void fence_proxy_async_shared() {}
+
+// An mbarrier of one arrival: bytes still to come in the upper half, phases in the lower.
+inline void barrier_init(uint64_t* barrier, uint32_t) { *barrier = 0; }
+inline void fence_barrier_init() {}
+inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+  if (*barrier >> 32) std::abort();  // the phase before is not complete
+  *barrier += static_cast<uint64_t>(bytes) << 32;
+}
+inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  while ((*barrier & 1) == parity) emulation::yield();
+}
+inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
+  if (bytes % 16 || reinterpret_cast<uintptr_t>(shared) % 16 ||
+      reinterpret_cast<uintptr_t>(global) % 16 || *barrier >> 32 < bytes) {
+    std::abort();
+  }
+  std::memcpy(shared, global, bytes);
+  *barrier -= static_cast<uint64_t>(bytes) << 32;
+  if (*barrier >> 32 == 0) ++*barrier;
+}
+
+// Stores are done where they are waited for, so that one that is waited for too late shows.
+struct BulkStore {
+  void* to;
+  const void* from;
+  uint32_t bytes;
+  uint64_t group;
+};
+struct BulkStores {
+  std::vector<BulkStore> pending;
+  uint64_t open = 0;  // number of the open group
+  template <typename Which>
+  void finish(const Which& which) {
+    size_t kept = 0;
+    for (const BulkStore& store : pending) {
+      if (which(store)) {
+        std::memcpy(store.to, store.from, store.bytes);
+      } else {
+        pending[kept++] = store;
+      }
+    }
+    pending.resize(kept);
+  }
+};
+inline BulkStores& my_stores() {
+  static thread_local std::map<emulation::Coroutine*, BulkStores> stores;
+  static thread_local emulation::Block* block = nullptr;
+  if (block != emulation::the_block) {
+    stores.clear();
+    block = emulation::the_block;
+  }
+  return stores[emulation::the_block->current];
+}
+inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
+  if (bytes % 16 || reinterpret_cast<uintptr_t>(shared) % 16 ||
+      reinterpret_cast<uintptr_t>(global) % 16) {
+    std::abort();
+  }
+  BulkStores& mine = my_stores();
+  mine.pending.push_back({global, shared, bytes, mine.open});
+}
+inline void bulk_commit() { ++my_stores().open; }
+template <int kPending>
+void bulk_wait_written() {
+  BulkStores& mine = my_stores();
+  mine.finish([&](const BulkStore& store) { return store.group + kPending < mine.open; });
+}
+template <int kPending>
+void bulk_wait_read() {
+  bulk_wait_written<kPending>();
+}
+
+inline void load_global_if(bool condition, uint4* v, const uint4* pointer) {
+  if (condition) std::memcpy(v, pointer, 16);
+}
+inline uint64_t load_shared_u64(uint32_t shared) {
+  uint64_t value;
+  std::memcpy(&value, emulation::the_block->shared + shared, 8);
+  return value;
+}
+inline uint32_t load_shared_u32(uint32_t shared) {
+  uint32_t value;
+  std::memcpy(&value, emulation::the_block->shared + shared, 4);
+  return value;
+}
+inline void store_global(uint4* pointer, const uint4& v) { std::memcpy(pointer, &v, 16); }
+
+inline void named_barrier(int32_t number, int32_t threads) {
+  emulation::arrive(emulation::the_block->named[number], threads, 1);
+}
+
+}  // namespace ep::ptx

@@ -1,0 +1,276 @@
+// CUDA on the CPU, as far as the kernels of csrc need it, to run them where no GPU is.
+//
+// A block is a thread of the system; its CUDA threads are coroutines on it, which take turns where
+// they wait: at barriers, in collectives of a warp, in loops that spin. A stream is a thread that
+// runs its kernels one after the other. Bulk copies are done at once. Memory is that of the CPU, so
+// order is stronger than on a GPU: what is tested is the protocol, not the fences.
+#pragma once
+
+#include <sched.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <queue>
+#include <thread>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __grid_constant__
+#undef __noinline__
+#define __noinline__
+#define __align__(n) alignas(n)
+#define __launch_bounds__(...)
+
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+struct int4 {
+  int32_t x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline int4 make_int4(int32_t x, int32_t y, int32_t z, int32_t w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
+// ---- Coroutines of a block ---------------------------------------------------------------------
+
+namespace emulation {
+
+constexpr int kWarp = 32;
+
+struct Dim {
+  uint32_t x = 1;
+};
+
+struct Barrier {
+  uint64_t generation = 0;
+  uint32_t arrived = 0;
+  uint32_t votes_or = 0;
+  uint32_t votes_and = 1;
+  uint32_t result_or = 0;
+  uint32_t result_and = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  uint64_t values[2][kWarp];
+};
+
+struct Coroutine {
+  void* stack_pointer = nullptr;
+  char* stack = nullptr;
+  Dim thread;
+  const uint64_t* waits_for = nullptr;  // a generation, until it is no longer `seen`
+  uint64_t seen = 0;
+  bool done = false;
+};
+
+struct Block {
+  Dim block, grid, block_dim;
+  std::vector<Coroutine> threads;
+  std::vector<Warp> warps;
+  Barrier all;
+  Barrier named[16];
+  uint32_t live = 0;
+  bool spun = false;
+  Coroutine* current = nullptr;
+  void* scheduler = nullptr;
+  uint8_t* shared = nullptr;
+  std::function<void()> body;
+};
+
+extern thread_local Block* the_block;
+
+extern "C" void emulation_switch(void** from, void* to);
+
+inline void yield() {
+  Block& block = *the_block;
+  emulation_switch(&block.current->stack_pointer, block.scheduler);
+}
+
+// In loops that wait for something that another block does.
+inline void spin() {
+  the_block->spun = true;
+  yield();
+}
+
+inline void wait_for(const uint64_t& generation, uint64_t seen) {
+  Coroutine& me = *the_block->current;
+  me.waits_for = &generation;
+  me.seen = seen;
+  yield();
+}
+
+inline void arrive(Barrier& barrier, uint32_t expected, uint32_t vote) {
+  barrier.votes_or |= vote != 0;
+  barrier.votes_and &= vote != 0;
+  if (++barrier.arrived < expected) {
+    wait_for(barrier.generation, barrier.generation);
+    return;
+  }
+  barrier.result_or = barrier.votes_or;
+  barrier.result_and = barrier.votes_and;
+  barrier.votes_or = barrier.arrived = 0;
+  barrier.votes_and = 1;
+  ++barrier.generation;
+}
+
+inline uint32_t thread_index() { return the_block->current->thread.x; }
+inline Warp& my_warp() { return the_block->warps[thread_index() / kWarp]; }
+
+// All lanes show a value; f sees all 32.
+template <typename T, typename F>
+auto collective(T value, const F& f) {
+  static_assert(sizeof(T) <= 8);
+  Warp& warp = my_warp();
+  uint64_t* const values = warp.values[warp.barrier.generation & 1];
+  std::memcpy(&values[thread_index() % kWarp], &value, sizeof(T));
+  arrive(warp.barrier, kWarp, 1);
+  return f([values](int lane) {
+    T v;
+    std::memcpy(&v, &values[lane], sizeof(T));
+    return v;
+  });
+}
+
+void launch(uint32_t grid, uint32_t block, int64_t shared, void* stream,
+            std::function<void()> body);
+
+}  // namespace emulation
+
+#define threadIdx (emulation::the_block->current->thread)
+#define blockIdx (emulation::the_block->block)
+#define gridDim (emulation::the_block->grid)
+#define blockDim (emulation::the_block->block_dim)
+
+inline void __syncthreads() { emulation::arrive(emulation::the_block->all, emulation::the_block->live, 1); }
+inline int __syncthreads_and(int vote) {
+  emulation::arrive(emulation::the_block->all, emulation::the_block->live, vote);
+  return emulation::the_block->all.result_and;
+}
+inline int __syncthreads_or(int vote) {
+  emulation::arrive(emulation::the_block->all, emulation::the_block->live, vote);
+  return emulation::the_block->all.result_or;
+}
+inline void __syncwarp() { emulation::collective(0, [](auto) { return 0; }); }
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return emulation::collective(value, [lane](auto at) { return at(lane % 32); });
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int delta) {
+  const int lane = emulation::thread_index() % 32;
+  return emulation::collective(value, [=](auto at) { return at(lane >= delta ? lane - delta : lane); });
+}
+inline uint32_t __ballot_sync(unsigned, bool vote) {
+  return emulation::collective(vote, [](auto at) {
+    uint32_t votes = 0;
+    for (int i = 0; i < 32; ++i) votes |= static_cast<uint32_t>(at(i)) << i;
+    return votes;
+  });
+}
+inline bool __all_sync(unsigned m, bool vote) { return __ballot_sync(m, vote) == 0xffffffffu; }
+inline bool __any_sync(unsigned m, bool vote) { return __ballot_sync(m, vote) != 0; }
+template <typename T>
+T __reduce_min_sync(unsigned, T value) {
+  return emulation::collective(value, [](auto at) {
+    T least = at(0);
+    for (int i = 1; i < 32; ++i) least = at(i) < least ? at(i) : least;
+    return least;
+  });
+}
+template <typename T>
+T __reduce_max_sync(unsigned, T value) {
+  return emulation::collective(value, [](auto at) {
+    T most = at(0);
+    for (int i = 1; i < 32; ++i) most = at(i) > most ? at(i) : most;
+    return most;
+  });
+}
+
+inline int __popc(uint32_t v) { return __builtin_popcount(v); }
+inline int __ffs(uint32_t v) { return __builtin_ffs(static_cast<int>(v)); }
+inline float __uint_as_float(uint32_t v) {
+  float f;
+  std::memcpy(&f, &v, 4);
+  return f;
+}
+inline uint32_t __float_as_uint(float f) {
+  uint32_t v;
+  std::memcpy(&v, &f, 4);
+  return v;
+}
+inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline int64_t clock64() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
+
+template <typename T, typename V>
+T atomicAdd(T* p, V v) {
+  return __atomic_fetch_add(p, static_cast<T>(v), __ATOMIC_SEQ_CST);
+}
+template <typename T, typename V>
+T atomicOr(T* p, V v) {
+  return __atomic_fetch_or(p, static_cast<T>(v), __ATOMIC_SEQ_CST);
+}
+template <typename T, typename V>
+T atomicExch(T* p, V v) {
+  return __atomic_exchange_n(p, static_cast<T>(v), __ATOMIC_SEQ_CST);
+}
+template <typename T, typename V>
+T atomicMin(T* p, V value) {
+  const T v = static_cast<T>(value);
+  T old = __atomic_load_n(p, __ATOMIC_SEQ_CST);
+  while (v < old && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+  }
+  return old;
+}
+template <typename T, typename V>
+T atomicMax(T* p, V value) {
+  const T v = static_cast<T>(value);
+  T old = __atomic_load_n(p, __ATOMIC_SEQ_CST);
+  while (v > old && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+  }
+  return old;
+}
+
+template <typename A, typename B>
+constexpr std::common_type_t<A, B> min(A a, B b) {
+  return b < a ? b : a;
+}
+template <typename A, typename B>
+constexpr std::common_type_t<A, B> max(A a, B b) {
+  return a < b ? b : a;
+}
+
+// ---- The runtime, as far as the host code uses it ----------------------------------------------
+
+using cudaStream_t = void*;
+using cudaEvent_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorNotReady = 600 };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout
+};
+constexpr int cudaSharedmemCarveoutMaxShared = 100;
+struct cudaFuncAttributes {};
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "?"; }
+inline const char* cudaGetErrorName(cudaError_t) { return "?"; }
+inline cudaError_t cudaStreamQuery(cudaStream_t) { return cudaErrorNotReady; }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned);
