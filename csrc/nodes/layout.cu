@@ -55,7 +55,7 @@ int32_t ep_nodes_layout(const ep_nodes_layout_args* args, ep_nodes_offsets* offs
   offsets->weights_region = round_up(4 * entries, Cut::kAlignment);
 
   Cut cut;
-  offsets->farewells = cut.take<int32_t>(locals);
+  offsets->farewells = cut.take<int32_t>(ranks);
   offsets->plan_flags = cut.take<uint32_t>(ranks);
   offsets->dispatch_credits = cut.take<uint32_t>(locals);
   offsets->combine_credits = cut.take<uint32_t>(locals);
@@ -85,7 +85,6 @@ int32_t ep_nodes_layout(const ep_nodes_layout_args* args, ep_nodes_offsets* offs
   offsets->weights_received = network.take<uint8_t>(far * offsets->weights_region);
   offsets->network_total = network.end();
   offsets->max_chunks = static_cast<int32_t>(chunks);
-  // Whole chunks of rows on NVLink, so that one of them is in one of these.
   offsets->network_chunk_rows = static_cast<int32_t>(round_up<int64_t>(
       ceil_div<int64_t>(tokens, EP_MAX_NETWORK_CHUNKS), dispatch::kMaxChunkTokens));
   return EP_OK;

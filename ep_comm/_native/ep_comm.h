@@ -557,7 +557,7 @@ typedef struct ep_nodes_layout_args {
  * one distance, to the next. S = max_tokens, K = num_topk, C = max_chunks, O = N - 1. */
 typedef struct ep_nodes_offsets {
   /* In the symmetric memory of a node's ranks. */
-  int64_t farewells;        /* int32 [L] */
+  int64_t farewells;        /* int32 [R] */
   int64_t plan_flags;       /* uint32 [R]: epoch of the routing that came from each source */
   int64_t dispatch_credits; /* uint32 [L]: wave of dispatch that each local rank has read */
   int64_t combine_credits;  /* uint32 [L]: the same of combine */

@@ -30,13 +30,15 @@ class DeviceRecorder:
         num_ranks: int,
         device: torch.device,
         synchronize: Callable[[], None],
+        record_bytes: int = _RECORD_BYTES,
     ) -> None:
         self.num_operations = 0
         self._epochs: Counter[str] = Counter()
         self._rank = rank
         self._num_ranks = num_ranks
         self._synchronize = synchronize
-        self._ring = torch.zeros(RING_LENGTH, _RECORD_BYTES, dtype=torch.uint8, device=device)
+        self._record_bytes = record_bytes
+        self._ring = torch.zeros(RING_LENGTH, record_bytes, dtype=torch.uint8, device=device)
         self._wire_bytes = torch.zeros((), dtype=torch.int64, device=device)
         self._started: deque[tuple[str, int, int]] = deque(maxlen=RING_LENGTH)
 
@@ -76,7 +78,7 @@ class DeviceRecorder:
         self.num_operations += 1
         self._epochs[op] += 1
         self._started.append((op, self.num_operations, row_bytes))
-        return self._ring.data_ptr() + slot * _RECORD_BYTES
+        return self._ring.data_ptr() + slot * self._record_bytes
 
     def restart(self) -> None:
         """Count the operations of each kind anew, as the device does."""
@@ -108,8 +110,8 @@ class DeviceRecorder:
 
     def _record(self, op: str, place: int, row_bytes: int, raw: bytes) -> OpRecord:
         record = header.Record.from_buffer_copy(raw)
-        rows = tuple(record.num_rows[: self._num_ranks])
-        waits = [wait / 1e9 for wait in record.longest_wait_ns[: self._num_ranks]]
+        rows, waits_ns = self._by_rank(raw)
+        waits = [wait / 1e9 for wait in waits_ns]
         waits[self._rank] = 0.0  # its own blocks, for one another
         result = OpRecord(
             op=op,
@@ -124,3 +126,9 @@ class DeviceRecorder:
             0 if r == self._rank else count * row_bytes for r, count in enumerate(rows)
         )
         return replace(result, rows_to_rank=rows, wire_bytes_to_rank=wire_bytes)
+
+    def _by_rank(self, raw: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the rows counted for each rank, and the nanoseconds waited for it."""
+        record = header.Record.from_buffer_copy(raw)
+        num_ranks = self._num_ranks
+        return tuple(record.num_rows[:num_ranks]), tuple(record.longest_wait_ns[:num_ranks])

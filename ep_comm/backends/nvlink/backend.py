@@ -261,11 +261,16 @@ class NVLinkBackend:
         self._keep_for_current_stream(routing)
         args.peers.record = self.recorder.start("dispatch", args.row_bytes + args.scale_bytes)
         args.is_planned = args.is_behind_plan = False
-        push_blocks, expand_blocks = split_dispatch(sms, self.num_ranks)
+        self._launch_dispatch(args, routing, sms, stream)
+        return received
+
+    def _launch_dispatch(
+        self, args: header.DispatchArgs, routing: NVLinkRouting, num_sms: int, stream: int
+    ) -> None:
+        push_blocks, expand_blocks = split_dispatch(num_sms, self.num_ranks)
         args.num_push_blocks, args.num_expand_blocks = push_blocks, expand_blocks
         args.num_blocks = push_blocks + expand_blocks
         self.native.launch("ep_dispatch", args, stream)
-        return received
 
     # --- combine ---------------------------------------------------------------------------------
 
@@ -294,9 +299,14 @@ class NVLinkBackend:
         stream = self._streams.begin(header.EP_OP_COMBINE, asynchronous, sms)
         self._keep_for_current_stream(routing)
         args.peers.record = self.recorder.start("combine", row_bytes)
-        self.native.launch("ep_combine", args, stream)
+        self._launch_combine(args, routing, weights is not None, stream)
         keep = (x, topk_weights, routing.memory)
         return self._pending(Combined(combined, weights), asynchronous, keep)
+
+    def _launch_combine(
+        self, args: header.CombineArgs, routing: NVLinkRouting, has_weights: bool, stream: int
+    ) -> None:
+        self.native.launch("ep_combine", args, stream)
 
     # --- order ------------------------------------------------------------------------------------
 

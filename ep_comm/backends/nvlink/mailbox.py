@@ -39,7 +39,17 @@ class Mailbox:
         Raises:
             EPTimeoutError, EPMismatchError: The plan ended with it.
         """
-        memory, content = self._memory, self._memory.mailbox
+        self._wait(ticket, epoch, stream)
+        content, num_ranks = self._memory.mailbox, self._memory.num_ranks
+        return RoutingSizes(
+            sent=tuple(content.num_sent_tokens[:num_ranks]),
+            received=tuple(content.num_recv_tokens[:num_ranks]),
+            expert_rows=tuple(content.num_tokens_per_expert[: self._num_local_experts]),
+            alignment=alignment,
+        )
+
+    def _wait(self, ticket: int, epoch: int, stream: int) -> None:
+        memory = self._memory
         arrived = self._native.mailbox_wait(
             memory.mailbox_address,
             memory.fault_address,
@@ -51,13 +61,6 @@ class Mailbox:
         memory.check_fault()
         if not arrived:
             raise memory.timeout("dispatch", "plan", (), epoch)
-        num_ranks = memory.num_ranks
-        return RoutingSizes(
-            sent=tuple(content.num_sent_tokens[:num_ranks]),
-            received=tuple(content.num_recv_tokens[:num_ranks]),
-            expert_rows=tuple(content.num_tokens_per_expert[: self._num_local_experts]),
-            alignment=alignment,
-        )
 
     def raise_if_bad(self, source: Tensor, num_topk: int) -> None:
         """Raise what the plan of `source`, whose counts have come, found wrong with its routing.
@@ -66,6 +69,12 @@ class Mailbox:
             EPTooManyTokensError: Some rank's tokens are more than the buffer holds.
             EPRoutingError: Names the first bad entry of this rank.
         """
-        content, config = self._memory.mailbox, self._config
-        checks.check_num_tokens(content.asked_tokens[: self._memory.num_ranks], config)
-        raise_if_bad(list(content.routing_error), source, num_topk, config.num_experts)
+        content = self._memory.mailbox
+        asked_tokens = content.asked_tokens[: self._memory.num_ranks]
+        self._check(list(asked_tokens), list(content.routing_error), source, num_topk)
+
+    def _check(
+        self, asked_tokens: list[int], routing_error: list[int], source: Tensor, num_topk: int
+    ) -> None:
+        checks.check_num_tokens(asked_tokens, self._config)
+        raise_if_bad(routing_error, source, num_topk, self._config.num_experts)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -82,6 +82,16 @@ def farewell_flags(memory: Tensor, offsets: header.BufferOffsets, num_ranks: int
     return memory[offsets.farewells :][: 4 * num_ranks].view(torch.int32)
 
 
+class Notice(NamedTuple):
+    """What a plan has to say that no host waited for; fields as those of ``ep_notice``."""
+
+    code: int
+    routing_error: tuple[int, ...]
+    num_rows: int
+    capacity: int
+    asked_tokens: tuple[int, ...]
+
+
 class PeerMemory:
     """One rank's view of the symmetric memory of a buffer.
 
@@ -141,8 +151,7 @@ class PeerMemory:
         keep: object,
         farewell: Farewell,
     ) -> None:
-        self.rank = rank
-        self.num_ranks = len(addresses)
+        self._set_place(rank, len(addresses))
         self.tensor: Tensor | None = tensor
         self._timeout_s = timeout_s
         self._is_given_up = False
@@ -153,16 +162,23 @@ class PeerMemory:
         # A row each for dispatch, combine and plan, so that they share no cache line.
         self.counters = torch.zeros(3, 64, dtype=torch.int32, device=tensor.device)
         self._epochs = torch.zeros(_NUM_OPS, 64, dtype=torch.int32, device=tensor.device)
-        self._waits = torch.zeros(_NUM_OPS, header.EP_MAX_PEERS, dtype=torch.int64).to(
-            tensor.device
-        )
+        self._waits = torch.zeros(_NUM_OPS, self.num_ranks, dtype=torch.int64, device=tensor.device)
         self.abort = torch.zeros(1, dtype=torch.int32, device=tensor.device)
-        # Pinned host memory has one address for host and device.
+        self._host = self._allocate_host()
+        torch.cuda.synchronize()
+
+    def _set_place(self, rank: int, num_local_ranks: int) -> None:
+        """Set who this rank is, and among the ranks whose memory is mapped."""
+        self.rank = self._local_rank = rank
+        self.num_ranks = self._num_local_ranks = num_local_ranks
+
+    def _allocate_host(self) -> Tensor:
+        """Return what device and host both see: pinned memory has one address for both."""
         small = (header.Fault, header.Notice, header.Progress)
         assert max(map(ctypes.sizeof, small)) <= _HOST_STRIDE
         num_bytes = len(small) * _HOST_STRIDE + ctypes.sizeof(header.Mailbox)
-        self._host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
-        self.fault_address = self._host.data_ptr()
+        host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+        self.fault_address = host.data_ptr()
         self.notice_address = self.fault_address + _HOST_STRIDE
         self._progress_address = self.notice_address + _HOST_STRIDE
         self.mailbox_address = self._progress_address + _HOST_STRIDE
@@ -170,7 +186,15 @@ class PeerMemory:
         self._notice = header.Notice.from_address(self.notice_address)
         self._progress = header.Progress.from_address(self._progress_address)
         self.mailbox = header.Mailbox.from_address(self.mailbox_address)
-        torch.cuda.synchronize()
+        return host
+
+    def _progress_of(self, op: int) -> int:
+        """Return where kernels say whom they wait for."""
+        return self._progress_address + getattr(header.Progress, _OPS[op]).offset
+
+    def _rank_of(self, peer: int) -> int:
+        """Return the rank that kernels call `peer`."""
+        return peer
 
     def peers(self, op: int, wire_bytes: int) -> header.Peers:
         """Return what the kernels of an operation need to know of the other ranks.
@@ -182,15 +206,15 @@ class PeerMemory:
         return header.Peers(
             memory=self._addresses,
             fault=self.fault_address,
-            progress=self._progress_address + getattr(header.Progress, _OPS[op]).offset,
+            progress=self._progress_of(op),
             abort=self.abort.data_ptr(),
             epoch=self._epochs[op].data_ptr(),
             longest_wait_ns=self._waits[op].data_ptr(),
             wire_bytes=wire_bytes,
             timeout_ns=int(self._timeout_s * 1e9),
             op=op,
-            rank=self.rank,
-            num_ranks=self.num_ranks,
+            rank=self._local_rank,
+            num_ranks=self._num_local_ranks,
         )
 
     @property
@@ -206,11 +230,14 @@ class PeerMemory:
         if self.has_fault:
             return []
         return [
-            Wait(op, *_phase_and_epoch(word >> 32, word & 0xFFFFFFFF), rank)
-            for op in _OPS.values()
-            for rank, word in enumerate(getattr(self._progress, op))
+            Wait(_OPS[op], *_phase_and_epoch(word >> 32, word & 0xFFFFFFFF), self._rank_of(peer))
+            for op in _OPS
+            for peer, word in enumerate(self._progress_words(op))
             if word
         ]
+
+    def _progress_words(self, op: int) -> Iterable[int]:
+        return getattr(self._progress, _OPS[op])
 
     def check_fault(self) -> None:
         """Raise what a kernel reported, if one did.
@@ -230,24 +257,34 @@ class PeerMemory:
                 said once.
         """
         self.check_fault()
-        if self._notice.code != header.EP_NOTICE_NONE:
-            raise self._take_notice()
+        if self._has_notice:
+            raise self._error_of(self._take_notice())
 
-    def _take_notice(self) -> EPError:
-        notice = self._notice
-        code, routing_error = notice.code, list(notice.routing_error)
-        overflow = EPOverflowError(num_rows=notice.num_rows, capacity=notice.capacity)
-        too_many = EPTooManyTokensError(
-            tuple(notice.asked_tokens[: self.num_ranks]), notice.capacity
+    @property
+    def _has_notice(self) -> bool:
+        return self._notice.code != header.EP_NOTICE_NONE
+
+    def _take_notice(self) -> Notice:
+        """Return what a plan has left, and make room for the next."""
+        left = self._notice
+        notice = Notice(
+            left.code,
+            tuple(left.routing_error),
+            left.num_rows,
+            left.capacity,
+            tuple(left.asked_tokens[: self.num_ranks]),
         )
-        notice.code = header.EP_NOTICE_NONE
-        if code == header.EP_NOTICE_OVERFLOW:
-            return overflow
-        if code == header.EP_NOTICE_TOO_MANY:
+        left.code = header.EP_NOTICE_NONE
+        return notice
+
+    def _error_of(self, notice: Notice) -> EPError:
+        if notice.code == header.EP_NOTICE_OVERFLOW:
+            return EPOverflowError(num_rows=notice.num_rows, capacity=notice.capacity)
+        if notice.code == header.EP_NOTICE_TOO_MANY:
             # Nobody waited for this: by now some ranks may have started what others have not.
             self.has_diverged = True
-            return too_many
-        kind, token, place, value = routing_error
+            return EPTooManyTokensError(notice.asked_tokens, notice.capacity)
+        kind, token, place, value = notice.routing_error
         return EPRoutingError(
             f"an earlier dispatch, for which the host did not wait, got a bad routing: token "
             f"{token}, entry {place}, {_ROUTING_PROBLEMS[kind]} {value}. Wrong entries counted as "
@@ -256,7 +293,7 @@ class PeerMemory:
 
     def _error(self) -> EPError:
         fault = self._fault
-        op = _OPS[fault.op]
+        op, peer = _OPS[fault.op], self._rank_of(fault.peer)
         if fault.code == header.EP_FAULT_RESULTS:
             return EPStateError(
                 f"{op} #{fault.expected}: a third result would be out, or one is received twice: "
@@ -264,7 +301,7 @@ class PeerMemory:
             )
         if fault.field == header.EP_FIELD_CALL:
             return EPMismatchError(
-                f"ranks disagree: rank {self.rank} and rank {fault.peer} made different {op} "
+                f"ranks disagree: rank {self.rank} and rank {peer} made different {op} "
                 "calls: handles of different dispatches, a new dispatch and a cached one, or "
                 f"another dtype, FP8 or probabilities on one side only. {SAME_CALLS}"
             )
@@ -272,10 +309,10 @@ class PeerMemory:
             field = _FIELDS[fault.field]
             return EPMismatchError(
                 f"ranks disagree: rank {self.rank} has {field}={fault.expected}; rank "
-                f"{fault.peer} has {field}={fault.seen}. {SAME_CALLS}"
+                f"{peer} has {field}={fault.seen}. {SAME_CALLS}"
             )
         phase, epoch = _phase_and_epoch(fault.phase, fault.expected)
-        return self.timeout(op, phase, (fault.peer,), epoch)
+        return self.timeout(op, phase, (peer,), epoch)
 
     def timeout(
         self, op: str, phase: str, late_ranks: tuple[int, ...], epoch: int
