@@ -26,7 +26,7 @@ struct NodesScratch {
 // ---- Sending -----------------------------------------------------------------------------------
 
 // True when all that the dispatch before has sent was read, here and along the rail.
-__device__ inline bool may_send(const Plan& args, int32_t epoch) {
+__device__ __noinline__ bool may_send(const Plan& args, int32_t epoch) {
   const ep_peers& peers = args.peers;
   const int32_t num_nodes = args.network.num_nodes, thread = threadIdx.x;
   if (aborted(peers)) return false;
@@ -46,8 +46,8 @@ __device__ inline int32_t* message_to(const Plan& args, int32_t k) {
 }
 
 // Writes the experts of tokens [begin, end) into the memory of this node's ranks.
-__device__ inline void write_local(const Plan& args, const NodesScratch& scratch, int64_t begin,
-                                   int64_t end) {
+__device__ __noinline__ void write_local(const Plan& args, const NodesScratch& scratch,
+                                         int64_t begin, int64_t end) {
   const ep_peers& peers = args.peers;
   const int32_t num_local = peers.num_ranks, num_ranks = num_sources(args);
   const int32_t num_topk = args.routing.num_topk, experts_per_rank = args.num_experts / num_ranks;
@@ -70,8 +70,8 @@ __device__ inline void write_local(const Plan& args, const NodesScratch& scratch
 }
 
 // Writes the relay entries of tokens [begin, end), and lists the tokens of each node.
-__device__ inline void write_relayed(const Plan& args, const NodesScratch& scratch, int64_t begin,
-                                     int64_t end) {
+__device__ __noinline__ void write_relayed(const Plan& args, const NodesScratch& scratch,
+                                           int64_t begin, int64_t end) {
   const int32_t num_local = args.peers.num_ranks, num_nodes = args.network.num_nodes;
   const int32_t num_topk = args.routing.num_topk, ints = entry_ints(num_local, num_topk);
   const int32_t experts_per_node = args.num_experts / num_nodes;
@@ -103,7 +103,7 @@ __device__ inline void write_header(const Plan& args, int32_t num_rows, volatile
 }
 
 // One block tells the ranks of this node what it has written there.
-__device__ inline void tell_local(const Plan& args, int32_t epoch) {
+__device__ __noinline__ void tell_local(const Plan& args, int32_t epoch) {
   const ep_peers& peers = args.peers;
   const int32_t r = threadIdx.x;
   if (r >= peers.num_ranks) return;
@@ -117,7 +117,7 @@ __device__ inline void tell_local(const Plan& args, int32_t epoch) {
 }
 
 // One block sends the messages, a warp each.
-__device__ inline void send_messages(const Plan& args, int32_t epoch) {
+__device__ __noinline__ void send_messages(const Plan& args, int32_t epoch) {
   const ep_peers& peers = args.peers;
   const int32_t num_local = peers.num_ranks, lane = lane_id();
   const int32_t ints = entry_ints(num_local, args.routing.num_topk);
@@ -140,8 +140,10 @@ __device__ inline void send_messages(const Plan& args, int32_t epoch) {
   }
 }
 
+// Its parts are functions of their own: it needs few enough registers to have a place beside a
+// dispatch's block.
 template <typename Input>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     send_kernel(const __grid_constant__ Plan args, const Input input, const layout::Shape by_rank,
                 const layout::Shape by_node, const NodesScratch scratch) {
   extern __shared__ int32_t shared[];

@@ -123,6 +123,20 @@ class NativeLibrary:
             self._dll.ep_plan_scratch_bytes(max_tokens, num_experts, num_ranks)
         )
 
+    def nodes_plan_scratch_bytes(
+        self, max_tokens: int, num_experts: int, num_nodes: int, ranks_per_node: int
+    ) -> int:
+        """Return the bytes of device memory that plans between nodes need.
+
+        Raises:
+            EPArgumentError: A size is out of bounds.
+        """
+        return self._checked_bytes(
+            self._dll.ep_nodes_plan_scratch_bytes(
+                max_tokens, num_experts, num_nodes, ranks_per_node
+            )
+        )
+
     def _checked_bytes(self, num_bytes: int) -> int:
         if num_bytes < 0:
             self.check(EP_ERR_ARGUMENT)
@@ -137,6 +151,22 @@ class NativeLibrary:
         offsets = header.BufferOffsets()
         self.check(self._dll.ep_buffer_layout(args, ctypes.byref(offsets)))
         return offsets
+
+    def nodes_offsets(self, args: header.NodesLayoutArgs) -> header.NodesOffsets:
+        """Return where things stand in the memory of every rank of a buffer between nodes.
+
+        Raises:
+            EPArgumentError: A size is out of bounds.
+        """
+        offsets = header.NodesOffsets()
+        self.check(self._dll.ep_nodes_layout(args, ctypes.byref(offsets)))
+        return offsets
+
+    def nodes_plan(
+        self, args: header.NodesPlanArgs, stream: int, side_stream: int, event: int
+    ) -> None:
+        """Launch a plan between nodes, as `plan` does."""
+        self.check(self._dll.ep_nodes_plan(args, stream, side_stream, event))
 
     def plan(self, args: header.PlanArgs, stream: int, side_stream: int, event: int) -> None:
         """Launch a plan: its layout on `stream`, the rest on `side_stream`, behind `event`."""

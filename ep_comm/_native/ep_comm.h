@@ -616,7 +616,8 @@ typedef struct ep_network_queue {
   int32_t posted[EP_NETWORK_QUEUE_LENGTH]; /* 1: the message is there; 0 again when it is taken */
   int32_t num_posted;
   int32_t stop;        /* set by the host: ep_network_carry ends */
-  int32_t early_flags; /* for a test that must fail: flags are raised before their data is there */
+  int32_t early_flags; /* for a test that must fail: flags of rows are raised before the rows are
+                          there */
 } ep_network_queue;
 
 /* How a rank reaches its rail, the ranks with its number on the other nodes. */

@@ -38,14 +38,14 @@ _ROUTING_PROBLEMS = {
     header.EP_ROUTING_DUPLICATE: "a second time expert",
     header.EP_ROUTING_TOO_MANY: "one selected expert too many of",
 }
-_HOST_STRIDE = 256  # bytes between what the device writes
+HOST_STRIDE = 256  # bytes between what the device writes
 _OPS = {
     header.EP_OP_DISPATCH: "dispatch",
     header.EP_OP_COMBINE: "combine",
     header.EP_OP_LOW_LATENCY_DISPATCH: "low_latency_dispatch",
     header.EP_OP_LOW_LATENCY_COMBINE: "low_latency_combine",
 }
-_NUM_OPS = 1 + max(_OPS)
+NUM_OPS = 1 + max(_OPS)
 # In the order of EP_FIELD_*.
 _FIELDS = ("num_topk", "hidden", "num_experts", "expert-major layout", "expert_alignment")
 
@@ -161,8 +161,8 @@ class PeerMemory:
         self._addresses = (ctypes.c_void_p * header.EP_MAX_PEERS)(*addresses)
         # A row each for dispatch, combine and plan, so that they share no cache line.
         self.counters = torch.zeros(3, 64, dtype=torch.int32, device=tensor.device)
-        self._epochs = torch.zeros(_NUM_OPS, 64, dtype=torch.int32, device=tensor.device)
-        self._waits = torch.zeros(_NUM_OPS, self.num_ranks, dtype=torch.int64, device=tensor.device)
+        self._epochs = torch.zeros(NUM_OPS, 64, dtype=torch.int32, device=tensor.device)
+        self._waits = torch.zeros(NUM_OPS, self.num_ranks, dtype=torch.int64, device=tensor.device)
         self.abort = torch.zeros(1, dtype=torch.int32, device=tensor.device)
         self._host = self._allocate_host()
         torch.cuda.synchronize()
@@ -175,13 +175,13 @@ class PeerMemory:
     def _allocate_host(self) -> Tensor:
         """Return what device and host both see: pinned memory has one address for both."""
         small = (header.Fault, header.Notice, header.Progress)
-        assert max(map(ctypes.sizeof, small)) <= _HOST_STRIDE
-        num_bytes = len(small) * _HOST_STRIDE + ctypes.sizeof(header.Mailbox)
+        assert max(map(ctypes.sizeof, small)) <= HOST_STRIDE
+        num_bytes = len(small) * HOST_STRIDE + ctypes.sizeof(header.Mailbox)
         host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
         self.fault_address = host.data_ptr()
-        self.notice_address = self.fault_address + _HOST_STRIDE
-        self._progress_address = self.notice_address + _HOST_STRIDE
-        self.mailbox_address = self._progress_address + _HOST_STRIDE
+        self.notice_address = self.fault_address + HOST_STRIDE
+        self._progress_address = self.notice_address + HOST_STRIDE
+        self.mailbox_address = self._progress_address + HOST_STRIDE
         self._fault = header.Fault.from_address(self.fault_address)
         self._notice = header.Notice.from_address(self.notice_address)
         self._progress = header.Progress.from_address(self._progress_address)
@@ -195,6 +195,10 @@ class PeerMemory:
     def _rank_of(self, peer: int) -> int:
         """Return the rank that kernels call `peer`."""
         return peer
+
+    def _late_ranks(self, peer: int) -> tuple[int, ...]:
+        """Return the ranks that may be late where kernels waited for `peer`."""
+        return (self._rank_of(peer),)
 
     def peers(self, op: int, wire_bytes: int) -> header.Peers:
         """Return what the kernels of an operation need to know of the other ranks.
@@ -312,7 +316,7 @@ class PeerMemory:
                 f"{peer} has {field}={fault.seen}. {SAME_CALLS}"
             )
         phase, epoch = _phase_and_epoch(fault.phase, fault.expected)
-        return self.timeout(op, phase, (peer,), epoch)
+        return self.timeout(op, phase, self._late_ranks(fault.peer), epoch)
 
     def timeout(
         self, op: str, phase: str, late_ranks: tuple[int, ...], epoch: int

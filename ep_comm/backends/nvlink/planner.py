@@ -23,7 +23,22 @@ from ep_comm.errors import EPUnsupportedError
 from ep_comm.routing.layout import INPUT_KINDS
 from ep_comm.telemetry.device import DeviceRecorder
 
-_MAX_ROWS = 2**31 - 1
+MAX_ROWS = 2**31 - 1
+
+
+def check_capture(capacity: int | None) -> bool:
+    """Return whether a CUDA graph is captured.
+
+    Raises:
+        EPUnsupportedError: One is, and the host would have to wait for the rows of a plan.
+    """
+    is_captured = torch.cuda.is_current_stream_capturing()
+    if capacity is None and is_captured:
+        raise EPUnsupportedError(
+            "a new dispatch waits for the counts of its routing, which no CUDA graph can hold: "
+            "pass num_worst_tokens, or capture a cached dispatch"
+        )
+    return is_captured
 
 
 class Planner:
@@ -74,12 +89,7 @@ class Planner:
             EPUnsupportedError: A CUDA graph is captured, and the host would have to wait.
         """
         source, num_topk, layout, alignment, has_weights, capacity, asynchronous = request
-        is_captured = torch.cuda.is_current_stream_capturing()
-        if capacity is None and is_captured:
-            raise EPUnsupportedError(
-                "a new dispatch waits for the counts of its routing, which no CUDA graph can hold: "
-                "pass num_worst_tokens, or capture a cached dispatch"
-            )
+        is_captured = check_capture(capacity)
         config, streams = self._config, self._streams
         asked_tokens = source.shape[0]
         if asked_tokens > config.max_tokens_per_rank:
@@ -128,7 +138,7 @@ class Planner:
         args.routing = native
         args.input = source.data_ptr()
         args.ticket = 0 if capacity is not None else routing.ticket
-        args.capacity = _MAX_ROWS if capacity is None else capacity
+        args.capacity = MAX_ROWS if capacity is None else capacity
         args.input_kind = INPUT_KINDS[source.dtype]
         args.asked_tokens = asked_tokens
         args.expert_alignment = alignment

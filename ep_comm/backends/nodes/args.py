@@ -1,0 +1,110 @@
+"""Arguments of the kernels between nodes that stay the same from call to call."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ep_comm._native import header
+from ep_comm.backends.nodes.memory import NodesMemory
+from ep_comm.config import EPConfig
+
+
+class NodesKernelArgs(NamedTuple):
+    """The arguments of each kernel; every call fills in the rest anew."""
+
+    plan: header.NodesPlanArgs
+    dispatch: header.NodesDispatchArgs
+    combine: header.NodesCombineArgs
+
+
+def nodes_kernel_args(
+    config: EPConfig,
+    memory: NodesMemory,
+    offsets: header.NodesOffsets,
+    scratch: int,
+    wire_bytes: int,
+) -> NodesKernelArgs:
+    """Return the arguments of one buffer.
+
+    Args:
+        config: The buffer's.
+        memory: This rank's.
+        offsets: Where things stand in it.
+        scratch: Address of the plan's scratch memory.
+        wire_bytes: Where kernels count what they send, see `PeerMemory.peers`.
+    """
+    dispatch_peers = memory.peers(header.EP_OP_DISPATCH, wire_bytes)
+    sizes = dict(
+        max_tokens=config.max_tokens_per_rank,
+        max_chunks=offsets.max_chunks,
+        num_local_experts=config.num_experts // memory.num_ranks,
+    )
+    plan = header.NodesPlanArgs(
+        peers=dispatch_peers,
+        network=memory.network,
+        scratch=scratch,
+        mailbox=memory.mailbox_address,
+        notice=memory.notice_address,
+        counters=memory.counters[2].data_ptr(),
+        flag_offset=offsets.plan_flags,
+        credit_offset=offsets.dispatch_credits,
+        header_offset=offsets.plan_headers,
+        idx_offset=offsets.plan_idx,
+        network_credit_offset=offsets.network_credits,
+        network_flag_offset=offsets.network_plan_flags,
+        network_send_offset=offsets.plan_to_send,
+        network_receive_offset=offsets.plan_received,
+        network_region=offsets.plan_region,
+        num_experts=config.num_experts,
+        max_tokens=config.max_tokens_per_rank,
+        hidden=config.hidden,
+    )
+    dispatch = header.NodesDispatchArgs(
+        dispatch=header.DispatchArgs(
+            peers=dispatch_peers,
+            counter=memory.counters[0].data_ptr(),
+            flag_offset=offsets.dispatch_flags,
+            credit_offset=offsets.dispatch_credits,
+            slot_offset=offsets.dispatch_slots,
+            **sizes,
+        ),
+        network=memory.network,
+        wave_counters=memory.wave_counters.data_ptr(),
+        slot_half=offsets.dispatch_slots_half,
+        network_credit_offset=offsets.network_credits,
+        network_flag_offset=offsets.network_dispatch_flags,
+        network_send_offset=offsets.dispatch_to_send,
+        network_receive_offset=offsets.dispatch_received,
+        network_region=offsets.dispatch_region,
+        plan_flag_offset=offsets.network_plan_flags,
+        plan_offset=offsets.plan_received,
+        plan_region=offsets.plan_region,
+        network_chunk_rows=offsets.network_chunk_rows,
+    )
+    num_nodes = memory.place.num_nodes
+    combine = header.NodesCombineArgs(
+        combine=header.CombineArgs(
+            peers=memory.peers(header.EP_OP_COMBINE, wire_bytes),
+            counters=memory.combine_counters.data_ptr(),
+            flag_offset=offsets.combine_flags,
+            credit_offset=offsets.combine_credits,
+            row_offset=offsets.combine_rows,
+            weight_offset=offsets.combine_weights,
+            zero_offset=offsets.zeros,
+            ranks_per_node=memory.place.ranks_per_node,
+            **sizes,
+        ),
+        network=memory.network,
+        row_half=offsets.combine_rows_half,
+        network_credit_offset=offsets.network_credits + 8 * (num_nodes - 1),
+        network_flag_offset=offsets.network_combine_flags,
+        network_send_offset=offsets.combine_to_send,
+        network_receive_offset=offsets.combine_received,
+        network_region=offsets.combine_region,
+        weight_flag_offset=offsets.network_weight_flags,
+        weight_send_offset=offsets.weights_to_send,
+        weight_receive_offset=offsets.weights_received,
+        weight_region=offsets.weights_region,
+        network_chunk_rows=offsets.network_chunk_rows,
+    )
+    return NodesKernelArgs(plan, dispatch, combine)

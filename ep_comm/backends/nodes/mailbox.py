@@ -1,0 +1,42 @@
+"""Where a plan between nodes leaves its counts for the host."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ep_comm._native import header
+from ep_comm.backends.nodes.memory import NodesMemory
+from ep_comm.backends.nvlink.mailbox import Mailbox
+from ep_comm.routing.types import RoutingSizes
+
+
+class NodesMailbox(Mailbox):
+    """See `Mailbox`; the counts are those of ``ep_nodes_plan_args.mailbox``."""
+
+    _memory: NodesMemory
+
+    def _counts(self, first: int, count: int) -> tuple[int, ...]:
+        start = header.EP_NODES_MAILBOX_COUNTS + first
+        return tuple(self._memory.counts[start : start + count])
+
+    def sizes(self, ticket: int, epoch: int, alignment: int, stream: int) -> RoutingSizes:
+        """Wait for the counts of a plan, as `Mailbox.sizes` does."""
+        self._wait(ticket, epoch, stream)
+        ranks, nodes = self._memory.num_ranks, self._memory.place.num_nodes
+        return RoutingSizes(
+            sent=self._counts(ranks, ranks),
+            received=self._counts(2 * ranks, ranks),
+            expert_rows=self._counts(3 * ranks + nodes, self._num_local_experts),
+            alignment=alignment,
+        )
+
+    @property
+    def num_relayed(self) -> int:
+        """Rows that the network brings, of the plan whose counts have come."""
+        return sum(self._counts(3 * self._memory.num_ranks, self._memory.place.num_nodes))
+
+    def raise_if_bad(self, source: Tensor, num_topk: int) -> None:
+        """Raise what the plan of `source` found wrong, as `Mailbox.raise_if_bad` does."""
+        asked_tokens = self._counts(0, self._memory.num_ranks)
+        error = self._memory.counts[header.EP_NODES_MAILBOX_ERROR :][:4]
+        self._check(list(asked_tokens), list(error), source, num_topk)

@@ -1,0 +1,152 @@
+"""Memory of a rank between nodes: what its node's ranks write into, and the network."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ep_comm._native import NativeLibrary, header
+from ep_comm.backends.nodes.peers import Place
+from ep_comm.backends.nvlink.farewell import Farewell
+from ep_comm.backends.nvlink.memory import HOST_STRIDE, NUM_OPS, Notice, PeerMemory
+from ep_comm.config import EPConfig
+
+
+def nodes_offsets(
+    native: NativeLibrary, config: EPConfig, num_nodes: int, ranks_per_node: int
+) -> header.NodesOffsets:
+    """Return where things stand in the memory of every rank; the same on all ranks.
+
+    With N nodes of L ranks, S = max_tokens_per_rank, rows of B bytes and K = num_topk it is mostly
+    4 (L - 1) S B bytes for NVLink, 4 (N - 1) S B for the network, 4 N L S K for plans.
+    """
+    return native.nodes_offsets(
+        header.NodesLayoutArgs(
+            max_tokens=config.max_tokens_per_rank,
+            row_bytes=config.hidden * config.dtype.itemsize,
+            num_topk=config.num_topk,
+            num_nodes=num_nodes,
+            ranks_per_node=ranks_per_node,
+        )
+    )
+
+
+class NodesMemory(PeerMemory):
+    """See `PeerMemory`; with network memory besides.
+
+    Args:
+        place: This rank's.
+        tensor: Its memory for its node's ranks, all zero.
+        addresses: That of every rank of its node, as mapped here.
+        network: Its network memory, all zero.
+        rail: Address of the network memory of every rank of `Place.rail`, as kernels here reach it.
+        timeout_s: Bound of every wait.
+        keep: An object that has to live as long as the mapping.
+        farewell: How the ranks of all nodes part.
+        queue: Address of an ``ep_network_queue``, for tests, or 0.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        tensor: Tensor,
+        addresses: Sequence[int],
+        network: Tensor,
+        rail: Sequence[int],
+        timeout_s: float,
+        keep: object,
+        farewell: Farewell,
+        queue: int = 0,
+    ) -> None:
+        self.place = place
+        self._network_tensor: Tensor | None = network
+        self._rail = torch.tensor(rail, dtype=torch.int64, device=tensor.device)
+        super().__init__(place.rank, tensor, addresses, timeout_s, keep, farewell)
+        waves = place.num_nodes
+        self.wave_counters = torch.zeros(waves, dtype=torch.int32, device=tensor.device)
+        self.combine_counters = torch.zeros(
+            header.EP_NODES_COMBINE_COUNTERS + waves * header.EP_NODES_COMBINE_WAVE_COUNTERS,
+            dtype=torch.int32,
+            device=tensor.device,
+        )
+        self.network = header.Network(
+            memory=network.data_ptr(),
+            memory_of=self._rail.data_ptr(),
+            queue=queue,
+            num_nodes=place.num_nodes,
+            node=place.node,
+        )
+
+    def _set_place(self, rank: int, num_local_ranks: int) -> None:
+        self.rank, self._local_rank = rank, self.place.local_rank
+        self.num_ranks, self._num_local_ranks = self.place.num_ranks, num_local_ranks
+
+    def _rank_of(self, peer: int) -> int:
+        return self.place.rank_of(peer)
+
+    def _late_ranks(self, peer: int) -> tuple[int, ...]:
+        # What another node's rank sends comes through the rank of this node with its number.
+        distance, local_rank = divmod(peer, self.place.ranks_per_node)
+        late = self.place.rank_of(peer)
+        if distance == 0 or local_rank == self.place.local_rank:
+            return (late,)
+        return (late, self.place.neighbours[local_rank])
+
+    def _allocate_host(self) -> Tensor:
+        num_ranks = self.num_ranks
+        notice_bytes = 4 * (header.EP_NODES_NOTICE_ASKED + num_ranks)
+        progress_bytes = 8 * NUM_OPS * num_ranks
+        mailbox_ints = (
+            header.EP_NODES_MAILBOX_COUNTS
+            + 3 * num_ranks
+            + self.place.num_nodes
+            + header.EP_MAX_LOCAL_EXPERTS
+        )
+        starts, total = [], 0
+        for size in (ctypes.sizeof(header.Fault), notice_bytes, progress_bytes, 4 * mailbox_ints):
+            starts.append(total)
+            total += -(-size // HOST_STRIDE) * HOST_STRIDE
+        host = torch.zeros(total, dtype=torch.uint8, pin_memory=True)
+        addresses = [host.data_ptr() + start for start in starts]
+        self.fault_address, self.notice_address = addresses[:2]
+        self._progress_address, self.mailbox_address = addresses[2:]
+        self._fault = header.Fault.from_address(self.fault_address)
+        self._nodes_notice = (ctypes.c_int32 * (notice_bytes // 4)).from_address(
+            self.notice_address
+        )
+        self._words = [
+            (ctypes.c_int64 * num_ranks).from_address(self._progress_of(op))
+            for op in range(NUM_OPS)
+        ]
+        self.counts = (ctypes.c_int32 * mailbox_ints).from_address(self.mailbox_address)
+        return host
+
+    def _progress_of(self, op: int) -> int:
+        return self._progress_address + 8 * op * self.num_ranks
+
+    def _progress_words(self, op: int) -> Iterable[int]:
+        return self._words[op]
+
+    @property
+    def _has_notice(self) -> bool:
+        return self._nodes_notice[0] != header.EP_NOTICE_NONE
+
+    def _take_notice(self) -> Notice:
+        left = list(self._nodes_notice)
+        self._nodes_notice[0] = header.EP_NOTICE_NONE
+        return Notice(
+            left[0],
+            tuple(left[header.EP_NODES_NOTICE_ERROR :][:4]),
+            left[header.EP_NODES_NOTICE_ROWS],
+            left[header.EP_NODES_NOTICE_CAPACITY],
+            tuple(left[header.EP_NODES_NOTICE_ASKED :]),
+        )
+
+    def free(self) -> None:
+        """Give the memory back, as `PeerMemory.free` does, and that of the network with it."""
+        super().free()
+        if self.tensor is None:
+            self._network_tensor = None

@@ -1,0 +1,146 @@
+"""Ranks of several nodes without a GPU: the backend between nodes, its kernels run on the CPU.
+
+tests/emulation compiles csrc for the CPU. What the backend asks of torch.cuda is answered here.
+Each operation is waited for as soon as it is launched: torch frees memory of the CPU at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import cases
+import torch
+from virtual_nodes import all_ranks
+
+from ep_comm import EPConfig, _native
+from ep_comm._native import NativeLibrary, header
+from ep_comm.backends.base import Pending, PlanRequest
+from ep_comm.backends.nodes.backend import NodesBackend
+from ep_comm.backends.nodes.routing import NodesRouting
+from ep_comm.backends.nvlink import streams as nvlink_streams
+
+NUM_SMS = 1024  # all ranks have room for all operations
+
+
+class EmulatedLibrary(NativeLibrary):
+    """The functions of the interface that tests/emulation compiles."""
+
+    def __init__(self, path: Path) -> None:
+        dll = ctypes.CDLL(str(path))
+        for name, (restype, argtypes) in header.FUNCTIONS.items():
+            if hasattr(dll, name):
+                function = getattr(dll, name)
+                function.restype, function.argtypes = restype, argtypes
+        dll.emulation_synchronize.argtypes = [ctypes.c_void_p]
+        self.path, self._dll = path, dll
+        self.cuda_archs = ("cpu",)
+
+    def synchronize(self, stream: int) -> None:
+        self._dll.emulation_synchronize(stream)
+
+
+class _Stream:
+    numbers = itertools.count(1)
+
+    def __init__(self, native: EmulatedLibrary) -> None:
+        self.cuda_stream = next(self.numbers)
+        self._native = native
+
+    def synchronize(self) -> None:
+        self._native.synchronize(self.cuda_stream)
+
+
+class _EmulatedBackend(NodesBackend):
+    @staticmethod
+    def _current_device() -> torch.device:
+        return torch.device("cpu")
+
+    def check_device(self, name: str, rows: torch.Tensor) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        self._streams.synchronize()
+        self.memory.check()
+
+    def plan(self, request: PlanRequest) -> NodesRouting:
+        routing = super().plan(request)
+        self.native.synchronize(routing.stream)  # the host selects probabilities by its experts
+        return routing
+
+    def _pending(self, result: Any, asynchronous: bool, keep: tuple) -> Pending:
+        self._streams.synchronize()
+        self.memory.check_fault()
+        return Pending(result)
+
+
+def run_emulated_nodes(
+    library: Path,
+    num_nodes: int,
+    ranks_per_node: int,
+    function: Callable[..., Any],
+    config: EPConfig,
+    *args: Any,
+    carried: bool = True,
+    network_us: int = 100,
+    early_flags: bool = False,
+    delay_us: int = 0,
+    num_sms: int = 4,
+) -> list[Any]:
+    """As `run_virtual_nodes`, with the kernels of `library`."""
+    native = EmulatedLibrary(library)
+    first = _Stream(native)
+
+    class Here(threading.local):
+        stream = first
+
+    here = Here()
+
+    @contextmanager
+    def on_stream(stream: _Stream):
+        here.stream = stream
+        yield
+
+    def synchronize(streams: nvlink_streams.Streams) -> None:
+        for stream in (here.stream.cuda_stream, streams.side):
+            native.synchronize(stream)
+
+    zeros = torch.zeros
+    answers = {
+        "Event": lambda: mock.Mock(cuda_event=next(_Stream.numbers)),
+        "current_device": lambda: 0,
+        "set_device": lambda _: None,
+        "stream": on_stream,
+        "current_stream": lambda *_: here.stream,
+        "synchronize": lambda *_: here.stream.synchronize(),
+        "is_current_stream_capturing": lambda: False,
+        "get_device_properties": lambda _: SimpleNamespace(multi_processor_count=NUM_SMS),
+    }
+    streams = [_Stream(native) for _ in range(3 * num_nodes * ranks_per_node + 2)]
+    with ExitStack() as stack:
+        for patch in (
+            mock.patch.multiple(torch.cuda, **answers),
+            mock.patch.object(
+                torch, "zeros", lambda *size, pin_memory=None, **how: zeros(*size, **how)
+            ),
+            mock.patch.object(nvlink_streams, "raw_stream", lambda _: here.stream.cuda_stream),
+            mock.patch.object(nvlink_streams.Streams, "synchronize", synchronize),
+            mock.patch.object(_native, "load", lambda: native),
+            mock.patch.object(cases, "before_host_waits", lambda: None),
+        ):
+            stack.enter_context(patch)
+        nvlink_streams.in_flight.cache_clear()
+        try:
+            return all_ranks(
+                "cpu", _EmulatedBackend, streams, num_nodes, ranks_per_node, function, config, args,
+                carried, network_us, early_flags, delay_us, False, num_sms,
+            )  # fmt: skip
+        finally:
+            nvlink_streams.in_flight.cache_clear()

@@ -1,0 +1,164 @@
+"""The backend between nodes, with its kernels run on the CPU: no GPU is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from cases import Case, to_torch
+from emulated_nodes import run_emulated_nodes
+from test_buffer import check_results, run_case
+from test_capacity import exact_and_roomy
+from test_dispatch_fp8 import CASE as FP8_CASE
+from test_dispatch_fp8 import check_fp8_results, dispatch_all_ways
+from virtual_nodes import check_wire_bytes
+
+from ep_comm import Buffer, EPError, EPMismatchError, EPTimeoutError
+
+SHAPES = [(1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (4, 2), (2, 4)]
+TOKENS = (9, 0, 70, 30, 1, 41, 5, 8)
+
+
+def run_on_buffer(rank: int, buffer: Buffer, case: Case) -> dict:
+    return run_case(rank, case, buffer)
+
+
+def case_of(shape: tuple[int, int], **changes) -> Case:
+    sizes = dict(
+        tokens=TOKENS[: shape[0] * shape[1]],
+        ranks_per_node=shape[1],
+        hidden=24,
+        num_topk=2 if shape[0] * shape[1] < 4 else 5,
+        experts_per_rank=2,
+        drop=0.1,
+    )
+    return Case(**{**sizes, **changes})
+
+
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_operations(library, shape, carried):
+    case = case_of(shape)
+    results = run_emulated_nodes(
+        library, *shape, run_on_buffer, case.config(), case, carried=carried
+    )
+    check_results(case, results, check_wire_bytes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(layout="rank", dtype="fp32"),
+        dict(as_routing_map=True, num_topk=7, alignment=16),
+        dict(routing="one_expert", layout="rank"),
+        dict(routing="last_rank", alignment=1, hidden=136),
+        dict(drop=1.0),
+        dict(tokens=(0, 0, 0, 0, 0, 3), num_topk=3),
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_kinds_of_input(library, changes):
+    case = case_of((3, 2), **changes)
+    results = run_emulated_nodes(library, 3, 2, run_on_buffer, case.config(), case)
+    check_results(case, results, check_wire_bytes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_random_cases(library, seed):
+    rng = np.random.default_rng(seed)
+    shape = SHAPES[rng.integers(len(SHAPES))]
+    num_ranks = shape[0] * shape[1]
+    experts_per_rank = int(rng.choice([1, 2, 8]))
+    case = case_of(
+        shape,
+        tokens=tuple(int(n) for n in rng.choice([0, 1, 31, 70, 100], num_ranks)),
+        experts_per_rank=experts_per_rank,
+        num_topk=int(min(rng.choice([1, 2, 8]), num_ranks * experts_per_rank)),
+        hidden=int(rng.choice([8, 64, 136])),
+        dtype=str(rng.choice(["bf16", "fp32"])),
+        layout=str(rng.choice(["expert", "rank"])),
+        routing=str(rng.choice(["uniform", "zipf", "one_expert"])),
+        drop=float(rng.choice([0.0, 0.3])),
+        seed=seed,
+    )
+    print(f"case: {case}")
+    results = run_emulated_nodes(
+        library, *shape, run_on_buffer, case.config(timeout_s=60), case,
+        network_us=int(rng.choice([0, 300])), delay_us=int(rng.choice([0, 20])),
+        num_sms=int(rng.integers(4, 9)),
+    )  # fmt: skip
+    check_results(case, results, check_wire_bytes)
+
+
+def fp8_on_buffer(rank: int, buffer: Buffer, case: Case) -> dict:
+    return dispatch_all_ways(rank, case, buffer)
+
+
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_fp8(library, layout):
+    case = dataclasses.replace(
+        FP8_CASE, layout=layout, tokens=(9, 41, 0, 7), hidden=512, ranks_per_node=2
+    )
+    results = run_emulated_nodes(library, 2, 2, fp8_on_buffer, case.config(), case)
+    check_fp8_results(case, results)
+
+
+def capacity_on_buffer(rank: int, buffer: Buffer, case: Case) -> None:
+    exact_and_roomy(rank, case, buffer)
+
+
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+@pytest.mark.parametrize("shape", [(2, 2), (3, 1)])
+def test_outputs_of_a_given_size(library, shape, layout):
+    case = case_of(shape, hidden=128, layout=layout)
+    run_emulated_nodes(library, *shape, capacity_on_buffer, case.config(), case)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (3, 2)])
+def test_flags_before_their_data_give_wrong_results(library, shape):
+    """The control: on such a network the same test has to fail."""
+    case = case_of(shape, tokens=(64, 40, 70, 30, 35, 41)[: shape[0] * shape[1]], hidden=1024)
+    with pytest.raises((AssertionError, EPError)):
+        results = run_emulated_nodes(
+            library, *shape, run_on_buffer, case.config(timeout_s=10), case,
+            early_flags=True, network_us=2000,
+        )  # fmt: skip
+        check_results(case, results, check_wire_bytes)
+
+
+def one_does_not_come(rank: int, buffer: Buffer, case: Case) -> str:
+    x, topk = inputs(rank, case)
+    if rank == 3:
+        buffer._session.backend.give_up()
+        return ""
+    with pytest.raises(EPTimeoutError) as error:
+        buffer.dispatch(x, topk)
+    return str(error.value)
+
+
+def inputs(rank: int, case: Case):
+    return to_torch(case.rows(rank, case.tokens[rank], salt=2)), to_torch(case.topk_idx(rank))
+
+
+def test_who_is_late_is_named_with_who_relays(library):
+    case = case_of((2, 2))
+    texts = run_emulated_nodes(library, 2, 2, one_does_not_come, case.config(timeout_s=2), case)
+    assert "waited 2 s for rank 3, 1 (phase: plan)" in texts[0]  # the relay, rank 1, is late too
+    assert "waited 2 s for rank 3 (phase: plan)" in texts[1]
+    # Rank 3 would also have relayed what rank 1 has sent.
+    assert any(f"waited 2 s for rank {late} (phase: plan)" in texts[2] for late in ("3", "1, 3"))
+
+
+def other_alignment(rank: int, buffer: Buffer, case: Case) -> str:
+    x, topk = inputs(rank, case)
+    with pytest.raises((EPMismatchError, EPTimeoutError)) as error:
+        buffer.dispatch(x, topk, expert_alignment=8 if rank == 2 else 4)
+    return str(error.value)
+
+
+def test_a_disagreement_crosses_nodes(library):
+    case = case_of((2, 2))
+    texts = run_emulated_nodes(library, 2, 2, other_alignment, case.config(timeout_s=5), case)
+    assert any("rank 2 has expert_alignment=8" in text for text in texts[:2])
