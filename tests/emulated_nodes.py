@@ -1,7 +1,8 @@
 """Ranks of several nodes without a GPU: the backend between nodes, its kernels run on the CPU.
 
 tests/emulation compiles csrc for the CPU. What the backend asks of torch.cuda is answered here.
-Each operation is waited for as soon as it is launched: torch frees memory of the CPU at once.
+Each operation is waited for as soon as it is launched, for torch frees memory of the CPU at once;
+or, with `unwaited`, all memory is kept until the end.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ class _Stream:
 
 
 class _EmulatedBackend(NodesBackend):
+    unwaited = False
+    kept: list = []
+
     @staticmethod
     def _current_device() -> torch.device:
         return torch.device("cpu")
@@ -76,9 +80,16 @@ class _EmulatedBackend(NodesBackend):
         return routing
 
     def _pending(self, result: Any, asynchronous: bool, keep: tuple) -> Pending:
-        self._streams.synchronize()
-        self.memory.check_fault()
+        if self.unwaited:
+            self.kept.append((result, keep))
+        else:
+            self._streams.synchronize()
+            self.memory.check_fault()
         return Pending(result)
+
+
+class _UnwaitedBackend(_EmulatedBackend):
+    unwaited = True
 
 
 def run_emulated_nodes(
@@ -93,6 +104,7 @@ def run_emulated_nodes(
     early_flags: bool = False,
     delay_us: int = 0,
     num_sms: int = 4,
+    unwaited: bool = False,
 ) -> list[Any]:
     """As `run_virtual_nodes`, with the kernels of `library`."""
     native = EmulatedLibrary(library)
@@ -139,8 +151,10 @@ def run_emulated_nodes(
         nvlink_streams.in_flight.cache_clear()
         try:
             return all_ranks(
-                "cpu", _EmulatedBackend, streams, num_nodes, ranks_per_node, function, config, args,
-                carried, network_us, early_flags, delay_us, False, num_sms,
+                "cpu", _UnwaitedBackend if unwaited else _EmulatedBackend, streams, num_nodes,
+                ranks_per_node, function, config, args, carried, network_us, early_flags, delay_us,
+                False, num_sms,
             )  # fmt: skip
         finally:
+            _EmulatedBackend.kept.clear()
             nvlink_streams.in_flight.cache_clear()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
-from cases import Case, to_torch
+import torch
+from cases import Case, assert_same, to_numpy, to_torch
 from emulated_nodes import run_emulated_nodes
 from test_buffer import check_results, run_case
 from test_capacity import exact_and_roomy
@@ -114,6 +116,49 @@ def capacity_on_buffer(rank: int, buffer: Buffer, case: Case) -> None:
 def test_outputs_of_a_given_size(library, shape, layout):
     case = case_of(shape, hidden=128, layout=layout)
     run_emulated_nodes(library, *shape, capacity_on_buffer, case.config(), case)
+
+
+def unwaited_steps(rank: int, buffer: Buffer, case: Case, steps: int) -> list[torch.Tensor]:
+    """Tokens of each step go to some nodes alone, which change. Rank 1 is late now and then."""
+    num_nodes = case.num_ranks // case.node_size
+    per_node = case.num_experts // num_nodes
+    x = to_torch(case.rows(rank, case.tokens[rank], salt=2))
+    outs, handles = [], []
+    for step in range(steps):
+        if rank == 1 and step % 4 == 1:
+            time.sleep(0.3)
+        generator = torch.Generator().manual_seed(100 * step + rank)
+        topk = torch.stack([
+            torch.randperm(per_node * (1 + step % num_nodes), generator=generator)[: case.num_topk]
+            for _ in range(case.tokens[rank])
+        ])  # fmt: skip
+        topk = (topk + per_node * (step // 2)) % case.num_experts
+        out = buffer.dispatch(x, topk)
+        handles.append(out.handle)
+        outs.append(buffer.combine(out.recv_x, out.handle).combined_x)
+        if step % 2:  # an older routing again, two of each kind in flight
+            again = buffer.dispatch(x, handle=handles[step // 2])
+            outs.append(buffer.combine(again.recv_x, handles[step // 2]).combined_x)
+    buffer.synchronize()
+    return outs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 2), (3, 1), (3, 2)])
+@pytest.mark.parametrize("delay_us", [0, 20])
+def test_operations_that_nobody_waits_for(library, shape, delay_us):
+    """A token's sum is its row as often as it has experts, two here: exact."""
+    tokens = (40, 33, 64, 9, 70, 5)[: shape[0] * shape[1]]
+    case = case_of(shape, tokens=tokens, num_topk=2, hidden=64)
+    results = run_emulated_nodes(
+        library, *shape, unwaited_steps, case.config(), case, 6,
+        delay_us=delay_us, network_us=200, unwaited=True,
+    )  # fmt: skip
+    for rank, outs in enumerate(results):
+        x = to_torch(case.rows(rank, tokens[rank], salt=2))
+        want = to_numpy((x.float() + x.float()).bfloat16())
+        for i, out in enumerate(outs):
+            assert_same(to_numpy(out), want, f"operation {i} on rank {rank}")
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (3, 2)])
