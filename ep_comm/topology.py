@@ -1,12 +1,15 @@
-"""The backends of a process group, and the devices whose tensors its ranks can send each other."""
+"""What a group connects: its backends, devices that can send, the hosts of its ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import BackendConfig
+
+from ep_comm.errors import EPArgumentError
 
 
 def backend_by_device_type(group: dist.ProcessGroup) -> Mapping[str, str]:
@@ -27,3 +30,51 @@ def device_types(backends: Mapping[str, str]) -> tuple[str, ...]:
         for kind, backend in backends.items()
         if kind == "cpu" or (kind == "cuda" and has_cuda and backend == "nccl")
     )
+
+
+def find_ranks_per_node(
+    hosts: Sequence[str], gpus: Sequence[int], ranks_per_node: int | None = None
+) -> int:
+    """Return how many consecutive ranks are a node: those of one host, or a part of them.
+
+    Args:
+        hosts: Name of each rank's host, by group rank.
+        gpus: Number of each rank's GPU on its host, the same in every process there.
+        ranks_per_node: What the caller asks for, a divisor of a host's ranks; None takes them all.
+
+    Raises:
+        EPArgumentError: The ranks of a host are not consecutive, hosts have different numbers of
+            them, a number was asked for that does not divide that, or ranks with the same place in
+            their nodes, which talk to each other, have different GPUs.
+    """
+    runs = [(host, len(list(run))) for host, run in groupby(hosts)]
+    names = [host for host, _ in runs]
+    for place, host in enumerate(names):
+        if host in names[:place]:
+            first = hosts.index(host)
+            again = next(r for r in range(first, len(hosts)) if hosts[r] != host)
+            again = next(r for r in range(again, len(hosts)) if hosts[r] == host)
+            raise EPArgumentError(
+                f"ranks {first} and {again} are on host {host}, and rank {again - 1} between them "
+                f"is on {hosts[again - 1]}: the ranks of a host must be consecutive in the group"
+            )
+    size = runs[0][1]
+    for host, count in runs:
+        if count != size:
+            raise EPArgumentError(
+                f"host {names[0]} has {size} ranks of the group, host {host} has {count}: all "
+                "hosts must have equally many"
+            )
+    node = size if ranks_per_node is None else ranks_per_node
+    if node < 1 or size % node:
+        raise EPArgumentError(
+            f"ranks_per_node {ranks_per_node} does not divide the {size} ranks of a host"
+        )
+    for rank, gpu in enumerate(gpus):
+        if gpu != gpus[rank % size]:
+            raise EPArgumentError(
+                f"rank {rank} has GPU {gpu} of host {hosts[rank]}, rank {rank % size} has GPU "
+                f"{gpus[rank % size]} of host {hosts[0]}: the GPUs of a host must have the same "
+                "order everywhere"
+            )
+    return node

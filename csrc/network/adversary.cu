@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kCarryThreads)
   }
 }
 
-const Kernels kernels("network kernel", Setup::kPlain, 0, carry_kernel);
+const Kernels kernels("network kernel", Setup::kBesideDispatch, 0, carry_kernel);
 
 }  // namespace
 

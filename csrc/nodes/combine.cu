@@ -139,6 +139,7 @@ class Lister {
       if (last) *counter = 0;
       ptx::fence_acq_rel_sys();
     }
+    __syncwarp();  // what one lane has seen, all have: they send and give credits
     return __shfl_sync(kFullWarp, last, 0);
   }
 

@@ -104,6 +104,7 @@ __device__ inline void end_wave(const ep_nodes_dispatch_args& args, int32_t k, i
     if (last) args.wave_counters[k] = 0;
     ptx::fence_acq_rel_sys();
   }
+  __syncwarp();  // what one lane has seen, all have: they give the credits
   if (!__shfl_sync(kFullWarp, last, 0)) return;
   credit_wave(args.dispatch.peers, args.dispatch.credit_offset, wave, lane_id());
 }

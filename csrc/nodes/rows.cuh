@@ -25,6 +25,7 @@ class Relayed {
       fine = fine && open_chunk(0, true, &flag);
     }
     num_rows_ = min(rows_in_all(__shfl_sync(kFullWarp, flag, 0)), args_.dispatch.max_tokens);
+    __syncwarp();  // all lanes may read the entries that one waited for
     return __shfl_sync(kFullWarp, fine, 0);
   }
   __device__ int32_t count() const { return num_rows_; }

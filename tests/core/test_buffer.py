@@ -34,6 +34,8 @@ CASES = [
     Case(tokens=(40, 1, 33, 2), routing="zipf", hidden=1, alignment=16, drop=0.1),
     Case(tokens=(5, 5, 5, 5), routing="last_rank", alignment=1, hidden=130),
     Case(tokens=(9, 0, 7, 30, 1, 12, 5, 8), ranks_per_node=4, num_topk=8, drop=0.1),
+    Case(tokens=(9, 4, 0, 7, 11, 2), ranks_per_node=3, num_topk=7, experts_per_rank=2, drop=0.1),
+    Case(tokens=(1, 12, 6, 0, 7, 5), ranks_per_node=2, num_topk=6, layout="rank", dtype="fp32"),
     Case(tokens=(3, 14, 0, 6, 9, 2, 21, 4), layout="rank", routing="zipf", num_topk=6),
 ]
 
