@@ -11,7 +11,7 @@ from ep_comm._native.header import EP_MAX_EXPERTS, EP_MAX_LOCAL_EXPERTS, EP_MAX_
 from ep_comm.errors import EPArgumentError
 
 ROW_DTYPES = (torch.bfloat16, torch.float32)
-BackendName = Literal["auto", "nvlink", "reference"]
+BackendName = Literal["auto", "nvlink", "nodes", "reference"]
 
 _LOW_LATENCY_HIDDEN = 8  # elements of 16 bytes
 _MAX_TIMEOUT_S = 1e8  # three years; of more the nanoseconds of ten do not fit into 64 bits
@@ -63,7 +63,8 @@ class EPConfig:
         ranks_per_node: Consecutive ranks whose partial sums combine adds and rounds before the
             sums of different nodes meet (docs/architecture.md, "Numerics"). None means that the
             whole group is one node.
-        backend: "auto" takes the fastest backend that this machine has.
+        backend: "auto" takes the fastest backend that this machine has. "nodes" is for tests and
+            figures: parts of one host, of `ranks_per_node` each, with NVLink for a network.
         timeout_s: Bound of every wait, in seconds.
         low_latency_tokens: Most tokens that a rank passes to one low-latency dispatch. None: the
             buffer has no low-latency operations (`ep_comm.low_latency`).

@@ -66,6 +66,18 @@ __device__ inline void post(ep_network_queue& queue, const ep_network_message& m
   ptx::store_release_sys(reinterpret_cast<uint32_t*>(&queue.posted[place]), 1);
 }
 
+// One thread waits until a line of the given rate could have sent num_bytes, from begin_ns on and
+// behind what was sent before.
+__device__ inline void wait_for_line(const ep_network& network, int64_t num_bytes,
+                                     int64_t begin_ns) {
+  auto* const free_at = reinterpret_cast<unsigned long long*>(network.free_at_ns);
+  const auto takes = static_cast<unsigned long long>(num_bytes * 1000 / network.bytes_per_us);
+  atomicMax(free_at, static_cast<unsigned long long>(begin_ns));
+  const unsigned long long before = atomicAdd(free_at, takes);
+  while (ptx::global_timer_ns() < before + takes) {
+  }
+}
+
 // Sends num_bytes, which may be 0, from this rank's network memory to the node k after, to the same
 // network memory at `to`, and then raises the flag at `flag` there. All threads of the group call
 // it, and have met behind whoever wrote what is sent.
@@ -84,15 +96,11 @@ __device__ inline void put(const ep_peers& peers, const ep_network& network, int
     group.sync();
     return;
   }
-  const uint64_t start = ptx::global_timer_ns();
+  const int64_t begin_ns = static_cast<int64_t>(ptx::global_timer_ns());
   copy(memory + to, network.memory + from, num_bytes, group);
   group.sync();
   if (group.index() == 0) {
-    if (network.bytes_per_us != 0) {
-      const uint64_t least_ns = static_cast<uint64_t>(num_bytes * 1000 / network.bytes_per_us);
-      while (ptx::global_timer_ns() - start < least_ns) {
-      }
-    }
+    if (network.bytes_per_us != 0) wait_for_line(network, num_bytes, begin_ns);
     signal(peers, reinterpret_cast<Flag*>(memory + flag), value);
   }
   group.sync();

@@ -625,7 +625,8 @@ typedef struct ep_network {
   uint8_t* memory;           /* this rank's network memory */
   uint8_t* const* memory_of; /* device memory [N]: that of the rank on the node k after */
   ep_network_queue* queue;   /* NULL: puts are stores, carried out at once */
-  int64_t bytes_per_us;      /* of this rank's stores; 0: as fast as they can */
+  int64_t* free_at_ns;       /* device memory: when the line has sent what it has, see below */
+  int64_t bytes_per_us;      /* of this rank's line, for figures; 0: as fast as stores are */
   int32_t num_nodes;
   int32_t node;
 } ep_network;

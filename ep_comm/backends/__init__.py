@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from ep_comm.backends.base import Backend
+from ep_comm.backends.nodes.backend import NodesBackend
 from ep_comm.backends.nvlink.backend import NVLinkBackend
 from ep_comm.backends.reference.backend import ReferenceBackend
 from ep_comm.config import EPConfig
@@ -16,6 +17,8 @@ from ep_comm.job.meeting import Meeting, meet
 
 # Fastest first: "auto" takes the first that is available.
 BACKENDS: tuple[type[Backend], ...] = (NVLinkBackend, ReferenceBackend)
+# Those that have to be asked for by name.
+BACKENDS_BY_NAME: tuple[type[Backend], ...] = (NodesBackend,)
 
 
 class _Member(NamedTuple):
@@ -47,13 +50,14 @@ def make_backend(group: dist.ProcessGroup, config: EPConfig) -> Made:
         EPMismatchError: Ranks passed different configs.
         EPTimeoutError: A rank did not come.
     """
-    mine = _Member(config, {backend.name: backend.facts(group, config) for backend in BACKENDS})
+    candidates = BACKENDS
+    if config.backend != "auto":
+        candidates = tuple(b for b in (*BACKENDS, *BACKENDS_BY_NAME) if b.name == config.backend)
+    mine = _Member(config, {backend.name: backend.facts(group, config) for backend in candidates})
     meeting = meet(group, "make a Buffer", mine, config.timeout_s)
     _check_same_config(meeting, dist.get_rank(group))
     passed_over: dict[str, str] = {}
-    for backend in BACKENDS:
-        if config.backend not in ("auto", backend.name):
-            continue
+    for backend in candidates:
         facts = [member.facts[backend.name] for member in meeting.answers]
         reason = backend.unavailable_reason(facts)
         if reason is None:

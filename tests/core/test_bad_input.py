@@ -224,7 +224,7 @@ def test_bad_combine_arguments_are_named():
         (dict(hidden=2.5), "hidden must be a positive integer, got 2.5"),
         (dict(num_topk=9), "num_topk 9 is more than num_experts 8"),
         (dict(ranks_per_node=0), "ranks_per_node must be a positive integer, got 0"),
-        (dict(backend="nccl"), "auto, nvlink, reference, got 'nccl'"),
+        (dict(backend="nccl"), "auto, nvlink, nodes, reference, got 'nccl'"),
         (dict(dtype=torch.float16), "dtype must be bfloat16 or float32, got torch.float16"),
         (dict(ranks_per_node=1.5), "ranks_per_node must be a positive integer, got 1.5"),
         (dict(num_topk=33, num_experts=64), "num_topk is at most 32, got 33"),

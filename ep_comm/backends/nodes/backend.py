@@ -1,12 +1,14 @@
-"""The backend between nodes: our kernels inside each host, and a network between them.
+"""The backend between nodes: our kernels inside each, and a network between them.
 
 What it does beyond the NVLink backend is in csrc/PROTOCOL.md, "Between nodes". The public calls,
-streams, rows and errors are that backend's.
+streams, rows and errors are that backend's. So far the nodes are parts of one host, and the network
+is stores over NVLink: for tests and figures, and only where it is asked for by name.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from ep_comm import _native
 from ep_comm._native import header
@@ -17,12 +19,14 @@ from ep_comm.backends.nodes.planner import NodesPlanner
 from ep_comm.backends.nodes.records import NodesRecorder
 from ep_comm.backends.nodes.routing import NodesRouting
 from ep_comm.backends.nodes.tuning import MIN_SMS, split_dispatch
+from ep_comm.backends.nvlink import support
 from ep_comm.backends.nvlink.args import KernelArgs
 from ep_comm.backends.nvlink.backend import NVLinkBackend
 from ep_comm.backends.nvlink.routing import NVLinkRouting
 from ep_comm.backends.nvlink.streams import Streams
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError
+from ep_comm.job.meeting import Meeting
 
 
 class NodesBackend(NVLinkBackend):
@@ -34,6 +38,24 @@ class NodesBackend(NVLinkBackend):
     name = "nodes"
     memory: NodesMemory
     _planner: NodesPlanner
+
+    @classmethod
+    def facts(cls, group: dist.ProcessGroup, config: EPConfig) -> support.Facts:
+        """Find out what `NVLinkBackend.facts` does, and what rules out this backend."""
+        facts = support.facts_of(group, config)
+        if facts.reason is None and config.low_latency_tokens is not None:
+            return facts._replace(reason="it has no low-latency operations")
+        return facts
+
+    @classmethod
+    def create(cls, group: dist.ProcessGroup, config: EPConfig, meeting: Meeting) -> NodesBackend:
+        """Map the memory of all ranks here: they are on one host, in nodes for the sake of it."""
+        native = _native.load()
+        assert native is not None  # or `facts` says so
+        num_ranks = dist.get_world_size(group)
+        size = config.ranks_per_node or num_ranks
+        offsets = nodes_offsets(native, config, num_ranks // size, size)
+        return cls(NodesMemory.of_one_host(group, meeting, offsets, size, config.timeout_s), config)
 
     def __init__(self, memory: NodesMemory, config: EPConfig) -> None:
         self.config = config
@@ -102,6 +124,11 @@ class NodesBackend(NVLinkBackend):
                 f"num_sms must be {MIN_SMS} to {self._available_sms}, or None, got {num_sms}"
             )
         self._num_sms = num_sms
+
+    def throttle(self, bytes_per_s: float) -> None:
+        """Let the network of this rank be no faster than that, for figures; 0 is no limit."""
+        for args in self._all_args:
+            args.network.bytes_per_us = int(bytes_per_s / 1e6)
 
     def plan(self, request: PlanRequest) -> NodesRouting:
         """Start the kernels of a plan; its counts come while the dispatch sends."""

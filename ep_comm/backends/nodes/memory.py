@@ -6,13 +6,21 @@ import ctypes
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ep_comm._native import NativeLibrary, header
 from ep_comm.backends.nodes.peers import Place
 from ep_comm.backends.nvlink.farewell import Farewell
-from ep_comm.backends.nvlink.memory import HOST_STRIDE, NUM_OPS, Notice, PeerMemory
+from ep_comm.backends.nvlink.memory import (
+    HOST_STRIDE,
+    NUM_OPS,
+    Notice,
+    PeerMemory,
+    map_memory,
+)
 from ep_comm.config import EPConfig
+from ep_comm.job.meeting import Meeting, meet
 
 
 def nodes_offsets(
@@ -49,6 +57,41 @@ class NodesMemory(PeerMemory):
         queue: Address of an ``ep_network_queue``, for tests, or 0.
     """
 
+    @classmethod
+    def of_one_host(
+        cls,
+        group: dist.ProcessGroup,
+        meeting: Meeting,
+        offsets: header.NodesOffsets,
+        ranks_per_node: int,
+        timeout_s: float,
+    ) -> NodesMemory:
+        """Make memory at each rank of one host, where stores over NVLink are the network.
+
+        Collective, and bounded.
+        """
+        num_ranks = dist.get_world_size(group)
+        place = Place(dist.get_rank(group), ranks_per_node, num_ranks // ranks_per_node)
+        num_bytes = offsets.total + offsets.network_total
+        mapped = map_memory(group, meeting, num_bytes, timeout_s)
+        mapped.own.zero_()
+        # It is so everywhere before anybody writes a flag.
+        torch.cuda.synchronize()
+        meet(group, "use the memory of a Buffer", None, timeout_s)
+        flags_of = [
+            each[offsets.farewells :][: 4 * num_ranks].view(torch.int32) for each in mapped.of_rank
+        ]
+        return cls(
+            place,
+            mapped.own,
+            [mapped.addresses[rank] for rank in place.neighbours],
+            mapped.own[offsets.total :],
+            [mapped.addresses[rank] + offsets.total for rank in place.rail],
+            timeout_s,
+            mapped.keep,
+            Farewell(place.rank, flags_of),
+        )
+
     def __init__(
         self,
         place: Place,
@@ -72,10 +115,12 @@ class NodesMemory(PeerMemory):
             dtype=torch.int32,
             device=tensor.device,
         )
+        self._line = torch.zeros(1, dtype=torch.int64, device=tensor.device)
         self.network = header.Network(
             memory=network.data_ptr(),
             memory_of=self._rail.data_ptr(),
             queue=queue,
+            free_at_ns=self._line.data_ptr(),
             num_nodes=place.num_nodes,
             node=place.node,
         )

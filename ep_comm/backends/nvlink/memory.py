@@ -116,31 +116,14 @@ class PeerMemory:
     ) -> PeerMemory:
         """Make memory with these offsets at each rank of a group. Collective, and bounded."""
         rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
-        device = torch.device("cuda", torch.cuda.current_device())
-        if num_ranks == 1:
-            tensor = torch.empty(offsets.total, dtype=torch.uint8, device=device)
-            rendezvous, addresses = None, [tensor.data_ptr()]
-            flags_of = [farewell_flags(tensor, offsets, num_ranks)]
-        else:
-            import torch.distributed._symmetric_memory as symmetric_memory
-
-            def allocate() -> Tensor:
-                return symmetric_memory.empty(offsets.total, dtype=torch.uint8, device=device)
-
-            tensor = allocated_by_all(group, allocate, timeout_s)
-            rendezvous = _mapped(tensor, meeting.name, rank, num_ranks)
-            addresses = list(rendezvous.buffer_ptrs)
-            flags_of = [
-                farewell_flags(
-                    rendezvous.get_buffer(r, (offsets.total,), torch.uint8), offsets, num_ranks
-                )
-                for r in range(num_ranks)
-            ]
-        clear(tensor, offsets)
+        mapped = map_memory(group, meeting, offsets.total, timeout_s)
+        flags_of = [farewell_flags(each, offsets, num_ranks) for each in mapped.of_rank]
+        clear(mapped.own, offsets)
         # It is so everywhere before anybody writes a flag.
         torch.cuda.synchronize()
         meet(group, "use the memory of a Buffer", None, timeout_s)
-        return cls(rank, tensor, addresses, timeout_s, rendezvous, Farewell(rank, flags_of))
+        farewell = Farewell(rank, flags_of)
+        return cls(rank, mapped.own, mapped.addresses, timeout_s, mapped.keep, farewell)
 
     def __init__(
         self,
@@ -393,6 +376,46 @@ class PeerMemory:
         if getattr(self, "_fault", None) is not None and self._may_be_written_to:
             device = (self.counters, self._epochs, self._waits, self.abort)
             _leaked.append((self.tensor, self._keep, self._farewell, self._host, device))
+
+
+class MappedMemory(NamedTuple):
+    """Memory of every rank of a group, which is one host's.
+
+    Attributes:
+        own: This rank's; its content is undefined.
+        of_rank: That of each rank, as mapped here.
+        addresses: Where that is.
+        keep: An object that has to live as long as the mapping.
+    """
+
+    own: Tensor
+    of_rank: list[Tensor]
+    addresses: list[int]
+    keep: object
+
+
+def map_memory(
+    group: dist.ProcessGroup, meeting: Meeting, num_bytes: int, timeout_s: float
+) -> MappedMemory:
+    """Allocate memory at each rank of a group, and map it at all. Collective, and bounded.
+
+    Raises:
+        EPStateError: Names a rank that has no memory for it.
+    """
+    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+    device = torch.device("cuda", torch.cuda.current_device())
+    if num_ranks == 1:
+        tensor = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        return MappedMemory(tensor, [tensor], [tensor.data_ptr()], None)
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    def allocate() -> Tensor:
+        return symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+
+    tensor = allocated_by_all(group, allocate, timeout_s)
+    rendezvous = _mapped(tensor, meeting.name, rank, num_ranks)
+    of_rank = [rendezvous.get_buffer(r, (num_bytes,), torch.uint8) for r in range(num_ranks)]
+    return MappedMemory(tensor, of_rank, list(rendezvous.buffer_ptrs), rendezvous)
 
 
 def allocated_by_all(

@@ -152,10 +152,27 @@ void launch(uint32_t grid, uint32_t block, int64_t shared, void* stream,
 
 }  // namespace emulation
 
-#define threadIdx (emulation::the_block->current->thread)
-#define blockIdx (emulation::the_block->block)
-#define gridDim (emulation::the_block->grid)
-#define blockDim (emulation::the_block->block_dim)
+namespace emulation {
+
+inline uint32_t block_index() { return the_block->block.x; }
+inline uint32_t num_blocks() { return the_block->grid.x; }
+inline uint32_t num_threads() { return the_block->block_dim.x; }
+
+template <uint32_t (*kGet)()>
+struct Number {
+  operator uint32_t() const { return kGet(); }
+};
+template <uint32_t (*kGet)()>
+struct Index {
+  Number<kGet> x;
+};
+
+}  // namespace emulation
+
+inline const emulation::Index<emulation::thread_index> threadIdx{};
+inline const emulation::Index<emulation::block_index> blockIdx{};
+inline const emulation::Index<emulation::num_blocks> gridDim{};
+inline const emulation::Index<emulation::num_threads> blockDim{};
 
 inline void __syncthreads() { emulation::arrive(emulation::the_block->all, emulation::the_block->live, 1); }
 inline int __syncthreads_and(int vote) {
@@ -274,3 +291,27 @@ inline const char* cudaGetErrorName(cudaError_t) { return "?"; }
 inline cudaError_t cudaStreamQuery(cudaStream_t) { return cudaErrorNotReady; }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned);
+
+struct cudaLaunchAttributeValue {
+  int programmaticStreamSerializationAllowed;
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
+struct cudaLaunchConfig_t {
+  uint32_t gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+// Kernels that may start early start in their turn.
+template <typename... Params>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                               Params... params) {
+  emulation::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream,
+                    [=] { kernel(params...); });
+  return cudaSuccess;
+}
