@@ -19,6 +19,8 @@ from virtual_nodes import check_wire_bytes
 from ep_comm import Buffer, EPError, EPMismatchError, EPTimeoutError
 
 SHAPES = [(1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (4, 2), (2, 4)]
+QUICK = [(2, 2), (3, 2)]
+PATIENT = dict(timeout_s=120)  # of a CPU that has other things to do
 TOKENS = (9, 0, 70, 30, 1, 41, 5, 8)
 
 
@@ -38,16 +40,25 @@ def case_of(shape: tuple[int, int], **changes) -> Case:
     return Case(**{**sizes, **changes})
 
 
-@pytest.mark.parametrize("carried", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_operations(library, shape, carried):
-    case = case_of(shape)
-    results = run_emulated_nodes(
-        library, *shape, run_on_buffer, case.config(), case, carried=carried
-    )
+def check_operations(library, shape: tuple[int, int], case: Case, **how) -> None:
+    config = case.config(**PATIENT)
+    results = run_emulated_nodes(library, *shape, run_on_buffer, config, case, **how)
     check_results(case, results, check_wire_bytes)
 
 
+@pytest.mark.parametrize("shape", QUICK)
+def test_operations(library, shape):
+    check_operations(library, shape, case_of(shape))
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_operations_of_other_shapes(library, shape, carried):
+    check_operations(library, shape, case_of(shape), carried=carried)
+
+
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "changes",
     [
@@ -61,12 +72,10 @@ def test_operations(library, shape, carried):
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
 def test_kinds_of_input(library, changes):
-    case = case_of((3, 2), **changes)
-    results = run_emulated_nodes(library, 3, 2, run_on_buffer, case.config(), case)
-    check_results(case, results, check_wire_bytes)
+    check_operations(library, (3, 2), case_of((3, 2), **changes))
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.parametrize("seed", range(20))
 def test_random_cases(library, seed):
     rng = np.random.default_rng(seed)
@@ -86,24 +95,24 @@ def test_random_cases(library, seed):
         seed=seed,
     )
     print(f"case: {case}")
-    results = run_emulated_nodes(
-        library, *shape, run_on_buffer, case.config(timeout_s=60), case,
+    check_operations(
+        library, shape, case,
         network_us=int(rng.choice([0, 300])), delay_us=int(rng.choice([0, 20])),
         num_sms=int(rng.integers(4, 9)),
     )  # fmt: skip
-    check_results(case, results, check_wire_bytes)
 
 
 def fp8_on_buffer(rank: int, buffer: Buffer, case: Case) -> dict:
     return dispatch_all_ways(rank, case, buffer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["expert", "rank"])
 def test_fp8(library, layout):
     case = dataclasses.replace(
         FP8_CASE, layout=layout, tokens=(9, 41, 0, 7), hidden=512, ranks_per_node=2
     )
-    results = run_emulated_nodes(library, 2, 2, fp8_on_buffer, case.config(), case)
+    results = run_emulated_nodes(library, 2, 2, fp8_on_buffer, case.config(**PATIENT), case)
     check_fp8_results(case, results)
 
 
@@ -111,11 +120,12 @@ def capacity_on_buffer(rank: int, buffer: Buffer, case: Case) -> None:
     exact_and_roomy(rank, case, buffer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["expert", "rank"])
 @pytest.mark.parametrize("shape", [(2, 2), (3, 1)])
 def test_outputs_of_a_given_size(library, shape, layout):
     case = case_of(shape, hidden=128, layout=layout)
-    run_emulated_nodes(library, *shape, capacity_on_buffer, case.config(), case)
+    run_emulated_nodes(library, *shape, capacity_on_buffer, case.config(**PATIENT), case)
 
 
 def unwaited_steps(rank: int, buffer: Buffer, case: Case, steps: int) -> list[torch.Tensor]:
@@ -151,7 +161,7 @@ def test_operations_that_nobody_waits_for(library, shape, delay_us):
     tokens = (40, 33, 64, 9, 70, 5)[: shape[0] * shape[1]]
     case = case_of(shape, tokens=tokens, num_topk=2, hidden=64)
     results = run_emulated_nodes(
-        library, *shape, unwaited_steps, case.config(), case, 6,
+        library, *shape, unwaited_steps, case.config(**PATIENT), case, 6,
         delay_us=delay_us, network_us=200, unwaited=True,
     )  # fmt: skip
     for rank, outs in enumerate(results):
@@ -161,13 +171,13 @@ def test_operations_that_nobody_waits_for(library, shape, delay_us):
             assert_same(to_numpy(out), want, f"operation {i} on rank {rank}")
 
 
-@pytest.mark.parametrize("shape", [(2, 2), (3, 2)])
+@pytest.mark.parametrize("shape", [(2, 2), pytest.param((3, 2), marks=pytest.mark.slow)])
 def test_flags_before_their_data_give_wrong_results(library, shape):
     """The control: on such a network the same test has to fail."""
     case = case_of(shape, tokens=(64, 40, 70, 30, 35, 41)[: shape[0] * shape[1]], hidden=1024)
     with pytest.raises((AssertionError, EPError)):
         results = run_emulated_nodes(
-            library, *shape, run_on_buffer, case.config(timeout_s=10), case,
+            library, *shape, run_on_buffer, case.config(timeout_s=30), case,
             early_flags=True, network_us=2000,
         )  # fmt: skip
         check_results(case, results, check_wire_bytes)
