@@ -11,11 +11,10 @@ order. tests/emulated_nodes.py does the same without a GPU.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import BrokenBarrierError
 from typing import Any
@@ -71,30 +70,38 @@ def _on_gpu(_: int, *args: Any) -> list[Any]:
         return all_ranks("cuda", NodesBackend, streams, *args)
 
 
-@contextlib.contextmanager
-def carrying(
-    device: str, stream: torch.cuda.Stream, delay_us: int, early_flags: bool
-) -> Iterator[int]:
-    """Carry messages out meanwhile; gives the address of the queue."""
-    queue = torch.zeros(ctypes.sizeof(header.NetworkQueue), dtype=torch.uint8, device=device)
+class Carrier:
+    """Carries messages out, from `start` to `stop`.
 
-    def set_field(name: str) -> None:
+    Attributes:
+        queue: Address of the messages; 0 where messages are stores.
+    """
+
+    def __init__(
+        self, device: str, stream: torch.cuda.Stream, delay_us: int, early_flags: bool
+    ) -> None:
+        size = ctypes.sizeof(header.NetworkQueue)
+        self._tensor = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._stream = stream
+        self.queue = self._tensor.data_ptr()
+        self._args = header.NetworkCarryArgs(queue=self.queue, delay_ns=1000 * delay_us, seed=1)
+        if early_flags:
+            self._set("early_flags")
+        torch.cuda.synchronize()
+
+    def _set(self, name: str) -> None:
         offset = getattr(header.NetworkQueue, name).offset
-        queue[offset : offset + 4].view(torch.int32).fill_(1)
+        self._tensor[offset : offset + 4].view(torch.int32).fill_(1)
 
-    if early_flags:
-        set_field("early_flags")
-    torch.cuda.synchronize()
-    native = _native.load()
-    assert native is not None
-    native.load_kernels()
-    args = header.NetworkCarryArgs(queue=queue.data_ptr(), delay_ns=1000 * delay_us, seed=1)
-    native.launch("ep_network_carry", args, stream.cuda_stream)
-    try:
-        yield queue.data_ptr()
-    finally:
-        set_field("stop")
-        stream.synchronize()
+    def start(self) -> None:
+        """Launch the kernel that carries: from here on nothing may be allocated anew."""
+        native = _native.load()
+        assert native is not None
+        native.launch("ep_network_carry", self._args, self._stream.cuda_stream)
+
+    def stop(self) -> None:
+        self._set("stop")
+        self._stream.synchronize()
 
 
 def all_ranks(
@@ -119,6 +126,8 @@ def all_ranks(
     from ep_comm.backends.nvlink.farewell import Farewell
 
     num_ranks = num_nodes * ranks_per_node
+    carrier = Carrier(device, streams.pop(), network_us, early_flags) if carried else None
+    start = threading.Barrier(num_ranks, carrier.start if carrier else None)
     barrier = threading.Barrier(num_ranks)
     meet = barrier.wait if in_step else lambda: None
     native = _native.load()
@@ -136,7 +145,7 @@ def all_ranks(
         def _new_stream(priority: int) -> torch.cuda.Stream:
             return streams.pop()
 
-    def run(rank: int, queue: int) -> Any:
+    def run(rank: int) -> Any:
         torch.cuda.set_device(0)
         place = Place(rank, ranks_per_node, num_nodes)
         try:
@@ -150,7 +159,7 @@ def all_ranks(
                     config.timeout_s,
                     (memory, network),
                     Farewell(rank, flags_of),
-                    queue,
+                    carrier.queue if carrier else 0,
                 )
                 # From here on nothing may be allocated anew: that waits for kernels that run.
                 reserve = [
@@ -162,26 +171,26 @@ def all_ranks(
                 backend.inject_delays(1000 * delay_us)
                 buffer = VirtualBuffer(backend, config, meet)
                 buffer.set_num_sms(num_sms or sms_of_a_rank(num_ranks, 1))
-                barrier.wait()
+                start.wait()
                 result = function(rank, buffer, *args)
                 cases.wait_for_stream()
                 buffer.destroy()
                 return result
         except BaseException:
+            start.abort()
             barrier.abort()
             raise
 
-    own_stream = streams.pop()
     torch.cuda.synchronize()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.cuda.stream(streams.pop()))
-        stack.enter_context(mock.patch.object(cases, "before_host_waits", meet))
-        queue = 0
-        if carried:
-            queue = stack.enter_context(carrying(device, own_stream, network_us, early_flags))
-        pool = stack.enter_context(ThreadPoolExecutor(num_ranks))
-        futures = [pool.submit(run, rank, queue) for rank in range(num_ranks)]
+    with (
+        torch.cuda.stream(streams.pop()),
+        mock.patch.object(cases, "before_host_waits", meet),
+        ThreadPoolExecutor(num_ranks) as pool,
+    ):
+        futures = [pool.submit(run, rank) for rank in range(num_ranks)]
         errors = [future.exception() for future in futures]
+        if carrier:
+            carrier.stop()
     for error in sorted(filter(None, errors), key=lambda e: isinstance(e, BrokenBarrierError)):
         raise error  # the cause first
     return [future.result() for future in futures]
