@@ -32,29 +32,12 @@ __device__ inline uint8_t* memory_of(const ep_network& network, int32_t k) {
   return network.memory_of[k];
 }
 
-// Copies multiples of 4 bytes; past L1, for what this kernel has written elsewhere.
-template <typename Group>
-__device__ inline void copy(uint8_t* to, const uint8_t* from, int64_t num_bytes, Group group) {
-  constexpr int kAhead = 4;
-  const int64_t num_vectors = num_bytes / 16, step = group.size();
-  const auto* const source = reinterpret_cast<const uint4*>(from);
-  for (int64_t first = group.index(); first < num_vectors; first += kAhead * step) {
-    uint4 v[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      ptx::load_global_if(first + i * step < num_vectors, &v[i], source + first + i * step);
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (first + i * step < num_vectors) {
-        ptx::store_global(reinterpret_cast<uint4*>(to) + first + i * step, v[i]);
-      }
-    }
-  }
-  const auto* const words = reinterpret_cast<const volatile uint32_t*>(from);
-  for (int64_t i = num_vectors * 4 + group.index(); i < num_bytes / 4; i += step) {
-    reinterpret_cast<uint32_t*>(to)[i] = words[i];
-  }
+// Where to write what put() is to send from `from` to `to`, both places in network memory, to the
+// node k after. It is the place to send from; but where messages are stores it is the receiver's
+// memory itself, and all that is left to put() is the flag.
+__device__ inline uint8_t* place_to_write(const ep_network& network, int32_t k, int64_t from,
+                                          int64_t to) {
+  return network.queue != nullptr ? network.memory + from : memory_of(network, k) + to;
 }
 
 // One thread leaves a message for ep_network_carry.
@@ -66,21 +49,20 @@ __device__ inline void post(ep_network_queue& queue, const ep_network_message& m
   ptx::store_release_sys(reinterpret_cast<uint32_t*>(&queue.posted[place]), 1);
 }
 
-// One thread waits until a line of the given rate could have sent num_bytes, from begin_ns on and
-// behind what was sent before.
-__device__ inline void wait_for_line(const ep_network& network, int64_t num_bytes,
-                                     int64_t begin_ns) {
+// One thread waits until a line of the given rate could have sent num_bytes, from now on and behind
+// what was sent before.
+__device__ inline void wait_for_line(const ep_network& network, int64_t num_bytes) {
   auto* const free_at = reinterpret_cast<unsigned long long*>(network.free_at_ns);
   const auto takes = static_cast<unsigned long long>(num_bytes * 1000 / network.bytes_per_us);
-  atomicMax(free_at, static_cast<unsigned long long>(begin_ns));
+  atomicMax(free_at, static_cast<unsigned long long>(ptx::global_timer_ns()));
   const unsigned long long before = atomicAdd(free_at, takes);
   while (ptx::global_timer_ns() < before + takes) {
   }
 }
 
-// Sends num_bytes, which may be 0, from this rank's network memory to the node k after, to the same
-// network memory at `to`, and then raises the flag at `flag` there. All threads of the group call
-// it, and have met behind whoever wrote what is sent.
+// Sends num_bytes, which may be 0, from `from` in this rank's network memory to `to` in that of the
+// node k after, and then raises the flag at `flag` there. They stand at place_to_write(). All
+// threads of the group call it, and have met behind whoever wrote them.
 template <typename Group>
 __device__ inline void put(const ep_peers& peers, const ep_network& network, int32_t k,
                            int64_t from, int64_t to, int64_t num_bytes, int64_t flag, Flag value,
@@ -96,11 +78,8 @@ __device__ inline void put(const ep_peers& peers, const ep_network& network, int
     group.sync();
     return;
   }
-  const int64_t begin_ns = static_cast<int64_t>(ptx::global_timer_ns());
-  copy(memory + to, network.memory + from, num_bytes, group);
-  group.sync();
   if (group.index() == 0) {
-    if (network.bytes_per_us != 0) wait_for_line(network, num_bytes, begin_ns);
+    if (network.bytes_per_us != 0) wait_for_line(network, num_bytes);
     signal(peers, reinterpret_cast<Flag*>(memory + flag), value);
   }
   group.sync();

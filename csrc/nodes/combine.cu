@@ -182,6 +182,12 @@ class Lister {
         local_.row_bytes, args_.network_flag_offset);
   }
 
+  // Where the sums of this wave are written, or their weights.
+  __device__ uint8_t* place_to_send(int64_t from, int64_t to, int64_t region) const {
+    const int64_t place = wave_.j * region;
+    return network::place_to_write(args_.network, wave_.j + 1, from + place, to + place);
+  }
+
   // ---- Units -----------------------------------------------------------------------------------
 
   __device__ __noinline__ bool list_unit_of_wave(int32_t unit) {
@@ -257,8 +263,8 @@ class Lister {
       hand_over(out + static_cast<int64_t>(begin) * vectors_, num_rows, done);
     } else {
       if (args_.has_weights) relay_weights(begin, end);
-      auto* const out = reinterpret_cast<uint4*>(args_.network.memory + args_.network_send_offset +
-                                                 wave_.j * args_.network_region);
+      auto* const out = reinterpret_cast<uint4*>(place_to_send(
+          args_.network_send_offset, args_.network_receive_offset, args_.network_region));
       OtherPlaces none;
       const int32_t num_rows = list_group(local_, token, wave_.first_source + peers_.rank,
                                           local_.row_offset + wave_.half() * args_.row_half,
@@ -420,8 +426,8 @@ class Lister {
 
   __device__ void relay_weights(int32_t begin, int32_t end) const {
     const int32_t num_topk = local_.routing.num_topk;
-    auto* const out = reinterpret_cast<float*>(args_.network.memory + args_.weight_send_offset +
-                                               wave_.j * args_.weight_region);
+    auto* const out = reinterpret_cast<float*>(
+        place_to_send(args_.weight_send_offset, args_.weight_receive_offset, args_.weight_region));
     for (int32_t i = begin * num_topk + lane_id(); i < end * num_topk; i += kWarpSize) {
       const int32_t* const entry = relay_entry(i / num_topk);
       const int32_t expert = entry[peers_.num_ranks + i % num_topk];

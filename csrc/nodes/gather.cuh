@@ -15,8 +15,9 @@ __device__ inline int32_t gather_rows(const ep_nodes_dispatch_args& args, const 
   const int32_t count = max(0, ceil_div(end - begin - warp, num_warps));
   const int32_t* const tokens =
       args.nodes.node_tokens + static_cast<int64_t>(k) * args.dispatch.max_tokens;
-  uint8_t* const rows =
-      args.network.memory + args.network_send_offset + (k - 1) * args.network_region;
+  const int64_t region = (k - 1) * args.network_region;
+  uint8_t* const rows = network::place_to_write(args.network, k, args.network_send_offset + region,
+                                                args.network_receive_offset + region);
   const auto row = [&](int32_t i) { return begin + warp + i * num_warps; };
   const auto load = [&](int32_t i) {
     if (lane == 0 && i < count) {

@@ -41,8 +41,9 @@ __device__ __noinline__ bool may_send(const Plan& args, int32_t epoch) {
 
 // The message to the node k after.
 __device__ inline int32_t* message_to(const Plan& args, int32_t k) {
-  return reinterpret_cast<int32_t*>(args.network.memory + args.network_send_offset +
-                                    (k - 1) * args.network_region);
+  const int64_t region = (k - 1) * args.network_region;
+  return reinterpret_cast<int32_t*>(network::place_to_write(
+      args.network, k, args.network_send_offset + region, args.network_receive_offset + region));
 }
 
 // Writes the experts of tokens [begin, end) into the memory of this node's ranks.

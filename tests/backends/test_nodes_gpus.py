@@ -61,8 +61,9 @@ def replayed(rank: int, ranks_per_node: int) -> None:
         topk.copy_(topk.flip(1) if step % 2 else (topk + 3) % 16)
         graph.replay()
         torch.cuda.synchronize()
-        assert torch.equal(combined, 4 * x)
-        assert torch.equal(both(), 4 * x)
+        assert torch.equal(combined, both())
+        # Three rows of a rank, rounded, and one of another are not four of one.
+        torch.testing.assert_close(combined, 4 * x, rtol=2e-2, atol=0)
     buffer.synchronize()
     buffer.destroy()
 
