@@ -171,6 +171,34 @@ def test_operations_that_nobody_waits_for(library, shape, delay_us):
             assert_same(to_numpy(out), want, f"operation {i} on rank {rank}")
 
 
+def repeated(rank: int, buffer: Buffer, case: Case, steps: int) -> list[list[torch.Tensor]]:
+    """One routing again and again, twice the numbers each time. The last rank is given all rows."""
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(case.tokens[rank], case.hidden, generator=generator).bfloat16()
+    handle = buffer.dispatch(x, to_torch(case.topk_idx(rank))).handle
+    y = torch.randn(handle.num_rows, case.hidden, generator=generator).bfloat16()
+    buffer.synchronize()
+    rows = [buffer.dispatch(x * 2.0**i, handle=handle).recv_x for i in range(steps)]
+    sums = [buffer.combine(y * 2.0**i, handle).combined_x for i in range(steps)]
+    buffer.synchronize()
+    return [rows, sums]
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2)])
+def test_who_is_ahead_does_not_write_over_what_is_read(library, shape):
+    """Others are done at once with what keeps the last rank, and the owners of tokens, busy."""
+    tokens = (90, 10, 70, 1)[: shape[0] * shape[1]]
+    case = case_of(shape, tokens=tokens, num_topk=2, hidden=2048, routing="last_rank", drop=0.0)
+    results = run_emulated_nodes(
+        library, *shape, repeated, case.config(**PATIENT), case, 12,
+        carried=False, unwaited=True, delay_us=3000,
+    )  # fmt: skip
+    for rank, of_rank in enumerate(results):
+        for kind in of_rank:
+            for i, got in enumerate(kind):
+                assert torch.equal(got, kind[0] * 2.0**i), f"operation {i} on rank {rank}"
+
+
 @pytest.mark.parametrize("shape", [(2, 2), pytest.param((3, 2), marks=pytest.mark.slow)])
 def test_flags_before_their_data_give_wrong_results(library, shape):
     """The control: on such a network the same test has to fail."""
