@@ -1,0 +1,194 @@
+// Low-latency dispatch, receiving: which rows come, and which experts want them.
+#pragma once
+
+#include "low_latency/dispatch/roles.cuh"
+#include "low_latency/route.cuh"
+
+namespace ep::low_latency::dispatch {
+
+constexpr int32_t kNotKnown = INT32_MAX;
+
+// What came, in shared memory of a block. Bit n = source * M + token of an expert's line: it gets
+// that row. The place of a row among its expert's is the number of bits before it.
+class Arrivals {
+ public:
+  volatile int32_t* num_tokens;  // [R]; kNotKnown before the header is there
+  int32_t* num_rows;             // [R] that came from each rank
+  int32_t* rows;                 // [kItemsAtOnce, K] of recv_x that an item becomes, or -1
+
+  static __host__ __device__ int64_t bytes(const ep_low_latency& common) {
+    return 8 * EP_MAX_PEERS + row_bytes(common.num_topk) +
+           16ll * common.num_local_experts * groups_of(common);
+  }
+  static __host__ __device__ int64_t entry_bytes(const ep_low_latency& common) {
+    return 16ll * common.peers.num_ranks * common.max_tokens * expert_words(common.num_topk);
+  }
+  // shared: bytes(), then entry_bytes() where has_entries.
+  __device__ Arrivals(uint8_t* shared, const ep_low_latency& common, bool has_entries)
+      : num_tokens(reinterpret_cast<int32_t*>(shared)),
+        num_rows(reinterpret_cast<int32_t*>(shared) + EP_MAX_PEERS),
+        rows(num_rows + EP_MAX_PEERS),
+        lines_(reinterpret_cast<uint4*>(shared + 8 * EP_MAX_PEERS + row_bytes(common.num_topk))),
+        groups_(groups_of(common)),
+        entries_(has_entries ? lines_ + common.num_local_experts * groups_ : nullptr) {}
+
+  // By the entry warps, before they meet. `thread` is the number of one among them.
+  __device__ void clear(int32_t num_local_experts, int32_t thread) const {
+#pragma unroll 1
+    for (int32_t i = thread; i < num_local_experts * groups_; i += kEntryThreads) {
+      lines_[i] = make_uint4(0, 0, 0, 0);
+    }
+    if (thread < EP_MAX_PEERS) {
+      num_rows[thread] = 0;
+      num_tokens[thread] = kNotKnown;
+    }
+  }
+
+  __device__ void mark(uint32_t expert, int32_t n) const {
+    auto* const line = reinterpret_cast<uint32_t*>(lines_ + expert * groups_);
+    atomicOr(line + n / 32, 1u << (n % 32));
+  }
+
+  // Rows of `expert` before n.
+  __device__ int32_t before(int32_t expert, int32_t n) const {
+    const uint4* line = lines_ + expert * groups_;
+    int32_t count = 0;
+#pragma unroll 1
+    for (; n >= 128; n -= 128, ++line) {
+      count += __popc(line->x) + __popc(line->y) + __popc(line->z) + __popc(line->w);
+    }
+    if (n == 0) return count;
+    const uint64_t low = static_cast<uint64_t>(line->y) << 32 | line->x;
+    const uint64_t high = static_cast<uint64_t>(line->w) << 32 | line->z;
+    const uint64_t before = (1ull << (n & 63)) - 1;
+    return count + (n < 64 ? __popcll(low & before) : __popcll(low) + __popcll(high & before));
+  }
+
+  // Once all headers are there. After a fault some may not be.
+  __device__ int32_t most_tokens(int32_t num_ranks) const {
+    int32_t most = 0;
+    for (int32_t r = 0; r < num_ranks; ++r) {
+      if (num_tokens[r] != kNotKnown) most = max(most, num_tokens[r]);
+    }
+    return most;
+  }
+
+  // The words with the experts of row n, where they are kept here; else nullptr.
+  __device__ uint4* entry(int32_t n, int32_t words) const {
+    return entries_ == nullptr ? nullptr : entries_ + n * words;
+  }
+
+ private:
+  uint4* lines_;  // [E, groups of 128 bits]
+  int32_t groups_;
+  uint4* entries_;  // [R, M, words]
+
+  static constexpr __host__ __device__ int32_t row_bytes(int32_t num_topk) {
+    return kItemsAtOnce * num_topk * static_cast<int32_t>(sizeof(int32_t));
+  }
+  static __host__ __device__ int32_t groups_of(const ep_low_latency& common) {
+    return ceil_div<int32_t>(common.peers.num_ranks * common.max_tokens, 128);
+  }
+};
+
+// Tokens of the ranks, rows, lines of whole groups.
+static_assert(8 * EP_MAX_PEERS + 4 * kItemsAtOnce * EP_MAX_TOPK + EP_LOW_LATENCY_MAX_PLACES / 8 +
+                  16 * EP_MAX_LOCAL_EXPERTS <=
+              kMaxShared);
+
+// Waits for a word of the entry of a token, which is there or not: that is known when the header of
+// its rank has come. Returns whether it is; *fine becomes false after a fault.
+__device__ inline bool wait_for_entry(const ep_peers& peers, const uint4* from, uint4* word,
+                                      const volatile int32_t* num_tokens, int32_t t, int32_t source,
+                                      uint32_t epoch, bool* fine) {
+  if (word->w == epoch) return true;
+  Wait wait;
+  do {
+    if (t >= *num_tokens) return false;
+    if (!wait.goes_on(peers, EP_PHASE_PLAN, source, epoch)) {
+      *fine = false;
+      return false;
+    }
+    *word = ptx::load_word(from);
+  } while (word->w != epoch);
+  wait.has_come(peers, source);
+  return true;
+}
+
+// By the entry warps: waits for every rank's header and entries. False, for some of them, after a
+// fault.
+template <typename Memory>
+__device__ inline bool collect(const ep_low_latency_dispatch_args& args, const Memory& memory,
+                               const Operation& operation, const Arrivals& arrivals) {
+  const ep_low_latency& common = args.common;
+  const int32_t words = expert_words(common.num_topk);
+  bool fine = true;
+  // The last warp looks for headers first.
+  const int32_t thread = threadIdx.x - kRowWarps * kWarpSize;
+  const int32_t of_warp = threadIdx.x - (kThreads - kWarpSize);
+  if (of_warp >= 0 && of_warp < memory.num_ranks()) {
+    int32_t num_tokens = 0;
+    if (operation.alive >> of_warp & 1) {
+      num_tokens = receive_header(memory, operation, own_header(args), of_warp, blockIdx.x == 0);
+    }
+    fine = num_tokens >= 0;
+    arrivals.num_tokens[of_warp] = max(num_tokens, 0);
+  }
+#pragma unroll 1
+  for (int32_t n = thread; n < memory.num_ranks() * common.max_tokens; n += kEntryThreads) {
+    const int32_t source = n / common.max_tokens, t = n - source * common.max_tokens;
+    if (!(operation.alive >> source & 1)) continue;  // whatever it may still write
+    const uint4* const entry = memory.entry(memory.rank(), operation.half, source, t);
+    bool has_row = false;
+#pragma unroll 1
+    for (int32_t j = 0; j < words; ++j) {
+      uint4 word = ptx::load_word(entry + j);
+      if (!wait_for_entry(common.peers, entry + j, &word, arrivals.num_tokens + source, t, source,
+                          operation.epoch, &fine)) {
+        break;
+      }
+      uint4* const copy = arrivals.entry(n, words);
+      if (copy != nullptr) copy[j] = word;
+#pragma unroll
+      for (int i = 0; i < kExpertsOfWord; ++i) {
+        const uint32_t expert = expert_of_word(word, i);
+        if (expert >= static_cast<uint32_t>(common.num_local_experts)) continue;  // no expert
+        arrivals.mark(expert, n);
+        has_row = true;
+      }
+    }
+    if (has_row && blockIdx.x == 0) atomicAdd(arrivals.num_rows + source, 1);
+  }
+  return fine;
+}
+
+// After a fault that a block has seen in time: nothing has come, for what reads the outputs.
+__device__ inline void leave_nothing(const ep_low_latency_dispatch_args& args) {
+  const ep_low_latency& common = args.common;
+#pragma unroll 1
+  for (int32_t e = threadIdx.x; e < common.num_local_experts; e += kThreads) args.recv_count[e] = 0;
+  if (static_cast<int32_t>(threadIdx.x) < common.peers.num_ranks) {
+    args.handle.num_tokens[threadIdx.x] = 0;
+    args.handle.num_rows[threadIdx.x] = 0;
+  }
+}
+
+// The counts of experts, shared out among the blocks, and those of ranks.
+__device__ inline void write_counts(const ep_low_latency_dispatch_args& args, int32_t num_ranks,
+                                    const Arrivals& arrivals) {
+  const ep_low_latency& common = args.common;
+  const int32_t num_places = num_ranks * common.max_tokens;
+#pragma unroll 1
+  for (int32_t e = (kThreads - 1 - threadIdx.x) * gridDim.x + blockIdx.x;
+       e < common.num_local_experts; e += kThreads * gridDim.x) {
+    const int32_t count = arrivals.before(e, num_places);
+    args.recv_count[e] = count;
+    if (args.recv_stats != nullptr) args.recv_stats[e] += count;
+  }
+  const int32_t r = kThreads - 1 - threadIdx.x;
+  if (blockIdx.x != 0 || r >= num_ranks) return;
+  args.handle.num_tokens[r] = arrivals.num_tokens[r];
+  args.handle.num_rows[r] = common.peers.record->num_rows[r] = arrivals.num_rows[r];
+}
+
+}  // namespace ep::low_latency::dispatch

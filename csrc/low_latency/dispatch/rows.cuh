@@ -1,0 +1,135 @@
+// Low-latency dispatch, sending: the rows, by the row warps.
+#pragma once
+
+#include "low_latency/dispatch/roles.cuh"
+#include "low_latency/route.cuh"
+
+namespace ep::low_latency::dispatch {
+
+constexpr float kFp8Max = 448.0f;
+constexpr float kSmallestAmax = 1e-4f;
+
+// Scale that is sent along, and what elements are multiplied by. See ep_comm.fp8's low-latency
+// rules.
+__device__ inline float scale_of(float amax, bool is_rounded, float* multiplier) {
+  const float exact = __fdiv_rn(amax, kFp8Max);
+  if (!is_rounded) {
+    *multiplier = __fdiv_rn(kFp8Max, amax);
+    return exact;
+  }
+  const uint32_t bits = __float_as_uint(exact);
+  const uint32_t exponent = min((bits >> 23) + ((bits & 0x7fffff) != 0), 253u);
+  *multiplier = __uint_as_float((254 - exponent) << 23);
+  return __uint_as_float(exponent << 23);
+}
+
+// 16 elements as E4M3, in a block of 128 that eight lanes have; their scale.
+__device__ inline uint4 quantized(const uint4 (&bits)[2], bool is_rounded, float* scale) {
+  float values[16];
+  unpack<__nv_bfloat16>(bits[0], values);
+  unpack<__nv_bfloat16>(bits[1], values + 8);
+  float amax = kSmallestAmax;
+#pragma unroll
+  for (float value : values) amax = fmaxf(amax, fabsf(value));  // passes over NaN
+#pragma unroll
+  for (int step = 1; step < 8; step *= 2) {
+    amax = fmaxf(amax, __shfl_xor_sync(kFullWarp, amax, step));
+  }
+  float multiplier;
+  *scale = scale_of(amax, is_rounded, &multiplier);
+  union {
+    uint4 word;
+    uint16_t pairs[8];
+  } packed;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    packed.pairs[i] = pack_fp8_pair(values[2 * i] * multiplier, values[2 * i + 1] * multiplier);
+  }
+  return packed.word;
+}
+
+// A lane's part of a unit of a row, loaded: what becomes a word; and, as lane k, the token's k-th
+// expert.
+struct Source {
+  uint4 bits[2];
+  int64_t expert;
+
+  __device__ void load(const ep_low_latency_dispatch_args& args, int32_t hidden, const Units& at) {
+    const bool is_bf16 = args.format == EP_LOW_LATENCY_BF16;
+    const bool is_there = at.word() < hidden / (is_bf16 ? 8 : 16);
+    const auto* const x = static_cast<const uint4*>(args.x) +
+                          static_cast<int64_t>(at.t) * (hidden / 8) +
+                          (is_bf16 ? at.word() : 2 * at.word());
+    bits[0] = bits[1] = make_uint4(0, 0, 0, 0);
+    ptx::load_global_if(is_there, &bits[0], x);
+    ptx::load_global_if(is_there && !is_bf16, &bits[1], x + 1);
+    expert = load_expert(args.common, at.t);
+  }
+};
+
+// By the row warps. The first unit is ready before the warp knows the operation. False after a
+// fault.
+template <typename Memory>
+__device__ inline bool begin_and_send_rows(const ep_low_latency_dispatch_args& args,
+                                           const Memory& memory, const Begin& begin,
+                                           const RowWords& row, Operation* operation) {
+  const ep_low_latency& common = args.common;
+  const bool sends = common.phases & EP_LOW_LATENCY_SEND;
+  const int32_t num_tokens = sends ? common.num_tokens : 0;
+  const bool is_bf16 = args.format == EP_LOW_LATENCY_BF16;
+  const bool keeps_books = threadIdx.x / kWarpSize == kBookkeepingWarp;
+  bool has_begun = false;
+  Units at(all_blocks(), kRowWarps, threadIdx.x / kWarpSize, ceil_div<int32_t>(row.data, kWarpSize),
+           1);
+  Source next;
+  if (at.t < num_tokens) next.load(args, memory.hidden(), at);
+#pragma unroll 1
+  for (;;) {
+    const Units unit = at;
+    const Source source = next;
+    at.advance();
+    if (at.t < num_tokens) next.load(args, memory.hidden(), at);  // on its way meanwhile
+
+    const bool is_there = unit.t < num_tokens, has_word = unit.word() < row.data;
+    Route route;
+    uint4 word = source.bits[0], scales{};
+    if (is_there) {
+      route.find(common, source.expert);
+      if (is_bf16) {
+        if (is_waiting(word)) word.x = 0xffff7fffu;  // eight NaN: the first becomes another
+      } else {
+        float scale;
+        word = quantized(source.bits, args.format != EP_LOW_LATENCY_FP8, &scale);
+        if (!has_word) scale = 1.0f;  // beyond the row: padding, which is no waiting pattern
+        scales.x = __float_as_uint(__shfl_sync(kFullWarp, scale, 0));
+        scales.y = __float_as_uint(__shfl_sync(kFullWarp, scale, 8));
+        scales.z = __float_as_uint(__shfl_sync(kFullWarp, scale, 16));
+        scales.w = __float_as_uint(__shfl_sync(kFullWarp, scale, 24));
+      }
+    }
+    if (!has_begun) {
+      has_begun = true;
+      *operation = begin.operation();
+      if (!keeps_books) has_read_state(kThreads);
+      const bool exchanges = keeps_books && blockIdx.x == gridDim.x - 1;
+      // Entries may have to wait for a credit, and so this rank's own credits may not wait for
+      // them.
+      if (sends && exchanges) ptx::named_arrive(kSentBarrier, kThreads);
+      if (sends && !exchanges) ptx::named_barrier(kSentBarrier, kThreads);
+      if (!operation->can_begin) break;
+      if (exchanges) exchange_credits(memory, begin, *operation);
+      if (!sends || !wait_credits(memory, *operation)) break;
+    }
+    if (!is_there) break;
+    memory.delay();
+    for_ranks(memory, route.ranks & operation->alive, [&](int32_t r) {
+      uint4* const slot = memory.row(r, operation->half, memory.rank(), unit.t);
+      if (has_word) ptx::store_word(slot + unit.word(), word);
+      if (lane_id() == 0 && !is_bf16) ptx::store_word(slot + row.data + unit.unit, scales);
+    });
+  }
+  if (keeps_books) count_operation(common, begin, *operation, kThreads);
+  return operation->can_begin;
+}
+
+}  // namespace ep::low_latency::dispatch
