@@ -73,7 +73,8 @@ class LowLatencyCalls:
             x: [T, hidden] BF16, contiguous; T may be 0 and differ between ranks.
             topk_idx: [T, K] int32 or int64, K at most ``config.num_topk``: distinct experts of
                 each token; -1 drops an entry. The caller leaves it as it is until the combine is
-                done. Over NVLink nobody looks for what is no expert: it is dropped.
+                done. Over NVLink no host looks at it: what is no expert is dropped, and the next
+                low-latency dispatch raises.
             num_max_dispatch_tokens_per_rank: M, the most tokens of a rank in this call: T is at
                 most M, and M at most ``config.low_latency_tokens``. Equal on all ranks.
             num_experts: That of the buffer.
