@@ -16,22 +16,22 @@ int32_t fail(int32_t status, const char* format, ...) __attribute__((format(prin
 // EP_OK, or EP_ERR_CUDA with a text that says what failed (`what`) and CUDA's reason.
 int32_t check_cuda(cudaError_t error, const char* what);
 
-// Launches a kernel that may start before the one in front of it on the stream has ended: it runs
-// ptx::wait_for_kernel_before() before it touches global memory, and nothing that the one in front
-// may write is read through the read-only path (`__ldg`).
+// Launches a kernel. If it is `early` it may start before the one in front of it on the stream has
+// ended: it runs ptx::wait_for_kernel_before() before it touches global memory that changes, and
+// nothing that the one in front may write is read through the read-only path (`__ldg`).
 template <typename... Params, typename... Args>
-cudaError_t launch_early(void (*kernel)(Params...), int32_t blocks, int32_t threads,
-                         int64_t shared_bytes, void* stream, const Args&... args) {
-  cudaLaunchAttribute early;
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+cudaError_t launch(void (*kernel)(Params...), int32_t blocks, int32_t threads, int64_t shared_bytes,
+                   void* stream, bool early, const Args&... args) {
+  cudaLaunchAttribute may_start;
+  may_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  may_start.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = threads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &early;
-  config.numAttrs = 1;
+  config.attrs = &may_start;
+  config.numAttrs = early ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, Params(args)...);
 }
 

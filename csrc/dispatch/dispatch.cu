@@ -39,15 +39,8 @@ int32_t ep_dispatch(const ep_dispatch_args* args, void* stream) {
   if (status != EP_OK) return status;
   const int32_t blocks = args->num_push_blocks + args->num_expand_blocks;
   if (blocks < 1) return ep::fail(EP_ERR_ARGUMENT, "no blocks to launch");
-  cudaLaunchAttribute early;
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = blocks;
-  config.blockDim = ring.num_warps * kWarpSize;
-  config.dynamicSmemBytes = ring.shared_bytes();
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &early;
-  config.numAttrs = args->is_behind_plan ? 1 : 0;
-  return ep::check_cuda(cudaLaunchKernelEx(&config, dispatch_kernel, *args, ring), "ep_dispatch");
+  const cudaError_t error =
+      ep::launch(dispatch_kernel, blocks, ring.num_warps * kWarpSize, ring.shared_bytes(), stream,
+                 args->is_behind_plan, *args, ring);
+  return ep::check_cuda(error, "ep_dispatch");
 }

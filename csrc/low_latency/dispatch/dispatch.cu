@@ -70,7 +70,7 @@ int32_t ep_low_latency_dispatch(const ep_low_latency_dispatch_args* args, void* 
   const bool has_entries = bytes + Arrivals::entry_bytes(common) <= kMaxShared;
   if (has_entries) bytes += Arrivals::entry_bytes(common);
   const cudaError_t error =
-      ep::launch_early(kernel_for<Kernel>(common, CompiledShapes()), common.num_blocks, kThreads,
-                       bytes, stream, *args, has_entries);
+      ep::launch(kernel_for<Kernel>(common, CompiledShapes()), common.num_blocks, kThreads, bytes,
+                 stream, true, *args, has_entries);
   return ep::check_cuda(error, "ep_low_latency_dispatch");
 }
