@@ -37,19 +37,12 @@ int32_t launch_send(const ep_plan_args& args, const Input& input, const Scratch&
 }
 
 int32_t launch_send(const ep_plan_args& args, const Scratch& scratch, cudaStream_t stream) {
-  switch (args.input_kind) {
-    case EP_INPUT_TOPK_INT32:
-      return launch_send(args, layout::TopkInput<int32_t>{static_cast<const int32_t*>(args.input)},
-                         scratch, stream);
-    case EP_INPUT_TOPK_INT64:
-      return launch_send(args, layout::TopkInput<int64_t>{static_cast<const int64_t*>(args.input)},
-                         scratch, stream);
-    case EP_INPUT_ROUTING_MAP:
-      return launch_send(args, layout::RoutingMapInput{static_cast<const uint8_t*>(args.input)},
-                         scratch, stream);
-    default:
-      return fail(EP_ERR_ARGUMENT, "input_kind = %d is not one of EP_INPUT_*", args.input_kind);
-  }
+  int32_t status = EP_OK;
+  const bool is_known = layout::with_input(args.input_kind, args.input, [&](const auto& input) {
+    status = launch_send(args, input, scratch, stream);
+  });
+  if (is_known) return status;
+  return fail(EP_ERR_ARGUMENT, "input_kind = %d is not one of EP_INPUT_*", args.input_kind);
 }
 
 int32_t launch_receive(const ep_plan_args& args, Scratch scratch, cudaStream_t stream) {

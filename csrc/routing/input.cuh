@@ -135,4 +135,23 @@ struct RoutingMapInput {
 
 static_assert(EP_MAX_TOPK <= kWarpSize, "a token's lanes fill up its row of experts");
 
+// Calls call(input) with what `kind`, one of EP_INPUT_*, says that `pointer` is; false where it is
+// none of them.
+template <typename Call>
+bool with_input(int32_t kind, const void* pointer, const Call& call) {
+  switch (kind) {
+    case EP_INPUT_TOPK_INT32:
+      call(TopkInput<int32_t>{static_cast<const int32_t*>(pointer)});
+      return true;
+    case EP_INPUT_TOPK_INT64:
+      call(TopkInput<int64_t>{static_cast<const int64_t*>(pointer)});
+      return true;
+    case EP_INPUT_ROUTING_MAP:
+      call(RoutingMapInput{static_cast<const uint8_t*>(pointer)});
+      return true;
+    default:
+      return false;
+  }
+}
+
 }  // namespace ep::layout

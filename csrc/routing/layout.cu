@@ -114,20 +114,9 @@ int32_t ep_layout(const ep_layout_args* args, void* stream_pointer) {
 
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   if (shape.num_blocks > 0) {
-    switch (args->input_kind) {
-      case EP_INPUT_TOPK_INT32:
-        launch_count(TopkInput<int32_t>{static_cast<const int32_t*>(args->input)}, shape, workspace,
-                     args->topk_idx_out, stream);
-        break;
-      case EP_INPUT_TOPK_INT64:
-        launch_count(TopkInput<int64_t>{static_cast<const int64_t*>(args->input)}, shape, workspace,
-                     args->topk_idx_out, stream);
-        break;
-      case EP_INPUT_ROUTING_MAP:
-        launch_count(RoutingMapInput{static_cast<const uint8_t*>(args->input)}, shape, workspace,
-                     args->topk_idx_out, stream);
-        break;
-    }
+    with_input(args->input_kind, args->input, [&](const auto& input) {
+      launch_count(input, shape, workspace, args->topk_idx_out, stream);
+    });
     status = ep::check_cuda(cudaGetLastError(), "ep_layout: count_kernel");
     if (status != EP_OK) return status;
   }
