@@ -55,28 +55,26 @@ __device__ inline Header own_header(const ep_low_latency_combine_args& args) {
 // Weights that are given to combine go to the experts' ranks first. By the last warps, which have
 // the fewest rows.
 template <typename Memory>
-__device__ inline void send_weights(const Memory& memory, const Operation& operation) {
-  const ep_low_latency& common = memory.common;
-  const int32_t words = weight_words(common.num_topk);
-  const int32_t first = threadIdx.x / kWarpSize * gridDim.x + blockIdx.x;
-  const int32_t stride = kWarps * gridDim.x;
+__device__ inline void send_weights(const ep_low_latency_combine_args& args, const Memory& memory,
+                                    const Operation& operation) {
+  const ep_low_latency& common = args.common;
+  const int32_t num_tokens = common.num_tokens, num_topk = common.num_topk;
+  const int32_t count = weight_words(num_topk) * memory.num_ranks() * num_tokens;
+  const int32_t warp = threadIdx.x / kWarpSize * gridDim.x + blockIdx.x;
+  const int32_t num_warps = kWarps * gridDim.x;
 #pragma unroll 1
-  for (int32_t t = stride - 1 - first; t < common.num_tokens; t += stride) {
-    Route route;
-    route.find(common, load_expert(common, t));
-    const float weight = load_weight(common, t);
-    const uint32_t ranks = route.ranks & operation.alive;
-#pragma unroll 1
-    for (int32_t done = 0; done < words * memory.num_ranks(); done += kWarpSize) {
-      const int32_t i = done + lane_id(), behind = i / words, j = i - behind * words;
-      uint4 word = weight_word(weight, j);
-      word.w = operation.epoch;
-      const int32_t r = behind < memory.num_ranks() ? memory.rank_behind(behind + 1) : 0;
-      if (behind >= memory.num_ranks() || !(ranks >> r & 1)) continue;
-      memory.delay();
-      ptx::store_word(memory.entry(r, operation.half, memory.rank(), t) + j, word);
-    }
+  for (int32_t i = (num_warps - 1 - warp) * kWarpSize + lane_id(); i < count;
+       i += num_warps * kWarpSize) {
+    const EntryWord at(memory, num_tokens, i);
+    if (!((args.handle.ranks[at.t] & operation.alive) >> at.to & 1)) continue;
+    const int32_t k = at.j * kWeightsOfWord;
+    uint4 word =
+        weight_word(common.weights + static_cast<int64_t>(at.t) * num_topk + k, num_topk - k);
+    word.w = operation.epoch;
+    memory.delay();
+    ptx::store_word(memory.entry(at.to, operation.half, memory.rank(), at.t) + at.j, word);
   }
+  __syncwarp();
 }
 
 // The rows that make up a token's partial row: lane k has the k-th, or -1, and its weight if that
@@ -235,7 +233,7 @@ __device__ inline bool begin_and_send(const ep_low_latency_combine_args& args, c
     send_header(memory, *operation, own_header(args));
     if (lane_id() == 0) begin_record(common, *operation, args.handle.epochs);
   }
-  if (common.has_weights) send_weights(memory, *operation);
+  if (common.has_weights) send_weights(args, memory, *operation);
 #pragma unroll 1
   while (at.t < most_tokens) {
     const Units unit = at;

@@ -208,7 +208,7 @@ __device__ inline int32_t receive_header(const Memory& memory, const Operation& 
   const ep_peers& peers = common.peers;
   const uint4* const from = memory.header(memory.rank(), operation.kind, operation.half, source);
   memory.delay();
-  const uint64_t start_ns = ptx::global_timer_ns();
+  const uint64_t start_ns = keeps_time ? ptx::global_timer_ns() : 0;
   uint4 word = ptx::load_word(from);
   if (!wait_for_stamp(peers, from, &word, source, operation.epoch)) return -1;
   if (keeps_time) {

@@ -73,6 +73,23 @@ class Memory {
   }
 };
 
+// One word of an entry: the j-th of token t, on its way to rank `to`. They are counted as [words of
+// an entry, ranks behind this one, tokens]: a thread takes one at a time.
+struct EntryWord {
+  int32_t j, to, t;
+
+  template <typename Memory>
+  __device__ EntryWord(const Memory& memory, int32_t num_tokens, int32_t i) {
+    const int32_t column = quotient(i, num_tokens);
+    t = i - column * num_tokens;
+    j = quotient(column, memory.num_ranks());
+    to = memory.rank_behind(column - j * memory.num_ranks() + 1);
+  }
+};
+static_assert((EP_MAX_TOPK / kExpertsOfWord + EP_MAX_TOPK / kWeightsOfWord + 1) * EP_MAX_PEERS *
+                  EP_LOW_LATENCY_MAX_TOKENS <=
+              kMostToDivide);
+
 // Calls store(r) for each rank of the set, beginning behind this one, so that not all write to the
 // same.
 template <int kHidden, int kRanks, typename Store>

@@ -17,11 +17,7 @@ struct Route {
   // expert: what load_expert() gave. What is none is dropped.
   __device__ void find(const ep_low_latency& common, int64_t expert) {
     if (expert >= 0 && expert < common.num_local_experts * common.peers.num_ranks) {
-      // The quotient of an expert by those of a rank: a half is further from the next whole number
-      // than the product is from the true one.
-      const float of_rank = __fdividef(1.0f, static_cast<float>(common.num_local_experts));
-      rank =
-          static_cast<int32_t>((static_cast<float>(static_cast<int32_t>(expert)) + 0.5f) * of_rank);
+      rank = quotient(static_cast<int32_t>(expert), common.num_local_experts);
       local = static_cast<int32_t>(expert) - rank * common.num_local_experts;
     }
     is_none = rank < 0 && expert != -1;
@@ -32,22 +28,6 @@ struct Route {
   __device__ bool is_second() const {
     const uint32_t same = __match_any_sync(kFullWarp, rank << 16 | local);
     return rank >= 0 && same & ((1u << lane_id()) - 1);
-  }
-
-  // By the warp: the j-th word of experts for a rank, of the k-th ones in their order; the epoch is
-  // still to be written.
-  __device__ uint4 expert_word(int32_t of_rank, int32_t j) const {
-    const int32_t i = lane_id() - j * kExpertsOfWord;
-    const uint32_t expert = rank == of_rank ? local : kNoExpert;
-    const bool is_here = i >= 0 && i < kExpertsOfWord;
-    const int32_t first = i < 3 ? 0 : i < 6 ? 1 : 2;  // of three times 32 bits
-    const uint64_t bits = is_here ? static_cast<uint64_t>(expert) << (12 * i - 32 * first) : 0;
-    const auto low = static_cast<uint32_t>(bits), high = static_cast<uint32_t>(bits >> 32);
-    const uint32_t x = first == 0 ? low : 0;
-    const uint32_t y = first == 0 ? high : first == 1 ? low : 0;
-    const uint32_t z = first == 0 ? 0 : first == 1 ? high : low;
-    return make_uint4(__reduce_or_sync(kFullWarp, x), __reduce_or_sync(kFullWarp, y),
-                      __reduce_or_sync(kFullWarp, z), 0);
   }
 };
 
@@ -79,22 +59,23 @@ __device__ inline uint32_t weight_bits(float weight) {
   return bits == 0xffffffffu ? 0x7fffffffu : bits;
 }
 
-// Lane k's weight of token t; 0 where weights do not travel.
-__device__ inline float load_weight(const ep_low_latency& common, int32_t t) {
-  if (!common.has_weights || lane_id() >= common.num_topk || t >= common.num_tokens) return 0.0f;
-  return common.weights[static_cast<int64_t>(t) * common.num_topk + lane_id()];
+// A word of the weights that stand at `weights`, of which the first `count` are the token's. The
+// epoch is still to be written.
+__device__ inline uint4 weight_word(const float* weights, int32_t count) {
+  uint32_t bits[kWeightsOfWord];
+#pragma unroll
+  for (int k = 0; k < kWeightsOfWord; ++k) bits[k] = k < count ? weight_bits(weights[k]) : 0;
+  return make_uint4(bits[0], bits[1], bits[2], 0);
 }
 
-// By the warp: lane i gets the j-th word of a token's weights, of which lane k has the k-th; j may
-// differ between lanes. The epoch is still to be written.
-__device__ inline uint4 weight_word(float weight, int32_t j) {
-  const uint32_t bits = weight_bits(weight);
-  const auto of = [&](int32_t k) { return __shfl_sync(kFullWarp, bits, k % kWarpSize); };
-  const int32_t first = j * kWeightsOfWord;
-  return make_uint4(of(first), of(first + 1), of(first + 2), 0);
+// A word of a token's entry: numbers of experts on a rank, or kNoExpert, of 12 bits each. The epoch
+// is still to be written.
+__device__ inline uint4 pack_experts(const uint32_t (&e)[kExpertsOfWord]) {
+  return make_uint4(e[0] | e[1] << 12 | e[2] << 24, e[2] >> 8 | e[3] << 4 | e[4] << 16 | e[5] << 28,
+                    e[5] >> 4 | e[6] << 8 | e[7] << 20, 0);
 }
 
-// The i-th expert of a word that expert_word() made.
+// The i-th of them.
 __device__ inline uint32_t expert_of_word(const uint4& word, int32_t i) {
   const bool is_first = i < 3;  // its 12 bits end in the second of three times 32 bits
   const uint64_t pair =

@@ -115,16 +115,54 @@ __device__ inline bool wait_for_entry(const ep_peers& peers, const uint4* from, 
   return true;
 }
 
+// A word of an entry that came: which experts want row n.
+__device__ inline bool mark_experts(const ep_low_latency& common, const Arrivals& arrivals,
+                                    int32_t n, const uint4& word) {
+  bool has_row = false;
+#pragma unroll
+  for (int i = 0; i < kExpertsOfWord; ++i) {
+    const uint32_t expert = expert_of_word(word, i);
+    if (expert >= static_cast<uint32_t>(common.num_local_experts)) continue;  // no expert
+    arrivals.mark(expert, n);
+    has_row = true;
+  }
+  return has_row;
+}
+
 // By the entry warps: waits for every rank's header and entries. False, for some of them, after a
 // fault.
 template <typename Memory>
 __device__ inline bool collect(const ep_low_latency_dispatch_args& args, const Memory& memory,
                                const Operation& operation, const Arrivals& arrivals) {
   const ep_low_latency& common = args.common;
-  const int32_t words = expert_words(common.num_topk);
+  const int32_t words = expert_words(common.num_topk), max_tokens = common.max_tokens;
+  const int32_t num_rows = memory.num_ranks() * max_tokens;
+  const int32_t thread = threadIdx.x - kRowWarps * kWarpSize;
+  const auto entry_of = [&](int32_t source, int32_t t) {
+    return memory.entry(memory.rank(), operation.half, source, t);
+  };
+  // The first words of two entries of a thread are on their way at once.
+  constexpr int kAtOnce = 2;
+  struct {
+    int32_t source, t;
+    uint4 word;
+  } next[kAtOnce];
+  const auto load = [&](int32_t first) {
+#pragma unroll
+    for (int a = 0; a < kAtOnce; ++a) {
+      const int32_t n = first + a * kEntryThreads;
+      next[a].source = quotient(min(n, num_rows), max_tokens);
+      next[a].t = n - next[a].source * max_tokens;
+      next[a].word = make_uint4(0, 0, 0, 0);
+      // Whatever a masked rank may still write.
+      const bool may_come = n < num_rows && operation.alive >> next[a].source & 1;
+      ptx::load_word_if(may_come, &next[a].word, entry_of(next[a].source, next[a].t));
+    }
+  };
+  load(thread);
+
   bool fine = true;
   // The last warp looks for headers first.
-  const int32_t thread = threadIdx.x - kRowWarps * kWarpSize;
   const int32_t of_warp = threadIdx.x - (kThreads - kWarpSize);
   if (of_warp >= 0 && of_warp < memory.num_ranks()) {
     int32_t num_tokens = 0;
@@ -135,29 +173,30 @@ __device__ inline bool collect(const ep_low_latency_dispatch_args& args, const M
     arrivals.num_tokens[of_warp] = max(num_tokens, 0);
   }
 #pragma unroll 1
-  for (int32_t n = thread; n < memory.num_ranks() * common.max_tokens; n += kEntryThreads) {
-    const int32_t source = n / common.max_tokens, t = n - source * common.max_tokens;
-    if (!(operation.alive >> source & 1)) continue;  // whatever it may still write
-    const uint4* const entry = memory.entry(memory.rank(), operation.half, source, t);
-    bool has_row = false;
+  for (int32_t first = thread; first < num_rows; first += kAtOnce * kEntryThreads) {
+    if (first != thread) load(first);
 #pragma unroll 1
-    for (int32_t j = 0; j < words; ++j) {
-      uint4 word = ptx::load_word(entry + j);
-      if (!wait_for_entry(common.peers, entry + j, &word, arrivals.num_tokens + source, t, source,
-                          operation.epoch, &fine)) {
-        break;
+    for (int a = 0; a < kAtOnce; ++a) {
+      const int32_t n = first + a * kEntryThreads;
+      const auto at = next[0];
+      next[0] = next[1];  // not next[a]: registers have no index
+      if (n >= num_rows || !(operation.alive >> at.source & 1)) continue;
+      const uint4* const entry = entry_of(at.source, at.t);
+      uint4 word = at.word;
+      bool has_row = false;
+#pragma unroll 1
+      for (int32_t j = 0; j < words; ++j) {
+        if (j != 0) word = ptx::load_word(entry + j);
+        if (!wait_for_entry(common.peers, entry + j, &word, arrivals.num_tokens + at.source, at.t,
+                            at.source, operation.epoch, &fine)) {
+          break;
+        }
+        uint4* const copy = arrivals.entry(n, words);
+        if (copy != nullptr) copy[j] = word;
+        has_row |= mark_experts(common, arrivals, n, word);
       }
-      uint4* const copy = arrivals.entry(n, words);
-      if (copy != nullptr) copy[j] = word;
-#pragma unroll
-      for (int i = 0; i < kExpertsOfWord; ++i) {
-        const uint32_t expert = expert_of_word(word, i);
-        if (expert >= static_cast<uint32_t>(common.num_local_experts)) continue;  // no expert
-        arrivals.mark(expert, n);
-        has_row = true;
-      }
+      if (has_row && blockIdx.x == 0) atomicAdd(arrivals.num_rows + at.source, 1);
     }
-    if (has_row && blockIdx.x == 0) atomicAdd(arrivals.num_rows + source, 1);
   }
   return fine;
 }

@@ -6,72 +6,77 @@
 
 namespace ep::low_latency::dispatch {
 
-// What the entry warps send of one token: words that say which experts want it, and its weights.
-// What can be is ready before the operation is known.
+// Words that say which experts of a rank want a token, and words of its weights. A thread makes one
+// at a time, from what it loads itself, before the operation is known. Every rank gets all of them,
+// those of tokens that do not go there too. Receivers begin with the experts: they leave first.
 template <typename Memory>
-class Selection {
+class Entries {
  public:
-  __device__ Selection(const ep_low_latency& common, const Memory& memory)
-      : common_(common), memory_(memory) {
+  __device__ Entries(const ep_low_latency& common, const Memory& memory, int32_t num_tokens)
+      : common_(common), memory_(memory), num_tokens_(num_tokens) {
     num_expert_words_ = expert_words(common.num_topk);
-    num_words_ = num_expert_words_ + (common.has_weights ? weight_words(common.num_topk) : 0);
+    const int32_t num_words =
+        num_expert_words_ + (common.has_weights ? weight_words(common.num_topk) : 0);
+    count_ = num_words * memory.num_ranks() * num_tokens;
+    // Those of a warp are neighbours. Warps are on different SMs as long as there are enough.
+    const int32_t of_entries = static_cast<int32_t>(threadIdx.x) / kWarpSize - kRowWarps;
+    i_ = (of_entries * gridDim.x + blockIdx.x) * kWarpSize + lane_id();
+    if (has_word()) make();
   }
 
-  __device__ void prepare(int32_t t) {
-    t_ = t;
-    expert_ = load_expert(common_, t);
-    weight_ = load_weight(common_, t);
-    route_ = Route();
-    route_.find(common_, expert_);
-    take(0);
-  }
+  // Whether there is a word to be sent.
+  __device__ bool has_word() const { return i_ < count_; }
 
-  // To every rank, those that the token does not go to too.
-  __device__ void send(const ep_low_latency_dispatch_args& args, const Operation& operation) {
+  // Sends it, and makes the next one.
+  __device__ void send(const Operation& operation) {
     memory_.delay();
-#pragma unroll 1
-    for (int32_t first = 0; first < num_words_ * memory_.num_ranks(); first += kWarpSize) {
-      if (first != 0) take(first);
-      word_.w = operation.epoch;
-      if (has_word_ && operation.alive >> to_ & 1) {
-        ptx::store_word(memory_.entry(to_, operation.half, memory_.rank(), t_) + j_, word_);
-      }
-    }
-    if (lane_id() == 0) args.handle.ranks[t_] = route_.ranks & operation.alive;
-    const bool is_second = route_.is_second();
-    if (is_second || route_.is_none) {
-      leave_notice(args.notice, is_second ? EP_ROUTING_DUPLICATE : EP_ROUTING_OUT_OF_RANGE, t_,
-                   expert_);
-    }
+    word_.w = operation.epoch;
+    if (operation.alive >> to_ & 1) ptx::store_word(address(operation), word_);
+    i_ += kEntryThreads * gridDim.x;
+    if (has_word()) make();
   }
 
  private:
   const ep_low_latency& common_;
   const Memory& memory_;
-  int32_t num_expert_words_, num_words_, t_;
-  Route route_;
-  int64_t expert_;
-  float weight_;
-  // Of this lane: the j-th word for rank `to`.
+  int32_t num_tokens_, num_expert_words_, count_, i_;
+  int32_t j_, to_, t_;  // see EntryWord
   uint4 word_;
-  int32_t to_, j_;
-  bool has_word_;
 
-  // By the warp: makes the words from the first-th on.
-  __device__ void take(int32_t first) {
-    const int32_t i = first + lane_id(), behind = i / num_words_;
-    j_ = i - behind * num_words_;
-    has_word_ = behind < memory_.num_ranks();
-    to_ = has_word_ ? memory_.rank_behind(behind + 1) : 0;
-    word_ = weight_word(weight_, max(j_ - num_expert_words_, 0));
-#pragma unroll 1
-    for (int32_t b = 0; b < memory_.num_ranks(); ++b) {
-#pragma unroll 1
-      for (int32_t j = 0; j < num_expert_words_; ++j) {
-        const uint4 word = route_.expert_word(memory_.rank_behind(b + 1), j);
-        if (behind == b && j_ == j) word_ = word;
-      }
+  __device__ uint4* address(const Operation& operation) const {
+    return memory_.entry(to_, operation.half, memory_.rank(), t_) + j_;
+  }
+
+  __device__ void make() {
+    const EntryWord at(memory_, num_tokens_, i_);
+    j_ = at.j, to_ = at.to, t_ = at.t;
+    const int64_t first = static_cast<int64_t>(t_) * common_.num_topk;
+    if (j_ >= num_expert_words_) {
+      const int32_t k = (j_ - num_expert_words_) * kWeightsOfWord;
+      word_ = weight_word(common_.weights + first + k, common_.num_topk - k);
+      return;
     }
+    const int32_t k = j_ * kExpertsOfWord, count = common_.num_topk - k;
+    word_ = common_.idx_bytes == 8
+                ? expert_word(static_cast<const int64_t*>(common_.topk_idx) + first + k, count)
+                : expert_word(static_cast<const int32_t*>(common_.topk_idx) + first + k, count);
+  }
+
+  // Of the experts that stand at `experts`, of which the first `count` are the token's.
+  template <typename Idx>
+  __device__ uint4 expert_word(const Idx* experts, int32_t count) const {
+    Idx expert[kExpertsOfWord];
+#pragma unroll
+    for (int k = 0; k < kExpertsOfWord; ++k) expert[k] = k < count ? experts[k] : -1;
+    const int64_t first = to_ * common_.num_local_experts;
+    uint32_t local[kExpertsOfWord];
+#pragma unroll
+    for (int k = 0; k < kExpertsOfWord; ++k) {
+      const auto i = static_cast<uint64_t>(expert[k] - first);  // large for what is before them
+      const bool is_here = i < static_cast<uint64_t>(common_.num_local_experts);
+      local[k] = is_here ? static_cast<uint32_t>(i) : kNoExpert;
+    }
+    return pack_experts(local);
   }
 };
 
@@ -82,26 +87,18 @@ __device__ inline bool begin_and_send_entries(const ep_low_latency_dispatch_args
                                               Operation* operation) {
   const ep_low_latency& common = args.common;
   const bool sends = common.phases & EP_LOW_LATENCY_SEND;
-  const int32_t of_entries = static_cast<int32_t>(threadIdx.x) / kWarpSize - kRowWarps;
-  const int32_t num_tokens = sends ? common.num_tokens : 0;
-  const int32_t stride = kEntryWarps * gridDim.x;
-  int32_t t = of_entries * gridDim.x + blockIdx.x;
-  Selection<Memory> selection(common, memory);
-  if (t < num_tokens) selection.prepare(t);
+  Entries<Memory> entries(common, memory, sends ? common.num_tokens : 0);
   *operation = begin.operation();
   has_read_state(kThreads);
   if (!sends) return operation->can_begin;
   const bool is_fine = operation->can_begin && wait_credits(memory, *operation);
-  if (is_fine && of_entries == kEntryWarps - 1 && blockIdx.x == gridDim.x - 1) {
+  if (is_fine && threadIdx.x / kWarpSize == kWarps - 1 && blockIdx.x == gridDim.x - 1) {
     send_header(memory, *operation, own_header(args));
     if (lane_id() == 0) begin_record(common, *operation, args.handle.epochs);
   }
 #pragma unroll 1
-  while (is_fine && t < num_tokens) {
-    selection.send(args, *operation);
-    t += stride;
-    if (t < num_tokens) selection.prepare(t);
-  }
+  while (is_fine && entries.has_word()) entries.send(*operation);
+  __syncwarp();
   ptx::named_arrive(kSentBarrier, kThreads);
   return is_fine;
 }

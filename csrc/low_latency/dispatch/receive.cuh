@@ -61,15 +61,15 @@ class Items {
       : num_ranks_(num_ranks), words_of_row_(words_of_row) {
     const int32_t rows = num_ranks * max(num_tokens, 1);
     const int32_t units = ceil_div<int32_t>(words_of_row, kWarpSize);
-    parts_ = max(1, min(static_cast<int32_t>(gridDim.x) / rows, units));
-    units_of_item_ = ceil_div<int32_t>(units, parts_);
+    parts_ = max(1, min(quotient(gridDim.x, rows), units));
+    units_of_item_ = quotient(units + parts_ - 1, parts_);
     end_at(max_tokens);
   }
 
   // No rank has more tokens.
   __device__ void end_at(int32_t most_tokens) {
     const int32_t left = num_ranks_ * most_tokens * parts_ - static_cast<int32_t>(blockIdx.x);
-    count_ = left <= 0 ? 0 : ceil_div<int32_t>(left, gridDim.x);
+    count_ = left <= 0 ? 0 : quotient(left + gridDim.x - 1, gridDim.x);
   }
 
   __device__ int32_t count() const { return count_; }
@@ -78,7 +78,7 @@ class Items {
   // The i-th of this block. `source` counts from the own rank on.
   __device__ Item at(int32_t i) const {
     const int32_t item = i * gridDim.x + blockIdx.x;
-    const int32_t row = item / parts_, part = item - row * parts_;
+    const int32_t row = quotient(item, parts_), part = item - row * parts_;
     const int32_t t = row / num_ranks_, first = part * units_of_item_ * kWarpSize;
     return {t, row - t * num_ranks_, first, min(first + units_of_item_ * kWarpSize, words_of_row_)};
   }
@@ -155,9 +155,15 @@ class Receiver {
   __device__ Receiver(const ep_low_latency_dispatch_args& args, const Memory& memory,
                       const Operation& operation, const RowWords& row, const Items& items)
       : args_(args), memory_(memory), operation_(operation), row_(row), items_(items) {
-    const int32_t units = items.units_of_item(), warp = threadIdx.x / kWarpSize;
-    i_ = warp / units, unit_ = warp - i_ * units;
-    step_i_ = kWarps / units, step_unit_ = kWarps - step_i_ * units;
+    const int32_t warp = threadIdx.x / kWarpSize;
+    const bool is_entry_warp = warp >= kRowWarps;
+    const auto split = [&](int32_t n, int32_t* i, int32_t* unit) {
+      *i = quotient(n, items.units_of_item());
+      *unit = n - *i * items.units_of_item();
+    };
+    split(is_entry_warp ? kRowWarps + warp : warp, &i_, &unit_);
+    split(is_entry_warp ? kUnitsOfTurn : kRowWarps, &step_i_, &step_unit_);
+    split(is_entry_warp ? kUnitsOfTurn : kUnitsOfTurn - kRowWarps, &next_step_i_, &next_step_unit_);
     load();
   }
 
@@ -204,7 +210,10 @@ class Receiver {
   const Operation& operation_;
   const RowWords& row_;
   const Items& items_;
-  int32_t i_, unit_, step_i_, step_unit_;
+  // Units are dealt out in turns: two to each row warp, and then one to each entry warp, which has
+  // other work to do. So the steps from one unit of a warp to its next take turns.
+  static constexpr int kUnitsOfTurn = 2 * kRowWarps + kEntryWarps;
+  int32_t i_, unit_, step_i_, step_unit_, next_step_i_, next_step_unit_;
   Items::Item item_;
   int32_t word_;
   uint4 incoming_;  // whatever is there by now
@@ -222,8 +231,13 @@ class Receiver {
   }
   __device__ void advance() {
     i_ += step_i_, unit_ += step_unit_;
-    if (unit_ < items_.units_of_item()) return;
-    unit_ -= items_.units_of_item(), ++i_;
+    if (unit_ >= items_.units_of_item()) unit_ -= items_.units_of_item(), ++i_;
+    swap(step_i_, next_step_i_);
+    swap(step_unit_, next_step_unit_);
+  }
+  __device__ static void swap(int32_t& a, int32_t& b) {
+    const int32_t old = a;
+    a = b, b = old;
   }
 };
 

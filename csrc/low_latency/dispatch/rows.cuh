@@ -67,6 +67,18 @@ struct Source {
   }
 };
 
+// By one warp of each token: keeps for combine where it went, and tells the host of a wrong
+// routing.
+__device__ inline void tell_route(const ep_low_latency_dispatch_args& args, const Route& route,
+                                  int32_t t, int64_t expert, uint32_t alive) {
+  if (lane_id() == 0) args.handle.ranks[t] = route.ranks & alive;
+  const bool is_second = route.is_second();
+  if (is_second || route.is_none) {
+    leave_notice(args.notice, is_second ? EP_ROUTING_DUPLICATE : EP_ROUTING_OUT_OF_RANGE, t,
+                 expert);
+  }
+}
+
 // By the row warps. The first unit is ready before the warp knows the operation. False after a
 // fault.
 template <typename Memory>
@@ -127,6 +139,7 @@ __device__ inline bool begin_and_send_rows(const ep_low_latency_dispatch_args& a
       if (has_word) ptx::store_word(slot + unit.word(), word);
       if (lane_id() == 0 && !is_bf16) ptx::store_word(slot + row.data + unit.unit, scales);
     });
+    if (unit.unit == 0) tell_route(args, route, unit.t, source.expert, operation->alive);
   }
   if (keeps_books) count_operation(common, begin, *operation, kThreads);
   return operation->can_begin;
