@@ -31,7 +31,7 @@ bench() { # FOLDER FLAGS...
 
 timeout 240 python3 -m pytest -q -m multi_gpu tests/core/test_buffer.py -k "random or thousand" -ra || failed=1
 bench uniform --preset W1 --fp8 --sms 0,24,16
-bench group-limited --preset W1 --fp8 --routing group-limited --groups 8 --group-topk 4 --sms 0,24
+bench group-limited --preset W1 --fp8 --num-groups 8 --topk-groups 4 --sms 0,24
 bench small-hidden --preset W2 --fp8 --sms 0,24
 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True "${run[@]}" train \
     --config configs/deepseek-v3-proxy.yaml --expert-model-parallel-size 8 \

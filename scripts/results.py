@@ -32,6 +32,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
+from ep_comm.bench.ops.routing import RoutingSpec
 from ep_comm.bench.tables import markdown_table, number
 from ep_comm.bench.timing import summarize
 from ep_comm.compare.statistics import standard_error
@@ -168,13 +169,12 @@ def _call(result: Document) -> float:
 
 
 def _setting(document: Document) -> str:
-    shape, routing = document["settings"]["shape"], document["settings"]["routing"]
-    groups = (
-        f", experts in {routing['group_topk']} of {routing['num_groups']} groups"
-        if routing["kind"] == "group-limited"
-        else ""
+    settings = document["settings"]
+    routing = RoutingSpec.of_json(settings["routing"])
+    groups = f", experts in {routing.describe()}" if routing.kind == "group-limited" else ""
+    return (
+        f"{document['num_ranks']} × {_gpu(document)}, hidden {settings['shape']['hidden']}{groups}"
     )
-    return f"{document['num_ranks']} × {_gpu(document)}, hidden {shape['hidden']}{groups}"
 
 
 def _gpu(document: Document) -> str:

@@ -12,6 +12,8 @@ from rich.console import Console
 
 from ep_comm.pretrain.variants import VARIANTS
 
+NUM_GROUPS_HELP = "Equal groups of consecutive experts; a token's come from its best ones."
+TOPK_GROUPS_HELP = "Groups that a token's experts come from."
 _TABLE_WIDTH = 160  # of the widest table: less would cut figures
 
 app = typer.Typer(
@@ -30,10 +32,18 @@ def bench(
     hidden: Annotated[int | None, typer.Option(help="Elements of a token.")] = None,
     experts: Annotated[int | None, typer.Option(help="Experts over all ranks.")] = None,
     topk: Annotated[int | None, typer.Option(help="Experts of a token.")] = None,
-    routing: Annotated[str, typer.Option(help="uniform, group-limited or zipf.")] = "uniform",
-    skew: Annotated[float, typer.Option(help="Of zipf: exponent of the popularity.")] = 1.2,
-    groups: Annotated[int, typer.Option(help="Of group-limited: groups of experts.")] = 8,
-    group_topk: Annotated[int, typer.Option(help="Of group-limited: groups of a token.")] = 4,
+    routing: Annotated[
+        str | None,
+        typer.Option(
+            help="uniform, group-limited or zipf; default: uniform, or group-limited by the flags "
+            "below."
+        ),
+    ] = None,
+    skew: Annotated[
+        float | None, typer.Option(help="Of zipf: exponent of the popularity; default: 1.2.")
+    ] = None,
+    num_groups: Annotated[int | None, typer.Option(help=NUM_GROUPS_HELP)] = None,
+    topk_groups: Annotated[int | None, typer.Option(help=TOPK_GROUPS_HELP)] = None,
     sms: Annotated[str, typer.Option(help="SM counts, such as 0,24,16; 0 is all.")] = "0",
     fp8: Annotated[bool, typer.Option("--fp8", help="FP8 dispatch too.")] = False,
     layout: Annotated[str, typer.Option(help="Order of the rows: expert or rank.")] = "expert",
@@ -76,7 +86,7 @@ def bench(
             shape=PRESETS[preset]._replace(
                 **{name: size for name, size in sizes.items() if size is not None}
             ),
-            routing=RoutingSpec(kind=routing, skew=skew, num_groups=groups, group_topk=group_topk),
+            routing=RoutingSpec.of_flags(routing, num_groups, topk_groups, skew),
             sms=parse_sms(sms),
             fp8=fp8,
             layout=cast(RowLayout, layout),  # check() refuses others
@@ -125,6 +135,8 @@ def low_latency(
     experts: Annotated[
         int, typer.Option(help="Over all ranks; rounded up to a multiple of them.")
     ] = 288,
+    num_groups: Annotated[int | None, typer.Option(help=NUM_GROUPS_HELP)] = None,
+    topk_groups: Annotated[int | None, typer.Option(help=TOPK_GROUPS_HELP)] = None,
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Dispatch BF16 rows, not FP8. Combine is BF16.")
     ] = False,
@@ -157,6 +169,7 @@ def low_latency(
         parse_numbers,
         sizes,
     )
+    from ep_comm.bench.ops.routing import RoutingSpec
     from ep_comm.job.exits import UserError, user_errors_exit
     from ep_comm.job.start import has_launcher, join, on_rank_0
 
@@ -169,6 +182,7 @@ def low_latency(
             quick=quick,
             topk=topk,
             experts=experts,
+            routing=RoutingSpec.of_flags(None, num_groups, topk_groups),
             fp8=not bf16,
             num_sms=parse_numbers("--num-sms", num_sms),
             backend=cast(BackendName, backend),  # check() refuses others

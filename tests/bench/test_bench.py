@@ -32,7 +32,7 @@ from ep_comm.job.exits import UserError
 
 SPECS = [
     RoutingSpec(),
-    RoutingSpec(kind="group-limited", num_groups=8, group_topk=2),
+    RoutingSpec(kind="group-limited", num_groups=8, topk_groups=2),
     RoutingSpec(kind="zipf", skew=1.2),
 ]
 SETTINGS = Settings(
@@ -68,7 +68,7 @@ def test_uniform_routing_is_even():
 
 
 def test_group_limited_routing_takes_the_best_groups():
-    spec = RoutingSpec(kind="group-limited", num_groups=4, group_topk=2)
+    spec = RoutingSpec(kind="group-limited", num_groups=4, topk_groups=2)
     topk_idx, _ = make_routing(spec, 300, 32, 5, seed=9)
     scores = torch.rand(300, 32, generator=torch.Generator().manual_seed(9))
     for token, chosen in zip(scores.tolist(), topk_idx.tolist(), strict=True):
@@ -101,6 +101,39 @@ def test_tokens_count_once_a_rank():
     assert imbalance(torch.tensor([1, 2, 2, 1])) == pytest.approx(4 / 3)
 
 
+@pytest.mark.parametrize(
+    ("flags", "spec"),
+    [
+        ((None, None, None), RoutingSpec()),
+        ((None, 4, 2), RoutingSpec(kind="group-limited", num_groups=4, topk_groups=2)),
+        (("group-limited", None, None), RoutingSpec(kind="group-limited")),
+        (("zipf", None, None, 1.5), RoutingSpec(kind="zipf", skew=1.5)),
+    ],
+)
+def test_routing_of_flags(flags, spec):
+    assert RoutingSpec.of_flags(*flags) == spec
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((None, 4, None), "--num-groups and --topk-groups: pass both"),
+        (("group-limited", None, 2), "--num-groups and --topk-groups: pass both"),
+        (("uniform", 4, 2), "--num-groups 4 has no effect with --routing uniform"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        RoutingSpec.of_flags(*flags)
+
+
+def test_routing_of_files_old_and_new():
+    spec = RoutingSpec(kind="group-limited", num_groups=4, topk_groups=2)
+    assert RoutingSpec.of_json(dataclasses.asdict(spec)) == spec
+    old = {"kind": "group-limited", "num_groups": 4, "group_topk": 2}
+    assert RoutingSpec.of_json(old) == spec
+
+
 # ---- Settings ------------------------------------------------------------------------------------
 
 
@@ -122,10 +155,10 @@ def test_presets_can_be_measured():
         (dict(iters=5), "--iters 5 is too few"),
         (dict(routing=RoutingSpec(kind="best")), "--routing 'best'"),
         (dict(routing=RoutingSpec(kind="zipf", skew=-1)), "--skew -1"),
-        (dict(routing=RoutingSpec(kind="group-limited", num_groups=3)), "--groups 3"),
-        (dict(routing=RoutingSpec(kind="group-limited", group_topk=9)), "--group-topk 9"),
+        (dict(routing=RoutingSpec(kind="group-limited", num_groups=3)), "--num-groups 3"),
+        (dict(routing=RoutingSpec(kind="group-limited", topk_groups=9)), "--topk-groups 9"),
         (
-            dict(routing=RoutingSpec(kind="group-limited", group_topk=1)),
+            dict(routing=RoutingSpec(kind="group-limited", topk_groups=1)),
             "leaves a token 1 experts, fewer than --topk 2",
         ),
     ],

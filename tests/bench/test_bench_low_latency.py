@@ -32,6 +32,7 @@ from ep_comm.bench.low_latency.settings import (
 )
 from ep_comm.bench.low_latency.works import BUSY_NS, REPEATS, Dispatches, Pairs, SplitPairs
 from ep_comm.bench.ops.probe import Limit
+from ep_comm.bench.ops.routing import RoutingSpec
 from ep_comm.bench.timing import Stopwatch
 from ep_comm.job.exits import UserError
 
@@ -57,6 +58,10 @@ OPERATIONS = [
 
 
 # ---- Settings ------------------------------------------------------------------------------------
+
+
+def groups(num_groups: int, topk_groups: int) -> RoutingSpec:
+    return RoutingSpec(kind="group-limited", num_groups=num_groups, topk_groups=topk_groups)
 
 
 def no_sizes(**changes) -> Settings:
@@ -97,6 +102,8 @@ def test_every_size_has_room_for_itself_and_for_many():
         (dict(hidden=(7168, 200)), "--hidden 200 is not a multiple of 128"),
         (dict(hidden=(204,), fp8=False), "--hidden 204 is not a multiple of 8"),
         (dict(replays=9), "--replays 9 is too few"),
+        (dict(routing=groups(2, 1)), "--num-groups 2 does not divide --experts 5"),
+        (dict(routing=groups(5, 1)), "leaves a token 1 experts, fewer than --topk"),
         (dict(backend="nccl"), "--backend 'nccl' is none of nvlink, reference"),
     ],
 )
@@ -116,6 +123,12 @@ def test_what_cannot_be_measured_is_named(changes, message):
         (dict(num_sms=(0, 133)), 2, 132, "--num-sms 133 is neither 0"),
         (dict(num_sms=(1,)), 2, 132, "--num-sms 1 is neither 0"),
         (dict(num_sms=(16,), backend="reference"), 2, None, "--num-sms 16 has no effect"),
+        (
+            dict(experts=7, routing=groups(7, 7)),
+            2,
+            132,
+            "--num-groups 7 does not divide --experts 8",
+        ),
         (dict(experts=4095), 8, 132, None),  # 4096
         (dict(experts=4093), 6, 132, "--experts 4098 is more than 4096"),
         (dict(experts=1024, tokens=(2048,)), 2, 132, "--experts 1024 x 2048 tokens"),
@@ -254,11 +267,21 @@ def test_weights_of_their_own_are_a_hop_more():
     assert run._floors_of(WireBytes(dispatch=1, combine=1), None) == {}
 
 
+def test_tokens_of_low_latency_keep_to_their_groups():
+    """Each rank is a group: no token goes to two ranks."""
+    for given in make_inputs(
+        rank=0, num_ranks=3, num_experts=12, topk=3, routing=groups(3, 1),
+        hidden=128, tokens=20, room=20, fp8=False, device=torch.device("cpu"),
+    ):  # fmt: skip
+        assert all(len(set(token)) == 1 for token in (given.topk_idx // 4).tolist())
+        assert given.copies_to_rank.sum(dim=1).max() <= 20
+
+
 def test_inputs_say_who_sends_what():
     of_ranks = [
         make_inputs(
-            rank=rank, num_ranks=2, num_experts=4, topk=1, hidden=128, tokens=6, room=9, fp8=True,
-            device=torch.device("cpu"),
+            rank=rank, num_ranks=2, num_experts=4, topk=1, routing=RoutingSpec(),
+            hidden=128, tokens=6, room=9, fp8=True, device=torch.device("cpu"),
         )
         for rank in range(2)
     ]  # fmt: skip

@@ -57,6 +57,8 @@ def test_help_names_all_commands():
         (["--preset", "W9"], "--preset 'W9' is none of W1, W2"),
         (["--sms", "few"], "--sms 'few' must be"),
         (["--layout", "token"], "--layout 'token' is none of"),
+        (["--num-groups", "8"], "--num-groups and --topk-groups: pass both"),
+        (["--num-groups", "8", "--topk-groups", "9"], "--topk-groups 9 is not in 1 to"),
     ],
 )
 def test_bench_outside_of_torchrun(no_job, capfd, flags, words):
@@ -125,6 +127,7 @@ def test_bench_prints_and_writes_even_a_void_run(rate, is_void, monkeypatch, tmp
         (["--hidden", "100"], "--hidden 100 is not a multiple of 128"),
         (["--full", "--hidden", "2048"], "--full and --hidden"),
         (["--backend", "nvshmem"], "--backend 'nvshmem' is none of"),
+        (["--num-groups", "7", "--topk-groups", "2"], "--num-groups 7 does not divide"),
     ],
 )
 def test_bench_low_latency_outside_of_torchrun(no_job, capfd, flags, words):
@@ -155,6 +158,7 @@ def test_bench_low_latency_prints_and_writes_even_wrong_results(wrong, monkeypat
 
     monkeypatch.setattr("ep_comm.bench.low_latency.run.run", run)
     command = ["bench", "low-latency", "--quick", "--bf16", "--num-sms", "0,32"]
+    command += ["--num-groups", "8", "--topk-groups", "4"]
     result = CliRunner().invoke(app, [*command, "--out", str(tmp_path)])
     assert result.exit_code == (1 if wrong else 0), result.output
     assert "one way 0.70" in result.output
@@ -162,6 +166,7 @@ def test_bench_low_latency_prints_and_writes_even_wrong_results(wrong, monkeypat
     assert {path.name for path in tmp_path.iterdir()} == names
     settings = asked[0]
     assert not settings.fp8 and settings.num_sms == (0, 32) and settings.replays == 100
+    assert settings.routing.describe() == "4 of 8 groups"
 
 
 @pytest.mark.slow
@@ -177,7 +182,7 @@ def test_bench_low_latency_on_cpu_ranks(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert "2 ranks, top-2 of 4, FP8 dispatch" in done.stdout and "host, µs" in done.stdout
+    assert "2 ranks, top-2 of 4, uniform, FP8 dispatch" in done.stdout and "host, µs" in done.stdout
     document = json.loads((tmp_path / "bench-low-latency.json").read_text())
     assert document["num_wrong"] == 0 and len(document["host"]) == 1
     assert [result["operation"] for result in document["low_latency"]] == [

@@ -60,6 +60,7 @@ def make_inputs(
     num_ranks: int,
     num_experts: int,
     topk: int,
+    routing: RoutingSpec,
     hidden: int,
     tokens: int,
     room: int,
@@ -73,6 +74,7 @@ def make_inputs(
         num_ranks: R.
         num_experts: Over all ranks.
         topk: K.
+        routing: Which experts the tokens select.
         hidden: H.
         tokens: T.
         room: M.
@@ -85,7 +87,7 @@ def make_inputs(
         topk_idx_RTK, weights_RTK, x_RTH = (
             torch.stack(parts).to(device)
             for parts in zip(
-                *(_draw(i * num_ranks + r, tokens, num_experts, topk, hidden)
+                *(_draw(routing, i * num_ranks + r, tokens, num_experts, topk, hidden)
                   for r in range(num_ranks)),
                 strict=True,
             )
@@ -134,9 +136,9 @@ def make_inputs(
 
 
 def _draw(
-    seed: int, tokens: int, num_experts: int, topk: int, hidden: int
+    routing: RoutingSpec, seed: int, tokens: int, num_experts: int, topk: int, hidden: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    topk_idx, weights = make_routing(RoutingSpec(), tokens, num_experts, topk, seed)
+    topk_idx, weights = make_routing(routing, tokens, num_experts, topk, seed)
     generator = torch.Generator().manual_seed(seed)
     return topk_idx, weights, torch.randn(tokens, hidden, generator=generator).bfloat16()
 

@@ -44,6 +44,7 @@ def headline(run: Run) -> str:
     settings = run.settings
     text = (
         f"{run.num_ranks} ranks, top-{settings.topk} of {run.num_experts}, "
+        f"{settings.routing.describe()}, "
         f"{'FP8' if settings.fp8 else 'BF16'} dispatch, BF16 combine, {settings.replays} replays"
     )
     if run.floors is None:

@@ -164,6 +164,7 @@ def _measure_point(
         num_ranks=found.num_ranks,
         num_experts=found.num_experts,
         topk=settings.topk,
+        routing=settings.routing,
         hidden=point.hidden,
         tokens=point.tokens,
         room=point.room,

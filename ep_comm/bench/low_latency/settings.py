@@ -9,6 +9,7 @@ import torch
 
 from ep_comm import EPConfig
 from ep_comm._native import header
+from ep_comm.bench.ops.routing import RoutingSpec
 from ep_comm.fp8 import BLOCK
 from ep_comm.job.exits import UserError
 
@@ -53,6 +54,7 @@ class Settings:
         hidden: Hidden sizes.
         topk: Experts of a token.
         experts: Over all ranks, a multiple of these.
+        routing: Which experts the tokens select.
         fp8: Dispatch FP8 rows; else BF16. Combine is BF16.
         num_sms: SM counts; 0 is all of the GPU's.
         replays: Of each CUDA graph.
@@ -63,6 +65,7 @@ class Settings:
     hidden: tuple[int, ...] = HIDDEN
     topk: int = 8
     experts: int = EXPERTS
+    routing: RoutingSpec = RoutingSpec()
     fp8: bool = True
     num_sms: tuple[int, ...] = (0,)
     replays: int = REPLAYS
@@ -87,6 +90,7 @@ class Settings:
             )
         if self.experts > header.EP_MAX_EXPERTS:
             raise UserError(f"--experts {self.experts} is more than {header.EP_MAX_EXPERTS}")
+        self.routing.check(self.experts, self.topk)
         multiple = BLOCK if self.fp8 else 8
         for hidden in self.hidden:
             if hidden % multiple:
@@ -120,10 +124,11 @@ class Settings:
             )
         if (experts := self.num_experts(num_ranks)) > header.EP_MAX_EXPERTS:
             raise UserError(f"--experts {experts} is more than {header.EP_MAX_EXPERTS}")
-        places = self.num_experts(num_ranks) * self.most_tokens
+        self.routing.check(experts, self.topk)
+        places = experts * self.most_tokens
         if places > header.EP_LOW_LATENCY_MAX_PLACES:
             raise UserError(
-                f"--experts {self.num_experts(num_ranks)} x {self.most_tokens} tokens is more than "
+                f"--experts {experts} x {self.most_tokens} tokens is more than "
                 f"{header.EP_LOW_LATENCY_MAX_PLACES}, what a kernel has room to count"
             )
         for count in self.num_sms:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +25,42 @@ class RoutingSpec:
             see `make_routing`. "zipf": some experts are drawn more often.
         skew: Of "zipf": the expert of popularity rank i (from 0) has weight 1 / (1 + i)^skew.
         num_groups: Of "group-limited": equal groups of consecutive experts.
-        group_topk: Of "group-limited": groups that a token's experts come from.
+        topk_groups: Of "group-limited": groups that a token's experts come from.
     """
 
     kind: str = "uniform"
     skew: float = 1.2
     num_groups: int = 8
-    group_topk: int = 4
+    topk_groups: int = 4
+
+    @classmethod
+    def of_flags(
+        cls,
+        kind: str | None,
+        num_groups: int | None,
+        topk_groups: int | None,
+        skew: float | None = None,
+    ) -> RoutingSpec:
+        """Return what flags ask for; None is a flag that was not given.
+
+        Raises:
+            UserError: Flags contradict each other.
+        """
+        if (num_groups is None) != (topk_groups is None):
+            raise UserError("--num-groups and --topk-groups: pass both, or none")
+        if kind is None:
+            kind = "uniform" if num_groups is None else "group-limited"
+        if num_groups is not None and kind in KINDS and kind != "group-limited":
+            raise UserError(f"--num-groups {num_groups} has no effect with --routing {kind}")
+        given = dict(num_groups=num_groups, topk_groups=topk_groups, skew=skew)
+        return cls(kind=kind, **{name: v for name, v in given.items() if v is not None})
+
+    @classmethod
+    def of_json(cls, settings: Mapping[str, Any]) -> RoutingSpec:
+        """Return the routing of a benchmark's file. Older ones call `topk_groups` "group_topk"."""
+        return cls(
+            **{{"group_topk": "topk_groups"}.get(name, name): v for name, v in settings.items()}
+        )
 
     def check(self, num_experts: int, num_topk: int) -> None:
         """Raise `UserError` where `num_topk` of `num_experts` cannot be selected like this."""
@@ -41,18 +72,18 @@ class RoutingSpec:
             return
         if self.num_groups < 1 or num_experts % self.num_groups:
             raise UserError(
-                f"--groups {self.num_groups} does not divide --experts {num_experts} into equal "
-                "groups"
+                f"--num-groups {self.num_groups} does not divide --experts {num_experts} into "
+                "equal groups"
             )
-        if not 1 <= self.group_topk <= self.num_groups:
+        if not 1 <= self.topk_groups <= self.num_groups:
             raise UserError(
-                f"--group-topk {self.group_topk} is not in 1 to --groups {self.num_groups}"
+                f"--topk-groups {self.topk_groups} is not in 1 to --num-groups {self.num_groups}"
             )
-        reachable = self.group_topk * (num_experts // self.num_groups)
+        reachable = self.topk_groups * (num_experts // self.num_groups)
         if reachable < num_topk:
             raise UserError(
-                f"--group-topk {self.group_topk} of --groups {self.num_groups} leaves a token "
-                f"{reachable} experts, fewer than --topk {num_topk}"
+                f"--topk-groups {self.topk_groups} of --num-groups {self.num_groups} leaves a "
+                f"token {reachable} experts, fewer than --topk {num_topk}"
             )
 
     def describe(self) -> str:
@@ -60,7 +91,7 @@ class RoutingSpec:
         if self.kind == "zipf":
             return f"zipf, skew {self.skew:g}"
         if self.kind == "group-limited":
-            return f"{self.group_topk} of {self.num_groups} groups"
+            return f"{self.topk_groups} of {self.num_groups} groups"
         return self.kind
 
 
@@ -109,7 +140,7 @@ def _in_best_groups(scores_TE: Tensor, spec: RoutingSpec) -> Tensor:
     """Return the scores, and minus infinity outside each token's best groups."""
     scores_TGe = scores_TE.unflatten(1, (spec.num_groups, -1))
     best_two = scores_TGe.topk(min(2, scores_TGe.shape[2]), dim=2).values.sum(dim=2)
-    chosen = best_two.topk(spec.group_topk, dim=1).indices
+    chosen = best_two.topk(spec.topk_groups, dim=1).indices
     outside_TG = torch.ones_like(best_two, dtype=torch.bool).scatter_(1, chosen, False)
     return scores_TGe.masked_fill(outside_TG.unsqueeze(2), -torch.inf).flatten(1)
 
