@@ -9,6 +9,7 @@ the contract, ``lint-imports`` checks it)::
     cli        the ep-comm command
     compare    training with different dispatchers, compared
     bench      measurements: ops (dispatch and combine), low_latency, train (whole steps)
+    plan       a model of dispatch and combine on a cluster
     pretrain   the training application of examples/pretrain_moe.py
     megatron   the dispatcher for Megatron-Core, and the launcher
     buffer     the public calls

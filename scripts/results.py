@@ -5,9 +5,9 @@
     python scripts/results.py --check    # exit code 1 where a page is not what the files give
 
 A file is what ``ep-comm bench`` (bench.json), ``ep-comm bench low-latency``
-(bench-low-latency.json), ``ep-comm bench train`` (bench-train.json) or ``ep-comm compare``
-(report.json) wrote, under a name of its own; or a plain table of a run by hand: title, machine,
-columns and rows. Files of one kind become one page, a section each. A guide shows figures between
+(bench-low-latency.json), ``ep-comm bench train`` (bench-train.json), ``ep-comm compare``
+(report.json) or ``scripts/nodes_bench.py --json`` wrote, under a name of its own; or figures that
+others published; or a plain table of a run by hand: title, machine, columns and rows. Files of one kind become one page, a section each. A guide shows figures between
 two comments::
 
     <!-- results: operations h200-x4-w1 h200-x8-w1-groups -->
@@ -15,7 +15,7 @@ two comments::
 
 ``operations`` sets dispatch and combine beside the other libraries of the same run, ``latency`` has
 low-latency operations in CUDA graphs beside their floor, ``steps`` lists how much faster training
-steps are.
+steps are, ``plan`` sets the model of ``ep-comm plan`` beside what a file has.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from ep_comm.bench.ops.routing import RoutingSpec
 from ep_comm.bench.tables import markdown_table, number
 from ep_comm.bench.timing import summarize
 from ep_comm.compare.statistics import standard_error
+from ep_comm.plan.check import COLUMNS, cells, compare
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -103,7 +104,11 @@ def _operation_tables(document: Document) -> list[Table]:
         "case; SMs; limit; kernel; call; min–p90; call ÷ limit; back to back; from idle; "
         "host; host, idle; wire GB/s; logical GB/s"
     ).split("; ")
-    return [Table(columns, [_operation_row(result) for result in document["results"]])]
+    tables = [Table(columns, [_operation_row(result) for result in document["results"]])]
+    if "one_node" in document:  # the same GPUs in the same run, by NVLink alone
+        columns = ["case, as one node", *columns[1:]]
+        tables.append(Table(columns, [_operation_row(found) for found in document["one_node"]]))
+    return tables
 
 
 def _operation_row(result: Document) -> list[Cell]:
@@ -172,9 +177,15 @@ def _setting(document: Document) -> str:
     settings = document["settings"]
     routing = RoutingSpec.of_json(settings["routing"])
     groups = f", experts in {routing.describe()}" if routing.kind == "group-limited" else ""
-    return (
-        f"{document['num_ranks']} × {_gpu(document)}, hidden {settings['shape']['hidden']}{groups}"
-    )
+    hidden = settings["shape"]["hidden"]
+    return f"{_ranks(document)} × {_gpu(document)}, hidden {hidden}{groups}"
+
+
+def _ranks(document: Document) -> str:
+    """Where they are parts of one host, nodes and the ranks of each."""
+    ranks = document["num_ranks"]
+    per_node = document.get("ranks_per_node", ranks)
+    return str(ranks) if per_node == ranks else f"{ranks // per_node} × {per_node}"
 
 
 def _gpu(document: Document) -> str:
@@ -378,6 +389,22 @@ def _pair_tables(pairs: Document) -> list[Table]:
     return [Table(columns.split("; "), rows)] if rows else []
 
 
+# --- ep-comm plan ---------------------------------------------------------------------------------
+
+
+def _plan(documents: Iterable[Document]) -> Table:
+    """The model beside what was measured, a row a figure."""
+    rows: list[list[Cell]] = []
+    for document in documents:
+        setting = ""
+        if "published" not in document:
+            by_rank = ", rows by rank" if document["settings"]["layout"] == "rank" else ""
+            setting = f"{_setting(document)}{by_rank}: "
+        for found in compare(document):
+            rows.append([f"{setting}{found.name}", *cells(found)])
+    return Table(["case", *COLUMNS], rows)
+
+
 # --- pages ----------------------------------------------------------------------------------------
 
 PAGES = [
@@ -410,6 +437,13 @@ PAGES = [
         _convergence_tables,
     ),
     Page(
+        "plan",
+        "Published figures beside the model: `ep-comm plan`",
+        "[The guide](../plan.md) states the model and says how it is compared.",
+        lambda document: "published" in document,
+        lambda document: [_plan([document])],
+    ),
+    Page(
         "other",
         "Runs by hand, and figures of others",
         "No tool of this repository wrote these files.",
@@ -417,7 +451,7 @@ PAGES = [
         lambda document: [Table(table["columns"], table["rows"]) for table in document["tables"]],
     ),
 ]
-BLOCKS = {"operations": _operations, "latency": _latency, "steps": _steps}
+BLOCKS = {"operations": _operations, "latency": _latency, "steps": _steps, "plan": _plan}
 
 
 def generate(root: Path = ROOT) -> dict[Path, str]:

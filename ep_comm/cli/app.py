@@ -1,4 +1,4 @@
-"""The commands ``ep-comm compare``, ``doctor`` and ``bench``, as typer takes them."""
+"""The commands of ``ep-comm``, as typer takes them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ep_comm.cli import bench
+from ep_comm.cli import bench, plan
 from ep_comm.version import __version__
 
 app = typer.Typer(
-    help="Measure dispatch and combine, compare trainings with other dispatchers, and say what "
-    "this machine has for them.",
+    help="Measure dispatch and combine, plan them for a cluster, compare trainings with other "
+    "dispatchers, and say what this machine has for them.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -35,6 +35,7 @@ def version(
 
 
 app.add_typer(bench.app, name="bench")
+app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -73,19 +73,14 @@ def bench(
     from ep_comm.bench.ops.report import render, write_json, write_plot
     from ep_comm.bench.ops.routing import RoutingSpec
     from ep_comm.bench.ops.run import run
-    from ep_comm.bench.ops.settings import PRESETS, Settings, parse_sms
+    from ep_comm.bench.ops.settings import Settings, parse_sms, shape_of_flags
     from ep_comm.handle import RowLayout
     from ep_comm.job.exits import UserError, user_errors_exit
     from ep_comm.job.start import has_launcher, join, on_rank_0
 
     with user_errors_exit():
-        if preset not in PRESETS:
-            raise UserError(f"--preset {preset!r} is none of {', '.join(PRESETS)}")
-        sizes = dict(tokens=tokens, hidden=hidden, experts=experts, topk=topk)
         settings = Settings(
-            shape=PRESETS[preset]._replace(
-                **{name: size for name, size in sizes.items() if size is not None}
-            ),
+            shape=shape_of_flags(preset, tokens=tokens, hidden=hidden, experts=experts, topk=topk),
             routing=RoutingSpec.of_flags(routing, num_groups, topk_groups, skew),
             sms=parse_sms(sms),
             fp8=fp8,
@@ -105,7 +100,7 @@ def bench(
         result = run(settings, device, progress.print)
 
         def report() -> None:
-            console = _console()
+            console = wide_console()
             console.print(render(result))
             write_json(result, out / "bench.json")
             if len(settings.sms) > 1:
@@ -208,7 +203,7 @@ def low_latency(
         result = run(settings, device, progress.print, save)
 
         def report() -> None:
-            console = _console()
+            console = wide_console()
             console.print(render(result))
             write_plot(result, out / "bench-low-latency.png")
             console.print(f"written to {out}", highlight=False)
@@ -278,9 +273,10 @@ def train(
 
         progress = Console(stderr=True, quiet=dist.get_rank() != 0, soft_wrap=True, highlight=False)
         result = run(settings, configs, device, out, progress.print)
-        on_rank_0(lambda: write_report(result, out, _console(sys.__stdout__)))
+        on_rank_0(lambda: write_report(result, out, wide_console(sys.__stdout__)))
     dist.destroy_process_group()
 
 
-def _console(file: IO[str] | None = None) -> Console:
+def wide_console(file: IO[str] | None = None) -> Console:
+    """Return a console that cuts no table."""
     return Console(file=file, width=max(Console(file=file).width, _TABLE_WIDTH))

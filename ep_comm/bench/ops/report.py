@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group
 from rich.text import Text
@@ -71,9 +72,9 @@ def render(run: Run) -> Group:
     return Group(table, Text(routing), Text(_NOTES, style="dim"))
 
 
-def write_json(run: Run, path: Path) -> None:
-    """Write everything: settings, surroundings, and every sample in µs."""
-    document = {
+def document(run: Run) -> dict[str, Any]:
+    """Return everything: settings, surroundings, and every sample in µs."""
+    return {
         "headline": headline(run),
         "void": run.limit.is_void,
         **surroundings(),
@@ -101,7 +102,11 @@ def write_json(run: Run, path: Path) -> None:
             for result in run.results
         ],
     }
-    files.write_json(path, document)
+
+
+def write_json(run: Run, path: Path) -> None:
+    """Write `document`."""
+    files.write_json(path, document(run))
 
 
 def write_plot(run: Run, available_sms: int, path: Path) -> None:

@@ -52,7 +52,7 @@ class RoutingSpec:
             kind = "uniform" if num_groups is None else "group-limited"
         if num_groups is not None and kind in KINDS and kind != "group-limited":
             raise UserError(f"--num-groups {num_groups} has no effect with --routing {kind}")
-        given = dict(num_groups=num_groups, topk_groups=topk_groups, skew=skew)
+        given: dict[str, Any] = dict(num_groups=num_groups, topk_groups=topk_groups, skew=skew)
         return cls(kind=kind, **{name: v for name, v in given.items() if v is not None})
 
     @classmethod

@@ -94,7 +94,7 @@ def run(
     progress(f"limit of the links: {limit.gb_per_s:.0f} GB/s")
 
     inputs = make_inputs(settings, dist.get_rank(), device)
-    rank_imbalance, expert_imbalance = _imbalances(settings, inputs, device)
+    rank_imbalance, expert_imbalance = imbalances(settings, inputs, device)
     buffer = Buffer(None, settings.buffer_config(device))
     for name, reason in buffer.passed_over.items():
         progress(f"WARNING: this measures the slow reference backend, not {name}: {reason}")
@@ -109,7 +109,7 @@ def run(
         for i, case in enumerate(cases):
             sms = {None: "", 0: ", all SMs"}.get(num_sms, f", {num_sms} SMs")
             progress(case.name + sms)
-            wire_bytes = _warm_up(case, device)
+            wire_bytes = warm_up(case, device)
             results.append(
                 Result(
                     case=case.name,
@@ -150,7 +150,7 @@ def run(
     )
 
 
-def _warm_up(case: Case, device: torch.device) -> float:
+def warm_up(case: Case, device: torch.device) -> float:
     """Call it on every set, twice.
 
     Returns:
@@ -166,7 +166,7 @@ def _warm_up(case: Case, device: torch.device) -> float:
     return mean(busiest)
 
 
-def _imbalances(
+def imbalances(
     settings: Settings, inputs: list[InputSet], device: torch.device
 ) -> tuple[float, float]:
     """Largest over mean of the tokens a rank, and an expert, receives; means of the sets."""

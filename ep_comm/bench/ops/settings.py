@@ -103,6 +103,18 @@ class Settings:
         )
 
 
+def shape_of_flags(preset: str, **sizes: int | None) -> Shape:
+    """Return a preset's sizes, but for those that were given.
+
+    Raises:
+        UserError: There is no such preset.
+    """
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset!r} is none of {', '.join(PRESETS)}")
+    given = {name: size for name, size in sizes.items() if size is not None}
+    return PRESETS[preset]._replace(**given)
+
+
 def parse_sms(text: str) -> tuple[int, ...]:
     """SM counts of a comma-separated list, each once, in the order given."""
     try:
