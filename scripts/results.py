@@ -7,8 +7,8 @@
 A file is what ``ep-comm bench`` (bench.json), ``ep-comm bench low-latency``
 (bench-low-latency.json), ``ep-comm bench train`` (bench-train.json), ``ep-comm compare``
 (report.json) or ``scripts/nodes_bench.py --json`` wrote, under a name of its own; or figures that
-others published; or a plain table of a run by hand: title, machine, columns and rows. Files of one kind become one page, a section each. A guide shows figures between
-two comments::
+others published; or a plain table of a run by hand: title, machine, columns and rows. Files of one
+kind become one page, a section each. A guide shows figures between two comments::
 
     <!-- results: operations h200-x4-w1 h200-x8-w1-groups -->
     <!-- end -->
@@ -36,7 +36,7 @@ from ep_comm.bench.ops.routing import RoutingSpec
 from ep_comm.bench.tables import markdown_table, number
 from ep_comm.bench.timing import summarize
 from ep_comm.compare.statistics import standard_error
-from ep_comm.plan.check import COLUMNS, cells, compare
+from ep_comm.plan.check import compare
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -393,16 +393,26 @@ def _pair_tables(pairs: Document) -> list[Table]:
 
 
 def _plan(documents: Iterable[Document]) -> Table:
-    """The model beside what was measured, a row a figure."""
-    rows: list[list[Cell]] = []
+    """The model beside what was measured, a row a setting and number of SMs."""
+    found: dict[tuple[str, int], dict[str, str]] = {}
+    units: dict[str, None] = {}
     for document in documents:
         setting = ""
         if "published" not in document:
             by_rank = ", rows by rank" if document["settings"]["layout"] == "rank" else ""
-            setting = f"{_setting(document)}{by_rank}: "
-        for found in compare(document):
-            rows.append([f"{setting}{found.name}", *cells(found)])
-    return Table(["case", *COLUMNS], rows)
+            setting = f"{_setting(document)}{by_rank}"
+        for each in compare(document):
+            row = found.setdefault((each.setting or setting, each.num_sms), {})
+            slack = "" if each.slack is None else f", slack {each.slack:.2f}"
+            deviation = f"{each.deviation:+.0%}".replace("-", "−").replace("%", " %")
+            row[each.name] = f"{each.model:.0f} ({each.measured:.0f}) {deviation}{slack}"
+            units[each.unit] = None
+    names = list(dict.fromkeys(name for row in found.values() for name in row))
+    rows: list[list[Cell]] = [
+        [setting, {0: "all"}.get(sms, str(sms)), *(row.get(name) for name in names)]
+        for (setting, sms), row in found.items()
+    ]
+    return Table([f"{' or '.join(units)}: model (measured)", "SMs", *names], rows)
 
 
 # --- pages ----------------------------------------------------------------------------------------

@@ -21,8 +21,6 @@ from ep_comm.plan.sizes import Cluster, Workload
 
 Document = dict[str, Any]
 
-# Of a table of comparisons, behind the name.
-COLUMNS = ("SMs", "unit", "model", "measured", "deviation", "limited by", "slack")
 # Cases of a benchmark that the model has: whether rows are FP8, and the operation.
 _CASES = {
     "dispatch, fresh": (False, "dispatch, fresh"),
@@ -38,8 +36,9 @@ class Comparison:
     """A figure that was measured, and the model's.
 
     Attributes:
-        name: What was measured.
-        num_sms: SMs; 0 is all, None where nobody said.
+        setting: Of others: what ran where; else nothing.
+        name: The operation.
+        num_sms: SMs; 0 is all.
         unit: Of both figures.
         model: The model's.
         measured: What was measured.
@@ -48,8 +47,9 @@ class Comparison:
             shorter one.
     """
 
+    setting: str
     name: str
-    num_sms: int | None
+    num_sms: int
     unit: str
     model: float
     measured: float
@@ -92,23 +92,20 @@ def compare(document: Document) -> list[Comparison]:
 
 def render(document: Document, title: str) -> Table:
     """Return `compare` as a table."""
-    table = screen_table(title, ["", *COLUMNS])
+    columns = ["", "SMs", "unit", "model", "measured", "deviation", "limited by", "slack"]
+    table = screen_table(title, columns)
     for found in compare(document):
-        table.add_row(found.name, *(cell or "-" for cell in cells(found)))
+        table.add_row(
+            f"{found.setting}: {found.name}" if found.setting else found.name,
+            {0: "all"}.get(found.num_sms, str(found.num_sms)),
+            found.unit,
+            f"{found.model:.0f}",
+            f"{found.measured:.0f}",
+            f"{found.deviation:+.0%}",
+            found.limit,
+            number(found.slack, ".2f") or "-",
+        )
     return table
-
-
-def cells(found: Comparison) -> list[str | None]:
-    """Return the cells of a row, behind the name; None where there is nothing to say."""
-    return [
-        None if found.num_sms is None else {0: "all"}.get(found.num_sms, str(found.num_sms)),
-        found.unit,
-        f"{found.model:.0f}",
-        f"{found.measured:.0f}",
-        f"{found.deviation:+.0%}",
-        found.limit,
-        number(found.slack, ".2f"),
-    ]
 
 
 def _is_bench(document: Document) -> bool:
@@ -152,6 +149,7 @@ def _with_bench(document: Document) -> list[Comparison]:
             measured = median(result["samples_us"]["call"])
             found.append(
                 Comparison(
+                    setting="",
                     name=result["case"],
                     num_sms=result["num_sms"],
                     unit="µs",
@@ -184,7 +182,8 @@ def _with_published(document: Document) -> list[Comparison]:
             modelled = make_plan(cluster, workload).operation(case)
             found.append(
                 Comparison(
-                    name=f"{figure['name']}: {name}",
+                    setting=figure["name"],
+                    name=name,
                     num_sms=figure["num_sms"],
                     unit="GB/s",
                     model=modelled.gb_per_s(modelled.traffic.to_nodes),

@@ -25,13 +25,13 @@ NVLINK_SHARE = Fact(
     0.74,
     "of the nominal rate",
     "NVLink carries of whole rows, all GPUs at once",
-    "332 to 343 of 450 GB/s: plain bulk pushes, in every run of docs/results",
+    "332 to 343 of 450 GB/s: plain bulk pushes, in each run of `ep-comm bench`",
 )
 NIC_SHARE = Fact(
     0.90,
     "of the nominal rate",
     "a network card carries of whole rows, all GPUs at once",
-    "published figures of DeepEP, rows that stay on the node taken out: 43 to 46 of 50 GB/s",
+    "DeepEP's published figures, rows that stay on the node taken out: 41 to 46 of 50 GB/s",
 )
 PUSH_SM = Fact(
     48,
@@ -43,19 +43,19 @@ STORE_SM = Fact(
     55,
     "GB/s an SM",
     "an SM stores while it copies rows",
-    "one H200: 55 to 62, docs/kernel-notes.md",
+    "one H200: 55 to 62 ([notes](kernel-notes.md#dispatch-with-few-sms-what-an-sm-can-store))",
 )
 STORE_FP8_SM = Fact(
     34,
     "GB/s an SM",
     "the same of FP8 rows of hidden 7168 with their scales; short rows are slower",
-    "24 SMs of docs/results/h200-x4-w1.json: 242 MB in 447 µs, 16 SMs of them expanding",
+    "`h200-x4-w1`, 24 SMs, of which 16 expand: 242 MB in 447 µs",
 )
 READ_SM = Fact(
     60,
     "GB/s an SM",
     "an SM reads rows that it sums",
-    "combine with 16 SMs, h200-x4-w1-16-sms.json: 682 MB in 675 µs",
+    "`h200-x4-w1-16-sms`: a combine reads 682 MB in 675 µs",
 )
 MEMORY = Fact(
     4300,
@@ -67,19 +67,25 @@ DISPATCH_US = Fact(
     30,
     "µs",
     "a dispatch takes beyond its busiest resource: launch, first rows, last rows",
-    "known routing, all SMs, BF16, in docs/results: −2 to 49",
+    "−2 to 49 in the runs below: known routing, BF16, all SMs",
 )
 COMBINE_US = Fact(
     5,
     "µs",
     "the same of a combine",
-    "all SMs, docs/results: −12 to 32",
+    "−12 to 32 in the runs below: all SMs",
 )
 NEW_ROUTING_US = Fact(
     40,
     "µs",
-    "a new routing adds, with all SMs",
-    "docs/results: 27 to 94; with 24 SMs up to 150",
+    "a new routing adds",
+    "27 to 72 in the runs below on four and eight GPUs, all SMs",
+)
+EXPAND_WAIT_US = Fact(
+    110,
+    "µs",
+    "passes in a new routing before rows are expanded: the host learns how many there are",
+    "`h200-x4-w1`, 24 SMs: 141 longer than a known routing, where all SMs are 34 longer",
 )
 NVLINK_LATENCY = Fact(1.2, "µs", "a flag takes over NVLink", "4 H200s")
 NIC_LATENCY = Fact(
@@ -90,7 +96,7 @@ NIC_LATENCY = Fact(
 )
 FACTS = (
     NVLINK_SHARE, NIC_SHARE, PUSH_SM, STORE_SM, STORE_FP8_SM, READ_SM, MEMORY, DISPATCH_US,
-    COMBINE_US, NEW_ROUTING_US, NVLINK_LATENCY, NIC_LATENCY,
+    COMBINE_US, NEW_ROUTING_US, EXPAND_WAIT_US, NVLINK_LATENCY, NIC_LATENCY,
 )  # fmt: skip
 
 # Of an H100 or H200.

@@ -163,7 +163,7 @@ def _dispatch(
         **_links(cluster, traffic),
         "gather SMs": _us(traffic.network, sms.gather * facts.STORE_SM.value),
         "push SMs": _us(traffic.nvlink, sms.push * facts.PUSH_SM.value),
-        "expand SMs": _us(out, sms.expand * store.value),
+        "expand SMs": _us(out, sms.expand * store.value) + is_new * facts.EXPAND_WAIT_US.value,
         "memory": _us(memory, facts.MEMORY.value),
     }
     fixed_us = facts.DISPATCH_US.value + is_new * facts.NEW_ROUTING_US.value + _latency(cluster)

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from ep_comm.bench.ops.settings import PRESETS
 from ep_comm.cli import doctor
 from ep_comm.cli.app import app
 
+ROOT = Path(__file__).parents[2]
 # Two GPUs; nvidia-smi marks the header with escapes, and a NIC has a row too.
 TOPOLOGY = """\
 \t\x1b[4mGPU0\tGPU1\tNIC0\tCPU Affinity\x1b[0m
@@ -47,7 +49,7 @@ def free_port() -> int:
 def test_help_names_all_commands():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    assert all(name in result.output for name in ("bench", "compare", "doctor"))
+    assert all(name in result.output for name in ("bench", "compare", "doctor", "plan"))
 
 
 @pytest.mark.parametrize(
@@ -189,6 +191,55 @@ def test_bench_low_latency_on_cpu_ranks(tmp_path):
         *("dispatch", "dispatch + combine", "dispatch + combine, own weights", "gloo alltoall")
     ]
     assert (tmp_path / "bench-low-latency.png").exists()
+
+
+def test_plan_prints_and_writes(tmp_path):
+    command = "plan --nodes 4 --fp8 --num-groups 8 --topk-groups 4 --tokens 8192".split()
+    files = {"--json": tmp_path / "plan.json", "--plot": tmp_path / "plan.png"}
+    flags = [str(part) for pair in files.items() for part in pair]
+    result = CliRunner().invoke(app, [*command, *flags])
+    assert result.exit_code == 0, result.output
+    assert "4 nodes of 8 GPUs" in result.output and "8192 tokens x 7168" in result.output
+    document = json.loads(files["--json"].read_text())
+    assert document["cluster"]["num_nodes"] == 4 and document["workload"]["fp8"]
+    assert document["workload"]["shape"] == PRESETS["W1"]._replace(tokens=8192)._asdict()
+    assert f"{document['operations'][0]['us']:.0f}" in result.output
+    assert files["--plot"].stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["h200-x4-w1.json", "deepep-published.json"])
+def test_plan_is_checked_against_files(name):
+    result = CliRunner().invoke(app, ["plan", "--check", str(ROOT / "docs" / "results" / name)])
+    assert result.exit_code == 0, result.output
+    assert name in result.output and "deviation" in result.output and "%" in result.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--nodes", "3"], "--experts 256 is not divisible by the 24 GPUs"),
+        (["--nodes", "200"], "--nodes 200 of --gpus-per-node 8 are 1600 GPUs"),
+        (["--preset", "W9"], "--preset 'W9' is none of W1, W2"),
+        (["--topk-groups", "4"], "--num-groups and --topk-groups: pass both"),
+        (["--nic-gb-per-s", "0"], "--nic-gb-per-s 0 must be positive"),
+        (["--plot", "/no/such/folder/plan.png"], "/no/such/folder/plan.png cannot be written"),
+        (["--plot", "plan.picture"], "plan.picture cannot be written: Format 'picture'"),
+        (["--check", "no.json"], "--check no.json: [Errno 2]"),
+        (["--check", "no.json", "--nodes", "2"], "--nodes has no effect with --check"),
+    ],
+)
+def test_plan_refuses_what_it_cannot_do(no_job, capfd, flags, words):
+    result = CliRunner().invoke(app, ["plan", *flags])
+    assert result.exit_code == 2
+    said = (capfd.readouterr().err + result.output).splitlines()
+    assert said[-1].startswith(f"error: {words}") and "Traceback" not in said
+    # Only what cannot be written is found after the plan is made.
+    assert len(said) == 1 or "cannot be written" in words
+
+
+def test_help_of_plan_has_an_example():
+    text = " ".join(CliRunner().invoke(app, ["plan", "--help"]).output.split())
+    assert "ep-comm plan --nodes 8 --fp8 --num-groups 8 --topk-groups 4" in text
 
 
 def test_doctor_fits_on_one_screen():
