@@ -86,8 +86,14 @@ def compare(document: Document) -> list[Comparison]:
     Args:
         document: What ``ep-comm bench`` or ``scripts/nodes_bench.py --json`` wrote, where the rate
             of the links was measured in the same run; or one with "published" figures.
+
+    Raises:
+        UserError: The file lacks something, or has what no plan can have.
     """
-    return _with_published(document) if "published" in document else _with_bench(document)
+    try:
+        return _with_published(document) if "published" in document else _with_bench(document)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the file cannot be compared: {error!r}") from None
 
 
 def render(document: Document, title: str) -> Table:
@@ -116,7 +122,7 @@ def _with_bench(document: Document) -> list[Comparison]:
     num_ranks, settings = document["num_ranks"], document["settings"]
     routing = RoutingSpec.of_json(settings["routing"])
     if routing.kind == "zipf":
-        raise UserError("a routing that is zipf has no plan")
+        raise UserError("the file cannot be compared: a plan has no zipf routing")
     per_node = document.get("ranks_per_node") or num_ranks
     # The links' and the throttle's rates are what was reached, not nominal ones.
     cluster = Cluster(

@@ -360,7 +360,7 @@ def made_up_run(limit: Limit) -> Run:
 
 
 def text_of(found: Run) -> str:
-    console = bench._console(io.StringIO())
+    console = bench.wide_console(io.StringIO())
     with console.capture() as capture:
         console.print(render(found))
     return capture.get()

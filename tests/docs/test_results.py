@@ -19,7 +19,7 @@ from test_compare import CURVES, begun, compare
 from test_compare import config as config  # a fixture
 
 from ep_comm.bench.low_latency.report import write_json as write_latencies
-from ep_comm.bench.ops.report import write_json
+from ep_comm.bench.ops.report import document, write_json
 from ep_comm.bench.train.report import write_report
 
 ROOT = Path(__file__).parents[2]
@@ -172,6 +172,32 @@ def test_operations_stand_beside_every_library_of_the_run():
         "dispatch, routing known | 100 | 110 | – | – | – | – | – |",
         "combine | 100 | 105 | – | 420 | 4.0 × | – | – |",
     ]
+
+
+def nodes_run() -> dict:
+    """Of `scripts/nodes_bench.py`, two nodes of two ranks."""
+    run = document(operations(LIMIT))
+    return run | {
+        "gpus": ["NVIDIA H200"], "ranks_per_node": 2, "network_gb_per_s": 50.0,
+        "one_node": [result | {"case": "combine"} for result in run["results"][:1]],
+    }  # fmt: skip
+
+
+def test_a_file_of_nodes_bench(checkout):
+    (checkout / "docs" / "results" / "new.json").write_text(json.dumps(nodes_run()))
+    first, second = section(checkout, "dispatch-and-combine", "new").split("| case, as one node |")
+    assert "| dispatch, fresh | all |" in first and "| combine | 24 |" in first
+    assert second.count("| combine | all |") == 1 and "dispatch" not in second.split("\n\n")[0]
+    assert results._setting(nodes_run()) == "2 × 2 × H200, hidden 128"
+
+
+def test_the_model_stands_beside_what_was_measured():
+    lines = str(results._plan([nodes_run()])).splitlines()
+    assert lines[0] == "| µs: model (measured) | SMs | dispatch, fresh | combine |"
+    assert len(lines) == 4 and lines[2].startswith("| 2 × 2 × H200, hidden 128 | all |")
+    modelled = {(each.name, each.num_sms): each for each in results.compare(nodes_run())}
+    found = modelled["combine", 24]
+    assert f" {found.model:.0f} (140) −" in lines[3] and f"slack {found.slack:.2f} |" in lines[3]
 
 
 def test_steps_have_the_median_and_the_worst_block(tmp_path):

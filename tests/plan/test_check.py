@@ -101,11 +101,19 @@ def test_other_files_are_refused(text, message, tmp_path):
         read(path)
 
 
-def test_zipf_has_no_plan():
-    run = a_run()
-    run["settings"]["routing"] = {"kind": "zipf"}
-    with pytest.raises(UserError, match="zipf"):
-        compare(run)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(settings={**W1, "routing": {"kind": "zipf"}}), "a plan has no zipf routing"),
+        (dict(settings={**W1, "routing": {"kind": "uniform", "luck": 1}}), "luck"),
+        (dict(limit={}), "gb_per_s"),
+        (dict(results=[{"case": "combine"}]), "num_sms"),
+        (dict(published=[{"name": "somebody's"}]), "cluster"),
+    ],
+)
+def test_what_a_file_lacks_is_named(changes, message):
+    with pytest.raises(UserError, match=f"the file cannot be compared: .*{message}"):
+        compare({**a_run(), **changes})
 
 
 def shown(renderable) -> str:
