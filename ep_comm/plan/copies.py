@@ -8,7 +8,8 @@ Group-limited: a group counts as much as its best expert, and only experts of th
 taken. With random scores that is the same as drawing experts one by one, without repetition: from
 all experts until M groups have been drawn from, and from those groups thereafter. So the
 probability to miss a part follows draw by draw. DeepSeek-V3 takes the *two* best experts of a group
-together, as `ep_comm.bench.ops.routing` does; that changes the averages by less than 1.5 %.
+together, as `ep_comm.bench.ops.routing` does; in the cases that the tests draw that changes the
+averages by less than 1.5 %.
 """
 
 from __future__ import annotations
