@@ -2,6 +2,8 @@
 // late and in random order. Of each, the flag comes behind the data; nothing else is ordered. What
 // is sent is read when the message is carried out.
 
+#include <cstddef>
+
 #include "common/launch.cuh"
 #include "network/network.cuh"
 
@@ -51,12 +53,28 @@ __device__ inline void copy(uint8_t* to, const uint8_t* from, int64_t num_bytes)
   }
 }
 
+// One thread waits until there are more messages than were taken. False where there are none and the
+// host has said stop: what has been posted is carried out even then.
+__device__ inline bool wait_for_message(const ep_network_queue& queue, int32_t num_taken) {
+  static_assert(offsetof(ep_network_queue, num_posted) % 8 == 0 &&
+                    offsetof(ep_network_queue, stop) - offsetof(ep_network_queue, num_posted) == 4,
+                "both are read at once");
+  const auto* const both = reinterpret_cast<const uint64_t*>(&queue.num_posted);
+  uint64_t seen;
+  do {
+    seen = ptx::load_acquire_sys(both);
+    if (static_cast<uint32_t>(seen) != static_cast<uint32_t>(num_taken)) return true;
+  } while (seen >> 32 == 0);
+  return false;
+}
+
 __global__ void __launch_bounds__(kCarryThreads)
     carry_kernel(const __grid_constant__ ep_network_carry_args args) {
   __shared__ unsigned long long best;
   __shared__ ep_network_message message;
   ep_network_queue& queue = *args.queue;
   Random random{static_cast<uint64_t>(args.seed) + 1};
+  int32_t num_taken = 0;
   while (true) {
     // All threads draw the same numbers. Each message draws one of its own, and the lowest wins.
     const uint32_t draw = random.next();
@@ -72,14 +90,10 @@ __global__ void __launch_bounds__(kCarryThreads)
     const unsigned long long chosen = best;
     __syncthreads();
     if (chosen == kNone) {
-      // What has been posted is carried out even where the host has said stop.
-      bool stops = false;
-      if (threadIdx.x == 0) {
-        stops = ptx::load_acquire_sys(reinterpret_cast<const uint32_t*>(&queue.stop)) != 0;
-      }
-      if (__syncthreads_or(stops)) return;
+      if (__syncthreads_or(threadIdx.x == 0 && !wait_for_message(queue, num_taken))) return;
       continue;
     }
+    ++num_taken;
     const auto place = static_cast<int32_t>(chosen & 0xffffffffu);
     if (threadIdx.x == 0) {
       const volatile ep_network_message& posted = queue.messages[place];

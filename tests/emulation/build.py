@@ -29,7 +29,7 @@ _LAUNCH = re.compile(r"([\w\[\]\.]+)<<<(.*?)>>>\((.*?)\);", re.S)
 def _rewrite(text: str) -> str:
     # Arguments are evaluated at the launch; the kernel runs later.
     text = _LAUNCH.sub(
-        r"emulation::launch(\2, [=, run = [=](const auto&... each) { \1(each...); }, "
+        r'emulation::launch("\1", \2, [=, run = [=](const auto&... each) { \1(each...); }, '
         r"all = std::make_tuple(\3)] { std::apply(run, all); });",
         text,
     )

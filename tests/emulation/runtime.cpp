@@ -1,5 +1,11 @@
 // Streams, blocks and coroutines of emulation.h.
 
+#include <sys/prctl.h>
+
+#include <cstdio>
+#include <set>
+#include <string>
+
 #include "emulation.h"
 
 asm(R"(
@@ -36,12 +42,23 @@ void enter() {
   block.body();
   block.current->done = true;
   --block.live;
-  yield();
+  yield(Wait::kNothing);
   std::abort();
 }
 
+// Stacks of threads that are done, for others.
+std::mutex stacks_mutex;
+std::vector<char*> stacks;
+
 void prepare(Coroutine& thread) {
-  thread.stack = static_cast<char*>(std::malloc(kStackBytes));
+  {
+    const std::lock_guard<std::mutex> lock(stacks_mutex);
+    if (!stacks.empty()) {
+      thread.stack = stacks.back();
+      stacks.pop_back();
+    }
+  }
+  if (thread.stack == nullptr) thread.stack = static_cast<char*>(std::malloc(kStackBytes));
   auto top = reinterpret_cast<uintptr_t>(thread.stack + kStackBytes) & ~uintptr_t{15};
   auto* stack = reinterpret_cast<void**>(top);
   *--stack = nullptr;
@@ -50,25 +67,99 @@ void prepare(Coroutine& thread) {
   thread.stack_pointer = stack;
 }
 
+// True where a thread has nothing to do before somebody else does something.
+bool waits(const Coroutine& thread) {
+  switch (thread.wait) {
+    case Wait::kBarrier:
+      return *thread.generation == thread.seen;
+    case Wait::kWord:
+      return thread.last.is_same();
+    default:
+      return thread.wait == Wait::kTime;
+  }
+}
+
+// How long a block sleeps that has found nothing to do `idle` times in a row.
+void rest(int idle) {
+  constexpr int kYields = 2, kStepUs = 10, kMostUs = 200;
+  if (idle <= kYields) {
+    sched_yield();
+    return;
+  }
+  const int us = std::min(kStepUs * (idle - kYields), kMostUs);
+  std::this_thread::sleep_for(std::chrono::microseconds(us));
+}
+
+// Blocks that run, and what they waited for when a fault was raised.
+std::mutex blocks_mutex;
+std::set<Block*> blocks;
+std::string noted;
+
 void run_block(Block& block, int64_t shared_bytes) {
+  // Whoever looks at a word gets a turn this often, for there may be a fault or a timeout.
+  constexpr int kTurn = 16;
+  prctl(PR_SET_TIMERSLACK, 1000);
   the_block = &block;
   std::vector<uint8_t> shared(shared_bytes + 256);
   block.shared = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(shared.data()) + 255) / 256 * 256);
   // No thread may rely on what was in shared memory before.
   std::memset(block.shared, 0xa5, shared_bytes);
   for (Coroutine& thread : block.threads) prepare(thread);
+  {
+    const std::lock_guard<std::mutex> lock(blocks_mutex);
+    blocks.insert(&block);
+  }
+  int idle = 0;
   while (block.live > 0) {
-    block.spun = false;
+    bool has_work = false;
+    const bool all_look = idle % kTurn == kTurn - 1;
     for (Coroutine& thread : block.threads) {
       if (thread.done) continue;
-      if (thread.waits_for != nullptr && *thread.waits_for == thread.seen) continue;
-      thread.waits_for = nullptr;
+      if (waits(thread)) {
+        const bool has_turn = thread.wait == Wait::kTime || (thread.wait == Wait::kWord && all_look);
+        if (!has_turn) continue;
+      } else {
+        has_work = true;
+      }
       block.current = &thread;
       emulation_switch(&block.scheduler, thread.stack_pointer);
     }
-    if (block.spun) sched_yield();
+    idle = has_work ? 0 : idle + 1;
+    if (!has_work) rest(idle);
   }
-  for (Coroutine& thread : block.threads) std::free(thread.stack);
+  {
+    const std::lock_guard<std::mutex> lock(blocks_mutex);
+    blocks.erase(&block);
+  }
+  const std::lock_guard<std::mutex> lock(stacks_mutex);
+  for (Coroutine& thread : block.threads) stacks.push_back(thread.stack);
+}
+
+// A line for each word that threads of a block look at, and one for those at barriers.
+void describe(const Block& block, std::string* text) {
+  std::map<std::pair<const void*, uint64_t>, int> looks;
+  int at_barriers = 0, others = 0;
+  for (const Coroutine& thread : block.threads) {
+    if (thread.done) continue;
+    if (thread.wait == Wait::kWord) {
+      ++looks[{thread.last.word, thread.last.seen}];
+    } else {
+      ++(thread.wait == Wait::kBarrier ? at_barriers : others);
+    }
+  }
+  const auto add = [&](int count, const char* what) {
+    char line[256];
+    std::snprintf(line, sizeof(line), "%s block %u: %d %s\n", block.kernel, block.block.x, count, what);
+    if (count > 0) *text += line;
+  };
+  for (const auto& [look, count] : looks) {
+    char what[96];
+    std::snprintf(what, sizeof(what), "look at %p, which is %#llx", look.first,
+                  static_cast<unsigned long long>(look.second));
+    add(count, what);
+  }
+  add(at_barriers, "at barriers");
+  add(others, "at work, or waiting for time to pass");
 }
 
 struct Stream {
@@ -123,7 +214,14 @@ Stream& stream_of(void* id) {
 
 }  // namespace
 
-void launch(uint32_t grid, uint32_t block_threads, int64_t shared, void* stream,
+// Other blocks go on meanwhile: what is said of them is roughly so.
+void note_fault() {
+  const std::lock_guard<std::mutex> lock(blocks_mutex);
+  if (!noted.empty()) return;
+  for (const Block* block : blocks) describe(*block, &noted);
+}
+
+void launch(const char* kernel, uint32_t grid, uint32_t block_threads, int64_t shared, void* stream,
             std::function<void()> body) {
   if (block_threads % kWarp) std::abort();
   stream_of(stream).push([=] {
@@ -134,6 +232,7 @@ void launch(uint32_t grid, uint32_t block_threads, int64_t shared, void* stream,
         block.block.x = b;
         block.grid.x = grid;
         block.block_dim.x = block_threads;
+        block.kernel = kernel;
         block.threads.resize(block_threads);
         block.warps.resize(block_threads / kWarp);
         for (uint32_t t = 0; t < block_threads; ++t) block.threads[t].thread.x = t;
@@ -177,4 +276,13 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 
 extern "C" __attribute__((visibility("default"))) void emulation_synchronize(void* stream) {
   emulation::stream_of(stream).synchronize();
+}
+
+// What all threads waited for at the first fault since the last call; valid until the next.
+extern "C" __attribute__((visibility("default"))) const char* emulation_waits() {
+  static std::string text;
+  const std::lock_guard<std::mutex> lock(emulation::blocks_mutex);
+  text = std::move(emulation::noted);
+  emulation::noted.clear();
+  return text.c_str();
 }

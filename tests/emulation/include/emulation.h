@@ -1,9 +1,11 @@
 // CUDA on the CPU, as far as the kernels of csrc need it, to run them where no GPU is.
 //
 // A block is a thread of the system; its CUDA threads are coroutines on it, which take turns where
-// they wait: at barriers, in collectives of a warp, in loops that spin. A stream is a thread that
-// runs its kernels one after the other. Bulk copies are done at once. Memory is that of the CPU, so
-// order is stronger than on a GPU: what is tested is the protocol, not the fences.
+// they wait: at barriers, in collectives of a warp, in loops that spin. Whoever looks at a word in
+// vain is left alone until it changes, and a block sleeps when all its threads wait: so a few cores
+// run hundreds of waiting warps. A stream is a thread that runs its kernels one after the other.
+// Bulk copies are done at once. Memory is that of the CPU, so order is stronger than on a GPU: what
+// is tested is the protocol, not the fences.
 #pragma once
 
 #include <sched.h>
@@ -70,12 +72,31 @@ struct Warp {
   uint64_t values[2][kWarp];
 };
 
+// A word of memory, and what was seen there.
+struct Look {
+  const void* word = nullptr;
+  uint32_t bytes = 0;
+  uint64_t seen = 0;
+
+  bool is_same() const {
+    return bytes == 4 ? __atomic_load_n(static_cast<const uint32_t*>(word), __ATOMIC_ACQUIRE) == seen
+                      : __atomic_load_n(static_cast<const uint64_t*>(word), __ATOMIC_ACQUIRE) == seen;
+  }
+};
+
+// What a thread waits for until it gets its next turn.
+enum class Wait { kNothing, kBarrier, kWord, kTime };
+
 struct Coroutine {
   void* stack_pointer = nullptr;
   char* stack = nullptr;
   Dim thread;
-  const uint64_t* waits_for = nullptr;  // a generation, until it is no longer `seen`
+  Wait wait = Wait::kNothing;
+  const uint64_t* generation = nullptr;  // kBarrier: until it is no longer `seen`
   uint64_t seen = 0;
+  Look last;               // kWord: until it changes
+  int in_vain = 0;         // times that it has found the same there
+  bool read_time = false;  // and has done nothing since that could be waited for
   bool done = false;
 };
 
@@ -86,7 +107,7 @@ struct Block {
   Barrier all;
   Barrier named[16];
   uint32_t live = 0;
-  bool spun = false;
+  const char* kernel = nullptr;
   Coroutine* current = nullptr;
   void* scheduler = nullptr;
   uint8_t* shared = nullptr;
@@ -97,23 +118,47 @@ extern thread_local Block* the_block;
 
 extern "C" void emulation_switch(void** from, void* to);
 
-inline void yield() {
+// Gives the other threads of the block their turns.
+inline void yield(Wait wait) {
   Block& block = *the_block;
+  block.current->wait = wait;
   emulation_switch(&block.current->stack_pointer, block.scheduler);
-}
-
-// In loops that wait for something that another block does.
-inline void spin() {
-  the_block->spun = true;
-  yield();
 }
 
 inline void wait_for(const uint64_t& generation, uint64_t seen) {
   Coroutine& me = *the_block->current;
-  me.waits_for = &generation;
+  me.generation = &generation;
   me.seen = seen;
-  yield();
+  yield(Wait::kBarrier);
 }
+
+// Reads a word that others write. Whoever finds the same there again and again waits until it
+// changes, or for a turn now and then.
+template <typename T>
+T look(const T* word) {
+  constexpr int kSpins = 3;
+  Coroutine& me = *the_block->current;
+  me.read_time = false;
+  T value = __atomic_load_n(word, __ATOMIC_ACQUIRE);
+  const bool is_same = me.last.word == word && me.last.seen == value;
+  me.in_vain = is_same ? me.in_vain + 1 : 0;
+  if (me.in_vain >= kSpins) {
+    yield(Wait::kWord);
+    value = __atomic_load_n(word, __ATOMIC_ACQUIRE);
+  }
+  me.last = {word, sizeof(T), value};
+  return value;
+}
+
+// Called where the time is read: whoever reads it again lets it pass.
+inline void read_time() {
+  Coroutine& me = *the_block->current;
+  if (me.read_time) yield(Wait::kTime);
+  me.read_time = true;
+}
+
+// The first fault of a rank: keeps what all threads wait for, see emulation_waits().
+void note_fault();
 
 inline void arrive(Barrier& barrier, uint32_t expected, uint32_t vote) {
   barrier.votes_or |= vote != 0;
@@ -147,7 +192,7 @@ auto collective(T value, const F& f) {
   });
 }
 
-void launch(uint32_t grid, uint32_t block, int64_t shared, void* stream,
+void launch(const char* kernel, uint32_t grid, uint32_t block, int64_t shared, void* stream,
             std::function<void()> body);
 
 }  // namespace emulation
@@ -244,7 +289,9 @@ T atomicOr(T* p, V v) {
 }
 template <typename T, typename V>
 T atomicExch(T* p, V v) {
-  return __atomic_exchange_n(p, static_cast<T>(v), __ATOMIC_SEQ_CST);
+  const T old = __atomic_exchange_n(p, static_cast<T>(v), __ATOMIC_SEQ_CST);
+  if (old == 0) emulation::note_fault();  // faults alone are raised by it
+  return old;
 }
 template <typename T, typename V>
 T atomicMin(T* p, V value) {
@@ -288,7 +335,11 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { ret
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "?"; }
 inline const char* cudaGetErrorName(cudaError_t) { return "?"; }
-inline cudaError_t cudaStreamQuery(cudaStream_t) { return cudaErrorNotReady; }
+// Asked now and then by a host thread that waits: the cores are for those that it waits for.
+inline cudaError_t cudaStreamQuery(cudaStream_t) {
+  std::this_thread::sleep_for(std::chrono::microseconds(100));
+  return cudaErrorNotReady;
+}
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned);
 
@@ -311,7 +362,7 @@ struct cudaLaunchConfig_t {
 template <typename... Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Params... params) {
-  emulation::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream,
+  emulation::launch("early", config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream,
                     [=] { kernel(params...); });
   return cudaSuccess;
 }

@@ -11,8 +11,7 @@ inline uint32_t shared_address(const void* pointer) {
 
 template <typename T>
 T load_acquire_sys(const T* flag) {
-  emulation::spin();
-  return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
+  return emulation::look(flag);
 }
 inline void store_release_sys(uint32_t* flag, uint32_t value) {
   __atomic_store_n(flag, value, __ATOMIC_RELEASE);
@@ -23,7 +22,7 @@ inline void store_release_sys(uint64_t* flag, uint64_t value) {
 inline void fence_acq_rel_sys() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline void fence_acq_rel_gpu() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline uint64_t global_timer_ns() {
-  emulation::spin();
+  emulation::read_time();
   return static_cast<uint64_t>(clock64());
 }
 inline void let_next_kernel_start() {}
@@ -39,7 +38,7 @@ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
   *barrier += static_cast<uint64_t>(bytes) << 32;
 }
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
-  while ((*barrier & 1) == parity) emulation::yield();
+  while ((*barrier & 1) == parity) emulation::yield(emulation::Wait::kNothing);
 }
 inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
   if (bytes % 16 || reinterpret_cast<uintptr_t>(shared) % 16 ||
