@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import re
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
@@ -25,6 +26,7 @@ from ep_comm import EPConfig, _native
 from ep_comm._native import NativeLibrary, header
 from ep_comm.backends.base import Pending, PlanRequest
 from ep_comm.backends.nodes.backend import NodesBackend
+from ep_comm.backends.nodes.memory import NodesMemory
 from ep_comm.backends.nodes.routing import NodesRouting
 from ep_comm.backends.nvlink import streams as nvlink_streams
 
@@ -41,11 +43,16 @@ class EmulatedLibrary(NativeLibrary):
                 function = getattr(dll, name)
                 function.restype, function.argtypes = restype, argtypes
         dll.emulation_synchronize.argtypes = [ctypes.c_void_p]
+        dll.emulation_waits.restype = ctypes.c_char_p
         self.path, self._dll = path, dll
         self.cuda_archs = ("cpu",)
 
     def synchronize(self, stream: int) -> None:
         self._dll.emulation_synchronize(stream)
+
+    def waits(self) -> str:
+        """Return what all threads of all ranks waited for at the first fault since the last call."""
+        return self._dll.emulation_waits().decode()
 
 
 class _Stream:
@@ -62,6 +69,11 @@ class _Stream:
 class _EmulatedBackend(NodesBackend):
     unwaited = False
     kept: list = []
+    memories: list[tuple[NodesMemory, header.NodesOffsets]] = []
+
+    def __init__(self, memory: NodesMemory, config: EPConfig) -> None:
+        super().__init__(memory, config)
+        self.memories.append((memory, self.nodes_offsets))
 
     @staticmethod
     def _current_device() -> torch.device:
@@ -90,6 +102,24 @@ class _EmulatedBackend(NodesBackend):
 
 class _UnwaitedBackend(_EmulatedBackend):
     unwaited = True
+
+
+def _name_of(address: int) -> str:
+    """Say where in a rank's memory an address is."""
+    for memory, offsets in _EmulatedBackend.memories:
+        starts = (memory.tensor.data_ptr(), memory.network.memory)
+        for start, total in zip(starts, (offsets.total, offsets.network_total), strict=True):
+            if not start <= address < start + total:
+                continue
+            names = [name for name, _ in offsets._fields_ if not name.endswith(("half", "region"))]
+            split = names.index("network_credits")
+            names = names[:split] if total == offsets.total else names[split:-2]
+            name = max(
+                (name for name in names if getattr(offsets, name) <= address - start),
+                key=lambda name: getattr(offsets, name),
+            )
+            return f"rank {memory.rank}'s {name} + {address - start - getattr(offsets, name)}"
+    return f"{address:#x}"
 
 
 def run_emulated_nodes(
@@ -156,5 +186,10 @@ def run_emulated_nodes(
                 False, num_sms,
             )  # fmt: skip
         finally:
+            waits = native.waits()
+            if waits:
+                print("At the first fault threads did, of the kernels of all ranks:")
+                print(re.sub(r"0x\w+,", lambda match: _name_of(int(match[0][:-1], 16)) + ",", waits))
             _EmulatedBackend.kept.clear()
+            _EmulatedBackend.memories.clear()
             nvlink_streams.in_flight.cache_clear()

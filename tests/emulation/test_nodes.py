@@ -153,22 +153,55 @@ def unwaited_steps(rank: int, buffer: Buffer, case: Case, steps: int) -> list[to
     return outs
 
 
-@pytest.mark.skip(reason="open: now and then a wait runs out, see docs/status.md")
 @pytest.mark.parametrize("shape", [(2, 2), (3, 1), (3, 2)])
 @pytest.mark.parametrize("delay_us", [0, 20])
 def test_operations_that_nobody_waits_for(library, shape, delay_us):
-    """A token's sum is its row as often as it has experts, two here: exact."""
     tokens = (40, 33, 64, 9, 70, 5)[: shape[0] * shape[1]]
     case = case_of(shape, tokens=tokens, num_topk=2, hidden=64)
     results = run_emulated_nodes(
         library, *shape, unwaited_steps, case.config(**PATIENT), case, 6,
         delay_us=delay_us, network_us=200, unwaited=True,
     )  # fmt: skip
+    check_sums_of_two(case, results)
+
+
+def check_sums_of_two(case: Case, results: list) -> None:
+    """A token's sum is its row as often as it has experts, two here: exact."""
     for rank, outs in enumerate(results):
-        x = to_torch(case.rows(rank, tokens[rank], salt=2))
+        x = to_torch(case.rows(rank, case.tokens[rank], salt=2))
         want = to_numpy((x.float() + x.float()).bfloat16())
         for i, out in enumerate(outs):
             assert_same(to_numpy(out), want, f"operation {i} on rank {rank}")
+
+
+def sums_of_few(rank: int, buffer: Buffer, case: Case, rounds: int) -> list[torch.Tensor]:
+    """Combines of which most have nothing for other nodes, and of those two in a row."""
+    per_rank = case.experts_per_rank
+    x = to_torch(case.rows(rank, case.tokens[rank], salt=2))
+
+    def dispatched(owner: int) -> tuple:
+        experts = per_rank * owner + torch.arange(case.num_topk)
+        out = buffer.dispatch(x, experts.expand(case.tokens[rank], case.num_topk).contiguous())
+        return out.recv_x, out.handle
+
+    stays, goes = dispatched(rank), dispatched((rank + case.node_size) % case.num_ranks)
+    outs = []
+    for _ in range(rounds):
+        outs += [buffer.combine(*each).combined_x for each in (stays, stays, goes)]
+    buffer.synchronize()
+    return outs
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (3, 1), (2, 2)])
+def test_credits_that_overtake_one_another(library, shape):
+    """Who sent nothing has seen no credit: the next one may come first, and this one hide it."""
+    tokens = (9, 0, 40, 3)[: shape[0] * shape[1]]
+    case = case_of(shape, tokens=tokens, num_topk=2, hidden=64, experts_per_rank=2)
+    results = run_emulated_nodes(
+        library, *shape, sums_of_few, case.config(timeout_s=8), case, 8,
+        network_us=500, unwaited=True,
+    )  # fmt: skip
+    check_sums_of_two(case, results)
 
 
 def repeated(rank: int, buffer: Buffer, case: Case, steps: int) -> list[list[torch.Tensor]]:
