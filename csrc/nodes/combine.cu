@@ -8,6 +8,7 @@
 //   groups  of tokens of the owner with this rank's number: the partial rows of this node are added
 //           up. In the last wave the token is our own, and the sums of other nodes are added too.
 //           In the others the sum goes to the network memory, and a chunk of them to the owner.
+//           Chunk 0 is always sent, empty or not.
 // What a team has done is told when its next list is handed over, or before its lister waits.
 
 #include <algorithm>
@@ -147,12 +148,13 @@ class Lister {
   // credit: all that the ranks of this node have sent in it, and before it, has been read. A wave
   // may be done before an earlier one: it waits for that one's credit as for a group more.
   __device__ __noinline__ void end_group_of(const Wave& wave, int32_t group) const {
-    if (wave.j < num_nodes_ - 1 && wave.num_tokens > 0) {
+    if (wave.j < num_nodes_ - 1) {
       const int32_t chunk_rows = args_.network_chunk_rows;
       const int32_t c = group * kGroupTokens / chunk_rows;
       const int32_t rows = min(chunk_rows, wave.num_tokens - c * chunk_rows);
+      const int32_t num_groups = max(1, ceil_div(rows, kGroupTokens));
       int32_t* const counters = local_.counters + kGroupsDone + num_nodes_;
-      if (is_last(&counters[wave.j * EP_MAX_NETWORK_CHUNKS + c], ceil_div(rows, kGroupTokens))) {
+      if (is_last(&counters[wave.j * EP_MAX_NETWORK_CHUNKS + c], num_groups)) {
         send_chunk(wave.j, c, rows);
       }
     }
@@ -240,7 +242,8 @@ class Lister {
   __device__ __noinline__ bool list_group_of_wave(int32_t group) {
     const int32_t begin = group * kGroupTokens;
     const int32_t end = min(begin + kGroupTokens, wave_.num_tokens);
-    if (begin >= end) {  // the wave has no tokens
+    if (begin >= end) {  // the wave has no tokens: its owner is sent a chunk of none
+      if (!(is_last_wave() ? wait_for_sums(begin, end) : wait_to_send())) return false;
       end_group_of(wave_, group);
       return true;
     }
@@ -342,7 +345,8 @@ class Lister {
     return may_send_;
   }
 
-  // Waits for the sums of other nodes of tokens [begin, end). A lane takes a node.
+  // Waits for the sums of other nodes of tokens [begin, end). A lane takes a node. The first group
+  // waits for everybody's first chunk, for that comes even where it is empty.
   __device__ __noinline__ bool wait_for_sums(int32_t begin, int32_t end) {
     const uint32_t stamp = chunk_stamp(epoch_, local_.tag);
     for (int32_t from = 1; from < num_nodes_; from += kWarpSize) {
@@ -350,6 +354,7 @@ class Lister {
       int32_t lowest = INT32_MAX, highest = -1;
       if (k < num_nodes_) {
         const int32_t node = node_after(args_.network, num_nodes_ - k);
+        if (begin == 0) lowest = highest = 0;
         for (int32_t t = begin; t < end; ++t) {
           const int32_t slot = args_.nodes.node_slot[static_cast<int64_t>(t) * num_nodes_ + node];
           if (slot < 0) continue;
