@@ -51,7 +51,7 @@ class EmulatedLibrary(NativeLibrary):
         self._dll.emulation_synchronize(stream)
 
     def waits(self) -> str:
-        """Return what all threads of all ranks waited for at the first fault since the last call."""
+        """Return what the threads of all ranks did at the first fault since the last call."""
         return self._dll.emulation_waits().decode()
 
 
@@ -188,8 +188,8 @@ def run_emulated_nodes(
         finally:
             waits = native.waits()
             if waits:
-                print("At the first fault threads did, of the kernels of all ranks:")
-                print(re.sub(r"0x\w+,", lambda match: _name_of(int(match[0][:-1], 16)) + ",", waits))
+                print("Threads of all ranks at the first fault:")
+                print(re.sub(r"at (0x\w+)", lambda at: "at " + _name_of(int(at[1], 16)), waits))
             _EmulatedBackend.kept.clear()
             _EmulatedBackend.memories.clear()
             nvlink_streams.in_flight.cache_clear()

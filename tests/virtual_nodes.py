@@ -21,14 +21,15 @@ from typing import Any
 from unittest import mock
 
 import cases
+import numpy as np
 import torch
 import virtual_ranks
-from cases import Case
+from cases import Case, assert_same, to_numpy, to_torch
 from oracle import local_experts
 from ranks import run_ranks
 from virtual_ranks import VirtualBuffer, sms_of_a_rank
 
-from ep_comm import EPConfig, _native
+from ep_comm import Buffer, EPConfig, _native
 from ep_comm._native import header
 
 
@@ -225,3 +226,30 @@ def check_wire_bytes(case: Case, topk_idx: list, rank: int, got: dict) -> None:
             returned = rows(other, rank - local, size)
         assert got["dispatch_wire_bytes"][other] == sent * case.row_bytes, (rank, other)
         assert got["combine_wire_bytes"][other] == returned * case.row_bytes, (rank, other)
+
+
+def sums_of_few(rank: int, buffer: Buffer, case: Case, rounds: int) -> list[np.ndarray]:
+    """Combines of which most have nothing for other nodes, and of those two in a row."""
+    num_tokens, num_topk = case.tokens[rank], case.num_topk
+    x = to_torch(case.rows(rank, num_tokens, salt=2), case.device)
+
+    def dispatched(owner: int) -> tuple:
+        experts = case.experts_per_rank * owner + torch.arange(num_topk, device=x.device)
+        out = buffer.dispatch(x, experts.expand(num_tokens, num_topk).contiguous())
+        return out.recv_x, out.handle
+
+    stays, goes = dispatched(rank), dispatched((rank + case.node_size) % case.num_ranks)
+    outs = []
+    for _ in range(rounds):
+        outs += [buffer.combine(*each).combined_x for each in (stays, stays, goes)]
+    buffer.synchronize()
+    return [to_numpy(out) for out in outs]
+
+
+def check_sums_of_two(case: Case, results: list[list[np.ndarray]]) -> None:
+    """A token's sum is its row as often as it has experts, two here: exact."""
+    for rank, outs in enumerate(results):
+        x = to_torch(case.rows(rank, case.tokens[rank], salt=2))
+        want = to_numpy((x.float() + x.float()).bfloat16())
+        for i, out in enumerate(outs):
+            assert_same(out, want, f"operation {i} on rank {rank}")

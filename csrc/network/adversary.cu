@@ -53,8 +53,8 @@ __device__ inline void copy(uint8_t* to, const uint8_t* from, int64_t num_bytes)
   }
 }
 
-// One thread waits until there are more messages than were taken. False where there are none and the
-// host has said stop: what has been posted is carried out even then.
+// One thread waits until there are more messages than were taken. False where there are none and
+// the host has said stop: what has been posted is carried out even then.
 __device__ inline bool wait_for_message(const ep_network_queue& queue, int32_t num_taken) {
   static_assert(offsetof(ep_network_queue, num_posted) % 8 == 0 &&
                     offsetof(ep_network_queue, stop) - offsetof(ep_network_queue, num_posted) == 4,

@@ -234,6 +234,9 @@ __global__ void __launch_bounds__(kThreads) relay_kernel(const __grid_constant__
   const ep_peers& peers = args.peers;
   const int32_t num_local = peers.num_ranks, num_nodes = args.network.num_nodes;
   const int32_t epoch = epoch_of(peers);
+  // After a fault the send kernel may not have waited until this node's ranks have read the plan
+  // before.
+  if (__syncthreads_or(aborted(peers))) return;
   for (int32_t k = 1; k < num_nodes; ++k) {
     if (!wait_for_message(args, epoch, k)) return;
     relay_experts(args, k);

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 import torch
 from cases import Case, to_torch
+from ranks import RankFailure
 from test_buffer import CASES, check_results, on_gpus, random_case, run_case
 from test_capacity import exact_and_roomy
 from test_dispatch_fp8 import CASE as FP8_CASE
 from test_dispatch_fp8 import check_fp8_results, dispatch_all_ways
-from virtual_nodes import check_wire_bytes, run_virtual_nodes
+from virtual_nodes import (
+    check_sums_of_two,
+    check_wire_bytes,
+    run_virtual_nodes,
+    sums_of_few,
+)
 
-from ep_comm import Buffer, EPError
+from ep_comm import Buffer
 
 pytestmark = pytest.mark.gpu
 
@@ -114,13 +121,26 @@ def test_tokens_that_go_to_some_nodes_only():
             np.testing.assert_array_equal(out, want)
 
 
+@pytest.mark.parametrize("shape", [(2, 1), (3, 1), (2, 2)])
+def test_credits_that_overtake_one_another(shape):
+    """Who sends nothing sees no credit: the next one may come first, and this one hide it."""
+    tokens = (9, 6, 40, 3)[: shape[0] * shape[1]]
+    case = between_nodes(Case(tokens=tokens, num_topk=2, hidden=64), shape[1])
+    results = run_virtual_nodes(
+        *shape, sums_of_few, case.config(timeout_s=10), case, 8, network_us=500
+    )
+    check_sums_of_two(case, results)
+
+
 @pytest.mark.parametrize("shape", [(2, 2), (3, 2)])
 def test_flags_before_their_data_give_wrong_results(shape):
     """The control: on such a network the same test has to fail."""
     tokens = (90, 41, 80, 70, 64, 33)[: shape[0] * shape[1]]
     case = between_nodes(Case(tokens=tokens, num_topk=5), shape[1])
-    with pytest.raises((AssertionError, EPError)):
+    with pytest.raises((AssertionError, RankFailure)) as failure:
         results = run_virtual_nodes(
             *shape, run_on_buffer, case.config(timeout_s=5), case, early_flags=True, network_us=500
         )
         check(case, results)
+    if failure.type is RankFailure:  # found on the ranks; and their process did not just die
+        assert re.search(r"AssertionError|ep_comm\.errors\.EP\w+Error", str(failure.value))
