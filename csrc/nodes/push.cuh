@@ -103,7 +103,8 @@ __device__ inline bool push_wave(const ep_nodes_dispatch_args& all, const Stages
     if (row < num_rows) {
       const int32_t slot = sends ? rows.slot(row, peer) : -1;
       stages.wait(base + i);
-      if (slot >= 0) {
+      // Entries of a rank with another top-k mean nothing. The plan tells it, but later.
+      if (slot >= 0 && slot < args.max_tokens) {
         if (current.count++ == 0) current.first = slot;
         store_bulk(slots + slot * stride, stages.stage(base + i), bytes);
       }

@@ -251,3 +251,17 @@ def test_a_disagreement_crosses_nodes(library):
     case = case_of((2, 2))
     texts = run_emulated_nodes(library, 2, 2, other_alignment, case.config(timeout_s=5), case)
     assert any("rank 2 has expert_alignment=8" in text for text in texts[:2])
+
+
+def other_topk(rank: int, buffer: Buffer, case: Case) -> str:
+    x, topk = inputs(rank, case)
+    with pytest.raises((EPMismatchError, EPTimeoutError)) as error:
+        buffer.dispatch(x, topk[:, : 2 if rank == 2 else 4].contiguous())
+    return str(error.value)
+
+
+def test_entries_of_another_topk_are_no_places_in_memory(library):
+    """An expert's number that is taken for a slot would be far behind the memory here."""
+    case = case_of((2, 2), num_topk=4, experts_per_rank=512, tokens=(9, 5, 20, 7), hidden=4096)
+    texts = run_emulated_nodes(library, 2, 2, other_topk, case.config(timeout_s=5), case)
+    assert any("rank 2 has num_topk=2" in text for text in texts[:2])
