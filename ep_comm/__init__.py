@@ -16,6 +16,7 @@ the contract, ``lint-imports`` checks it)::
     ops        torch ops with autograd; low_latency, the public calls for decoding
     handle     where the rows of a dispatch went, for its combine and its backward
     session    a buffer's backend, its usable state, one operation at a time
+    fault_file what a rank leaves on disk when a buffer fails
     backends   reference (torch.distributed), nvlink (our kernels), nodes (the same between nodes)
     checks     of what callers pass
     routing    who is sent what; fp8 and fp8_low_latency, the formats of the wire

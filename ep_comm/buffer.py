@@ -11,17 +11,20 @@ from torch import Tensor
 from ep_comm import checks, ops
 from ep_comm.backends import make_backend
 from ep_comm.backends.base import CombineRequest, DispatchRequest, PlanRequest
-from ep_comm.config import EPConfig
+from ep_comm.config import EPConfig, check_positive
 from ep_comm.errors import EPArgumentError
 from ep_comm.events import EventOverlap
+from ep_comm.fault_file import Identity
 from ep_comm.fp8 import FP8_DTYPE, Payload
 from ep_comm.handle import CombineOutput, DispatchHandle, DispatchOutput, checked_handle
+from ep_comm.job.meeting import meet
 from ep_comm.job.roster import Roster
 from ep_comm.low_latency.masks import MaskCalls
 from ep_comm.routing.probabilities import select_probabilities
 from ep_comm.routing.types import RowLayout
 from ep_comm.session import Session
 from ep_comm.telemetry.records import Records
+from ep_comm.telemetry.stats import JobStats, Stats, summarize
 from ep_comm.telemetry.watch import watch
 from ep_comm.tracing import plain_tensor, unseen, untraced
 
@@ -67,8 +70,9 @@ class Buffer(MaskCalls):
         config.check_group(self.num_ranks)
         self.num_local_experts = config.num_experts // self.num_ranks
         backend, self.passed_over, name = make_backend(self.group, config)
-        self._session = Session(backend, config)
         store = dist.distributed_c10d._get_default_store()
+        identity = Identity.agree(store, name, self.rank, self.num_ranks)
+        self._session = Session(backend, config, identity=identity)
         self._roster = Roster(store, name, self.rank, self.num_ranks, config.timeout_s)
         watch(backend, self.rank, config.timeout_s)
 
@@ -341,6 +345,39 @@ class Buffer(MaskCalls):
         They cost nothing until they are read. Reading waits for the GPU.
         """
         return self._session.backend.recorder
+
+    def stats(self, num_operations: int | None = None) -> Stats:
+        """Return times, waits and balance of the last operations of this rank.
+
+        Of a buffer that has failed, too. It waits for the GPU, and for no other rank.
+
+        Args:
+            num_operations: The last so many; None: all that are still on record, see `records`.
+
+        Raises:
+            EPArgumentError: `num_operations` is no positive integer.
+            EPStateError: The buffer was destroyed.
+        """
+        if num_operations is not None:
+            check_positive("num_operations", num_operations)
+        if self._session.is_destroyed:
+            self._session.check_usable()
+        records = self.records
+        first = 0 if num_operations is None else records.num_operations - num_operations
+        return summarize(records.since(max(0, first)), self.rank, self.num_ranks)
+
+    def stats_of_all_ranks(self, num_operations: int | None = None) -> JobStats:
+        """Return `stats` of all ranks. Collective; nothing is sent before somebody asks.
+
+        Raises:
+            EPTimeoutError: A rank did not come within ``config.timeout_s``. The buffer is as
+                before.
+            EPMismatchError: A rank came to the meeting point for something else.
+            Others as `stats`.
+        """
+        mine = self.stats(num_operations)
+        meeting = meet(self.group, "compare statistics", mine, self.config.timeout_s, op="stats")
+        return JobStats(ranks=tuple(meeting.answers))
 
     @property
     def is_usable(self) -> bool:

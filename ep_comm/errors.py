@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 _name_of_setting: Callable[[str], str] = "EPConfig({}=...)".format
 
@@ -30,7 +31,18 @@ def setting(field: str) -> str:
 
 
 class EPError(Exception):
-    """Base class of all errors raised by ep_comm."""
+    """Base class of all errors raised by ep_comm.
+
+    Attributes:
+        file: Of an error that ended a buffer: where this rank has left its last operations, see
+            ``ep-comm explain``; else None.
+    """
+
+    file: Path | None = None
+
+    @property
+    def _where(self) -> str:
+        return "" if self.file is None else f" Last operations: {self.file} (ep-comm explain)."
 
 
 class EPArgumentError(EPError, ValueError):
@@ -66,6 +78,9 @@ SAME_CALLS = (
 class EPMismatchError(EPError, RuntimeError):
     """Ranks of one group called different operations, or the same one with different shapes."""
 
+    def __str__(self) -> str:
+        return super().__str__() + self._where
+
 
 class EPStateError(EPError, RuntimeError):
     """The buffer cannot be used: it was destroyed, or an earlier operation failed on it.
@@ -80,7 +95,8 @@ class _WithFields(EPError):
     """Errors with fields, which reach other processes too: by itself pickle keeps ``args`` only."""
 
     def __reduce__(self) -> tuple:
-        return functools.partial(type(self), **asdict(self)), ()
+        state = {} if self.file is None else {"file": self.file}
+        return functools.partial(type(self), **asdict(self)), (), state
 
 
 @dataclass(eq=False)
@@ -156,7 +172,7 @@ class EPTimeoutError(_WithFields, RuntimeError):
         )
         return (
             f"{self.op} #{self.epoch}: rank {self.rank} waited {self.timeout_s:g} s for {late} "
-            f"(phase: {self.phase}). {self._advice}"
+            f"(phase: {self.phase}). {self._advice}{self._where}"
         )
 
     @property
@@ -166,6 +182,8 @@ class EPTimeoutError(_WithFields, RuntimeError):
                 "Call it again on all ranks that are to go on; mask_rank without arguments masks "
                 "those that do not come."
             )
+        if self.op == "stats":
+            return "The buffer is as before: call it again on all ranks."
         was = "There is no buffer" if self.op == "create" else "The buffer is no longer usable"
         options = ["build a new one on a group without the missing rank"]
         if self.op.startswith("low_latency"):
@@ -189,5 +207,5 @@ class EPLostRankError(EPTimeoutError):
         return (
             f"{self.op} #{self.epoch}: rank {self.rank} lost the connection to rank "
             f"{', '.join(map(str, self.late_ranks))} (phase: {self.phase}): {self.reason}. "
-            f"{self._advice}"
+            f"{self._advice}{self._where}"
         )

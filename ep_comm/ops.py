@@ -141,7 +141,7 @@ def _dispatch_backward(
     routing = handle.routing
     gradients = _gradients(ctx, grad_x, grad_weights, routing.num_rows, routing.row_weights_shape)
     is_overlapped = ctx.during_backward is not None
-    with handle.session.operation() as backend:
+    with handle.session.operation(is_backward=True) as backend:
         pending = backend.combine(routing, CombineRequest(*gradients, is_overlapped))
         try:
             if is_overlapped:
@@ -169,7 +169,7 @@ def _combine_backward(ctx: Any, grad_x: Tensor | None, grad_weights: Tensor | No
     request = DispatchRequest(
         x, None, weights, ctx.grad_wire_dtype, recv_dtype=ctx.grad_dtype, asynchronous=False
     )
-    with handle.session.operation() as backend:
+    with handle.session.operation(is_backward=True) as backend:
         received = backend.dispatch(routing, request).wait()
     return received.x, received.topk_weights, None, None, None
 

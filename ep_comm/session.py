@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ep_comm import fault_file
 from ep_comm.backends.base import Backend
 from ep_comm.config import EPConfig
 from ep_comm.errors import (
@@ -38,14 +39,22 @@ class Session:
         backend: Moves the tokens.
         config: The buffer's.
         masked: Ranks that operations go on without, ascending.
+        identity: Whose operations they are; None keeps nothing of a fault.
 
     Attributes:
         unusable: Why the buffer can no longer be used; None as long as it can.
         is_destroyed: Whether that is for good.
     """
 
-    def __init__(self, backend: Backend, config: EPConfig, masked: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        config: EPConfig,
+        masked: tuple[int, ...] = (),
+        identity: fault_file.Identity | None = None,
+    ) -> None:
         self.backend = backend
+        self.identity = identity
         self.config = config
         self.masked = masked
         self.unusable: str | None = None
@@ -89,8 +98,10 @@ class Session:
                 "a fork: make one in the process that uses it"
             )
 
-    def operation(self) -> Operation:
+    def operation(self, is_backward: bool = False) -> Operation:
         """Return the context of one operation, which gives the backend.
+
+        is_backward: Whether a backward pass calls it; for its record.
 
         An error in it makes the buffer unusable: after a timeout or a mismatch messages of the
         failed operation may still be on their way, and nothing could be trusted. Wrong arguments
@@ -98,7 +109,7 @@ class Session:
         started.
         """
         self.check_usable()
-        return Operation(self, self._in_use)
+        return Operation(self, self._in_use, is_backward)
 
     @contextmanager
     def recovery(self) -> Iterator[Backend]:
@@ -139,9 +150,13 @@ class Session:
             or (isinstance(error, (EPArgumentError, EPUnsupportedError)) and not has_started)
         )
         if not is_harmless and not isinstance(error, EPOverflowError):
+            backend.give_up()
+            if self.identity is not None:
+                file = fault_file.leave(self.identity, backend, error)
+                if isinstance(error, EPError):
+                    error.file = file
             reason = str(error) if isinstance(error, EPError) else repr(error)
             self.unusable = f"an earlier operation failed: {reason}"
-            backend.give_up()
         if has_started or backend.has_failed:
             backend.abandon()
 
@@ -149,14 +164,18 @@ class Session:
 class Operation:
     """See `Session.operation`; as a generator it would cost a call 2 µs more."""
 
-    def __init__(self, session: Session, in_use: threading.RLock) -> None:
+    def __init__(
+        self, session: Session, in_use: threading.RLock, is_backward: bool = False
+    ) -> None:
         self._session = session
+        self._is_backward = is_backward
         self._in_use = in_use  # a thread may hold it more than once
 
     def __enter__(self) -> Backend:
         # Last of all comes what __exit__ gives back: an interrupt may come between any two lines.
         backend = self._session.backend
         self._num_started = backend.num_started
+        backend.recorder.is_backward = self._is_backward
         if not self._in_use.acquire(blocking=False):
             raise EPStateError(
                 "another thread is in an operation of this buffer: one thread at a time uses it, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ FOLDERS = [TESTS, *sorted({path.parent for path in TESTS.glob("*/test_*.py")})]
 sys.path[:0] = [str(folder) for folder in FOLDERS]
 
 from ids import id_of  # noqa: E402 - needs the path
+
+# Tests make buffers fail, and each leaves a file.
+os.environ.setdefault("EP_COMM_FAULTS", tempfile.mkdtemp(prefix="ep_comm-tests-"))
 
 SLURM = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 

@@ -100,6 +100,21 @@ def compare(
 
 
 @app.command()
+def explain(
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="What the errors of all ranks name; or a folder with these files."),
+    ],
+) -> None:
+    """Say which rank was late, from the files that ranks leave when a buffer fails."""
+    from ep_comm.cli import explain as command
+    from ep_comm.job.exits import user_errors_exit
+
+    with user_errors_exit():
+        command.explain(files, Console(soft_wrap=True))
+
+
+@app.command()
 def doctor() -> None:
     """Versions, GPUs, links, settings, and which backend will be used and why."""
     from ep_comm.cli.doctor import diagnose

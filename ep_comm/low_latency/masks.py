@@ -102,6 +102,6 @@ class MaskCalls(LowLatencyCalls):
             backend.restart(masked, first, self._roster.store())
             self._roster.meet(op)
         session.retire(f"{op} was called since it was made; begin anew with a dispatch")
-        self._session = Session(session.backend, self.config, masked)
+        self._session = Session(session.backend, self.config, masked, session.identity)
         self._dispatches = HooksOut("low_latency_dispatch", first)
         self._combines = HooksOut("low_latency_combine", first)

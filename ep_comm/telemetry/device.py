@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,16 @@ from ep_comm.telemetry.records import Interval, OpRecord
 
 RING_LENGTH = 1024
 _RECORD_BYTES = ctypes.sizeof(header.Record)
+
+
+class _Started(NamedTuple):
+    """What the host knows of an operation; see `OpRecord`."""
+
+    op: str
+    place: int
+    row_bytes: int
+    is_backward: bool
+    called_s: float
 
 
 class DeviceRecorder:
@@ -33,6 +45,7 @@ class DeviceRecorder:
         record_bytes: int = _RECORD_BYTES,
     ) -> None:
         self.num_operations = 0
+        self.is_backward = False
         self._epochs: Counter[str] = Counter()
         self._rank = rank
         self._num_ranks = num_ranks
@@ -40,7 +53,7 @@ class DeviceRecorder:
         self._record_bytes = record_bytes
         self._ring = torch.zeros(RING_LENGTH, record_bytes, dtype=torch.uint8, device=device)
         self._wire_bytes = torch.zeros((), dtype=torch.int64, device=device)
-        self._started: deque[tuple[str, int, int]] = deque(maxlen=RING_LENGTH)
+        self._started: deque[_Started] = deque(maxlen=RING_LENGTH)
 
     @property
     def num_bytes(self) -> int:
@@ -77,7 +90,9 @@ class DeviceRecorder:
         slot = self.num_operations % RING_LENGTH
         self.num_operations += 1
         self._epochs[op] += 1
-        self._started.append((op, self.num_operations, row_bytes))
+        self._started.append(
+            _Started(op, self.num_operations, row_bytes, self.is_backward, time.monotonic())
+        )
         return self._ring.data_ptr() + slot * self._record_bytes
 
     def restart(self) -> None:
@@ -90,25 +105,25 @@ class DeviceRecorder:
 
     def set_row_bytes(self, row_bytes: int) -> None:
         """Set the bytes of a row of the last operation: they were not known when it started."""
-        op, place, _ = self._started.pop()
-        self._started.append((op, place, row_bytes))
+        self._started.append(self._started.pop()._replace(row_bytes=row_bytes))
 
     def __iter__(self) -> Iterator[OpRecord]:
         return iter(self.since(0))
 
     def since(self, num_operations: int) -> list[OpRecord]:
         """Return the records of the operations after the first `num_operations`, oldest first."""
-        started = [entry for entry in self._started if entry[1] > num_operations]
+        started = [entry for entry in self._started if entry.place > num_operations]
         if not started:
             return []
         self._synchronize()
-        slots = torch.tensor([(entry[1] - 1) % RING_LENGTH for entry in started])
+        slots = torch.tensor([(entry.place - 1) % RING_LENGTH for entry in started])
         rows = self._ring[slots.to(self._ring.device)].cpu().numpy()
         return [
-            self._record(*entry, row.tobytes()) for entry, row in zip(started, rows, strict=True)
+            self._record(entry, row.tobytes()) for entry, row in zip(started, rows, strict=True)
         ]
 
-    def _record(self, op: str, place: int, row_bytes: int, raw: bytes) -> OpRecord:
+    def _record(self, started: _Started, raw: bytes) -> OpRecord:
+        op, place, row_bytes, is_backward, called_s = started
         record = header.Record.from_buffer_copy(raw)
         rows, waits_ns = self._by_rank(raw)
         waits = [wait / 1e9 for wait in waits_ns]
@@ -118,6 +133,8 @@ class DeviceRecorder:
             epoch=record.epoch,
             place=place,
             wait_s_by_rank=tuple(waits),
+            is_backward=is_backward,
+            called_s=called_s,
             span=Interval((record.end_ns - record.begin_ns) / 1e9),
         )
         if op == "low_latency_dispatch":

@@ -16,7 +16,13 @@ RING_LENGTH = 4096
 
 
 class Records(Protocol):
-    """The last operations of a buffer, and totals over its whole life."""
+    """The last operations of a buffer, and totals over its whole life.
+
+    Attributes:
+        is_backward: Whether operations from here on are those of a backward pass.
+    """
+
+    is_backward: bool
 
     @property
     def num_operations(self) -> int:
@@ -55,9 +61,11 @@ class OpRecord:
         rows_from_rank: Of a low-latency dispatch over NVLink: token rows received.
         wire_bytes_to_rank: Payload and FP8 scale bytes that left this rank; own entry 0.
         wait_s_by_rank: Seconds that were waited for each rank. Reference backend: of the host
-            until the rank's header was there, in rank order; empty where the transport is
-            asynchronous to the host. NVLink: the longest wait of any thread on the GPU; low
-            latency: the wait for the rank's header.
+            until the rank's header was there, in rank order, or next to nothing where it was there
+            before its turn; empty where the transport is asynchronous to the host. NVLink: the
+            longest wait of any thread on the GPU; low latency: the wait for the rank's header.
+        is_backward: Whether a backward pass called it.
+        called_s: When the host called it, by `time.monotonic`.
     """
 
     op: str
@@ -67,6 +75,8 @@ class OpRecord:
     rows_from_rank: tuple[int, ...] = ()
     wire_bytes_to_rank: tuple[int, ...] = ()
     wait_s_by_rank: tuple[float, ...] = ()
+    is_backward: bool = False
+    called_s: float = math.nan
     span: _Span | Interval | None = field(default=None, repr=False)
 
     @property
@@ -120,9 +130,11 @@ class Recorder:
     Attributes:
         num_started: Records opened, plans among them.
         num_operations: Dispatches and combines among them.
+        is_backward: See `Records`.
     """
 
     def __init__(self) -> None:
+        self.is_backward = False
         self._ring: deque[OpRecord] = deque(maxlen=RING_LENGTH)
         self._epochs: Counter[str] = Counter()
         self._first = 0
@@ -156,7 +168,14 @@ class Recorder:
         if not is_plan:
             self._epochs[op] = epoch
             self.num_operations = place
-        return OpRecord(op=op, epoch=epoch, place=place, span=_Span(device))
+        return OpRecord(
+            op=op,
+            epoch=epoch,
+            place=place,
+            is_backward=self.is_backward,
+            called_s=time.monotonic(),
+            span=_Span(device),
+        )
 
     def finish(self, record: OpRecord) -> None:
         """Close `record`, once its result is complete or enqueued on the current stream."""

@@ -1,0 +1,223 @@
+"""What the records of operations say: times and their tails, waits, who was late."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ep_comm.telemetry.records import OpRecord
+
+# A rank counts as waited for in an operation where that was more than this part of its time.
+_NOTICEABLE = 0.1
+# Who is slow now: of the operations that had to wait, it was the reason of at least this part since
+# then, and one of them was among the last so many. Mostly the first one of a step has to wait.
+_MOST = 0.5
+_RECENT = 64
+
+
+class Quantiles(NamedTuple):
+    """A distribution in short; of no values all are NaN.
+
+    Attributes:
+        p50: Median.
+        p90: 90th percentile.
+        p99: 99th percentile.
+        max: The largest.
+        num: How many values there are.
+    """
+
+    p50: float
+    p90: float
+    p99: float
+    max: float
+    num: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quantiles:
+        """Return those of some values."""
+        if not len(values):
+            return cls(math.nan, math.nan, math.nan, math.nan, 0)
+        array = np.asarray(values, dtype=np.float64)
+        p50, p90, p99 = np.percentile(array, (50, 90, 99))
+        return cls(float(p50), float(p90), float(p99), float(array.max()), len(array))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperationStats:
+    """One kind of operation on one rank. Tuples are indexed by group rank.
+
+    Attributes:
+        kind: Such as "dispatch", or "combine of backward".
+        seconds: Of one operation, waits included.
+        wait_s_by_rank: Seconds that one operation waited for each rank, see `OpRecord`.
+        rows_by_rank: Mean rows to each rank; of a low-latency dispatch over NVLink, from it.
+        wire_bytes: Mean bytes that left the rank.
+    """
+
+    kind: str
+    seconds: Quantiles
+    wait_s_by_rank: tuple[Quantiles, ...]
+    rows_by_rank: tuple[float, ...]
+    wire_bytes: float
+
+    @property
+    def imbalance(self) -> float:
+        """Rows of the fullest rank over the mean; 1 is even."""
+        return _max_over_mean(self.rows_by_rank)
+
+
+class SlowestRank(NamedTuple):
+    """The rank that others wait for.
+
+    Attributes:
+        rank: Its number in the group.
+        share: Part of the operations in which it was waited for longest, and noticeably, of those
+            that had to wait.
+        wait_s: Seconds that these operations waited for it, added up.
+        since_s: Since when, by `time.monotonic`: from then on it was so in most of those.
+        since_op: The operation with which that began, such as "dispatch #17".
+    """
+
+    rank: int
+    share: float
+    wait_s: float
+    since_s: float
+    since_op: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """The last operations of a buffer on one rank.
+
+    Attributes:
+        rank: This rank, in its group.
+        num_ranks: Ranks of the group.
+        operations: By kind.
+        wait_share: Waiting over time, of all operations: 0 is none.
+        slowest: The rank that this one waits for; None where it waits for none in particular.
+    """
+
+    rank: int
+    num_ranks: int
+    operations: dict[str, OperationStats]
+    wait_share: float
+    slowest: SlowestRank | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobStats:
+    """`Stats` of all ranks of a group.
+
+    Attributes:
+        ranks: By group rank.
+        slowest: The rank that the others wait for most; None where they wait for none.
+    """
+
+    ranks: tuple[Stats, ...]
+
+    @property
+    def slowest(self) -> SlowestRank | None:
+        """Of the ranks that others name, the one with the most seconds; of these, added up."""
+        named: dict[int, list[SlowestRank]] = {}
+        for stats in self.ranks:
+            if stats.slowest is not None:
+                named.setdefault(stats.slowest.rank, []).append(stats.slowest)
+        if not named:
+            return None
+        most = max(named.values(), key=lambda found: sum(each.wait_s for each in found))
+        first = min(most, key=lambda each: each.since_s)
+        return first._replace(
+            share=sum(each.share for each in most) / len(most),
+            wait_s=sum(each.wait_s for each in most),
+        )
+
+
+def kind_of(record: OpRecord) -> str:
+    """Return what `Stats` calls an operation of that kind."""
+    return f"{record.op} of backward" if record.is_backward else record.op
+
+
+def summarize(records: Iterable[OpRecord], rank: int, num_ranks: int) -> Stats:
+    """Return what these records of one rank say, oldest first."""
+    records = list(records)
+    by_kind: dict[str, list[OpRecord]] = {}
+    for record in records:
+        by_kind.setdefault(kind_of(record), []).append(record)
+    total_s = sum(record.seconds for record in records)
+    waited_s = sum(longest_wait(record) for record in records)
+    return Stats(
+        rank=rank,
+        num_ranks=num_ranks,
+        operations={kind: _of_kind(kind, found, num_ranks) for kind, found in by_kind.items()},
+        wait_share=min(1.0, waited_s / total_s) if total_s > 0 else 0.0,
+        slowest=find_slowest(records),
+    )
+
+
+def longest_wait(record: OpRecord) -> float:
+    """Return the seconds that an operation waited for its slowest rank."""
+    return max(record.wait_s_by_rank, default=0.0)
+
+
+def find_slowest(records: Sequence[OpRecord]) -> SlowestRank | None:
+    """Return the rank that operations have to wait for, and since when."""
+    waited = [(record, _late_rank(record)) for record in records]
+    if all(late is None for _, late in waited[-_RECENT:]):
+        return None
+    waited = [(record, late) for record, late in waited if late is not None]
+    by_rank: dict[int, float] = {}
+    for record, late in waited:
+        by_rank[late] = by_rank.get(late, 0.0) + longest_wait(record)
+    rank = max(by_rank, key=by_rank.__getitem__)
+    since = _since([late for _, late in waited], rank)
+    if since is None:
+        return None
+    first = waited[since][0]
+    return SlowestRank(
+        rank=rank,
+        share=sum(late == rank for _, late in waited) / len(waited),
+        wait_s=by_rank[rank],
+        since_s=first.called_s,
+        since_op=f"{first.op} #{first.epoch}",
+    )
+
+
+def _late_rank(record: OpRecord) -> int | None:
+    rank = record.slowest_rank
+    if rank is None or longest_wait(record) < _NOTICEABLE * record.seconds:
+        return None
+    return rank
+
+
+def _since(late: Sequence[int], rank: int) -> int | None:
+    """Return the first wait for `rank` from which on most have been for it."""
+    count, since = 0, None
+    for i in range(len(late) - 1, -1, -1):
+        count += late[i] == rank
+        if late[i] == rank and count >= _MOST * (len(late) - i):
+            since = i
+    return since
+
+
+def _of_kind(kind: str, records: Sequence[OpRecord], num_ranks: int) -> OperationStats:
+    rows = [record.rows_to_rank or record.rows_from_rank for record in records]
+    rows = [each for each in rows if each]
+    waits = [record.wait_s_by_rank for record in records if record.wait_s_by_rank]
+    return OperationStats(
+        kind=kind,
+        seconds=Quantiles.of([record.seconds for record in records]),
+        wait_s_by_rank=tuple(
+            Quantiles.of([wait[rank] for wait in waits]) for rank in range(num_ranks)
+        ),
+        rows_by_rank=tuple(np.mean(rows, axis=0).tolist()) if rows else (),
+        wire_bytes=float(np.mean([record.wire_bytes for record in records])),
+    )
+
+
+def _max_over_mean(values: Sequence[float]) -> float:
+    mean = sum(values) / len(values) if values else 0.0
+    return max(values) / mean if mean > 0 else 1.0
