@@ -165,10 +165,10 @@ def longest_wait(record: OpRecord) -> float:
 
 def find_slowest(records: Sequence[OpRecord]) -> SlowestRank | None:
     """Return the rank that operations have to wait for, and since when."""
-    waited = [(record, _late_rank(record)) for record in records]
-    if all(late is None for _, late in waited[-_RECENT:]):
+    late_ranks = [_late_rank(record) for record in records]
+    if all(late is None for late in late_ranks[-_RECENT:]):
         return None
-    waited = [(record, late) for record, late in waited if late is not None]
+    waited = [(r, late) for r, late in zip(records, late_ranks, strict=True) if late is not None]
     by_rank: dict[int, float] = {}
     for record, late in waited:
         by_rank[late] = by_rank.get(late, 0.0) + longest_wait(record)
