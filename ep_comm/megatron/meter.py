@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -12,14 +13,26 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
+from ep_comm.buffer import Buffer
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
 from ep_comm.megatron.layer import required_moe_layers
-from ep_comm.telemetry.records import timed
+from ep_comm.telemetry.records import OpRecord, timed
+from ep_comm.telemetry.stats import Quantiles, longest_wait
 
 _PHASES = {
     "dispatch": ("dispatch_preprocess", "token_dispatch", "dispatch_postprocess"),
     "combine": ("combine_preprocess", "token_combine", "combine_postprocess"),
 }
+
+
+# What only our dispatcher can say.
+_OURS = (
+    "ep/wire-mib",
+    "ep/dispatch-ms-p99",
+    "ep/combine-ms-p99",
+    "ep/wait-share",
+    "ep/slowest-rank",
+)
 
 
 class MoEMeter:
@@ -42,6 +55,7 @@ class MoEMeter:
         self._spans: dict[str, list] = {"dispatch": [], "combine": [], "expert": []}
         self._tokens: dict[MoELayer, Tensor] = {}
         self._wire_bytes = 0
+        self._num_seen: WeakKeyDictionary[Buffer, int] = WeakKeyDictionary()
         for layer in self._layers:
             self._attach(layer)
 
@@ -56,24 +70,34 @@ class MoEMeter:
             rank's layers and micro-batches, on the rank where it was longest.
             ``ep/imbalance-rank``, ``ep/imbalance-expert``: tokens of the fullest rank (expert)
             over the mean, in the layer where that is worst; 1 is perfectly even.
-            ``ep/wire-mib``: payload that left a rank, forward and backward, in MiB, on the rank
-            where it was most; with our dispatcher only.
+            With our dispatcher only: ``ep/wire-mib``: payload that left a rank, forward and
+            backward, in MiB, on the rank where it was most. ``ep/dispatch-ms-p99``,
+            ``ep/combine-ms-p99``: 99th percentile of one operation, forward and backward, waits
+            included, on the rank where it is highest; more than a step has the longest is that.
+            ``ep/wait-share``: part of these operations' time that they waited for other ranks, on
+            the rank where it is largest. ``ep/slowest-rank``: the global rank that was waited for
+            longest, over all ranks; -1 where nobody waited.
         """
         mine = {
             f"ep/{phase}-ms": 1e3 * sum(span.seconds for span in spans)
             for phase, spans in self._spans.items()
         }
         mine.update(self._imbalance())
-        mine["ep/wire-mib"] = self._wire_mib()
+        buffers = self._buffers()
+        records = self._new_records(buffers)
+        mine |= self._of_records(records)
         values = torch.tensor(list(mine.values()), dtype=torch.float64, device=self._device)
         group = parallel_state.get_expert_tensor_model_pipeline_parallel_group()
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+        slowest_rank = self._slowest_rank(records, group)
         for spans in self._spans.values():
             spans.clear()
         self._tokens.clear()
         metrics = dict(zip(mine, values.tolist(), strict=True))
-        if metrics["ep/wire-mib"] < 0:
-            del metrics["ep/wire-mib"]
+        metrics["ep/slowest-rank"] = slowest_rank
+        if metrics["ep/wire-mib"] < 0:  # no rank has our dispatcher
+            for name in _OURS:
+                del metrics[name]
         return metrics
 
     def _imbalance(self) -> dict[str, float]:
@@ -91,18 +115,50 @@ class MoEMeter:
             "ep/imbalance-expert": _worst_max_over_mean(tokens_LRE.flatten(1)),
         }
 
-    def _wire_mib(self) -> float:
-        """Return the MiB that left this rank since the last call; -1 without our dispatcher."""
-        buffers = {
-            buffer
-            for layer in self._layers
-            if isinstance(layer.token_dispatcher, EPCommTokenDispatcher)
-            for buffer in layer.token_dispatcher.buffers
+    def _buffers(self) -> list[Buffer]:
+        """Return the buffers of the layers that have our dispatcher."""
+        found: dict[Buffer, None] = {}
+        for layer in self._layers:
+            if isinstance(layer.token_dispatcher, EPCommTokenDispatcher):
+                found.update(dict.fromkeys(layer.token_dispatcher.buffers))
+        return list(found)
+
+    def _new_records(self, buffers: Iterable[Buffer]) -> dict[Buffer, list[OpRecord]]:
+        """Return the operations since the last call."""
+        found = {}
+        for buffer in buffers:
+            records = buffer.records
+            found[buffer] = records.since(self._num_seen.get(buffer, 0))
+            self._num_seen[buffer] = records.num_operations
+        return found
+
+    def _of_records(self, of_buffers: dict[Buffer, list[OpRecord]]) -> dict[str, float]:
+        """Return what our dispatcher's operations say; -1 of each without one."""
+        if not of_buffers:
+            return {name: -1.0 for name in _OURS if name != "ep/slowest-rank"}
+        before, self._wire_bytes = self._wire_bytes, sum(b.records.wire_bytes for b in of_buffers)
+        records = [record for found in of_buffers.values() for record in found]
+        total_s = sum(record.seconds for record in records)
+        waited_s = sum(map(longest_wait, records))
+        return {
+            "ep/wire-mib": (self._wire_bytes - before) / 2**20,
+            **{f"ep/{op}-ms-p99": 1e3 * _p99_s(records, op) for op in ("dispatch", "combine")},
+            "ep/wait-share": min(1.0, waited_s / total_s) if total_s else 0.0,
         }
-        if not buffers:
-            return -1.0
-        before, self._wire_bytes = self._wire_bytes, sum(b.records.wire_bytes for b in buffers)
-        return (self._wire_bytes - before) / 2**20
+
+    def _slowest_rank(
+        self, of_buffers: dict[Buffer, list[OpRecord]], group: dist.ProcessGroup
+    ) -> int:
+        ranks = dist.get_process_group_ranks(group)
+        waits_s = torch.zeros(len(ranks), dtype=torch.float64)
+        for buffer, records in of_buffers.items():
+            members = dist.get_process_group_ranks(buffer.group)
+            for record in records:
+                for member, wait_s in zip(members, record.wait_s_by_rank, strict=False):
+                    waits_s[ranks.index(member)] += wait_s
+        waits_s = waits_s.to(self._device)
+        dist.all_reduce(waits_s, group=group)
+        return ranks[int(waits_s.argmax())] if float(waits_s.max()) > 0 else -1
 
     def _attach(self, layer: MoELayer) -> None:
         dispatcher = layer.token_dispatcher
@@ -136,6 +192,12 @@ class MoEMeter:
             return result
 
         return run
+
+
+def _p99_s(records: Iterable[OpRecord], op: str) -> float:
+    """Return the 99th percentile of the seconds of one operation of that kind; 0 without any."""
+    seconds = [record.seconds for record in records if record.op == op]
+    return Quantiles.of(seconds).p99 if seconds else 0.0
 
 
 def _worst_max_over_mean(tokens_LX: Tensor) -> float:

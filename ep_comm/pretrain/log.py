@@ -18,6 +18,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ep_comm.fault_file import FOLDER_VARIABLE
 from ep_comm.job.exits import UserError
 from ep_comm.job.files import take_folder
 from ep_comm.job.start import agree, on_rank_0
@@ -48,6 +49,7 @@ class RunLog:
     ) -> None:
         self._config = config
         on_rank_0(lambda: take_folder(config.log_dir, "--run-dir"))
+        os.environ.setdefault(FOLDER_VARIABLE, str(config.log_dir / "faults"))
         start = {
             "type": "start",
             "iteration": first_iteration,

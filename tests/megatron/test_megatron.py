@@ -175,13 +175,21 @@ def test_metrics_are_those_of_the_step():
     assert ours["metrics_of_nothing"] == {
         "ep/dispatch-ms": 0, "ep/combine-ms": 0, "ep/expert-ms": 0,
         "ep/imbalance-rank": 1, "ep/imbalance-expert": 1, "ep/wire-mib": 0,
+        "ep/dispatch-ms-p99": 0, "ep/combine-ms-p99": 0, "ep/wait-share": 0, "ep/slowest-rank": -1,
     }  # fmt: skip
     for name in ("ep/dispatch-ms", "ep/combine-ms", "ep/expert-ms"):
         assert 0 < metrics[name] < 5000 and 0 < stock[name] < 5000
     assert 1 <= metrics["ep/imbalance-rank"] <= 2
     assert metrics["ep/imbalance-rank"] <= metrics["ep/imbalance-expert"] <= 8
     assert metrics["ep/imbalance-expert"] == pytest.approx(stock["ep/imbalance-expert"], rel=0.05)
-    assert "ep/wire-mib" not in stock
+    ours_alone = metrics.keys() - stock.keys()
+    assert ours_alone == {
+        "ep/wire-mib", "ep/dispatch-ms-p99", "ep/combine-ms-p99", "ep/wait-share",
+        "ep/slowest-rank",
+    }  # fmt: skip
+    for op in ("dispatch", "combine"):
+        assert 0 < metrics[f"ep/{op}-ms-p99"] < 5000
+    assert 0 < metrics["ep/wait-share"] <= 1 and metrics["ep/slowest-rank"] in range(2)
 
 
 def install_and_train(rank: int, setup: Setup) -> dict:

@@ -412,6 +412,7 @@ def test_log_has_everything(tiny_runs):
             "tokens-per-second",
             *("ep/dispatch-ms", "ep/combine-ms", "ep/expert-ms"),
             *("ep/imbalance-rank", "ep/imbalance-expert", "ep/wire-mib"),
+            *("ep/dispatch-ms-p99", "ep/combine-ms-p99", "ep/wait-share", "ep/slowest-rank"),
         }
         assert record["ep/wire-mib"] > 0
         assert record["ep/imbalance-rank"] >= 1 and record["ep/imbalance-expert"] >= 1
