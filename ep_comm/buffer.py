@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,19 +14,21 @@ from ep_comm import checks, ops
 from ep_comm.backends import make_backend
 from ep_comm.backends.base import CombineRequest, DispatchRequest, PlanRequest
 from ep_comm.config import EPConfig, check_positive
-from ep_comm.errors import EPArgumentError
+from ep_comm.errors import EPArgumentError, EPStateError
 from ep_comm.events import EventOverlap
 from ep_comm.fault_file import Identity
 from ep_comm.fp8 import FP8_DTYPE, Payload
 from ep_comm.handle import CombineOutput, DispatchHandle, DispatchOutput, checked_handle
+from ep_comm.job.files import write_json
 from ep_comm.job.meeting import meet
 from ep_comm.job.roster import Roster
 from ep_comm.low_latency.masks import MaskCalls
 from ep_comm.routing.probabilities import select_probabilities
 from ep_comm.routing.types import RowLayout
 from ep_comm.session import Session
-from ep_comm.telemetry.records import Records
+from ep_comm.telemetry.records import OpRecord, Records
 from ep_comm.telemetry.stats import JobStats, Stats, summarize
+from ep_comm.telemetry.trace import chrome_trace, rank_trace
 from ep_comm.telemetry.watch import watch
 from ep_comm.tracing import plain_tensor, unseen, untraced
 
@@ -358,13 +362,17 @@ class Buffer(MaskCalls):
             EPArgumentError: `num_operations` is no positive integer.
             EPStateError: The buffer was destroyed.
         """
+        records = self._last_records(num_operations)
+        return summarize(records, self.rank, self.num_ranks)
+
+    def _last_records(self, num_operations: int | None) -> list[OpRecord]:
         if num_operations is not None:
             check_positive("num_operations", num_operations)
         if self._session.is_destroyed:
             self._session.check_usable()
         records = self.records
         first = 0 if num_operations is None else records.num_operations - num_operations
-        return summarize(records.since(max(0, first)), self.rank, self.num_ranks)
+        return records.since(max(0, first))
 
     def stats_of_all_ranks(self, num_operations: int | None = None) -> JobStats:
         """Return `stats` of all ranks. Collective; nothing is sent before somebody asks.
@@ -378,6 +386,34 @@ class Buffer(MaskCalls):
         mine = self.stats(num_operations)
         meeting = meet(self.group, "compare statistics", mine, self.config.timeout_s, op="stats")
         return JobStats(ranks=tuple(meeting.answers))
+
+    def write_trace(self, path: str | os.PathLike[str], num_operations: int | None = None) -> None:
+        """Write the last operations of all ranks as a trace, for Perfetto or Chrome. Collective.
+
+        Rank 0 of the group writes it. The file is there whole or not at all. It says by how much
+        the clocks of the ranks may be apart.
+
+        Args:
+            path: Where rank 0 writes it.
+            num_operations: As in `stats`.
+
+        Raises:
+            EPStateError: Rank 0 cannot write it; on all ranks. The buffer is as before.
+            Others as `stats_of_all_ranks`.
+        """
+        records = self._last_records(num_operations)
+        mine = rank_trace(records, self.rank, self.records.clock())
+        timeout_s = self.config.timeout_s
+        traces = meet(self.group, "write a trace", mine, timeout_s, op="trace").answers
+        problem = None
+        if self.rank == 0:
+            try:
+                write_json(Path(path), chrome_trace(traces))
+            except OSError as error:
+                problem = str(error)
+        answers = meet(self.group, "have written a trace", problem, timeout_s, op="trace").answers
+        if answers[0] is not None:
+            raise EPStateError(f"rank 0 cannot write the trace {os.fspath(path)}: {answers[0]}")
 
     @property
     def is_usable(self) -> bool:

@@ -182,7 +182,7 @@ class EPTimeoutError(_WithFields, RuntimeError):
                 "Call it again on all ranks that are to go on; mask_rank without arguments masks "
                 "those that do not come."
             )
-        if self.op == "stats":
+        if self.op in ("stats", "trace"):
             return "The buffer is as before: call it again on all ranks."
         was = "There is no buffer" if self.op == "create" else "The buffer is no longer usable"
         options = ["build a new one on a group without the missing rank"]

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ep_comm import _native
 from ep_comm._native import header
+from ep_comm.telemetry.clocks import Clock, read_gpu_clock
 from ep_comm.telemetry.records import Interval, OpRecord
 
 RING_LENGTH = 1024
@@ -107,6 +109,12 @@ class DeviceRecorder:
         """Set the bytes of a row of the last operation: they were not known when it started."""
         self._started.append(self._started.pop()._replace(row_bytes=row_bytes))
 
+    def clock(self) -> Clock:
+        """Compare the GPU's clock with the host's; waits for the GPU."""
+        native = _native.load()
+        assert native is not None  # or there were no operations on a GPU
+        return read_gpu_clock(native, self._ring.device)
+
     def __iter__(self) -> Iterator[OpRecord]:
         return iter(self.since(0))
 
@@ -135,6 +143,7 @@ class DeviceRecorder:
             wait_s_by_rank=tuple(waits),
             is_backward=is_backward,
             called_s=called_s,
+            began_s=record.begin_ns / 1e9,
             span=Interval((record.end_ns - record.begin_ns) / 1e9),
         )
         if op == "low_latency_dispatch":

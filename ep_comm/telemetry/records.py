@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 
+from ep_comm.telemetry.clocks import HOST, Clock
+
 RING_LENGTH = 4096
 
 
@@ -31,6 +33,9 @@ class Records(Protocol):
     @property
     def wire_bytes(self) -> int:
         """Payload and scale bytes that left this rank so far."""
+
+    def clock(self) -> Clock:
+        """Return how the clock of `OpRecord.began_s` stands to the host's."""
 
     def __iter__(self) -> Iterator[OpRecord]: ...
 
@@ -66,6 +71,7 @@ class OpRecord:
             longest wait of any thread on the GPU; low latency: the wait for the rank's header.
         is_backward: Whether a backward pass called it.
         called_s: When the host called it, by `time.monotonic`.
+        began_s: When it began, by the clock that `Records.clock` compares with that one.
     """
 
     op: str
@@ -77,6 +83,7 @@ class OpRecord:
     wait_s_by_rank: tuple[float, ...] = ()
     is_backward: bool = False
     called_s: float = math.nan
+    began_s: float = math.nan
     span: _Span | Interval | None = field(default=None, repr=False)
 
     @property
@@ -152,6 +159,10 @@ class Recorder:
         self._first = number
         self._epochs.clear()
 
+    def clock(self) -> Clock:
+        """Return the host's own."""
+        return HOST
+
     def __iter__(self) -> Iterator[OpRecord]:
         return iter(self._ring)
 
@@ -173,7 +184,8 @@ class Recorder:
             epoch=epoch,
             place=place,
             is_backward=self.is_backward,
-            called_s=time.monotonic(),
+            called_s=(now := time.monotonic()),
+            began_s=now,
             span=_Span(device),
         )
 

@@ -1,0 +1,111 @@
+"""The last operations of all ranks on one time axis, as Perfetto and Chrome show them."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from ep_comm.telemetry.clocks import Clock
+from ep_comm.telemetry.records import OpRecord
+
+_ROWS = ("forward", "backward", "low latency", "plan")
+
+
+class RankTrace(NamedTuple):
+    """The operations of one rank.
+
+    Attributes:
+        rank: In the buffer's group.
+        host: Its host's name.
+        unix_s: Seconds that the host's wall clock is ahead of its `time.monotonic`.
+        clock_error_s: By how much begins may be wrong, against the host's clock.
+        operations: See `_Span`.
+    """
+
+    rank: int
+    host: str
+    unix_s: float
+    clock_error_s: float
+    operations: list[_Span]
+
+
+class _Span(NamedTuple):
+    """An operation; begin by the host's `time.monotonic`."""
+
+    begin_s: float
+    seconds: float
+    name: str
+    row: str
+    details: dict[str, Any]
+
+
+def rank_trace(records: Iterable[OpRecord], rank: int, clock: Clock) -> RankTrace:
+    """Return the trace of a rank's records, which were timed by `clock`."""
+    spans = [
+        _Span(
+            record.began_s - clock.ahead_s,
+            record.seconds,
+            f"{record.op} #{record.epoch}",
+            _row_of(record),
+            {
+                "number": record.place,
+                "wire bytes": record.wire_bytes,
+                "rows to rank": list(record.rows_to_rank),
+                "rows from rank": list(record.rows_from_rank),
+                "waited for rank, us": [round(1e6 * wait, 1) for wait in record.wait_s_by_rank],
+            },
+        )
+        for record in records
+    ]
+    ahead_s = time.time() - time.monotonic()
+    return RankTrace(rank, socket.gethostname(), ahead_s, clock.error_s, spans)
+
+
+def chrome_trace(ranks: Sequence[RankTrace]) -> dict[str, Any]:
+    """Return the traces of all ranks as one document of Chrome's trace format.
+
+    Time begins with the first operation. Ranks of one host share its clock; those of several are
+    put together by their hosts' wall clocks.
+    """
+    hosts = {trace.host for trace in ranks}
+    ahead_s = {trace.rank: trace.unix_s if len(hosts) > 1 else 0.0 for trace in ranks}
+    begins = [ahead_s[trace.rank] + span.begin_s for trace in ranks for span in trace.operations]
+    first_s = min(begins, default=0.0)
+    events: list[dict[str, Any]] = []
+    for trace in ranks:
+        events.append(_named("process", trace.rank, 0, f"rank {trace.rank} on {trace.host}"))
+        events += [_named("thread", trace.rank, i, row) for i, row in enumerate(_ROWS)]
+        events += [
+            {
+                "ph": "X",
+                "cat": "ep_comm",
+                "name": span.name,
+                "pid": trace.rank,
+                "tid": _ROWS.index(span.row),
+                "ts": 1e6 * (ahead_s[trace.rank] + span.begin_s - first_s),
+                "dur": 1e6 * span.seconds,
+                "args": span.details,
+            }
+            for span in trace.operations
+        ]
+    errors = {f"rank {trace.rank}": round(1e6 * trace.clock_error_s, 1) for trace in ranks}
+    between = "not known: their wall clocks" if len(hosts) > 1 else "none: one host"
+    return {
+        "displayTimeUnit": "ns",
+        "otherData": {"clock error, us": errors, "clock error between hosts": between},
+        "traceEvents": events,
+    }
+
+
+def _row_of(record: OpRecord) -> str:
+    if record.op.startswith("low_latency"):
+        return "low latency"
+    if record.op == "plan":
+        return "plan"
+    return "backward" if record.is_backward else "forward"
+
+
+def _named(what: str, pid: int, tid: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "name": f"{what}_name", "pid": pid, "tid": tid, "args": {"name": name}}
