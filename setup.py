@@ -1,13 +1,19 @@
-"""Builds ep_comm/_native/libep_comm.so with nvcc; everything else is in pyproject.toml.
+"""Builds the libraries in ep_comm/_native/ with nvcc; everything else is in pyproject.toml.
 
-The library has a C ABI and uses neither torch's nor Python's headers, so this file imports neither
-and the wheel fits every Python 3 of the platform. Without nvcc the package installs without the
-library; where nvcc is found, a failure of it fails the install.
+They have a C ABI and use neither torch's nor Python's headers, so this file imports neither and the
+wheel fits every Python 3 of the platform. Without nvcc the package installs without libraries;
+where nvcc is found, a failure of it fails the install.
+
+libep_comm_nvshmem.so is built where NVSHMEM's wheel is found too: among the packages of the Python
+that pip installs for, even while pip builds in an environment of its own. torch brings the wheel,
+so most have not asked for this library: if it cannot be built, the package installs without it.
 
 Environment:
     CUDA_HOME: CUDA toolkit to use; otherwise nvcc from PATH, then /usr/local/cuda.
     EP_COMM_CUDA_ARCHS: architectures to compile for, comma-separated; default "90a,100a". Those
         that nvcc does not know are left out with a warning; that none is left is an error.
+    EP_COMM_NVSHMEM_HOME: folder with NVSHMEM's include/ and lib/, where it is not found by itself;
+        a library that cannot be built with it is an error. "none" leaves the library out.
 """
 
 from __future__ import annotations
@@ -17,7 +23,9 @@ import logging
 import os
 import re
 import shutil
+import site
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -31,13 +39,30 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent
 DEFAULT_CUDA_ARCHS = "90a,100a"  # Hopper, Blackwell
 DEFAULT_CUDA_HOME = "/usr/local/cuda"
+NVSHMEM_HOST = "lib/libnvshmem_host.so.3"  # of every version 3
 HEADER = ROOT / "ep_comm" / "_native" / "ep_comm.h"  # Python reads it too
+
+
+def sources(pattern: str, *without: Path) -> list[str]:
+    paths = (ROOT / "csrc").rglob(pattern)
+    return sorted(str(path.relative_to(ROOT)) for path in paths if path.parent not in without)
+
+
+NVSHMEM_SOURCES = ROOT / "csrc" / "nvshmem"
+DEPENDS = [str(HEADER.relative_to(ROOT)), *sources("*.cuh")]
 LIBRARY = Extension(
     name="ep_comm._native.libep_comm",
-    sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cu")),
-    depends=sorted(
-        str(path.relative_to(ROOT)) for path in [HEADER, *(ROOT / "csrc").rglob("*.cuh")]
-    ),
+    sources=sources("*.cu", NVSHMEM_SOURCES),
+    depends=DEPENDS,
+)
+NVSHMEM_LIBRARY = Extension(
+    name="ep_comm._native.libep_comm_nvshmem",
+    sources=[
+        *("csrc/abi.cu", "csrc/host.cu", "csrc/load.cu"),
+        *(f"csrc/nodes/{name}.cu" for name in ("combine", "dispatch", "layout", "plan")),
+        *(f"csrc/nvshmem/{name}.cu" for name in ("calls", "world")),
+    ],
+    depends=DEPENDS,
 )
 NOT_BUILT = """\
 ******************************************************************************************
@@ -55,6 +80,36 @@ def find_nvcc() -> str | None:
 
     cuda_home = os.environ.get("CUDA_HOME")
     return (cuda_home and in_home(cuda_home)) or shutil.which("nvcc") or in_home(DEFAULT_CUDA_HOME)
+
+
+def find_nvshmem() -> Path | None:
+    """Return the folder with NVSHMEM's include/ and lib/, or None."""
+    home = os.environ.get("EP_COMM_NVSHMEM_HOME", "")
+    if home == "none":
+        return None
+    if home:
+        folder = Path(home)
+        if not is_nvshmem(folder):
+            raise CompileError(
+                f"EP_COMM_NVSHMEM_HOME={home!r} has no include/nvshmem.h and {NVSHMEM_HOST}: "
+                "expected a folder such as .../site-packages/nvidia/nvshmem, or none."
+            )
+        return folder
+    # pip's environment to build in has this Python, but not its packages on sys.path.
+    folders = (Path(path, "nvidia", "nvshmem") for path in (*sys.path, *site.getsitepackages()))
+    return next(filter(is_nvshmem, folders), None)
+
+
+def is_nvshmem(folder: Path) -> bool:
+    return (folder / "include" / "nvshmem.h").exists() and (folder / NVSHMEM_HOST).exists()
+
+
+def nvshmem_version(folder: Path) -> str:
+    """Return the version of the NVSHMEM in `folder`, such as "3.4.5"."""
+    header = folder / "include" / "non_abi" / "nvshmem_version.h"
+    text = header.read_text() if header.exists() else ""
+    numbers = dict(re.findall(r"define NVSHMEM_VENDOR_(\w+)_VERSION (\d+)", text))
+    return ".".join(numbers.get(part, "?") for part in ("MAJOR", "MINOR", "PATCH"))
 
 
 def wanted_archs() -> list[str]:
@@ -99,8 +154,8 @@ def gencode(arch: str) -> str:
     return f"-gencode=arch=compute_{arch},code=sm_{arch}"
 
 
-def nvcc_command(nvcc: str, archs: list[str], output: Path) -> list[str]:
-    """Return the command that compiles and links all of csrc into one shared library."""
+def nvcc_command(nvcc: str, archs: list[str]) -> list[str]:
+    """Return the command that compiles, without what and into what."""
     return [
         nvcc,
         *map(gencode, archs),
@@ -114,22 +169,45 @@ def nvcc_command(nvcc: str, archs: list[str], output: Path) -> list[str]:
         "--threads=0",
         # No exception may cross a C ABI; without them the library needs less of libstdc++ too.
         "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-exceptions,-Wall,-Wextra",
-        "-Xlinker=--as-needed",
-        "-shared",
-        "-cudart=static",
-        "-o",
-        str(output),
-        *LIBRARY.sources,
     ]
 
 
-def is_current(output: Path, archs: list[str]) -> bool:
-    """Return whether `output` is newer than all it is made of, and holds code for just `archs`."""
-    inputs = [ROOT / path for path in [*LIBRARY.sources, *LIBRARY.depends, "setup.py"]]
+def link_flags(output: Path) -> list[str]:
+    """Return what makes a shared library of it."""
+    return ["-Xlinker=--as-needed", "-shared", "-cudart=static", "-o", str(output)]
+
+
+def nvshmem_commands(command: list[str], folder: Path, temp: Path, output: Path) -> list[list[str]]:
+    """Return the commands, as `command` begins, that build the library over NVSHMEM."""
+    # A dispatch's block and a plan's have to fit on an SM together: 64 K registers for 256 and 512
+    # threads. With calls of another file's functions the compiler would take more than that.
+    in_dispatch, in_plan = "-maxrregcount=128", "-maxrregcount=64"
+    calls, calls_object = "csrc/nvshmem/calls.cu", str(temp / "calls.o")
+    rest = [source for source in NVSHMEM_LIBRARY.sources if source != calls]
+    command = [*command, "-DEP_NETWORK_NVSHMEM", "-rdc=true", f"-isystem={folder / 'include'}"]
+    link = [
+        *link_flags(output),
+        f"-L{folder / 'lib'}",
+        "-lnvshmem_device",
+        # Another library with NVSHMEM in it has functions of the same names: each has to call its
+        # own, for it has device memory of its own.
+        "-Xlinker=--exclude-libs,ALL",
+        # Python loads it first (ep_comm/_native/nvshmem.py), so there is no path to it in here.
+        f"-l:{Path(NVSHMEM_HOST).name}",
+    ]
+    return [
+        [*command, in_plan, "-dc", calls, "-o", calls_object],
+        [*command, in_dispatch, *rest, calls_object, *link],
+    ]
+
+
+def is_current(output: Path, ext: Extension, texts: list[str]) -> bool:
+    """Return whether `output` is newer than all it is made of, and holds these C strings."""
+    inputs = [ROOT / path for path in [*ext.sources, *ext.depends, "setup.py"]]
     if not output.exists() or output.stat().st_mtime < max(p.stat().st_mtime for p in inputs):
         return False
-    # csrc/abi.cu leaves this text, a C string, in the library.
-    return f"EP_CUDA_ARCHS={'+'.join(archs)}\0".encode() in output.read_bytes()
+    built = output.read_bytes()
+    return all(f"{text}\0".encode() in built for text in texts)
 
 
 class BuildNative(build_ext):
@@ -137,28 +215,53 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         self.nvcc = find_nvcc()
+        self.nvshmem = find_nvshmem() if self.nvcc else None
         if self.nvcc is None:
             log.warning(NOT_BUILT)
-            # An earlier build's library would end up in a wheel that is tagged as having none.
-            Path(self.build_lib, self.get_ext_filename(LIBRARY.name)).unlink(missing_ok=True)
-            self.extensions = []  # so that nobody looks for the file
-            return
+            self.leave_out(LIBRARY)
+        if self.nvshmem is None:
+            self.leave_out(NVSHMEM_LIBRARY)
         super().run()
+
+    def leave_out(self, ext: Extension) -> None:
+        # An earlier build's library would end up in a wheel that is to have none.
+        Path(self.build_lib, self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+        # So that nobody looks for the file.
+        self.extensions = [each for each in self.extensions if each.name != ext.name]
+
+    def build_extensions(self) -> None:
+        for ext in self.extensions.copy():
+            try:
+                self.build_extension(ext)
+            except CompileError as error:
+                if ext.name != NVSHMEM_LIBRARY.name or os.environ.get("EP_COMM_NVSHMEM_HOME"):
+                    raise
+                log.warning(f"ep_comm: no operations between nodes over NVSHMEM: {error}")
+                self.leave_out(ext)
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         archs = known_archs(self.nvcc, wanted_archs())
-        if is_current(output, archs) and not self.force:
+        # csrc/abi.cu leaves this text, a C string, in the library; csrc/nvshmem/world.cu the other.
+        texts = [f"EP_CUDA_ARCHS={'+'.join(archs)}"]
+        command, temp = nvcc_command(self.nvcc, archs), Path(self.build_temp).resolve()
+        if ext.name == NVSHMEM_LIBRARY.name:
+            texts.append(f"EP_NVSHMEM={nvshmem_version(self.nvshmem)}")
+            commands = nvshmem_commands(command, self.nvshmem, temp, output)
+        else:
+            commands = [[*command, *ext.sources, *link_flags(output)]]
+        if is_current(output, ext, texts) and not self.force:
             return
-        output.parent.mkdir(parents=True, exist_ok=True)
-        command = nvcc_command(self.nvcc, archs, output)
-        log.info(" ".join(command))
-        result = subprocess.run(command, cwd=ROOT)
-        if result.returncode != 0:
-            raise CompileError(
-                f"{self.nvcc} failed with status {result.returncode}; its messages are above. "
-                f"EP_COMM_CUDA_ARCHS chooses the architectures (now {','.join(archs)})."
-            )
+        for folder in (output.parent, temp):
+            folder.mkdir(parents=True, exist_ok=True)
+        for command in commands:
+            log.info(" ".join(command))
+            result = subprocess.run(command, cwd=ROOT)
+            if result.returncode != 0:
+                raise CompileError(
+                    f"{self.nvcc} failed with status {result.returncode}; its messages are above. "
+                    f"EP_COMM_CUDA_ARCHS chooses the architectures (now {','.join(archs)})."
+                )
 
     def get_ext_filename(self, fullname: str) -> str:
         # No Python ABI in the name: the library does not use it.
@@ -187,7 +290,7 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[LIBRARY],
+    ext_modules=[LIBRARY, NVSHMEM_LIBRARY],
     cmdclass={
         "build_ext": BuildNative,
         "build_py": BuildPython,

@@ -52,6 +52,12 @@ setup_venv() {
         fi
     fi
     python -c 'import torch; print(f"torch=={torch.__version__}")' >"$constraints"
+    # Tests want the library between nodes too, which is built where NVSHMEM is there before.
+    if [[ ",$extras," == *,test,* ]] &&
+        ! python -c 'from importlib.util import find_spec; assert find_spec("nvidia.nvshmem")' 2>/dev/null; then
+        echo "== installing NVSHMEM"
+        install_packages "$(grep -o 'nvidia-nvshmem-cu13==[0-9.]*' pyproject.toml)"
+    fi
     echo "== installing ep_comm[$extras]"
     install_packages --constraint "$constraints" --editable ".[$extras]"
     echo "$stamp" >.venv/installed.txt

@@ -12,6 +12,7 @@
 // What a team has done is told when its next list is handed over, or before its lister waits.
 
 #include <algorithm>
+#include <type_traits>
 
 #include "combine/rows.cuh"
 #include "common/launch.cuh"
@@ -328,6 +329,9 @@ class Lister {
       fine =
           wait_flag(peers_, &flags[chunk], is_of_this_epoch, &seen, EP_PHASE_ROWS, peer, epoch_) &&
           same_call(peers_, stamp, stamp_of(seen), peer);
+      if constexpr (std::is_same_v<Flag, network::Flag>) {
+        if (fine) network::after_wait(&flags[chunk], seen);
+      }
     }
     __syncwarp();  // all lanes may read what one waited for
     return __all_sync(kFullWarp, fine);

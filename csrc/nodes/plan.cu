@@ -197,10 +197,11 @@ __device__ inline bool wait_for_message(const Plan& args, int32_t epoch, int32_t
     const auto is_there = [epoch](network::Flag value) {
       return static_cast<int32_t>(static_cast<uint32_t>(value) - static_cast<uint32_t>(epoch)) >= 0;
     };
+    const network::Flag* const flag = own_flags(args.network, args.network_flag_offset) + k - 1;
     network::Flag seen;
-    fine =
-        wait_flag(args.peers, own_flags(args.network, args.network_flag_offset) + k - 1, is_there,
-                  &seen, EP_PHASE_PLAN, peer_number(args.peers, k, args.peers.rank), epoch);
+    fine = wait_flag(args.peers, flag, is_there, &seen, EP_PHASE_PLAN,
+                     peer_number(args.peers, k, args.peers.rank), epoch);
+    if (fine) network::after_wait(flag, seen);
   }
   return __syncthreads_and(fine);
 }

@@ -82,10 +82,12 @@ class Relayed {
     const auto is_there = [epoch](network::Flag value) {
       return static_cast<int32_t>(static_cast<uint32_t>(value) - static_cast<uint32_t>(epoch)) >= 0;
     };
+    const network::Flag* const flag = own_flags(args_.network, args_.plan_flag_offset) + k_ - 1;
     network::Flag seen;
-    return wait_flag(args_.dispatch.peers,
-                     own_flags(args_.network, args_.plan_flag_offset) + k_ - 1, is_there, &seen,
-                     EP_PHASE_PLAN, peer(), epoch_);
+    const bool fine =
+        wait_flag(args_.dispatch.peers, flag, is_there, &seen, EP_PHASE_PLAN, peer(), epoch_);
+    if (fine) network::after_wait(flag, seen);
+    return fine;
   }
 
   // Lane 0: true when chunk c is there.
@@ -105,6 +107,7 @@ class Relayed {
       arrived = is_of_this_epoch(*flag);
     }
     if (arrived && !same_call(peers, stamp, dispatch::flag_stamp(*flag), peer())) arrived = false;
+    if (arrived) network::after_wait(where, *flag);
     fence_for_bulk();  // the rows are read by bulk loads
     return arrived;
   }

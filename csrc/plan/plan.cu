@@ -2,7 +2,6 @@
 // (plan/receive.cuh): two kernels, whose blocks wait for one another in the middle (grid_barrier).
 
 #include <algorithm>
-#include <ctime>
 
 #include "common/launch.cuh"
 #include "plan/receive.cuh"
@@ -54,12 +53,6 @@ int32_t launch_receive(const ep_plan_args& args, Scratch scratch, cudaStream_t s
   return check_cuda(cudaGetLastError(), "ep_plan: receive_kernel");
 }
 
-int64_t now_ns() {
-  timespec time;
-  clock_gettime(CLOCK_MONOTONIC, &time);
-  return static_cast<int64_t>(time.tv_sec) * 1000000000 + time.tv_nsec;
-}
-
 const Kernels kernels("plan kernels", Setup::kBesideDispatch, 0,
                       send_kernel<layout::TopkInput<int32_t>>,
                       send_kernel<layout::TopkInput<int64_t>>, send_kernel<layout::RoutingMapInput>,
@@ -97,30 +90,4 @@ int32_t ep_plan(const ep_plan_args* args, void* stream, void* side_stream, void*
   if (side_stream != stream) status = ep_stream_wait(side_stream, stream, event);
   if (status != EP_OK) return status;
   return launch_receive(*args, scratch, static_cast<cudaStream_t>(side_stream));
-}
-
-int32_t ep_stream_wait(void* waiting, void* other, void* event) {
-  const auto done = static_cast<cudaEvent_t>(event);
-  const int32_t status = ep::check_cuda(cudaEventRecord(done, static_cast<cudaStream_t>(other)),
-                                        "ep_stream_wait: cudaEventRecord");
-  if (status != EP_OK) return status;
-  return ep::check_cuda(cudaStreamWaitEvent(static_cast<cudaStream_t>(waiting), done, 0),
-                        "ep_stream_wait: cudaStreamWaitEvent");
-}
-
-int32_t ep_mailbox_wait(const ep_mailbox* mailbox, const ep_fault* fault, int32_t ticket,
-                        int64_t timeout_ns, void* stream) {
-  constexpr int kSpinsBetweenChecks = 4096;
-  const int64_t deadline = now_ns() + timeout_ns;
-  for (int spins = 1;; ++spins) {
-    if (__atomic_load_n(&mailbox->ticket, __ATOMIC_ACQUIRE) == ticket) return 1;
-    if (__atomic_load_n(&fault->code, __ATOMIC_ACQUIRE) != EP_FAULT_NONE) return 2;
-    if (spins % kSpinsBetweenChecks != 0) continue;
-    const cudaError_t error = cudaStreamQuery(static_cast<cudaStream_t>(stream));
-    if (error != cudaSuccess && error != cudaErrorNotReady) {
-      ep::check_cuda(error, "ep_mailbox_wait");
-      return 3;
-    }
-    if (now_ns() > deadline) return 0;
-  }
 }

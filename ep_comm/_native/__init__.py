@@ -5,11 +5,12 @@ whether there is a build that fits.
 
     native = load_for(tensor.device)   # None where that cannot use it; unusable_reason says why
     native.launch("ep_layout", args, stream)
+
+``libep_comm_nvshmem.so`` has the operations between nodes over NVSHMEM: `load_nvshmem`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import sys
 import warnings
@@ -18,179 +19,22 @@ from pathlib import Path
 
 import torch
 
-from ep_comm._native import header
-from ep_comm._native.header import EP_ERR_ARGUMENT, EP_OK
-from ep_comm.errors import EPArgumentError, EPStateError
+from ep_comm._native.library import NativeLibrary, UnusableLibrary
+from ep_comm._native.nvshmem import NvshmemLibrary, load_nvshmem, nvshmem_unusable_reason
+
+__all__ = [
+    "NativeLibrary",
+    "NvshmemLibrary",
+    "load",
+    "load_for",
+    "load_nvshmem",
+    "nvshmem_unusable_reason",
+    "status",
+    "unusable_reason",
+]
 
 PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARY_PATH = PACKAGE / "_native" / "libep_comm.so"
-
-_MAILBOX_ARRIVED = 1
-_MAILBOX_CUDA_ERROR = 3
-
-
-class _UnusableLibrary(Exception):
-    """The library is missing or does not fit; the text says what to do about it."""
-
-
-def _digest_of(dll: ctypes.CDLL) -> str:
-    """Return the `DIGEST` of the header that the library was built from, calling nothing else."""
-    dll.ep_header_digest.restype = ctypes.c_char_p
-    return dll.ep_header_digest().decode()
-
-
-class NativeLibrary:
-    """A loaded ``libep_comm.so`` that was built from the same ``ep_comm.h`` as is here.
-
-    Attributes:
-        path: File that was loaded.
-        cuda_archs: GPU architectures that it holds code for, such as ``("90a", "100a")``.
-    """
-
-    def __init__(self, path: Path) -> None:
-        if not path.exists():
-            raise _UnusableLibrary(_why_there_is_none(path))
-        try:
-            dll = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise _UnusableLibrary(f"{path} cannot be loaded: {error}") from error
-        if not hasattr(dll, "ep_header_digest") or _digest_of(dll) != header.DIGEST:
-            raise _UnusableLibrary(
-                f"{path} was built from another ep_comm.h than this ep_comm has: rebuild it by "
-                "reinstalling ep_comm."
-            )
-        for name, (restype, argtypes) in header.FUNCTIONS.items():
-            function = getattr(dll, name)
-            function.restype = restype
-            function.argtypes = argtypes
-        self.path = path
-        self._dll = dll
-        self.cuda_archs: tuple[str, ...] = tuple(dll.ep_cuda_archs().decode().split("+"))
-
-    @property
-    def arch_names(self) -> str:
-        """`cuda_archs` for a message, such as "sm_90a, sm_100a"."""
-        return ", ".join(f"sm_{arch}" for arch in self.cuda_archs)
-
-    def check(self, status: int) -> None:
-        """Raise if a function of the library returned anything but ``EP_OK``.
-
-        Raises:
-            EPArgumentError: The library refused an argument before it launched anything.
-            EPStateError: A CUDA call failed.
-        """
-        if status == EP_OK:
-            return
-        text = self._dll.ep_last_error().decode(errors="replace")
-        if status == EP_ERR_ARGUMENT:
-            raise EPArgumentError(f"libep_comm: {text}")
-        raise EPStateError(f"libep_comm: {text} (status {status})")
-
-    def layout_workspace_bytes(self, num_tokens: int, num_experts: int, num_ranks: int) -> int:
-        """Return the bytes of device memory that a layout needs besides its outputs.
-
-        Raises:
-            EPArgumentError: A size is out of bounds.
-        """
-        return self._checked_bytes(
-            self._dll.ep_layout_workspace_bytes(num_tokens, num_experts, num_ranks)
-        )
-
-    def launch(self, function: str, args: ctypes.Structure, stream: int) -> None:
-        """Call one of the functions that take a struct of arguments and a stream.
-
-        Args:
-            function: Such as ``"ep_layout"``.
-            args: Its struct from `ep_comm._native.header`.
-            stream: ``cudaStream_t`` as an integer, of the current device.
-
-        Raises:
-            EPArgumentError, EPStateError: As `check`.
-        """
-        self.check(getattr(self._dll, function)(args, stream))
-
-    def load_kernels(self) -> None:
-        """Load every kernel on the current device, before any of them may spin."""
-        self.check(self._dll.ep_load_kernels())
-
-    def plan_scratch_bytes(self, max_tokens: int, num_experts: int, num_ranks: int) -> int:
-        """Return the bytes of device memory that plans of up to these sizes need.
-
-        Raises:
-            EPArgumentError: A size is out of bounds.
-        """
-        return self._checked_bytes(
-            self._dll.ep_plan_scratch_bytes(max_tokens, num_experts, num_ranks)
-        )
-
-    def nodes_plan_scratch_bytes(
-        self, max_tokens: int, num_experts: int, num_nodes: int, ranks_per_node: int
-    ) -> int:
-        """Return the bytes of device memory that plans between nodes need.
-
-        Raises:
-            EPArgumentError: A size is out of bounds.
-        """
-        return self._checked_bytes(
-            self._dll.ep_nodes_plan_scratch_bytes(
-                max_tokens, num_experts, num_nodes, ranks_per_node
-            )
-        )
-
-    def _checked_bytes(self, num_bytes: int) -> int:
-        if num_bytes < 0:
-            self.check(EP_ERR_ARGUMENT)
-        return num_bytes
-
-    def buffer_offsets(self, args: header.BufferLayoutArgs) -> header.BufferOffsets:
-        """Return where things stand in the symmetric memory of every rank of a buffer.
-
-        Raises:
-            EPArgumentError: A size is out of bounds.
-        """
-        offsets = header.BufferOffsets()
-        self.check(self._dll.ep_buffer_layout(args, ctypes.byref(offsets)))
-        return offsets
-
-    def nodes_offsets(self, args: header.NodesLayoutArgs) -> header.NodesOffsets:
-        """Return where things stand in the memory of every rank of a buffer between nodes.
-
-        Raises:
-            EPArgumentError: A size is out of bounds.
-        """
-        offsets = header.NodesOffsets()
-        self.check(self._dll.ep_nodes_layout(args, ctypes.byref(offsets)))
-        return offsets
-
-    def nodes_plan(
-        self, args: header.NodesPlanArgs, stream: int, side_stream: int, event: int
-    ) -> None:
-        """Launch a plan between nodes, as `plan` does."""
-        self.check(self._dll.ep_nodes_plan(args, stream, side_stream, event))
-
-    def plan(self, args: header.PlanArgs, stream: int, side_stream: int, event: int) -> None:
-        """Launch a plan: its layout on `stream`, the rest on `side_stream`, behind `event`."""
-        self.check(self._dll.ep_plan(args, stream, side_stream, event))
-
-    def stream_wait(self, waiting: int, other: int, event: int) -> None:
-        """Order `waiting` behind all that is on stream `other` now, through `event`."""
-        self.check(self._dll.ep_stream_wait(waiting, other, event))
-
-    def mailbox_wait(
-        self, mailbox: int, fault: int, epoch: int, timeout_s: float, stream: int
-    ) -> bool:
-        """Wait on the host for a plan's counts; the GIL is free meanwhile.
-
-        Returns:
-            False after the timeout, or where a kernel reported a fault.
-
-        Raises:
-            EPStateError: The stream has a CUDA error.
-        """
-        answer = self._dll.ep_mailbox_wait(mailbox, fault, epoch, int(timeout_s * 1e9), stream)
-        if answer == _MAILBOX_CUDA_ERROR:
-            self.check(header.EP_ERR_CUDA)
-        return answer == _MAILBOX_ARRIVED
 
 
 def _why_there_is_none(path: Path) -> str:
@@ -213,8 +57,10 @@ def _why_there_is_none(path: Path) -> str:
 @functools.cache
 def _load() -> tuple[NativeLibrary | None, str]:
     try:
+        if not LIBRARY_PATH.exists():
+            raise UnusableLibrary(_why_there_is_none(LIBRARY_PATH))
         library = NativeLibrary(LIBRARY_PATH)
-    except _UnusableLibrary as error:
+    except UnusableLibrary as error:
         if LIBRARY_PATH.exists() or torch.cuda.is_available():
             # Not what the user expects, so do not fall back in silence. Where nothing was built and
             # there is no GPU, nothing is lost.

@@ -1,5 +1,8 @@
 /* C ABI of libep_comm.so: pointers, integers, a stream; a status comes back.
  *
+ * And of libep_comm_nvshmem.so, which has the functions of "Between nodes" over another network,
+ * those of "NVSHMEM", and those that every library needs.
+ *
  * Plain C on purpose: one binary serves every Python and torch version. The caller owns all memory,
  * workspace included; nothing here allocates, synchronises, or keeps a pointer after it returns.
  *
@@ -16,12 +19,15 @@ extern "C" {
 #endif
 
 #define EP_API __attribute__((visibility("default")))
+/* What libep_comm_nvshmem.so alone has. */
+#define EP_NVSHMEM_API EP_API
 
 /* What a function that returns a status may answer. ep_last_error() has the text. */
 enum {
   EP_OK = 0,
   EP_ERR_ARGUMENT = 1, /* an argument is wrong; nothing was launched */
-  EP_ERR_CUDA = 2      /* a CUDA call failed */
+  EP_ERR_CUDA = 2,     /* a CUDA call failed */
+  EP_ERR_NVSHMEM = 3   /* NVSHMEM refused; its own words are on stderr */
 };
 
 /* SHA-256 of the text of this header, as the library was built from it. A caller that reads another
@@ -620,7 +626,9 @@ typedef struct ep_network_queue {
                           there */
 } ep_network_queue;
 
-/* How a rank reaches its rail, the ranks with its number on the other nodes. */
+/* How a rank reaches its rail, the ranks with its number on the other nodes. Over NVSHMEM only
+ * `memory`, `num_nodes` and `node` are read: `memory` is from ep_nvshmem_allocate, and rank (n, l)
+ * is PE n L + l. */
 typedef struct ep_network {
   uint8_t* memory;           /* this rank's network memory */
   uint8_t* const* memory_of; /* device memory [N]: that of the rank on the node k after */
@@ -762,6 +770,61 @@ typedef struct ep_nodes_combine_args {
 } ep_nodes_combine_args;
 
 EP_API int32_t ep_nodes_combine(const ep_nodes_combine_args* args, void* stream);
+
+/* ---- NVSHMEM -------------------------------------------------------------------------------- */
+
+/* The world that kernels between nodes send through. There is one a process: whoever initialises
+ * NVSHMEM first makes it. These functions belong to the current device, the same one in all calls.
+ * "Collective": every rank of the world has to call it, and waits there for the others,
+ * unboundedly.
+ *
+ * NVSHMEM ends the process by itself where a transport fails while it starts, and where one breaks
+ * later on. Of all else that fails there comes a status. */
+
+/* major * 10000 + minor * 100 + patch of the NVSHMEM whose device part is in this library, and of
+ * the host library that is loaded. They have to be the same. Needs no driver. */
+EP_NVSHMEM_API int32_t ep_nvshmem_versions(int32_t* compiled, int32_t* loaded);
+
+/* Bytes of an id of a world. */
+EP_NVSHMEM_API int64_t ep_nvshmem_id_bytes(void);
+
+/* Makes an id: one rank does, and gives it to the others. It listens from now on on the interface
+ * that NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME names. */
+EP_NVSHMEM_API int32_t ep_nvshmem_new_id(uint8_t* id);
+
+/* 1 where NVSHMEM has been initialised in this process, by whomever. */
+EP_NVSHMEM_API int32_t ep_nvshmem_is_up(void);
+
+/* Makes this rank PE `rank` of a world of num_ranks. Collective. Where NVSHMEM is up already, the
+ * kernels of this library join that world: nobody waits then, and `id` is not read and may be NULL.
+ * It has to be done in that case too. A world in which this rank has another number, or that has
+ * another size, is refused, and left as it was. */
+EP_NVSHMEM_API int32_t ep_nvshmem_init(const uint8_t* id, int32_t rank, int32_t num_ranks);
+
+/* This rank's number, and the size of the world; refused where NVSHMEM is not up. */
+EP_NVSHMEM_API int32_t ep_nvshmem_world(int32_t* pe, int32_t* num_pes);
+
+/* Network memory of num_bytes, the same on all ranks, at a multiple of 512 bytes. Nothing is
+ * written to it: its owner makes it zero, and meets the others before anybody sends. Collective. */
+EP_NVSHMEM_API int32_t ep_nvshmem_allocate(int64_t num_bytes, uint8_t** memory);
+EP_NVSHMEM_API int32_t ep_nvshmem_free(uint8_t* memory); /* collective */
+
+/* Leaves the world; the last one of the process to do so ends it, which is collective. Not behind a
+ * fault: it waits for what is on its way. */
+EP_NVSHMEM_API int32_t ep_nvshmem_finalize(void);
+
+/* On the stream: sets an aligned uint64 of PE `pe`, which has the place of `flag` in network
+ * memory. Nothing that was sent before is ordered in front of it. */
+EP_NVSHMEM_API int32_t ep_nvshmem_raise(uint8_t* flag, int64_t value, int32_t pe, void* stream);
+
+/* 1 where this GPU sees what a network writes to it in the order in which it came (CUDA's GPUDirect
+ * RDMA writes ordering: owner or better). Where it is 0 the kernels have NVSHMEM flush these writes
+ * after each wait for data; it does so only where its proxy thread sends, not over IBGDA. */
+EP_NVSHMEM_API int32_t ep_nvshmem_consistent(int32_t* is_consistent);
+
+/* For tests: has kernels flush (1) or not (0) whatever the GPU is, from the next launch on until
+ * ep_nvshmem_init. */
+EP_NVSHMEM_API int32_t ep_nvshmem_flush(int32_t flushes);
 
 /* ---- Probe: what the links carry ------------------------------------------------------------ */
 

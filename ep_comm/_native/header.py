@@ -31,8 +31,10 @@ CONSTANTS: dict[str, int] = {
 _CODE = re.sub(r"^#.*$", "", _CODE, flags=re.M)
 # By name in C, in the order in which they are declared.
 STRUCTS: dict[str, type[ctypes.Structure]] = {}
-# Name in C to result and arguments.
+# Name in C to result and arguments: what libep_comm.so has, and what libep_comm_nvshmem.so has
+# besides some of that.
 FUNCTIONS: dict[str, tuple[type, list[type]]] = {}
+NVSHMEM_FUNCTIONS: dict[str, tuple[type, list[type]]] = {}
 
 
 def _kind(declared: str) -> Any:
@@ -73,9 +75,12 @@ def _python_name(name: str) -> str:
 
 for _name, _body in re.findall(r"typedef struct (\w+) \{(.*?)\}", _CODE, re.S):
     STRUCTS[_name] = _structure(_name, _body)
-for _result, _name, _arguments in re.findall(r"EP_API ([\w\s*]+?)(\w+)\((.*?)\);", _CODE, re.S):
+for _api, _result, _name, _arguments in re.findall(
+    r"\b(EP_API|EP_NVSHMEM_API) ([\w\s*]+?)(\w+)\((.*?)\);", _CODE, re.S
+):
     _kinds = [_kind(_split(each)[0]) for each in _arguments.split(",") if each.strip() != "void"]
-    FUNCTIONS[_name] = (_kind(_result), _kinds)
+    _functions = FUNCTIONS if _api == "EP_API" else NVSHMEM_FUNCTIONS
+    _functions[_name] = (_kind(_result), _kinds)
 globals().update(CONSTANTS, **{_python_name(name): kind for name, kind in STRUCTS.items()})
 
 

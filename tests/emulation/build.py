@@ -16,6 +16,7 @@ ROOT = HERE.parents[1]
 SOURCES = (
     "abi.cu",
     "load.cu",
+    "host.cu",
     "plan/plan.cu",
     "nodes/layout.cu",
     "nodes/plan.cu",

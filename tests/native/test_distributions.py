@@ -28,7 +28,7 @@ while [ $# -gt 0 ]; do case $1 in -o) : > "$2" ;; esac; shift; done
 
 def build(what: str, source: Path, into: Path, cuda_home: Path) -> Path:
     code = f"from setuptools import build_meta; build_meta.build_{what}({str(into)!r})"
-    env = {**os.environ, "CUDA_HOME": str(cuda_home)}
+    env = {**os.environ, "CUDA_HOME": str(cuda_home), "EP_COMM_NVSHMEM_HOME": "none"}
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=source, env=env, capture_output=True, text=True
     )

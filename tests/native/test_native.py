@@ -32,8 +32,10 @@ def fresh_loader():
 
 
 def tool(name: str, nvcc: Path | None = None) -> str:
-    beside_nvcc = shutil.which(name, path=str(nvcc.resolve().parent)) if nvcc else None
-    found = shutil.which(name) or beside_nvcc
+    folders = [str(nvcc.resolve().parent)] if nvcc else []
+    # Where nvidia-cuda-cuobjdump puts it, which is among the packages for tests.
+    folders += [f"{path}/nvidia/cu13/bin" for path in sys.path if Path(path).is_dir()]
+    found = shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
     if found is None:
         pytest.skip(f"no {name} on this machine")
     return found
