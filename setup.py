@@ -179,9 +179,6 @@ def link_flags(output: Path) -> list[str]:
 
 def nvshmem_commands(command: list[str], folder: Path, temp: Path, output: Path) -> list[list[str]]:
     """Return the commands, as `command` begins, that build the library over NVSHMEM."""
-    # A dispatch's block and a plan's have to fit on an SM together: 64 K registers for 256 and 512
-    # threads. With calls of another file's functions the compiler would take more than that.
-    in_dispatch, in_plan = "-maxrregcount=128", "-maxrregcount=64"
     calls, calls_object = "csrc/nvshmem/calls.cu", str(temp / "calls.o")
     rest = [source for source in NVSHMEM_LIBRARY.sources if source != calls]
     command = [*command, "-DEP_NETWORK_NVSHMEM", "-rdc=true", f"-isystem={folder / 'include'}"]
@@ -196,8 +193,9 @@ def nvshmem_commands(command: list[str], folder: Path, temp: Path, output: Path)
         f"-l:{Path(NVSHMEM_HOST).name}",
     ]
     return [
-        [*command, in_plan, "-dc", calls, "-o", calls_object],
-        [*command, in_dispatch, *rest, calls_object, *link],
+        # A plan's kernel has 64 registers at most (csrc/network/nvshmem.cuh), so what it calls too.
+        [*command, "-maxrregcount=64", "-dc", calls, "-o", calls_object],
+        [*command, *rest, calls_object, *link],
     ]
 
 

@@ -9,6 +9,10 @@
 
 namespace ep::network {
 
+// For __launch_bounds__: a dispatch's block and a plan's have room on one SM together, so each has
+// half of its registers. With calls of another file's functions the compiler would take more.
+constexpr int kMinBlocks = 2;
+
 namespace nvshmem {  // nvshmem/calls.cu
 
 // All threads of the group.

@@ -6,6 +6,9 @@
 
 namespace ep::network {
 
+// Kernels need few enough registers without a bound (see nvshmem.cuh).
+constexpr int kMinBlocks = 0;
+
 // A place in the network memory of the rank on the node k after.
 __device__ inline uint8_t* memory_of(const ep_network& network, int32_t k) {
   return network.memory_of[k];

@@ -231,7 +231,8 @@ __device__ inline void relay_experts(const Plan& args, int32_t k) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads) relay_kernel(const __grid_constant__ Plan args) {
+__global__ void __launch_bounds__(kThreads, network::kMinBlocks)
+    relay_kernel(const __grid_constant__ Plan args) {
   const ep_peers& peers = args.peers;
   const int32_t num_local = peers.num_ranks, num_nodes = args.network.num_nodes;
   const int32_t epoch = epoch_of(peers);
@@ -270,7 +271,7 @@ __global__ void __launch_bounds__(kThreads) relay_kernel(const __grid_constant__
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, network::kMinBlocks)
     receive_kernel(const __grid_constant__ Plan args, const plan::Scratch scratch) {
   extern __shared__ int32_t shared[];
   plan::receive_all<EP_MAX_NODE_RANKS>(args, scratch, shared);
