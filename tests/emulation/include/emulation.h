@@ -329,7 +329,12 @@ enum cudaFuncAttribute {
   cudaFuncAttributePreferredSharedMemoryCarveout
 };
 constexpr int cudaSharedmemCarveoutMaxShared = 100;
-struct cudaFuncAttributes {};
+struct cudaFuncAttributes {
+  size_t localSizeBytes = 0;
+};
+enum cudaLimit { cudaLimitStackSize };
+inline cudaError_t cudaDeviceGetLimit(size_t*, cudaLimit) { return cudaSuccess; }
+inline cudaError_t cudaDeviceSetLimit(cudaLimit, size_t) { return cudaSuccess; }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
