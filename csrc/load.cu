@@ -27,7 +27,7 @@ int32_t load_kernel(const void* kernel, const char* what, Setup setup, int32_t s
 
 // CUDA would give threads a larger stack at the first launch that needs one, and waits then for all
 // that runs on the GPU.
-int32_t reserve_stack(size_t needed) {
+static int32_t reserve_stack(size_t needed) {
   size_t reserved = 0;
   int32_t status =
       check_cuda(cudaDeviceGetLimit(&reserved, cudaLimitStackSize), "stack of kernels");
