@@ -20,7 +20,9 @@ the contract, ``lint-imports`` checks it)::
     backends   reference (torch.distributed), nvlink (our kernels), nodes (the same between nodes)
     checks     of what callers pass
     routing    who is sent what; fp8 and fp8_low_latency, the formats of the wire
-    job, telemetry, topology, tracing, config
+    config     sizes and settings of a buffer
+    network    settings of the network between nodes, and what a host has for it
+    job, telemetry, topology, tracing
     events, errors, version, _native
 """
 
@@ -45,6 +47,7 @@ from ep_comm.low_latency.handle import (
     LowLatencyDispatchOutput,
     LowLatencyHandle,
 )
+from ep_comm.network.settings import NetworkSettings
 from ep_comm.version import __version__
 
 __all__ = [
@@ -67,5 +70,6 @@ __all__ = [
     "LowLatencyCombineOutput",
     "LowLatencyDispatchOutput",
     "LowLatencyHandle",
+    "NetworkSettings",
     "__version__",
 ]

@@ -9,6 +9,7 @@ import torch
 
 from ep_comm._native.header import EP_MAX_EXPERTS, EP_MAX_LOCAL_EXPERTS, EP_MAX_TOPK
 from ep_comm.errors import EPArgumentError
+from ep_comm.network.settings import NetworkSettings
 
 ROW_DTYPES = (torch.bfloat16, torch.float32)
 BackendName = Literal["auto", "nvlink", "nodes", "reference"]
@@ -68,6 +69,8 @@ class EPConfig:
         timeout_s: Bound of every wait, in seconds.
         low_latency_tokens: Most tokens that a rank passes to one low-latency dispatch. None: the
             buffer has no low-latency operations (`ep_comm.low_latency`).
+        network: Settings of the network between nodes. None takes those of the environment, which
+            may differ from host to host (`NetworkSettings.from_environment`).
 
     Raises:
         EPArgumentError: A value is out of its range.
@@ -82,6 +85,7 @@ class EPConfig:
     backend: BackendName = "auto"
     timeout_s: float = 30.0
     low_latency_tokens: int | None = None
+    network: NetworkSettings | None = None
 
     def __post_init__(self) -> None:
         names = ["num_experts", "hidden", "max_tokens_per_rank", "num_topk"]
@@ -103,6 +107,10 @@ class EPConfig:
                 f"backend must be one of {', '.join(get_args(BackendName))}, got {self.backend!r}"
             )
         check_timeout(self.timeout_s)
+        if not isinstance(self.network, (NetworkSettings, type(None))):
+            raise EPArgumentError(
+                f"network must be NetworkSettings or None, got {type(self.network).__name__}"
+            )
         if self.low_latency_tokens is not None and self.hidden % _LOW_LATENCY_HIDDEN:
             raise EPArgumentError(
                 "low-latency operations need a hidden size that is a multiple of "

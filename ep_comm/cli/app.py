@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
@@ -115,8 +115,44 @@ def explain(
 
 
 @app.command()
-def doctor() -> None:
-    """Versions, GPUs, links, settings, and which backend will be used and why."""
-    from ep_comm.cli.doctor import diagnose
+def doctor(
+    network: Annotated[
+        bool,
+        typer.Option(
+            "--network",
+            help="Send messages between hosts, check and time them: started on each of them by "
+            "torchrun or srun.",
+        ),
+    ] = False,
+    backend: Annotated[
+        str, typer.Option(help="With --network: nodes or reference, which sends.")
+    ] = "nodes",
+    ranks_per_node: Annotated[
+        int | None,
+        typer.Option(help="With --network: parts of a host as nodes, to try it out.", min=1),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(help="With --network: bound of every wait, in seconds.", min=0.1)
+    ] = 30.0,
+) -> None:
+    """Versions, GPUs, links, settings, and which backend will be used and why.
 
-    typer.echo(diagnose())
+    With --network it exits with 1 if messages were wrong or did not come, 2 if none can be sent.
+    """
+    if not network:
+        from ep_comm.cli.doctor import diagnose
+
+        typer.echo(diagnose())
+        return
+    import torch.distributed as dist
+
+    from ep_comm.cli.network import BACKENDS, check
+    from ep_comm.config import BackendName
+    from ep_comm.job.exits import UserError, user_errors_exit
+
+    with user_errors_exit():
+        if backend not in BACKENDS:
+            raise UserError(f"--backend {backend!r} is none of {', '.join(BACKENDS)}")
+        is_sound = check(cast(BackendName, backend), ranks_per_node, timeout)
+    dist.destroy_process_group()
+    raise typer.Exit(0 if is_sound else 1)

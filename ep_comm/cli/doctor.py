@@ -16,15 +16,19 @@ import torch.distributed as dist
 from ep_comm import EPConfig, _native
 from ep_comm._native import header
 from ep_comm.backends.nvlink import support as nvlink_support
+from ep_comm.errors import EPArgumentError
 from ep_comm.job.environment import output_of, versions
+from ep_comm.network.host import find_host, hints
+from ep_comm.network.settings import NetworkSettings
 
-# What changes how the links, the queues and the network are used.
+# What changes how the links and the queues are used. NVSHMEM's variables are under "network".
 ENVIRONMENT = (
     "NCCL_NVLS_ENABLE",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST",
     "CUDA_DEVICE_MAX_CONNECTIONS",
-    "NVSHMEM_IB_SL",
+    "NCCL_IB_SL",
 )
+_MAX_PORTS = 9  # lines of them, so that all fits on a screen
 _TITLE_WIDTH = 18
 
 
@@ -42,13 +46,48 @@ def diagnose() -> str:
     settings = [(name, os.environ.get(name, "not set")) for name in ENVIRONMENT]
     sections += [
         ("environment", _grid(settings)),
+        *network_sections(),
         ("will be used", [backend_choice(num_gpus)]),
     ]
+    return sections_text(sections)
+
+
+def sections_text(sections: Iterable[tuple[str, list[str]]]) -> str:
+    """Return titles on the left, and their lines on the right."""
     return "\n".join(
         f"{title if i == 0 else '':<{_TITLE_WIDTH}}{line}"
         for title, lines in sections
         for i, line in enumerate(lines)
     )
+
+
+def network_sections() -> list[tuple[str, list[str]]]:
+    """Return what there is to reach other hosts, and what is likely to be in the way."""
+    host = find_host()
+    ports = [str(port) for port in host.ports]
+    if len(ports) > _MAX_PORTS:
+        ports[_MAX_PORTS - 1 :] = [f"and {len(ports) - _MAX_PORTS + 1} more"]
+    try:
+        settings = NetworkSettings.from_environment()
+        described, found = settings.describe(), hints(host, settings)
+    except EPArgumentError as error:
+        described, found = f"refused: {error}", []
+    sections = [
+        ("NVSHMEM", [nvshmem_status()]),
+        ("network", [described]),
+        ("network cards", ports or ["none"]),
+        ("GPUDirect", [host.describe_gpudirect()]),
+    ]
+    # A host that has no card has nothing to mend.
+    return sections + [("to look at", found)] if host.ports and found else sections
+
+
+def nvshmem_status() -> str:
+    """Return whether kernels can use NVSHMEM here, or why not."""
+    unusable_reason = getattr(_native, "nvshmem_unusable_reason", None)
+    if unusable_reason is None:
+        return "not built into this ep_comm"
+    return unusable_reason() or "usable"
 
 
 def backend_choice(num_gpus: int) -> str:

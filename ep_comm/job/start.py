@@ -30,8 +30,11 @@ def has_launcher() -> bool:
     return "RANK" in os.environ and "LOCAL_RANK" in os.environ
 
 
-def join() -> torch.device:
+def join(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
     """Join the job that torchrun or srun started: over NCCL if there are GPUs, else over gloo.
+
+    Args:
+        timeout: Bound of the wait for the other processes, and of the group's own operations.
 
     Returns:
         This rank's device: its GPU, or the CPU where torch sees no GPU.
@@ -39,7 +42,6 @@ def join() -> torch.device:
     Raises:
         UserError: There are more processes on this machine than GPUs.
     """
-    timeout = timedelta(minutes=10)
     if not torch.cuda.is_available():
         dist.init_process_group("gloo", timeout=timeout)
         return torch.device("cpu")

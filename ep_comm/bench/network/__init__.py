@@ -1,0 +1,1 @@
+"""Messages between hosts, checked and timed: ``ep-comm doctor --network``."""
