@@ -23,7 +23,7 @@ from ep_comm.bench.network.report import (
 )
 from ep_comm.cli.doctor import network_sections, sections_text
 from ep_comm.config import BackendName
-from ep_comm.errors import EPArgumentError, EPTimeoutError
+from ep_comm.errors import EPError, EPTimeoutError
 from ep_comm.job.exits import UserError
 from ep_comm.job.meeting import meet
 from ep_comm.job.start import has_launcher, join
@@ -85,7 +85,7 @@ def check(backend: BackendName, ranks_per_node: int | None, timeout_s: float) ->
             console.print(render(found, sizes, members, buffer.describe()))
     except EPTimeoutError as error:
         _leave(timeout_text(error, members))
-    except EPArgumentError as error:
+    except EPError as error:
         raise UserError(f"messages between nodes cannot be sent here: {error}") from error
     return is_sound(found)
 

@@ -17,7 +17,7 @@ CARD = Path(__file__).resolve().parent / "card"
 MADE_FOR = "3.4.5"  # the plug-in interface, and the structures of IBGDA's device code
 WHEELS = ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
 _FLAGS = [
-    *("-std=c++17", "-O2", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror"),
+    *("-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror"),
     "-Wno-invalid-offsetof",  # of NVSHMEM's structures, which are plain enough
     # Both transports may be in one process: neither may see the other's symbols.
     *("-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-gnu-unique"),

@@ -1,0 +1,100 @@
+"""Processes as hosts, without GPUs and NVSHMEM: what tests over the card stand on."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from softnic import hosts
+from softnic.hosts import HostFailure, run_hosts
+
+from ep_comm import Buffer
+from ep_comm.bench.network.check import Sizes, check_network
+from ep_comm.bench.network.report import is_sound
+from ep_comm.cli.network import check
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(hosts.missing() is not None, reason=str(hosts.missing())),
+]
+
+
+def names(rank: int) -> list[str]:
+    all_names = [""] * dist.get_world_size()
+    dist.all_gather_object(all_names, socket.gethostname())
+    return all_names
+
+
+def test_each_host_has_a_name_and_the_ranks_a_group():
+    here = socket.gethostname()
+    want = ["softnode0", "softnode0", "softnode1", "softnode1"]
+    assert run_hosts(2, names, ranks_per_host=2) == [want] * 4
+    assert socket.gethostname() == here
+
+
+def test_variables_reach_processes_and_leave_no_trace():
+    os.environ.pop("EP_COMM_TEST_VARIABLE", None)
+    got = run_hosts(2, variable_of, variables={"EP_COMM_TEST_VARIABLE": "7"})
+    assert got == ["7", "7"] and "EP_COMM_TEST_VARIABLE" not in os.environ
+
+
+def variable_of(rank: int) -> str | None:
+    return os.environ.get("EP_COMM_TEST_VARIABLE")
+
+
+def fails(rank: int, how: str) -> None:
+    if rank == 1:
+        if how == "raises":
+            raise ValueError("as planned")
+        if how == "dies":
+            os._exit(3)
+    time.sleep(1000)
+
+
+@pytest.mark.parametrize(
+    ("how", "words", "timeout_s"),
+    [
+        ("raises", "as planned", 240),
+        ("dies", "rank 1:\nthe process died", 240),
+        ("sleeps", r"ranks \[0, 1\] are late", 10),
+    ],
+)
+def test_a_failure_is_told_and_nothing_outlives_it(how, words, timeout_s):
+    with pytest.raises(HostFailure, match=words):
+        run_hosts(2, fails, how, timeout_s=timeout_s)
+    assert mp.active_children() == []
+
+
+def sound_over_reference(rank: int, sizes: Sizes) -> bool:
+    with Buffer(None, sizes.config("reference", 20)) as buffer:
+        return is_sound(check_network(buffer, sizes, torch.device("cpu")))
+
+
+def test_the_check_between_hosts_runs_over_the_reference_backend():
+    sizes = Sizes(num_nodes=2, ranks_per_node=1, tokens=9, hidden=16, repeats=1)
+    assert run_hosts(2, sound_over_reference, sizes) == [True, True]
+
+
+def as_command(rank: int) -> bool:
+    """What ``ep-comm doctor --network --backend reference`` does on two hosts."""
+    dist.destroy_process_group()
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_RANK="0",
+        LOCAL_WORLD_SIZE="1",
+        MASTER_ADDR="127.0.0.1",
+    )
+    return check("reference", None, 20)
+
+
+def test_the_command_finds_out_which_ranks_are_a_host():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    assert run_hosts(2, as_command, variables={"MASTER_PORT": str(port)}) == [True, True]
