@@ -1,0 +1,90 @@
+"""Time dispatch and combine between hosts, and what they bring to the network.
+
+Started on every host by torchrun or srun (scripts/two_nodes.sh does)::
+
+    torchrun --nnodes=2 ... scripts/hosts_bench.py --shape W1 --sms 24
+
+For parts of one host, with NVLink for a network, there is scripts/nodes_bench.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+import torch.distributed as dist
+
+from ep_comm import Buffer
+from ep_comm.bench.ops.cases import buffer_cases, make_inputs
+from ep_comm.bench.ops.routing import RoutingSpec
+from ep_comm.bench.ops.run import warm_up
+from ep_comm.bench.ops.settings import LAYOUTS, PRESETS, Settings
+from ep_comm.bench.timing import Stopwatch, summarize
+from ep_comm.job.exits import UserError, user_errors_exit
+from ep_comm.job.start import has_launcher, join
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(PRESETS), default="W1")
+    parser.add_argument("--tokens", type=int, help="of a rank; default: the shape's")
+    parser.add_argument("--num-groups", type=int, help="of experts; default: uniform routing")
+    parser.add_argument("--topk-groups", type=int, help="groups of a token")
+    parser.add_argument("--layout", choices=LAYOUTS, default="expert")
+    parser.add_argument("--sms", type=int, default=0, help="of an operation; 0: all")
+    parser.add_argument("--iters", type=int, default=50)
+    args = parser.parse_args()
+    shape = PRESETS[args.shape]
+    with user_errors_exit():
+        settings = Settings(
+            shape=shape._replace(tokens=args.tokens or shape.tokens),
+            routing=RoutingSpec.of_flags(None, args.num_groups, args.topk_groups),
+            sms=(args.sms,),
+            fp8=True,
+            layout=args.layout,
+            iters=args.iters,
+        )
+        settings.check()
+        if not has_launcher():
+            raise UserError("start it with torchrun or srun: see scripts/two_nodes.sh")
+        measure(settings, join())
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(settings: Settings, device: torch.device) -> None:
+    watch = Stopwatch(device, settings.iters)
+    inputs = make_inputs(settings, dist.get_rank(), device)
+    with Buffer(None, settings.buffer_config(device)) as buffer:
+        buffer.set_num_sms(settings.sms[0] or None)
+        say(f"{dist.get_world_size()} ranks: {buffer.describe()}")
+        for case in buffer_cases(buffer, inputs, settings):
+            warm_up(case, device)
+            us = summarize(watch.measure(case.call).call).median
+            gb_per_s = most_of_all(bytes_to_other_hosts(buffer), device) / us / 1e3
+            say(f"{case.name:40s} {us:9.1f} us  {gb_per_s:6.1f} GB/s of a GPU to other hosts")
+
+
+def bytes_to_other_hosts(buffer: Buffer) -> int:
+    """Those that this rank sent in the last operation."""
+    sent = list(buffer.records)[-1].wire_bytes_to_rank
+    local_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+    first = buffer.rank // local_ranks * local_ranks
+    return sum(sent) - sum(sent[first : first + local_ranks])
+
+
+def most_of_all(value: int, device: torch.device) -> float:
+    most = torch.tensor([float(value)], dtype=torch.float64, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.item()
+
+
+def say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
