@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -228,16 +227,17 @@ def test_a_dead_link_is_named_in_time(card, path, tmp_path):
 # ----------------------------------------------------------------------------------------- Megatron
 
 
-def train_example(rank: int, flags: list[str]) -> None:
+def train_example(rank: int, flags: list[str], card: Card | None) -> None:
     """What examples/pretrain_moe.py does once it has joined the job."""
-    os.environ.update(CUDA_DEVICE_MAX_CONNECTIONS="1", RANK=str(rank))
     from ep_comm.pretrain.start import prepare_megatron
 
     prepare_megatron()
     from ep_comm.pretrain.flags import parse_args
     from ep_comm.pretrain.loop import pretrain
 
+    before = card.counts()["puts"] if card else 0
     pretrain(parse_args(flags))
+    assert card is None or card.counts()["puts"] > before
 
 
 @pytest.mark.skipif(
@@ -252,7 +252,9 @@ def test_the_example_trains_with_experts_on_two_hosts(card, path, tmp_path):
     def train(name: str, dispatcher: str, shape: tuple[int, int], card: Card | None) -> None:
         run_dirs[name] = tmp_path / name
         words = [*flags, "--moe-token-dispatcher", dispatcher, "--run-dir", str(run_dirs[name])]
-        run(shape, train_example, words, card=card)
+        variables = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        over = card if dispatcher == "ep_comm" else None
+        run(shape, train_example, words, over, card=card, variables=variables)
 
     train("two hosts", "ep_comm", (2, 1), card(path))
     if NUM_GPUS >= 2:
