@@ -17,7 +17,7 @@ from ep_comm import EPConfig, _native
 from ep_comm._native import header
 from ep_comm.backends.nvlink import support as nvlink_support
 from ep_comm.errors import EPArgumentError
-from ep_comm.job.environment import output_of, versions
+from ep_comm.job.environment import NOT_INSTALLED, output_of, package_version, versions
 from ep_comm.network.host import find_host, hints
 from ep_comm.network.settings import NetworkSettings
 
@@ -28,6 +28,7 @@ ENVIRONMENT = (
     "CUDA_DEVICE_MAX_CONNECTIONS",
     "NCCL_IB_SL",
 )
+_NVSHMEM_WHEELS = ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
 _MAX_PORTS = 9  # lines of them, so that all fits on a screen
 _TITLE_WIDTH = 18
 
@@ -87,7 +88,9 @@ def nvshmem_status() -> str:
     unusable_reason = getattr(_native, "nvshmem_unusable_reason", None)
     if unusable_reason is None:
         return "not built into this ep_comm"
-    return unusable_reason() or "usable"
+    installed = {name: package_version(name) for name in _NVSHMEM_WHEELS}
+    wheels = [f"{name} {found}" for name, found in installed.items() if found != NOT_INSTALLED]
+    return f"{unusable_reason() or 'usable'} ({', '.join(wheels) or 'no wheel'})"
 
 
 def backend_choice(num_gpus: int) -> str:

@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -79,14 +80,20 @@ def check(backend: BackendName, ranks_per_node: int | None, timeout_s: float) ->
         console.print(f"to look at: {line}")
     sizes = _sizes(members, ranks_per_node, device)
     try:
-        with Buffer(group, sizes.config(backend, timeout_s)) as buffer:
-            console.print(f"buffer: {buffer.describe()}")
-            found = check_network(buffer, sizes, device)
-            console.print(render(found, sizes, members, buffer.describe()))
+        buffer = Buffer(group, sizes.config(backend, timeout_s))
     except EPTimeoutError as error:
         _leave(timeout_text(error, members))
     except EPError as error:
         raise UserError(f"messages between nodes cannot be sent here: {error}") from error
+    console.print(f"buffer: {buffer.describe()}")
+    try:
+        with buffer:
+            found = check_network(buffer, sizes, device)
+            console.print(render(found, sizes, members, buffer.describe()))
+    except EPTimeoutError as error:
+        _leave(timeout_text(error, members))
+    except EPError as error:  # what came was so wrong that kernels would not have it
+        _leave(f"rank {buffer.rank} on {members[buffer.rank]}: {error}")
     return is_sound(found)
 
 
@@ -109,7 +116,7 @@ def _sizes(members: list[Member], ranks_per_node: int | None, device: torch.devi
     )
 
 
-def _leave(text: str) -> None:
+def _leave(text: str) -> NoReturn:
     """End this process at once: in order it would wait for those that did not come."""
     print(f"error: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()

@@ -40,8 +40,8 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "CUDA": torch.version.cuda or NOT_INSTALLED,
         "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else NOT_INSTALLED,
-        "megatron-core": _package_version("megatron-core"),
-        "transformer-engine": _package_version("transformer-engine"),
+        "megatron-core": package_version("megatron-core"),
+        "transformer-engine": package_version("transformer-engine"),
     }
 
 
@@ -61,7 +61,8 @@ def output_of(command: Sequence[str], folder: Path | None = None) -> str:
         return ""
 
 
-def _package_version(name: str) -> str:
+def package_version(name: str) -> str:
+    """Return the version of an installed package, or `NOT_INSTALLED`."""
     try:
         return version(name)
     except PackageNotFoundError:

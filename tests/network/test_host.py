@@ -111,9 +111,11 @@ def test_doctor_shows_all_of_it(monkeypatch, host):
     monkeypatch.setattr(
         doctor._native, "nvshmem_unusable_reason", lambda: "no wheel", raising=False
     )
+    monkeypatch.setattr(doctor, "package_version", lambda name: f"{name[-2:]}.0")
     text = doctor.diagnose()
+    assert "no wheel (nvidia-nvshmem-cu13 13.0, nvidia-nvshmem-cu12 12.0)" in text
     assert "service level 5" in text and "mlx5_0:1 Ethernet" in text and "and 4 more" in text
-    assert "no wheel" in text and "RoCE with traffic class 0" in text
+    assert "RoCE with traffic class 0" in text
     assert "gdrdrv there" in text and len(text.splitlines()) < 50
     monkeypatch.setenv("NVSHMEM_IB_SL", "50")
     assert "refused: NVSHMEM_IB_SL (" in doctor.diagnose()

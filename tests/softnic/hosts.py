@@ -145,7 +145,7 @@ def run_hosts(
     num_ranks = num_hosts * ranks_per_host
     deadline = time.monotonic() + timeout_s
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         sharing = {}
         if 0 < num_gpus < num_ranks:
             sharing = stack.enter_context(_mps(folder, -(-num_ranks // num_gpus)))
