@@ -16,7 +16,7 @@ from softnic.hosts import HostFailure, run_hosts
 from ep_comm import Buffer
 from ep_comm.bench.network.check import Sizes, check_network
 from ep_comm.bench.network.report import is_sound
-from ep_comm.cli.network import check
+from ep_comm.cli import network
 
 pytestmark = [
     pytest.mark.slow,
@@ -80,8 +80,10 @@ def test_the_check_between_hosts_runs_over_the_reference_backend():
     assert run_hosts(2, sound_over_reference, sizes) == [True, True]
 
 
-def as_command(rank: int) -> bool:
+def as_command(rank: int, silent: int | None = None, timeout_s: float = 20) -> bool:
     """What ``ep-comm doctor --network --backend reference`` does on two hosts."""
+    if rank == silent:
+        network.check_network = lambda *_: time.sleep(1000)
     dist.destroy_process_group()
     os.environ.update(
         RANK=str(rank),
@@ -90,11 +92,22 @@ def as_command(rank: int) -> bool:
         LOCAL_WORLD_SIZE="1",
         MASTER_ADDR="127.0.0.1",
     )
-    return check("reference", None, 20)
+    return network.check("reference", None, timeout_s)
 
 
-def test_the_command_finds_out_which_ranks_are_a_host():
+@pytest.fixture
+def port() -> dict[str, str]:
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
-    assert run_hosts(2, as_command, variables={"MASTER_PORT": str(port)}) == [True, True]
+        return {"MASTER_PORT": str(listener.getsockname()[1])}
+
+
+def test_the_command_finds_out_which_ranks_are_a_host(port):
+    assert run_hosts(2, as_command, variables=port) == [True, True]
+
+
+def test_the_command_names_a_silent_host_and_ends(port, capfd):
+    with pytest.raises(HostFailure, match="rank 0:\nthe process died"):
+        run_hosts(2, as_command, 1, 8.0, variables=port)
+    error = capfd.readouterr().err
+    assert "error: rank 0 on softnode0:0 waited 8 s for rank 1 on softnode1:0" in error
