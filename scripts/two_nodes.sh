@@ -59,6 +59,6 @@ if [ "$backend" = nodes ]; then
     everywhere bench-w1-groups scripts/hosts_bench.py --shape W1 --num-groups 8 --topk-groups 4
     everywhere bench-w2 scripts/hosts_bench.py --shape W2
 else
-    everywhere bench scripts/hosts_bench.py --tokens 32 --iters 2
+    everywhere bench scripts/hosts_bench.py --shape W2 --tokens 16 --iters 20
 fi
 echo "== host $number: all of it passed; it is in $out"

@@ -48,4 +48,4 @@ def test_both_commands_pass(tmp_path):
         assert process.returncode == 0, outputs[i]
         assert f"== host {i}: all of it passed" in outputs[i]
     assert "node0:0 → node1:0" in outputs[0] and "case 2: right, reference over gloo" in outputs[0]
-    assert {path.name for path in tmp_path.iterdir()} >= {"doctor-0.txt", "messages-0.txt"}
+    assert {path.name for path in tmp_path.iterdir()} >= {"doctor-0.txt", "bench-1.txt"}
