@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,6 +34,50 @@ def device_types(backends: Mapping[str, str]) -> tuple[str, ...]:
     )
 
 
+class Spot(NamedTuple):
+    """Where a rank is.
+
+    Attributes:
+        host: Name of its host. NVSHMEM, too, tells hosts apart by nothing else.
+        gpu: Its GPU's address on the host, which orders the GPUs there; () where it has none.
+    """
+
+    host: str
+    gpu: tuple[int, ...]
+
+    @classmethod
+    def of(cls, backends: Mapping[str, str]) -> Spot:
+        """Return that of this process, with the GPU that it has chosen where a group uses it.
+
+        `backends` is what `backend_by_device_type` returns.
+        """
+        host = socket.gethostname()
+        if "cuda" not in device_types(backends):
+            return cls(host, ())
+        gpu = torch.cuda.current_device()
+        properties = torch.cuda.get_device_properties(gpu)
+        names = ("pci_domain_id", "pci_bus_id", "pci_device_id")  # which an old torch does not tell
+        return cls(host, tuple(getattr(properties, name, gpu) for name in names))
+
+
+def num_hosts(spots: Sequence[Spot]) -> int:
+    """Return on how many hosts these ranks are."""
+    return len({spot.host for spot in spots})
+
+
+def ranks_of_a_node(spots: Sequence[Spot], ranks_per_node: int | None = None) -> int:
+    """Return what `find_ranks_per_node` does, of ranks by group rank.
+
+    GPUs are compared by their place among those of the group on their host: it does not matter
+    which others a host has, or what numbers a process sees.
+    """
+    on_host: dict[str, list[tuple[int, ...]]] = {}
+    for spot in spots:
+        on_host.setdefault(spot.host, []).append(spot.gpu)
+    places = [sorted(set(on_host[spot.host])).index(spot.gpu) for spot in spots]
+    return find_ranks_per_node([spot.host for spot in spots], places, ranks_per_node)
+
+
 def find_ranks_per_node(
     hosts: Sequence[str], gpus: Sequence[int], ranks_per_node: int | None = None
 ) -> int:
@@ -39,7 +85,7 @@ def find_ranks_per_node(
 
     Args:
         hosts: Name of each rank's host, by group rank.
-        gpus: Number of each rank's GPU on its host, the same in every process there.
+        gpus: Number of each rank's GPU among those of its host.
         ranks_per_node: What the caller asks for, a divisor of a host's ranks; None takes them all.
 
     Raises:

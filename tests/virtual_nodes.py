@@ -122,7 +122,7 @@ def all_ranks(
     num_sms: int | None,
 ) -> list[Any]:
     """Run a function on all ranks, on backends of the kind `base`; see `run_virtual_nodes`."""
-    from ep_comm.backends.nodes.memory import NodesMemory, nodes_offsets
+    from ep_comm.backends.nodes.memory import NodesMemory, by_address, nodes_offsets
     from ep_comm.backends.nodes.peers import Place
     from ep_comm.backends.nvlink.farewell import Farewell
 
@@ -156,7 +156,7 @@ def all_ranks(
                     memory[rank],
                     [memory[other].data_ptr() for other in place.neighbours],
                     network[rank],
-                    [network[other].data_ptr() for other in place.rail],
+                    by_address([network[other].data_ptr() for other in place.rail], memory[rank]),
                     config.timeout_s,
                     (memory, network),
                     Farewell(rank, flags_of),

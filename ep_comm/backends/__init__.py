@@ -14,17 +14,17 @@ from ep_comm.backends.reference.backend import ReferenceBackend
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPMismatchError
 from ep_comm.job.meeting import Meeting, meet
+from ep_comm.topology import Spot, backend_by_device_type, num_hosts, ranks_of_a_node
 
-# Fastest first: "auto" takes the first that is available.
-BACKENDS: tuple[type[Backend], ...] = (NVLinkBackend, ReferenceBackend)
-# Those that have to be asked for by name.
-BACKENDS_BY_NAME: tuple[type[Backend], ...] = (NodesBackend,)
+# Fastest first: "auto" takes the first that is available, of those for as many hosts.
+BACKENDS: tuple[type[Backend], ...] = (NVLinkBackend, NodesBackend, ReferenceBackend)
 
 
 class _Member(NamedTuple):
     """A rank's word at the meeting; `facts` are those of each backend, by name."""
 
     config: EPConfig
+    spot: Spot
     facts: dict[str, object]
 
 
@@ -33,7 +33,7 @@ class Made(NamedTuple):
 
     Attributes:
         backend: The one that `config` asks for, or the fastest that works.
-        passed_over: Why each faster one was not taken, by name.
+        passed_over: Why each faster one for as many hosts was not taken, by name.
         name: The buffer's, the same on all ranks and of no other one.
     """
 
@@ -46,25 +46,47 @@ def make_backend(group: dist.ProcessGroup, config: EPConfig) -> Made:
     """Build the backend that `config` asks for on `group`. Collective, and bounded.
 
     Raises:
-        EPArgumentError: The backend asked for is not available; says why.
+        EPArgumentError: The backend asked for is not available, or the hosts of a group of GPUs
+            have different numbers of its ranks; says why.
+        EPUnsupportedError: A group of GPUs spans hosts, and NVSHMEM cannot be used; says why.
         EPMismatchError: Ranks passed different configs.
         EPTimeoutError: A rank did not come.
     """
-    candidates = BACKENDS
-    if config.backend != "auto":
-        candidates = tuple(b for b in (*BACKENDS, *BACKENDS_BY_NAME) if b.name == config.backend)
-    mine = _Member(config, {backend.name: backend.facts(group, config) for backend in candidates})
+    wanted = [each for each in BACKENDS if config.backend in ("auto", each.name)]
+    mine = _Member(
+        config,
+        Spot.of(backend_by_device_type(group)),
+        {backend.name: backend.facts(group, config) for backend in wanted},
+    )
     meeting = meet(group, "make a Buffer", mine, config.timeout_s)
     _check_same_config(meeting, dist.get_rank(group))
+    spots = [member.spot for member in meeting.answers]
+    config = with_nodes(config, spots)
+    if config.backend == "auto":
+        wanted.remove(NodesBackend if num_hosts(spots) == 1 else NVLinkBackend)
     passed_over: dict[str, str] = {}
-    for backend in candidates:
+    for backend in wanted:
         facts = [member.facts[backend.name] for member in meeting.answers]
-        reason = backend.unavailable_reason(facts)
+        reason = backend.unavailable_reason(facts, spots, config)
         if reason is None:
-            return Made(backend.create(group, config, meeting), passed_over, meeting.name)
+            return Made(backend.create(group, config, meeting, spots), passed_over, meeting.name)
         passed_over[backend.name] = reason
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
     raise EPArgumentError(f"no backend for this group: {reasons}")
+
+
+def with_nodes(config: EPConfig, spots: list[Spot]) -> EPConfig:
+    """Return `config` with its `ranks_per_node` found, where the ranks are on several hosts.
+
+    Every backend sums by it. Where hosts have different numbers of ranks it stays None, one node
+    for all: only the reference backend can serve these.
+    """
+    if config.ranks_per_node is not None or num_hosts(spots) == 1:
+        return config
+    try:
+        return dataclasses.replace(config, ranks_per_node=ranks_of_a_node(spots))
+    except EPArgumentError:
+        return config
 
 
 def _check_same_config(meeting: Meeting, rank: int) -> None:

@@ -16,6 +16,7 @@ from ep_comm.job.meeting import Meeting
 from ep_comm.routing.types import Routing, RowLayout
 from ep_comm.telemetry.records import Records
 from ep_comm.telemetry.watch import Wait
+from ep_comm.topology import Spot
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -227,16 +228,27 @@ class Backend(Protocol):
         """Return what the other ranks need to know of this one to choose a backend; pickled."""
 
     @classmethod
-    def unavailable_reason(cls, facts: list) -> str | None:
+    def unavailable_reason(cls, facts: list, spots: list[Spot], config: EPConfig) -> str | None:
         """Return why this backend cannot serve a group, or None where it can.
 
         Args:
             facts: Those of every rank, by group rank.
+            spots: Where they are.
+            config: The buffer's.
+
+        Raises:
+            EPArgumentError: The group is not as any buffer of its kind needs it.
         """
 
     @classmethod
-    def create(cls, group: dist.ProcessGroup, config: EPConfig, meeting: Meeting) -> Self:
-        """Make the backend of one buffer, whose ranks met at `meeting`. Collective."""
+    def create(
+        cls, group: dist.ProcessGroup, config: EPConfig, meeting: Meeting, spots: list[Spot]
+    ) -> Self:
+        """Make the backend of one buffer, whose ranks met at `meeting`. Collective.
+
+        Raises:
+            EPUnsupportedError: Something that has to be installed, or to be otherwise, is not.
+        """
 
     @property
     def low_latency(self) -> LowLatencyBackend | None:

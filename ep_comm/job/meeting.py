@@ -63,7 +63,7 @@ def meet(
     store = dist.distributed_c10d._get_default_store()
     try:
         store.set(keys[rank], pickle.dumps((what_for, answer)))  # type: ignore[arg-type]  # bytes too
-        values, late_ranks = _values(store, keys, timeout_s)
+        values, late_ranks = values_of(store, keys, timeout_s)
         if late_ranks:
             # Whoever comes later is not to believe us there.
             store.set(keys[rank], _LEFT)  # type: ignore[arg-type]  # bytes too
@@ -93,10 +93,10 @@ def meet(
     return Meeting(name, number, [answer for _, answer in said])
 
 
-def _values(
+def values_of(
     store: dist.Store, keys: list[str], timeout_s: float
 ) -> tuple[list[bytes], tuple[int, ...]]:
-    """Return the values of all keys, or the ranks to blame that there are none in time.
+    """Return the values of all keys, one a rank, or the ranks to blame that there are none in time.
 
     A rank that has given up is not here, but it is to blame only where all others are.
     """

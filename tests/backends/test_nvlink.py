@@ -12,6 +12,7 @@ from ep_comm.backends.nvlink import support as nvlink_support
 from ep_comm.backends.nvlink.streams import InFlight
 from ep_comm.backends.nvlink.support import check_fp8_hidden
 from ep_comm.backends.nvlink.tuning import split_dispatch
+from ep_comm.topology import Spot
 
 SIZES = dict(num_experts=16, hidden=1024, max_tokens_per_rank=512, num_topk=4, backend="nvlink")
 
@@ -74,15 +75,14 @@ def reason_of_two(patch, gpus: tuple[str, ...], strangers: tuple[int, int]) -> s
     other."""
     patch.setattr(dist, "get_backend", lambda group: "cpu:gloo,cuda:nccl")
     patch.setattr(dist, "get_world_size", lambda group: 2)
-    patch.setattr(nvlink_support, "reason_here", lambda num_ranks, config: None)
     patch.setattr(nvlink_support, "gpu_id", lambda i: gpus[i])
     patch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     patch.setattr(torch.cuda, "can_device_access_peer", lambda *pair: pair != strangers)
     facts = []
     for rank in range(2):
         patch.setattr(torch.cuda, "current_device", lambda: rank % len(gpus))  # noqa: B023
-        facts.append(nvlink_support.facts_of(None, EPConfig(**SIZES)))
-    return nvlink_support.unavailable_reason(facts)
+        facts.append(nvlink_support.facts_of(None, EPConfig(**SIZES), lambda *_: None))
+    return nvlink_support.unavailable_reason(facts, [Spot("a", ())] * 2, 2)
 
 
 def test_low_latency_rows_that_no_sm_can_place(monkeypatch):

@@ -19,9 +19,10 @@ from ep_comm import (
     EPTooManyTokensError,
 )
 from ep_comm._native import header
-from ep_comm.backends.nvlink import memory as memory_module
+from ep_comm.backends.nvlink import mapping
 from ep_comm.backends.nvlink.farewell import Farewell
-from ep_comm.backends.nvlink.memory import PeerMemory, allocated_by_all
+from ep_comm.backends.nvlink.mapping import allocated_by_all
+from ep_comm.backends.nvlink.memory import PeerMemory
 from ep_comm.job.meeting import meet
 from ep_comm.telemetry.watch import Wait
 
@@ -32,8 +33,8 @@ def test_memory_is_given_back_only_without_a_fault(fault, monkeypatch):
     done = []
 
     class Watched:
-        def say(self) -> None:
-            done.append("said farewell")
+        def say(self, frees: bool) -> None:
+            done.append("said farewell" + " and comes" * frees)
 
         def wait(self, timeout_s: float) -> list[int]:
             done.append(f"waited {timeout_s:g} s at most")
@@ -70,7 +71,8 @@ def test_memory_is_given_back_only_without_a_fault(fault, monkeypatch):
         if fault == "none":
             memory.free()  # a second time is nothing
     # Whatever happened to this rank, the others need not wait for it.
-    assert done[:3] == ["synchronized", "said farewell", "synchronized"]
+    comes = " and comes" if fault in ("none", "late rank") else ""
+    assert done[:3] == ["synchronized", f"said farewell{comes}", "synchronized"]
     waits = fault in ("none", "late rank")
     assert done[3:] == (["waited 2 s at most"] if waits else [])
     assert (memory.tensor is None) == (memory._keep is None) == (fault == "none")
@@ -222,7 +224,7 @@ def memory_of_a_group(rank: int) -> list[int]:
         for name in ("synchronize", "current_device"):
             patch.setattr(torch.cuda, name, lambda: 0)
         patch.setattr(symmetric_memory, "empty", allocate)
-        patch.setattr(memory_module, "_mapped", lambda tensor, name, rank, num_ranks: mapped)
+        patch.setattr(mapping, "_mapped", lambda tensor, name, rank, num_ranks: mapped)
         meeting = meet(None, "make a Buffer", None, 10.0)
         memory = PeerMemory.of_group(dist.group.WORLD, meeting, offsets, 10.0)
     assert not memory.tensor[:3072].any() and (memory.tensor[3072:] == 0xFF).all()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from ep_comm import Buffer, EPConfig, EPMismatchError, EPTimeoutError
-from ep_comm.job.meeting import _values, meet
+from ep_comm.job.meeting import meet, values_of
 
 CONFIG = EPConfig(num_experts=6, hidden=8, max_tokens_per_rank=8, num_topk=2, timeout_s=2)
 
@@ -82,4 +82,4 @@ class StoreOfALateRank(dist.HashStore):
 def test_a_rank_that_comes_as_the_wait_runs_out_has_come():
     store = StoreOfALateRank()
     store.set("a/0", b"here")
-    assert _values(store, ["a/0", "a/1"], 0.1) == ([b"here", b"late"], ())
+    assert values_of(store, ["a/0", "a/1"], 0.1) == ([b"here", b"late"], ())

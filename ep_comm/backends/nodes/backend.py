@@ -1,8 +1,9 @@
 """The backend between nodes: our kernels inside each, and a network between them.
 
 What it does beyond the NVLink backend is in csrc/PROTOCOL.md, "Between nodes". The public calls,
-streams, rows and errors are that backend's. So far the nodes are parts of one host, and the network
-is stores over NVLink: for tests and figures, and only where it is asked for by name.
+streams, rows and errors are that backend's. The nodes are hosts, or equal parts of them, with
+NVSHMEM for a network. Or they are parts of one host, and the network is stores over NVLink: for
+tests and figures, where it is asked for by name.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ep_comm.backends.nodes.memory import NodesMemory, nodes_offsets
 from ep_comm.backends.nodes.planner import NodesPlanner
 from ep_comm.backends.nodes.records import NodesRecorder
 from ep_comm.backends.nodes.routing import NodesRouting
+from ep_comm.backends.nodes.sizes import nodes_sizes
 from ep_comm.backends.nodes.tuning import MIN_SMS, split_dispatch
 from ep_comm.backends.nvlink import support
 from ep_comm.backends.nvlink.args import KernelArgs
@@ -27,6 +29,25 @@ from ep_comm.backends.nvlink.streams import Streams
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError
 from ep_comm.job.meeting import Meeting
+from ep_comm.network.settings import NetworkSettings
+from ep_comm.network.world import World
+from ep_comm.topology import Spot, num_hosts, ranks_of_a_node
+
+_MOST_LISTED = 4
+
+
+def _reason_here(num_ranks: int, config: EPConfig) -> str | None:
+    """Return why this process cannot be one of `num_ranks` ranks of nodes, or None."""
+    reason = _native.unusable_reason(torch.cuda.current_device())
+    if reason is None and config.low_latency_tokens is not None:
+        reason = "it has no low-latency operations"
+    return reason or support.sizes_reason(num_ranks, config)
+
+
+def _few(ranks: list[int]) -> str:
+    if len(ranks) <= _MOST_LISTED:
+        return ", ".join(map(str, ranks))
+    return f"{ranks[0]}, {ranks[1]} ... {ranks[-1]}"
 
 
 class NodesBackend(NVLinkBackend):
@@ -42,27 +63,61 @@ class NodesBackend(NVLinkBackend):
     @classmethod
     def facts(cls, group: dist.ProcessGroup, config: EPConfig) -> support.Facts:
         """Find out what `NVLinkBackend.facts` does, and what rules out this backend."""
-        facts = support.facts_of(group, config)
-        if facts.reason is None and config.low_latency_tokens is not None:
-            return facts._replace(reason="it has no low-latency operations")
-        return facts
+        return support.facts_of(group, config, _reason_here)
 
     @classmethod
-    def create(cls, group: dist.ProcessGroup, config: EPConfig, meeting: Meeting) -> NodesBackend:
-        """Map the memory of all ranks here: they are on one host, in nodes for the sake of it."""
+    def unavailable_reason(
+        cls, facts: list[support.Facts], spots: list[Spot], config: EPConfig
+    ) -> str | None:
+        """Return why the ranks are no equal nodes of peers, or None where they are.
+
+        Raises:
+            EPArgumentError: Two ranks of a host have the same GPU; or hosts differ in number or
+                order of their ranks, or do not have `ranks_per_node`.
+        """
+        if any(not each.gpu for each in facts):
+            return next(each.reason for each in facts if not each.gpu)
+        size = ranks_of_a_node(spots, config.ranks_per_node)
+        if size > header.EP_MAX_PEERS:
+            return f"{size} ranks a node, at most {header.EP_MAX_PEERS}"
+        if len(facts) > min(header.EP_MAX_NODE_RANKS, header.EP_MAX_NODES * size):
+            return (
+                f"{len(facts) // size} nodes of {size} ranks, at most {header.EP_MAX_NODES} nodes "
+                f"and {header.EP_MAX_NODE_RANKS} ranks"
+            )
+        return support.unavailable_reason(facts, spots, size)
+
+    @classmethod
+    def create(
+        cls, group: dist.ProcessGroup, config: EPConfig, meeting: Meeting, spots: list[Spot]
+    ) -> NodesBackend:
+        """Map the memory of the ranks of a node; on several hosts join NVSHMEM's world before.
+
+        Raises:
+            EPUnsupportedError: NVSHMEM cannot be used.
+        """
+        num_ranks, size = len(spots), ranks_of_a_node(spots, config.ranks_per_node)
+        world = None
+        if num_hosts(spots) > 1:
+            settings = config.network or NetworkSettings.from_environment()
+            world = World.of_group(group, settings, config.timeout_s)
         native = _native.load()
         assert native is not None  # or `facts` says so
-        num_ranks = dist.get_world_size(group)
-        size = config.ranks_per_node or num_ranks
         offsets = nodes_offsets(native, config, num_ranks // size, size)
-        return cls(NodesMemory.of_one_host(group, meeting, offsets, size, config.timeout_s), config)
+        how = (offsets, size, config.timeout_s)
+        if world is None:
+            return cls(NodesMemory.of_one_host(group, meeting, *how), config)
+        hosts, rank = [spot.host for spot in spots], dist.get_rank(group)
+        memory = NodesMemory.of_hosts(group, meeting, world, *how)
+        return cls(memory, config, world.nic(hosts[:rank].count(hosts[rank])))
 
-    def __init__(self, memory: NodesMemory, config: EPConfig) -> None:
+    def __init__(self, memory: NodesMemory, config: EPConfig, nic: str | None = None) -> None:
         self.config = config
         self.memory = memory
         self.rank, self.num_ranks = memory.rank, memory.num_ranks
         self.num_local_experts = config.num_experts // self.num_ranks
-        native = _native.load()
+        world = memory.world
+        native = _native.load() if world is None else world.native
         assert native is not None
         self.native = native
         self.native.load_kernels()
@@ -70,13 +125,14 @@ class NodesBackend(NVLinkBackend):
         place = memory.place
         self._streams = Streams(self.native, self.device.index, self._new_stream)
         self.recorder = NodesRecorder(place, self.device, self._streams.synchronize)
-        self.nodes_offsets = nodes_offsets(native, config, place.num_nodes, place.ranks_per_node)
+        shape = (place.num_nodes, place.ranks_per_node)
+        self.nodes_offsets = nodes_offsets(native, config, *shape)
+        self._sizes = nodes_sizes(native, config, *shape, world.settings if world else None)
+        self._network = "stores" if world is None else f"NVSHMEM {world.version}"
+        self._nic = nic
         self._scratch = torch.empty(
             self.native.nodes_plan_scratch_bytes(
-                config.max_tokens_per_rank,
-                config.num_experts,
-                place.num_nodes,
-                place.ranks_per_node,
+                config.max_tokens_per_rank, config.num_experts, *shape
             ),
             dtype=torch.uint8,
             device=self.device,
@@ -106,16 +162,19 @@ class NodesBackend(NVLinkBackend):
 
     @property
     def buffer_bytes(self) -> int:
-        """The memory of peers and network, that of plans, and the records."""
-        own = self._scratch.nbytes + self._planner.entries.nbytes
-        staged = self.nodes_offsets.total + self.nodes_offsets.network_total
-        return staged + own + self.recorder.num_bytes
+        """The memory of peers and network, that of plans, and the records, see `NodesSizes`."""
+        return self._sizes.total + self.recorder.num_bytes
 
     def describe(self) -> str:
-        """Name the nodes, and the SMs that an operation may occupy."""
+        """Name nodes and network, the SMs of an operation, this rank's rail, and the memory."""
         place = self.memory.place
         sms = self._num_sms or self._available_sms
-        return f"nodes ({place.num_nodes} of {place.ranks_per_node} GPUs, {sms} SMs)"
+        text = f"{place.num_nodes} of {place.ranks_per_node} GPUs over {self._network}, {sms} SMs"
+        if place.num_nodes > 1:
+            text += f"; rail of rank {self.rank}: {_few(sorted(place.rail))}"
+        if self.memory.world is not None:
+            text += f", NIC {self._nic or 'not known'}"
+        return f"nodes ({text}; {self._sizes.describe()})"
 
     def set_num_sms(self, num_sms: int | None) -> None:
         """Limit the SMs that the kernels of later operations occupy."""

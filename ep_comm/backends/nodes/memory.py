@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ep_comm._native import NativeLibrary, header
+from ep_comm.backends.nodes.hosts import HostsFarewell, greet
 from ep_comm.backends.nodes.peers import Place
 from ep_comm.backends.nvlink.farewell import Farewell
-from ep_comm.backends.nvlink.memory import (
-    HOST_STRIDE,
-    NUM_OPS,
-    Notice,
-    PeerMemory,
-    map_memory,
-)
+from ep_comm.backends.nvlink.mapping import map_memory
+from ep_comm.backends.nvlink.memory import HOST_STRIDE, NUM_OPS, Notice, PeerMemory
 from ep_comm.config import EPConfig
 from ep_comm.job.meeting import Meeting, meet
+from ep_comm.network.world import World
 
 
 def nodes_offsets(
@@ -50,11 +47,13 @@ class NodesMemory(PeerMemory):
         tensor: Its memory for its node's ranks, all zero.
         addresses: That of every rank of its node, as mapped here.
         network: Its network memory, all zero.
-        rail: Address of the network memory of every rank of `Place.rail`, as kernels here reach it.
+        reach: How kernels reach that of every rank of `Place.rail`: a field of ``ep_network``,
+            ``memory_of`` [N] int64 or ``pe_of`` [N] int32.
         timeout_s: Bound of every wait.
         keep: An object that has to live as long as the mapping.
         farewell: How the ranks of all nodes part.
         queue: Address of an ``ep_network_queue``, for tests, or 0.
+        world: Whose the network memory is; None where it is torch's.
     """
 
     @classmethod
@@ -86,10 +85,48 @@ class NodesMemory(PeerMemory):
             mapped.own,
             [mapped.addresses[rank] for rank in place.neighbours],
             mapped.own[offsets.total :],
-            [mapped.addresses[rank] + offsets.total for rank in place.rail],
+            by_address([mapped.addresses[rank] + offsets.total for rank in place.rail], mapped.own),
             timeout_s,
             mapped.keep,
             Farewell(place.rank, flags_of),
+        )
+
+    @classmethod
+    def of_hosts(
+        cls,
+        group: dist.ProcessGroup,
+        meeting: Meeting,
+        world: World,
+        offsets: header.NodesOffsets,
+        ranks_per_node: int,
+        timeout_s: float,
+    ) -> NodesMemory:
+        """Make memory at each rank of several hosts, and try the network.
+
+        Collective. All that we wait for is bounded; NVSHMEM allocates between two meetings.
+
+        Raises:
+            EPStateError: A rank has no memory for it, or the network leads elsewhere.
+            EPTimeoutError: Names ranks that did not come, or from which the network brings nothing.
+        """
+        rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        place = Place(rank, ranks_per_node, num_ranks // ranks_per_node)
+        mapped = map_memory(group, meeting, offsets.total, timeout_s, ranks_per_node)
+        mapped.own.zero_()
+        # When this returns, it is so everywhere.
+        network = world.allocate(group, offsets.network_total, timeout_s)
+        greet(world, place, network, offsets, timeout_s, meeting.number)
+        store = dist.distributed_c10d._get_default_store()
+        return cls(
+            place,
+            mapped.own,
+            mapped.addresses,
+            network,
+            world.reach(network, place.rail),
+            timeout_s,
+            mapped.keep,
+            HostsFarewell(store, meeting.name, rank, num_ranks),
+            world=world,
         )
 
     def __init__(
@@ -98,15 +135,17 @@ class NodesMemory(PeerMemory):
         tensor: Tensor,
         addresses: Sequence[int],
         network: Tensor,
-        rail: Sequence[int],
+        reach: Mapping[str, Tensor],
         timeout_s: float,
         keep: object,
         farewell: Farewell,
         queue: int = 0,
+        world: World | None = None,
     ) -> None:
         self.place = place
+        self.world = world
         self._network_tensor: Tensor | None = network
-        self._rail = torch.tensor(rail, dtype=torch.int64, device=tensor.device)
+        self._reach = reach
         super().__init__(place.rank, tensor, addresses, timeout_s, keep, farewell)
         waves = place.num_nodes
         self.wave_counters = torch.zeros(waves, dtype=torch.int32, device=tensor.device)
@@ -118,11 +157,11 @@ class NodesMemory(PeerMemory):
         self._line = torch.zeros(1, dtype=torch.int64, device=tensor.device)
         self.network = header.Network(
             memory=network.data_ptr(),
-            memory_of=self._rail.data_ptr(),
             queue=queue,
             free_at_ns=self._line.data_ptr(),
             num_nodes=place.num_nodes,
             node=place.node,
+            **{name: tensor.data_ptr() for name, tensor in reach.items()},
         )
 
     def _set_place(self, rank: int, num_local_ranks: int) -> None:
@@ -193,5 +232,18 @@ class NodesMemory(PeerMemory):
     def free(self) -> None:
         """Give the memory back, as `PeerMemory.free` does, and that of the network with it."""
         super().free()
-        if self.tensor is None:
-            self._network_tensor = None
+        if self.tensor is not None or self._network_tensor is None:
+            return
+        network, self._network_tensor = self._network_tensor, None
+        if self.world is not None:
+            self.world.free(network)  # all ranks have said that they come
+
+
+def by_address(addresses: Sequence[int], memory: Tensor) -> dict[str, Tensor]:
+    """Return how kernels reach memory that is mapped, see `NodesMemory`.
+
+    Args:
+        addresses: Of each rank of the rail.
+        memory: Any on the GPU that they run on.
+    """
+    return {"memory_of": torch.tensor(addresses, dtype=torch.int64, device=memory.device)}

@@ -49,6 +49,7 @@ from ep_comm.errors import EPArgumentError, EPUnsupportedError
 from ep_comm.job.meeting import Meeting
 from ep_comm.telemetry.device import DeviceRecorder
 from ep_comm.telemetry.watch import Wait
+from ep_comm.topology import Spot, num_hosts
 
 
 def _tag(*call: int) -> int:
@@ -66,16 +67,22 @@ class NVLinkBackend:
 
     @classmethod
     def facts(cls, group: dist.ProcessGroup, config: EPConfig) -> support.Facts:
-        """Find out this rank's host and GPU, the GPUs that it reaches, and what rules it out."""
-        return support.facts_of(group, config)
+        """Find out this rank's GPU, those that it reaches, and what rules it out."""
+        return support.facts_of(group, config, support.reason_here)
 
     @classmethod
-    def unavailable_reason(cls, facts: list[support.Facts]) -> str | None:
+    def unavailable_reason(
+        cls, facts: list[support.Facts], spots: list[Spot], config: EPConfig
+    ) -> str | None:
         """Return why the ranks are not peers of one host, or None where they are."""
-        return support.unavailable_reason(facts)
+        if num_hosts(spots) > 1:
+            return f"the group spans {num_hosts(spots)} hosts"
+        return support.unavailable_reason(facts, spots, len(facts))
 
     @classmethod
-    def create(cls, group: dist.ProcessGroup, config: EPConfig, meeting: Meeting) -> NVLinkBackend:
+    def create(
+        cls, group: dist.ProcessGroup, config: EPConfig, meeting: Meeting, spots: list[Spot]
+    ) -> NVLinkBackend:
         """Map the memory of all ranks here."""
         native = _native.load()
         assert native is not None  # or `facts` says so

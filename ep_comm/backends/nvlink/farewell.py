@@ -29,8 +29,11 @@ class Farewell:
         self._flags_of = flags_of
         self.masked: tuple[int, ...] = ()
 
-    def say(self) -> None:
-        """Tell all ranks, on the current stream."""
+    def say(self, frees: bool = True) -> None:
+        """Tell all ranks, on the current stream.
+
+        Where this one keeps its memory (`frees` is False) the others may free theirs all the same.
+        """
         for rank, flags_R in enumerate(self._flags_of):
             if rank not in self.masked:
                 flags_R[self._rank].fill_(1)

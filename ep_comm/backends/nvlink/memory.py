@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ep_comm._native import NativeLibrary, header
 from ep_comm.backends.nvlink.farewell import Farewell
+from ep_comm.backends.nvlink.mapping import map_memory
 from ep_comm.config import EPConfig
 from ep_comm.errors import (
     SAME_CALLS,
@@ -344,23 +345,22 @@ class PeerMemory:
                 self._say(self._farewell)
             return
         self._say(self._farewell)
-        self.check_fault()
+        self.check_fault()  # what was in flight may have had one
         late_ranks = self._farewell.wait(self._timeout_s)
         if late_ranks:
             self.give_up()
             warnings.warn(
                 f"rank {self.rank} keeps the memory of its buffer: rank "
                 f"{', '.join(map(str, late_ranks))} did not destroy its own within "
-                f"{self._timeout_s:g} s",
+                f"{self._timeout_s:g} s, or had failed",
                 stacklevel=4,
             )
             return
         self.tensor = self._keep = self._farewell = None
 
-    @staticmethod
-    def _say(farewell: Farewell) -> None:
+    def _say(self, farewell: Farewell) -> None:
         torch.cuda.synchronize()  # from here on this rank writes to nobody
-        farewell.say()
+        farewell.say(not self._may_be_written_to)
         torch.cuda.synchronize()
 
     def give_up(self) -> None:
@@ -376,91 +376,6 @@ class PeerMemory:
         if getattr(self, "_fault", None) is not None and self._may_be_written_to:
             device = (self.counters, self._epochs, self._waits, self.abort)
             _leaked.append((self.tensor, self._keep, self._farewell, self._host, device))
-
-
-class MappedMemory(NamedTuple):
-    """Memory of every rank of a group, which is one host's.
-
-    Attributes:
-        own: This rank's; its content is undefined.
-        of_rank: That of each rank, as mapped here.
-        addresses: Where that is.
-        keep: An object that has to live as long as the mapping.
-    """
-
-    own: Tensor
-    of_rank: list[Tensor]
-    addresses: list[int]
-    keep: object
-
-
-def map_memory(
-    group: dist.ProcessGroup, meeting: Meeting, num_bytes: int, timeout_s: float
-) -> MappedMemory:
-    """Allocate memory at each rank of a group, and map it at all. Collective, and bounded.
-
-    Raises:
-        EPStateError: Names a rank that has no memory for it.
-    """
-    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
-    device = torch.device("cuda", torch.cuda.current_device())
-    if num_ranks == 1:
-        tensor = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        return MappedMemory(tensor, [tensor], [tensor.data_ptr()], None)
-    import torch.distributed._symmetric_memory as symmetric_memory
-
-    def allocate() -> Tensor:
-        return symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
-
-    tensor = allocated_by_all(group, allocate, timeout_s)
-    rendezvous = _mapped(tensor, meeting.name, rank, num_ranks)
-    of_rank = [rendezvous.get_buffer(r, (num_bytes,), torch.uint8) for r in range(num_ranks)]
-    return MappedMemory(tensor, of_rank, list(rendezvous.buffer_ptrs), rendezvous)
-
-
-def allocated_by_all(
-    group: dist.ProcessGroup, allocate: Callable[[], Tensor], timeout_s: float
-) -> Tensor:
-    """Allocate memory on every rank, or raise on every rank. Collective, and bounded.
-
-    Mapping it is torch's affair, and not bounded by us: nobody begins before all can.
-
-    Raises:
-        EPStateError: Names a rank that has no memory for it.
-    """
-    tensor, problem = None, None
-    try:
-        tensor = allocate()
-    except RuntimeError as error:  # out of memory is one
-        problem = str(error)
-    problems = meet(group, "map the memory of a Buffer", problem, timeout_s).answers
-    for rank, text in enumerate(problems):
-        if text is not None:
-            raise EPStateError(f"rank {rank} cannot allocate the memory of a buffer: {text}")
-    assert tensor is not None  # else this rank's own problem was among them
-    return tensor
-
-
-def _mapped(tensor: Tensor, name: str, rank: int, num_ranks: int) -> Any:
-    """Map the memory of all ranks here, and return torch's handle of it. Collective.
-
-    torch looks the ranks up by the name of a process group. The caller's may be a wrapper that it
-    has never heard of, around a group that comes and goes, so it gets one that is no more than a
-    name and a store.
-    """
-    from torch._C._distributed_c10d import (
-        _register_process_group,
-        _SymmetricMemory,
-        _unregister_process_group,
-    )
-
-    store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
-    group = dist.ProcessGroup(store, rank, num_ranks)  # torch itself does not keep it
-    _register_process_group(name, group)  # type: ignore[arg-type]  # a newer torch's GroupName
-    try:
-        return _SymmetricMemory.rendezvous(tensor, name)
-    finally:
-        _unregister_process_group(name)  # type: ignore[arg-type]
 
 
 def _phase_and_epoch(phase: int, expected: int) -> tuple[str, int]:

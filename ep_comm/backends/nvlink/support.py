@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from ep_comm import _native
 from ep_comm._native import header
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError
-from ep_comm.topology import backend_by_device_type
+from ep_comm.topology import Spot, backend_by_device_type
 
 _MAX_ROW_BYTES = 92_000
 # Two rows as they arrive and one as it leaves fill an SM's shared memory.
@@ -24,52 +23,56 @@ class Facts(NamedTuple):
     """A rank's own account of itself.
 
     Attributes:
-        host: Its name.
         gpu: See `gpu_id`; "" where there is none.
         unreached: GPUs visible to it that it cannot write to.
         reason: Why it cannot take part, or None where it can.
     """
 
-    host: str
     gpu: str
     unreached: tuple[str, ...]
     reason: str | None
 
 
-def facts_of(group: dist.ProcessGroup, config: EPConfig) -> Facts:
-    """Find out what the other ranks of `group` need to know of this one."""
-    host, backends = socket.gethostname(), backend_by_device_type(group)
-    if backends.get("cuda") != "nccl":
-        return Facts(host, "", (), f"the group has no NCCL backend ({dist.get_backend(group)})")
+def facts_of(
+    group: dist.ProcessGroup, config: EPConfig, reason_of: Callable[[int, EPConfig], str | None]
+) -> Facts:
+    """Find out what the other ranks of `group` need to know of this one.
+
+    `reason_of` takes the group's size, and is asked where there is a GPU.
+    """
+    if backend_by_device_type(group).get("cuda") != "nccl":
+        return Facts("", (), f"the group has no NCCL backend ({dist.get_backend(group)})")
     gpu = gpu_id(torch.cuda.current_device())
-    return Facts(host, gpu, _unreached(), reason_here(dist.get_world_size(group), config))
+    return Facts(gpu, _unreached(), reason_of(dist.get_world_size(group), config))
 
 
-def unavailable_reason(facts: Sequence[Facts]) -> str | None:
-    """Say why NVLink cannot serve the group, or None where it can.
+def unavailable_reason(
+    facts: Sequence[Facts], spots: Sequence[Spot], ranks_per_node: int
+) -> str | None:
+    """Say why the ranks of each node are no peers, or None where they are.
 
     Args:
         facts: Those of every rank, by group rank.
+        spots: Where they are.
+        ranks_per_node: Consecutive ranks that have to reach each other.
 
     Raises:
         EPArgumentError: Ranks have the same GPU.
     """
-    gpus = [each.gpu for each in facts]
+    gpus = [(spot.host, each.gpu) for spot, each in zip(spots, facts, strict=True)]
     for rank, gpu in enumerate(gpus):
-        if gpu and gpus.index(gpu) != rank:
+        if facts[rank].gpu and gpus.index(gpu) != rank:
             raise EPArgumentError(
                 f"ranks {gpus.index(gpu)} and {rank} have the same GPU: every process calls "
                 "torch.cuda.set_device(its local rank) before it makes a Buffer"
             )
-    hosts = {each.host for each in facts}
-    if len(hosts) > 1:
-        return f"the group spans {len(hosts)} hosts"
     for rank, each in enumerate(facts):
         if each.reason is not None:
             return each.reason if not each.gpu else f"rank {rank}: {each.reason}"
     for rank, each in enumerate(facts):
-        for other, gpu in enumerate(gpus):
-            if gpu in each.unreached:
+        first = rank - rank % ranks_per_node
+        for other in range(first, first + ranks_per_node):
+            if facts[other].gpu in each.unreached:
                 return f"rank {rank}: its GPU has no peer access to that of rank {other}"
     return None
 
@@ -92,10 +95,13 @@ def _unreached() -> tuple[str, ...]:
 def reason_here(num_ranks: int, config: EPConfig) -> str | None:
     """Return why this process cannot be one of `num_ranks` peers, or None where it can."""
     reason = _native.unusable_reason(torch.cuda.current_device())
-    if reason is not None:
-        return reason
-    if num_ranks > header.EP_MAX_PEERS:
-        return f"{num_ranks} ranks, at most {header.EP_MAX_PEERS} of one host"
+    if reason is None and num_ranks > header.EP_MAX_PEERS:
+        reason = f"{num_ranks} ranks, at most {header.EP_MAX_PEERS} of one host"
+    return reason or sizes_reason(num_ranks, config)
+
+
+def sizes_reason(num_ranks: int, config: EPConfig) -> str | None:
+    """Return why our kernels have no room for these sizes on `num_ranks` ranks, or None."""
     row_bytes = config.hidden * 2
     if row_bytes % 16:
         return f"rows of {row_bytes} bytes are not a multiple of 16"

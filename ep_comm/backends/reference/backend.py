@@ -45,6 +45,7 @@ from ep_comm.routing.layout import index_dtype, layout_of
 from ep_comm.routing.types import RoutingSizes
 from ep_comm.telemetry.records import Recorder
 from ep_comm.telemetry.watch import Wait
+from ep_comm.topology import Spot
 
 
 class ReferenceBackend(Operations):
@@ -61,13 +62,13 @@ class ReferenceBackend(Operations):
         return None
 
     @classmethod
-    def unavailable_reason(cls, facts: list) -> str | None:
+    def unavailable_reason(cls, facts: list, spots: list[Spot], config: EPConfig) -> str | None:
         """Return None: this backend works in every group."""
         return None
 
     @classmethod
     def create(
-        cls, group: dist.ProcessGroup, config: EPConfig, meeting: Meeting
+        cls, group: dist.ProcessGroup, config: EPConfig, meeting: Meeting, spots: list[Spot]
     ) -> ReferenceBackend:
         """Take the group's next number, by which messages of its buffers are told apart."""
         return cls(group, config, meeting.number)

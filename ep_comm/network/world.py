@@ -1,0 +1,249 @@
+"""The NVSHMEM world of a process: its memory is where the network between nodes reads and writes.
+
+A process has one, and it is joined once: NVSHMEM allocates and frees with all of its ranks, so a
+group that is not the whole of it would wait for ranks that never come. It stays until the process
+ends. What NVSHMEM does together is not bounded by us; so all ranks meet before, which is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_comm import _native
+from ep_comm._native import NvshmemLibrary
+from ep_comm.errors import EPError, EPStateError, EPUnsupportedError
+from ep_comm.job.meeting import meet
+from ep_comm.network.settings import NetworkSettings
+
+_ONE_WORLD = "a process has one NVSHMEM world, and a Buffer between hosts needs one of its group"
+_joined: World | None = None
+
+
+class _Word(NamedTuple):
+    """What a rank has to say before its group joins a world.
+
+    Attributes:
+        problem: Why it cannot use NVSHMEM, or None where it can.
+        version: NVSHMEM's, such as "3.4.5".
+        ranks: Global ranks of the world that it has joined, by PE; None without one.
+        pe, num_pes: Its place in a world that somebody else has initialised; -1 without one.
+        unique_id: By which all join; of rank 0 alone, where it has none yet.
+    """
+
+    problem: str | None
+    version: str = ""
+    ranks: tuple[int, ...] | None = None
+    pe: int = -1
+    num_pes: int = -1
+    unique_id: bytes = b""
+
+
+class World:
+    """NVSHMEM among the ranks of a group: PE r is its rank r.
+
+    Args:
+        native: Our library for it.
+        ranks: Global ranks, by PE.
+        version: NVSHMEM's.
+        settings: Those that it began with; None where something else has initialised it.
+    """
+
+    def __init__(
+        self,
+        native: NvshmemLibrary,
+        ranks: tuple[int, ...],
+        version: str,
+        settings: NetworkSettings | None,
+    ) -> None:
+        self.native = native
+        self.ranks = ranks
+        self.version = version
+        self.settings = settings
+
+    @classmethod
+    def of_group(
+        cls, group: dist.ProcessGroup, settings: NetworkSettings, timeout_s: float
+    ) -> World:
+        """Join the world of a group, or return it where it was joined before. Collective.
+
+        The settings count for the first that is joined: they go into this process's environment,
+        where NVSHMEM reads them. An NVSHMEM that somebody else has initialised keeps its own.
+
+        Raises:
+            EPUnsupportedError: A rank cannot use NVSHMEM, ranks have different versions of it, or a
+                rank is in another world. On all ranks; nothing was allocated.
+            EPStateError: NVSHMEM does not start; has its words. Other ranks may then wait in it.
+            EPTimeoutError: A rank did not come.
+        """
+        global _joined
+        ranks, rank = tuple(dist.get_process_group_ranks(group)), dist.get_rank(group)
+        native = _native.load_nvshmem()
+        word = _word(native, rank, settings)
+        words = meet(group, "join the NVSHMEM world of a group", word, timeout_s).answers
+        check_words(ranks, words)
+        assert native is not None  # or the word had said so
+        if _joined is not None:
+            return _joined
+        if word.pe < 0:
+            try:
+                native.init(words[0].unique_id, rank, len(ranks))
+            except EPError as error:
+                raise EPStateError(
+                    f"rank {rank}: NVSHMEM does not start: {error}. ep-comm doctor shows what this "
+                    "host has for it, and docs/network.md what is in the way most often"
+                ) from error
+        _joined = cls(native, ranks, word.version, settings if word.pe < 0 else None)
+        return _joined
+
+    def nic(self, place: int) -> str | None:
+        """Return the card and port of the rank with this place on its host, where that is known."""
+        for entry in (self.settings and self.settings.nic_mapping) or ():
+            card, port, count = entry.rsplit(":", 2)
+            if place < int(count):
+                return f"{card}:{port}"
+            place -= int(count)
+        return None
+
+    def allocate(self, group: dist.ProcessGroup, num_bytes: int, timeout_s: float) -> Tensor:
+        """Allocate memory that the network reaches, at the same address of the heap on each rank.
+
+        Collective. It stays allocated until `free`, whatever becomes of the tensor.
+
+        Returns:
+            uint8 [num_bytes] on this process's GPU, all zero: on all ranks before it is returned on
+            any.
+
+        Raises:
+            EPStateError: NVSHMEM has no room for it. On all ranks, where any has none.
+            EPTimeoutError: A rank did not come.
+        """
+        meet(group, "allocate the network memory of a Buffer", None, timeout_s)
+        problem, tensor = None, None
+        try:
+            tensor = tensor_at(self.native.allocate(num_bytes), num_bytes)
+            tensor.zero_()
+            torch.cuda.synchronize()
+        except (EPError, RuntimeError) as error:
+            problem = str(error)
+        problems = meet(group, "use the network memory of a Buffer", problem, timeout_s).answers
+        for rank, text in enumerate(problems):
+            if text is not None:  # what others have is not freed: that would take this one too
+                raise EPStateError(
+                    f"rank {rank}: NVSHMEM has no room for {num_bytes} bytes "
+                    f"({num_bytes / 2**20:.0f} MiB) of network memory: {text}. {_heap()}"
+                )
+        assert tensor is not None  # else this rank's own problem was among them
+        return tensor
+
+    def reach(self, memory: Tensor, pes: Sequence[int]) -> dict[str, Tensor]:
+        """Return how kernels reach the memory at `memory` of these PEs: a field of ep_network."""
+        return {"pe_of": torch.tensor(pes, dtype=torch.int32, device=memory.device)}
+
+    def raise_flag(self, flag: int, value: int, pe: int) -> None:
+        """Set 64 bits in the memory of another PE, on the current stream.
+
+        Args:
+            flag: Their address in this PE's own memory: it is the same there.
+            value: What to set them to.
+            pe: Whose.
+        """
+        self.native.raise_flag(flag, value, pe, torch.cuda.current_stream().cuda_stream)
+
+    def free(self, tensor: Tensor) -> None:
+        """Give memory back. Collective, and not bounded: only where all ranks are known to come."""
+        self.native.free(tensor.data_ptr())
+
+
+def check_words(ranks: Sequence[int], words: Sequence[_Word]) -> None:
+    """Raise unless ranks can join a world of all of them, or are in it already.
+
+    Args:
+        ranks: Their global ranks, by group rank.
+        words: What each has to say.
+
+    Raises:
+        EPUnsupportedError: Names the rank that cannot.
+    """
+    for rank, word in enumerate(words):
+        if word.problem is not None:
+            raise EPUnsupportedError(
+                f"the group spans hosts, and rank {rank} cannot use NVSHMEM: {word.problem}. "
+                'EPConfig(backend="reference") does without, slowly'
+            )
+    for rank, word in enumerate(words):
+        if word.version != words[0].version:
+            raise EPUnsupportedError(
+                f"rank 0 has NVSHMEM {words[0].version}, rank {rank} has {word.version}: install "
+                "the same on all hosts"
+            )
+    for rank, word in enumerate(words):
+        if word.ranks is not None and word.ranks != tuple(ranks):
+            raise EPUnsupportedError(
+                f"rank {rank} of the group of ranks {_listed(ranks)} has joined the NVSHMEM world "
+                f"of ranks {_listed(word.ranks)}: {_ONE_WORLD}"
+            )
+        if word.pe >= 0 and (word.pe, word.num_pes) != (rank, len(ranks)):
+            raise EPUnsupportedError(
+                f"rank {rank} of {len(ranks)} is PE {word.pe} of {word.num_pes} in the NVSHMEM "
+                f"that something else has initialised in its process: {_ONE_WORLD}, in its order"
+            )
+        mine, first = (each.ranks is not None or each.pe >= 0 for each in (word, words[0]))
+        if mine != first:
+            has, lacks = (rank, 0) if mine else (0, rank)
+            raise EPUnsupportedError(
+                f"rank {has} has initialised NVSHMEM before, and rank {lacks} has not: {_ONE_WORLD}"
+            )
+
+
+def tensor_at(address: int, num_bytes: int) -> Tensor:
+    """Return uint8 [num_bytes] over device memory that is not torch's; nobody frees it."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    tensor = torch.as_tensor(_DeviceMemory(address, num_bytes), device=device)
+    assert tensor.data_ptr() == address  # a copy would be of no use
+    return tensor
+
+
+class _DeviceMemory:
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+def _word(native: NvshmemLibrary | None, rank: int, settings: NetworkSettings) -> _Word:
+    """Return what this rank has to say; put the settings in place where it has no world yet."""
+    if native is None:
+        return _Word(_native.nvshmem_unusable_reason() or "")
+    version = native.version
+    if _joined is not None:
+        return _Word(None, version, _joined.ranks)
+    try:
+        if native.is_up():
+            return _Word(None, version, None, *native.place())
+        os.environ.update(settings.environment())
+        unique_id = native.new_id() if rank == 0 else b""
+    except EPError as error:
+        return _Word(f"it does not start: {error}")
+    return _Word(None, version, unique_id=unique_id)
+
+
+def _heap() -> str:
+    size = os.environ.get("NVSHMEM_SYMMETRIC_SIZE", "not set")
+    return (
+        f"NVSHMEM_SYMMETRIC_SIZE is {size}: raise it where CUDA's virtual memory is off "
+        "(NVSHMEM_DISABLE_CUDA_VMM=1). Else the GPU is full: a smaller max_tokens_per_rank needs "
+        "less"
+    )
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
