@@ -54,11 +54,15 @@ class Buffer(MaskCalls):
         rank: This process's rank in the group.
         num_ranks: Number of ranks in the group.
         num_local_experts: Experts that each rank owns.
-        passed_over: Why each faster backend than the chosen one was not taken, by name.
+        passed_over: Why each faster backend than the chosen one was not taken, by name, of those for
+            one host or for several.
 
     Raises:
-        EPStateError: torch.distributed is not initialised.
-        EPArgumentError: `config` does not fit the group, or two ranks have the same GPU.
+        EPStateError: torch.distributed is not initialised, or a rank has no memory for it.
+        EPArgumentError: `config` does not fit the group; two ranks have the same GPU; or a group of
+            GPUs is on hosts that differ in the number or order of its ranks.
+        EPUnsupportedError: A group of GPUs is on several hosts, and NVSHMEM is missing, or belongs
+            to another group in this process.
         EPMismatchError: Ranks passed different configs.
         EPTimeoutError: A rank did not arrive within ``config.timeout_s``. (A rank that an operation
             has waited for for 30 s is named before, by a warning of the logger "ep_comm".)
@@ -330,11 +334,11 @@ class Buffer(MaskCalls):
         it, and ranks may differ. No effect with the reference backend.
 
         Args:
-            num_sms: At least 2; None is all of the GPU's, and 24 of an operation that runs beside
-                computation (`async_finish`, `during_backward`).
+            num_sms: At least 2, between nodes 4; None is all of the GPU's, and 24 of an operation
+                that runs beside computation (`async_finish`, `during_backward`).
 
         Raises:
-            EPArgumentError: It is less than 2, or the GPU has fewer.
+            EPArgumentError: It is less than that, or the GPU has fewer.
         """
         self._session.check_usable()
         checks.check_num_sms(num_sms)

@@ -62,10 +62,13 @@ class EPConfig:
         num_topk: Most experts that a token selects, at most 32.
         dtype: Widest type of the rows, ``torch.bfloat16`` or ``torch.float32``.
         ranks_per_node: Consecutive ranks whose partial sums combine adds and rounds before the
-            sums of different nodes meet (docs/architecture.md, "Numerics"). None means that the
-            whole group is one node.
-        backend: "auto" takes the fastest backend that this machine has. "nodes" is for tests and
-            figures: parts of one host, of `ranks_per_node` each, with NVLink for a network.
+            sums of different nodes meet (docs/architecture.md, "Numerics"). None takes the ranks of
+            a host where the group is on several, with as many on each; else the whole group is one
+            node. Give it a number to have the same sums wherever the ranks are.
+        backend: "auto" takes the fastest backend that the group can have: on one host "nvlink", on
+            several "nodes" (on GPUs without NVSHMEM that is refused); else "reference". "nodes" on
+            one host is for tests and figures: parts of it, of `ranks_per_node` each, with NVLink
+            for a network.
         timeout_s: Bound of every wait, in seconds.
         low_latency_tokens: Most tokens that a rank passes to one low-latency dispatch. None: the
             buffer has no low-latency operations (`ep_comm.low_latency`).

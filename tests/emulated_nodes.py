@@ -135,6 +135,7 @@ def run_emulated_nodes(
     delay_us: int = 0,
     num_sms: int = 4,
     unwaited: bool = False,
+    make_memory: Callable[[int], Any] | None = None,
 ) -> list[Any]:
     """As `run_virtual_nodes`, with the kernels of `library`."""
     native = EmulatedLibrary(library)
@@ -183,7 +184,7 @@ def run_emulated_nodes(
             return all_ranks(
                 "cpu", _UnwaitedBackend if unwaited else _EmulatedBackend, streams, num_nodes,
                 ranks_per_node, function, config, args, carried, network_us, early_flags, delay_us,
-                False, num_sms,
+                False, num_sms, make_memory,
             )  # fmt: skip
         finally:
             waits = native.waits()

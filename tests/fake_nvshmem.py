@@ -1,4 +1,4 @@
-"""NVSHMEM's part of our library without NVSHMEM: PEs of one process, whose heaps are host memory."""
+"""NVSHMEM's part of our library, without NVSHMEM: PEs of one process, heaps of host memory."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ class FakeNvshmem:
         self.version = "3.4.5"
         self.up: tuple[int, int] | None = None
         self.fails: dict[str, str] = {}
-        self._pes, self._pe, self._native = pes or FakePes(), pe, native
+        self.pes, self.pe, self._native = pes or FakePes(), pe, native
         self._taken = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._native, name)  # kernels
 
     def _call(self, name: str, *args: Any) -> None:
-        self._pes.calls.append((name, self._pe, *args))
+        self.pes.calls.append((name, self.pe, *args))
         if name in self.fails:
             raise EPStateError(f"libep_comm_nvshmem: {self.fails[name]}")
 
     @property
     def calls(self) -> list[str]:
-        return [call[0] for call in self._pes.calls if call[1] == self._pe]
+        return [call[0] for call in self.pes.calls if call[1] == self.pe]
 
     def is_up(self) -> bool:
         return self.up is not None
@@ -69,21 +69,21 @@ class FakeNvshmem:
 
     def allocate(self, num_bytes: int) -> int:
         self._call("allocate", num_bytes)
-        self._pes.all.wait(20)
+        self.pes.all.wait(20)
         start = self._taken
         self._taken += -(-num_bytes // 256) * 256
         if self._taken > HEAP_BYTES:
             raise EPStateError("libep_comm_nvshmem: nvshmem_align: out of memory")
-        return self._pes.heaps[self._pe].data_ptr() + start
+        return self.pes.heaps[self.pe].data_ptr() + start
 
     def free(self, memory: int) -> None:
         self._call("free", memory)
-        self._pes.all.wait(20)
+        self.pes.all.wait(20)
 
     def raise_flag(self, flag: int, value: int, pe: int, stream: int) -> None:
         self._call("raise_flag", value, pe)
-        offset = flag - self._pes.heaps[self._pe].data_ptr()
-        address = self._pes.heaps[pe].data_ptr() + offset
+        offset = flag - self.pes.heaps[self.pe].data_ptr()
+        address = self.pes.heaps[pe].data_ptr() + offset
         ctypes.c_int64.from_address(address).value = value
 
 

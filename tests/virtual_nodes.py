@@ -120,8 +120,12 @@ def all_ranks(
     delay_us: int,
     in_step: bool,
     num_sms: int | None,
+    make_memory: Callable[[int], Any] | None = None,
 ) -> list[Any]:
-    """Run a function on all ranks, on backends of the kind `base`; see `run_virtual_nodes`."""
+    """Run a function on all ranks, on backends of the kind `base`; see `run_virtual_nodes`.
+
+    `make_memory` gives the `NodesMemory` of a rank, where it is to be another one.
+    """
     from ep_comm.backends.nodes.memory import NodesMemory, by_address, nodes_offsets
     from ep_comm.backends.nodes.peers import Place
     from ep_comm.backends.nvlink.farewell import Farewell
@@ -146,22 +150,25 @@ def all_ranks(
         def _new_stream(priority: int) -> torch.cuda.Stream:
             return streams.pop()
 
+    def memory_of(rank: int) -> NodesMemory:
+        place = Place(rank, ranks_per_node, num_nodes)
+        return NodesMemory(
+            place,
+            memory[rank],
+            [memory[other].data_ptr() for other in place.neighbours],
+            network[rank],
+            by_address([network[other].data_ptr() for other in place.rail], memory[rank]),
+            config.timeout_s,
+            (memory, network),
+            Farewell(rank, flags_of),
+            carrier.queue if carrier else 0,
+        )
+
     def run(rank: int) -> Any:
         torch.cuda.set_device(0)
-        place = Place(rank, ranks_per_node, num_nodes)
         try:
             with torch.cuda.stream(streams.pop()):
-                own = NodesMemory(
-                    place,
-                    memory[rank],
-                    [memory[other].data_ptr() for other in place.neighbours],
-                    network[rank],
-                    by_address([network[other].data_ptr() for other in place.rail], memory[rank]),
-                    config.timeout_s,
-                    (memory, network),
-                    Farewell(rank, flags_of),
-                    carrier.queue if carrier else 0,
-                )
+                own = (make_memory or memory_of)(rank)
                 # From here on nothing may be allocated anew: that waits for kernels that run.
                 reserve = [
                     torch.empty(size, dtype=torch.uint8, device=device)

@@ -16,7 +16,6 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -27,7 +26,7 @@ from torch import nn
 from ep_comm.errors import EPArgumentError, EPStateError, name_settings
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
 from ep_comm.megatron.options import EPOptions
-from ep_comm.megatron.support import FSDP, check_one_node, check_supported
+from ep_comm.megatron.support import FSDP, check_supported
 from ep_comm.megatron.wgrad import delay_weight_gradients, with_delayed_wgrad
 
 _installed: EPOptions | None = None
@@ -173,7 +172,6 @@ def _build(layer: MoELayer, options: EPOptions, args: tuple, kwargs: dict) -> No
     pg_collection = arguments.get("pg_collection")
     if pg_collection is None:
         pg_collection = arguments["pg_collection"] = get_default_pg_collection()
-    check_one_node(dist.get_process_group_ranks(pg_collection.tp_ep))
     if options.overlap_wgrad:
         arguments["submodules"] = _with_delayed_experts(arguments["submodules"])
     _original_init(layer, **arguments)

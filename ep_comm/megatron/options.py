@@ -67,8 +67,8 @@ class EPOptions:
         None,
         flag="--ep-num-sms",
         metavar="N",
-        help="SMs that each dispatch and combine may occupy, at least 2. No effect with the "
-        "reference backend.",
+        help="SMs that each dispatch and combine may occupy, at least 2, across hosts 4. No effect "
+        "with the reference backend.",
         unset="all, and 24 for a combine beside which weight gradients are computed",
     )
     timeout_s: float | None = option(
@@ -90,7 +90,8 @@ class EPOptions:
         flag="--ep-max-tokens-per-rank",
         metavar="N",
         help="Most tokens of one micro-batch on one rank. More of them are an error. A rank holds "
-        "about 2 (EP - 1) N x hidden x bytes of an element, once for all layers.",
+        "about 2 (EP - 1) N x hidden x bytes of an element, once for all layers; across hosts see "
+        "docs/buffer.md.",
         unset="by the sizes of batch, sequence and parallel groups where they are known; else the "
         "first micro-batch's, and a longer one makes a larger buffer",
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -106,26 +105,6 @@ def check_flags(args: Any, options: EPOptions) -> None:
     """Raise `EPUnsupportedError` for arguments of Megatron's that no `TransformerConfig` holds."""
     for refusal in BY_FLAGS:
         refusal.check(args, options)
-
-
-def check_one_node(ranks: Sequence[int]) -> None:
-    """Raise where the GPUs that share a layer's experts are not on one node.
-
-    Nodes are known from LOCAL_WORLD_SIZE, which torchrun and our launcher set. Without it nothing
-    is checked, and the start-up line names the reference backend. On CPU that one works anywhere.
-
-    Args:
-        ranks: The global ranks that share the experts.
-
-    Raises:
-        EPUnsupportedError: Names the flag.
-    """
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
-    if not ranks_per_node or not torch.cuda.is_available():
-        return
-    num_nodes = len({rank // ranks_per_node for rank in ranks})
-    if num_nodes > 1:
-        raise ACROSS_NODES.error(f"{len(ranks)} ranks on {num_nodes} nodes of {ranks_per_node}")
 
 
 # --- what the refusals look at -------------------------------------------------------------------
@@ -315,10 +294,6 @@ BY_FLAGS = (
     FSDP,
 )
 
-ACROSS_NODES = Refusal(
-    "an --expert-model-parallel-size that spans nodes, on GPUs",
-    "the GPUs that share a layer's experts must be on one node",
-)
 FUSED_ACCUMULATION = Refusal(
     "--ep-overlap-wgrad with gradient_accumulation_fusion in Megatron's own linear layers",
     "set it to False (--no-gradient-accumulation-fusion), or take Transformer Engine's layers",
@@ -329,6 +304,6 @@ UNKNOWN_EXPERTS = Refusal(
     "nothing delays the gradients of these",
 )
 
-BY_MODEL = (ACROSS_NODES, FUSED_ACCUMULATION, UNKNOWN_EXPERTS)
+BY_MODEL = (FUSED_ACCUMULATION, UNKNOWN_EXPERTS)
 
 REFUSALS = BY_CONFIG + BY_FLAGS + BY_MODEL

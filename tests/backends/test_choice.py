@@ -113,7 +113,13 @@ def test_low_latency_is_refused_by_name(monkeypatch):
 
 @pytest.mark.parametrize(
     ("hosts", "asked", "found"),
-    [("aaaa", None, None), ("aabb", None, 2), ("abcd", None, 1), ("aabb", 4, 4), ("aab", None, None)],
+    [
+        ("aaaa", None, None),
+        ("aabb", None, 2),
+        ("abcd", None, 1),
+        ("aabb", 4, 4),
+        ("aab", None, None),
+    ],
 )
 def test_ranks_of_a_node_are_found_where_they_are_not_given(hosts, asked, found):
     """On one host None stays: all are one node. So do hosts that are no nodes."""
@@ -190,7 +196,9 @@ def test_gpus_of_several_hosts_without_nvshmem():
     has no other, so it gets that one, and `passed_over` says so."""
     for texts in run_ranks(2, without_nvshmem):
         for text in texts[:2]:
-            assert "the group spans hosts, and rank 0 cannot use NVSHMEM: it is not installed" in text
+            assert (
+                "the group spans hosts, and rank 0 cannot use NVSHMEM: it is not installed" in text
+            )
             assert "ep_comm[nvshmem-cu13]" in text and 'EPConfig(backend="reference")' in text
         assert texts[2] == (
             "no backend for this group: nodes: rank 0: it has no low-latency operations"

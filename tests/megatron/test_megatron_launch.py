@@ -15,6 +15,7 @@ import json
 import os
 import pickletools
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,12 +25,14 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from example_runs import ROOT, assert_refused, environment
-from megatron_model import Setup, make_config, make_model, parallel_state, train
+from megatron_model import Setup, train
 from ranks import run_ranks, stop_pool
 
+from ep_comm.backends.nvlink.support import Facts
 from ep_comm.errors import (
     EPArgumentError,
     EPTimeoutError,
@@ -37,7 +40,7 @@ from ep_comm.errors import (
     EPUnsupportedError,
 )
 from ep_comm.job.exits import UserError
-from ep_comm.megatron import EPOptions
+from ep_comm.megatron import EPOptions, destroy_buffers
 from ep_comm.megatron.launch import main as launch
 from ep_comm.megatron.launch.flags import (
     extend_parser,
@@ -45,7 +48,7 @@ from ep_comm.megatron.launch.flags import (
     wants_ep_comm,
 )
 from ep_comm.megatron.options import OPTIONS
-from ep_comm.megatron.support import BY_FLAGS, check_one_node
+from ep_comm.megatron.support import BY_FLAGS
 from ep_comm.megatron.versions import SUPPORTED, is_supported
 
 # Not imported: processes of ours start without. (`megatron` alone would be the tests' folder.)
@@ -599,34 +602,56 @@ def test_the_script_comes_first(monkeypatch, capsys):
 # --- ranks and nodes -----------------------------------------------------------------------------
 
 
-def test_expert_parallelism_across_nodes_is_refused_on_gpus(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    check_one_node([0, 4])  # on CPU the reference backend works anywhere
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    check_one_node([4, 5, 6, 7])
-    with pytest.raises(EPUnsupportedError, match="--expert-model-parallel-size .* 2 nodes of 4"):
-        check_one_node([2, 3, 4, 5])
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    check_one_node([2, 3, 4, 5])
+def train_on_two_hosts(rank: int, uneven: bool) -> str:
+    """What a training says whose ranks are on hosts of two, the last on one of its own if uneven.
+
+    The GPUs are not there, nor is NVSHMEM.
+    """
+    from ep_comm.backends import NodesBackend
+
+    facts = Facts(f"GPU-{rank}", (), None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "gethostname", lambda: "abc"[rank // 2 + (uneven and rank == 3)])
+        patch.setattr(NodesBackend, "facts", lambda group, config: facts)
+        with pytest.raises((EPUnsupportedError, EPArgumentError)) as caught:
+            train(rank, Setup(steps=1, ep=4))
+    return str(caught.value)
 
 
-def build_across_nodes(rank: int, ranks_per_node: str) -> str:
-    """Build a layer whose two ranks are on two nodes with GPUs, or so it seems."""
-    import ep_comm.megatron.cpu
+def test_experts_across_hosts_need_equal_hosts_and_nvshmem():
+    """The layers are built; the first dispatch, which makes the buffer, says what is missing."""
+    for text in run_ranks(4, train_on_two_hosts, False, pool="launch"):
+        assert "the group spans hosts, and rank 0 cannot use NVSHMEM" in text
+        assert "ep_comm[nvshmem-cu1" in text
+    for text in run_ranks(4, train_on_two_hosts, True, pool="launch"):
+        assert "host a has 2 ranks of the group, host b has 1" in text
 
-    ep_comm.megatron.cpu.enable()
-    parallel_state(Setup())
-    config = make_config(Setup(), None)
-    os.environ["LOCAL_WORLD_SIZE"] = ranks_per_node
-    original, torch.cuda.is_available = torch.cuda.is_available, lambda: True
-    try:
-        make_model(Setup(), config, EPOptions())
-    except EPUnsupportedError as error:
-        return str(error)
-    finally:
-        torch.cuda.is_available = original
-        del os.environ["LOCAL_WORLD_SIZE"]
-    return ""
+
+def train_on_one_or_two_hosts(rank: int, split: int) -> tuple:
+    """Losses of two steps, ranks from `split` on being on another host."""
+    from ep_comm.backends.reference.backend import ReferenceBackend
+
+    nodes = []
+    original = ReferenceBackend.set_num_sms
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "gethostname", lambda: "ab"[rank >= split])
+        patch.setattr(
+            ReferenceBackend,
+            "set_num_sms",
+            lambda self, sms: (nodes.append(self.config.ranks_per_node), original(self, sms)),
+        )
+        losses = train(rank, Setup(steps=2, ep=4))["losses"]
+        destroy_buffers()
+    return losses, nodes
+
+
+def test_experts_across_hosts_train_on_the_cpu():
+    """With the sums of a node rounded first; the losses are those of one host up to that."""
+    together, apart = (
+        run_ranks(4, train_on_one_or_two_hosts, split, pool="launch") for split in (4, 2)
+    )
+    assert together[0][1] == [None] and apart[0][1] == [2]
+    np.testing.assert_allclose(apart[0][0], together[0][0], rtol=1e-4)
 
 
 def buffer_of_the_options(rank: int, **options: object) -> list[tuple]:
@@ -645,10 +670,7 @@ def buffer_of_the_options(rank: int, **options: object) -> list[tuple]:
     return made
 
 
-def test_layers_refuse_nodes_and_hand_on_their_options():
-    for message in run_ranks(2, build_across_nodes, "1", pool="launch"):
-        assert "--expert-model-parallel-size that spans nodes" in message
-        assert "(2 ranks on 2 nodes of 1)" in message
+def test_layers_hand_on_their_options():
     options = dict(num_sms=24, max_tokens_per_rank=777, timeout_s=11.0)
     made = run_ranks(2, partial(buffer_of_the_options, **options), pool="launch")
     assert made == [[(24, 777, 11.0)]] * 2

@@ -73,7 +73,7 @@ def join(rank: int) -> None:
         # The settings are there before NVSHMEM is, and one rank makes the id.
         assert os.environ["NVSHMEM_IB_SL"] == "3"
         assert native.calls == (["new_id", "init"] if rank == 0 else ["init"])
-        assert native._pes.calls[-1] == ("init", 0, b"an id with \0 in it", rank, 3)
+        assert native.pes.calls[-1] == ("init", 0, b"an id with \0 in it", rank, 3)
         assert world.ranks == (0, 1, 2) and world.version == "3.4.5"
         assert [world.nic(place) for place in range(4)] == [
             "mlx5_0:1", "mlx5_0:1", "mlx5_1:1", None,
@@ -82,7 +82,9 @@ def join(rank: int) -> None:
         assert of(everyone, service_level=5) is world and native.calls.count("init") == 1
         assert os.environ["NVSHMEM_IB_SL"] == "3"
         if rank < 2:
-            with pytest.raises(EPUnsupportedError, match="joined the NVSHMEM world of ranks 0, 1, 2"):
+            with pytest.raises(
+                EPUnsupportedError, match="joined the NVSHMEM world of ranks 0, 1, 2"
+            ):
                 of(first_two)
 
 
@@ -134,8 +136,12 @@ def cannot_join(rank: int) -> list[str]:
 def test_why_nvshmem_cannot_be_used_is_said():
     for rank, texts in enumerate(run_ranks(2, cannot_join, fresh=True)):
         assert "rank 1 cannot use NVSHMEM: install ep_comm[nvshmem-cu13]" in texts[0]
-        assert "rank 0 cannot use NVSHMEM: it does not start: libep_comm_nvshmem: no int" in texts[1]
-        assert f"rank {rank}: NVSHMEM does not start: libep_comm_nvshmem: transport ibrc" in texts[2]
+        assert (
+            "rank 0 cannot use NVSHMEM: it does not start: libep_comm_nvshmem: no int" in texts[1]
+        )
+        assert (
+            f"rank {rank}: NVSHMEM does not start: libep_comm_nvshmem: transport ibrc" in texts[2]
+        )
 
 
 def allocate(rank: int) -> str:
@@ -147,7 +153,7 @@ def allocate(rank: int) -> str:
         assert tensor.dtype == torch.uint8 and tensor.shape == (1000,) and not tensor.any()
         # It is the heap's, which lives on without the tensor.
         tensor[3] = 9
-        assert native._pes.heaps[0][3] == 9
+        assert native.pes.heaps[0][3] == 9
         world.raise_flag(tensor.data_ptr() + 8, 41, 0)
         assert tensor[8:16].view(torch.int64).item() == 41
         world.free(tensor)
