@@ -56,7 +56,7 @@ class FakeNvshmem:
     def is_up(self) -> bool:
         return self.up is not None
 
-    def place(self) -> tuple[int, int]:
+    def world(self) -> tuple[int, int]:
         assert self.up is not None
         return self.up
 
@@ -64,8 +64,8 @@ class FakeNvshmem:
         self._call("new_id")
         return b"an id with \0 in it"
 
-    def init(self, unique_id: bytes, rank: int, num_ranks: int) -> None:
-        self._call("init", unique_id, rank, num_ranks)
+    def initialize(self, unique_id: bytes | None, rank: int, num_ranks: int) -> None:
+        self._call("initialize", unique_id, rank, num_ranks)
 
     def allocate(self, num_bytes: int) -> int:
         self._call("allocate", num_bytes)

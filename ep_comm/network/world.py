@@ -90,14 +90,14 @@ class World:
         assert native is not None  # or the word had said so
         if _joined is not None:
             return _joined
-        if word.pe < 0:
-            try:
-                native.init(words[0].unique_id, rank, len(ranks))
-            except EPError as error:
-                raise EPStateError(
-                    f"rank {rank}: NVSHMEM does not start: {error}. ep-comm doctor shows what this "
-                    "host has for it, and docs/network.md what is in the way most often"
-                ) from error
+        try:
+            # Where NVSHMEM is up nobody waits here.
+            native.initialize(words[0].unique_id or None, rank, len(ranks))
+        except EPError as error:
+            raise EPStateError(
+                f"rank {rank}: NVSHMEM does not start: {error}. ep-comm doctor shows what this host "
+                "has for it, and docs/network.md what is in the way most often"
+            ) from error
         _joined = cls(native, ranks, word.version, settings if word.pe < 0 else None)
         return _joined
 
@@ -228,8 +228,8 @@ def _word(native: NvshmemLibrary | None, rank: int, settings: NetworkSettings) -
         return _Word(None, version, _joined.ranks)
     try:
         if native.is_up():
-            return _Word(None, version, None, *native.place())
-        os.environ.update(settings.environment())
+            return _Word(None, version, None, *native.world())
+        settings.apply()
         unique_id = native.new_id() if rank == 0 else b""
     except EPError as error:
         return _Word(f"it does not start: {error}")

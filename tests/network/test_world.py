@@ -72,14 +72,14 @@ def join(rank: int) -> None:
         world = of(everyone, service_level=3, nic_mapping=("mlx5_0:1:2", "mlx5_1:1:1"))
         # The settings are there before NVSHMEM is, and one rank makes the id.
         assert os.environ["NVSHMEM_IB_SL"] == "3"
-        assert native.calls == (["new_id", "init"] if rank == 0 else ["init"])
-        assert native.pes.calls[-1] == ("init", 0, b"an id with \0 in it", rank, 3)
+        assert native.calls == (["new_id", "initialize"] if rank == 0 else ["initialize"])
+        assert native.pes.calls[-1] == ("initialize", 0, b"an id with \0 in it", rank, 3)
         assert world.ranks == (0, 1, 2) and world.version == "3.4.5"
         assert [world.nic(place) for place in range(4)] == [
             "mlx5_0:1", "mlx5_0:1", "mlx5_1:1", None,
         ]  # fmt: skip
         # A second buffer of the group is in the same one, whatever its settings say.
-        assert of(everyone, service_level=5) is world and native.calls.count("init") == 1
+        assert of(everyone, service_level=5) is world and native.calls.count("initialize") == 1
         assert os.environ["NVSHMEM_IB_SL"] == "3"
         if rank < 2:
             with pytest.raises(
@@ -102,7 +102,8 @@ def join_what_is_up(rank: int) -> None:
             of(dist.group.WORLD, service_level=3)
         native.up = (rank, 2)
         world = of(dist.group.WORLD, service_level=3)
-        assert native.calls == [] and "NVSHMEM_IB_SL" not in os.environ
+        assert native.pes.calls == [("initialize", 0, None, rank, 2)]
+        assert "NVSHMEM_IB_SL" not in os.environ
         assert world.settings is None and world.nic(0) is None
 
 
@@ -125,7 +126,7 @@ def cannot_join(rank: int) -> list[str]:
         with pytest.raises(EPUnsupportedError) as caught:
             of(dist.group.WORLD)
         texts.append(str(caught.value))
-        native.fails = {"init": "transport ibrc: no device"}
+        native.fails = {"initialize": "transport ibrc: no device"}
         with pytest.raises(EPStateError) as caught:
             of(dist.group.WORLD)
         texts.append(str(caught.value))
