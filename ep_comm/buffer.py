@@ -54,8 +54,8 @@ class Buffer(MaskCalls):
         rank: This process's rank in the group.
         num_ranks: Number of ranks in the group.
         num_local_experts: Experts that each rank owns.
-        passed_over: Why each faster backend than the chosen one was not taken, by name, of those for
-            one host or for several.
+        passed_over: Why each faster backend than the chosen one was not taken, by name; of those
+            for one host or for several.
 
     Raises:
         EPStateError: torch.distributed is not initialised, or a rank has no memory for it.

@@ -95,8 +95,8 @@ class World:
             native.initialize(words[0].unique_id or None, rank, len(ranks))
         except EPError as error:
             raise EPStateError(
-                f"rank {rank}: NVSHMEM does not start: {error}. ep-comm doctor shows what this host "
-                "has for it, and docs/network.md what is in the way most often"
+                f"rank {rank}: NVSHMEM does not start: {error}. ep-comm doctor shows what this "
+                "host has for it, and docs/network.md what is in the way most often"
             ) from error
         _joined = cls(native, ranks, word.version, settings if word.pe < 0 else None)
         return _joined

@@ -8,11 +8,13 @@ tests and figures, where it is asked for by name.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.distributed as dist
 
 from ep_comm import _native
-from ep_comm._native import header
+from ep_comm._native import NativeLibrary, header
 from ep_comm.backends.base import PlanRequest
 from ep_comm.backends.nodes.args import nodes_kernel_args
 from ep_comm.backends.nodes.memory import NodesMemory, nodes_offsets
@@ -117,7 +119,8 @@ class NodesBackend(NVLinkBackend):
         self.rank, self.num_ranks = memory.rank, memory.num_ranks
         self.num_local_experts = config.num_experts // self.num_ranks
         world = memory.world
-        native = _native.load() if world is None else world.native
+        # The library for NVSHMEM has of the other one what is called here.
+        native = _native.load() if world is None else cast(NativeLibrary, world.native)
         assert native is not None
         self.native = native
         self.native.load_kernels()
