@@ -48,7 +48,7 @@ def diagnose() -> str:
     sections += [
         ("environment", _grid(settings)),
         *network_sections(),
-        ("will be used", [backend_choice(num_gpus)]),
+        ("will be used", [backend_choice(num_gpus), hosts_choice(num_gpus)]),
     ]
     return sections_text(sections)
 
@@ -113,6 +113,16 @@ def backend_choice(num_gpus: int) -> str:
     if strangers:
         return f"reference, over NCCL: GPUs {', '.join(strangers)} have no peer access"
     return f"nvlink, for up to {num_ranks} GPUs of this host in an NCCL group"
+
+
+def hosts_choice(num_gpus: int) -> str:
+    """Return the backend of a group that spans hosts like this one, and the reason."""
+    if num_gpus == 0 or not dist.is_nccl_available():
+        return "across hosts: reference, over gloo"
+    reason = _native.nvshmem_unusable_reason()
+    if reason is None:
+        return "across hosts: nodes, over NVSHMEM"
+    return f"across hosts: refused, as NVSHMEM cannot be used: {reason}"
 
 
 def no_gpu_reason() -> str:

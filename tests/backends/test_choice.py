@@ -9,10 +9,19 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from ep_comm import Buffer, EPArgumentError, EPConfig, EPUnsupportedError, _native
+from ep_comm import (
+    Buffer,
+    EPArgumentError,
+    EPConfig,
+    EPUnsupportedError,
+    NetworkSettings,
+    _native,
+)
 from ep_comm._native import header
 from ep_comm.backends import NodesBackend, NVLinkBackend, with_nodes
+from ep_comm.backends.nodes.memory import NodesMemory
 from ep_comm.backends.nvlink.support import Facts
+from ep_comm.network.world import World
 from ep_comm.topology import Spot
 
 SIZES = dict(num_experts=8, hidden=64, max_tokens_per_rank=16, num_topk=2)
@@ -125,6 +134,45 @@ def test_ranks_of_a_node_are_found_where_they_are_not_given(hosts, asked, found)
     """On one host None stays: all are one node. So do hosts that are no nodes."""
     config = with_nodes(EPConfig(**SIZES, ranks_per_node=asked), spots_of(*hosts))
     assert config.ranks_per_node == found
+
+
+def test_what_a_backend_on_several_hosts_is_made_of(monkeypatch):
+    """The world before any memory. The second rank of a host has its second card."""
+    made = []
+
+    class FakeWorld:
+        def nic(self, place: int) -> str:
+            return f"card {place}"
+
+    def join(group, settings, timeout_s):
+        made.append(("world", settings, timeout_s))
+        return FakeWorld()
+
+    def of_hosts(group, meeting, world, offsets, ranks_per_node, timeout_s):
+        made.append(("memory", type(world), offsets.network_total > 0, ranks_per_node))
+
+    def init(self, memory, config, nic):
+        made.append(("backend", config.ranks_per_node, nic))
+
+    monkeypatch.setattr(World, "of_group", join)
+    monkeypatch.setattr(NodesMemory, "of_hosts", of_hosts)
+    monkeypatch.setattr(NodesBackend, "__init__", init)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 3)
+    monkeypatch.setenv("NVSHMEM_IB_SL", "4")
+    if _native.load() is None:
+        pytest.skip(_native.status())
+    spots = spots_of(*"aabb")
+    NodesBackend.create(None, with_nodes(CONFIG, spots), None, spots)
+    settings = NetworkSettings(service_level=4)
+    assert made == [
+        ("world", settings, 30.0),
+        ("memory", FakeWorld, True, 2),
+        ("backend", 2, "card 1"),
+    ]
+    made.clear()
+    mine = NetworkSettings(ibgda=True)
+    NodesBackend.create(None, EPConfig(**SIZES, ranks_per_node=1, network=mine), None, spots)
+    assert made[0] == ("world", mine, 30.0) and made[1][3] == 1 and made[2][2] == "card 1"
 
 
 # --- whole groups --------------------------------------------------------------------------------

@@ -274,6 +274,17 @@ def test_backend_choice_with_gpus(monkeypatch):
     assert doctor.backend_choice(4) == "reference, over NCCL: GPU 0 is an A100"
 
 
+def test_choice_across_hosts(monkeypatch):
+    assert doctor.hosts_choice(0) == "across hosts: reference, over gloo"
+    monkeypatch.setattr(doctor.dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(_native, "nvshmem_unusable_reason", lambda: None)
+    assert doctor.hosts_choice(4) == "across hosts: nodes, over NVSHMEM"
+    monkeypatch.setattr(_native, "nvshmem_unusable_reason", lambda: "pip install it")
+    assert doctor.hosts_choice(4) == (
+        "across hosts: refused, as NVSHMEM cannot be used: pip install it"
+    )
+
+
 def test_gpus_and_links_are_shown(monkeypatch):
     class Gpu:
         name, total_memory, multi_processor_count, major, minor = "H200", 150e9, 132, 9, 0
