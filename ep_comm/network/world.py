@@ -72,12 +72,13 @@ class World:
     ) -> World:
         """Join the world of a group, or return it where it was joined before. Collective.
 
-        The settings count for the first that is joined: they go into this process's environment,
-        where NVSHMEM reads them. An NVSHMEM that somebody else has initialised keeps its own.
+        The settings go into this process's environment, where NVSHMEM reads them at its start. An
+        NVSHMEM that somebody else has initialised keeps its own.
 
         Raises:
-            EPUnsupportedError: A rank cannot use NVSHMEM, ranks have different versions of it, or a
-                rank is in another world. On all ranks; nothing was allocated.
+            EPUnsupportedError: A rank cannot use NVSHMEM, or has started it with other settings;
+                ranks have different versions of it; or a rank is in another world. On all ranks;
+                nothing was allocated.
             EPStateError: NVSHMEM does not start; has its words. Other ranks may then wait in it.
             EPTimeoutError: A rank did not come.
         """
@@ -225,7 +226,12 @@ def _word(native: NvshmemLibrary | None, rank: int, settings: NetworkSettings) -
         return _Word(_native.nvshmem_unusable_reason() or "")
     version = native.version
     if _joined is not None:
-        return _Word(None, version, _joined.ranks)
+        problem, before = None, _joined.settings
+        if before is not None and before.environment() != settings.environment():
+            problem = (
+                f"it has started with other settings here, and keeps them: {before.describe()}"
+            )
+        return _Word(problem, version, _joined.ranks)
     try:
         if native.is_up():
             return _Word(None, version, None, *native.world())

@@ -78,14 +78,17 @@ def join(rank: int) -> None:
         assert [world.nic(place) for place in range(4)] == [
             "mlx5_0:1", "mlx5_0:1", "mlx5_1:1", None,
         ]  # fmt: skip
-        # A second buffer of the group is in the same one, whatever its settings say.
-        assert of(everyone, service_level=5) is world and native.calls.count("initialize") == 1
+        # A second buffer of the group is in the same one, with the same settings.
+        again = World.of_group(everyone, NetworkSettings.from_environment(), 10.0)
+        assert again is world and native.calls.count("initialize") == 1
+        with pytest.raises(EPUnsupportedError, match="rank 0 .* started with other settings .* 3"):
+            of(everyone, service_level=5)
         assert os.environ["NVSHMEM_IB_SL"] == "3"
         if rank < 2:
             with pytest.raises(
                 EPUnsupportedError, match="joined the NVSHMEM world of ranks 0, 1, 2"
             ):
-                of(first_two)
+                World.of_group(first_two, NetworkSettings.from_environment(), 10.0)
 
 
 def test_a_group_joins_once_and_no_other_group_can():
