@@ -79,7 +79,8 @@ class World:
             EPUnsupportedError: A rank cannot use NVSHMEM, or has started it with other settings;
                 ranks have different versions of it; or a rank is in another world. On all ranks;
                 nothing was allocated.
-            EPStateError: NVSHMEM does not start; has its words. Other ranks may then wait in it.
+            EPStateError: NVSHMEM does not start on a rank; has its words. On all ranks that it lets
+                go: they wait in it for each other.
             EPTimeoutError: A rank did not come.
         """
         global _joined
@@ -91,14 +92,19 @@ class World:
         assert native is not None  # or the word had said so
         if _joined is not None:
             return _joined
+        problem = None
         try:
             # Where NVSHMEM is up nobody waits here.
             native.initialize(words[0].unique_id or None, rank, len(ranks))
         except EPError as error:
-            raise EPStateError(
-                f"rank {rank}: NVSHMEM does not start: {error}. ep-comm doctor shows what this "
-                "host has for it, and docs/network.md what is in the way most often"
-            ) from error
+            problem = str(error)
+        answers = meet(group, "use the NVSHMEM world of a group", problem, timeout_s).answers
+        for other, text in enumerate(answers):
+            if text is not None:
+                raise EPStateError(
+                    f"rank {other}: NVSHMEM does not start: {text}. ep-comm doctor shows what its "
+                    "host has for it, and docs/network.md what is in the way most often"
+                )
         _joined = cls(native, ranks, word.version, settings if word.pe < 0 else None)
         return _joined
 
