@@ -118,12 +118,14 @@ class NodesBackend(NVLinkBackend):
         self.memory = memory
         self.rank, self.num_ranks = memory.rank, memory.num_ranks
         self.num_local_experts = config.num_experts // self.num_ranks
-        world = memory.world
-        # The library for NVSHMEM has of the other one what is called here.
-        native = _native.load() if world is None else cast(NativeLibrary, world.native)
+        native, world = _native.load(), memory.world
         assert native is not None
+        native.load_kernels()  # what quantises is in this library alone
+        if world is not None:
+            # NVSHMEM's has all of the other one that is called here.
+            native = cast(NativeLibrary, world.native)
+            native.load_kernels()
         self.native = native
-        self.native.load_kernels()
         self.device = self._current_device()
         place = memory.place
         self._streams = Streams(self.native, self.device.index, self._new_stream)
