@@ -267,7 +267,6 @@ T __reduce_max_sync(unsigned, T value) {
 inline float __fdividef(float a, float b) { return a / b; }
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 inline int __ffs(uint32_t v) { return __builtin_ffs(static_cast<int>(v)); }
-inline float __fdividef(float a, float b) { return a / b; }
 inline float __uint_as_float(uint32_t v) {
   float f;
   std::memcpy(&f, &v, 4);
