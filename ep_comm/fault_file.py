@@ -14,6 +14,8 @@ import stat
 import tempfile
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,7 +110,7 @@ def _document(identity: Identity, backend: Backend, error: BaseException) -> dic
             "phase": getattr(error, "phase", None),
             "waited_s": getattr(error, "timeout_s", None),
         },
-        "operations": None if records is None else [_operation(r, now) for r in records],
+        "operations": None if records is None else _operations(records, now),
     }
 
 
@@ -129,18 +131,30 @@ def _read_records(backend: Backend) -> list[OpRecord] | None:
     return found[0] if found else None
 
 
-def _operation(record: OpRecord, now: float) -> dict[str, Any]:
-    return {
-        "op": record.op,
-        "epoch": record.epoch,
-        "place": record.place,
-        "is_backward": record.is_backward,
-        "called_ago_s": _number(now - record.called_s),
-        "seconds": _number(record.seconds),
-        "rows_to_rank": list(record.rows_to_rank),
-        "rows_from_rank": list(record.rows_from_rank),
-        "wait_s_by_rank": [_number(wait) for wait in record.wait_s_by_rank],
-    }
+def _operations(records: Iterable[OpRecord], now: float) -> list[dict[str, Any]]:
+    """Return what is known of operations, oldest first.
+
+    A GPU's record of one that did not end is empty, or still that of one long before.
+    """
+    last: Counter[str] = Counter()
+    found = []
+    for record in records:
+        is_done = record.epoch > last[record.op]
+        last[record.op] = record.epoch if is_done else last[record.op] + 1
+        found.append(
+            {
+                "op": record.op,
+                "epoch": last[record.op],
+                "place": record.place,
+                "is_backward": record.is_backward,
+                "called_ago_s": _number(now - record.called_s),
+                "seconds": _number(record.seconds) if is_done else None,
+                "rows_to_rank": list(record.rows_to_rank) if is_done else [],
+                "rows_from_rank": list(record.rows_from_rank) if is_done else [],
+                "wait_s_by_rank": [_number(wait) for wait in record.wait_s_by_rank if is_done],
+            }
+        )
+    return found
 
 
 def _number(value: float) -> float | None:

@@ -56,7 +56,8 @@ class RankStory:
         done = [
             op
             for op in self.operations or []
-            if (op["op"], op["epoch"]) != (self.error["op"], self.error["epoch"])
+            if op["seconds"] is not None
+            and (op["op"], op["epoch"]) != (self.error["op"], self.error["epoch"])
         ]
         return done[-1] if done else None
 

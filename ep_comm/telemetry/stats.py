@@ -17,6 +17,7 @@ _NOTICEABLE = 0.1
 # then, and one of them was among the last so many. Mostly the first one of a step has to wait.
 _MOST = 0.5
 _RECENT = 64
+_LEAST = 0.1  # of a typical wait for it
 
 
 class Quantiles(NamedTuple):
@@ -173,7 +174,10 @@ def find_slowest(records: Sequence[OpRecord]) -> SlowestRank | None:
     for record, late in waited:
         by_rank[late] = by_rank.get(late, 0.0) + longest_wait(record)
     rank = max(by_rank, key=by_rank.__getitem__)
-    since = _since([late for _, late in waited], rank)
+    # What it was waited for at the beginning of a run, say, is nothing beside what it is now.
+    of_rank = [longest_wait(record) for record, late in waited if late == rank]
+    least = _LEAST * float(np.median(of_rank[-_RECENT:]))
+    since = _since([late if longest_wait(r) >= least else None for r, late in waited], rank)
     if since is None:
         return None
     first = waited[since][0]
@@ -193,7 +197,7 @@ def _late_rank(record: OpRecord) -> int | None:
     return rank
 
 
-def _since(late: Sequence[int], rank: int) -> int | None:
+def _since(late: Sequence[int | None], rank: int) -> int | None:
     """Return the first wait for `rank` from which on most have been for it."""
     count, since = 0, None
     for i in range(len(late) - 1, -1, -1):

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from cases import Case, assert_same, to_numpy, to_torch
+from cases import Case, assert_same, finished, to_numpy, to_torch
 from oracle import expert_rows, fp32_to_bf16, rank_rows
 from ranks import run_ranks
 
@@ -92,7 +92,7 @@ def combine_backward(
 
 def scales_a_row(scales: torch.Tensor, handle: DispatchHandle, case: Case) -> torch.Tensor:
     """[M, B] from each expert's block as Transformer Engine takes it."""
-    offsets = handle.device_expert_offsets.tolist()
+    offsets = finished(handle.device_expert_offsets).tolist()
     experts = fp8.split_scales(scales, offsets, case.hidden)
     assert [tuple(block.shape) for block in experts] == [
         (case.hidden // fp8.BLOCK, rows) for rows in handle.padded_tokens_per_expert.tolist()

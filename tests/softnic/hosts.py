@@ -5,6 +5,10 @@ name of its own there (root is needed for it)::
 
     outputs = run_hosts(2, my_function, argument, card=PROXY)   # my_function(rank, argument)
 
+The card copies with CUDA in each process. A copy to or from pageable memory that stands behind a
+kernel which waits holds the driver up, and the card with it: so `my_function` synchronises before
+such copies (`cases.finished`). A real card needs no CUDA.
+
 `my_function` must be importable (top level of a module). The default process group is there when
 it is called: NCCL where there are GPUs, else gloo, both through sockets of the loopback interface.
 Ranks have a GPU each where there are enough, else they share under MPS.

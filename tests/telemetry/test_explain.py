@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from ep_comm import Buffer, EPConfig, EPError, EPTimeoutError, fault_file
 from ep_comm.cli.app import app
 from ep_comm.telemetry.explain import ExplainError, read_story
+from ep_comm.telemetry.records import Interval, OpRecord
 
 SIZES = dict(num_experts=12, hidden=16, max_tokens_per_rank=8, num_topk=2, dtype=torch.float32)
 X = torch.ones(5, 16)
@@ -148,6 +149,21 @@ def test_bad_input_of_the_command(tmp_path):
     for path, text in ((tmp_path, "is no file that ep_comm has left"), (tmp_path / "n", "No such")):
         shown = CliRunner().invoke(app, ["explain", str(path)])
         assert shown.exit_code == 2 and text in shown.output
+
+
+def test_records_of_what_did_not_end_are_not_believed(tmp_path, monkeypatch):
+    """A GPU's ring still has what stood there a thousand operations ago."""
+    monkeypatch.setenv(fault_file.FOLDER_VARIABLE, str(tmp_path))
+    records = [
+        OpRecord(op=op, epoch=epoch, place=place, called_s=0.0, span=Interval(1.0))
+        for place, (op, epoch) in enumerate([("dispatch", 7), ("combine", 7), ("dispatch", 3)], 10)
+    ]
+    path = fault_file.leave(IDENTITY, backend_of(lambda _: records), EPError("late"))
+    operations = json.loads(path.read_text())["operations"]
+    assert [(op["op"], op["epoch"], op["seconds"]) for op in operations] == [
+        ("dispatch", 7, 1.0), ("combine", 7, 1.0), ("dispatch", 8, None),
+    ]  # fmt: skip
+    assert read_story([path]).ranks[0].last["op"] == "combine"
 
 
 def backend_of(read) -> SimpleNamespace:

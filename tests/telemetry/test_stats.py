@@ -55,6 +55,12 @@ def test_a_rank_that_was_slow_long_ago_is_not_slow_now():
     assert find_slowest(records) is None
 
 
+def test_short_waits_at_the_beginning_are_not_when_it_began():
+    records = [record(i, (0.0, 2e-4, 0.0), 1e-3) for i in range(1, 30)]
+    records += [record(i, (0.0, 0.5, 0.0)) for i in range(30, 60)]
+    assert find_slowest(records).since_op == "dispatch #30"
+
+
 def test_what_is_hardly_waited_for_is_not_slow():
     assert find_slowest([record(i, (0.0, 0.05, 0.0)) for i in range(1, 9)]) is None
 
