@@ -18,6 +18,7 @@ _NOTICEABLE = 0.1
 _MOST = 0.5
 _RECENT = 64
 _LEAST = 0.1  # of a typical wait for it
+_LONG, _ENOUGH = 5, 3  # a gap between waits for it, in typical ones, once there are enough of these
 
 
 class Quantiles(NamedTuple):
@@ -169,21 +170,23 @@ def find_slowest(records: Sequence[OpRecord]) -> SlowestRank | None:
     late_ranks = [_late_rank(record) for record in records]
     if all(late is None for late in late_ranks[-_RECENT:]):
         return None
-    waited = [(r, late) for r, late in zip(records, late_ranks, strict=True) if late is not None]
+    waited = [i for i, late in enumerate(late_ranks) if late is not None]
     by_rank: dict[int, float] = {}
-    for record, late in waited:
-        by_rank[late] = by_rank.get(late, 0.0) + longest_wait(record)
+    for i in waited:
+        late = late_ranks[i]
+        assert late is not None
+        by_rank[late] = by_rank.get(late, 0.0) + longest_wait(records[i])
     rank = max(by_rank, key=by_rank.__getitem__)
+    of_rank = [i for i in waited if late_ranks[i] == rank]
     # What it was waited for at the beginning of a run, say, is nothing beside what it is now.
-    of_rank = [longest_wait(record) for record, late in waited if late == rank]
-    least = _LEAST * float(np.median(of_rank[-_RECENT:]))
-    since = _since([late if longest_wait(r) >= least else None for r, late in waited], rank)
+    least = _LEAST * float(np.median([longest_wait(records[i]) for i in of_rank[-_RECENT:]]))
+    since = _since(waited, {i for i in of_rank if longest_wait(records[i]) >= least})
     if since is None:
         return None
-    first = waited[since][0]
+    first = records[since]
     return SlowestRank(
         rank=rank,
-        share=sum(late == rank for _, late in waited) / len(waited),
+        share=len(of_rank) / len(waited),
         wait_s=by_rank[rank],
         since_s=first.called_s,
         since_op=f"{first.op} #{first.epoch}",
@@ -197,13 +200,28 @@ def _late_rank(record: OpRecord) -> int | None:
     return rank
 
 
-def _since(late: Sequence[int | None], rank: int) -> int | None:
-    """Return the first wait for `rank` from which on most have been for it."""
+def _since(waited: Sequence[int], for_it: set[int]) -> int | None:
+    """Return the first operation from which on most that had to wait have waited for one rank.
+
+    Args:
+        waited: Those that had to wait, ascending.
+        for_it: Those of them that waited for it.
+    """
     count, since = 0, None
-    for i in range(len(late) - 1, -1, -1):
-        count += late[i] == rank
-        if late[i] == rank and count >= _MOST * (len(late) - i):
-            since = i
+    gaps: list[int] = []
+    for place in range(len(waited) - 1, -1, -1):
+        i = waited[place]
+        if i not in for_it:
+            continue
+        if since is not None:
+            gap = since - i
+            if len(gaps) >= _ENOUGH and gap > _LONG * float(np.median(gaps)):
+                break  # then it was on time for a while
+            gaps.append(gap)
+        count += 1
+        if count < _MOST * (len(waited) - place):
+            break
+        since = i
     return since
 
 

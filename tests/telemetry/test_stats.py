@@ -61,6 +61,13 @@ def test_short_waits_at_the_beginning_are_not_when_it_began():
     assert find_slowest(records).since_op == "dispatch #30"
 
 
+def test_it_began_behind_the_last_time_that_it_was_on_time_for_long():
+    records = [
+        record(i, (0.0, 0.5, 0.0) if i == 1 or i > 40 else (0.0, 0.0, 0.0)) for i in range(1, 60)
+    ]
+    assert find_slowest(records).since_op == "dispatch #41"
+
+
 def test_what_is_hardly_waited_for_is_not_slow():
     assert find_slowest([record(i, (0.0, 0.05, 0.0)) for i in range(1, 9)]) is None
 
