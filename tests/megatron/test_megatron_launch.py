@@ -223,7 +223,9 @@ def import_launch_hooks(**global_vars: object) -> ModuleType:
 
 def hooks_of_a_loop(rank: int) -> None:
     """A loop of Megatron's, as far as its functions are wrapped."""
-    settings = SimpleNamespace(tensorboard_dir="x", wandb_project=None, tensorboard_log_interval=2)
+    settings = SimpleNamespace(
+        tensorboard_dir="x", wandb_project=None, tensorboard_log_interval=2, save=None
+    )
     written, done = [], []
     writer = SimpleNamespace(add_scalar=lambda *values: written.append(values))
     hooks = import_launch_hooks(get_args=lambda: settings, get_tensorboard_writer=lambda: writer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 import ep_comm
 from ep_comm.errors import name_settings
+from ep_comm.fault_file import FOLDER_VARIABLE
 from ep_comm.megatron.dispatcher import synchronize_buffers
 from ep_comm.megatron.launch.flags import tokens_per_rank
 from ep_comm.megatron.layer import check_model, complete, install
@@ -68,6 +70,10 @@ class Training:
         def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> tuple:
             settings = get_args()
             self.options = complete(max_tokens_per_rank=tokens_per_rank(settings))
+            if settings.save:
+                os.environ.setdefault(
+                    FOLDER_VARIABLE, os.path.join(settings.save, "ep_comm-faults")
+                )
             model, optimizer, scheduler = original(*args, **kwargs)
             num_layers = check_model(model)
             if dist.get_rank() == 0:
