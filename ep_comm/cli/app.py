@@ -103,10 +103,13 @@ def compare(
 def explain(
     files: Annotated[
         list[Path],
-        typer.Argument(help="What the errors of all ranks name; or a folder with these files."),
+        typer.Argument(help="Those that the ranks' errors name; or a folder with them."),
     ],
 ) -> None:
-    """Say which rank was late, from the files that ranks leave when a buffer fails."""
+    """Say which rank was late, from the files that ranks leave when a buffer fails.
+
+    The files are of one run and one buffer. docs/recorder.md says where they are.
+    """
     from ep_comm.cli import explain as command
     from ep_comm.job.exits import user_errors_exit
 
@@ -120,24 +123,24 @@ def doctor(
         bool,
         typer.Option(
             "--network",
-            help="Send messages between hosts, check and time them: started on each of them by "
-            "torchrun or srun.",
+            help="Send messages between hosts, check and time them. Start it on each host by "
+            "torchrun or srun, one process a GPU.",
         ),
     ] = False,
     backend: Annotated[
-        str, typer.Option(help="With --network: nodes or reference, which sends.")
+        str, typer.Option(help="With --network: what sends, nodes or reference.")
     ] = "nodes",
     ranks_per_node: Annotated[
         int | None,
-        typer.Option(help="With --network: parts of a host as nodes, to try it out.", min=1),
+        typer.Option(help="With --network: take so many ranks for a node, to try it out.", min=1),
     ] = None,
     timeout: Annotated[
         float, typer.Option(help="With --network: bound of every wait, in seconds.", min=0.1)
     ] = 30.0,
 ) -> None:
-    """Versions, GPUs, links, settings, and which backend will be used and why.
+    """Show versions, GPUs, links, settings, and which backend will be used and why.
 
-    With --network it exits with 1 if messages were wrong or did not come, 2 if none can be sent.
+    With --network it exits with 1 if messages were wrong or missing, 2 if none could be sent.
     """
     if not network:
         from ep_comm.cli.doctor import diagnose

@@ -12,8 +12,12 @@ from rich.console import Console
 
 from ep_comm.pretrain.variants import VARIANTS
 
-NUM_GROUPS_HELP = "Equal groups of consecutive experts; a token's come from its best ones."
-TOPK_GROUPS_HELP = "Groups that a token's experts come from."
+NUM_GROUPS_HELP = "Equal groups of consecutive experts; a token's come from its best groups."
+TOPK_GROUPS_HELP = "How many of these groups a token's experts come from."
+PRESET_HELP = (
+    "Sizes not given below. W1: 4096 tokens, hidden 7168, top-8 of 256. "
+    "W2: 8192 tokens, hidden 2048, top-8 of 128."
+)
 _TABLE_WIDTH = 160  # of the widest table: less would cut figures
 
 app = typer.Typer(
@@ -27,7 +31,7 @@ app = typer.Typer(
 @app.callback()
 def bench(
     context: typer.Context,
-    preset: Annotated[str, typer.Option(help="W1 or W2: sizes not given below.")] = "W1",
+    preset: Annotated[str, typer.Option(help=PRESET_HELP)] = "W1",
     tokens: Annotated[int | None, typer.Option(help="Tokens of each rank.")] = None,
     hidden: Annotated[int | None, typer.Option(help="Elements of a token.")] = None,
     experts: Annotated[int | None, typer.Option(help="Experts over all ranks.")] = None,
@@ -40,7 +44,7 @@ def bench(
         ),
     ] = None,
     skew: Annotated[
-        float | None, typer.Option(help="Of zipf: exponent of the popularity; default: 1.2.")
+        float | None, typer.Option(help="With zipf: exponent of the popularity; default: 1.2.")
     ] = None,
     num_groups: Annotated[int | None, typer.Option(help=NUM_GROUPS_HELP)] = None,
     topk_groups: Annotated[int | None, typer.Option(help=TOPK_GROUPS_HELP)] = None,
@@ -54,8 +58,8 @@ def bench(
 ) -> None:
     """Time dispatch and combine against the limit of the links and NCCL's alltoall.
 
-    Run by torchrun, one process a GPU. Where the links carried too little for the figures to count
-    the tables say VOID. The subcommand low-latency times the operations for decoding, and train
+    Run by torchrun, one process a GPU. The tables say VOID where the links carried too little for
+    the figures to count. The subcommand low-latency times the operations for decoding, and train
     whole training steps.
     """
     if context.invoked_subcommand is not None:

@@ -8,7 +8,7 @@ from typing import Annotated, cast
 
 import typer
 
-from ep_comm.cli.bench import NUM_GROUPS_HELP, TOPK_GROUPS_HELP, wide_console
+from ep_comm.cli.bench import NUM_GROUPS_HELP, PRESET_HELP, TOPK_GROUPS_HELP, wide_console
 from ep_comm.plan import facts
 
 EXAMPLE = (
@@ -20,7 +20,7 @@ EXAMPLE = (
 def plan(
     context: typer.Context,
     nodes: Annotated[int, typer.Option(help="Nodes that the experts are spread over.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs of each: 1 to 8.")] = 8,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node: 1 to 8.")] = 8,
     nvlink_gb_per_s: Annotated[
         float, typer.Option(help="NVLink's nominal rate of a GPU, one way: 450 for Hopper.")
     ] = facts.NVLINK_GB_PER_S,
@@ -28,15 +28,15 @@ def plan(
         float, typer.Option(help="Nominal rate of a GPU's network card, one way: 50 for 400 Gb/s.")
     ] = facts.NIC_GB_PER_S,
     nvlink_latency_us: Annotated[
-        float, typer.Option(help="Of a flag over NVLink.")
+        float, typer.Option(help="What a flag takes over NVLink.")
     ] = facts.NVLINK_LATENCY.value,
     nic_latency_us: Annotated[
-        float, typer.Option(help="Of a message and its flag over the network.")
+        float, typer.Option(help="What a message and its flag take over the network.")
     ] = facts.NIC_LATENCY.value,
     sms: Annotated[
         int, typer.Option(help="SMs of an operation: 132 is all of a Hopper.")
     ] = facts.GPU_SMS,
-    preset: Annotated[str, typer.Option(help="W1 or W2: sizes not given below.")] = "W1",
+    preset: Annotated[str, typer.Option(help=PRESET_HELP)] = "W1",
     tokens: Annotated[int | None, typer.Option(help="Tokens of each rank.")] = None,
     hidden: Annotated[int | None, typer.Option(help="Elements of a token.")] = None,
     experts: Annotated[int | None, typer.Option(help="Experts over all ranks.")] = None,
@@ -59,8 +59,8 @@ def plan(
 ) -> None:
     """Say what dispatch and combine will take on a cluster: bytes, times, limits, memory.
 
-    A simple model, stated in docs/plan.md with how far it was off; nothing is measured, and no GPU
-    is needed. Rates are of one GPU and one way, GB/s are 10^9 bytes a second.
+    It needs no GPU and measures nothing: it is a simple model. docs/plan.md states it, and how far
+    it was off. Rates are of one GPU and one way. GB/s are 10^9 bytes a second.
     """
     from ep_comm.bench.ops.routing import RoutingSpec
     from ep_comm.bench.ops.settings import shape_of_flags
