@@ -13,7 +13,7 @@ from ep_comm.version import __version__
 
 app = typer.Typer(
     help="Measure dispatch and combine, plan them for a cluster, compare trainings with other "
-    "dispatchers, and say what this machine has for them.",
+    "dispatchers; say what this machine has for them, and who was late in a run that failed.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

@@ -34,7 +34,7 @@ class _Started(NamedTuple):
 class DeviceRecorder:
     """The last `RING_LENGTH` operations of a buffer, in a ring in device memory.
 
-    See `ep_comm.telemetry.records.Recorder`, whose interface this is. A captured operation has the
+    See `ep_comm.telemetry.records.Records`, whose interface this is. A captured operation has the
     numbers of its graph's last replay. Reading waits for the operations.
     """
 
