@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ep_comm.job.exits import UserError
-from ep_comm.telemetry.explain import ExplainError, RankStory, read_story
+from ep_comm.telemetry.explain import ExplainError, RankStory, newest_fault, read_story
 
 
 def explain(files: list[Path], console: Console) -> None:
@@ -18,7 +18,7 @@ def explain(files: list[Path], console: Console) -> None:
         UserError: A file cannot be read, or they do not belong together.
     """
     try:
-        story = read_story(path for file in files for path in _files_of(file))
+        story = read_story([path for file in files for path in _files_of(file, console)])
     except (ExplainError, OSError) as error:
         raise UserError(str(error)) from None
     table = Table(title=f"{len(story.ranks)} of {story.num_ranks} ranks")
@@ -46,11 +46,17 @@ def _last(told: RankStory) -> str:
     return "none" if last is None else f"{last['op']} #{last['epoch']}"
 
 
-def _files_of(path: Path) -> list[Path]:
-    """Return a file, or those of a folder."""
+def _files_of(path: Path, console: Console) -> list[Path]:
+    """Return a file, or those of a folder's last fault."""
     if not path.is_dir():
         return [path]
-    found = sorted(path.glob("*-rank*.json"))
+    found, num_faults = newest_fault(path.glob("*-rank*.json"))
     if not found:
         raise UserError(f"{path} has no files that ep_comm has left")
+    if num_faults > 1:
+        console.print(
+            f"{path} has {num_faults} faults: this is the last one. Name the files of another.",
+            markup=False,
+            highlight=False,
+        )
     return found

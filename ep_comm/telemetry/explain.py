@@ -127,6 +127,24 @@ def read_story(paths: Iterable[Path]) -> Story:
     return Story(num_ranks, dict(sorted(ranks.items())), culprits, tuple(sentences))
 
 
+def newest_fault(paths: Iterable[Path]) -> tuple[list[Path], int]:
+    """Return the files of the last fault among these, and how many faults there are.
+
+    Raises:
+        ExplainError: A file is none of ours.
+        OSError: A file cannot be read.
+    """
+    faults: dict[tuple[str, str], list[tuple[float, Path]]] = {}
+    for path in paths:
+        document = _read(path)
+        key = (document["run"], document["buffer"])
+        faults.setdefault(key, []).append((document["time"], path))
+    if not faults:
+        return [], 0
+    last = max(faults.values(), key=max)
+    return sorted(path for _, path in last), len(faults)
+
+
 def find_culprits(ranks: dict[int, RankStory]) -> tuple[int, ...]:
     """Return the ranks that others waited for and that waited for nobody themselves."""
     waited_for = {late for story in ranks.values() for late in story.late_ranks}

@@ -144,6 +144,17 @@ def test_files_that_do_not_belong_together(written, changes, text):
         read_story(written(document(0, [1]), {**document(1, [0]), **changes}))
 
 
+def test_of_a_folder_the_last_fault_is_explained(written, tmp_path):
+    written(
+        {**document(0, [1]), "run": "old", "time": 50.0},
+        {**document(0, [2]), "time": 99.0},
+        {**document(1, [2]), "time": 101.0},
+    )
+    shown = CliRunner().invoke(app, ["explain", str(tmp_path)], terminal_width=200)
+    assert shown.exit_code == 0 and "has 2 faults: this is the last one" in shown.output
+    assert "Rank 2 was late: ranks 0, 1 waited for it" in shown.output
+
+
 def test_bad_input_of_the_command(tmp_path):
     (tmp_path / "x-rank0.json").write_text("{")
     for path, text in ((tmp_path, "is no file that ep_comm has left"), (tmp_path / "n", "No such")):
