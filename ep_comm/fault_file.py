@@ -93,7 +93,8 @@ def _folder() -> Path:
 def _document(identity: Identity, backend: Backend, error: BaseException) -> dict[str, Any]:
     now = time.monotonic()
     late = error.late_ranks if isinstance(error, EPTimeoutError) else ()
-    records = _read_records(backend)
+    # Whoever interrupts the process does not want to wait for its GPU.
+    records = _read_records(backend) if isinstance(error, Exception) else None
     return {
         "format": FORMAT,
         **identity._asdict(),

@@ -34,11 +34,14 @@ def version(
         raise typer.Exit
 
 
-app.add_typer(bench.app, name="bench")
-app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
+app.add_typer(bench.app, name="bench", short_help="Time dispatch and combine, and trainings.")
+app.command("plan", epilog=plan.EXAMPLE, short_help="Say what a cluster would take.")(plan.plan)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    short_help="Train with several dispatchers, and compare the losses.",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
 def compare(
     context: typer.Context,
     config: Annotated[Path, typer.Option(help="YAML file of the training script.")],
@@ -99,7 +102,7 @@ def compare(
     raise typer.Exit(code)
 
 
-@app.command()
+@app.command(short_help="Say which rank was late, after a failure.")
 def explain(
     files: Annotated[
         list[Path],
@@ -117,7 +120,7 @@ def explain(
         command.explain(files, Console(soft_wrap=True))
 
 
-@app.command()
+@app.command(short_help="Say what this machine has; try the network between hosts.")
 def doctor(
     network: Annotated[
         bool,

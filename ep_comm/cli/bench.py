@@ -116,7 +116,7 @@ def bench(
     dist.destroy_process_group()
 
 
-@app.command("low-latency")
+@app.command("low-latency", short_help="Time the operations for decoding.")
 def low_latency(
     tokens: Annotated[
         str | None, typer.Option(help="Tokens of each rank; default: 1,8,32,128,256.")
@@ -219,7 +219,10 @@ def low_latency(
         raise typer.Exit(1)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    short_help="Time whole training steps with several dispatchers.",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
 def train(
     context: typer.Context,
     config: Annotated[Path, typer.Option(help="YAML file of ep_comm.pretrain.")],

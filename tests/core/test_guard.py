@@ -33,6 +33,7 @@ def make_buffer(has_failed: bool = False) -> VirtualBuffer:
     backend = SimpleNamespace(
         rank=0, num_ranks=1, num_local_experts=8,
         num_started=3, has_failed=has_failed, abandon=mock.Mock(), give_up=mock.Mock(),
+        recorder=SimpleNamespace(),
     )  # fmt: skip
     return VirtualBuffer(backend, CONFIG)
 

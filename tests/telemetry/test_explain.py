@@ -194,6 +194,12 @@ def test_a_gpu_that_does_not_come_to_rest_is_not_waited_for(tmp_path, monkeypatc
     assert json.loads(path.read_text())["operations"] is None
 
 
+def test_an_interrupt_reads_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv(fault_file.FOLDER_VARIABLE, str(tmp_path))
+    path = fault_file.leave(IDENTITY, backend_of(lambda _: 1 / 0), KeyboardInterrupt())
+    assert json.loads(path.read_text())["operations"] is None
+
+
 def test_a_disk_that_takes_nothing_is_a_warning(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").touch()
     monkeypatch.setenv(fault_file.FOLDER_VARIABLE, str(tmp_path / "file"))
