@@ -80,10 +80,10 @@ class _StoresWorld(World):
 
     native: FakeNvshmem
 
-    def reach(self, memory: Tensor, pes: Sequence[int]) -> dict[str, Tensor]:
+    def addresses(self, memory: Tensor, pes: Sequence[int]) -> Sequence[int]:
         heaps = [heap.data_ptr() for heap in self.native.pes.heaps]
         offset = memory.data_ptr() - heaps[self.native.pe]
-        return {"memory_of": torch.tensor([heaps[pe] + offset for pe in pes])}
+        return [heaps[pe] + offset for pe in pes]
 
 
 def run_emulated_hosts(

@@ -126,7 +126,7 @@ def all_ranks(
 
     `make_memory` gives the `NodesMemory` of a rank, where it is to be another one.
     """
-    from ep_comm.backends.nodes.memory import NodesMemory, by_address, nodes_offsets
+    from ep_comm.backends.nodes.memory import NodesMemory, nodes_offsets
     from ep_comm.backends.nodes.peers import Place
     from ep_comm.backends.nvlink.farewell import Farewell
 
@@ -157,7 +157,7 @@ def all_ranks(
             memory[rank],
             [memory[other].data_ptr() for other in place.neighbours],
             network[rank],
-            by_address([network[other].data_ptr() for other in place.rail], memory[rank]),
+            [network[other].data_ptr() for other in place.rail],
             config.timeout_s,
             (memory, network),
             Farewell(rank, flags_of),

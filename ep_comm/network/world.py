@@ -148,9 +148,12 @@ class World:
         assert tensor is not None  # else this rank's own problem was among them
         return tensor
 
-    def reach(self, memory: Tensor, pes: Sequence[int]) -> dict[str, Tensor]:
-        """Return how kernels reach the memory at `memory` of these PEs: a field of ep_network."""
-        return {"pe_of": torch.tensor(pes, dtype=torch.int32, device=memory.device)}
+    def addresses(self, memory: Tensor, pes: Sequence[int]) -> Sequence[int]:
+        """Return where kernels reach the memory at `memory` of these PEs.
+
+        Nowhere: NVSHMEM takes this PE's own address and the other's number, which kernels know.
+        """
+        return ()
 
     def raise_flag(self, flag: int, value: int, pe: int) -> None:
         """Set 64 bits in the memory of another PE, on the current stream.

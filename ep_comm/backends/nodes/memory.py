@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -47,8 +47,8 @@ class NodesMemory(PeerMemory):
         tensor: Its memory for its node's ranks, all zero.
         addresses: That of every rank of its node, as mapped here.
         network: Its network memory, all zero.
-        reach: How kernels reach that of every rank of `Place.rail`: a field of ``ep_network``,
-            ``memory_of`` [N] int64 or ``pe_of`` [N] int32.
+        rail: Address of the network memory of every rank of `Place.rail`, as kernels here reach it;
+            none over NVSHMEM, whose kernels know a rank by its number.
         timeout_s: Bound of every wait.
         keep: An object that has to live as long as the mapping.
         farewell: How the ranks of all nodes part.
@@ -85,7 +85,7 @@ class NodesMemory(PeerMemory):
             mapped.own,
             [mapped.addresses[rank] for rank in place.neighbours],
             mapped.own[offsets.total :],
-            by_address([mapped.addresses[rank] + offsets.total for rank in place.rail], mapped.own),
+            [mapped.addresses[rank] + offsets.total for rank in place.rail],
             timeout_s,
             mapped.keep,
             Farewell(place.rank, flags_of),
@@ -122,7 +122,7 @@ class NodesMemory(PeerMemory):
             mapped.own,
             mapped.addresses,
             network,
-            world.reach(network, place.rail),
+            world.addresses(network, place.rail),
             timeout_s,
             mapped.keep,
             HostsFarewell(store, meeting.name, rank, num_ranks),
@@ -135,7 +135,7 @@ class NodesMemory(PeerMemory):
         tensor: Tensor,
         addresses: Sequence[int],
         network: Tensor,
-        reach: Mapping[str, Tensor],
+        rail: Sequence[int],
         timeout_s: float,
         keep: object,
         farewell: Farewell,
@@ -145,7 +145,7 @@ class NodesMemory(PeerMemory):
         self.place = place
         self.world = world
         self._network_tensor: Tensor | None = network
-        self._reach = reach
+        self._rail = torch.tensor(rail, dtype=torch.int64, device=tensor.device)
         super().__init__(place.rank, tensor, addresses, timeout_s, keep, farewell)
         waves = place.num_nodes
         self.wave_counters = torch.zeros(waves, dtype=torch.int32, device=tensor.device)
@@ -157,11 +157,11 @@ class NodesMemory(PeerMemory):
         self._line = torch.zeros(1, dtype=torch.int64, device=tensor.device)
         self.network = header.Network(
             memory=network.data_ptr(),
+            memory_of=self._rail.data_ptr(),
             queue=queue,
             free_at_ns=self._line.data_ptr(),
             num_nodes=place.num_nodes,
             node=place.node,
-            **{name: tensor.data_ptr() for name, tensor in reach.items()},
         )
 
     def _set_place(self, rank: int, num_local_ranks: int) -> None:
@@ -237,13 +237,3 @@ class NodesMemory(PeerMemory):
         network, self._network_tensor = self._network_tensor, None
         if self.world is not None:
             self.world.free(network)  # all ranks have said that they come
-
-
-def by_address(addresses: Sequence[int], memory: Tensor) -> dict[str, Tensor]:
-    """Return how kernels reach memory that is mapped, see `NodesMemory`.
-
-    Args:
-        addresses: Of each rank of the rail.
-        memory: Any on the GPU that they run on.
-    """
-    return {"memory_of": torch.tensor(addresses, dtype=torch.int64, device=memory.device)}
