@@ -144,8 +144,13 @@ def _streams(gpu: int, count: int) -> list[torch.cuda.Stream]:
 
 
 def _connect(num_gpus: int) -> None:
-    """Each GPU may write to the others' memory from now on: torch sees to it for its own copies."""
+    """Each GPU may write to the others' memory from now on: torch sees to it for its own copies.
+
+    And it has room for stacks: CUDA makes it for the first kernel that needs one, an index here,
+    and that kernel waits for all that run.
+    """
     for gpu in range(num_gpus):
+        torch.ones(2, device=f"cuda:{gpu}")[torch.zeros(1, dtype=torch.int64, device=f"cuda:{gpu}")]
         for peer in range(num_gpus):
             torch.ones(1, device=f"cuda:{gpu}").to(f"cuda:{peer}")
     for gpu in range(num_gpus):
