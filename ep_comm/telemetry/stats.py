@@ -178,9 +178,10 @@ def find_slowest(records: Sequence[OpRecord]) -> SlowestRank | None:
         by_rank[late] = by_rank.get(late, 0.0) + longest_wait(records[i])
     rank = max(by_rank, key=by_rank.__getitem__)
     of_rank = [i for i in waited if late_ranks[i] == rank]
-    # What it was waited for at the beginning of a run, say, is nothing beside what it is now.
-    least = _LEAST * float(np.median([longest_wait(records[i]) for i in of_rank[-_RECENT:]]))
-    since = _since(waited, {i for i in of_rank if longest_wait(records[i]) >= least})
+    # Beside the waits that cost the most, those of the beginning of a run, say, are nothing.
+    least = _LEAST * _typical([longest_wait(records[i]) for i in of_rank[-_RECENT:]])
+    long = [i for i in waited if longest_wait(records[i]) >= least]
+    since = _since(long, {i for i in long if late_ranks[i] == rank})
     if since is None:
         return None
     first = records[since]
@@ -198,6 +199,13 @@ def _late_rank(record: OpRecord) -> int | None:
     if rank is None or longest_wait(record) < _NOTICEABLE * record.seconds:
         return None
     return rank
+
+
+def _typical(waits: Sequence[float]) -> float:
+    """Return the wait in the middle of their sum: as many seconds are in longer ones as not."""
+    ascending = np.sort(waits)
+    so_far = np.cumsum(ascending)
+    return float(ascending[np.searchsorted(so_far, so_far[-1] / 2)])
 
 
 def _since(waited: Sequence[int], for_it: set[int]) -> int | None:

@@ -61,6 +61,16 @@ def test_short_waits_at_the_beginning_are_not_when_it_began():
     assert find_slowest(records).since_op == "dispatch #30"
 
 
+def test_short_waits_all_along_are_not_when_it_began():
+    """Only the first operation of a step waits long; and there are others, for another rank."""
+    short = [(0.0, 4e-5, 0.0), (0.0, 0.0, 5e-5), (0.0, 3e-5, 0.0)]
+    records = [record(i, short[i % 3], 1e-4) for i in range(1, 200)]
+    for i in range(80, 199, 4):
+        records[i - 1] = record(i, (0.0, 1e-2, 0.0), 1e-2)
+    slowest = find_slowest(records)
+    assert (slowest.rank, slowest.since_op) == (1, "dispatch #80")
+
+
 def test_it_began_behind_the_last_time_that_it_was_on_time_for_long():
     records = [
         record(i, (0.0, 0.5, 0.0) if i == 1 or i > 40 else (0.0, 0.0, 0.0)) for i in range(1, 60)
