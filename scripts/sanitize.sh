@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/sanitize}
 cases=("${@:2}")
-[ ${#cases[@]} -gt 0 ] || cases=(one-rank expert-major rank-major fp8 capacity fused split)
+[ ${#cases[@]} -gt 0 ] || cases=(one-rank expert-major rank-major fp8 capacity fused split nodes nodes-rank-major)
 command -v compute-sanitizer >/dev/null || { echo "error: needs compute-sanitizer, of the CUDA toolkit" >&2; exit 2; }
 nvidia-smi -L >/dev/null 2>&1 || { echo "error: needs a GPU" >&2; exit 2; }
 mkdir -p "$out"
@@ -15,7 +15,10 @@ python3 setup.py --quiet build_ext --inplace
 
 check() {
     local case=$1 tool=$2 file=tests/backends/test_virtual_ranks.py log=$out/$1-$2.txt
-    case $case in fused | split) file=tests/backends/test_low_latency_gpu.py ;; esac
+    case $case in
+        fused | split) file=tests/backends/test_low_latency_gpu.py ;;
+        nodes*) file=tests/backends/test_virtual_nodes.py ;;
+    esac
     if compute-sanitizer --target-processes all --tool "$tool" --print-limit 10 --error-exitcode 1 \
         python3 -m pytest -q "$file::test_small_cases[$case]" \
         >"$log" 2>&1 && grep -q " passed" "$log"; then # a skipped case is none

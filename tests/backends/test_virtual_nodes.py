@@ -40,6 +40,20 @@ def between_nodes(case: Case, ranks_per_node: int) -> Case:
     return dataclasses.replace(on_gpus(case, "auto"), ranks_per_node=ranks_per_node)
 
 
+SMALL = {
+    "nodes": Case(tokens=(7, 5, 0, 3)),
+    "nodes-rank-major": Case(tokens=(7, 5, 0, 3), layout="rank"),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_cases(name):
+    """What ``scripts/sanitize.sh`` runs under compute-sanitizer, where all takes its time."""
+    case = between_nodes(SMALL[name], 2)
+    config = dataclasses.replace(case.config(), timeout_s=30)
+    check(case, run_virtual_nodes(2, 2, run_on_buffer, config, case, carried=False, in_step=True))
+
+
 @pytest.mark.parametrize("carried", [False, True])
 @pytest.mark.parametrize("case", [case for case in CASES if case.num_ranks % 2 == 0])
 def test_named_cases(case, carried):
