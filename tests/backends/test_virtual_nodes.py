@@ -50,7 +50,7 @@ SMALL = {
 def test_small_cases(name):
     """What ``scripts/sanitize.sh`` runs under compute-sanitizer, where all takes its time."""
     case = between_nodes(SMALL[name], 2)
-    config = dataclasses.replace(case.config(), timeout_s=30)
+    config = case.config(timeout_s=100)
     check(case, run_virtual_nodes(2, 2, run_on_buffer, config, case, carried=False, in_step=True))
 
 

@@ -12,9 +12,9 @@ constexpr int32_t kNotKnown = INT32_MAX;
 // that row. The place of a row among its expert's is the number of bits before it.
 class Arrivals {
  public:
-  volatile int32_t* num_tokens;  // [R]; kNotKnown before the header is there
-  int32_t* num_rows;             // [R] that came from each rank
-  int32_t* rows;                 // [kItemsAtOnce, K] of recv_x that an item becomes, or -1
+  int32_t* num_tokens;  // [R]; kNotKnown before the header is there
+  int32_t* num_rows;    // [R] that came from each rank
+  int32_t* rows;        // [kItemsAtOnce, K] of recv_x that an item becomes, or -1
 
   static __host__ __device__ int64_t bytes(const ep_low_latency& common) {
     return 8 * EP_MAX_PEERS + row_bytes(common.num_topk) +
@@ -64,6 +64,14 @@ class Arrivals {
     return count + (n < 64 ? __popcll(low & before) : __popcll(low) + __popcll(high & before));
   }
 
+  // While entries are waited for the number is written and read by atomics alone.
+  __device__ void set_num_tokens(int32_t source, int32_t count) const {
+    atomicExch(num_tokens + source, count);
+  }
+  __device__ bool is_there(int32_t source, int32_t t) const {
+    return t < atomicOr(num_tokens + source, 0);
+  }
+
   // Once all headers are there. After a fault some may not be.
   __device__ int32_t most_tokens(int32_t num_ranks) const {
     int32_t most = 0;
@@ -99,12 +107,12 @@ static_assert(8 * EP_MAX_PEERS + 4 * kItemsAtOnce * EP_MAX_TOPK + EP_LOW_LATENCY
 // Waits for a word of the entry of a token, which is there or not: that is known when the header of
 // its rank has come. Returns whether it is; *fine becomes false after a fault.
 __device__ inline bool wait_for_entry(const ep_peers& peers, const uint4* from, uint4* word,
-                                      const volatile int32_t* num_tokens, int32_t t, int32_t source,
+                                      const Arrivals& arrivals, int32_t t, int32_t source,
                                       uint32_t epoch, bool* fine) {
   if (word->w == epoch) return true;
   Wait wait;
   do {
-    if (t >= *num_tokens) return false;
+    if (!arrivals.is_there(source, t)) return false;
     if (!wait.goes_on(peers, EP_PHASE_PLAN, source, epoch)) {
       *fine = false;
       return false;
@@ -170,7 +178,7 @@ __device__ inline bool collect(const ep_low_latency_dispatch_args& args, const M
       num_tokens = receive_header(memory, operation, own_header(args), of_warp, blockIdx.x == 0);
     }
     fine = num_tokens >= 0;
-    arrivals.num_tokens[of_warp] = max(num_tokens, 0);
+    arrivals.set_num_tokens(of_warp, max(num_tokens, 0));
   }
 #pragma unroll 1
   for (int32_t first = thread; first < num_rows; first += kAtOnce * kEntryThreads) {
@@ -187,8 +195,8 @@ __device__ inline bool collect(const ep_low_latency_dispatch_args& args, const M
 #pragma unroll 1
       for (int32_t j = 0; j < words; ++j) {
         if (j != 0) word = ptx::load_word(entry + j);
-        if (!wait_for_entry(common.peers, entry + j, &word, arrivals.num_tokens + at.source, at.t,
-                            at.source, operation.epoch, &fine)) {
+        if (!wait_for_entry(common.peers, entry + j, &word, arrivals, at.t, at.source,
+                            operation.epoch, &fine)) {
           break;
         }
         uint4* const copy = arrivals.entry(n, words);

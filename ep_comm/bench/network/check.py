@@ -163,9 +163,13 @@ def _send(buffer: Buffer, sizes: Sizes, device: torch.device, topk: Tensor, seed
     x = _rows(sizes, rank, len(topk), seed).to(device)
     out = buffer.dispatch(x, topk.to(device), layout="rank")
     assert isinstance(out.recv_x, Tensor)
+    # A copy to the host holds the CUDA driver until the kernels before it have ended. They wait for
+    # the network, and what carries its messages may need the driver.
+    _finish(device)
     wrong = _wrong_received(sizes, rank, out.recv_x.cpu(), topk_of, seed)
     y = out.recv_x * _factor(rank)
     combined = buffer.combine(y, out.handle).combined_x
+    _finish(device)
     wrong += _wrong_combined(sizes, x.cpu(), combined.cpu(), topk)
     return _Sent(
         wrong,
