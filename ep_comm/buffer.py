@@ -406,7 +406,7 @@ class Buffer(MaskCalls):
             Others as `stats_of_all_ranks`.
         """
         records = self._last_records(num_operations)
-        mine = rank_trace(records, self.rank, self.records.clock())
+        mine = rank_trace(records, self.rank, self.records.clock(), dist.get_rank())
         timeout_s = self.config.timeout_s
         traces = meet(self.group, "write a trace", mine, timeout_s, op="trace").answers
         problem = None

@@ -120,6 +120,35 @@ def explain(
         command.explain(files, Console(soft_wrap=True))
 
 
+@app.command(short_help="Show a trace: in figures, beside torch's profiler, as a picture.")
+def trace(
+    file: Annotated[Path, typer.Argument(help="What Buffer.write_trace wrote.")],
+    profiles: Annotated[
+        list[Path] | None,
+        typer.Argument(help="What torch's profiler exported on some of the ranks; .gz too."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write one trace of all files, for Perfetto or Chrome; .gz: packed."),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw it: a PNG file with a lane for each rank.")
+    ] = None,
+    window_ms: Annotated[
+        tuple[float, float] | None, typer.Option(help="Draw from here to there, in ms.")
+    ] = None,
+) -> None:
+    """Say what ranks did and waited for, and what part of it no matrix product ran beside.
+
+    docs/recorder.md says how to write these files.
+    """
+    from ep_comm.cli import trace as command
+    from ep_comm.job.exits import user_errors_exit
+
+    with user_errors_exit():
+        command.trace(file, profiles or [], out, picture, window_ms, Console(soft_wrap=True))
+
+
 @app.command(short_help="Say what this machine has; try the network between hosts.")
 def doctor(
     network: Annotated[

@@ -75,11 +75,25 @@ def take_folder(folder: Path, flag: str) -> None:
         _held[folder.resolve()] = lock(folder / ".lock", f"{flag} {folder}")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all.
+
+    Raises:
+        OSError: It cannot be written, as where the disk is full; nothing is left of it.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, as `write_bytes` does."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ep_comm.telemetry.clocks import Clock
 from ep_comm.telemetry.records import OpRecord
 
+FORMAT = "ep_comm trace 1"
+WAITS = "waited for rank, us"
 _ROWS = ("forward", "backward", "low latency", "plan")
+
+
+class TraceError(ValueError):
+    """A file is no trace that `ep_comm.Buffer.write_trace` wrote; names it."""
 
 
 class RankTrace(NamedTuple):
@@ -18,6 +26,7 @@ class RankTrace(NamedTuple):
 
     Attributes:
         rank: In the buffer's group.
+        job_rank: In the job, as torch's profiler calls it.
         host: Its host's name.
         unix_s: Seconds that the host's wall clock is ahead of its `time.monotonic`.
         clock_error_s: By how much begins may be wrong, against the host's clock.
@@ -25,6 +34,7 @@ class RankTrace(NamedTuple):
     """
 
     rank: int
+    job_rank: int
     host: str
     unix_s: float
     clock_error_s: float
@@ -41,8 +51,17 @@ class _Span(NamedTuple):
     details: dict[str, Any]
 
 
-def rank_trace(records: Iterable[OpRecord], rank: int, clock: Clock) -> RankTrace:
-    """Return the trace of a rank's records, which were timed by `clock`."""
+def rank_trace(
+    records: Iterable[OpRecord], rank: int, clock: Clock, job_rank: int | None = None
+) -> RankTrace:
+    """Return the trace of a rank's records, which were timed by `clock`.
+
+    Args:
+        records: Oldest first.
+        rank: In the buffer's group.
+        clock: That of `OpRecord.began_s`.
+        job_rank: In the job; None: `rank`.
+    """
     spans = [
         _Span(
             record.began_s - clock.ahead_s,
@@ -54,25 +73,28 @@ def rank_trace(records: Iterable[OpRecord], rank: int, clock: Clock) -> RankTrac
                 "wire bytes": record.wire_bytes,
                 "rows to rank": list(record.rows_to_rank),
                 "rows from rank": list(record.rows_from_rank),
-                "waited for rank, us": [round(1e6 * wait, 1) for wait in record.wait_s_by_rank],
+                WAITS: [round(1e6 * wait, 1) for wait in record.wait_s_by_rank],
             },
         )
         for record in records
     ]
     ahead_s = time.time() - time.monotonic()
-    return RankTrace(rank, socket.gethostname(), ahead_s, clock.error_s, spans)
+    job_rank = rank if job_rank is None else job_rank
+    return RankTrace(rank, job_rank, socket.gethostname(), ahead_s, clock.error_s, spans)
 
 
 def chrome_trace(ranks: Sequence[RankTrace]) -> dict[str, Any]:
     """Return the traces of all ranks as one document of Chrome's trace format.
 
-    Time begins with the first operation. Ranks of one host share its clock; those of several are
+    Time begins with the first operation: at ``baseTimeNanoseconds`` of the first rank's wall clock,
+    as in the traces of torch's profiler. Ranks of one host share its clock; those of several are
     put together by their hosts' wall clocks.
     """
     hosts = {trace.host for trace in ranks}
     ahead_s = {trace.rank: trace.unix_s if len(hosts) > 1 else 0.0 for trace in ranks}
     begins = [ahead_s[trace.rank] + span.begin_s for trace in ranks for span in trace.operations]
     first_s = min(begins, default=0.0)
+    base_s = first_s if len(hosts) > 1 else first_s + ranks[0].unix_s
     events: list[dict[str, Any]] = []
     for trace in ranks:
         events.append(_named("process", trace.rank, 0, f"rank {trace.rank} on {trace.host}"))
@@ -94,9 +116,32 @@ def chrome_trace(ranks: Sequence[RankTrace]) -> dict[str, Any]:
     between = "not known: their wall clocks" if len(hosts) > 1 else "none: one host"
     return {
         "displayTimeUnit": "ns",
-        "otherData": {"clock error, us": errors, "clock error between hosts": between},
+        "baseTimeNanoseconds": round(1e9 * base_s),
+        "otherData": {
+            "format": FORMAT,
+            "rank in the job": {f"rank {trace.rank}": trace.job_rank for trace in ranks},
+            "clock error, us": errors,
+            "clock error between hosts": between,
+        },
         "traceEvents": events,
     }
+
+
+def read_trace(path: Path) -> dict[str, Any]:
+    """Read a trace that `ep_comm.Buffer.write_trace` wrote.
+
+    Raises:
+        OSError: It cannot be read.
+        TraceError: It is none.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        is_ours = document["otherData"]["format"] == FORMAT
+    except (ValueError, KeyError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise TraceError(f"{path} is no trace that Buffer.write_trace wrote")
+    return document
 
 
 def _row_of(record: OpRecord) -> str:

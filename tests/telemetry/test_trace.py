@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from pathlib import Path
 
@@ -33,13 +34,21 @@ def traced(rank: int, folder: str) -> list[tuple[str, int, bool, float]]:
     buffer.write_trace(path)
     with pytest.raises(EPStateError, match="rank 0 cannot write the trace .*nowhere"):
         buffer.write_trace(Path(folder, "nowhere", "trace.json"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 0:  # no file may grow beyond that, as on a disk that is nearly full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    with pytest.raises(EPStateError, match="rank 0 cannot write the trace .*large.json.*too large"):
+        buffer.write_trace(Path(folder, "large.json"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     buffer.write_trace(Path(folder, "last.json"), num_operations=1)
     return [(r.op, r.epoch, r.is_backward, r.seconds) for r in buffer.records]
 
 
 def test_all_ranks_are_on_one_axis(tmp_path):
     records = run_ranks(3, traced, str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"trace.json", "last.json"}
     document = json.loads((tmp_path / "trace.json").read_text())
+    assert document["otherData"]["rank in the job"] == {f"rank {r}": r for r in range(3)}
     assert document["otherData"]["clock error, us"] == {f"rank {r}": 0.0 for r in range(3)}
     events = [event for event in document["traceEvents"] if event["ph"] == "X"]
     named = {e["args"]["name"] for e in document["traceEvents"] if e["name"] == "process_name"}
@@ -73,7 +82,7 @@ def test_clocks_of_gpus_and_hosts_are_taken_off():
     trace = rank_trace([record], 0, Clock(ahead_s=1000.0, error_s=5e-6))
     assert trace.operations[0].begin_s == pytest.approx(7.0)
     here = rank_trace([record], 1, HOST)
-    far = RankTrace(2, "another", here.unix_s + 3.0, 0.0, here.operations)
+    far = RankTrace(2, 2, "another", here.unix_s + 3.0, 0.0, here.operations)
     document = chrome_trace([trace, here, far])
     begins = [event["ts"] for event in document["traceEvents"] if event["ph"] == "X"]
     assert begins == pytest.approx([0.0, 1000e6, 1003e6], abs=2e4)  # wall clocks between hosts

@@ -7,8 +7,6 @@ the call that launched it.
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,18 +18,18 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from ep_comm.backends.nvlink.mailbox import Mailbox
+from ep_comm.telemetry.profiles import GPU_WORK, Event, communication, gemms, read_profile, span_of
+from ep_comm.telemetry.spans import covered, exposed
 
 STEP, FORWARD, BACKWARD = "ep-comm bench: step", "ep-comm bench: forward", "ep-comm bench: backward"
 _SIZES = "ep-comm bench: wait for sizes"
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
-_GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 _WAITS = (
     *("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cudaMemcpy"),
     *("cuStreamSynchronize", "cuEventSynchronize", "cuCtxSynchronize"),
     _SIZES,
 )
 
-Event = dict[str, Any]
 named = record_function
 
 
@@ -50,6 +48,8 @@ class Profile:
             profiler records, which makes all of it slower.
         busy_us: Time in which at least one kernel or copy ran; kernels of a collective that wait
             for another rank are running.
+        communication_us: Time in which at least one kernel of a dispatch, a combine or NCCL ran.
+        exposed_us: The part of it in which no matrix product ran.
         wall_us: From the begin of the range to its end on the host, or on the GPU if that is later.
     """
 
@@ -59,6 +59,8 @@ class Profile:
     wait_us: float
     host_us: float
     busy_us: float
+    communication_us: float
+    exposed_us: float
     wall_us: float
 
 
@@ -102,13 +104,7 @@ def record(call: Callable[[], object], device: torch.device, path: Path) -> list
             torch.cuda.synchronize(device)
             profiler.step()
     dist.barrier()  # exporting takes rank 0 a while
-    return read_trace(path) if dist.get_rank() == 0 else []
-
-
-def read_trace(path: Path) -> list[Event]:
-    """Return the events of an exported trace that have a duration."""
-    with gzip.open(path, "rt") as file:
-        return [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+    return read_profile(path).events if dist.get_rank() == 0 else []
 
 
 def summarize_trace(events: Iterable[Event], range_name: str) -> Profile:
@@ -124,7 +120,7 @@ def summarize_trace(events: Iterable[Event], range_name: str) -> Profile:
         and begin <= event["ts"] <= end
     ]
     wait_us = sum(event["dur"] for event in waits)
-    spans = [(event["ts"], event["ts"] + event["dur"]) for event in work]
+    spans = [span_of(event) for event in work]
     kernels = sum(event["cat"] == "kernel" for event in work)
     return Profile(
         kernels=kernels,
@@ -133,6 +129,8 @@ def summarize_trace(events: Iterable[Event], range_name: str) -> Profile:
         wait_us=wait_us,
         host_us=end - begin - wait_us,
         busy_us=covered(spans),
+        communication_us=covered(communication(work)),
+        exposed_us=exposed(communication(work), gemms(work)),
         wall_us=max([end, *(stop for _, stop in spans)]) - begin,
     )
 
@@ -152,15 +150,6 @@ def bars(events: Iterable[Event], range_name: str) -> list[Bar]:
     ]
 
 
-def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Return the length of the union of (start, end) intervals."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
-
-
 def _range(events: list[Event], name: str) -> tuple[float, float]:
     (found,) = (e for e in events if e["name"] == name and e.get("cat") == "user_annotation")
     return found["ts"], found["ts"] + found["dur"]
@@ -178,7 +167,7 @@ def _launched(events: list[Event], begin: float, end: float) -> list[Event]:
     return [
         event
         for event in events
-        if event.get("cat") in _GPU_WORK and event["args"]["correlation"] in correlations
+        if event.get("cat") in GPU_WORK and event["args"]["correlation"] in correlations
     ]
 
 

@@ -47,7 +47,7 @@ one step, and one forward + backward of the layer alone, of rank 0 while torch's
 (which makes the host slower)
 kernels: launched; waits: of the host for the GPU, or for the sizes of a dispatch; host: µs or ms \
 of the host without the waits; busy: at least one kernel or copy runs, if only to wait \
-for another rank"""
+for another rank; exposed: a dispatch, a combine or NCCL runs, and no matrix product"""
 
 
 def write_report(run: TrainRun, out: Path, console: Console) -> None:
@@ -210,15 +210,18 @@ def _layer_table(run: TrainRun) -> Table:
 def _host_table(run: TrainRun) -> Table:
     table = screen_table(
         f"host and GPU, a step of {run.settings.microbatches[0]} microbatch(es) | an MoE layer",
-        ("variant", "kernels", "waits", "host ms", "busy ms", "wall ms", "kernels", "waits",
-         "host µs forward", "host µs both", "busy µs"),
+        ("variant", "kernels", "waits", "host ms", "busy ms", "exposed ms", "wall ms", "kernels",
+         "waits", "host µs forward", "host µs both", "busy µs"),
     )  # fmt: skip
     for name, found in run.inspections.items():
         step, forward, backward = found.step, found.layer_forward, found.layer_backward
         if step and forward and backward:
             table.add_row(
                 *(name, str(step.kernels), str(step.waits)),
-                *(f"{us / 1e3:.1f}" for us in (step.host_us, step.busy_us, step.wall_us)),
+                *(
+                    f"{us / 1e3:.1f}"
+                    for us in (step.host_us, step.busy_us, step.exposed_us, step.wall_us)
+                ),
                 *(str(forward.kernels + backward.kernels), str(forward.waits + backward.waits)),
                 f"{forward.host_us:.0f}",
                 f"{forward.host_us + backward.host_us:.0f}",

@@ -6,21 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ep_comm.bench.train.profile import Bar
+from ep_comm.telemetry.profiles import KINDS, kind_of
 
-# Kind, colour, and what the kernels' names contain; the first kind that fits counts.
-_KINDS = (
-    ("combine", "tab:red", ("combine_kernel",)),
-    ("dispatch", "tab:orange", ("dispatch_kernel", "send_kernel", "receive_kernel")),
-    ("NCCL", "tab:purple", ("nccl",)),
-    ("GEMM", "tab:blue", ("gemm", "nvjet", "cutlass", "xmma")),
-    ("other", "tab:gray", ("",)),
+_COLOURS = dict(
+    zip(KINDS, ("tab:red", "tab:orange", "tab:purple", "tab:blue", "tab:gray"), strict=True)
 )
-
-
-def kind_of(kernel: str) -> str:
-    """Return what a kernel does, by its name."""
-    name = kernel.lower()
-    return next(kind for kind, _, parts in _KINDS if any(part in name for part in parts))
 
 
 def draw_timelines(timelines: Mapping[str, Sequence[Bar]], title: str, path: Path) -> None:
@@ -38,7 +28,7 @@ def draw_timelines(timelines: Mapping[str, Sequence[Bar]], title: str, path: Pat
     rows = figure.subplots(len(timelines), sharex=True, squeeze=False)[:, 0]
     for axes, (name, timeline) in zip(rows, timelines.items(), strict=True):
         streams = list(dict.fromkeys(bar.stream for bar in timeline))
-        for kind, colour, _ in _KINDS:
+        for kind, colour in _COLOURS.items():
             for row, stream in enumerate(streams):
                 spans = [
                     (bar.start_us / 1e3, bar.duration_us / 1e3)
@@ -53,9 +43,9 @@ def draw_timelines(timelines: Mapping[str, Sequence[Bar]], title: str, path: Pat
     rows[-1].set_xlabel("ms since the first kernel")
     figure.suptitle(title, fontsize=10)
     figure.legend(
-        handles=[Patch(color=colour, label=kind) for kind, colour, _ in _KINDS],
+        handles=[Patch(color=colour, label=kind) for kind, colour in _COLOURS.items()],
         loc="outside lower center",
-        ncols=len(_KINDS),
+        ncols=len(_COLOURS),
         fontsize=8,
     )
     figure.savefig(path, dpi=150)
