@@ -12,6 +12,7 @@ import torch
 from ranks import run_ranks
 
 from ep_comm import Buffer, EPConfig, EPStateError
+from ep_comm.job.files import write_json
 from ep_comm.telemetry.clocks import HOST, Clock
 from ep_comm.telemetry.records import Interval, OpRecord
 from ep_comm.telemetry.trace import RankTrace, chrome_trace, rank_trace
@@ -19,6 +20,16 @@ from ep_comm.telemetry.trace import RankTrace, chrome_trace, rank_trace
 SIZES = dict(num_experts=12, hidden=16, max_tokens_per_rank=8, num_topk=2, dtype=torch.float32)
 TOPK = torch.tensor([[0, 11], [4, 5], [1, -1], [8, 2], [3, 7]])
 SLEEP_S = 0.3
+
+
+def on_a_full_disk(path: Path, document: dict) -> None:
+    """No file may grow beyond a thousand bytes meanwhile."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        write_json(path, document)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def traced(rank: int, folder: str) -> list[tuple[str, int, bool, float]]:
@@ -34,12 +45,10 @@ def traced(rank: int, folder: str) -> list[tuple[str, int, bool, float]]:
     buffer.write_trace(path)
     with pytest.raises(EPStateError, match="rank 0 cannot write the trace .*nowhere"):
         buffer.write_trace(Path(folder, "nowhere", "trace.json"))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if rank == 0:  # no file may grow beyond that, as on a disk that is nearly full
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    with pytest.raises(EPStateError, match="rank 0 cannot write the trace .*large.json.*too large"):
-        buffer.write_trace(Path(folder, "large.json"))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ep_comm.buffer.write_json", on_a_full_disk)
+        with pytest.raises(EPStateError, match="rank 0 cannot write the trace .*File too large"):
+            buffer.write_trace(Path(folder, "large.json"))
     buffer.write_trace(Path(folder, "last.json"), num_operations=1)
     return [(r.op, r.epoch, r.is_backward, r.seconds) for r in buffer.records]
 
