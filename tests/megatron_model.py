@@ -105,7 +105,7 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
         return output, partial(loss_func)
 
     iterators = [batches(setup) for _ in model]
-    losses, metrics = [], {}
+    losses, metrics, balance = [], {}, ()
     for _ in range(setup.steps):
         for chunk in model:
             chunk.zero_grad_buffer()
@@ -128,13 +128,14 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
             for name, p in chunk.named_parameters()
             if p.requires_grad
         }
-        metrics = meter.step()
+        metrics, balance = meter.step(), meter.balance
         optimizer.step()
     return dict(
         metrics_of_nothing=meter.step(),
         losses=losses,
         gradients={name: grad.float().cpu().numpy() for name, grad in gradients.items()},
         metrics=metrics,
+        balance=balance,
         num_moe_layers=num_moe_layers,
     )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,9 +16,11 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
 from ep_comm.buffer import Buffer
+from ep_comm.megatron.balance import LayerBalance
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
 from ep_comm.megatron.layer import required_moe_layers
 from ep_comm.telemetry.records import OpRecord, timed
+from ep_comm.telemetry.spans import exposed
 from ep_comm.telemetry.stats import Quantiles, longest_wait
 
 _PHASES = {
@@ -31,8 +35,9 @@ _OURS = (
     "ep/dispatch-ms-p99",
     "ep/combine-ms-p99",
     "ep/wait-share",
-    "ep/slowest-rank",
+    "ep/exposed-ms",
 )
+_SLOWEST = "ep/slowest-rank"
 
 
 class MoEMeter:
@@ -44,6 +49,10 @@ class MoEMeter:
 
     A pipeline stage may have no MoE layer, a whole model must.
 
+    Attributes:
+        balance: The tokens of each MoE layer that had any between the last two calls of `step`, of
+            all pipeline stages; the same on all ranks.
+
     Raises:
         EPStateError: The model has no MoE layer.
     """
@@ -52,8 +61,11 @@ class MoEMeter:
         model_chunks = list(model_chunks)
         self._layers = [layer for _, layer in required_moe_layers(model_chunks)]
         self._device = next(model_chunks[0].parameters()).device
+        self.balance: tuple[LayerBalance, ...] = ()
         self._spans: dict[str, list] = {"dispatch": [], "combine": [], "expert": []}
+        self._beside: list = []  # spans of work that we run beside an operation
         self._tokens: dict[MoELayer, Tensor] = {}
+        self._counts_shape: tuple[int, int] | None = None  # layers and experts of the whole model
         self._wire_bytes = 0
         self._num_seen: WeakKeyDictionary[Buffer, int] = WeakKeyDictionary()
         for layer in self._layers:
@@ -75,45 +87,79 @@ class MoEMeter:
             ``ep/combine-ms-p99``: 99th percentile of one operation, forward and backward, waits
             included, on the rank where it is highest; more than a step has the longest is that.
             ``ep/wait-share``: part of these operations' time that they waited for other ranks, on
-            the rank where it is largest. ``ep/slowest-rank``: the global rank that was waited for
-            longest, over all ranks; -1 where nobody waited.
+            the rank where it is largest. ``ep/exposed-ms``: time in which at least one of them ran
+            and no weight gradient beside it (`overlap_wgrad`), on the rank where it is most; what
+            else runs beside them, as shared experts may, is not seen. Left out on the reference
+            backend over NCCL. ``ep/slowest-rank``: the global rank that was waited for longest,
+            over all ranks; -1 where nobody waited.
         """
         mine = {
             f"ep/{phase}-ms": 1e3 * sum(span.seconds for span in spans)
             for phase, spans in self._spans.items()
         }
-        mine.update(self._imbalance())
-        buffers = self._buffers()
-        records = self._new_records(buffers)
+        records = self._new_records(self._buffers())
         mine |= self._of_records(records)
-        values = torch.tensor(list(mine.values()), dtype=torch.float64, device=self._device)
         group = parallel_state.get_expert_tensor_model_pipeline_parallel_group()
+        values = torch.tensor(list(mine.values()), dtype=torch.float64, device=self._device)
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
-        slowest_rank = self._slowest_rank(records, group)
-        for spans in self._spans.values():
+        metrics = dict(zip(mine, values.tolist(), strict=True))
+        waits_s, self.balance = self._summed_up(records, group)
+        for spans in (*self._spans.values(), self._beside):
             spans.clear()
         self._tokens.clear()
-        metrics = dict(zip(mine, values.tolist(), strict=True))
-        metrics["ep/slowest-rank"] = slowest_rank
-        if metrics["ep/wire-mib"] < 0:  # no rank has our dispatcher
-            for name in _OURS:
+        for what in ("rank", "expert"):
+            ratios = [getattr(layer, f"{what}_imbalance") for layer in self.balance]
+            metrics[f"ep/imbalance-{what}"] = max(ratios, default=1.0)
+        for name in _OURS:
+            if metrics[name] < 0:  # no rank has our dispatcher, or none knows it
                 del metrics[name]
+        if _OURS[0] in metrics:
+            late = int(waits_s.argmax())
+            ranks = dist.get_process_group_ranks(group)
+            metrics[_SLOWEST] = ranks[late] if float(waits_s[late]) > 0 else -1
         return metrics
 
-    def _imbalance(self) -> dict[str, float]:
-        if not self._layers:
-            return {"ep/imbalance-rank": 1.0, "ep/imbalance-expert": 1.0}
-        group = self._layers[0].ep_group
-        zero = torch.zeros(self._layers[0].num_local_experts, dtype=torch.int64)
-        mine = torch.stack([self._tokens.get(layer, zero) for layer in self._layers])
-        mine = mine.to(self._device)
-        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, mine, group=group)
-        tokens_LRE = torch.stack(parts, dim=1).double().cpu()
-        return {
-            "ep/imbalance-rank": _worst_max_over_mean(tokens_LRE.sum(-1)),
-            "ep/imbalance-expert": _worst_max_over_mean(tokens_LRE.flatten(1)),
-        }
+    def _summed_up(
+        self, records: dict[Buffer, list[OpRecord]], group: dist.ProcessGroup
+    ) -> tuple[Tensor, tuple[LayerBalance, ...]]:
+        """Add up over the ranks of a model: waits for each, and tokens of all layers' experts."""
+        num_layers, num_experts = self._shape_of_counts(group)
+        ranks = dist.get_process_group_ranks(group)
+        waits_s = torch.zeros(len(ranks), dtype=torch.float64)
+        for buffer, found in records.items():
+            members = dist.get_process_group_ranks(buffer.group)
+            for record in found:
+                for member, wait_s in zip(members, record.wait_s_by_rank, strict=False):
+                    waits_s[ranks.index(member)] += wait_s
+        counts_LE = torch.zeros(num_layers, num_experts, dtype=torch.float64)
+        for i, layer in enumerate(self._layers):
+            if layer in self._tokens:
+                counts_LE[_number(layer, i) - 1, layer.local_expert_indices] += self._tokens[layer]
+        summed = torch.cat([waits_s, counts_LE.flatten()]).to(self._device)
+        dist.all_reduce(summed, group=group)
+        waits_s, counts = summed.cpu().split([len(ranks), counts_LE.numel()])
+        # The shards of an expert each receive all of its tokens.
+        counts_LE = (
+            counts.view_as(counts_LE) / parallel_state.get_expert_tensor_parallel_world_size()
+        )
+        num_ranks = parallel_state.get_expert_model_parallel_world_size()
+        return waits_s, tuple(
+            LayerBalance(number, num_ranks, tuple(map(round, of_layer.tolist())))
+            for number, of_layer in enumerate(counts_LE, 1)
+            if of_layer.any()
+        )
+
+    def _shape_of_counts(self, group: dist.ProcessGroup) -> tuple[int, int]:
+        """Return the largest number of an MoE layer, and the experts; collective the first time."""
+        if self._counts_shape is None:
+            numbers = [_number(layer, i) for i, layer in enumerate(self._layers)]
+            experts = [layer.config.num_moe_experts for layer in self._layers]
+            mine = torch.tensor([max(each, default=0) for each in (numbers, experts)])
+            mine = mine.to(self._device)
+            dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=group)
+            num_layers, num_experts = mine.tolist()
+            self._counts_shape = num_layers, num_experts
+        return self._counts_shape
 
     def _buffers(self) -> list[Buffer]:
         """Return the buffers of the layers that have our dispatcher."""
@@ -135,7 +181,7 @@ class MoEMeter:
     def _of_records(self, of_buffers: dict[Buffer, list[OpRecord]]) -> dict[str, float]:
         """Return what our dispatcher's operations say; -1 of each without one."""
         if not of_buffers:
-            return {name: -1.0 for name in _OURS if name != "ep/slowest-rank"}
+            return dict.fromkeys(_OURS, -1.0)
         before, self._wire_bytes = self._wire_bytes, sum(b.records.wire_bytes for b in of_buffers)
         records = [record for found in of_buffers.values() for record in found]
         total_s = sum(record.seconds for record in records)
@@ -144,38 +190,38 @@ class MoEMeter:
             "ep/wire-mib": (self._wire_bytes - before) / 2**20,
             **{f"ep/{op}-ms-p99": 1e3 * _p99_s(records, op) for op in ("dispatch", "combine")},
             "ep/wait-share": min(1.0, waited_s / total_s) if total_s else 0.0,
+            "ep/exposed-ms": self._exposed_ms(of_buffers),
         }
 
-    def _slowest_rank(
-        self, of_buffers: dict[Buffer, list[OpRecord]], group: dist.ProcessGroup
-    ) -> int:
-        ranks = dist.get_process_group_ranks(group)
-        waits_s = torch.zeros(len(ranks), dtype=torch.float64)
-        for buffer, records in of_buffers.items():
-            members = dist.get_process_group_ranks(buffer.group)
-            for record in records:
-                for member, wait_s in zip(members, record.wait_s_by_rank, strict=False):
-                    waits_s[ranks.index(member)] += wait_s
-        waits_s = waits_s.to(self._device)
-        dist.all_reduce(waits_s, group=group)
-        return ranks[int(waits_s.argmax())] if float(waits_s.max()) > 0 else -1
+    def _exposed_ms(self, of_buffers: dict[Buffer, list[OpRecord]]) -> float:
+        """Return the time of operations that no weight gradient hid; -1 where nobody knows it."""
+        records = [record for found in of_buffers.values() for record in found]
+        spans = [(record.began_s, record.began_s + record.seconds) for record in records]
+        if any(map(math.isnan, chain.from_iterable(spans))):
+            return -1.0
+        beside = []
+        if self._beside and records:
+            origin = next(iter(of_buffers)).records.origin()
+            beside = [span.on_axis(origin) for span in self._beside]
+        return 1e3 * exposed(spans, beside)
 
     def _attach(self, layer: MoELayer) -> None:
         dispatcher = layer.token_dispatcher
         for phase, methods in _PHASES.items():
             for method in methods:
-                timed_method = self._timed(phase, getattr(dispatcher, method))
+                timed_method = self._timed(self._spans[phase], getattr(dispatcher, method))
                 setattr(dispatcher, method, timed_method)
-        layer.experts.forward = self._timed("expert", layer.experts.forward)
+        layer.experts.forward = self._timed(self._spans["expert"], layer.experts.forward)
+        if getattr(dispatcher, "during_backward", None) is not None:
+            dispatcher.during_backward = self._timed(self._beside, dispatcher.during_backward)
         dispatcher.dispatch_postprocess = self._counting(layer, dispatcher.dispatch_postprocess)
 
-    def _timed(self, phase: str, method: Any) -> Any:
+    def _timed(self, spans: list, method: Any) -> Any:
         @functools.wraps(method)
         def run(*args: Any, **kwargs: Any) -> Any:
-            device = next(tensor for tensor in args if torch.is_tensor(tensor)).device
-            with timed(device) as span:
+            with timed(self._device) as span:
                 result = method(*args, **kwargs)
-            self._spans[phase].append(span)
+            spans.append(span)
             return result
 
         return run
@@ -200,8 +246,6 @@ def _p99_s(records: Iterable[OpRecord], op: str) -> float:
     return Quantiles.of(seconds).p99 if seconds else 0.0
 
 
-def _worst_max_over_mean(tokens_LX: Tensor) -> float:
-    """Return max / mean along the last axis, of the layer where it is largest; 1 without tokens."""
-    mean = tokens_LX.mean(-1)
-    ratio = torch.where(mean > 0, tokens_LX.amax(-1) / mean, 1.0)
-    return float(ratio.max())
+def _number(layer: MoELayer, place: int) -> int:
+    """Return a layer's number in the model, from 1; of one that has none its place."""
+    return layer.layer_number or place + 1

@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +22,10 @@ from ep_comm.fault_file import FOLDER_VARIABLE
 from ep_comm.job.exits import UserError
 from ep_comm.job.files import take_folder
 from ep_comm.job.start import agree, on_rank_0
+from ep_comm.megatron.balance import COLUMNS, TABLE, LayerBalance
 from ep_comm.pretrain.config import PretrainConfig
 from ep_comm.pretrain.log_file import (
+    BALANCE,
     LOG_FILE,
     TOKENS_PER_S,
     TRAIN_LOSS,
@@ -83,9 +85,22 @@ class RunLog:
         """Record one training step."""
         self._write({"type": "train", "iteration": iteration, **scalars})
         if self._screen:
-            self._screen.step(iteration, scalars)
+            self._screen.step(iteration, scalars, is_shown=self._is_shown(iteration))
         if self._wandb:
             self._wandb.log(iteration, scalars)
+
+    def balance(self, iteration: int, layers: Iterable[LayerBalance]) -> None:
+        """Record how tokens were spread in a step, where the screen has a line of it too."""
+        if not self._is_shown(iteration):
+            return
+        rows = [{**layer.row(), "tokens": layer.tokens} for layer in layers]
+        self._write({"type": BALANCE, "iteration": iteration, "layers": rows})
+        if self._wandb:
+            self._wandb.table(iteration, rows)
+
+    def _is_shown(self, iteration: int) -> bool:
+        config = self._config
+        return iteration % config.log_interval == 0 or iteration == config.train_iters
 
     def valid(self, iteration: int, loss: float) -> None:
         """Record one validation."""
@@ -194,14 +209,14 @@ class _Screen:
     def line(self, text: str) -> None:
         self._console.print(text, markup=False)
 
-    def step(self, iteration: int, scalars: dict[str, float]) -> None:
+    def step(self, iteration: int, scalars: dict[str, float], *, is_shown: bool) -> None:
         loss = scalars[TRAIN_LOSS]
         speed = f"{scalars[TOKENS_PER_S]:,.0f} tokens/s"
         status = f"loss {loss:.4f}  {speed}"
         if "mfu" in scalars:
             speed += f"  {scalars['throughput']:.0f} TFLOP/s/GPU  MFU {scalars['mfu']:.1%}"
         self._progress.update(self._task, completed=iteration, status=status)
-        if iteration % self._config.log_interval and iteration != self._config.train_iters:
+        if not is_shown:
             return
         ep = "  ".join(
             f"{name.removeprefix('ep/')} {value:.2f}"
@@ -233,7 +248,9 @@ class _WandB:
         with self._failing_costs_a_warning():
             self._run = self._start(config, start)
             for record in earlier:
-                if record["type"] != "start":
+                if record["type"] == BALANCE:
+                    self.table(record["iteration"], record["layers"])
+                elif record["type"] != "start":
                     values = {k: v for k, v in record.items() if k not in ("type", "iteration")}
                     self.log(record["iteration"], values)
 
@@ -272,7 +289,15 @@ class _WandB:
             print(f"warning: W&B does not answer, logging offline: {text}", file=sys.stderr)
         return init("offline")
 
-    def log(self, iteration: int, scalars: dict[str, float]) -> None:
+    def table(self, iteration: int, rows: list[dict[str, Any]]) -> None:
+        """Log how tokens were spread in a step, a line a layer."""
+        with self._failing_costs_a_warning():
+            import wandb
+
+            data = [[row[name] for name in COLUMNS] for row in rows]
+            self.log(iteration, {TABLE: wandb.Table(columns=list(COLUMNS), data=data)})
+
+    def log(self, iteration: int, scalars: dict[str, Any]) -> None:
         with self._failing_costs_a_warning():
             # A run that was resumed online has steps already, and takes none of them twice.
             if self._run is not None and iteration >= self._run.step:

@@ -5,7 +5,9 @@ The log has one JSON object a line, floats in full precision:
 - ``{"type": "start", "iteration": i, "config": ..., "versions": ..., ...}`` whenever the run is
   started or resumed after step i; it makes any earlier records beyond step i void;
 - ``{"type": "train", "iteration": i, "lm loss": ..., ...}`` for each step;
-- ``{"type": "valid", "iteration": i, "lm loss validation": ...}`` for each validation.
+- ``{"type": "valid", "iteration": i, "lm loss validation": ...}`` for each validation;
+- ``{"type": "balance", "iteration": i, "layers": [{"layer": 1, ..., "tokens": [...]}, ...]}`` for
+  each step that the screen has: `ep_comm.megatron.balance.LayerBalance` of all MoE layers.
 
 Names are Megatron-LM's where it has one: ``iteration-time`` is in seconds, ``throughput`` in
 TFLOP/s of one rank (`flops_per_token`). ``tokens-per-second`` is over all ranks. ``mfu`` is the
@@ -21,6 +23,7 @@ from typing import Any
 
 LOG_FILE = "log.jsonl"
 LATEST = "latest_checkpointed_iteration.txt"  # in a folder of checkpoints
+BALANCE = "balance"
 TRAIN_LOSS = "lm loss"
 VALID_LOSS = "lm loss validation"
 TOKENS_PER_S = "tokens-per-second"

@@ -102,6 +102,7 @@ def pretrain(config: PretrainConfig) -> None:
                     **meter.step(),
                 },
             )
+            log.balance(iteration, meter.balance)
             if iteration == first and (warning := slow_backend(trainee)):
                 log.warning(warning)
             if not math.isfinite(loss):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ep_comm import _native
 from ep_comm._native import header
-from ep_comm.telemetry.clocks import Clock, read_gpu_clock
+from ep_comm.telemetry.clocks import Clock, Origin, gpu_origin, read_gpu_clock
 from ep_comm.telemetry.records import Interval, OpRecord
 
 RING_LENGTH = 1024
@@ -114,6 +114,12 @@ class DeviceRecorder:
         native = _native.load()
         assert native is not None  # or there were no operations on a GPU
         return read_gpu_clock(native, self._ring.device)
+
+    def origin(self) -> Origin:
+        """Relate the GPU's clock to events; waits for the current stream."""
+        native = _native.load()
+        assert native is not None
+        return gpu_origin(native, self._ring.device)
 
     def __iter__(self) -> Iterator[OpRecord]:
         return iter(self.since(0))

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from ep_comm.telemetry.clocks import HOST, Clock
+from ep_comm.telemetry.clocks import HOST, Clock, Origin
 
 RING_LENGTH = 4096
 
@@ -36,6 +36,9 @@ class Records(Protocol):
 
     def clock(self) -> Clock:
         """Return how the clock of `OpRecord.began_s` stands to the host's."""
+
+    def origin(self) -> Origin:
+        """Return a point of that clock to which spans of `timed` can be related."""
 
     def __iter__(self) -> Iterator[OpRecord]: ...
 
@@ -71,7 +74,8 @@ class OpRecord:
             longest wait of any thread on the GPU; low latency: the wait for the rank's header.
         is_backward: Whether a backward pass called it.
         called_s: When the host called it, by `time.monotonic`.
-        began_s: When it began, by the clock that `Records.clock` compares with that one.
+        began_s: When it began, by the clock that `Records.clock` compares with that one; NaN of the
+            reference backend over NCCL, which does not know.
     """
 
     op: str
@@ -112,7 +116,7 @@ class _Span:
 
     def _mark(self) -> float | torch.cuda.Event:
         if self._device.type != "cuda":
-            return time.perf_counter()
+            return time.monotonic()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
@@ -129,6 +133,16 @@ class _Span:
             return self._start.elapsed_time(self._end) / 1e3
         assert isinstance(self._end, float)
         return self._end - self._start
+
+    def on_axis(self, origin: Origin) -> tuple[float, float]:
+        """Return begin and end by the clock of `origin`, which is later; waits for the end."""
+        seconds = self.seconds
+        if origin.event is None:
+            assert isinstance(self._end, float)
+            return self._end - seconds, self._end
+        assert isinstance(self._end, torch.cuda.Event)
+        end = origin.seconds - self._end.elapsed_time(origin.event) / 1e3
+        return end - seconds, end
 
 
 class Recorder:
@@ -163,6 +177,10 @@ class Recorder:
         """Return the host's own."""
         return HOST
 
+    def origin(self) -> Origin:
+        """Return that of the host's clock."""
+        return Origin(None, 0.0)
+
     def __iter__(self) -> Iterator[OpRecord]:
         return iter(self._ring)
 
@@ -185,7 +203,7 @@ class Recorder:
             place=place,
             is_backward=self.is_backward,
             called_s=(now := time.monotonic()),
-            began_s=now,
+            began_s=now if device.type == "cpu" else math.nan,
             span=_Span(device),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import time
 from collections.abc import Iterable, Sequence
@@ -64,7 +65,7 @@ def rank_trace(
     """
     spans = [
         _Span(
-            record.began_s - clock.ahead_s,
+            _begin_s(record) - clock.ahead_s,
             record.seconds,
             f"{record.op} #{record.epoch}",
             _row_of(record),
@@ -142,6 +143,11 @@ def read_trace(path: Path) -> dict[str, Any]:
     if not is_ours:
         raise TraceError(f"{path} is no trace that Buffer.write_trace wrote")
     return document
+
+
+def _begin_s(record: OpRecord) -> float:
+    """Return when an operation began: where nobody knows, when it was called."""
+    return record.called_s if math.isnan(record.began_s) else record.began_s
 
 
 def _row_of(record: OpRecord) -> str:

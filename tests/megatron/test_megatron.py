@@ -175,7 +175,8 @@ def test_metrics_are_those_of_the_step():
     assert ours["metrics_of_nothing"] == {
         "ep/dispatch-ms": 0, "ep/combine-ms": 0, "ep/expert-ms": 0,
         "ep/imbalance-rank": 1, "ep/imbalance-expert": 1, "ep/wire-mib": 0,
-        "ep/dispatch-ms-p99": 0, "ep/combine-ms-p99": 0, "ep/wait-share": 0, "ep/slowest-rank": -1,
+        "ep/dispatch-ms-p99": 0, "ep/combine-ms-p99": 0, "ep/wait-share": 0, "ep/exposed-ms": 0,
+        "ep/slowest-rank": -1,
     }  # fmt: skip
     for name in ("ep/dispatch-ms", "ep/combine-ms", "ep/expert-ms"):
         assert 0 < metrics[name] < 5000 and 0 < stock[name] < 5000
@@ -185,11 +186,12 @@ def test_metrics_are_those_of_the_step():
     ours_alone = metrics.keys() - stock.keys()
     assert ours_alone == {
         "ep/wire-mib", "ep/dispatch-ms-p99", "ep/combine-ms-p99", "ep/wait-share",
-        "ep/slowest-rank",
+        "ep/exposed-ms", "ep/slowest-rank",
     }  # fmt: skip
     for op in ("dispatch", "combine"):
         assert 0 < metrics[f"ep/{op}-ms-p99"] < 5000
     assert 0 < metrics["ep/wait-share"] <= 1 and metrics["ep/slowest-rank"] in range(2)
+    assert metrics["ep/exposed-ms"] > metrics["ep/dispatch-ms-p99"]
 
 
 def install_and_train(rank: int, setup: Setup) -> dict:

@@ -41,6 +41,7 @@ from ep_comm.errors import (
 )
 from ep_comm.job.exits import UserError
 from ep_comm.megatron import EPOptions
+from ep_comm.megatron.balance import LayerBalance, markdown
 from ep_comm.megatron.launch import main as launch
 from ep_comm.megatron.launch.flags import (
     extend_parser,
@@ -191,6 +192,8 @@ def test_scalars_are_in_megatrons_wandb_run(ours):
         assert all(step[f"ep/{phase}-ms"] > 0 for phase in ("dispatch", "combine", "expert"))
         assert 1 <= step["ep/imbalance-rank"] <= 2 and 1 <= step["ep/imbalance-expert"] <= 4
     assert config["update"]["moe_token_dispatcher"] == "ep_comm"
+    (table,) = (step for step in steps if step.get("ep/balance._type") == "table-file")
+    assert (table["_step"], table["ep/balance.ncols"], table["ep/balance.nrows"]) == (2, 6, 3)
 
 
 def test_scalars_go_to_megatrons_tensorboard_writer(ours):
@@ -202,6 +205,8 @@ def test_scalars_go_to_megatrons_tensorboard_writer(ours):
     assert {f"ep/{name}" for name in ("combine-ms", "expert-ms", "imbalance-rank")} <= {
         name for name, value, _ in scalars if value > 0
     }
+    ((name, text, iteration),) = map(json.loads, path.with_name("texts.jsonl").open())
+    assert (name, iteration) == ("ep/balance", 2) and text.count("\n") == 2 + 3
 
 
 def import_launch_hooks(**global_vars: object) -> ModuleType:
@@ -224,10 +229,14 @@ def import_launch_hooks(**global_vars: object) -> ModuleType:
 def hooks_of_a_loop(rank: int) -> None:
     """A loop of Megatron's, as far as its functions are wrapped."""
     settings = SimpleNamespace(
-        tensorboard_dir="x", wandb_project=None, tensorboard_log_interval=2, save=None
-    )
+        tensorboard_dir="x", wandb_project=None, tensorboard_log_interval=2, log_interval=3,
+        save=None,
+    )  # fmt: skip
     written, done = [], []
-    writer = SimpleNamespace(add_scalar=lambda *values: written.append(values))
+    writer = SimpleNamespace(
+        add_scalar=lambda *values: written.append(values),
+        add_text=lambda *values: written.append(values),
+    )
     hooks = import_launch_hooks(get_args=lambda: settings, get_tensorboard_writer=lambda: writer)
     optimizer = SimpleNamespace(step=lambda: done.append("stepped"))
     training = SimpleNamespace(
@@ -237,7 +246,8 @@ def hooks_of_a_loop(rank: int) -> None:
         evaluate=lambda: "evaluated",
         save_checkpoint=lambda: None,
     )
-    meter = mock.Mock(step=mock.Mock(side_effect=[{"ep/x": n} for n in range(9)]))
+    balance = (LayerBalance(3, 2, (5, 0, 2, 1)),)
+    meter = mock.Mock(step=mock.Mock(side_effect=[{"ep/x": n} for n in range(9)]), balance=balance)
     names = ("check_model", "MoEMeter", "install", "complete", "tokens_per_rank")
     checked = {name: mock.Mock(return_value=3) for name in names}
     checked["MoEMeter"].return_value = meter
@@ -259,7 +269,8 @@ def hooks_of_a_loop(rank: int) -> None:
         for iteration in (3, 4):
             training.training_log({}, iteration=iteration)
     # Measured in every step, written in every second; what was evaluated is in neither.
-    assert written == [("ep/x", 1, 2), ("ep/x", 4, 4)]
+    assert written == [("ep/x", 1, 2), ("ep/balance", markdown(balance), 3), ("ep/x", 4, 4)]
+    assert markdown(balance).endswith("| 3 | 1.25 | 2.50 | 0 | 0 | 1 |\n")
 
 
 def test_the_loop_checks_and_logs_what_it_should():

@@ -413,10 +413,25 @@ def test_log_has_everything(tiny_runs):
             *("ep/dispatch-ms", "ep/combine-ms", "ep/expert-ms"),
             *("ep/imbalance-rank", "ep/imbalance-expert", "ep/wire-mib"),
             *("ep/dispatch-ms-p99", "ep/combine-ms-p99", "ep/wait-share", "ep/slowest-rank"),
+            "ep/exposed-ms",
         }
         assert record["ep/wire-mib"] > 0
         assert record["ep/imbalance-rank"] >= 1 and record["ep/imbalance-expert"] >= 1
     assert [r["iteration"] for r in records(tiny_runs("ep_comm"), "valid")] == [30, 60]
+    balance = records(tiny_runs("ep_comm"), "balance")
+    assert [r["iteration"] for r in balance] == list(range(5, 61, 5))
+    trained = {r["iteration"]: r for r in steps}
+    config = PretrainConfig(**start["config"])
+    tokens = config.global_batch_size * config.seq_length * config.moe_router_topk
+    for record in balance:
+        layers = record["layers"]
+        assert [layer["layer"] for layer in layers] == list(range(1, config.num_layers + 1))
+        for layer in layers:
+            assert len(layer["tokens"]) == config.num_experts and sum(layer["tokens"]) == tokens
+            assert layer["tokens"][layer["fullest-expert"]] == max(layer["tokens"])
+        for what in ("rank", "expert"):
+            worst = max(layer[f"imbalance-{what}"] for layer in layers)
+            assert worst == trained[record["iteration"]][f"ep/imbalance-{what}"]
 
 
 def test_log_of_a_restarted_run(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 import ep_comm
 from ep_comm.errors import name_settings
 from ep_comm.fault_file import FOLDER_VARIABLE
+from ep_comm.megatron.balance import COLUMNS, TABLE, LayerBalance, markdown
 from ep_comm.megatron.dispatcher import synchronize_buffers
 from ep_comm.megatron.launch.flags import tokens_per_rank
 from ep_comm.megatron.layer import check_model, complete, install
@@ -96,8 +98,11 @@ class Training:
             if self._meter is not None:
                 metrics = self._meter.step()  # collective: on all ranks, after each step
                 iteration = signature.bind(*args, **kwargs).arguments["iteration"]
-                if iteration % get_args().tensorboard_log_interval == 0:
+                settings = get_args()
+                if iteration % settings.tensorboard_log_interval == 0:
                     _log(metrics, iteration)
+                if iteration % settings.log_interval == 0:
+                    _log_balance(self._meter.balance, iteration)
             return result
 
         return training_log
@@ -147,3 +152,12 @@ def _log(metrics: dict[str, float], iteration: int) -> None:
             writer.add_scalar(name, value, iteration)
     if (wandb := get_wandb_writer()) is not None:
         wandb.log(metrics, iteration)
+
+
+def _log_balance(layers: Sequence[LayerBalance], iteration: int) -> None:
+    """Write how tokens were spread, a line a layer, where `_log` writes."""
+    if (writer := get_tensorboard_writer()) is not None:
+        writer.add_text(TABLE, markdown(layers), iteration)
+    if (wandb := get_wandb_writer()) is not None:
+        data = [list(layer.row().values()) for layer in layers]
+        wandb.log({TABLE: wandb.Table(columns=list(COLUMNS), data=data)}, iteration)

@@ -40,6 +40,7 @@ def add_megatron_arguments(parser):
         ("tensor-model-parallel-size", 1),
         ("context-parallel-size", 1),
         ("tensorboard-log-interval", 1),
+        ("log-interval", 2),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument(

@@ -30,14 +30,22 @@ def set_global_variables(args):
 
 
 class _Writer:
-    """A TensorBoard writer as Megatron uses it; one JSON list a scalar in ``scalars.jsonl``."""
+    """A TensorBoard writer as Megatron uses it; one JSON list a scalar in ``scalars.jsonl``.
+
+    Texts are in ``texts.jsonl``.
+    """
 
     def __init__(self, folder):
         folder.mkdir()
-        self._file = (folder / "scalars.jsonl").open("w", buffering=1)
+        self._scalars, self._texts = (
+            (folder / f"{kind}.jsonl").open("w", buffering=1) for kind in ("scalars", "texts")
+        )
 
     def add_scalar(self, name, value, iteration):
-        self._file.write(json.dumps([name, value, iteration]) + "\n")
+        self._scalars.write(json.dumps([name, value, iteration]) + "\n")
+
+    def add_text(self, name, text, iteration):
+        self._texts.write(json.dumps([name, text, iteration]) + "\n")
 
 
 def get_args():
