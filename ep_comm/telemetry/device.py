@@ -22,13 +22,17 @@ _RECORD_BYTES = ctypes.sizeof(header.Record)
 
 
 class _Started(NamedTuple):
-    """What the host knows of an operation; see `OpRecord`."""
+    """What the host knows of an operation; see `OpRecord`.
+
+    It is kept as a plain tuple: to make one of these costs a call more than all the rest.
+    """
 
     op: str
     place: int
-    row_bytes: int
     is_backward: bool
     called_s: float
+    row_bytes: int
+    rows_of_experts: tuple[int, ...]
 
 
 class DeviceRecorder:
@@ -54,8 +58,9 @@ class DeviceRecorder:
         self._synchronize = synchronize
         self._record_bytes = record_bytes
         self._ring = torch.zeros(RING_LENGTH, record_bytes, dtype=torch.uint8, device=device)
+        self._address = self._ring.data_ptr()
         self._wire_bytes = torch.zeros((), dtype=torch.int64, device=device)
-        self._started: deque[_Started] = deque(maxlen=RING_LENGTH)
+        self._started: deque[tuple] = deque(maxlen=RING_LENGTH)
 
     @property
     def num_bytes(self) -> int:
@@ -87,15 +92,21 @@ class DeviceRecorder:
         self._synchronize()
         return int(self._wire_bytes)
 
-    def start(self, op: str, row_bytes: int) -> int:
-        """Return the address of the next operation's record; its rows have `row_bytes`."""
-        slot = self.num_operations % RING_LENGTH
-        self.num_operations += 1
+    def start(self, op: str, row_bytes: int, rows_of_experts: tuple[int, ...] = ()) -> int:
+        """Return the address of the next operation's record.
+
+        Args:
+            op: Its kind.
+            row_bytes: Of each of its rows.
+            rows_of_experts: See `OpRecord`.
+        """
+        before = self.num_operations
+        self.num_operations = before + 1
         self._epochs[op] += 1
         self._started.append(
-            _Started(op, self.num_operations, row_bytes, self.is_backward, time.monotonic())
+            (op, before + 1, self.is_backward, time.monotonic(), row_bytes, rows_of_experts)
         )
-        return self._ring.data_ptr() + slot * self._record_bytes
+        return self._address + before % RING_LENGTH * self._record_bytes
 
     def restart(self) -> None:
         """Count the operations of each kind anew, as the device does."""
@@ -105,9 +116,9 @@ class DeviceRecorder:
         """Return the number of the last operation of that kind; the host knows of no replays."""
         return self._epochs[op]
 
-    def set_row_bytes(self, row_bytes: int) -> None:
-        """Set the bytes of a row of the last operation: they were not known when it started."""
-        self._started.append(self._started.pop()._replace(row_bytes=row_bytes))
+    def complete(self, row_bytes: int, rows_of_experts: tuple[int, ...]) -> None:
+        """Say of the last operation what was not known when it started; see `start`."""
+        self._started[-1] = (*self._started[-1][:4], row_bytes, rows_of_experts)
 
     def clock(self) -> Clock:
         """Compare the GPU's clock with the host's; waits for the GPU."""
@@ -126,7 +137,8 @@ class DeviceRecorder:
 
     def since(self, num_operations: int) -> list[OpRecord]:
         """Return the records of the operations after the first `num_operations`, oldest first."""
-        started = [entry for entry in self._started if entry.place > num_operations]
+        known = map(_Started._make, self._started)
+        started = [entry for entry in known if entry.place > num_operations]
         if not started:
             return []
         self._synchronize()
@@ -137,7 +149,7 @@ class DeviceRecorder:
         ]
 
     def _record(self, started: _Started, raw: bytes) -> OpRecord:
-        op, place, row_bytes, is_backward, called_s = started
+        op, place, is_backward, called_s, row_bytes, rows_of_experts = started
         record = header.Record.from_buffer_copy(raw)
         rows, waits_ns = self._by_rank(raw)
         waits = [wait / 1e9 for wait in waits_ns]
@@ -151,6 +163,7 @@ class DeviceRecorder:
             called_s=called_s,
             began_s=record.begin_ns / 1e9,
             span=Interval((record.end_ns - record.begin_ns) / 1e9),
+            rows_of_experts=rows_of_experts,
         )
         if op == "low_latency_dispatch":
             return replace(result, rows_from_rank=rows)

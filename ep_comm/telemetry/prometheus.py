@@ -38,6 +38,10 @@ def _lines(stats: Stats) -> Iterator[str]:
     yield from _head("row_imbalance", "Rows of the fullest rank over the mean; 1 is even.")
     for kind, of_kind in stats.operations.items():
         yield f'ep_comm_row_imbalance{{{rank},kind="{kind}"}} {of_kind.imbalance:.9g}'
+    yield from _head("expert_imbalance", "Rows of the rank's fullest expert over its mean.")
+    for kind, of_kind in stats.operations.items():
+        if of_kind.rows_by_expert:
+            yield f'ep_comm_expert_imbalance{{{rank},kind="{kind}"}} {of_kind.expert_imbalance:.9g}'
     yield from _head("wait_share", "Part of all operations' time that was waiting.")
     yield f"ep_comm_wait_share{{{rank}}} {stats.wait_share:.9g}"
     yield from _head("slowest_rank", "The rank that this one waits for; -1: none.")

@@ -67,6 +67,8 @@ class OpRecord:
         rows_to_rank: Token rows sent; the entry of the own rank counts rows that stayed.
             Of a low-latency dispatch over NVLink not known: see `rows_from_rank`.
         rows_from_rank: Of a low-latency dispatch over NVLink: token rows received.
+        rows_of_experts: Of a dispatch: token rows that each local expert received, padding not
+            counted. Empty where the host does not know: with `num_worst_tokens`, low latency.
         wire_bytes_to_rank: Payload and FP8 scale bytes that left this rank; own entry 0.
         wait_s_by_rank: Seconds that were waited for each rank. Reference backend: of the host
             until the rank's header was there, in rank order, or next to nothing where it was there
@@ -83,6 +85,7 @@ class OpRecord:
     place: int
     rows_to_rank: tuple[int, ...] = ()
     rows_from_rank: tuple[int, ...] = ()
+    rows_of_experts: tuple[int, ...] = ()
     wire_bytes_to_rank: tuple[int, ...] = ()
     wait_s_by_rank: tuple[float, ...] = ()
     is_backward: bool = False

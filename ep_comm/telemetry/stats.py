@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +58,8 @@ class OperationStats:
         seconds: Of one operation, waits included.
         wait_s_by_rank: Seconds that one operation waited for each rank, see `OpRecord`.
         rows_by_rank: Mean rows to each rank; of a low-latency dispatch over NVLink, from it.
+        rows_by_expert: Mean rows that each local expert received in a dispatch; empty where that is
+            not known, see `OpRecord.rows_of_experts`.
         wire_bytes: Mean bytes that left the rank.
     """
 
@@ -64,12 +67,18 @@ class OperationStats:
     seconds: Quantiles
     wait_s_by_rank: tuple[Quantiles, ...]
     rows_by_rank: tuple[float, ...]
+    rows_by_expert: tuple[float, ...]
     wire_bytes: float
 
     @property
     def imbalance(self) -> float:
         """Rows of the fullest rank over the mean; 1 is even."""
         return _max_over_mean(self.rows_by_rank)
+
+    @property
+    def expert_imbalance(self) -> float:
+        """Rows of the fullest local expert over the mean; 1 is even, or not known."""
+        return _max_over_mean(self.rows_by_expert)
 
 
 class SlowestRank(NamedTuple):
@@ -120,6 +129,30 @@ class JobStats:
     """
 
     ranks: tuple[Stats, ...]
+
+    @property
+    def rows_by_expert(self) -> tuple[float, ...]:
+        """Mean rows of each expert of the group in a forward dispatch; empty where not known."""
+        of_ranks = [stats.operations.get("dispatch") for stats in self.ranks]
+        found = [of_rank.rows_by_expert if of_rank else () for of_rank in of_ranks]
+        return tuple(chain.from_iterable(found)) if all(found) else ()
+
+    @property
+    def rows_by_rank(self) -> tuple[float, ...]:
+        """The same, added up for each rank: what its experts have to compute."""
+        rows, num_ranks = self.rows_by_expert, len(self.ranks)
+        size = len(rows) // num_ranks
+        return tuple(sum(rows[r * size : (r + 1) * size]) for r in range(num_ranks)) if rows else ()
+
+    @property
+    def expert_imbalance(self) -> float:
+        """Rows of the fullest expert of the group over the mean; 1 is even, or not known."""
+        return _max_over_mean(self.rows_by_expert)
+
+    @property
+    def rank_imbalance(self) -> float:
+        """Rows of the fullest rank's experts over the mean; 1 is even, or not known."""
+        return _max_over_mean(self.rows_by_rank)
 
     @property
     def slowest(self) -> SlowestRank | None:
@@ -236,6 +269,7 @@ def _since(waited: Sequence[int], for_it: set[int]) -> int | None:
 def _of_kind(kind: str, records: Sequence[OpRecord], num_ranks: int) -> OperationStats:
     rows = [record.rows_to_rank or record.rows_from_rank for record in records]
     rows = [each for each in rows if each]
+    of_experts = [record.rows_of_experts for record in records if record.rows_of_experts]
     waits = [record.wait_s_by_rank for record in records if record.wait_s_by_rank]
     return OperationStats(
         kind=kind,
@@ -244,6 +278,7 @@ def _of_kind(kind: str, records: Sequence[OpRecord], num_ranks: int) -> Operatio
             Quantiles.of([wait[rank] for wait in waits]) for rank in range(num_ranks)
         ),
         rows_by_rank=tuple(np.mean(rows, axis=0).tolist()) if rows else (),
+        rows_by_expert=tuple(np.mean(of_experts, axis=0).tolist()) if of_experts else (),
         wire_bytes=float(np.mean([record.wire_bytes for record in records])),
     )
 

@@ -30,6 +30,7 @@ def test_values_and_labels():
     records = [
         OpRecord(
             op=op, epoch=i, place=i, wait_s_by_rank=(0.0, 0.1 * i), rows_to_rank=(1, 3),
+            rows_of_experts=(1, 2, 6) if op == "dispatch" else (),
             wire_bytes_to_rank=(0, 48), called_s=float(i), is_backward=i > 2,
             span=Interval(0.5 * i),
         )
@@ -38,7 +39,7 @@ def test_values_and_labels():
     stats = summarize(records, 0, 2)
     text = prometheus_text(stats)
     names = re.findall(r"^# TYPE (\w+) gauge$", text, re.M)
-    assert len(names) == len(set(names)) == 7
+    assert len(names) == len(set(names)) == 8
     values = read(text)
     assert {name for name, _ in values} == set(names)
 
@@ -53,6 +54,7 @@ def test_values_and_labels():
     assert value("operations", kind="dispatch") == 1
     assert value("wire_bytes", kind="dispatch") == 48
     assert value("row_imbalance", kind="dispatch") == 1.5
+    assert value("expert_imbalance", kind="dispatch") == 2
     assert value("wait_share") == pytest.approx(0.2)
     assert value("slowest_rank") == 1
 

@@ -12,7 +12,7 @@ from ranks import run_ranks
 
 from ep_comm import Buffer, EPArgumentError, EPConfig, EPStateError
 from ep_comm.telemetry.records import Interval, OpRecord
-from ep_comm.telemetry.stats import Quantiles, find_slowest, summarize
+from ep_comm.telemetry.stats import JobStats, Quantiles, find_slowest, summarize
 
 SIZES = dict(num_experts=12, hidden=16, max_tokens_per_rank=8, num_topk=2, dtype=torch.float32)
 TOPK = torch.tensor([[0, 11], [4, 5], [1, -1], [8, 2], [3, 7]])
@@ -97,6 +97,19 @@ def test_kinds_rows_and_bytes_are_kept_apart():
     assert stats.wait_share == 0.0
 
 
+def test_rows_of_experts_of_all_ranks():
+    def of_rank(rank: int, *rows: tuple[int, ...]):
+        return summarize([record(i, rows_of_experts=each) for i, each in enumerate(rows)], rank, 2)
+
+    job = JobStats(ranks=(of_rank(0, (2, 4), (4, 0), ()), of_rank(1, (1, 0), (1, 2))))
+    assert job.ranks[0].operations["dispatch"].rows_by_expert == (3, 2)
+    assert job.ranks[0].operations["dispatch"].expert_imbalance == pytest.approx(1.2)
+    assert (job.rows_by_expert, job.rows_by_rank) == ((3, 2, 1, 1), (5, 2))
+    assert (job.expert_imbalance, job.rank_imbalance) == (pytest.approx(12 / 7), 10 / 7)
+    unknown = JobStats(ranks=(job.ranks[0], of_rank(1, ())))
+    assert unknown.rows_by_expert == unknown.rows_by_rank == () and unknown.expert_imbalance == 1
+
+
 def a_slow_rank(rank: int) -> SimpleNamespace:
     """Rank 1 sleeps before each dispatch, from the sixth step on."""
     buffer = Buffer(None, EPConfig(**SIZES, backend="reference"))
@@ -133,6 +146,10 @@ def test_a_slow_rank_is_named_by_all():
         }
         assert sum(stats.seconds.num for stats in got.last.operations.values()) in (4, 5)
         assert got.of_all.ranks[rank] == got.mine and len(got.of_all.ranks) == 3
+        rows = torch.bincount(TOPK[TOPK >= 0], minlength=12) * 3  # of three ranks
+        assert got.of_all.rows_by_expert == tuple(rows.tolist())
+        of_backward = got.mine.operations["dispatch of backward"]
+        assert of_backward.rows_by_expert == tuple(rows.tolist()[4 * rank : 4 * rank + 4])
         slowest = got.of_all.slowest
         assert slowest.rank == 1 and int(slowest.since_op.rpartition("#")[2]) <= 6
         assert slowest.wait_s > 2 * 0.5 * 11 * SLEEP_S  # of two ranks

@@ -141,7 +141,6 @@ class NodesPlanner(Planner):
         assert isinstance(routing, NodesRouting)
         streams, stream, all_args = self._streams, first.stream, self._all_args.dispatch
         num_nodes = self._place.num_nodes
-        self._recorder.set_row_bytes(args.row_bytes + args.scale_bytes)
         args.peers.record = first.record
         args.is_planned = True
         split = split_dispatch(first.num_sms, num_nodes, not first.in_one)
@@ -159,6 +158,8 @@ class NodesPlanner(Planner):
                 routing.expert_alignment,
                 streams.side,
             )
+        of_experts = routing.sizes.expert_rows if routing.capacity is None else ()
+        self._recorder.complete(args.row_bytes + args.scale_bytes, of_experts)
         received = allocate_rows(args, routing, self._config.hidden, recv_dtype, self._device)
         if routing.layout == "rank":
             routing.recv_topk_idx = allocate_experts(args, routing, first.source, self._device)

@@ -184,7 +184,6 @@ class Planner:
             EPRoutingError: The plan found the routing wrong; the dispatch is complete.
         """
         streams, stream = self._streams, first.stream
-        self._recorder.set_row_bytes(args.row_bytes + args.scale_bytes)
         args.peers.record = first.record
         args.is_planned = True
         push_blocks, expand_blocks = split_dispatch(first.num_sms, self._num_ranks)
@@ -199,6 +198,8 @@ class Planner:
                 routing.expert_alignment,
                 streams.side,
             )
+        of_experts = routing.sizes.expert_rows if routing.capacity is None else ()
+        self._recorder.complete(args.row_bytes + args.scale_bytes, of_experts)
         received = allocate_rows(args, routing, self._config.hidden, recv_dtype, self._device)
         if routing.layout == "rank":
             routing.recv_topk_idx = allocate_experts(args, routing, first.source, self._device)

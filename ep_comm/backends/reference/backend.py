@@ -209,6 +209,7 @@ class ReferenceBackend(Operations):
         x, scales, topk_weights, wire_dtype, recv_dtype, _ = request
         recv_rows, num_received = routing.sizes.received, routing.sizes.num_received
         record = self.recorder.start("dispatch", x.device)
+        record.rows_of_experts = routing.sizes.expert_rows
         self._exchange_headers(
             record,
             tuple(len(tokens) for tokens in routing.sent_tokens),
