@@ -454,7 +454,7 @@ def test_sms_that_there_are_not(backend, num_sms):
 def test_records_are_what_the_kernels_wrote():
     recorder = DeviceRecorder(1, 3, torch.device("cpu"), lambda: None)
     recorder.start("dispatch", 0)
-    recorder.set_row_bytes(100)
+    recorder.complete(100, (4, 9))
     recorder.start("combine", 7)
     written = header.Record(epoch=1, begin_ns=1_000, end_ns=4_000)
     written.num_rows[:3] = 5, 6, 2
@@ -463,6 +463,8 @@ def test_records_are_what_the_kernels_wrote():
     dispatch_record, combine_record = recorder
     assert (dispatch_record.op, dispatch_record.epoch) == ("dispatch", 1)
     assert dispatch_record.rows_to_rank == (5, 6, 2)
+    assert dispatch_record.rows_of_experts == (4, 9)
+    assert combine_record.rows_of_experts == ()
     assert dispatch_record.wire_bytes_to_rank == (500, 0, 200)
     assert dispatch_record.wait_s_by_rank == (0.0, 0.0, 2e-6)
     assert dispatch_record.slowest_rank == 2 and dispatch_record.seconds == pytest.approx(3e-6)
