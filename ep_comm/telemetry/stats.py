@@ -18,7 +18,7 @@ _NOTICEABLE = 0.1
 # then, and one of them was among the last so many. Mostly the first one of a step has to wait.
 _MOST = 0.5
 _RECENT = 64
-_LEAST = 0.1  # of a typical wait for it
+_LEAST = 0.1  # of a typical wait for it; shorter ones do not count
 _LONG, _ENOUGH = 5, 3  # a gap between waits for it, in typical ones, once there are enough of these
 
 
