@@ -8,7 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ep_comm.job.exits import UserError
-from ep_comm.telemetry.explain import ExplainError, RankStory, newest_fault, read_story
+from ep_comm.telemetry.explain import (
+    Document,
+    ExplainError,
+    RankStory,
+    newest_fault,
+    read_document,
+    tell,
+)
 
 
 def explain(files: list[Path], console: Console) -> None:
@@ -18,7 +25,7 @@ def explain(files: list[Path], console: Console) -> None:
         UserError: A file cannot be read, or they do not belong together.
     """
     try:
-        story = read_story([path for file in files for path in _files_of(file, console)])
+        story = tell(document for file in files for document in _documents_of(file, console))
     except (ExplainError, OSError) as error:
         raise UserError(str(error)) from None
     table = Table(title=f"{len(story.ranks)} of {story.num_ranks} ranks")
@@ -46,11 +53,11 @@ def _last(told: RankStory) -> str:
     return "none" if last is None else f"{last['op']} #{last['epoch']}"
 
 
-def _files_of(path: Path, console: Console) -> list[Path]:
-    """Return a file, or those of a folder's last fault."""
+def _documents_of(path: Path, console: Console) -> list[Document]:
+    """Read a file, or those of a folder's last fault."""
     if not path.is_dir():
-        return [path]
-    found, num_faults = newest_fault(path.glob("*-rank*.json"))
+        return [read_document(path)]
+    found, num_faults = newest_fault(map(read_document, sorted(path.glob("*-rank*.json"))))
     if not found:
         raise UserError(f"{path} has no files that ep_comm has left")
     if num_faults > 1:

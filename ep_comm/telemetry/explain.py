@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = "ep_comm last operations 1"
+Document = dict[str, Any]  # what a file holds, and "path"
 
 
 class ExplainError(ValueError):
@@ -91,16 +92,24 @@ def read_story(paths: Iterable[Path]) -> Story:
     """Read the files of one failed buffer.
 
     Raises:
-        ExplainError: A file is none of ours, or of another run or buffer than the first; or two are
-            of the same rank.
         OSError: A file cannot be read.
+        Others as `read_document` and `tell`.
     """
-    paths = list(paths)
+    return tell(map(read_document, paths))
+
+
+def tell(documents: Iterable[Document]) -> Story:
+    """Return what the files of one failed buffer tell.
+
+    Raises:
+        ExplainError: A file is of another run or buffer than the first; or two are of the same
+            rank; or there is none.
+    """
     ranks: dict[int, RankStory] = {}
-    first: dict[str, Any] = {}
-    for path in paths:
-        document = _read(path)
-        first = first or {**document, "path": path}
+    first: Document = {}
+    for document in documents:
+        path = document["path"]
+        first = first or document
         for name, what in (("run", "run"), ("buffer", "buffer of the run")):
             if document[name] != first[name]:
                 raise ExplainError(
@@ -127,22 +136,13 @@ def read_story(paths: Iterable[Path]) -> Story:
     return Story(num_ranks, dict(sorted(ranks.items())), culprits, tuple(sentences))
 
 
-def newest_fault(paths: Iterable[Path]) -> tuple[list[Path], int]:
-    """Return the files of the last fault among these, and how many faults there are.
-
-    Raises:
-        ExplainError: A file is none of ours.
-        OSError: A file cannot be read.
-    """
-    faults: dict[tuple[str, str], list[tuple[float, Path]]] = {}
-    for path in paths:
-        document = _read(path)
-        key = (document["run"], document["buffer"])
-        faults.setdefault(key, []).append((document["time"], path))
-    if not faults:
-        return [], 0
-    last = max(faults.values(), key=max)
-    return sorted(path for _, path in last), len(faults)
+def newest_fault(documents: Iterable[Document]) -> tuple[list[Document], int]:
+    """Return the files of the last fault among these, and how many faults there are."""
+    faults: dict[tuple[str, str], list[Document]] = {}
+    for document in documents:
+        faults.setdefault((document["run"], document["buffer"]), []).append(document)
+    last = max(faults.values(), key=lambda files: max(f["time"] for f in files), default=[])
+    return last, len(faults)
 
 
 def find_culprits(ranks: dict[int, RankStory]) -> tuple[int, ...]:
@@ -152,14 +152,20 @@ def find_culprits(ranks: dict[int, RankStory]) -> tuple[int, ...]:
     return tuple(sorted(waited_for - waiting))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_document(path: Path) -> Document:
+    """Read what one rank has left.
+
+    Raises:
+        ExplainError: The file is none of ours.
+        OSError: It cannot be read.
+    """
     try:
         document = json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ExplainError(f"{path} is no file that ep_comm has left: {error}") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ExplainError(f'{path} is no file that ep_comm has left: "format" is not {FORMAT!r}')
-    return document
+    return {**document, "path": path}
 
 
 def _sentences(

@@ -144,7 +144,12 @@ def test_files_that_do_not_belong_together(written, changes, text):
         read_story(written(document(0, [1]), {**document(1, [0]), **changes}))
 
 
-def test_of_a_folder_the_last_fault_is_explained(written, tmp_path):
+def test_of_a_folder_the_last_fault_is_explained(written, tmp_path, monkeypatch):
+    read: list[str] = []
+    monkeypatch.setattr(
+        "ep_comm.telemetry.explain.json.loads",
+        lambda text, loads=json.loads: read.append(text) or loads(text),
+    )
     written(
         {**document(0, [1]), "run": "old", "time": 50.0},
         {**document(0, [2]), "time": 99.0},
@@ -153,6 +158,14 @@ def test_of_a_folder_the_last_fault_is_explained(written, tmp_path):
     shown = CliRunner().invoke(app, ["explain", str(tmp_path)], terminal_width=200)
     assert shown.exit_code == 0 and "has 2 faults: this is the last one" in shown.output
     assert "Rank 2 was late: ranks 0, 1 waited for it" in shown.output
+    assert len(read) == 3  # each file once
+
+
+def test_files_of_different_runs_are_named_by_the_command(written):
+    paths = written(document(0, [1]), document(1, [0], run="b2"))
+    shown = CliRunner().invoke(app, ["explain", *map(str, paths)])
+    assert shown.exit_code == 2 and str(paths[1]) in shown.output.replace("\n", "")
+    assert "is of another run than" in shown.output.replace("\n", " ")
 
 
 def test_bad_input_of_the_command(tmp_path):
