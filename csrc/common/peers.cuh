@@ -6,6 +6,14 @@
 
 namespace ep {
 
+// A library that is built with EP_WITHOUT_RECORDS writes no records over NVLink: it is what
+// scripts/recorder_cost.py measures them against, and for nothing else.
+#ifdef EP_WITHOUT_RECORDS
+constexpr bool kRecords = false;
+#else
+constexpr bool kRecords = true;
+#endif
+
 __device__ inline bool aborted(const ep_peers& peers) {
   return *static_cast<volatile const int32_t*>(peers.abort) != 0;
 }
@@ -33,7 +41,14 @@ __device__ inline int32_t epoch_of(const ep_peers& peers) {
 
 // Called at the start of an operation by one thread.
 __device__ inline void begin_operation(const ep_peers& peers) {
-  peers.record->begin_ns = static_cast<int64_t>(ptx::global_timer_ns());
+  if (kRecords) peers.record->begin_ns = static_cast<int64_t>(ptx::global_timer_ns());
+}
+
+// A wait of one thread for a peer has ended that began at `start`.
+__device__ inline void note_wait(const ep_peers& peers, int32_t peer, uint64_t start) {
+  if (!kRecords) return;
+  atomicMax(reinterpret_cast<long long*>(&peers.longest_wait_ns[peer]),
+            static_cast<long long>(ptx::global_timer_ns() - start));
 }
 
 // For tests, see ep_peers.delay_ns.
@@ -78,8 +93,7 @@ __device__ inline bool wait_for_long(const ep_peers& peers, const Flag* flag,
     *value = ptx::load_acquire_sys(flag);
     if (arrived(*value)) {
       if (told_ns != 0) *progress = 0;
-      atomicMax(reinterpret_cast<long long*>(&peers.longest_wait_ns[peer]),
-                static_cast<long long>(ptx::global_timer_ns() - start));
+      note_wait(peers, peer, start);
       return true;
     }
     if (spins % kSpinsBetweenChecks != 0) continue;
@@ -108,8 +122,7 @@ __device__ inline bool wait_flag(const ep_peers& peers, const Flag* flag, const 
   for (int spins = 1;; ++spins) {
     *value = ptx::load_acquire_sys(flag);
     if (arrived(*value)) {
-      atomicMax(reinterpret_cast<long long*>(&peers.longest_wait_ns[peer]),
-                static_cast<long long>(ptx::global_timer_ns() - start));
+      note_wait(peers, peer, start);
       return true;
     }
     if (spins % kSpinsBetweenChecks != 0) continue;
@@ -214,17 +227,21 @@ __device__ inline bool end_operation(const ep_peers& peers, int32_t* counter, in
   if (r < peers.num_ranks) {
     signal(peers, in_memory_of<uint32_t>(peers, r, credit_offset) + peers.rank,
            static_cast<uint32_t>(epoch));
-    peers.record->num_rows[r] = rows_to[r];
-    if (r != peers.rank) {
-      atomicAdd(reinterpret_cast<unsigned long long*>(peers.wire_bytes),
-                static_cast<unsigned long long>(rows_to[r]) * row_bytes);
+    if (kRecords) {
+      peers.record->num_rows[r] = rows_to[r];
+      if (r != peers.rank) {
+        atomicAdd(reinterpret_cast<unsigned long long*>(peers.wire_bytes),
+                  static_cast<unsigned long long>(rows_to[r]) * row_bytes);
+      }
+      peers.record->longest_wait_ns[r] = peers.longest_wait_ns[r];
+      peers.longest_wait_ns[r] = 0;
     }
-    peers.record->longest_wait_ns[r] = peers.longest_wait_ns[r];
-    peers.longest_wait_ns[r] = 0;
   }
   if (r == 0) {
-    peers.record->epoch = epoch;
-    peers.record->end_ns = static_cast<int64_t>(ptx::global_timer_ns());
+    if (kRecords) {
+      peers.record->epoch = epoch;
+      peers.record->end_ns = static_cast<int64_t>(ptx::global_timer_ns());
+    }
     *peers.epoch = static_cast<uint32_t>(epoch);
   }
   return true;
