@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from example_runs import ROOT
 from megatron_model import Setup, make_config, make_model, parallel_state, train
 from ranks import run_ranks, stop_pool
 
@@ -93,6 +94,14 @@ def test_balance_of_all_layers_on_all_ranks(dispatcher, num_ranks, sizes):
     for what in ("rank", "expert"):
         worst = max(getattr(layer, f"{what}_imbalance") for layer in balance)
         assert runs[0]["metrics"][f"ep/imbalance-{what}"] == worst
+
+
+def test_the_page_has_every_scalar_and_column():
+    run = run_ranks(2, train, Setup(steps=1), pool="meter")[0]
+    page = (ROOT / "docs" / "recorder.md").read_text()
+    scalars = page.partition("## In a training run")[2].partition("## What it costs")[0]
+    for name in (*run["metrics"], *COLUMNS):
+        assert f"`{name}`" in scalars.replace("`ep/imbalance-*`", ""), name
 
 
 def test_what_a_line_of_the_table_says():
