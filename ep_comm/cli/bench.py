@@ -1,4 +1,4 @@
-"""``ep-comm bench``, ``ep-comm bench low-latency`` and ``ep-comm bench train``."""
+"""``ep-comm bench`` with ``low-latency``, ``overlap`` and ``train``."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def bench(
     """Time dispatch and combine against the limit of the links and NCCL's alltoall.
 
     Run by torchrun, one process a GPU. The tables say VOID where the links carried too little for
-    the figures to count. The subcommand low-latency times the operations for decoding, and train
-    whole training steps.
+    the figures to count. The subcommand low-latency times the operations for decoding, overlap
+    says what operations cost the GEMMs beside them, and train times whole training steps.
     """
     if context.invoked_subcommand is not None:
         for name in context.params:
@@ -210,6 +210,103 @@ def low_latency(
             console = wide_console()
             console.print(render(result))
             write_plot(result, out / "bench-low-latency.png")
+            console.print(f"written to {out}", highlight=False)
+
+        on_rank_0(report)
+    dist.barrier()
+    dist.destroy_process_group()
+    if result.num_wrong:
+        raise typer.Exit(1)
+
+
+@app.command(short_help="Say what operations cost the GEMMs that run beside them.")
+def overlap(
+    preset: Annotated[str, typer.Option(help=PRESET_HELP)] = "W1",
+    tokens: Annotated[int | None, typer.Option(help="Tokens of each rank.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Elements of a token.")] = None,
+    experts: Annotated[int | None, typer.Option(help="Experts over all ranks.")] = None,
+    topk: Annotated[int | None, typer.Option(help="Experts of a token.")] = None,
+    num_groups: Annotated[int | None, typer.Option(help=NUM_GROUPS_HELP)] = None,
+    topk_groups: Annotated[int | None, typer.Option(help=TOPK_GROUPS_HELP)] = None,
+    sms: Annotated[str, typer.Option(help="SM counts; 0 is all.")] = "0,64,32,24,16",
+    layouts: Annotated[str, typer.Option(help="Orders of the rows: expert, rank or both.")] = (
+        "expert,rank"
+    ),
+    fp8: Annotated[bool, typer.Option("--fp8", help="FP8 dispatch too.")] = False,
+    gemm: Annotated[
+        str, typer.Option(help="Dense GEMMs to run beside, MxNxK, comma-separated.")
+    ] = "4096x4096x7168",
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file of ep_comm.pretrain: its sizes instead of the preset's, and "
+            "Transformer Engine's grouped GEMM of its experts beside."
+        ),
+    ] = None,
+    runs: Annotated[int, typer.Option(help="Runs of each operation.")] = 5,
+    out: Annotated[Path, typer.Option(help="Folder of bench-overlap.json and the picture.")] = Path(
+        "runs/bench-overlap"
+    ),
+) -> None:
+    """Say how much GEMM time a dispatch or a combine costs that runs beside GEMMs.
+
+    Run by torchrun, one process a GPU. GEMMs run on one stream all along, operations back to back
+    on another one; what the GEMMs lose is divided by the operations. Beside it stand the time
+    alone, and the serial one: between GEMMs, with the whole GPU. Results are checked in the same
+    run: exits with 1 if a row is wrong.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from ep_comm.bench.ops.routing import RoutingSpec
+    from ep_comm.bench.ops.settings import parse_sms, shape_of_flags, with_flags
+    from ep_comm.bench.overlap.report import render, write_json, write_plot
+    from ep_comm.bench.overlap.run import run
+    from ep_comm.bench.overlap.settings import (
+        OverlapSettings,
+        of_model,
+        parse_gemms,
+        parse_layouts,
+    )
+    from ep_comm.job.exits import UserError, user_errors_exit
+    from ep_comm.job.start import has_launcher, join, on_rank_0
+
+    with user_errors_exit():
+        sizes = dict(tokens=tokens, hidden=hidden, experts=experts, topk=topk)
+        if model is None:
+            shape, expert_shape = shape_of_flags(preset, **sizes), None
+        else:
+            shape, expert_shape = of_model(model)
+            shape = with_flags(shape, **sizes)
+        settings = OverlapSettings(
+            shape=shape,
+            routing=RoutingSpec.of_flags(None, num_groups, topk_groups),
+            sms=parse_sms(sms),
+            layouts=parse_layouts(layouts),
+            fp8=fp8,
+            gemms=parse_gemms(gemm),
+            experts=expert_shape,
+            runs=runs,
+        )
+        settings.check()
+        if not has_launcher():
+            raise UserError(
+                "start it with torchrun --nproc_per_node=2 -m ep_comm.cli bench overlap ..."
+            )
+        device = join()
+        if device.type == "cpu":
+            raise UserError("bench overlap needs CUDA GPUs, and torch sees none")
+        available_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        settings.check_job(dist.get_world_size(), available_sms)
+        on_rank_0(lambda: out.mkdir(parents=True, exist_ok=True))
+        progress = Console(stderr=True, quiet=dist.get_rank() != 0, highlight=False)
+        result = run(settings, device, progress.print)
+
+        def report() -> None:
+            console = wide_console()
+            console.print(render(result))
+            write_json(result, out / "bench-overlap.json")
+            write_plot(result, out / "bench-overlap.png")
             console.print(f"written to {out}", highlight=False)
 
         on_rank_0(report)

@@ -42,14 +42,15 @@ class Case:
 
     Attributes:
         name: In the tables.
-        call: The i-th call, on set i modulo `NUM_SETS`.
+        call: The i-th call, on set i modulo `NUM_SETS`. One of a buffer takes further arguments of
+            its operation.
         wire_bytes_to_rank: Payload and scale bytes that the last call sent to each rank, 0 to its
             own.
         logical_bytes: Of one rank: a row for each expert of each token.
     """
 
     name: str
-    call: Callable[[int], object]
+    call: Callable[..., object]
     wire_bytes_to_rank: Callable[[], Sequence[int]]
     logical_bytes: int
 
@@ -101,10 +102,10 @@ def buffer_cases(buffer: Buffer, inputs: list[InputSet], settings: Settings) -> 
         num_rows = dispatched[i % NUM_SETS].handle.num_rows
         return fresh(i, num_worst_tokens=max(num_rows, 1), **how)
 
-    def combine(i: int) -> object:
+    def combine(i: int, **how) -> object:
         out = dispatched[i % NUM_SETS]
         rows: Any = out.recv_x  # one tensor: they were dispatched in BF16
-        return buffer.combine(rows, out.handle)
+        return buffer.combine(rows, out.handle, **how)
 
     def case(
         name: str, call: Callable[..., object], logical_bytes: int = bf16_bytes, **how

@@ -111,8 +111,13 @@ def shape_of_flags(preset: str, **sizes: int | None) -> Shape:
     """
     if preset not in PRESETS:
         raise UserError(f"--preset {preset!r} is none of {', '.join(PRESETS)}")
+    return with_flags(PRESETS[preset], **sizes)
+
+
+def with_flags(shape: Shape, **sizes: int | None) -> Shape:
+    """Return sizes, but for those that were given."""
     given = {name: size for name, size in sizes.items() if size is not None}
-    return PRESETS[preset]._replace(**given)
+    return shape._replace(**given)
 
 
 def parse_sms(text: str) -> tuple[int, ...]:
