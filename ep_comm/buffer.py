@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -334,8 +335,11 @@ class Buffer(MaskCalls):
         it, and ranks may differ. No effect with the reference backend.
 
         Args:
-            num_sms: At least 2, between nodes 4; None is all of the GPU's, and 24 of an operation
-                that runs beside computation (`async_finish`, `during_backward`).
+            num_sms: At least 2, between nodes 4; None is all of the GPU's. Of an operation that
+                runs beside computation (`async_finish`, `during_backward`) None is what costs GEMMs
+                least by the measured prices of this kind of machine (docs/performance.md), or 24
+                where there are none. By these prices `during_backward` may run behind its combine
+                instead of beside it; a number here keeps it beside.
 
         Raises:
             EPArgumentError: It is less than that, or the GPU has fewer.
@@ -343,6 +347,35 @@ class Buffer(MaskCalls):
         self._session.check_usable()
         checks.check_num_sms(num_sms)
         self._session.backend.set_num_sms(num_sms)
+
+    def set_gemm_tiles(self, tiles: int | None) -> None:
+        """Say how large the GEMM is that runs beside asynchronous operations from now on.
+
+        How many SMs cost it least depends on its waves. No effect where `set_num_sms` has set them.
+
+        Args:
+            tiles: Of 128 x 256 elements, of its output. None: not known.
+
+        Raises:
+            EPArgumentError: It is no positive integer.
+        """
+        self._session.check_usable()
+        if tiles is not None:
+            check_positive("tiles", tiles)
+        self._session.backend.set_gemm_tiles(tiles)
+
+    def overlap_loss(
+        self, op: Literal["dispatch", "combine"], layout: RowLayout, num_tokens: int
+    ) -> str | None:
+        """Return why an operation is not to run beside GEMMs; None where it is.
+
+        Args:
+            op: "dispatch" or "combine", with rows of ``config.dtype``.
+            layout: Order of the rows.
+            num_tokens: Of this rank.
+        """
+        num_bytes = num_tokens * self.config.hidden * self.config.dtype.itemsize
+        return self._session.backend.overlap_loss(op, layout, num_bytes)
 
     # --- state -----------------------------------------------------------------------------------
 

@@ -140,11 +140,15 @@ def _dispatch_backward(
     handle: DispatchHandle = ctx.handle
     routing = handle.routing
     gradients = _gradients(ctx, grad_x, grad_weights, routing.num_rows, routing.row_weights_shape)
-    is_overlapped = ctx.during_backward is not None
     with handle.session.operation(is_backward=True) as backend:
+        num_bytes = routing.num_tokens * gradients[0].shape[1] * gradients[0].element_size()
+        is_overlapped = (
+            ctx.during_backward is not None
+            and backend.overlap_loss("combine", routing.layout, num_bytes) is None
+        )
         pending = backend.combine(routing, CombineRequest(*gradients, is_overlapped))
         try:
-            if is_overlapped:
+            if ctx.during_backward is not None:
                 ctx.during_backward()
         finally:
             combined = pending.wait()

@@ -275,6 +275,22 @@ class Backend(Protocol):
     def set_num_sms(self, num_sms: int | None) -> None:
         """Limit the SMs of an operation, where the backend has kernels of its own."""
 
+    def set_gemm_tiles(self, tiles: int | None) -> None:
+        """Note the size of the GEMM beside asynchronous operations, where that makes a difference.
+
+        Args:
+            tiles: Of its output; None where nobody has said.
+        """
+
+    def overlap_loss(self, op: str, layout: RowLayout, num_bytes: int) -> str | None:
+        """Return why an operation is not to run beside GEMMs; None where it is.
+
+        Args:
+            op: "dispatch" or "combine".
+            layout: Order of its rows.
+            num_bytes: Tokens of this rank times bytes of a row.
+        """
+
     def check_device(self, name: str, rows: Tensor) -> None:
         """Refuse `rows` that it cannot send from where they are; `name` is for the message."""
 

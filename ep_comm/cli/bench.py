@@ -244,6 +244,13 @@ def overlap(
         ),
     ] = None,
     runs: Annotated[int, typer.Option(help="Runs of each operation.")] = 5,
+    write: Annotated[
+        Path | None,
+        typer.Option(
+            help="Table of prices to write or renew, by which asynchronous operations choose their "
+            "SMs: EP_COMM_PRICES=FILE."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of bench-overlap.json and the picture.")] = Path(
         "runs/bench-overlap"
     ),
@@ -258,9 +265,10 @@ def overlap(
     import torch
     import torch.distributed as dist
 
+    from ep_comm.backends.nvlink import prices
     from ep_comm.bench.ops.routing import RoutingSpec
     from ep_comm.bench.ops.settings import parse_sms, shape_of_flags, with_flags
-    from ep_comm.bench.overlap.report import render, write_json, write_plot
+    from ep_comm.bench.overlap.report import render, write_json, write_plot, write_prices
     from ep_comm.bench.overlap.run import run
     from ep_comm.bench.overlap.settings import (
         OverlapSettings,
@@ -296,8 +304,10 @@ def overlap(
         device = join()
         if device.type == "cpu":
             raise UserError("bench overlap needs CUDA GPUs, and torch sees none")
-        available_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        settings.check_job(dist.get_world_size(), available_sms)
+        gpu = torch.cuda.get_device_properties(device)
+        settings.check_job(dist.get_world_size(), gpu.multi_processor_count)
+        if write is not None and write.exists():
+            prices.read(write).check_machine(gpu.name, gpu.multi_processor_count, "this machine")
         on_rank_0(lambda: out.mkdir(parents=True, exist_ok=True))
         progress = Console(stderr=True, quiet=dist.get_rank() != 0, highlight=False)
         result = run(settings, device, progress.print)
@@ -307,6 +317,8 @@ def overlap(
             console.print(render(result))
             write_json(result, out / "bench-overlap.json")
             write_plot(result, out / "bench-overlap.png")
+            if write is not None:
+                write_prices(result, gpu.name, write)
             console.print(f"written to {out}", highlight=False)
 
         on_rank_0(report)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 import ep_comm
 from ep_comm import Buffer, DispatchHandle, DispatchOutput, EPConfig, EPTooManyTokensError, fp8
+from ep_comm.backends.nvlink.prices import gemm_tiles
 from ep_comm.job.meeting import meet
 from ep_comm.megatron.options import EPOptions
 from ep_comm.megatron.wgrad import at_end_of_backward
@@ -231,10 +232,18 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             ),
         )
         buffer.set_num_sms(self.options.num_sms)
+        if self.options.overlap_wgrad:
+            buffer.set_gemm_tiles(self._wgrad_tiles(hidden_states.shape[-1]))
         self.buffers.append(buffer)
         if dist.get_rank(group) == 0 and dist.get_rank(self._expert_dp_group) == 0:
             print(self._startup_line(buffer, hidden_states), flush=True)
         return buffer
+
+    def _wgrad_tiles(self, hidden: int) -> int:
+        """Return the size of what runs beside a backward combine: gradients of the first layers."""
+        config = self.config
+        ffn = (config.moe_ffn_hidden_size or config.ffn_hidden_size) // self.tp_size
+        return self.num_local_experts * gemm_tiles((1 + config.gated_linear_unit) * ffn, hidden)
 
     def _timeout_s(self, hidden_states: Tensor) -> float:
         return self.options.timeout_s or _default_timeout(self.tp_ep_group, hidden_states.device)
@@ -261,6 +270,9 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         ):
             if not is_on:
                 off.append(f"{name} (not asked for)")
+        loss = buffer.overlap_loss("combine", "expert", hidden_states.shape[0])
+        if options.overlap_wgrad and loss is not None:
+            off.append(f"wgrad overlap (a combine is not run beside GEMMs: {loss})")
         if options.num_sms is not None and buffer.passed_over:
             off.append(f"num_sms {options.num_sms} (the backend uses no SMs of its own)")
         return (

@@ -61,7 +61,8 @@ class EPOptions:
         False,
         flag="--ep-overlap-wgrad",
         help="Compute the routed experts' weight gradients while the backward combine is in "
-        "flight. Megatron's own linear layers need --no-gradient-accumulation-fusion with it.",
+        "flight, or behind it, where that costs less by measured prices. Megatron's own linear "
+        "layers need --no-gradient-accumulation-fusion with it.",
     )
     num_sms: int | None = option(
         None,
@@ -69,7 +70,7 @@ class EPOptions:
         metavar="N",
         help="SMs that each dispatch and combine may occupy, at least 2, across hosts 4. No effect "
         "with the reference backend.",
-        unset="all, and 24 for a combine beside which weight gradients are computed",
+        unset="all; beside weight gradients what costs them least, as measured, or 24",
     )
     timeout_s: float | None = option(
         None,

@@ -18,6 +18,7 @@ from ep_comm.backends.base import CombineRequest, DispatchRequest, PlanRequest
 from ep_comm.backends.nvlink import backend as nvlink
 from ep_comm.backends.nvlink import streams as nvlink_streams
 from ep_comm.backends.nvlink.backend import NVLinkBackend
+from ep_comm.backends.nvlink.prices import Chooser, Price, PriceTable
 from ep_comm.backends.nvlink.streams import InFlight
 from ep_comm.errors import EPArgumentError, EPRoutingError, EPUnsupportedError
 from ep_comm.handle import DispatchHandle
@@ -77,7 +78,9 @@ def make_backend(config: EPConfig) -> NVLinkBackend:
         "Event": lambda: mock.Mock(cuda_event=1),
         "Stream": lambda priority: mock.Mock(cuda_stream={0: SIDE, -1: COMM}[priority]),
         "current_device": lambda: 0,
-        "get_device_properties": lambda _: SimpleNamespace(multi_processor_count=132),
+        "get_device_properties": lambda _: SimpleNamespace(
+            multi_processor_count=132, name="a GPU that nobody measured"
+        ),
     }
     with (
         mock.patch.multiple(torch.cuda, **answers),
@@ -545,6 +548,81 @@ def test_the_backward_combine_is_in_flight_during_other_work(backend, monkeypatc
         out.recv_x.sum().backward()
     assert [(call[0], call[-1]) for call in meanwhile] == [("wait", CURRENT), ("ep_combine", COMM)]
     assert backend.native.take() == [("joined",)]
+
+
+def price(op: str, num_sms: int, lost_us: float) -> Price:
+    return Price(
+        op=op,
+        layout="expert",
+        num_ranks=2,
+        num_bytes=10 * 1024,
+        tiles=512,
+        num_sms=num_sms,
+        lost_us=lost_us,
+        serial_us=200,
+    )
+
+
+def give_prices(backend: NVLinkBackend, *prices: Price) -> None:
+    table = PriceTable(gpu="GPU", available_sms=132, source="a test", prices=prices)
+    backend._chooser = Chooser(table, backend.num_ranks)
+
+
+def test_asynchronous_operations_take_the_sms_of_the_best_price(backend):
+    give_prices(
+        backend, price("dispatch", 64, 170), price("dispatch", 24, 237), price("combine", 32, 158)
+    )
+    routing = plan(backend, asynchronous=True)
+    received = dispatch(backend, routing, asynchronous=True).result
+    first = [call[1] for call in backend.native.take() if call[0] == "ep_dispatch"]
+    assert [args.num_blocks for args in first] == [64, 64]
+    dispatch(backend, routing, asynchronous=True)
+    assert backend.native.take()[-1][1].num_blocks == 64
+    backend.combine(routing, CombineRequest(received.x, None, True))
+    assert backend.native.take()[-1][1].num_blocks == 32
+    backend.combine(routing, CombineRequest(received.x, None, False))
+    assert backend.native.take()[-1][1].num_blocks == 132  # nothing is beside
+    backend.set_num_sms(20)
+    backend.combine(routing, CombineRequest(received.x, None, True))
+    assert backend.native.take()[-1][1].num_blocks == 20  # what the caller says counts
+
+
+@pytest.mark.parametrize(("lost_us", "is_beside"), [(199, True), (201, False)])
+def test_a_backward_combine_that_does_not_pay_runs_before_the_other_work(
+    backend, monkeypatch, lost_us, is_beside
+):
+    monkeypatch.setattr(backend, "check_device", lambda *_: None)
+    give_prices(backend, price("combine", 32, lost_us))
+    buffer = VirtualBuffer(backend, CONFIG)
+    launched = []
+    out = buffer.dispatch(
+        X.clone().requires_grad_(),
+        TOPK + torch.tensor([0, 1]),
+        during_backward=lambda: launched.extend(backend.native.take()),
+    )
+    backend.native.take()
+    joined = SimpleNamespace(current_stream_wait=lambda: backend.native.calls.append(("joined",)))
+    with mock.patch.object(backend._streams, "comm_event", lambda keep: joined):
+        out.recv_x.sum().backward()
+    combine = launched[-1]
+    assert (combine[2], combine[1].num_blocks) == ((COMM, 32) if is_beside else (CURRENT, 132))
+    assert backend.native.take() == ([("joined",)] if is_beside else [])
+    loss = buffer.overlap_loss("combine", "expert", 10)
+    assert (loss is None) == is_beside
+    if not is_beside:
+        assert loss == "it would cost the GEMMs beside it 201 µs, and takes 200 between them"
+        buffer.set_num_sms(32)  # asked for, so it stays beside
+        assert buffer.overlap_loss("combine", "expert", 10) is None
+
+
+def test_the_gemm_beside_is_checked_and_handed_on(backend):
+    buffer = VirtualBuffer(backend, CONFIG)
+    buffer.set_gemm_tiles(64)
+    assert backend._chooser.tiles == 64
+    buffer.set_gemm_tiles(None)
+    assert backend._chooser.tiles is None
+    with pytest.raises(EPArgumentError, match="tiles must be a positive integer, got 0"):
+        buffer.set_gemm_tiles(0)
 
 
 def test_a_routing_is_kept_for_the_stream_that_it_is_used_on(backend, monkeypatch):

@@ -12,15 +12,26 @@ import torch
 from ranks import run_ranks
 
 from ep_comm import Buffer
+from ep_comm.backends.nvlink import prices
+from ep_comm.backends.nvlink.prices import gemm_tiles
 from ep_comm.bench.ops.cases import buffer_cases, make_inputs
 from ep_comm.bench.ops.routing import RoutingSpec
 from ep_comm.bench.ops.settings import PRESETS, Shape
 from ep_comm.bench.overlap import check, gemms, price, settings
 from ep_comm.bench.overlap.price import Beside, Span
-from ep_comm.bench.overlap.report import best_of, curves, render, title, write_json, write_plot
+from ep_comm.bench.overlap.report import (
+    best_of,
+    curves,
+    render,
+    title,
+    write_json,
+    write_plot,
+    write_prices,
+)
 from ep_comm.bench.overlap.run import Price, Run, run
 from ep_comm.bench.overlap.settings import ExpertShape, GemmShape, OverlapSettings
 from ep_comm.cli import bench
+from ep_comm.errors import EPArgumentError
 from ep_comm.job.exits import UserError
 
 SETTINGS = OverlapSettings(
@@ -125,7 +136,7 @@ def test_numbers_of_a_run():
 
 
 def test_tiles():
-    assert gemms.num_tiles(4096, 4096) == 32 * 16 and gemms.num_tiles(1, 257) == 2
+    assert gemm_tiles(4096, 4096) == 32 * 16 and gemm_tiles(1, 257) == 2
     gemm = gemms.dense(GemmShape(256, 512, 128), torch.device("cpu"))
     gemm.call()
     assert gemm.tiles == 4 and gemm.name == "256x512x128"
@@ -258,6 +269,27 @@ def test_json_and_picture(tmp_path):
     assert document["prices"][0]["samples_us"]["lost"] == [181, 186, 193]
     write_plot(made_up_run(), tmp_path / "bench-overlap.png")
     assert (tmp_path / "bench-overlap.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_prices_of_a_run(tmp_path):
+    combine = made_up_price("combine", 32, 158)
+    found = made_up_run(combine, made_up_price("FP8 dispatch, cached", 32, 90))
+    path = tmp_path / "prices.json"
+    write_prices(found, "NVIDIA H200", path)
+    table = prices.read(path)
+    assert (table.gpu, table.available_sms) == ("NVIDIA H200", 132)
+    assert [(p.op, p.num_sms, p.lost_us) for p in table.prices] == [
+        ("dispatch", 132, 186), ("dispatch", 64, 170), ("dispatch", 24, 237), ("combine", 32, 158)
+    ]  # fmt: skip
+    assert {(p.num_ranks, p.num_bytes, p.tiles, p.serial_us) for p in table.prices} == {
+        (2, 24 * 512 * 2, 512, 230)
+    }
+    renewed = dataclasses.replace(found, prices=(dataclasses.replace(combine, lost=(120.0,) * 3),))
+    write_prices(renewed, "NVIDIA H200", path)
+    assert [(p.op, p.lost_us) for p in prices.read(path).prices][-1] == ("combine", 120)
+    assert len(prices.read(path).prices) == 4
+    with pytest.raises(EPArgumentError, match="of NVIDIA H100"):
+        write_prices(found, "NVIDIA H100", path)
 
 
 # ---- A run ---------------------------------------------------------------------------------------

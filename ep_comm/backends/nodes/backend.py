@@ -23,7 +23,7 @@ from ep_comm.backends.nodes.records import NodesRecorder
 from ep_comm.backends.nodes.routing import NodesRouting
 from ep_comm.backends.nodes.sizes import nodes_sizes
 from ep_comm.backends.nodes.tuning import MIN_SMS, split_dispatch
-from ep_comm.backends.nvlink import support
+from ep_comm.backends.nvlink import prices, support
 from ep_comm.backends.nvlink.args import KernelArgs
 from ep_comm.backends.nvlink.backend import NVLinkBackend
 from ep_comm.backends.nvlink.routing import NVLinkRouting
@@ -145,6 +145,7 @@ class NodesBackend(NVLinkBackend):
         properties = torch.cuda.get_device_properties(self.device)
         self._available_sms: int = properties.multi_processor_count
         self._num_sms: int | None = None
+        self._chooser = prices.Chooser(None, self.num_ranks)  # nobody has measured
         self._all_args = nodes_kernel_args(
             config,
             memory,
@@ -160,10 +161,6 @@ class NodesBackend(NVLinkBackend):
             self.native, memory, config, self.device, self._streams, self.recorder, self._all_args
         )
         self.low_latency = None
-
-    @staticmethod
-    def _current_device() -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device())
 
     @property
     def buffer_bytes(self) -> int:

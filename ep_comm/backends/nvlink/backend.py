@@ -29,7 +29,7 @@ from ep_comm.backends.base import (
     PlanRequest,
     Received,
 )
-from ep_comm.backends.nvlink import support
+from ep_comm.backends.nvlink import prices, support
 from ep_comm.backends.nvlink.args import kernel_args
 from ep_comm.backends.nvlink.low_latency import NVLinkLowLatency
 from ep_comm.backends.nvlink.memory import PeerMemory, buffer_offsets
@@ -47,6 +47,7 @@ from ep_comm.backends.nvlink.tuning import (
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 from ep_comm.job.meeting import Meeting
+from ep_comm.routing.types import RowLayout
 from ep_comm.telemetry.device import DeviceRecorder
 from ep_comm.telemetry.watch import Wait
 from ep_comm.topology import Spot, num_hosts
@@ -98,7 +99,7 @@ class NVLinkBackend:
         assert native is not None  # see `unavailable_reason`
         self.native = native
         self.native.load_kernels()
-        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.device = self._current_device()
         self._streams = Streams(self.native, self.device.index, self._new_stream)
         self.recorder = DeviceRecorder(
             self.rank, self.num_ranks, self.device, self._streams.synchronize
@@ -114,6 +115,9 @@ class NVLinkBackend:
         properties = torch.cuda.get_device_properties(self.device)
         self._available_sms: int = properties.multi_processor_count
         self._num_sms: int | None = None
+        self._chooser = prices.Chooser(
+            prices.of_machine(properties.name, self._available_sms), self.num_ranks
+        )
         self._args = kernel_args(
             config,
             memory,
@@ -142,6 +146,10 @@ class NVLinkBackend:
                 self.recorder,
                 self._sms,
             )
+
+    @staticmethod
+    def _current_device() -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device())
 
     @staticmethod
     def _new_stream(priority: int) -> torch.cuda.Stream:
@@ -191,8 +199,30 @@ class NVLinkBackend:
             )
         self._num_sms = num_sms
 
+    def set_gemm_tiles(self, tiles: int | None) -> None:
+        """Note the size of the GEMM that runs beside later asynchronous operations."""
+        self._chooser.tiles = tiles
+
+    def overlap_loss(self, op: str, layout: RowLayout, num_bytes: int) -> str | None:
+        """Return why an operation is not to run beside GEMMs, by the prices of this machine."""
+        choice = self._chooser.choice(op, layout, num_bytes)
+        if choice is None or choice.pays or self._num_sms is not None:
+            return None
+        return (
+            f"it would cost the GEMMs beside it {choice.lost_us:.0f} µs, and takes "
+            f"{choice.serial_us:.0f} between them"
+        )
+
     def _sms(self, asynchronous: bool) -> int:
         return self._num_sms or default_sms(self._available_sms, asynchronous)
+
+    def _sms_of(self, op: str, layout: RowLayout, num_bytes: int, asynchronous: bool) -> int:
+        """Return the SMs of a dispatch or a combine, of so many tokens times bytes of a row."""
+        if self._num_sms is None and asynchronous:
+            choice = self._chooser.choice(op, layout, num_bytes)
+            if choice is not None:
+                return choice.num_sms
+        return self._sms(asynchronous)
 
     def check_device(self, name: str, rows: Tensor) -> None:
         """Refuse rows that are not on the buffer's GPU."""
@@ -223,7 +253,9 @@ class NVLinkBackend:
     def plan(self, request: PlanRequest) -> NVLinkRouting:
         """Start the kernels of a plan; its counts come while the dispatch pushes."""
         self.memory.check()
-        return self._planner.plan(request, self._sms(request.asynchronous), self._available_sms)
+        num_bytes = request.source.shape[0] * self.config.hidden * self.config.dtype.itemsize
+        num_sms = self._sms_of("dispatch", request.layout, num_bytes, request.asynchronous)
+        return self._planner.plan(request, num_sms, self._available_sms)
 
     # --- dispatch --------------------------------------------------------------------------------
 
@@ -262,7 +294,8 @@ class NVLinkBackend:
         asynchronous: bool,
     ) -> Received:
         """Launch a dispatch whose routing is known: one kernel."""
-        sms = self._sms(asynchronous)
+        num_bytes = routing.num_tokens * args.row_bytes
+        sms = self._sms_of("dispatch", routing.layout, num_bytes, asynchronous)
         received = allocate_rows(args, routing, self.config.hidden, recv_dtype, self.device)
         stream = self._streams.begin(header.EP_OP_DISPATCH, asynchronous, sms)
         self._keep_for_current_stream(routing)
@@ -303,7 +336,7 @@ class NVLinkBackend:
         args.row_bytes = row_bytes = hidden * x.element_size()
         args.tag = _tag(routing.ticket, row_bytes, weights is not None)
         args.chunk_rows = chunk_tokens(COMBINE_CHUNK_BYTES, row_bytes)
-        sms = self._sms(asynchronous)
+        sms = self._sms_of("combine", routing.layout, num_tokens * row_bytes, asynchronous)
         args.chunks_per_unit = combine_chunks_per_unit(sms, args.chunk_rows)
         args.dtype = fp8.NATIVE_DTYPES[x.dtype]
         args.num_blocks = sms

@@ -42,7 +42,7 @@ from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPOverflowError
 from ep_comm.job.meeting import Meeting
 from ep_comm.routing.layout import index_dtype, layout_of
-from ep_comm.routing.types import RoutingSizes
+from ep_comm.routing.types import RoutingSizes, RowLayout
 from ep_comm.telemetry.records import Recorder
 from ep_comm.telemetry.watch import Wait
 from ep_comm.topology import Spot
@@ -134,6 +134,13 @@ class ReferenceBackend(Operations):
 
     def set_num_sms(self, num_sms: int | None) -> None:
         """Do nothing: there are no kernels of this project here."""
+
+    def set_gemm_tiles(self, tiles: int | None) -> None:
+        """Do nothing: an operation takes no SMs of GEMMs here."""
+
+    def overlap_loss(self, op: str, layout: RowLayout, num_bytes: int) -> str | None:
+        """Return None: nothing runs beside GEMMs here."""
+        return None
 
     def check_device(self, name: str, rows: Tensor) -> None:
         """Refuse rows on a device whose tensors the group cannot send."""

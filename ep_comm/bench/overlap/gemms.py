@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ep_comm.backends.nvlink.prices import gemm_tiles
 from ep_comm.bench.overlap.settings import ExpertShape, GemmShape
 from ep_comm.job.exits import needs_extra
-
-# A tile of the output that one SM computes, as cuBLAS takes it for large BF16 GEMMs on Hopper.
-TILE_M, TILE_N = 128, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,18 +18,13 @@ class Gemm:
 
     Attributes:
         name: In the tables.
-        tiles: Of its output. Over the SMs of the GPU that is the number of its waves.
+        tiles: Of its output, see `gemm_tiles`.
         call: Launches it on the current stream.
     """
 
     name: str
     tiles: int
     call: Callable[[], object]
-
-
-def num_tiles(m: int, n: int) -> int:
-    """Return the tiles of an output [m, n]."""
-    return -(-m // TILE_M) * -(-n // TILE_N)
 
 
 def dense(shape: GemmShape, device: torch.device) -> Gemm:
@@ -43,7 +36,7 @@ def dense(shape: GemmShape, device: torch.device) -> Gemm:
     def call() -> None:
         torch.mm(a_MK, b_KN, out=out_MN)
 
-    return Gemm(name=str(shape), tiles=num_tiles(shape.m, shape.n), call=call)
+    return Gemm(name=str(shape), tiles=gemm_tiles(shape.m, shape.n), call=call)
 
 
 def grouped(shape: ExpertShape, rows_of_experts: Sequence[int], device: torch.device) -> Gemm:
@@ -74,5 +67,5 @@ def grouped(shape: ExpertShape, rows_of_experts: Sequence[int], device: torch.de
     def call() -> None:
         layer(x_MH, rows)
 
-    tiles = sum(num_tiles(count, 2 * shape.ffn) for count in rows)
+    tiles = sum(gemm_tiles(count, 2 * shape.ffn) for count in rows)
     return Gemm(name=f"experts of {shape.name}", tiles=tiles, call=call)

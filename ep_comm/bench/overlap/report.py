@@ -11,12 +11,15 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
+from ep_comm.backends.nvlink import prices
 from ep_comm.bench.overlap.price import best
 from ep_comm.bench.overlap.run import Price, Run
 from ep_comm.bench.tables import screen_table
 from ep_comm.job import files
 from ep_comm.job.environment import surroundings
 
+# What gradients and activations of a training go by; a known routing is what is hidden.
+_OPS = {"dispatch, cached": "dispatch", "combine": "combine"}
 _NOTES = """\
 times in µs of one operation, the slowest rank's median. alone: one of several back to back; beside:
 the same while GEMMs run on another stream
@@ -118,6 +121,41 @@ def document(run: Run) -> dict[str, Any]:
 def write_json(run: Run, path: Path) -> None:
     """Write `document`."""
     files.write_json(path, document(run))
+
+
+def price_table(run: Run, gpu: str) -> prices.PriceTable:
+    """Return what asynchronous operations choose their SMs by; `gpu` is the name of the GPUs."""
+    surrounding = surroundings()
+    shape = run.settings.shape
+    return prices.PriceTable(
+        gpu=gpu,
+        available_sms=run.available_sms,
+        source=f"{surrounding['command']}, {surrounding['date']}, {surrounding['commit']}",
+        prices=tuple(
+            prices.Price(
+                op=_OPS[price.case],
+                layout=price.layout,
+                num_ranks=run.num_ranks,
+                num_bytes=shape.tokens * shape.hidden * 2,
+                tiles=price.tiles,
+                num_sms=price.num_sms or run.available_sms,
+                lost_us=round(median(price.lost), 1),
+                serial_us=round(median(price.serial), 1),
+            )
+            for price in run.prices
+            if price.case in _OPS and price.layout is not None and price.num_sms is not None
+        ),
+    )
+
+
+def write_prices(run: Run, gpu: str, path: Path) -> None:
+    """Write a table of prices, or renew what the run measured of one that is there.
+
+    Raises:
+        EPArgumentError: What is there is no table, or of another machine.
+    """
+    table = price_table(run, gpu)
+    files.write_json(path, (prices.read(path).merged(table) if path.exists() else table).document())
 
 
 def write_plot(run: Run, path: Path) -> None:
