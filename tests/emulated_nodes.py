@@ -11,7 +11,7 @@ import ctypes
 import itertools
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +27,6 @@ from ep_comm._native import NativeLibrary, header
 from ep_comm.backends.base import Pending, PlanRequest
 from ep_comm.backends.nodes.backend import NodesBackend
 from ep_comm.backends.nodes.memory import NodesMemory
-from ep_comm.backends.nodes.routing import NodesRouting
 from ep_comm.backends.nvlink import streams as nvlink_streams
 
 NUM_SMS = 1024  # all ranks have room for all operations
@@ -66,14 +65,11 @@ class _Stream:
         self._native.synchronize(self.cuda_stream)
 
 
-class _EmulatedBackend(NodesBackend):
+class Emulated:
+    """What makes of a backend for GPUs one whose kernels run on the CPU."""
+
     unwaited = False
     kept: list = []
-    memories: list[tuple[NodesMemory, header.NodesOffsets]] = []
-
-    def __init__(self, memory: NodesMemory, config: EPConfig) -> None:
-        super().__init__(memory, config)
-        self.memories.append((memory, self.nodes_offsets))
 
     @staticmethod
     def _current_device() -> torch.device:
@@ -86,7 +82,7 @@ class _EmulatedBackend(NodesBackend):
         self._streams.synchronize()
         self.memory.check()
 
-    def plan(self, request: PlanRequest) -> NodesRouting:
+    def plan(self, request: PlanRequest) -> Any:
         routing = super().plan(request)
         self.native.synchronize(routing.stream)  # the host selects probabilities by its experts
         return routing
@@ -98,6 +94,14 @@ class _EmulatedBackend(NodesBackend):
             self._streams.synchronize()
             self.memory.check_fault()
         return Pending(result)
+
+
+class _EmulatedBackend(Emulated, NodesBackend):
+    memories: list[tuple[NodesMemory, header.NodesOffsets]] = []
+
+    def __init__(self, memory: NodesMemory, config: EPConfig) -> None:
+        super().__init__(memory, config)
+        self.memories.append((memory, self.nodes_offsets))
 
 
 class _UnwaitedBackend(_EmulatedBackend):
@@ -122,22 +126,9 @@ def _name_of(address: int) -> str:
     return f"{address:#x}"
 
 
-def run_emulated_nodes(
-    library: Path,
-    num_nodes: int,
-    ranks_per_node: int,
-    function: Callable[..., Any],
-    config: EPConfig,
-    *args: Any,
-    carried: bool = True,
-    network_us: int = 100,
-    early_flags: bool = False,
-    delay_us: int = 0,
-    num_sms: int = 4,
-    unwaited: bool = False,
-    make_memory: Callable[[int], Any] | None = None,
-) -> list[Any]:
-    """As `run_virtual_nodes`, with the kernels of `library`."""
+@contextmanager
+def emulated_cuda(library: Path) -> Iterator[EmulatedLibrary]:
+    """Answer what backends ask of torch.cuda, and give them the kernels of `library`."""
     native = EmulatedLibrary(library)
     first = _Stream(native)
 
@@ -164,9 +155,10 @@ def run_emulated_nodes(
         "current_stream": lambda *_: here.stream,
         "synchronize": lambda *_: here.stream.synchronize(),
         "is_current_stream_capturing": lambda: False,
-        "get_device_properties": lambda _: SimpleNamespace(multi_processor_count=NUM_SMS),
+        "get_device_properties": lambda _: SimpleNamespace(
+            multi_processor_count=NUM_SMS, name="a CPU"
+        ),
     }
-    streams = [_Stream(native) for _ in range(3 * num_nodes * ranks_per_node + 2)]
     with ExitStack() as stack:
         for patch in (
             mock.patch.multiple(torch.cuda, **answers),
@@ -181,6 +173,32 @@ def run_emulated_nodes(
             stack.enter_context(patch)
         nvlink_streams.in_flight.cache_clear()
         try:
+            yield native
+        finally:
+            native.waits()  # a fault of this run is none of the next one's
+            Emulated.kept.clear()
+            nvlink_streams.in_flight.cache_clear()
+
+
+def run_emulated_nodes(
+    library: Path,
+    num_nodes: int,
+    ranks_per_node: int,
+    function: Callable[..., Any],
+    config: EPConfig,
+    *args: Any,
+    carried: bool = True,
+    network_us: int = 100,
+    early_flags: bool = False,
+    delay_us: int = 0,
+    num_sms: int = 4,
+    unwaited: bool = False,
+    make_memory: Callable[[int], Any] | None = None,
+) -> list[Any]:
+    """As `run_virtual_nodes`, with the kernels of `library`."""
+    with emulated_cuda(library) as native:
+        streams = [_Stream(native) for _ in range(3 * num_nodes * ranks_per_node + 2)]
+        try:
             return all_ranks(
                 "cpu", _UnwaitedBackend if unwaited else _EmulatedBackend, streams, num_nodes,
                 ranks_per_node, function, config, args, carried, network_us, early_flags, delay_us,
@@ -191,6 +209,4 @@ def run_emulated_nodes(
             if waits:
                 print("Threads of all ranks at the first fault:")
                 print(re.sub(r"at (0x\w+)", lambda at: "at " + _name_of(int(at[1], 16)), waits))
-            _EmulatedBackend.kept.clear()
             _EmulatedBackend.memories.clear()
-            nvlink_streams.in_flight.cache_clear()

@@ -72,7 +72,7 @@ template <typename Flag>
 __device__ inline void signal(const ep_peers& peers, Flag* flag, Flag value) {
   delay(peers);
   ptx::fence_acq_rel_sys();
-  ptx::store_release_sys(flag, value);
+  ptx::store_relaxed_sys(flag, value);
 }
 
 constexpr int kSpinsBetweenChecks = 256;

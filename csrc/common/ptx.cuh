@@ -31,6 +31,15 @@ __device__ inline void store_release_sys(uint64_t* flag, uint64_t value) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
 }
 
+// Behind a fence: the two together release, as store_release_sys does, which would fence again.
+__device__ inline void store_relaxed_sys(uint32_t* flag, uint32_t value) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+__device__ inline void store_relaxed_sys(uint64_t* flag, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
+}
+
 // Orders what other threads wrote before a later release of this one, which met them at a barrier.
 __device__ inline void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
@@ -41,6 +50,22 @@ __device__ inline uint64_t global_timer_ns() {
   uint64_t now;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
   return now;
+}
+
+// ---- Words between the warps of a block, in shared memory ---------------------------------------
+
+__device__ inline uint64_t load_acquire_block(const uint64_t* word) {
+  uint64_t value;
+  asm volatile("ld.acquire.cta.shared::cta.u64 %0, [%1];"
+               : "=l"(value)
+               : "r"(shared_address(word))
+               : "memory");
+  return value;
+}
+
+__device__ inline void store_release_block(uint64_t* word, uint64_t value) {
+  asm volatile("st.release.cta.shared::cta.u64 [%0], %1;" ::"r"(shared_address(word)), "l"(value)
+               : "memory");
 }
 
 // ---- Kernels that follow one another -----------------------------------------------------------

@@ -1,7 +1,7 @@
-// Expanding: a warp takes (chunk, source) units, waits for the unit's flag, and copies each row
-// from its slot to its output rows; lane k issues the store for the token's k-th expert. Rows that
-// stay on this rank are read from the input, without a slot. FP8 rows that are to be BF16 or FP32
-// are converted once, into shared memory, and copied from there.
+// Expanding: a warp takes (chunk, source) units whose flags are there, and copies each row from its
+// slot to its output rows; lane k issues the store for the token's k-th expert. Rows that stay on
+// this rank are read from the input, without a slot, while no others have come. FP8 rows that are
+// to be BF16 or FP32 are converted once, into shared memory, and copied from there.
 #pragma once
 
 #include "common/vectors.cuh"
@@ -155,7 +155,7 @@ struct Placement {
         arrived = is_of_this_epoch(flag);
       }
       if (arrived && !same_call(peers, stamp, flag_stamp(flag), peer)) arrived = false;
-      fence_for_bulk();  // the rows are read by bulk loads
+      if (arrived) fence_for_bulk();  // the rows are read by bulk loads
     }
     if (!__shfl_sync(kFullWarp, arrived, 0)) return false;
     flag = __shfl_sync(kFullWarp, flag, 0);
@@ -250,19 +250,19 @@ struct Placement {
 
 // What a warp that expands knows of the units of one node.
 struct Expansion : Placement {
-  // Units are numbered by chunk, then by source from this rank on.
-  __device__ int32_t count_units() const {
+  // The most chunks of any source.
+  __device__ int32_t count_chunks() const {
     int32_t num_chunks = 0;
     for (int32_t r = 0; r < num_ranks; ++r) {
       num_chunks = max(num_chunks, ceil_div(args.routing.source_tokens[r], chunk_tokens));
     }
-    return num_chunks * num_ranks;
+    return num_chunks;
   }
 
-  // True when the unit can be read. With `block` it waits until then, and false means a fault.
-  __device__ bool open(int32_t index, bool block, Unit* unit) const {
-    const int32_t chunk = index / num_ranks;
-    unit->source = (args.peers.rank + index) % num_ranks;
+  // True when the chunk of the rank so many after this one can be read. With `block` it waits until
+  // then, and false means a fault.
+  __device__ bool open(int32_t chunk, int32_t ranks_after, bool block, Unit* unit) const {
+    unit->source = (args.peers.rank + ranks_after) % num_ranks;
     unit->rows = 0;
     unit->first = chunk * chunk_tokens;
     if (unit->first >= args.routing.source_tokens[unit->source]) return true;
@@ -312,38 +312,71 @@ struct Expansion : Placement {
   }
 };
 
-// Moves the units of a warp, each in turn. `first` rows have been through its stages before;
-// returns how many have now.
+// The units that a warp has not opened yet. All warps have as many of this rank's as of the
+// others': else those with this rank's would be done while the others still wait for rows. Where
+// they do not come out even, the first warps have one more of the others', the last ones one of
+// this rank's.
 template <typename Units>
-__device__ inline int32_t expand_units(const Units& expansion, int32_t warp, int32_t num_warps,
+struct Remaining {
+  const Units& units;
+  const int32_t num_warps;
+  const int32_t num_others = units.num_ranks - 1;
+  const int32_t num_own = units.count_chunks(), num_from_others = num_own * num_others;
+  int32_t own, from_others;  // by chunk, and by chunk and source
+
+  __device__ Remaining(const Units& units, int32_t warp, int32_t num_warps)
+      : units(units), num_warps(num_warps), own(num_warps - 1 - warp), from_others(warp) {}
+
+  __device__ bool any() const { return own < num_own || from_others < num_from_others; }
+
+  // Opens the next unit that can be read: one of the others' rather than an own one, which need not
+  // be waited for. With `block` it waits until there is one, and false means a fault.
+  __device__ bool open_next(bool block, Unit* unit) {
+    const bool has_own = own < num_own;
+    if (from_others < num_from_others) {
+      const int32_t chunk = from_others / num_others, other = from_others % num_others;
+      if (units.open(chunk, 1 + other, block && !has_own, unit)) {
+        from_others += num_warps;
+        return true;
+      }
+    }
+    if (!has_own || !units.open(own, 0, block, unit)) return false;
+    own += num_warps;
+    return true;
+  }
+};
+
+// Moves the units of a warp. `first` rows have been through its stages before; returns how many
+// have now.
+template <typename Units>
+__device__ inline int32_t expand_units(const Units& units, int32_t warp, int32_t num_warps,
                                        int32_t first) {
-  const Stages& stages = expansion.stages;
-  const int32_t num_units = expansion.count_units();
+  const Stages& stages = units.stages;
+  Remaining<Units> remaining(units, warp, num_warps);
   Unit unit;
-  int32_t next_unit = warp, loaded = first, stored = first;
+  int32_t loaded = first, stored = first;
   bool fine = true;
   while (true) {
     // One stage stays free: the one whose stores may still be reading.
     while (loaded - stored < stages.num_stages - 1) {
       if (unit.rows == 0) {
-        if (next_unit >= num_units || !fine) break;
+        if (!remaining.any() || !fine) break;
         const bool nothing_else_to_do = loaded == stored;
-        if (!expansion.open(next_unit, nothing_else_to_do, &unit)) {
+        if (!remaining.open_next(nothing_else_to_do, &unit)) {
           unit.rows = 0;
           fine = !nothing_else_to_do;
           break;
         }
-        next_unit += num_warps;
         continue;
       }
       const int32_t j = __ffs(unit.rows) - 1;
       unit.rows &= unit.rows - 1;
       stages.wait_for_room();
-      if (lane_id() == 0) expansion.load(loaded, unit, j);
+      if (lane_id() == 0) units.load(loaded, unit, j);
       ++loaded;
     }
     if (loaded == stored) break;  // nothing left, or a fault
-    expansion.store(stored++);
+    units.store(stored++);
   }
   return stored;
 }

@@ -18,18 +18,18 @@ struct WaveUnits : dispatch::Placement {
     return args.routing.source_tokens[first_source + l];
   }
 
-  // Units are numbered by chunk, then by rank from this one on.
-  __device__ int32_t count_units() const {
+  // The most chunks of any rank.
+  __device__ int32_t count_chunks() const {
     int32_t num_chunks = 0;
     for (int32_t l = 0; l < num_ranks; ++l) {
       num_chunks = max(num_chunks, ceil_div(num_rows(l), chunk_tokens));
     }
-    return num_chunks * num_ranks;
+    return num_chunks;
   }
 
   // As that of one node. unit->source is the local rank.
-  __device__ bool open(int32_t index, bool block, dispatch::Unit* unit) const {
-    const int32_t chunk = index / num_ranks, l = (args.peers.rank + index) % num_ranks;
+  __device__ bool open(int32_t chunk, int32_t ranks_after, bool block, dispatch::Unit* unit) const {
+    const int32_t l = (args.peers.rank + ranks_after) % num_ranks;
     unit->source = l;
     unit->rows = 0;
     unit->first = chunk * chunk_tokens;

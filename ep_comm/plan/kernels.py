@@ -32,10 +32,11 @@ class Chunks(NamedTuple):
     network: int
 
 
-def dispatch_sms(cluster: Cluster, is_new: bool) -> DispatchSms:
+def dispatch_sms(cluster: Cluster, workload: Workload, is_new: bool) -> DispatchSms:
     """Return the SMs of a dispatch; a new routing is pushed in two parts."""
     if cluster.num_nodes == 1:
-        return DispatchSms(0, *tuning.split_dispatch(cluster.num_sms, cluster.gpus_per_node))
+        sizes = cluster.num_sms, cluster.gpus_per_node, workload.layout, workload.shape.topk
+        return DispatchSms(0, *tuning.split_dispatch(*sizes))
     split = nodes_tuning.split_dispatch(cluster.num_sms, cluster.num_nodes, is_new)
     return DispatchSms(split.gather, split.push, split.expand)
 

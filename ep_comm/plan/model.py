@@ -128,7 +128,7 @@ def make_plan(cluster: Cluster, workload: Workload) -> Plan:
             _dispatch(cluster, workload, copies, chunks, is_new=True),
             _combine(cluster, workload, copies, chunks),
         ),
-        sms=dispatch_sms(cluster, is_new=False),
+        sms=dispatch_sms(cluster, workload, is_new=False),
         chunks=chunks,
         memory=memory_of(cluster, workload),
     )
@@ -153,7 +153,7 @@ def _dispatch(
 ) -> Operation:
     row_bytes = workload.dispatch_row_bytes
     traffic = _traffic(cluster, workload, copies, row_bytes)
-    sms = dispatch_sms(cluster, is_new)
+    sms = dispatch_sms(cluster, workload, is_new)
     read = copies.ranks * workload.shape.tokens * row_bytes
     out = _rows_out(workload, copies) * row_bytes
     store = facts.STORE_FP8_SM if workload.fp8 else facts.STORE_SM

@@ -110,10 +110,26 @@ def test_ranks_that_share_a_gpu_are_named(monkeypatch):
 
 
 @pytest.mark.parametrize("num_sms", [2, 3, 8, 16, 24, 63, 64, 132])
-def test_all_sms_are_counted(num_sms):
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_all_sms_are_counted(num_sms, layout):
     for num_ranks in (1, 2, 8):
-        push, expand = split_dispatch(num_sms, num_ranks)
-        assert push + expand == num_sms and expand >= 1 and (push >= 1) == (num_ranks > 1)
+        for num_topk in (1, 8, 32):
+            push, expand = split_dispatch(num_sms, num_ranks, layout, num_topk)
+            assert push + expand == num_sms and expand >= 1 and (push >= 1) == (num_ranks > 1)
+
+
+def test_few_sms_are_divided_as_their_work_is():
+    """As the sweeps of docs/kernel-notes.md have it, top-8."""
+    found = {
+        (num_ranks, layout): [split_dispatch(n, num_ranks, layout, 8)[0] for n in (16, 24, 32)]
+        for num_ranks in (2, 4)
+        for layout in ("rank", "expert")
+    }
+    assert found == {
+        (2, "rank"): [6, 9, 9], (2, "expert"): [3, 4, 5],
+        (4, "rank"): [8, 9, 9], (4, "expert"): [5, 8, 9],
+    }  # fmt: skip
+    assert split_dispatch(132, 4, "rank", 8) == (24, 108)
 
 
 def one_waits_for_the_other(rank: int, num_sms: int) -> None:

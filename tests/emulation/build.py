@@ -18,6 +18,7 @@ SOURCES = (
     "load.cu",
     "host.cu",
     "plan/plan.cu",
+    "dispatch/dispatch.cu",
     "nodes/layout.cu",
     "nodes/plan.cu",
     "nodes/dispatch.cu",

@@ -126,7 +126,7 @@ def test_what_limits_follows_the_rates():
     assert plan_of(1, 8).operation("combine").limit == "NVLink"
     assert plan_of(1, 8, num_sms=8).operation("combine").limit == "SMs"
     assert plan_of(1, 4, num_sms=16).operation("dispatch, cached").limit == "expand SMs"
-    assert plan_of(1, 8, num_sms=16).operation("dispatch, cached").limit == "push SMs"
+    assert plan_of(1, 4, num_sms=4).operation("dispatch, cached").limit == "push SMs"
     fast = plan_of(1, 2, nvlink_gb_per_s=4500)
     assert fast.operation("combine").limit == "memory"
 

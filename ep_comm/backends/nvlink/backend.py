@@ -311,7 +311,9 @@ class NVLinkBackend:
     def _launch_dispatch(
         self, args: header.DispatchArgs, routing: NVLinkRouting, num_sms: int, stream: int
     ) -> None:
-        push_blocks, expand_blocks = split_dispatch(num_sms, self.num_ranks)
+        push_blocks, expand_blocks = split_dispatch(
+            num_sms, self.num_ranks, routing.layout, routing.num_topk
+        )
         args.num_push_blocks, args.num_expand_blocks = push_blocks, expand_blocks
         args.num_blocks = push_blocks + expand_blocks
         self.native.launch("ep_dispatch", args, stream)

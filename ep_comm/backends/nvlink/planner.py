@@ -142,7 +142,7 @@ class Planner:
         args.input_kind = INPUT_KINDS[source.dtype]
         args.asked_tokens = asked_tokens
         args.expert_alignment = alignment
-        _, expand_sms = split_dispatch(num_sms, self._num_ranks)
+        _, expand_sms = split_dispatch(num_sms, self._num_ranks, layout, num_topk)
         args.num_send_blocks, args.num_receive_blocks = split_plan(num_sms, expand_sms)
         self._native.plan(args, stream, stream if in_one else streams.side, streams.event)
         if asynchronous and selects_weights:
@@ -186,7 +186,9 @@ class Planner:
         streams, stream = self._streams, first.stream
         args.peers.record = first.record
         args.is_planned = True
-        push_blocks, expand_blocks = split_dispatch(first.num_sms, self._num_ranks)
+        push_blocks, expand_blocks = split_dispatch(
+            first.num_sms, self._num_ranks, routing.layout, routing.num_topk
+        )
         args.num_blocks = push_blocks + expand_blocks
         args.num_push_blocks, args.num_expand_blocks = push_blocks, 0
         if push_blocks and not first.in_one:

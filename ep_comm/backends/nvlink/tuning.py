@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from ep_comm._native.header import EP_MIN_CHUNK_TOKENS
+from ep_comm.routing.types import RowLayout
 
 DISPATCH_CHUNK_BYTES = 48 * 1024
 COMBINE_CHUNK_BYTES = 32 * 1024
@@ -15,6 +16,11 @@ MAX_CHUNK_TOKENS = 32
 _MAX_UNIT_ROWS = 32
 _CHUNKS_TIMES_SMS = 96
 _MAX_PLAN_BLOCKS = 64
+# GB/s of one SM: rows pushed; rows copied once; output rows stored, of rows read for several.
+_PUSHED_BY_SM, _COPIED_BY_SM, _STORED_BY_SM = 38, 45, 54
+_FILLING_LINKS = 9  # SMs that push as much as links carry: more of them only take from the rest
+_MANY_SMS = 64
+_MOST_PUSHING = 24
 # An asynchronous operation is there to run beside computation.
 _OVERLAPPED_SMS = 24
 
@@ -25,9 +31,24 @@ def default_sms(available: int, asynchronous: bool) -> int:
 
 
 @functools.cache
-def split_dispatch(num_sms: int, num_ranks: int) -> tuple[int, int]:
-    """Return the SMs that push and those that expand, a block each: stages fill shared memory."""
-    push = 0 if num_ranks == 1 else max(1, min(24, num_sms // 3))
+def split_dispatch(
+    num_sms: int, num_ranks: int, layout: RowLayout, num_topk: int
+) -> tuple[int, int]:
+    """Return the SMs that push and those that expand, a block each: stages fill shared memory.
+
+    Few are divided so that both halves end at once, experts being selected evenly.
+    """
+    if num_ranks == 1:
+        return 0, max(1, num_sms)
+    if num_sms >= _MANY_SMS:
+        push = min(_MOST_PUSHING, num_sms // 3)
+        return push, num_sms - push
+    # Of one token, in rows: the ranks that it goes to, and what becomes of it there.
+    ranks = num_ranks * (1 - (1 - 1 / num_ranks) ** num_topk)
+    pushed = ranks * (num_ranks - 1) / num_ranks / _PUSHED_BY_SM
+    expanded = ranks / _COPIED_BY_SM if layout == "rank" else num_topk / _STORED_BY_SM
+    most = max(1, min(num_sms - 1, _FILLING_LINKS))
+    push = min(range(1, most + 1), key=lambda n: max(pushed / n, expanded / max(1, num_sms - n)))
     return push, max(1, num_sms - push)
 
 

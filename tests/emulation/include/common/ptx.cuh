@@ -19,6 +19,14 @@ inline void store_release_sys(uint32_t* flag, uint32_t value) {
 inline void store_release_sys(uint64_t* flag, uint64_t value) {
   __atomic_store_n(flag, value, __ATOMIC_RELEASE);
 }
+template <typename T>
+void store_relaxed_sys(T* flag, T value) {
+  __atomic_store_n(flag, value, __ATOMIC_RELAXED);
+}
+inline uint64_t load_acquire_block(const uint64_t* word) { return emulation::look(word); }
+inline void store_release_block(uint64_t* word, uint64_t value) {
+  __atomic_store_n(word, value, __ATOMIC_RELEASE);
+}
 inline void fence_acq_rel_sys() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline void fence_acq_rel_gpu() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline uint64_t global_timer_ns() {
