@@ -119,6 +119,7 @@ class Buffer(MaskCalls):
         wire_dtype: torch.dtype | None = None,
         recv_dtype: torch.dtype | None = None,
         num_worst_tokens: int | None = None,
+        expert_capacity: int | None = None,
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
@@ -163,6 +164,11 @@ class Buffer(MaskCalls):
                 group are padding. Rows for which there is no room are dropped, and the next call
                 raises `EPOverflowError` (one for all that overflowed before it). A cached dispatch
                 takes it from its handle.
+            expert_capacity: Expert layout: rows of every local expert's group, padding included,
+                however many tokens come. Stands for `num_worst_tokens` (E `expert_capacity`) and
+                `expert_alignment`, which are left out, and is the same on all ranks. The host then
+                knows all sizes in advance. A group that more tokens come to makes the rows of all
+                too many, as there.
             previous_event: The operation starts after this event.
             async_finish: Run on the communication stream; wait for the returned event before
                 touching the outputs, or freeing them. No effect with the reference backend.
@@ -207,13 +213,25 @@ class Buffer(MaskCalls):
         if previous_event is not None:  # what comes may copy an argument
             previous_event.current_stream_wait()
         if handle is None:
-            layout, expert_alignment = checks.checked_layout(layout, expert_alignment)
+            if expert_capacity is not None:
+                checks.check_expert_capacity(
+                    expert_capacity, layout, expert_alignment, num_worst_tokens
+                )
+                layout, expert_alignment = "expert", expert_capacity
+                num_worst_tokens = expert_capacity * self.num_local_experts
+            else:
+                layout, expert_alignment = checks.checked_layout(layout, expert_alignment)
             checks.check_num_worst_tokens(num_worst_tokens)
             source, num_topk = checks.checked_source(topk_idx, routing_map, rows, self.config)
             weights_shape = tuple(source.shape)
         else:
             checks.check_repeated(
-                routing, topk_idx, routing_map, layout, expert_alignment, num_worst_tokens
+                routing,
+                topk_idx,
+                routing_map,
+                layout,
+                expert_alignment,
+                expert_capacity if num_worst_tokens is None else num_worst_tokens,
             )
             layout, expert_alignment = routing.layout, routing.expert_alignment
             weights_shape = routing.token_weights_shape
@@ -231,6 +249,7 @@ class Buffer(MaskCalls):
                     expert_alignment=expert_alignment,
                     has_weights=weights is not None,
                     capacity=num_worst_tokens,
+                    min_expert_rows=expert_capacity or 0,
                     asynchronous=async_finish,
                 )
                 with unseen():

@@ -58,6 +58,27 @@ def check_num_worst_tokens(num_worst_tokens: object) -> None:
         )
 
 
+def check_expert_capacity(
+    expert_capacity: object,
+    layout: RowLayout | None,
+    expert_alignment: int | None,
+    num_worst_tokens: int | None,
+) -> None:
+    """Refuse what is no number of rows for a group, and what it stands for beside it."""
+    if not is_int(expert_capacity) or expert_capacity < 1:
+        raise EPArgumentError(
+            f"expert_capacity must be a positive number of rows, or None, got {expert_capacity!r}"
+        )
+    if layout == "rank":
+        raise EPArgumentError("expert_capacity is for the expert layout, not for 'rank'")
+    for name, value in (
+        ("expert_alignment", expert_alignment),
+        ("num_worst_tokens", num_worst_tokens),
+    ):
+        if value is not None:
+            raise EPArgumentError(f"expert_capacity says what {name} would: pass one of them")
+
+
 def check_rows(name: str, x: Tensor, num_rows: int | None, hidden: int) -> None:
     """Refuse what is not [num_rows, hidden] and contiguous; None is any number of rows."""
     shape = x.shape
@@ -291,13 +312,15 @@ def check_repeated(
     routing_map: Tensor | None,
     layout: RowLayout | None,
     expert_alignment: int | None,
-    num_worst_tokens: int | None,
+    capacity: int | None,
 ) -> None:
     """Refuse what is passed along with a handle and is not so in its `routing`."""
     if topk_idx is not None or routing_map is not None:
         raise EPArgumentError(_ONE_ROUTING)
-    if num_worst_tokens is not None:
-        raise EPArgumentError("num_worst_tokens is that of the handle: leave it out")
+    if capacity is not None:
+        raise EPArgumentError(
+            "num_worst_tokens is that of the handle, and so is expert_capacity: leave them out"
+        )
     if layout not in (None, routing.layout):
         raise EPArgumentError(f"layout is that of the handle, {routing.layout!r}, got {layout!r}")
     if routing.layout == "expert" and expert_alignment not in (None, routing.expert_alignment):

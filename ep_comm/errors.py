@@ -128,6 +128,8 @@ class EPTooManyTokensError(_WithFields, EPRoutingError):
 class EPOverflowError(_WithFields, RuntimeError):
     """More rows came than the output of a dispatch with ``num_worst_tokens`` has.
 
+    With ``expert_capacity``: a group got more tokens than that, and its rows are a multiple of it.
+
     The rest was dropped. The buffer stays usable; results computed from the output are wrong.
 
     Attributes:

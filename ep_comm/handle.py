@@ -93,8 +93,15 @@ class DispatchHandle:
 
     @property
     def padded_tokens_per_expert(self) -> Tensor:
-        """[E_local] int64 on the CPU, rows of each expert's group in the output."""
-        return torch.tensor(self.routing.sizes.padded_expert_rows)
+        """[E_local] int64 on the CPU, rows of each expert's group in the output.
+
+        After a dispatch with ``expert_capacity`` that, without waiting for anything.
+        """
+        routing = self.routing
+        if routing.capacity is not None and routing.min_expert_rows:
+            num_local_experts = routing.capacity // routing.min_expert_rows
+            return torch.full((num_local_experts,), routing.min_expert_rows)
+        return torch.tensor(routing.sizes.padded_expert_rows)
 
     @property
     def device_tokens_per_expert(self) -> Tensor:

@@ -45,17 +45,17 @@ __device__ inline void wait_for_header(const Args& args, int32_t source, int32_t
   }
 }
 
-// first[g] becomes the sum of the sizes before g, each rounded up to `alignment`; returns the sum
-// of all, in every thread. first may be `size`.
+// first[g] becomes the sum of the sizes before g, each rounded up to `alignment` and at least
+// `min_rows`; returns the sum of all, in every thread. first may be `size`.
 __device__ inline int32_t prefix_of_groups(const int32_t* size, int32_t num_groups,
-                                           int32_t alignment, int32_t* first) {
+                                           int32_t alignment, int32_t min_rows, int32_t* first) {
   __shared__ int32_t total;
   __syncthreads();
   if (threadIdx.x < kWarpSize) {
     int32_t carry = 0;
     for (int32_t begin = 0; begin < num_groups; begin += kWarpSize) {
       const int32_t g = begin + lane_id();
-      const int32_t own = g < num_groups ? round_up(size[g], alignment) : 0;
+      const int32_t own = g < num_groups ? max(round_up(size[g], alignment), min_rows) : 0;
       int32_t of_these;
       const int32_t before = sum_before(own, &of_these);
       if (g < num_groups) first[g] = carry + before;
@@ -292,7 +292,7 @@ __device__ inline void receive_all(const Args& args, const Scratch& scratch, int
     wait_for_header(args, threadIdx.x, epoch, num_rows, asked_tokens);
   }
   for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) next_row[e] = tokens[e] = 0;
-  const int32_t num_received = prefix_of_groups(num_rows, num_ranks, 1, first_of_source);
+  const int32_t num_received = prefix_of_groups(num_rows, num_ranks, 1, 0, first_of_source);
   if (blockIdx.x == 0 && static_cast<int32_t>(threadIdx.x) < num_ranks) {
     args.routing.first_of_source[threadIdx.x] = first_of_source[threadIdx.x];
   }
@@ -314,7 +314,7 @@ __device__ inline void receive_all(const Args& args, const Scratch& scratch, int
 
   add_up_blocks(receive, num_experts, next_row, tokens);
   const int32_t end_of_groups =
-      prefix_of_groups(tokens, num_experts, args.expert_alignment, first_row);
+      prefix_of_groups(tokens, num_experts, args.expert_alignment, args.min_expert_rows, first_row);
   for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) next_row[e] += first_row[e];
   if (blockIdx.x == 0) {
     const int32_t end_of_rows = args.routing.expert_major ? end_of_groups : num_received;

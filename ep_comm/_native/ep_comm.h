@@ -307,6 +307,7 @@ typedef struct ep_plan_args {
                            operation goes on without them, and all ranks hear of it */
   int32_t hidden;       /* only compared between ranks */
   int32_t expert_alignment;
+  int32_t min_expert_rows; /* of each group, padding counted; 0: a group may be empty */
   int32_t num_send_blocks; /* of the two kernels; all of one must fit on the GPU at once */
   int32_t num_receive_blocks;
 } ep_plan_args;
@@ -711,6 +712,7 @@ typedef struct ep_nodes_plan_args {
   int32_t asked_tokens;
   int32_t hidden;
   int32_t expert_alignment;
+  int32_t min_expert_rows;
   int32_t num_send_blocks;
   int32_t num_receive_blocks;
 } ep_nodes_plan_args;

@@ -67,6 +67,7 @@ class PlanRequest(NamedTuple):
         has_weights: Whether probabilities travel. With a map the caller selects them by
             ``routing.topk_idx``, on its stream, between plan and dispatch.
         capacity: Rows of the output, where the host is not to wait for their number.
+        min_expert_rows: Rows of each local expert's group at least, padding counted.
         asynchronous: That of the dispatch that follows.
     """
 
@@ -76,6 +77,7 @@ class PlanRequest(NamedTuple):
     expert_alignment: int
     has_weights: bool
     capacity: int | None
+    min_expert_rows: int
     asynchronous: bool
 
 

@@ -20,17 +20,22 @@ class RoutingSizes:
         received: Rows received from each rank.
         expert_rows: Received tokens of each local expert, without padding.
         alignment: Rows of each group are padded to a multiple of this.
+        min_expert_rows: And to at least this.
     """
 
     sent: tuple[int, ...]
     received: tuple[int, ...]
     expert_rows: tuple[int, ...]
     alignment: int
+    min_expert_rows: int = 0
 
     @cached_property
     def padded_expert_rows(self) -> tuple[int, ...]:
         """Rows of each local expert's group."""
-        return tuple(-(-rows // self.alignment) * self.alignment for rows in self.expert_rows)
+        return tuple(
+            max(-(-rows // self.alignment) * self.alignment, self.min_expert_rows)
+            for rows in self.expert_rows
+        )
 
     @cached_property
     def num_received(self) -> int:
@@ -58,6 +63,7 @@ class Routing:
         expert_alignment: Rows of each local expert are padded to a multiple of this; 1 in the rank
             layout.
         capacity: Rows of the output, where the caller said how many; else None.
+        min_expert_rows: Rows of each local expert's group at least, padding counted.
         recv_topk_idx: See `ep_comm.DispatchHandle`, like all that follows but `sizes`.
         sizes: The counts. With a `capacity`, on a GPU, asking for them waits for it, bounded.
         topk_idx: The experts of the own tokens.
@@ -71,6 +77,7 @@ class Routing:
     layout: RowLayout
     expert_alignment: int
     capacity: int | None
+    min_expert_rows: int = 0
     recv_topk_idx: Tensor | None = None
     # A backend sets these, or computes them when they are first asked for.
     sizes: RoutingSizes = field(init=False, repr=False)

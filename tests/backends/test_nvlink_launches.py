@@ -138,7 +138,7 @@ def plan(backend: NVLinkBackend, capacity=None, asynchronous=False, num_sms=None
     backend.set_num_sms(num_sms)
     request = PlanRequest(
         source=TOPK, num_topk=2, layout="expert", expert_alignment=16, has_weights=False,
-        capacity=capacity, asynchronous=asynchronous,
+        capacity=capacity, min_expert_rows=0, asynchronous=asynchronous,
     )  # fmt: skip
     return backend.plan(request._replace(**changes))
 

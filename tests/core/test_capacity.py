@@ -11,6 +11,8 @@ from virtual_ranks import run_virtual_ranks
 
 from ep_comm import Buffer, EPArgumentError, EPOverflowError, fp8
 
+GROUPS = Case(tokens=(9, 0, 12), hidden=128, num_topk=2, experts_per_rank=6, drop=0.3)
+SMALL_GROUP = 4
 CASES = [
     Case(tokens=(9, 0, 12), hidden=128, num_topk=3, alignment=8, drop=0.2),
     Case(tokens=(9, 4), hidden=128, num_topk=3, layout="rank", dtype="fp32"),
@@ -97,6 +99,60 @@ def too_small(rank: int, case: Case, buffer: Buffer | None = None) -> dict[str, 
     )
 
 
+def groups_of_one_size(rank: int, case: Case, buffer: Buffer | None = None) -> None:
+    """Rows of a group are those of an unpadded dispatch, then zeros; empty groups are zeros."""
+    buffer = buffer or Buffer(None, case.config())
+    x, topk, probs, _ = inputs_of(case, rank)
+    usual = buffer.dispatch(x, topk, probs, expert_alignment=1)
+    finished(usual.recv_x)
+    tokens = usual.handle.tokens_per_expert
+    for capacity in (sum(case.tokens), sum(case.tokens) + 4):
+        out = buffer.dispatch(x, topk, probs, expert_capacity=capacity)
+        assert out.handle.padded_tokens_per_expert.tolist() == [capacity] * case.experts_per_rank
+        finished(out.recv_x)
+        assert torch.equal(out.handle.tokens_per_expert, tokens)
+        assert torch.equal(out.handle.device_tokens_per_expert.cpu().long(), tokens)
+        offsets = out.handle.device_expert_offsets.cpu()
+        assert offsets.tolist() == [capacity * e for e in range(case.experts_per_rank + 1)]
+        y = torch.full_like(out.recv_x, torch.nan)
+        for got, want in (
+            (out.recv_x, usual.recv_x),
+            (out.recv_topk_weights, usual.recv_topk_weights),
+        ):
+            groups, first = to_numpy(got).reshape(case.experts_per_rank, capacity, -1), 0
+            for group, count in zip(groups, tokens.tolist(), strict=True):
+                rows = to_numpy(want)[first : first + count].reshape(count, group.shape[1])
+                assert_same(group[:count], rows, "rows of a group")
+                assert not group[count:].any(), "padding is not zero"
+                first += count
+        for e, count in enumerate(tokens.tolist()):
+            first = int(tokens[:e].sum())
+            y[e * capacity : e * capacity + count] = usual.recv_x[first : first + count]
+        finished(y)
+        summed = buffer.combine(y, out.handle)
+        usual_sum = buffer.combine(usual.recv_x, usual.handle)
+        finished(summed.combined_x)
+        assert_same(to_numpy(summed.combined_x), to_numpy(usual_sum.combined_x), "combined")
+        again = buffer.dispatch(x, topk_weights=probs, handle=out.handle)
+        assert_same(to_numpy(again.recv_x), to_numpy(out.recv_x), "cached dispatch")
+
+
+def group_too_small(rank: int, case: Case, buffer: Buffer | None = None) -> None:
+    """More tokens for an expert than its rows: said by the next call, which starts nothing."""
+    buffer = buffer or Buffer(None, case.config())
+    x, topk, probs, _ = inputs_of(case, rank)
+    usual = buffer.dispatch(x, topk, probs, expert_alignment=1)
+    fullest = int(usual.handle.tokens_per_expert.max())
+    out = buffer.dispatch(x, topk, probs, expert_capacity=SMALL_GROUP)
+    finished(out.recv_x)
+    if fullest > SMALL_GROUP:
+        with pytest.raises(EPOverflowError):
+            buffer.dispatch(x, topk, probs, expert_capacity=sum(case.tokens))
+    again = buffer.dispatch(x, topk, probs, expert_capacity=sum(case.tokens))
+    finished(again.recv_x)
+    assert torch.equal(again.handle.tokens_per_expert, usual.handle.tokens_per_expert)
+
+
 def next_after_overflow(rank: int, case: Case, how: str, buffer: Buffer | None = None) -> None:
     """The call that says it has started nothing: the same call then does what it should."""
     buffer = buffer or Buffer(None, case.config())
@@ -136,6 +192,23 @@ def on_gpu(case: Case) -> Case:
 @pytest.mark.parametrize("case", CASES)
 def test_room_for_all(case):
     run_ranks(case.num_ranks, exact_and_roomy, case)
+
+
+def test_groups_of_one_size():
+    run_ranks(GROUPS.num_ranks, groups_of_one_size, GROUPS)
+
+
+def test_a_group_with_too_many_tokens():
+    run_ranks(GROUPS.num_ranks, group_too_small, GROUPS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "function", [groups_of_one_size, group_too_small], ids=["enough", "too-small"]
+)
+def test_groups_of_one_size_on_a_gpu(function):
+    case = on_gpu(GROUPS)
+    run_virtual_ranks(case.num_ranks, on_buffer, case.config(), function, case)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -249,7 +322,19 @@ def refusals(rank: int) -> None:
     for bad in (0, -3, 1.5, True, 2**31):
         with pytest.raises(EPArgumentError, match="num_worst_tokens must be"):
             buffer.dispatch(x, topk, num_worst_tokens=bad)
+    for bad in (0, -3, 1.5, True):
+        with pytest.raises(EPArgumentError, match="expert_capacity must be"):
+            buffer.dispatch(x, topk, expert_capacity=bad)
+    with pytest.raises(EPArgumentError, match="not for 'rank'"):
+        buffer.dispatch(x, topk, expert_capacity=8, layout="rank")
+    for other in ("expert_alignment", "num_worst_tokens"):
+        with pytest.raises(EPArgumentError, match=f"says what {other} would"):
+            buffer.dispatch(x, topk, expert_capacity=8, **{other: 8})
+    with pytest.raises(EPArgumentError, match="num_worst_tokens must be"):
+        buffer.dispatch(x, topk, expert_capacity=2**30)
     handle = buffer.dispatch(x, topk).handle
+    with pytest.raises(EPArgumentError, match="so is expert_capacity"):
+        buffer.dispatch(x, handle=handle, expert_capacity=8)
     with pytest.raises(EPArgumentError, match="num_worst_tokens is that of the handle"):
         buffer.dispatch(x, handle=handle, num_worst_tokens=100)
     with pytest.raises(EPArgumentError, match="multiple of 4, got 2"):

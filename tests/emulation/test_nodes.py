@@ -11,7 +11,7 @@ import torch
 from cases import Case, to_numpy, to_torch
 from emulated_nodes import run_emulated_nodes
 from test_buffer import check_results, run_case
-from test_capacity import exact_and_roomy
+from test_capacity import exact_and_roomy, groups_of_one_size
 from test_dispatch_fp8 import CASE as FP8_CASE
 from test_dispatch_fp8 import check_fp8_results, dispatch_all_ways
 from virtual_nodes import check_sums_of_two, check_wire_bytes, sums_of_few
@@ -118,6 +118,8 @@ def test_fp8(library, layout):
 
 def capacity_on_buffer(rank: int, buffer: Buffer, case: Case) -> None:
     exact_and_roomy(rank, case, buffer)
+    if case.layout == "expert":
+        groups_of_one_size(rank, case, buffer)
 
 
 @pytest.mark.slow

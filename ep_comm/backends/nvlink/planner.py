@@ -88,7 +88,8 @@ class Planner:
         Raises:
             EPUnsupportedError: A CUDA graph is captured, and the host would have to wait.
         """
-        source, num_topk, layout, alignment, has_weights, capacity, asynchronous = request
+        source, num_topk, layout, alignment, has_weights, capacity = request[:6]
+        min_expert_rows, asynchronous = request[6:]
         is_captured = check_capture(capacity)
         config, streams = self._config, self._streams
         asked_tokens = source.shape[0]
@@ -122,6 +123,7 @@ class Planner:
             layout=layout,
             expert_alignment=alignment,
             capacity=capacity,
+            min_expert_rows=min_expert_rows,
             native=native,
             ticket=self._num_plans,
             stream=streams.current,
@@ -142,6 +144,7 @@ class Planner:
         args.input_kind = INPUT_KINDS[source.dtype]
         args.asked_tokens = asked_tokens
         args.expert_alignment = alignment
+        args.min_expert_rows = min_expert_rows
         _, expand_sms = split_dispatch(num_sms, self._num_ranks, layout, num_topk)
         args.num_send_blocks, args.num_receive_blocks = split_plan(num_sms, expand_sms)
         self._native.plan(args, stream, stream if in_one else streams.side, streams.event)

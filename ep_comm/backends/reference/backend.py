@@ -187,7 +187,10 @@ class ReferenceBackend(Operations):
         self._check_received(recv_topk_idx)
 
         alignment, capacity = request.expert_alignment, request.capacity
-        counts, expert_row_NK = expert_rows(recv_topk_idx, self.num_local_experts, alignment)
+        min_rows = request.min_expert_rows
+        counts, expert_row_NK = expert_rows(
+            recv_topk_idx, self.num_local_experts, alignment, min_rows
+        )
         if capacity is not None:
             expert_row_NK = torch.where(expert_row_NK < capacity, expert_row_NK, -1)
             recv_topk_idx = fit(recv_topk_idx, capacity, -1)
@@ -200,8 +203,9 @@ class ReferenceBackend(Operations):
             layout=request.layout,
             expert_alignment=alignment,
             capacity=capacity,
+            min_expert_rows=min_rows,
             topk_idx=topk_idx,
-            sizes=RoutingSizes(rows_to_rank, recv_rows, counts, alignment),
+            sizes=RoutingSizes(rows_to_rank, recv_rows, counts, alignment, min_rows),
             recv_topk_idx=recv_topk_idx.to(index_dtype(request.source)) if in_ranks else None,
             epoch=record.epoch,
             sent_tokens=sent_tokens,

@@ -34,12 +34,13 @@ def unpack(rows: Tensor, hidden: int, wire_dtype: torch.dtype, recv_dtype: torch
 
 
 def expert_rows(
-    recv_topk_idx: Tensor, num_local_experts: int, alignment: int
+    recv_topk_idx: Tensor, num_local_experts: int, alignment: int, min_rows: int = 0
 ) -> tuple[tuple[int, ...], Tensor]:
     """Find the positions of received tokens in the expert-major output.
 
     Inside an expert's group tokens stand by source rank, then by token index, which is the order
-    of received rows; groups stand in expert order, each padded to `alignment` rows.
+    of received rows; groups stand in expert order, each padded to a multiple of `alignment` rows
+    and to at least `min_rows`.
 
     Returns:
         Tokens of each expert, and the rows [N, K] int64 of each received token, -1 where the
@@ -49,7 +50,7 @@ def expert_rows(
     hits_KNE = recv_topk_idx.t().unsqueeze(-1) == experts  # one [N, E_local] bool a top-k column
     hits_NE = hits_KNE.any(0)
     counts = hits_NE.sum(0)
-    padded = (counts + alignment - 1) // alignment * alignment
+    padded = ((counts + alignment - 1) // alignment * alignment).clamp(min=min_rows)
     first_row = padded.cumsum(0) - padded
     row_NE = first_row + hits_NE.cumsum(0) - 1
     local = recv_topk_idx >= 0
