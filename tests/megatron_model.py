@@ -343,3 +343,12 @@ def assert_close_runs(ours: list[dict], stock: list[dict], tolerance: dict) -> N
             np.testing.assert_allclose(
                 gradient / scale, theirs["gradients"][name] / scale, err_msg=name, **tolerance
             )
+
+
+def assert_same_bits(first: list[dict], second: list[dict]) -> None:
+    """Losses and gradients of all ranks."""
+    for a, b in zip(first, second, strict=True):
+        assert a["losses"] == b["losses"]
+        assert a["gradients"].keys() == b["gradients"].keys()
+        for name, gradient in a["gradients"].items():
+            assert np.array_equal(gradient, b["gradients"][name]), name

@@ -13,6 +13,10 @@ its tokens. One dispatch over all ranks that hold experts brings them there: eac
 expert of its own, and a token that selects an expert selects all its shards. Combine then sums the
 shards' partial outputs like those of different experts, in its own fixed order. So there is no
 gather before the experts and no reduction behind them, and backward sums the shards' gradients.
+
+With padding to capacity Megatron's router fills each expert up with tokens that did not select it,
+at probability 0. These stay where they are: zero rows fill up the experts' groups instead, whose
+size is known without asking anybody.
 """
 
 from __future__ import annotations
@@ -20,11 +24,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
+from megatron.core.transformer.moe.moe_utils import (
+    get_align_size_for_quantization,
+    get_capacity,
+)
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
@@ -107,6 +115,8 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
     ) -> tuple[Tensor, Tensor]:
         """Turn [S, B, H], bool [T, E] and [T, E] into [T, H] and FP32 [T, E * ETP]."""
         self._hidden_shape = hidden_states.shape
+        if self.config.moe_pad_expert_input_to_capacity:
+            routing_map = routing_map & (probs != 0)
         self._routing_map: Tensor | None = self._for_shards(routing_map)
         self._probs_dtype = probs.dtype
         hidden_states = hidden_states.reshape(-1, self._hidden_shape[-1])
@@ -116,13 +126,11 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Send [T, H] and [T, E * ETP]; return expert-major rows [M, H] and probabilities [M]."""
-        try:
-            out = self._dispatch(self._shared_buffer(hidden_states), hidden_states, probs)
-        except EPTooManyTokensError as error:  # on all ranks
-            if self.options.max_tokens_per_rank is not None:
-                raise
-            larger = self._larger_buffer(hidden_states, max(error.num_tokens))
-            out = self._dispatch(larger, hidden_states, probs)
+        buffer = self._shared_buffer(hidden_states)
+        if self.config.moe_pad_expert_input_to_capacity:
+            out = self._dispatch_to_capacity(buffer, hidden_states, probs)
+        else:
+            out = self._dispatch_what_comes(buffer, hidden_states, probs)
         self._routing_map = None
         rows, probs_of_rows = out.recv_x, out.recv_topk_weights
         assert isinstance(rows, Tensor) and probs_of_rows is not None  # what was sent was so too
@@ -130,16 +138,50 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         self.handle = out.handle
         return rows, probs_of_rows
 
-    def _dispatch(self, buffer: Buffer, hidden_states: Tensor, probs: Tensor) -> DispatchOutput:
+    def _dispatch_what_comes(
+        self, buffer: Buffer, hidden_states: Tensor, probs: Tensor
+    ) -> DispatchOutput:
+        sizes = dict(layout="expert", expert_alignment=self.expert_alignment)
+        try:
+            return self._dispatch(buffer, hidden_states, probs, **sizes)
+        except EPTooManyTokensError as error:  # on all ranks
+            if self.options.max_tokens_per_rank is not None:
+                raise
+            larger = self._larger_buffer(hidden_states, max(error.num_tokens))
+            return self._dispatch(larger, hidden_states, probs, **sizes)
+
+    def _dispatch_to_capacity(
+        self, buffer: Buffer, hidden_states: Tensor, probs: Tensor
+    ) -> DispatchOutput:
+        """Fill each expert's group up to what its capacity allows of all ranks.
+
+        No rank hears how many tokens the others have before the next operation, so all know it:
+        as with alltoall, they have as many.
+        """
+        num_tokens, room = len(hidden_states), buffer.config.max_tokens_per_rank
+        if num_tokens > room:
+            if self.options.max_tokens_per_rank is not None:
+                raise EPTooManyTokensError((num_tokens,) * buffer.num_ranks, room)
+            buffer = self._larger_buffer(hidden_states, num_tokens)
+        rows = buffer.num_ranks * get_capacity(
+            num_tokens=num_tokens * self.config.moe_router_topk,
+            num_experts=self.config.num_moe_experts,
+            capacity_factor=self.config.moe_expert_capacity_factor,
+        )
+        rows += -rows % self.expert_alignment
+        return self._dispatch(buffer, hidden_states, probs, expert_capacity=max(rows, 1))
+
+    def _dispatch(
+        self, buffer: Buffer, hidden_states: Tensor, probs: Tensor, **sizes: Any
+    ) -> DispatchOutput:
         self._buffer = buffer
         return buffer.dispatch(
             hidden_states,
             routing_map=self._routing_map,
             topk_weights=probs,
-            layout="expert",
-            expert_alignment=self.expert_alignment,
             wire_dtype=fp8.FP8_DTYPE if self.options.fp8_dispatch else None,
             during_backward=self.during_backward,
+            **sizes,
         )
 
     def dispatch_postprocess(
@@ -150,6 +192,14 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             self.shared_experts.linear_fc1_forward_and_act(hidden_states)
         assert self.handle is not None  # the dispatch set it
         return hidden_states, self.handle.padded_tokens_per_expert, probs.to(self._probs_dtype)
+
+    @property
+    def tokens_per_expert(self) -> Tensor:
+        """[E_local] of the last dispatch, padding not counted: where nobody waits for it."""
+        assert self.handle is not None  # the dispatch set it
+        if self.config.moe_pad_expert_input_to_capacity:
+            return self.handle.device_tokens_per_expert
+        return self.handle.tokens_per_expert
 
     # --- experts to tokens -----------------------------------------------------------------------
 

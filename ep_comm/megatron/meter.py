@@ -134,7 +134,8 @@ class MoEMeter:
         counts_LE = torch.zeros(num_layers, num_experts, dtype=torch.float64)
         for i, layer in enumerate(self._layers):
             if layer in self._tokens:
-                counts_LE[_number(layer, i) - 1, layer.local_expert_indices] += self._tokens[layer]
+                places = _number(layer, i) - 1, layer.local_expert_indices
+                counts_LE[places] += self._tokens[layer].cpu()
         summed = torch.cat([waits_s, counts_LE.flatten()]).to(self._device)
         dist.all_reduce(summed, group=group)
         waits_s, counts = summed.cpu().split([len(ranks), counts_LE.numel()])
@@ -231,9 +232,10 @@ class MoEMeter:
         def run(*args: Any, **kwargs: Any) -> Any:
             result = postprocess(*args, **kwargs)
             dispatcher = layer.token_dispatcher
-            ours = isinstance(dispatcher, EPCommTokenDispatcher)  # result[1] counts padding there
-            tokens = dispatcher.handle.tokens_per_expert if ours else result[1]
-            tokens = tokens.detach().long().cpu()
+            tokens = result[1]
+            if isinstance(dispatcher, EPCommTokenDispatcher):  # padding is counted there
+                tokens = dispatcher.tokens_per_expert
+            tokens = tokens.detach().long()
             self._tokens[layer] = self._tokens.get(layer, 0) + tokens
             return result
 

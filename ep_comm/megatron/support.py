@@ -223,11 +223,6 @@ BY_CONFIG = (
         _per_shard_above("num_moe_experts", EP_MAX_EXPERTS),
     ),
     Refusal(
-        "--moe-pad-expert-input-to-capacity",
-        "dropless routing and dropping without padding work",
-        _is_set("moe_pad_expert_input_to_capacity"),
-    ),
-    Refusal(
         "--overlap-moe-expert-parallel-comm (the 1F1B overlap)",
         "--ep-overlap-wgrad hides the backward combine without it",
         _is_set("overlap_moe_expert_parallel_comm"),

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_model import (
     Setup,
     assert_close_runs,
+    assert_same_bits,
     make_config,
     make_model,
     parallel_state,
@@ -39,6 +40,17 @@ def megatron_processes():
 
 
 SHARED = (("moe_shared_expert_intermediate_size", 40),)
+
+
+def padded(factor: float) -> tuple[tuple[str, object], ...]:
+    """``--moe-pad-expert-input-to-capacity`` with ``--moe-expert-capacity-factor``."""
+    return (
+        ("moe_expert_capacity_factor", factor),
+        ("moe_pad_expert_input_to_capacity", True),
+    )
+
+
+PADDED = padded(1.0)
 RECOMPUTE_FULL = (
     ("recompute_granularity", "full"),
     ("recompute_method", "uniform"),
@@ -61,6 +73,12 @@ FEATURES = {
     "shared_experts": Setup(config=SHARED),
     "shared_experts_overlapped": Setup(config=(*SHARED, ("moe_shared_expert_overlap", True))),
     "token_dropping": Setup(config=(("moe_expert_capacity_factor", 0.7),)),
+    "padded_to_capacity": Setup(config=PADDED),
+    "padded_beyond_all_tokens": Setup(config=padded(3.9)),
+    "padded_by_position": Setup(config=(*PADDED, ("moe_token_drop_policy", "position"))),
+    "padded_shared_experts": Setup(
+        config=(*PADDED, *SHARED, ("moe_shared_expert_overlap", True)), microbatches=2
+    ),
     "bf16_router_probs": Setup(config=(("moe_router_dtype", None),), bf16=True),
     "recompute_moe": Setup(
         config=(("recompute_granularity", "selective"), ("recompute_modules", ["moe"]))
@@ -100,16 +118,28 @@ def test_trains_like_alltoall(feature):
     assert_close_runs(ours, theirs, CLOSE_BF16 if setup.bf16 else CLOSE)
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("factor", [0.7, 1.25])
+def test_padding_to_capacity_changes_no_bit(factor, bf16):
+    """Neither for alltoall nor for ours. Two summands a token: so both are the same, too."""
+    dropped = Setup(config=(("moe_expert_capacity_factor", factor),), bf16=bf16, steps=2)
+    filled = dataclasses.replace(dropped, config=padded(factor))
+    theirs = run(dataclasses.replace(filled, dispatcher="alltoall"))
+    assert_same_bits(run(dataclasses.replace(dropped, dispatcher="alltoall")), theirs)
+    ours = run(filled)
+    assert_same_bits(run(dropped), ours)
+    assert_same_bits(ours, theirs)
+
+
 @pytest.mark.parametrize("overlap_grad_reduce", [False, True])
-@pytest.mark.parametrize("feature", ["aux_loss", "gradient_accumulation", "recompute_moe"])
+@pytest.mark.parametrize(
+    "feature", ["aux_loss", "gradient_accumulation", "recompute_moe", "padded_to_capacity"]
+)
 def test_overlapped_weight_gradients_are_the_same_bits(feature, overlap_grad_reduce):
     setup = dataclasses.replace(FEATURES[feature], overlap_grad_reduce=overlap_grad_reduce)
     plain = run(setup)
     overlapped = run(dataclasses.replace(setup, options=(("overlap_wgrad", True),)))
-    for a, b in zip(plain, overlapped, strict=True):
-        assert a["losses"] == b["losses"]
-        for name in a["gradients"]:
-            assert np.array_equal(a["gradients"][name], b["gradients"][name]), name
+    assert_same_bits(plain, overlapped)
 
 
 FROZEN = {
@@ -162,10 +192,7 @@ def test_fp8_gradients_are_those_of_a_quantised_dispatch():
 
 def test_repeats_itself_bitwise_on_four_ranks():
     setup = Setup(ep=4)
-    first, second = run(setup, 4), run(setup, 4)
-    for a, b in zip(first, second, strict=True):
-        assert a["losses"] == b["losses"]
-        assert all(np.array_equal(a["gradients"][n], b["gradients"][n]) for n in a["gradients"])
+    assert_same_bits(run(setup, 4), run(setup, 4))
 
 
 def test_metrics_are_those_of_the_step():
@@ -267,10 +294,6 @@ REFUSED = [
     (
         {"num_moe_experts": 5000}, {},
         "--num-experts x --expert-tensor-parallel-size above 4096 (5000 x 1)",
-    ),
-    (
-        {"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 1.0}, {},
-        "--moe-pad-expert-input-to-capacity: dropless routing",
     ),
     (
         {"overlap_moe_expert_parallel_comm": True}, {},
@@ -658,6 +681,40 @@ def batches_that_grow(rank: int) -> None:
     destroy_buffers()
     layer(small)
     assert len(layer.token_dispatcher.buffers) == 1
+
+
+def padded_batches_that_grow(rank: int) -> None:
+    """No rank hears of the others' tokens in time: as many on each, a longer batch is seen here."""
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    from ep_comm.errors import EPTooManyTokensError
+    from ep_comm.megatron import EPOptions, destroy_buffers
+    from ep_comm.megatron.layer import moe_layers
+
+    setup = Setup(config=PADDED)
+    parallel_state(setup)
+    destroy_buffers()
+    for most, rooms in ((None, [8, 8, 17]), (8, [8, 8, None])):
+        options = EPOptions(max_tokens_per_rank=most)
+        config = make_config(setup, options)
+        _, layer = next(iter(moe_layers(make_model(setup, config, options))))
+        for tokens, room in zip((8, 5, 17), rooms, strict=True):
+            hidden = torch.randn(tokens, 1, config.hidden_size)
+            if room is None:
+                with pytest.raises(EPTooManyTokensError):
+                    layer(hidden)
+                continue
+            layer(hidden)
+            dispatcher = layer.token_dispatcher
+            assert dispatcher.buffer.config.max_tokens_per_rank == room
+            capacity = -(-tokens * config.moe_router_topk // config.num_moe_experts)
+            assert dispatcher.handle.padded_tokens_per_expert.tolist() == [2 * capacity] * 4
+            assert dispatcher.tokens_per_expert.sum() <= 8 * capacity
+
+
+def test_a_longer_padded_batch_makes_a_larger_buffer():
+    run_ranks(2, padded_batches_that_grow, pool="megatron")
 
 
 def test_a_longer_batch_makes_a_larger_buffer():

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
 from matrix import few_of
-from megatron_model import Setup, assert_close_runs, train
+from megatron_model import Setup, assert_close_runs, assert_same_bits, train
 from ranks import run_ranks, stop_pool
 
 pytest.importorskip("megatron.core")
@@ -30,6 +29,7 @@ def split(**sizes) -> Setup:
 LAYERS = (("num_layers", 4),)
 MTP = (("mtp_num_layers", 1),)
 SHARED = (("moe_shared_expert_intermediate_size", 40),)
+PADDED = (("moe_pad_expert_input_to_capacity", True),)
 RECOMPUTE_MOE = (("recompute_granularity", "selective"), ("recompute_modules", ["moe"]))
 
 # Equal sizes stand together: another set of process groups costs time.
@@ -43,6 +43,10 @@ SPLIT = {
     "tp2_etp2_ep2_dropping_recomputed": split(
         tp=2, etp=2, ep=2, config=(*RECOMPUTE_MOE, ("moe_expert_capacity_factor", 0.7))
     ),
+    "tp2_etp2_ep2_padded": split(
+        tp=2, etp=2, ep=2, config=(*PADDED, ("moe_expert_capacity_factor", 0.7))
+    ),
+    "cp2_ep4_padded": split(cp=2, ep=4, config=(*PADDED, ("moe_expert_capacity_factor", 1.25))),
     "etp2_ep2": split(etp=2, ep=2, microbatches=2),
     "pp2_ep2": split(pp=2, ep=2, microbatches=4, config=LAYERS),
     "pp2_ep2_recomputed": split(pp=2, ep=2, microbatches=4, config=RECOMPUTE_MOE),
@@ -66,7 +70,14 @@ def run(setup: Setup) -> list[dict]:
 
 @pytest.mark.parametrize(
     "feature",
-    few_of(SPLIT, "tp2_etp2_ep2", "tp2_ep2_shared_overlapped", "vpp2_pp2_ep2_mtp", "cp2_ep4"),
+    few_of(
+        SPLIT,
+        "tp2_etp2_ep2",
+        "tp2_etp2_ep2_padded",
+        "tp2_ep2_shared_overlapped",
+        "vpp2_pp2_ep2_mtp",
+        "cp2_ep4",
+    ),
 )
 def test_split_model_trains_like_alltoall(feature):
     setup = SPLIT[feature]
@@ -91,10 +102,3 @@ def test_overlapped_weight_gradients_are_the_same_bits(feature, overlap_grad_red
     setup = dataclasses.replace(SPLIT[feature], overlap_grad_reduce=overlap_grad_reduce)
     overlapped = dataclasses.replace(setup, options=(("overlap_wgrad", True),))
     assert_same_bits(run(setup), run(overlapped))
-
-
-def assert_same_bits(first: list[dict], second: list[dict]) -> None:
-    for a, b in zip(first, second, strict=True):
-        assert a["losses"] == b["losses"]
-        for name in a["gradients"]:
-            assert np.array_equal(a["gradients"][name], b["gradients"][name]), name
