@@ -11,7 +11,7 @@ import torch
 from cases import Case, to_torch
 from ranks import RankFailure
 from test_buffer import CASES, check_results, on_gpus, random_case, run_case
-from test_capacity import exact_and_roomy
+from test_capacity import exact_and_roomy, groups_of_one_size
 from test_dispatch_fp8 import CASE as FP8_CASE
 from test_dispatch_fp8 import check_fp8_results, dispatch_all_ways
 from virtual_nodes import (
@@ -106,6 +106,16 @@ def test_outputs_of_a_given_size(shape):
     tokens = (9, 6, 0, 20)[: shape[0] * shape[1]]
     case = between_nodes(Case(tokens=tokens, hidden=128, num_topk=3), shape[1])
     run_virtual_nodes(*shape, capacity_on_buffer, case.config(), case)
+
+
+def groups_on_buffer(rank: int, buffer: Buffer, case: Case) -> None:
+    groups_of_one_size(rank, case, buffer)
+
+
+def test_groups_of_one_size():
+    case = Case(tokens=(4, 3, 0, 5), hidden=128, num_topk=2, experts_per_rank=8)
+    case = between_nodes(case, 2)
+    run_virtual_nodes(2, 2, groups_on_buffer, case.config(), case)
 
 
 def some_nodes_only(rank: int, buffer: Buffer, case: Case, steps: int) -> list[np.ndarray]:

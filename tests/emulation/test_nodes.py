@@ -118,8 +118,6 @@ def test_fp8(library, layout):
 
 def capacity_on_buffer(rank: int, buffer: Buffer, case: Case) -> None:
     exact_and_roomy(rank, case, buffer)
-    if case.layout == "expert":
-        groups_of_one_size(rank, case, buffer)
 
 
 @pytest.mark.slow
@@ -128,6 +126,17 @@ def capacity_on_buffer(rank: int, buffer: Buffer, case: Case) -> None:
 def test_outputs_of_a_given_size(library, shape, layout):
     case = case_of(shape, hidden=128, layout=layout)
     run_emulated_nodes(library, *shape, capacity_on_buffer, case.config(**PATIENT), case)
+
+
+def groups_on_buffer(rank: int, buffer: Buffer, case: Case) -> None:
+    groups_of_one_size(rank, case, buffer)
+
+
+@pytest.mark.slow
+def test_groups_of_one_size(library):
+    """Some of them are empty."""
+    case = case_of((2, 2), tokens=(4, 3, 0, 5), hidden=128, num_topk=2, experts_per_rank=8)
+    run_emulated_nodes(library, 2, 2, groups_on_buffer, case.config(**PATIENT), case)
 
 
 def unwaited_steps(rank: int, buffer: Buffer, case: Case, steps: int) -> list[np.ndarray]:
