@@ -65,6 +65,24 @@ def _let_gloo_move_unequal_parts() -> None:
     dist.all_gather, dist.reduce_scatter = any_all_gather, any_reduce_scatter
 
 
+def delay_weight_gradients(chunk: torch.nn.Module) -> None:
+    """Let routed experts of Megatron's own linear layers delay their weight gradients.
+
+    Transformer Engine's layers do, all of them. Others of Megatron's are asked for it in vain here.
+    """
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+    from ep_comm.megatron.wgrad import DelayedWeightGradient
+
+    for name, module in chunk.named_modules():
+        if not isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            continue
+        if ".experts." in name:
+            DelayedWeightGradient(module)
+        else:
+            module.backward_dw = lambda: None
+
+
 @functools.cache
 def attention() -> type[torch.nn.Module]:
     """Megatron's own attention, with context parallelism and with the heads of MLA.

@@ -92,8 +92,9 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
         no_sync = [chunk.no_sync for chunk in model]
         config.no_sync_func = no_sync if setup.vpp > 1 else no_sync[0]
 
-    def forward_step(iterator, chunk):
-        output = chunk(*next(iterator))
+    def forward_step(iterator, chunk, return_schedule_plan=False):
+        run = chunk.build_schedule_plan if return_schedule_plan else chunk
+        output = run(*next(iterator))
 
         def loss_func(losses):
             loss = losses.float().mean()
@@ -228,6 +229,9 @@ def make_config(setup: Setup, finalize_model_grads):
         expert_tensor_parallel_size=setup.etp,
         pipeline_model_parallel_size=setup.pp,
         virtual_pipeline_model_parallel_size=setup.vpp if setup.vpp > 1 else None,
+        # In one batch of messages two stages would take each other's gradients for activations.
+        overlap_p2p_comm=setup.vpp > 1,
+        batch_p2p_comm=setup.vpp == 1,
         context_parallel_size=setup.cp,
         add_bias_linear=False,
         gated_linear_unit=True,
@@ -267,7 +271,7 @@ def make_model(setup: Setup, config, options) -> list:
         bucket_size=4096 if setup.overlap_grad_reduce else None,
         fp8_param_gather=config.fp8_param,
         grad_reduce_in_fp32=setup.te,
-        delay_wgrad_compute=ours or megatrons,
+        delay_wgrad_compute=ours or megatrons or config.delay_wgrad_compute,
     )
     chunks = []
     for i in range(setup.vpp):
@@ -278,6 +282,8 @@ def make_model(setup: Setup, config, options) -> list:
             fuse_accumulation(chunk)
         if setup.te:
             chunk.cuda()  # DDP would bring along only what is trainable
+        elif config.delay_wgrad_compute:
+            megatron_gaps.delay_weight_gradients(chunk)
         for name, parameter in chunk.named_parameters():
             if setup.frozen and re.search(setup.frozen, name):
                 parameter.requires_grad_(False)

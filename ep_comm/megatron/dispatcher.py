@@ -39,6 +39,7 @@ from torch import Tensor
 import ep_comm
 from ep_comm import Buffer, DispatchHandle, DispatchOutput, EPConfig, EPTooManyTokensError, fp8
 from ep_comm.backends.nvlink.prices import gemm_tiles
+from ep_comm.backends.nvlink.tuning import OVERLAPPED_SMS
 from ep_comm.job.meeting import meet
 from ep_comm.megatron.options import EPOptions
 from ep_comm.megatron.wgrad import at_end_of_backward
@@ -105,6 +106,10 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         self.expert_alignment = options.expert_alignment
         if self.expert_alignment is None:
             self.expert_alignment = _quantisation_alignment(config)
+        # Operations beside computation leave it most SMs.
+        self._num_sms = options.num_sms
+        if config.overlap_moe_expert_parallel_comm:
+            self._num_sms = options.num_sms or OVERLAPPED_SMS
         self.buffers: list[Buffer] = []
         self.handle: DispatchHandle | None = None
 
@@ -131,6 +136,8 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             out = self._dispatch_to_capacity(buffer, hidden_states, probs)
         else:
             out = self._dispatch_what_comes(buffer, hidden_states, probs)
+        assert self._routing_map is not None  # the preprocessing set it
+        self._note_use(self._routing_map)
         self._routing_map = None
         rows, probs_of_rows = out.recv_x, out.recv_topk_weights
         assert isinstance(rows, Tensor) and probs_of_rows is not None  # what was sent was so too
@@ -190,8 +197,20 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         """Add the rows of each local expert, padding included: [E_local] int64 on the CPU."""
         if self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act(hidden_states)
+        self._note_use(hidden_states, probs)
         assert self.handle is not None  # the dispatch set it
         return hidden_states, self.handle.padded_tokens_per_expert, probs.to(self._probs_dtype)
+
+    def _note_use(self, *tensors: Tensor) -> None:
+        """Keep what another stream made from being written over while the current one reads it.
+
+        Under the 1F1B overlap preprocessing and experts are on one stream, dispatch and combine on
+        another. Megatron sees to the inputs of combine and to gradients; and it keeps the inputs of
+        dispatch until what follows that is on the first stream again.
+        """
+        if self.config.overlap_moe_expert_parallel_comm:
+            for tensor in tensors:
+                tensor.record_stream(torch.cuda.current_stream())
 
     @property
     def tokens_per_expert(self) -> Tensor:
@@ -253,7 +272,8 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             return self.buffers[-1]
         config, options, group = self.config, self.options, self.tp_ep_group
         sizes = (config.num_moe_experts, hidden_states.shape[-1], config.moe_router_topk)
-        self.buffers = _buffers.setdefault((group, *sizes, hidden_states.dtype, options), [])
+        key = (group, *sizes, hidden_states.dtype, options, self._num_sms)
+        self.buffers = _buffers.setdefault(key, [])
         if self.buffers and self.buffers[-1].is_usable:
             return self.buffers[-1]
         self.buffers[:] = [buffer for buffer in self.buffers if buffer.is_usable]
@@ -281,7 +301,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
                 timeout_s=self._timeout_s(hidden_states),
             ),
         )
-        buffer.set_num_sms(self.options.num_sms)
+        buffer.set_num_sms(self._num_sms)
         if self.options.overlap_wgrad:
             buffer.set_gemm_tiles(self._wgrad_tiles(hidden_states.shape[-1]))
         self.buffers.append(buffer)

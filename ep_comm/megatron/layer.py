@@ -26,6 +26,7 @@ from torch import nn
 from ep_comm.errors import EPArgumentError, EPStateError, name_settings
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
 from ep_comm.megatron.options import EPOptions
+from ep_comm.megatron.schedule import keep_inputs
 from ep_comm.megatron.support import FSDP, check_supported
 from ep_comm.megatron.wgrad import delay_weight_gradients, with_delayed_wgrad
 
@@ -184,6 +185,8 @@ def _build(layer: MoELayer, options: EPOptions, args: tuple, kwargs: dict) -> No
         options=options,
         during_backward=during_backward,
     )
+    if config.overlap_moe_expert_parallel_comm:
+        keep_inputs()
     if layer.use_shared_expert and layer.shared_expert_overlap:
         layer.token_dispatcher.set_shared_experts(layer.shared_experts)
 

@@ -223,19 +223,14 @@ BY_CONFIG = (
         _per_shard_above("num_moe_experts", EP_MAX_EXPERTS),
     ),
     Refusal(
-        "--overlap-moe-expert-parallel-comm (the 1F1B overlap)",
-        "--ep-overlap-wgrad hides the backward combine without it",
-        _is_set("overlap_moe_expert_parallel_comm"),
+        "--ep-overlap-wgrad with --overlap-moe-expert-parallel-comm (the 1F1B overlap)",
+        "--delay-wgrad-compute delays weight gradients there",
+        lambda config, options: options.overlap_wgrad and config.overlap_moe_expert_parallel_comm,
     ),
     Refusal(
         "--overlap-dispatch-backward-with-experts-wgrad",
         "take --ep-overlap-wgrad instead",
         _is_set("overlap_dispatch_backward_with_experts_wgrad"),
-    ),
-    Refusal(
-        "--delay-wgrad-compute for the whole model",
-        "--ep-overlap-wgrad delays the routed experts' alone",
-        _is_set("delay_wgrad_compute"),
     ),
     Refusal(
         "CUDA graphs over the MoE layer",

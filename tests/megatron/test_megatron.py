@@ -296,14 +296,13 @@ REFUSED = [
         "--num-experts x --expert-tensor-parallel-size above 4096 (5000 x 1)",
     ),
     (
-        {"overlap_moe_expert_parallel_comm": True}, {},
-        "--overlap-moe-expert-parallel-comm (the 1F1B overlap): --ep-overlap-wgrad",
+        {"overlap_moe_expert_parallel_comm": True}, {"overlap_wgrad": True},
+        "--ep-overlap-wgrad with --overlap-moe-expert-parallel-comm (the 1F1B overlap): --delay-w",
     ),
     (
         {"overlap_dispatch_backward_with_experts_wgrad": True}, {},
         "--overlap-dispatch-backward-with-experts-wgrad: take",
     ),
-    ({"delay_wgrad_compute": True}, {}, "--delay-wgrad-compute for the whole model: "),
     (
         {"cuda_graph_impl": "transformer_engine", "graphed": ["moe"]}, {},
         "CUDA graphs over the MoE layer: ",
