@@ -317,14 +317,14 @@ def gpt_model(setup: Setup, config, options, vp_stage: int | None):
             moe_grouped_gemm=False,
             multi_latent_attention=config.multi_latent_attention,
         )
-    if setup.cp > 1 or config.multi_latent_attention:
+    if not setup.te and (setup.cp > 1 or config.multi_latent_attention):
         spec.submodules.self_attention.submodules.core_attention = megatron_gaps.attention()
     if setup.dispatcher == "deepep" and not setup.through_install:
         spec = use_ep_comm(spec, options)
     mtp_block_spec = None
     if config.mtp_num_layers:
         mtp_block_spec = get_gpt_mtp_block_spec(
-            config, spec, use_transformer_engine=False, vp_stage=vp_stage
+            config, spec, use_transformer_engine=setup.te, vp_stage=vp_stage
         )
     return GPTModel(
         config,

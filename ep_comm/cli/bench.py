@@ -339,7 +339,9 @@ def train(
         str,
         typer.Option(
             help=f"What to train, out of {', '.join(VARIANTS)}. fp8: FP8 on the wire; fp8-experts: "
-            "FP8 GEMMs; fp8-all: both; overlap: weight gradients of experts beside communication."
+            "FP8 GEMMs; fp8-all: both; overlap: weight gradients of experts beside communication; "
+            "1f1b: Megatron's overlap of micro-batches; capacity: experts filled up to "
+            "--moe-expert-capacity-factor, which is to be given."
         ),
     ] = "alltoall,ep_comm,ep_comm-overlap",
     microbatches: Annotated[str, typer.Option(help="Of an optimizer step.")] = "1,8",

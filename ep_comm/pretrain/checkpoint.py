@@ -54,6 +54,7 @@ FREE_KEYS = {each.key for each in OPTIONS} | set(
     """
     train_iters moe_token_dispatcher moe_grouped_gemm moe_permute_fusion moe_router_fusion
     expert_model_parallel_size overlap_dispatch_backward_with_experts_wgrad
+    overlap_moe_expert_parallel_comm delay_wgrad_compute
     manual_gc manual_gc_interval
     recompute_granularity recompute_modules overlap_grad_reduce overlap_param_gather
     eval_interval eval_iters save save_interval keep_checkpoints load load_despite run_dir

@@ -76,6 +76,14 @@ class MixtureOfExperts(_Group):
     moe_shared_expert_overlap: bool = _key(
         False, "run that expert beside dispatch and combine; with ep_comm set ep_num_sms too"
     )
+    moe_expert_capacity_factor: PositiveFloat | None = _key(
+        None,
+        "drop what an expert gets beyond this times its even share of a rank's tokens; none: "
+        "nothing is dropped",
+    )
+    moe_pad_expert_input_to_capacity: bool = _key(
+        False, "fill each expert up to that, so that its rows are always as many"
+    )
     moe_grouped_gemm: bool = _key(False, "all local experts in one grouped GEMM; needs TE")
     moe_permute_fusion: bool = _key(False, "fused permutation kernels of alltoall; needs TE")
     moe_router_fusion: bool = _key(False, "fused kernels of the router; needs TE")
@@ -95,6 +103,14 @@ class Dispatch(_Group):
         False,
         "compute the experts' weight gradients while the backward of Megatron's own dispatch is "
         "under way; needs TE",
+    )
+    overlap_moe_expert_parallel_comm: bool = _key(
+        False,
+        "run the dispatch and combine of a micro-batch beside the computation of another one: "
+        "Megatron's 1F1B overlap",
+    )
+    delay_wgrad_compute: bool = _key(
+        False, "in that overlap compute weight gradients beside communication too; needs TE"
     )
 
 
@@ -215,6 +231,9 @@ _NEEDS = (
     ("moe_router_padding_for_fp8", "fp8_format"),
     ("moe_shared_expert_overlap", "moe_shared_expert_intermediate_size"),
     ("overlap_dispatch_backward_with_experts_wgrad", "moe_grouped_gemm"),
+    ("overlap_moe_expert_parallel_comm", "bf16"),
+    ("delay_wgrad_compute", "overlap_moe_expert_parallel_comm"),
+    ("moe_pad_expert_input_to_capacity", "moe_expert_capacity_factor"),
     ("overlap_param_gather", "use_distributed_optimizer"),
     ("overlap_param_gather", "overlap_grad_reduce"),
     ("manual_gc_interval", "manual_gc"),

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -203,10 +204,16 @@ def mean_over_ranks(*values: torch.Tensor) -> list[float]:
     return [total / dist.get_world_size() for total in sums.tolist()]
 
 
-def _forward_step(batches: Batches, model: torch.nn.Module) -> tuple[torch.Tensor, partial]:
-    """Return losses and loss function of a microbatch, as Megatron's schedules want them."""
+def _forward_step(
+    batches: Batches, model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, partial]:
+    """Return losses and loss function of a microbatch, as Megatron's schedules want them.
+
+    Its 1F1B overlap wants a plan to compute the losses instead.
+    """
     batch = next(batches)
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    forward = model.build_schedule_plan if return_schedule_plan else model
+    losses = forward(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return losses, partial(_mean_loss, batch["loss_mask"])
 
 

@@ -41,7 +41,7 @@ C = TypeVar("C")
 NEEDS_TRANSFORMER_ENGINE = (
     *("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion"),
     *("fp8_format", "fp8_param_gather", "moe_router_padding_for_fp8"),
-    "gradient_accumulation_fusion",
+    *("gradient_accumulation_fusion", "delay_wgrad_compute"),
 )
 
 
@@ -251,8 +251,9 @@ def _gpt_model(
             config,
             grad_reduce_in_fp32=True,
             # Without it DDP takes the experts' gradients when backward has gone through them, which
-            # is before either overlap has computed them.
+            # is before any of the overlaps has computed them.
             delay_wgrad_compute=config.overlap_dispatch_backward_with_experts_wgrad
+            or config.delay_wgrad_compute
             or config.ep_options.overlap_wgrad,
         ),
         model,

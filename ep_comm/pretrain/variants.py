@@ -16,6 +16,8 @@ _ALLTOALL = (DISPATCHER_FLAGS[0], STOCK)
 _EP_COMM = (DISPATCHER_FLAGS[0], NAME)
 _OVERLAP = ("--ep-overlap-wgrad",)
 _OWN_OVERLAP = ("--overlap-dispatch-backward-with-experts-wgrad",)  # Megatron's
+_1F1B = ("--overlap-moe-expert-parallel-comm", "--delay-wgrad-compute")
+_CAPACITY = ("--moe-pad-expert-input-to-capacity",)  # of a factor that the run is given
 # FP8 experts as Megatron recommends them for Hopper.
 FP8_EXPERTS = (
     *("--fp8-format", "e4m3", "--fp8-recipe", "blockwise"),
@@ -27,6 +29,7 @@ FP8_WIRE = ("--ep-fp8-dispatch", "--ep-fp8-grad-dispatch")
 
 # "-overlap" is what is named before it, with the experts' weight gradients beside communication of
 # the backward pass: ours beside the combine, Megatron's own beside its backward of dispatch.
+# "-1f1b" is Megatron's overlap of one micro-batch's communication with another one's computation.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "alltoall": _ALLTOALL,
     "alltoall-overlap": _ALLTOALL + _OWN_OVERLAP,
@@ -37,6 +40,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "ep_comm-fp8-experts": _EP_COMM + FP8_EXPERTS,
     "ep_comm-fp8-all": _EP_COMM + FP8_EXPERTS + FP8_WIRE,
     "ep_comm-fp8-all-overlap": _EP_COMM + FP8_EXPERTS + FP8_WIRE + _OVERLAP,
+    "alltoall-1f1b": _ALLTOALL + _1F1B,
+    "ep_comm-1f1b": _EP_COMM + _1F1B,
+    "alltoall-fp8-1f1b": _ALLTOALL + FP8_EXPERTS + _1F1B,
+    "ep_comm-fp8-all-1f1b": _EP_COMM + FP8_EXPERTS + FP8_WIRE + _1F1B,
+    "alltoall-capacity": _ALLTOALL + _CAPACITY,
+    "ep_comm-capacity": _EP_COMM + _CAPACITY,
 }
 
 
@@ -50,8 +59,24 @@ def current_name(name: str) -> str:
 
 
 def reference_of(name: str) -> str:
-    """Return the variant of Megatron's own dispatcher that has the same experts as `name`."""
-    return "alltoall-fp8" if "--fp8-format" in VARIANTS[name] else STOCK
+    """Return the variant of Megatron's own dispatcher that has the same experts as `name`.
+
+    And the same capacity: what drops tokens has less to do.
+    """
+    flags = VARIANTS[name]
+    if _CAPACITY[0] in flags:
+        return "alltoall-capacity"
+    return "alltoall-fp8" if "--fp8-format" in flags else STOCK
+
+
+def references_of(name: str) -> tuple[str, ...]:
+    """Return the variants of which the faster one is what `name` has to be faster than.
+
+    That is `reference_of`, and for ours under the 1F1B overlap alltoall under it too.
+    """
+    reference = reference_of(name)
+    is_1f1b = _1F1B[0] in VARIANTS[name] and _EP_COMM[1] in VARIANTS[name]
+    return (reference, f"{reference}-1f1b") if is_1f1b else (reference,)
 
 
 def serial_of(name: str) -> str | None:

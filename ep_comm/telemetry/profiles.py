@@ -17,7 +17,8 @@ from ep_comm.telemetry.spans import Span
 Event = dict[str, Any]
 
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
-COMMUNICATION = ("combine", "dispatch", "NCCL")
+_OURS = ("combine", "dispatch")
+_ALLTOALL = "sendrecv"  # in the name of the kernel of NCCL's that sends messages
 _GEMM = "GEMM"
 # Kind, and what the kernels' names contain; the first kind that fits counts. CUTLASS has attention
 # too: its GEMMs say so.
@@ -110,9 +111,13 @@ def gemms(events: Iterable[Event]) -> list[Span]:
 
 
 def communication(events: Iterable[Event]) -> list[Span]:
-    """Return the spans of kernels that communicate, ours and NCCL's."""
+    """Return the spans of kernels that bring tokens to experts and back: ours, or alltoall's.
+
+    NCCL's other collectives, of gradients and parameters, are not among them.
+    """
     return [
         span_of(event)
         for event in events
-        if event.get("cat") == "kernel" and kind_of(event["name"]) in COMMUNICATION
+        if event.get("cat") == "kernel"
+        and (kind_of(event["name"]) in _OURS or _ALLTOALL in event["name"].lower())
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import io
 import json
@@ -28,7 +29,7 @@ from ep_comm.bench.train.settings import make_train_settings
 from ep_comm.bench.train.timeline import draw_timelines
 from ep_comm.cli.app import app
 from ep_comm.job.exits import UserError
-from ep_comm.pretrain.variants import VARIANTS, reference_of, serial_of
+from ep_comm.pretrain.variants import VARIANTS, reference_of, references_of, serial_of
 from ep_comm.telemetry.profiles import kind_of
 
 TINY = CONFIGS / "tiny-cpu.yaml"
@@ -72,8 +73,12 @@ def test_what_variants_are_compared_with():
     assert reference_of("ep_comm-fp8-all") == "alltoall-fp8" == reference_of("alltoall-fp8")
     assert serial_of("ep_comm") is None and serial_of("ep_comm-overlap") == "ep_comm"
     assert reference_of("alltoall-overlap") == "alltoall" == serial_of("alltoall-overlap")
+    assert reference_of("ep_comm-capacity") == "alltoall-capacity"
+    assert references_of("ep_comm-1f1b") == ("alltoall", "alltoall-1f1b")
+    assert references_of("ep_comm-fp8-all-1f1b") == ("alltoall-fp8", "alltoall-fp8-1f1b")
+    assert references_of("alltoall-1f1b") == ("alltoall",) == references_of("ep_comm")
     for name in VARIANTS:
-        assert reference_of(name) in VARIANTS and (serial_of(name) or name) in VARIANTS
+        assert set(references_of(name)) <= set(VARIANTS) and (serial_of(name) or name) in VARIANTS
 
 
 @pytest.mark.parametrize(
@@ -106,6 +111,11 @@ def test_bad_settings(changes, words):
         (["--variants", "ours"], "--variants 'ours'"),
         (["--moe-router-topk", "9"], "alltoall: moe_router_topk 9 is more than num_experts 8"),
         (["--no-such-key", "1"], "--no-such-key"),
+        (
+            ["--variants", "ep_comm-capacity"],
+            "ep_comm-capacity: moe_pad_expert_input_to_capacity needs moe_expert_capacity_factor",
+        ),
+        (["--variants", "ep_comm-1f1b"], "ep_comm-1f1b: overlap_moe_expert_parallel_comm needs b"),
         (["--variants", "alltoall-overlap"], "alltoall-overlap: overlap_dispatch_backward_with"),
         ([], "start it with torchrun"),
     ],
@@ -282,6 +292,22 @@ def test_figures():
     assert run.hidden_share("ep_comm") is None
 
 
+@pytest.mark.parametrize(("theirs_ms", "faster"), [(9.0, "alltoall-1f1b"), (13.0, "alltoall")])
+def test_the_faster_reference_counts(theirs_ms, faster):
+    run = made_up_run()
+    for name, ms in (("alltoall-1f1b", theirs_ms), ("ep_comm-1f1b", 6.0)):
+        like = [block for block in run.blocks if block.variant == "alltoall"]
+        blocks = tuple(
+            dataclasses.replace(block, variant=name, step_ms=(ms * block.microbatches,) * 3)
+            for block in like
+        )
+        run = dataclasses.replace(run, blocks=run.blocks + blocks)
+    found = run.figures("ep_comm-1f1b", 2)
+    assert found["reference"] == faster
+    assert found["ratio_worst"] == min(theirs_ms, 12.0) / 6
+    assert run.figures("ep_comm", 2)["reference"] == "alltoall"
+
+
 def test_without_the_reference_there_are_no_ratios():
     run = made_up_run()
     blocks = tuple(block for block in run.blocks if block.variant != "alltoall")
@@ -362,6 +388,20 @@ def test_a_run_on_the_cpu(tmp_path):
         pairs = found["layer"]["hidden"]
         assert len(pairs) == (40 if name == "ep_comm-overlap" else 0)
     assert document["hidden_share"]["ep_comm-overlap"] is not None
+
+
+def test_a_capacity_on_the_cpu(tmp_path):
+    """Both drop the same tokens, whose number is shown."""
+    flags = ["--config", TINY, *SMALL, "--microbatches", 1, "--blocks", 1, "--steps", 1]
+    flags += ["--variants", "alltoall-capacity,ep_comm-capacity", "--warmup", 0]
+    result = bench_train(*flags, "--moe-expert-capacity-factor", 0.7, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    document = json.loads((tmp_path / "bench-train.json").read_text())
+    alltoall, ours = document["inspections"].values()
+    assert 0.3 <= alltoall["dropped"] < 0.9 and ours["dropped"] == alltoall["dropped"]
+    assert f"{ours['dropped']:.2%}" in result.stdout
+    losses = [block["loss"] for block in document["blocks"]]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_a_mistake_ends_the_job_with_one_line(tmp_path):

@@ -50,6 +50,8 @@ class LayerAlone:
         self.hidden.grad = None
         with named(BACKWARD):
             output.backward(self._grad)
+            if self._config.delay_wgrad_compute:  # Megatron's schedule asks for them
+                self._layer.backward_dw(routed_experts=True, shared_experts=True)
 
     def once(self) -> None:
         """Run forward and backward."""

@@ -31,7 +31,8 @@ _ENVIRONMENT = """
 
 _STEP_NOTES = """\
 step: the slowest rank's, on the GPU's clock, over all blocks; x: step time of alltoall (of \
-alltoall-fp8 for FP8 experts) over the variant's, of the blocks' medians
+alltoall-fp8 for FP8 experts, alltoall-capacity with a capacity, and of the faster one of alltoall \
+and alltoall-1f1b for ep_comm-1f1b) over the variant's, of the blocks' medians
 memory: highest on any rank, torch's and ep_comm's buffers; allocs: torch asked the driver for \
 memory in the timed steps (that is slow: more than a few want more --warmup); loss: of the last \
 step, all variants see the same tokens"""
@@ -41,13 +42,15 @@ as above, of forward + backward
 combine alone: our backward combine's kernels, all SMs; hidden: what the backward gains, in that \
 unit, by weight gradients beside the combine instead of behind it, the median of pairs of passes
 dispatch, experts, combine of a step: forward, summed over layers and microbatches, permutation \
-and padding included, on the rank where it is longest"""
+and padding included, on the rank where it is longest; dropped: of the experts that tokens \
+selected, by their capacity"""
 _HOST_NOTES = """\
 one step, and one forward + backward of the layer alone, of rank 0 while torch's profiler records \
 (which makes the host slower)
 kernels: launched; waits: of the host for the GPU, or for the sizes of a dispatch; host: µs or ms \
 of the host without the waits; busy: at least one kernel or copy runs, if only to wait \
-for another rank; exposed: a dispatch, a combine or NCCL runs, and no matrix product"""
+for another rank; EP: tokens are on their way, by ours or by NCCL's messages, of any micro-batch; \
+exposed: the part of it in which no matrix product runs"""
 
 
 def write_report(run: TrainRun, out: Path, console: Console) -> None:
@@ -190,7 +193,7 @@ def _layer_table(run: TrainRun) -> Table:
     table = screen_table(
         f"MoE layer alone | forward of the MoE layers in a step of {count} microbatch(es); ms",
         ("variant", "forward", "backward", "both", "x", "combine alone", "hidden", "dispatch",
-         "experts", "combine", "of the step"),
+         "experts", "combine", "of the step", "dropped"),
     )  # fmt: skip
     for name, found in run.inspections.items():
         layer, phases = found.layer, found.phases_ms
@@ -203,6 +206,7 @@ def _layer_table(run: TrainRun) -> Table:
             _show(run.hidden_share(name), ".0%"),
             *(f"{phases[phase]:.2f}" for phase in ("dispatch", "expert", "combine")),
             f"{sum(phases.values()) / step_ms:.0%}",
+            _show(found.dropped, ".2%"),
         )
     return table
 
@@ -210,17 +214,19 @@ def _layer_table(run: TrainRun) -> Table:
 def _host_table(run: TrainRun) -> Table:
     table = screen_table(
         f"host and GPU, a step of {run.settings.microbatches[0]} microbatch(es) | an MoE layer",
-        ("variant", "kernels", "waits", "host ms", "busy ms", "exposed ms", "wall ms", "kernels",
-         "waits", "host µs forward", "host µs both", "busy µs"),
+        ("variant", "kernels", "waits", "host ms", "busy ms", "wall ms", "EP ms", "exposed",
+         "kernels", "waits", "host µs forward", "host µs both", "busy µs"),
     )  # fmt: skip
     for name, found in run.inspections.items():
         step, forward, backward = found.step, found.layer_forward, found.layer_backward
         if step and forward and backward:
             table.add_row(
                 *(name, str(step.kernels), str(step.waits)),
-                *(
-                    f"{us / 1e3:.1f}"
-                    for us in (step.host_us, step.busy_us, step.exposed_us, step.wall_us)
+                *(f"{us / 1e3:.1f}" for us in (step.host_us, step.busy_us, step.wall_us)),
+                f"{step.communication_us / 1e3:.1f}",
+                _show(
+                    step.exposed_us / step.communication_us if step.communication_us else None,
+                    ".0%",
                 ),
                 *(str(forward.kernels + backward.kernels), str(forward.waits + backward.waits)),
                 f"{forward.host_us:.0f}",

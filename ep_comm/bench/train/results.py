@@ -9,7 +9,7 @@ from typing import Any
 from ep_comm.bench.timing import summarize
 from ep_comm.bench.train.profile import Bar, Profile
 from ep_comm.bench.train.settings import TrainSettings
-from ep_comm.pretrain.variants import reference_of
+from ep_comm.pretrain.variants import reference_of, references_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,8 @@ class Inspection:
         step: A step.
         layer_forward, layer_backward: The layer alone.
         backward_bars: What the GPU did in the layer's backward.
+        dropped: Share of the tokens' selections of experts that their capacity dropped, over all
+            ranks; None without a capacity.
     """
 
     phases_ms: dict[str, float]
@@ -77,6 +79,7 @@ class Inspection:
     layer_forward: Profile | None = None
     layer_backward: Profile | None = None
     backward_bars: tuple[Bar, ...] = field(default=(), repr=False)
+    dropped: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +113,11 @@ class TrainRun:
         """Return what the steps of a variant gave, as ``bench-train.json`` has it.
 
         A ratio of times is the reference's over the variant's, above 1 is faster; the ratio of
-        memory is the variant's over the reference's. They are None without the reference.
+        memory is the variant's over the reference's. They are None without the reference. Of
+        several that were measured the reference is the one with the least median.
         """
-        blocks, references = self._blocks(name, count), self._blocks(reference_of(name), count)
+        blocks, reference = self._blocks(name, count), self._reference(name, count)
+        references = self._blocks(reference, count)
         step = summarize([ms for block in blocks for ms in block.step_ms])
         ratios = tuple(
             median(theirs.step_ms) / median(ours.step_ms)
@@ -126,7 +131,7 @@ class TrainRun:
             "microbatches": count,
             "step_ms": asdict(step),
             "tokens_per_s_per_gpu": 1e3 * tokens / step.median,
-            "reference": reference_of(name),
+            "reference": reference,
             "ratio_of_blocks": ratios or None,
             "ratio_median": median(ratios) if ratios else None,
             "ratio_worst": min(ratios, default=None),
@@ -135,6 +140,14 @@ class TrainRun:
             "num_allocations": sum(allocations) if len(allocations) == len(blocks) else None,
             "loss": blocks[-1].loss,
         }
+
+    def _reference(self, name: str, count: int) -> str:
+        measured = {
+            reference: median(ms for block in blocks for ms in block.step_ms)
+            for reference in references_of(name)
+            if (blocks := self._blocks(reference, count))
+        }
+        return min(measured, key=measured.__getitem__, default=reference_of(name))
 
     def layer_ratio(self, name: str) -> float | None:
         """Return the reference's time of the layer alone, both ways, over the variant's."""

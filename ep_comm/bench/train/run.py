@@ -166,8 +166,11 @@ def _inspect(trainer: Trainer, settings: TrainSettings, trace: Path) -> Inspecti
     layer = LayerAlone(trainer)
     times = layer.measure(Stopwatch(trainer.device, _LAYER_ITERS), _LAYER_ITERS)
     profiles = _profile(trainer, layer, microbatches, trace)
+    dropped = _dropped(trainer, microbatches)
     phases_ms, imbalance = _phases(trainer, microbatches)  # last: it puts clocks into the model
-    return Inspection(phases_ms=phases_ms, imbalance=imbalance, layer=times, **profiles)
+    return Inspection(
+        phases_ms=phases_ms, imbalance=imbalance, layer=times, dropped=dropped, **profiles
+    )
 
 
 def _profile(trainer: Trainer, layer: LayerAlone, microbatches: int, trace: Path) -> dict:
@@ -188,6 +191,26 @@ def _profile(trainer: Trainer, layer: LayerAlone, microbatches: int, trace: Path
         layer_backward=summarize_trace(layer_events, BACKWARD),
         backward_bars=tuple(bars(layer_events, BACKWARD)),
     )
+
+
+def _dropped(trainer: Trainer, microbatches: int) -> float | None:
+    """Return the share of selected experts that tokens did not get in a step; see `Inspection`."""
+    config = trainer.trainee.config
+    if config.moe_expert_capacity_factor is None:
+        return None
+    kept, selected = [], 0
+
+    def count(router: torch.nn.Module, args: tuple, output: tuple) -> None:
+        nonlocal selected
+        probs, routing_map = output  # padding is in the map, with probability 0
+        kept.append((routing_map & (probs != 0)).sum())
+        selected += len(probs) * config.moe_router_topk
+
+    hooks = [layer.router.register_forward_hook(count) for layer in trainer.moe_layers()]
+    trainer.step(microbatches)
+    for hook in hooks:
+        hook.remove()
+    return mean_over_ranks(1 - torch.stack(kept).sum() / selected)[0]
 
 
 def _phases(trainer: Trainer, microbatches: int) -> tuple[dict[str, float], dict[str, float]]:
