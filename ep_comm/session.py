@@ -164,6 +164,8 @@ class Session:
 class Operation:
     """See `Session.operation`; as a generator it would cost a call 2 µs more."""
 
+    __slots__ = ("_in_use", "_is_backward", "_num_started", "_session")
+
     def __init__(
         self, session: Session, in_use: threading.RLock, is_backward: bool = False
     ) -> None:

@@ -82,7 +82,9 @@ class Library:
         Raises:
             EPArgumentError, EPStateError: As `check`.
         """
-        self.check(getattr(self._dll, function)(args, stream))
+        status = getattr(self._dll, function)(args, stream)
+        if status != EP_OK:
+            self.check(status)
 
     def load_kernels(self) -> None:
         """Load every kernel on the current device, before any of them may spin."""

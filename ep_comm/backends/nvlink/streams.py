@@ -83,7 +83,7 @@ class Streams:
 
     def begin(self, op: int, asynchronous: bool, num_sms: int) -> int:
         """Return the next operation's stream, ordered behind all that it must not meet."""
-        current = self.current
+        current = raw_stream(self._device_index)
         stream = self._comm_handle if asynchronous else current
         if stream != current:
             self.wait(stream, current)
@@ -163,6 +163,14 @@ class InFlight:
         """
         last_stream, most_sms = self._operations.pop(key, (stream, 0))
         behind = [] if last_stream == stream else [last_stream]
+        if self._operations:
+            behind = sorted(behind + self._without_room(stream, last_stream, num_sms))
+        # A larger one before it may be what runs, as far as the host knows.
+        self._operations[key] = (stream, max(num_sms, most_sms))
+        return behind
+
+    def _without_room(self, stream: int, last_stream: int, num_sms: int) -> list[int]:
+        """Return other streams beside whose operations one of `num_sms` does not fit."""
         # One operation runs at a time on each stream: the largest counts.
         sms_of_stream: dict[int, int] = {}
         # A copy: the garbage collector may have a buffer forgotten at any moment.
@@ -170,15 +178,13 @@ class InFlight:
             if other_stream not in (stream, last_stream):
                 largest = max(other_sms, sms_of_stream.get(other_stream, 0))
                 sms_of_stream[other_stream] = largest
-        room = self._num_sms - num_sms
+        room, behind = self._num_sms - num_sms, []
         for other_stream, other_sms in sms_of_stream.items():
             if other_sms <= room:
                 room -= other_sms
             else:
                 behind.append(other_stream)
-        # A larger one before it may be what runs, as far as the host knows.
-        self._operations[key] = (stream, max(num_sms, most_sms))
-        return sorted(behind)
+        return behind
 
     def streams(self, keys: Iterable[object]) -> set[int]:
         """Return where the last operations of these keys run; earlier ones are done before."""
