@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
+_DONE = EventOverlap()
+
+
 class Pending(Generic[Result]):
     """An operation that was started.
 
@@ -41,7 +44,7 @@ class Pending(Generic[Result]):
     ) -> None:
         self._result: Any = result  # what `finish` gives, once it was called
         self._finish = finish
-        self.event = event or EventOverlap()
+        self.event = _DONE if event is None else event
 
     @property
     def result(self) -> Result:
@@ -145,7 +148,8 @@ class LowLatencyDispatchRequest(NamedTuple):
         recv_x: [E, R M, H] BF16 or FP8, contiguous.
         recv_scales: Where FP8 travels [E, R M, H / 128] FP32, or [E, R M, H / 512] int32. The
             strides are (columns x S, 1, S) with S = R M rounded up to a multiple of 4.
-        recv_src_info: [E, R M] int32, source rank x M + token of each row.
+        recv_src_info: [E R M + `LowLatencyBackend.num_kept_ints`] int32: source rank x M + token of
+            each row, and behind them what the dispatch leaves for its combine.
         recv_count: [E] int32, rows of each expert.
         recv_stats: [E] int32, to which the rows of each expert are added, or None.
         wait_stats: [R] int64, to which the nanoseconds waited for each rank are added, or None.
@@ -195,6 +199,9 @@ class LowLatencyBackend(Protocol):
     receives when its `Pending.result` is asked for, which happens once, in any order among those
     that are out; where the request is not split, at once. Of each kind only the last two are out.
     """
+
+    def num_kept_ints(self, max_tokens: int, num_topk: int) -> int:
+        """Return how many int32 numbers a dispatch leaves on the device for its combine."""
 
     def dispatch(self, request: LowLatencyDispatchRequest) -> Pending[Any]:
         """Send rows.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ep_comm import checks, fp8_low_latency
+from ep_comm.blank import Blank
 from ep_comm.config import EPConfig, is_int
 from ep_comm.errors import EPArgumentError, setting
+from ep_comm.fp8 import FP8_DTYPE
 from ep_comm.fp8_low_latency import ScaleForm
 from ep_comm.low_latency.handle import LowLatencyHandle
 from ep_comm.tracing import plain_tensor
@@ -30,18 +35,33 @@ def scale_form(use_fp8: bool, round_scale: bool, use_ue8m0: bool, hidden: int) -
     return form
 
 
-def empty_scales(
-    shape: tuple[int, int], hidden: int, form: ScaleForm, device: torch.device
-) -> Tensor:
-    """[E, rows, columns], column-major in the last two dimensions, for TMA."""
-    num_experts, num_rows = shape
-    stride = -(-num_rows // _TMA_STRIDE) * _TMA_STRIDE
-    columns = hidden // form.elements_per_scale
-    return torch.empty_strided(
-        (num_experts, num_rows, columns),
-        (columns * stride, 1, stride),
-        dtype=form.dtype,
-        device=device,
+class Received(NamedTuple):
+    """What the tensors are to be that a dispatch writes, see `LowLatencyDispatchRequest`."""
+
+    recv_x: Blank
+    recv_scales: Blank | None
+    recv_src_info: Blank
+    recv_count: Blank
+
+
+@functools.cache
+def received(
+    num_experts: int, num_rows: int, hidden: int, form: ScaleForm | None, num_kept_ints: int
+) -> Received:
+    """Return the tensors of a dispatch to `num_experts` of this rank, `num_rows` each."""
+    scales = None
+    if form is not None:  # column-major in the last two dimensions, for TMA
+        columns = hidden // form.elements_per_scale
+        stride = -(-num_rows // _TMA_STRIDE) * _TMA_STRIDE
+        size = (num_experts, num_rows, columns)
+        scales = Blank(size, (columns * stride, 1, stride), form.dtype)
+    dtype = torch.bfloat16 if form is None else FP8_DTYPE
+    num_ints = num_experts * num_rows + num_kept_ints
+    return Received(
+        recv_x=Blank((num_experts, num_rows, hidden), (num_rows * hidden, hidden, 1), dtype),
+        recv_scales=scales,
+        recv_src_info=Blank((num_ints,), (1,), torch.int32),
+        recv_count=Blank((num_experts,), (1,), torch.int32),
     )
 
 

@@ -15,16 +15,17 @@ from ep_comm.backends.base import (
     LowLatencyDispatchRequest,
     Pending,
 )
+from ep_comm.blank import maker
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPUnsupportedError, setting
 from ep_comm.events import EventOverlap
-from ep_comm.fp8 import FP8_DTYPE, Payload
+from ep_comm.fp8 import Payload
 from ep_comm.low_latency.arguments import (
     check_phases,
     check_same_routing,
     check_sizes,
     combine_weights,
-    empty_scales,
+    received,
     scale_form,
 )
 from ep_comm.low_latency.handle import (
@@ -37,6 +38,8 @@ from ep_comm.low_latency.handle import (
 )
 from ep_comm.session import Session
 from ep_comm.tracing import plain_tensor, untraced
+
+_NOTHING = EventOverlap()  # waits for nothing
 
 
 class LowLatencyCalls:
@@ -107,7 +110,8 @@ class LowLatencyCalls:
                 The buffer stays usable. Or it failed earlier, or was destroyed.
             EPUnsupportedError: The backend has no low-latency operations.
         """
-        session, backend, config = self._session, self._low_latency(), self.config
+        config, operation = self.config, self._session.operation()
+        backend = self._made_for_low_latency()
         form = scale_form(use_fp8, round_scale, use_ue8m0, config.hidden)
         check_phases(async_finish, return_recv_hook)
         check_sizes(num_max_dispatch_tokens_per_rank, num_experts, config)
@@ -115,7 +119,7 @@ class LowLatencyCalls:
         x = plain_tensor("x", x)
         checks.check_rows("x", x, None, config.hidden)
         checks.check_dtype("x", x, torch.bfloat16)
-        session.backend.check_device("x", x)
+        self._session.backend.check_device("x", x)
         num_tokens, device = x.shape[0], x.device
         if num_tokens > max_tokens:
             raise EPArgumentError(
@@ -135,42 +139,48 @@ class LowLatencyCalls:
         )  # fmt: skip
         self._dispatches.check_room()
 
-        shape = (self.num_local_experts, self.num_ranks * max_tokens)
-        recv_dtype = torch.bfloat16 if form is None else FP8_DTYPE
-        recv_scales = None if form is None else empty_scales(shape, config.hidden, form, device)
+        num_rows, num_kept_ints = (
+            self.num_ranks * max_tokens,
+            backend.num_kept_ints(max_tokens, num_topk),
+        )
+        blank = received(self.num_local_experts, num_rows, config.hidden, form, num_kept_ints)
+        make = maker(device)
+        recv_x, recv_count = make(*blank.recv_x), make(*blank.recv_count)
+        recv_scales = None if blank.recv_scales is None else make(*blank.recv_scales)
+        recv_src_info = make(*blank.recv_src_info)
         request = LowLatencyDispatchRequest(
             x=x,
             topk_idx=source,
             topk_weights=weights,
             scale_form=form,
             max_tokens=max_tokens,
-            recv_x=torch.empty(*shape, config.hidden, dtype=recv_dtype, device=device),
+            recv_x=recv_x,
             recv_scales=recv_scales,
-            recv_src_info=torch.empty(shape, dtype=torch.int32, device=device),
-            recv_count=torch.empty(shape[0], dtype=torch.int32, device=device),
+            recv_src_info=recv_src_info,
+            recv_count=recv_count,
             recv_stats=recv_stats,
             wait_stats=wait_stats,
             is_split=return_recv_hook,
             asynchronous=async_finish,
         )
-        with session.operation():
+        with operation:
             pending = backend.dispatch(request)
             event = _receive_unless_split(pending, return_recv_hook, async_finish)
-        hook = self._dispatches.add(session, pending, return_recv_hook)
+        hook = self._dispatches.add(self._session, pending, return_recv_hook)
         handle = LowLatencyHandle(
-            session=session,
+            session=self._session,
             number=self._dispatches.num_operations,
             topk_idx=topk_idx,
             topk_weights=topk_weights,
             max_tokens=max_tokens,
-            recv_src_info=request.recv_src_info,
+            num_experts=self.num_local_experts,
+            num_rows=num_rows,
+            ints=recv_src_info,
             pending=pending,
             hook=hook,
         )
-        recv_x: Payload = request.recv_x
-        if recv_scales is not None:
-            recv_x = (request.recv_x, recv_scales)
-        return LowLatencyDispatchOutput(recv_x, request.recv_count, handle, event, hook)
+        rows: Payload = recv_x if recv_scales is None else (recv_x, recv_scales)
+        return LowLatencyDispatchOutput(rows, recv_count, handle, event, hook)
 
     @untraced
     def low_latency_combine(
@@ -215,12 +225,12 @@ class LowLatencyCalls:
                 still out. The buffer stays usable. Or it failed earlier, or was destroyed.
             Others as `low_latency_dispatch`.
         """
-        session, backend = self._session, self._low_latency()
+        operation, backend = self._session.operation(), self._made_for_low_latency()
         check_phases(async_finish, return_recv_hook)
-        handle = checked_handle(handle, session)
+        handle = checked_handle(handle, self._session)
         num_tokens, device = handle.topk_idx.shape[0], handle.topk_idx.device
         hidden = self.config.hidden
-        shape = (self.num_local_experts, self.num_ranks * handle.max_tokens, hidden)
+        shape = (handle.num_experts, handle.num_rows, hidden)
         x = checks.checked_tensor("x", x, shape, torch.bfloat16, device)
         checks.check_address("x", x)
         if zero_copy:
@@ -243,7 +253,7 @@ class LowLatencyCalls:
         self._combines.check_room()
 
         if out is None:
-            out = torch.empty(num_tokens, hidden, dtype=torch.bfloat16, device=device)
+            out = maker(device)((num_tokens, hidden), (hidden, 1), torch.bfloat16)
         request = LowLatencyCombineRequest(
             x=x,
             topk_weights=weights,
@@ -252,11 +262,11 @@ class LowLatencyCalls:
             is_split=return_recv_hook,
             asynchronous=async_finish,
         )
-        with session.operation():
+        with operation:
             handle.was_used = True
             pending = backend.combine(handle.pending.result, request)
             event = _receive_unless_split(pending, return_recv_hook, async_finish)
-        hook = self._combines.add(session, pending, return_recv_hook)
+        hook = self._combines.add(self._session, pending, return_recv_hook)
         return LowLatencyCombineOutput(out, event, hook)
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Tensor:
@@ -274,7 +284,7 @@ class LowLatencyCalls:
         handle = checked_handle(handle, session)
         if handle.combine_buffer is None:
             handle.combine_buffer = torch.empty(
-                (*handle.recv_src_info.shape, self.config.hidden),
+                (handle.num_experts, handle.num_rows, self.config.hidden),
                 dtype=torch.bfloat16,
                 device=handle.topk_idx.device,
             )
@@ -362,9 +372,9 @@ class LowLatencyCalls:
 def _receive_unless_split(pending: Pending, is_split: bool, asynchronous: bool) -> EventOverlap:
     """Receive, where no hook does; return the event that the caller gets."""
     if is_split:
-        return EventOverlap()
+        return _NOTHING
     if not asynchronous:
         pending.wait()
-        return EventOverlap()
+        return _NOTHING
     _ = pending.result
     return pending.event

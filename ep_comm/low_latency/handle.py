@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
@@ -26,20 +27,25 @@ class Hook:
     """
 
     def __init__(
-        self, session: Session, kind: str, number: int, receive: Callable[[], None]
+        self, session: Session, kind: str, number: int, receive: Callable[[], object]
     ) -> None:
         self._session = session
         self._receive = receive
+        self._kind = kind
         self.number = number
-        self.name = f"{kind} #{number}"
         self.was_called = False
+
+    @property
+    def name(self) -> str:
+        """Of the operation, for messages."""
+        return f"{self._kind} #{self.number}"
 
     def __call__(self) -> None:
         """Receive."""
-        self._session.check_usable()
+        operation = self._session.operation()
         if self.was_called:
             raise EPStateError(f"the hook of {self.name} was called before: call it once")
-        with self._session.operation():
+        with operation:
             self._receive()
         self.was_called = True
 
@@ -65,6 +71,8 @@ class HooksOut:
 
         Operations take the memory of a buffer in turns: each uses that of the one before the last.
         """
+        if not self._hooks:
+            return
         self._hooks = [hook for hook in self._hooks if not hook.was_called]
         number = self.num_operations + 1
         for hook in self._hooks:
@@ -79,11 +87,7 @@ class HooksOut:
         self.num_operations += 1
         if not is_split:
             return None
-
-        def receive() -> None:
-            pending.wait()
-
-        hook = Hook(session, self.kind, self.num_operations, receive)
+        hook = Hook(session, self.kind, self.num_operations, pending.wait)
         self._hooks.append(hook)
         return hook
 
@@ -100,8 +104,9 @@ class LowLatencyHandle:
         topk_idx: [T, K] as it was dispatched.
         topk_weights: [T, K] FP32 that travelled with the rows; None where none did.
         max_tokens: M, ``num_max_dispatch_tokens_per_rank`` of the dispatch.
-        recv_src_info: [E, R M] int32, source rank x M + token of each received row; unspecified
-            behind the rows that came. Complete when the rows are.
+        num_experts: E.
+        num_rows: R M.
+        ints: What `recv_src_info` is the begin of.
         pending: What the backend started.
         hook: That of the dispatch; None where it has none.
         combine_buffer: See `Buffer.get_next_low_latency_combine_buffer`.
@@ -113,11 +118,22 @@ class LowLatencyHandle:
     topk_idx: Tensor = field(repr=False)
     topk_weights: Tensor | None = field(repr=False)
     max_tokens: int
-    recv_src_info: Tensor = field(repr=False)
+    num_experts: int
+    num_rows: int
+    ints: Tensor = field(repr=False)
     pending: Pending[Any] = field(repr=False)
     hook: Hook | None = field(default=None, repr=False)
     combine_buffer: Tensor | None = field(default=None, repr=False)
     was_used: bool = False
+
+    @cached_property
+    def recv_src_info(self) -> Tensor:
+        """[E, R M] int32, source rank x M + token of each received row.
+
+        Unspecified behind the rows that came. Complete when the rows are.
+        """
+        num_places = self.num_experts * self.num_rows
+        return self.ints[:num_places].view(self.num_experts, self.num_rows)
 
     def __copy__(self) -> LowLatencyHandle:
         return self  # there is one of each dispatch

@@ -33,9 +33,9 @@ _EPOCHS = 2  # of a handle: the dispatch's and the combine's
 _KIND = header.EP_OP_LOW_LATENCY_DISPATCH
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True, eq=False)  # frozen, a call would take 1 µs longer
 class NVLinkLowLatencyRouting:
-    """What a combine needs of its dispatch.
+    """What a combine needs of its dispatch. Nobody changes it.
 
     Attributes:
         topk_idx: [T, K] int32 or int64 of this rank's tokens.
@@ -92,6 +92,7 @@ class NVLinkLowLatency:
         self._offsets = offsets
         self._num_ranks = memory.num_ranks
         self._hidden = config.hidden
+        self._num_local_experts = config.num_experts // memory.num_ranks
         self._device = device
         self._streams = streams
         self._recorder = recorder
@@ -112,7 +113,7 @@ class NVLinkLowLatency:
                 entry_offset=entries,
                 room=config.low_latency_tokens,
                 hidden=config.hidden,
-                num_local_experts=config.num_experts // memory.num_ranks,
+                num_local_experts=self._num_local_experts,
             )
 
         self.args = LowLatencyArgs(
@@ -133,23 +134,32 @@ class NVLinkLowLatency:
             ),
         )
 
+    def num_kept_ints(self, max_tokens: int, num_topk: int) -> int:
+        """Return the numbers of an ``ep_low_latency_handle``."""
+        entries = self._num_ranks * max_tokens * num_topk
+        return _EPOCHS + 2 * header.EP_MAX_PEERS + max_tokens + 2 * entries
+
     def dispatch(self, request: LowLatencyDispatchRequest) -> Pending[NVLinkLowLatencyRouting]:
         """Launch the kernel that sends, and that which receives or its hook."""
         self._memory.check()
         topk_idx, weights, scales = request.topk_idx, request.topk_weights, request.recv_scales
-        routing = self._new_routing(topk_idx, request.max_tokens)
+        max_tokens, ints = request.max_tokens, request.recv_src_info
         args = self.args.dispatch
-        self._fill(args.common, topk_idx, weights, request.max_tokens, request.wait_stats)
-        args.handle = routing.native
+        self._fill(args.common, topk_idx, weights, max_tokens, request.wait_stats)
+        args.recv_src_info = address = ints.data_ptr()
+        args.handle = native = self._native_handle(address, max_tokens, topk_idx.shape[1])
         args.x = request.x.data_ptr()
         args.recv_x = request.recv_x.data_ptr()
         args.recv_scales = None if scales is None else scales.data_ptr()
         args.scale_stride = 0 if scales is None else scales.stride(2)
         args.recv_count = request.recv_count.data_ptr()
         args.recv_stats = None if request.recv_stats is None else request.recv_stats.data_ptr()
-        args.recv_src_info = request.recv_src_info.data_ptr()
         args.format = _FORMATS[request.scale_form]
-        return self._start("low_latency_dispatch", args, request, routing, routing)
+        current = self._launch("low_latency_dispatch", args, request)
+        routing = NVLinkLowLatencyRouting(
+            topk_idx=topk_idx, max_tokens=max_tokens, native=native, memory=ints, stream=current
+        )
+        return self._pending("low_latency_dispatch", args, request, routing, routing)
 
     def combine(
         self, routing: NVLinkLowLatencyRouting, request: LowLatencyCombineRequest
@@ -162,7 +172,9 @@ class NVLinkLowLatency:
         args.handle = routing.native
         args.x = request.x.data_ptr()
         args.combined_x = request.out.data_ptr()
-        return self._start("low_latency_combine", args, request, routing, None)
+        current = self._launch("low_latency_combine", args, request)
+        self._keep_for_stream(current, routing)
+        return self._pending("low_latency_combine", args, request, routing, None)
 
     @property
     def most_operations(self) -> int:
@@ -192,26 +204,18 @@ class NVLinkLowLatency:
         credits = memory[self._offsets.low_latency_credits :]
         credits[: 16 * self._num_ranks].view(torch.int32).fill_(half)
 
-    def _new_routing(self, topk_idx: Tensor, max_tokens: int) -> NVLinkLowLatencyRouting:
-        """Allocate what a dispatch of these tokens leaves, see ``ep_low_latency_handle``."""
-        entries = self._num_ranks * max_tokens * topk_idx.shape[1]
-        num_ints = _EPOCHS + 2 * header.EP_MAX_PEERS + max_tokens + 2 * entries
-        memory = torch.empty(num_ints, dtype=torch.int32, device=self._device)
-        epochs = memory.data_ptr()
+    def _native_handle(
+        self, recv_src_info: int, max_tokens: int, num_topk: int
+    ) -> header.LowLatencyHandle:
+        """Return where a dispatch leaves what its combine needs: behind its `recv_src_info`."""
+        num_places = self._num_ranks * max_tokens
+        epochs = recv_src_info + 4 * self._num_local_experts * num_places
         num_tokens = epochs + 4 * _EPOCHS
         num_rows = num_tokens + 4 * header.EP_MAX_PEERS
         ranks = num_rows + 4 * header.EP_MAX_PEERS
         rows = ranks + 4 * max_tokens
-        native = header.LowLatencyHandle(
-            epochs, num_tokens, num_rows, ranks, rows, rows + 4 * entries
-        )
-        return NVLinkLowLatencyRouting(
-            topk_idx=topk_idx,
-            max_tokens=max_tokens,
-            native=native,
-            memory=memory,
-            stream=self._streams.current,
-        )
+        weights = rows + 4 * num_places * num_topk
+        return header.LowLatencyHandle(epochs, num_tokens, num_rows, ranks, rows, weights)
 
     def _fill(
         self,
@@ -229,7 +233,22 @@ class NVLinkLowLatency:
         common.max_tokens = max_tokens
         common.wait_stats = None if wait_stats is None else wait_stats.data_ptr()
 
-    def _start(
+    def _launch(
+        self,
+        op: str,
+        args: Any,
+        request: LowLatencyDispatchRequest | LowLatencyCombineRequest,
+    ) -> int:
+        """Launch an operation, or its send phase; return the caller's stream."""
+        asynchronous, common = request.asynchronous, args.common
+        common.phases = _SEND if request.is_split else _SEND | _RECEIVE
+        common.num_blocks = sms = self._num_sms(asynchronous)
+        stream = self._streams.begin(_KIND, asynchronous, sms)
+        common.peers.record = self._recorder.start(op, 2 * self._hidden)
+        self._native.launch(f"ep_{op}", args, stream)
+        return self._streams.current if asynchronous else stream
+
+    def _pending(
         self,
         op: str,
         args: Any,
@@ -237,40 +256,29 @@ class NVLinkLowLatency:
         routing: NVLinkLowLatencyRouting,
         result: Any,
     ) -> Pending[Any]:
-        """Launch the operation, or its send phase."""
-        asynchronous = request.asynchronous
-        common = args.common
-        common.phases = _SEND if request.is_split else _SEND | _RECEIVE
-        common.num_blocks = sms = self._num_sms(asynchronous)
-        stream = self._streams.begin(_KIND, asynchronous, sms)
-        common.peers.record = self._recorder.start(op, 2 * self._hidden)
-        self._native.launch(f"ep_{op}", args, stream)
-        self._keep_for_current_stream(routing)
-        if asynchronous:
+        """Return what `_launch` has started, which `args` still describe."""
+        if request.asynchronous:
             return Pending(result, self._streams.comm_event((request, routing)))
         if not request.is_split:
             return Pending(result)
-        copy = type(args).from_buffer_copy(args)
+        args = type(args).from_buffer_copy(args)
 
         def receive() -> Any:
-            self._receive(op, copy)
-            self._keep_for_current_stream(routing)
+            """Launch the receive phase."""
+            self._memory.check_fault()
+            common = args.common
+            common.phases = _RECEIVE
+            common.num_blocks = sms = self._num_sms(False)
+            stream = self._streams.begin(_KIND, False, sms)
+            self._native.launch(f"ep_{op}", args, stream)
+            self._keep_for_stream(stream, routing)
             return result
 
         return Pending(finish=receive)
 
-    def _keep_for_current_stream(self, routing: NVLinkLowLatencyRouting) -> None:
-        """Keep the routing's memory until the current stream is done with it."""
-        if self._streams.current != routing.stream:
-            current = torch.cuda.current_stream(self._device)
+    def _keep_for_stream(self, current: int, routing: NVLinkLowLatencyRouting) -> None:
+        """Keep the routing's memory until `current`, the current stream, is done with it."""
+        if current != routing.stream:
+            stream = torch.cuda.current_stream(self._device)
             for tensor in (routing.memory, routing.topk_idx):
-                tensor.record_stream(current)
-
-    def _receive(self, op: str, args: Any) -> None:
-        """Launch the receive phase of the operation that was sent with `args`."""
-        self._memory.check_fault()
-        common = args.common
-        common.phases = _RECEIVE
-        common.num_blocks = sms = self._num_sms(False)
-        stream = self._streams.begin(_KIND, False, sms)
-        self._native.launch(f"ep_{op}", args, stream)
+                tensor.record_stream(stream)

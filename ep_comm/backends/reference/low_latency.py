@@ -76,6 +76,10 @@ class LowLatencyRouting:
 class ReferenceLowLatency(Operations):
     """See `ep_comm.backends.base.LowLatencyBackend`, whose methods these are."""
 
+    def num_kept_ints(self, max_tokens: int, num_topk: int) -> int:
+        """Return 0: what a dispatch leaves has tensors of its own."""
+        return 0
+
     def dispatch(self, request: LowLatencyDispatchRequest) -> Pending[LowLatencyRouting]:
         """Exchange headers, and send experts, rows and weights."""
         x, form, weights = request.x, request.scale_form, request.topk_weights
@@ -227,7 +231,8 @@ class ReferenceLowLatency(Operations):
             torch.tensor(recv_rows)
         )
         src_info = ranks.to(device) * request.max_tokens + recv_meta[:, 0]
-        request.recv_src_info[experts, places] = src_info[rows]
+        recv_src_info = request.recv_src_info.view(self.num_local_experts, -1)
+        recv_src_info[experts, places] = src_info[rows]
         request.recv_count.copy_(hits_NE.sum(0))
         if request.recv_stats is not None:
             request.recv_stats.add_(request.recv_count)
