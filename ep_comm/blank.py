@@ -1,6 +1,7 @@
 """Tensors without content, at half of the host's time that ``torch.empty`` takes on a GPU.
 
-A low-latency dispatch returns several, and they are a good part of what the call takes.
+A low-latency dispatch returns several, and they are a good part of what the call takes. They are
+not filled where ``torch.use_deterministic_algorithms`` has ``torch.empty`` do so.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ class Blank(NamedTuple):
 
 Make = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
 
-# What torch's compiler calls for this in the code that it makes; it takes the current GPU.
+# What torch's compiler calls for this in the code that it makes. It takes the current GPU.
 _on_current_gpu: Make = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
 
 
-def maker(device: torch.device) -> Make:
-    """Return what makes a tensor on `device`, of the size, strides and type of a `Blank`."""
-    if device.type == "cuda" and device.index == torch._C._cuda_getDevice():
+def maker(like: Tensor) -> Make:
+    """Return what makes a tensor where `like` is, of the size, strides and type of a `Blank`."""
+    if like.is_cuda and like.get_device() == torch._C._cuda_getDevice():
         return _on_current_gpu
+    device = like.device
     return lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=device)

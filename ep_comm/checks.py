@@ -109,7 +109,8 @@ def checked_tensor(
 ) -> Tensor:
     """Return `value`, a contiguous tensor of that shape and type, on that device."""
     tensor = plain_tensor(name, value)
-    check_dtype(name, tensor, dtype)
+    if tensor.dtype != dtype:
+        check_dtype(name, tensor, dtype)
     if tensor.shape != shape:
         raise EPArgumentError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
     if tensor.device != device:
@@ -264,7 +265,7 @@ def checked_source(
         raise EPArgumentError(_ONE_ROUTING)
     if topk_idx is not None:
         source = _checked_2d("topk_idx", topk_idx, (torch.int32, torch.int64), "num_topk")
-        num_topk = source.shape[1]
+        num_tokens, num_topk = source.shape
         if not 1 <= num_topk <= config.num_topk:
             raise EPArgumentError(
                 f"topk_idx has {num_topk} entries a token, the buffer was made for 1 to num_topk "
@@ -272,16 +273,17 @@ def checked_source(
             )
     else:
         source = _checked_2d("routing_map", routing_map, (torch.bool,), "num_experts")
+        num_tokens, num_columns = source.shape
         num_topk = config.num_topk
-        if source.shape[1] != config.num_experts:
+        if num_columns != config.num_experts:
             raise EPArgumentError(
-                f"routing_map has {source.shape[1]} columns, expected one for each of the "
+                f"routing_map has {num_columns} columns, expected one for each of the "
                 f"num_experts = {config.num_experts} experts"
             )
     if source.device != rows.device:
         raise EPArgumentError(f"the routing is on {source.device}, x on {rows.device}")
-    if source.shape[0] != rows.shape[0]:
-        raise EPArgumentError(f"the routing has {source.shape[0]} tokens, x has {rows.shape[0]}")
+    if num_tokens != rows.shape[0]:
+        raise EPArgumentError(f"the routing has {num_tokens} tokens, x has {rows.shape[0]}")
     return source.contiguous(), num_topk
 
 

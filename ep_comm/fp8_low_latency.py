@@ -48,6 +48,8 @@ class ScaleForm(Enum):
     POWER_OF_TWO = "power_of_two"
     UE8M0 = "ue8m0"
 
+    __hash__ = object.__hash__  # an enum's own is a function in Python
+
     @property
     def dtype(self) -> torch.dtype:
         """Type of the tensor that holds the scales."""

@@ -107,6 +107,9 @@ class Session:
         failed operation may still be on their way, and nothing could be trusted. Wrong arguments
         leave the buffer as it was, as long as no other rank waits for what they should have
         started.
+
+        Raises:
+            EPStateError: As `check_usable`; here, not where the context is entered.
         """
         self.check_usable()
         return Operation(self, self._in_use, is_backward)
@@ -178,7 +181,7 @@ class Operation:
         backend = self._session.backend
         self._num_started = backend.num_started
         backend.recorder.is_backward = self._is_backward
-        if not self._in_use.acquire(blocking=False):
+        if not self._in_use.acquire(False):
             raise EPStateError(
                 "another thread is in an operation of this buffer: one thread at a time uses it, "
                 "in the same order on every rank"

@@ -61,8 +61,12 @@ def plain_tensor(name: str, value: object) -> Tensor:
         EPArgumentError: It is no tensor.
         EPUnsupportedError: It has no memory: a DTensor, a fake tensor, one of ``torch.func``.
     """
-    if type(value) is Tensor and _has_memory(value) and not value.is_neg():  # as a rule
-        return value
+    if type(value) is Tensor:  # as a rule: in few steps
+        try:
+            if value.data_ptr() and not value.is_neg():
+                return value
+        except RuntimeError:  # see `_has_memory`
+            pass
     if not isinstance(value, Tensor):
         raise EPArgumentError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if type(value) not in _PLAIN and hasattr(value, "trigger_wait"):  # AsyncCollectiveTensor

@@ -20,6 +20,7 @@ from ep_comm.tracing import plain_tensor
 _TMA_STRIDE = 4  # scales of 4 bytes in the 16 bytes that a stride is a multiple of
 
 
+@functools.cache
 def scale_form(use_fp8: bool, round_scale: bool, use_ue8m0: bool, hidden: int) -> ScaleForm | None:
     """Return the form that DeepEP's three switches ask for; None is BF16."""
     if round_scale and not use_fp8:

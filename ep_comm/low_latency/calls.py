@@ -110,8 +110,8 @@ class LowLatencyCalls:
                 The buffer stays usable. Or it failed earlier, or was destroyed.
             EPUnsupportedError: The backend has no low-latency operations.
         """
-        config, operation = self.config, self._session.operation()
-        backend = self._made_for_low_latency()
+        session, config = self._session, self.config
+        operation, backend = session.operation(), self._made_for_low_latency()
         form = scale_form(use_fp8, round_scale, use_ue8m0, config.hidden)
         check_phases(async_finish, return_recv_hook)
         check_sizes(num_max_dispatch_tokens_per_rank, num_experts, config)
@@ -119,7 +119,7 @@ class LowLatencyCalls:
         x = plain_tensor("x", x)
         checks.check_rows("x", x, None, config.hidden)
         checks.check_dtype("x", x, torch.bfloat16)
-        self._session.backend.check_device("x", x)
+        session.backend.check_device("x", x)
         num_tokens, device = x.shape[0], x.device
         if num_tokens > max_tokens:
             raise EPArgumentError(
@@ -139,12 +139,11 @@ class LowLatencyCalls:
         )  # fmt: skip
         self._dispatches.check_room()
 
-        num_rows, num_kept_ints = (
-            self.num_ranks * max_tokens,
+        blank = received(
+            self.num_local_experts, self.num_ranks * max_tokens, config.hidden, form,
             backend.num_kept_ints(max_tokens, num_topk),
-        )
-        blank = received(self.num_local_experts, num_rows, config.hidden, form, num_kept_ints)
-        make = maker(device)
+        )  # fmt: skip
+        make = maker(x)
         recv_x, recv_count = make(*blank.recv_x), make(*blank.recv_count)
         recv_scales = None if blank.recv_scales is None else make(*blank.recv_scales)
         recv_src_info = make(*blank.recv_src_info)
@@ -166,15 +165,14 @@ class LowLatencyCalls:
         with operation:
             pending = backend.dispatch(request)
             event = _receive_unless_split(pending, return_recv_hook, async_finish)
-        hook = self._dispatches.add(self._session, pending, return_recv_hook)
+        hook = self._dispatches.add(session, pending, return_recv_hook)
         handle = LowLatencyHandle(
-            session=self._session,
+            session=session,
             number=self._dispatches.num_operations,
             topk_idx=topk_idx,
             topk_weights=topk_weights,
             max_tokens=max_tokens,
-            num_experts=self.num_local_experts,
-            num_rows=num_rows,
+            shape=blank.recv_x.size,
             ints=recv_src_info,
             pending=pending,
             hook=hook,
@@ -225,13 +223,13 @@ class LowLatencyCalls:
                 still out. The buffer stays usable. Or it failed earlier, or was destroyed.
             Others as `low_latency_dispatch`.
         """
-        operation, backend = self._session.operation(), self._made_for_low_latency()
+        session = self._session
+        operation, backend = session.operation(), self._made_for_low_latency()
         check_phases(async_finish, return_recv_hook)
-        handle = checked_handle(handle, self._session)
+        handle = checked_handle(handle, session)
         num_tokens, device = handle.topk_idx.shape[0], handle.topk_idx.device
         hidden = self.config.hidden
-        shape = (handle.num_experts, handle.num_rows, hidden)
-        x = checks.checked_tensor("x", x, shape, torch.bfloat16, device)
+        x = checks.checked_tensor("x", x, handle.shape, torch.bfloat16, device)
         checks.check_address("x", x)
         if zero_copy:
             if handle.combine_buffer is None:
@@ -253,7 +251,7 @@ class LowLatencyCalls:
         self._combines.check_room()
 
         if out is None:
-            out = maker(device)((num_tokens, hidden), (hidden, 1), torch.bfloat16)
+            out = maker(x)((num_tokens, hidden), (hidden, 1), torch.bfloat16)
         request = LowLatencyCombineRequest(
             x=x,
             topk_weights=weights,
@@ -266,7 +264,7 @@ class LowLatencyCalls:
             handle.was_used = True
             pending = backend.combine(handle.pending.result, request)
             event = _receive_unless_split(pending, return_recv_hook, async_finish)
-        hook = self._combines.add(self._session, pending, return_recv_hook)
+        hook = self._combines.add(session, pending, return_recv_hook)
         return LowLatencyCombineOutput(out, event, hook)
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Tensor:
@@ -284,9 +282,7 @@ class LowLatencyCalls:
         handle = checked_handle(handle, session)
         if handle.combine_buffer is None:
             handle.combine_buffer = torch.empty(
-                (handle.num_experts, handle.num_rows, self.config.hidden),
-                dtype=torch.bfloat16,
-                device=handle.topk_idx.device,
+                handle.shape, dtype=torch.bfloat16, device=handle.topk_idx.device
             )
         return handle.combine_buffer
 

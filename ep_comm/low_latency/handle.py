@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
@@ -30,24 +30,28 @@ class Hook:
         self, session: Session, kind: str, number: int, receive: Callable[[], object]
     ) -> None:
         self._session = session
-        self._receive = receive
+        self._receive: Callable[[], object] | None = receive
         self._kind = kind
         self.number = number
-        self.was_called = False
 
     @property
     def name(self) -> str:
         """Of the operation, for messages."""
         return f"{self._kind} #{self.number}"
 
+    @property
+    def was_called(self) -> bool:
+        """Whether it has received."""
+        return self._receive is None
+
     def __call__(self) -> None:
         """Receive."""
-        operation = self._session.operation()
-        if self.was_called:
+        operation, receive = self._session.operation(), self._receive
+        if receive is None:
             raise EPStateError(f"the hook of {self.name} was called before: call it once")
         with operation:
-            self._receive()
-        self.was_called = True
+            receive()
+        self._receive = None
 
     def __repr__(self) -> str:
         return f"Hook({self.name}, {'called' if self.was_called else 'not called yet'})"
@@ -64,19 +68,17 @@ class HooksOut:
     def __init__(self, kind: str, num_operations: int = 0) -> None:
         self.kind = kind
         self.num_operations = num_operations
-        self._hooks: list[Hook] = []  # at most MOST_OUT, and those not called yet among them
+        # Of the last operations, those not called yet among them: else `check_room` had raised.
+        self._hooks: deque[Hook] = deque(maxlen=MOST_OUT)
 
     def check_room(self) -> None:
         """Raise `EPStateError` where there is no room for another operation; name the hook.
 
         Operations take the memory of a buffer in turns: each uses that of the one before the last.
         """
-        if not self._hooks:
-            return
-        self._hooks = [hook for hook in self._hooks if not hook.was_called]
         number = self.num_operations + 1
         for hook in self._hooks:
-            if hook.number <= number - MOST_OUT:
+            if hook.number <= number - MOST_OUT and not hook.was_called:
                 raise EPStateError(
                     f"{self.kind} #{number}: the hook of {hook.name} was not called yet, whose "
                     f"memory it would use: results of the last {MOST_OUT} may be out at once"
@@ -104,8 +106,7 @@ class LowLatencyHandle:
         topk_idx: [T, K] as it was dispatched.
         topk_weights: [T, K] FP32 that travelled with the rows; None where none did.
         max_tokens: M, ``num_max_dispatch_tokens_per_rank`` of the dispatch.
-        num_experts: E.
-        num_rows: R M.
+        shape: [E, R M, hidden] of the received rows.
         ints: What `recv_src_info` is the begin of.
         pending: What the backend started.
         hook: That of the dispatch; None where it has none.
@@ -118,22 +119,21 @@ class LowLatencyHandle:
     topk_idx: Tensor = field(repr=False)
     topk_weights: Tensor | None = field(repr=False)
     max_tokens: int
-    num_experts: int
-    num_rows: int
+    shape: tuple[int, ...]
     ints: Tensor = field(repr=False)
     pending: Pending[Any] = field(repr=False)
     hook: Hook | None = field(default=None, repr=False)
     combine_buffer: Tensor | None = field(default=None, repr=False)
     was_used: bool = False
 
-    @cached_property
+    @property
     def recv_src_info(self) -> Tensor:
         """[E, R M] int32, source rank x M + token of each received row.
 
         Unspecified behind the rows that came. Complete when the rows are.
         """
-        num_places = self.num_experts * self.num_rows
-        return self.ints[:num_places].view(self.num_experts, self.num_rows)
+        num_experts, num_rows, _ = self.shape
+        return self.ints[: num_experts * num_rows].view(num_experts, num_rows)
 
     def __copy__(self) -> LowLatencyHandle:
         return self  # there is one of each dispatch

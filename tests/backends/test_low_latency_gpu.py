@@ -25,6 +25,7 @@ from test_low_latency import CASES, CHANGING, HARD, TWO_AT_ONCE, changing_operat
 from virtual_ranks import run_virtual_ranks
 
 from ep_comm import Buffer
+from ep_comm.blank import Blank, maker
 from ep_comm.errors import EPMismatchError, EPRoutingError, EPStateError, EPTimeoutError
 
 pytestmark = pytest.mark.gpu
@@ -50,6 +51,33 @@ def test_small_cases(split):
     case = dataclasses.replace(on_gpus(SMALL, "nvlink"), split=split)
     config = case.config(timeout_s=30)
     check_results(case, run_virtual_ranks(2, on_buffer, config, case, in_step=True))
+
+
+STRIDED = Blank((3, 6, 4), (32, 1, 8), torch.float32)  # columns first, with gaps
+
+
+def check_made(made: torch.Tensor, like: torch.Tensor) -> None:
+    assert made.device == like.device and made.dtype == STRIDED.dtype
+    assert (made.shape, made.stride()) == (STRIDED.size, STRIDED.stride)
+    assert made.is_leaf and not made._is_view() and not made.requires_grad
+    made.fill_(2.0)  # all of it is there
+    assert float(made.sum()) == 2.0 * made.numel()
+
+
+def test_tensors_without_content():
+    like = torch.ones(1, device="cuda")
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            one, another = (maker(like)(*STRIDED) for _ in range(2))
+            assert one.data_ptr() != another.data_ptr()
+            assert one.is_inference() == (mode is torch.inference_mode)
+            check_made(one, like)
+    assert maker(like)((0, 8), (8, 1), torch.bfloat16).shape == (0, 8)
+
+
+@pytest.mark.multi_gpu
+def test_tensors_without_content_are_where_their_like_is():
+    check_made(maker(torch.ones(1, device="cuda:1"))(*STRIDED), torch.ones(1, device="cuda:1"))
 
 
 @pytest.mark.parametrize("case", [*CASES, *HARD, EIGHT])

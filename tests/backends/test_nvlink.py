@@ -33,6 +33,17 @@ def test_operations_are_ordered_where_they_would_not_fit():
     assert in_flight.start("d", 4, 100) == [1, 3]
 
 
+def test_the_same_operation_again_waits_for_what_came_between():
+    in_flight = InFlight(100)
+    for _ in range(3):
+        assert in_flight.start("dispatch", 1, 60) == []
+    assert in_flight.start("combine", 2, 60) == [1]
+    assert in_flight.start("dispatch", 1, 60) == [2]
+    in_flight.forget("combine")
+    assert in_flight.start("dispatch", 1, 60) == []
+    assert in_flight.start("combine", 2, 60) == [1]
+
+
 def test_a_larger_operation_before_the_last_one_counts():
     in_flight = InFlight(100)
     in_flight.start("dispatch", 1, 100)

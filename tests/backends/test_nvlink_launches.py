@@ -14,7 +14,13 @@ from virtual_ranks import VirtualBuffer
 
 from ep_comm import EPConfig, EventOverlap
 from ep_comm._native import header
-from ep_comm.backends.base import CombineRequest, DispatchRequest, PlanRequest
+from ep_comm.backends.base import (
+    CombineRequest,
+    DispatchRequest,
+    LowLatencyCombineRequest,
+    LowLatencyDispatchRequest,
+    PlanRequest,
+)
 from ep_comm.backends.nvlink import backend as nvlink
 from ep_comm.backends.nvlink import streams as nvlink_streams
 from ep_comm.backends.nvlink.backend import NVLinkBackend
@@ -665,3 +671,95 @@ def test_reading_waits_for_every_stream_with_an_operation(backend, current, monk
     assert backend.memory.check.called
     assert waited[0] == "another"
     assert set(waited[1:]) == {current or "default", COMM} and len(waited) == 3
+
+
+# ---- Low latency -------------------------------------------------------------------------------
+
+DECODING = dataclasses.replace(CONFIG, low_latency_tokens=16)
+MAX_TOKENS = 12
+NUM_PLACES = 4 * 2 * MAX_TOKENS  # local experts x ranks x tokens
+
+
+def low_latency_dispatch(backend: NVLinkBackend, **changes):
+    low_latency = backend.low_latency
+    num_ints = NUM_PLACES + low_latency.num_kept_ints(MAX_TOKENS, 2)
+    request = LowLatencyDispatchRequest(
+        x=X, topk_idx=TOPK, topk_weights=torch.ones(10, 2), scale_form=None,
+        max_tokens=MAX_TOKENS, recv_x=torch.empty(4, 2 * MAX_TOKENS, 512, dtype=torch.bfloat16),
+        recv_scales=None, recv_src_info=torch.empty(num_ints, dtype=torch.int32),
+        recv_count=torch.empty(4, dtype=torch.int32), recv_stats=None, wait_stats=None,
+        is_split=True, asynchronous=False,
+    )  # fmt: skip
+    request = dataclasses.replace(request, **changes)
+    return low_latency.dispatch(request), request
+
+
+def low_latency_combine(backend: NVLinkBackend, routing, **changes):
+    request = LowLatencyCombineRequest(
+        x=torch.empty(4, 2 * MAX_TOKENS, 512, dtype=torch.bfloat16), topk_weights=None,
+        out=torch.empty_like(X), wait_stats=None, is_split=True, asynchronous=False,
+    )  # fmt: skip
+    request = dataclasses.replace(request, **changes)
+    return backend.low_latency.combine(routing, request), request
+
+
+@pytest.mark.parametrize("backend", [DECODING], indirect=True)
+def test_what_a_dispatch_leaves_stands_behind_the_sources_of_its_rows(backend):
+    """All of it, nothing twice, and nothing behind the end; its combine looks for it there."""
+    sent, request = low_latency_dispatch(backend)
+    ((_, args, _),) = backend.native.take()
+    ints = request.recv_src_info
+    assert args.recv_src_info == ints.data_ptr()
+    words = dict(
+        epochs=2, num_tokens=header.EP_MAX_PEERS, num_rows=header.EP_MAX_PEERS,
+        ranks=MAX_TOKENS, rows=2 * MAX_TOKENS * 2, weights=2 * MAX_TOKENS * 2,
+    )  # fmt: skip
+    at = ints.data_ptr() + 4 * NUM_PLACES
+    for name, count in words.items():
+        assert getattr(args.handle, name) == at, name
+        at += 4 * count
+    assert at == ints.data_ptr() + ints.nbytes and list(words) == [
+        name for name, _ in header.LowLatencyHandle._fields_
+    ]
+    low_latency_dispatch(backend)  # another in between
+    low_latency_combine(backend, sent.result)
+    *_, (function, combined, _) = backend.native.take()
+    assert function == "ep_low_latency_combine"
+    assert bytes(combined.handle) == bytes(args.handle)
+    assert combined.common.topk_idx == TOPK.data_ptr()
+
+
+@pytest.mark.parametrize("backend", [DECODING], indirect=True)
+def test_the_phases_of_low_latency_operations_are_launches_of_their_own(backend):
+    sent, request = low_latency_dispatch(backend)
+    other, _ = low_latency_dispatch(backend, recv_x=torch.empty(4, 2 * MAX_TOKENS, 512))
+    sent.wait()
+    send, _, receive = backend.native.take()
+    assert send[0] == receive[0] == "ep_low_latency_dispatch" and send[2] == receive[2] == CURRENT
+    assert [call[1].common.phases for call in (send, receive)] == [1, 2]
+    assert send[1].recv_x == receive[1].recv_x == request.recv_x.data_ptr()
+    assert send[1].common.peers.record == receive[1].common.peers.record
+    combined, _ = low_latency_combine(backend, sent.result, is_split=False)
+    combined.wait()
+    ((_, whole, stream),) = backend.native.take()
+    assert whole.common.phases == 3 and stream == CURRENT
+    back, _ = low_latency_combine(backend, other.result, asynchronous=True, is_split=False)
+    backend.native.take()
+    assert back.event.args[0] is backend._streams.comm.record_event()
+
+
+@pytest.mark.parametrize("backend", [DECODING], indirect=True)
+def test_what_a_dispatch_leaves_is_kept_for_the_streams_that_use_it(backend, monkeypatch):
+    another = object()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: another)
+    with mock.patch.object(torch.Tensor, "record_stream") as record_stream:
+        first, second = (low_latency_dispatch(backend)[0] for _ in range(2))
+        first.wait()
+        low_latency_combine(backend, first.result)[0].wait()
+        assert not record_stream.called
+        monkeypatch.setattr(nvlink_streams, "raw_stream", lambda _: 9)
+        second.wait()
+        back, _ = low_latency_combine(backend, second.result)
+        back.wait()
+        # Two tensors each: received, combined, and the sums received.
+        assert record_stream.call_args_list == [mock.call(another)] * 6

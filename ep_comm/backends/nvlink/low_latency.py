@@ -29,6 +29,7 @@ _FORMATS = {
 }
 _SEND, _RECEIVE = header.EP_LOW_LATENCY_SEND, header.EP_LOW_LATENCY_RECEIVE
 _EPOCHS = 2  # of a handle: the dispatch's and the combine's
+_BYTES_OF_PEERS = 4 * header.EP_MAX_PEERS
 # All of them use the same counts: for streams they are one kind of operation.
 _KIND = header.EP_OP_LOW_LATENCY_DISPATCH
 
@@ -40,14 +41,14 @@ class NVLinkLowLatencyRouting:
     Attributes:
         topk_idx: [T, K] int32 or int64 of this rank's tokens.
         max_tokens: M of the dispatch.
-        native: What the dispatch left, for kernels.
+        kept: Addresses of what the dispatch left, in the order of ``ep_low_latency_handle``.
         memory: The tensor that it stands in.
         stream: The caller's at the dispatch, to which these tensors belong.
     """
 
     topk_idx: Tensor
     max_tokens: int
-    native: header.LowLatencyHandle
+    kept: tuple[int, ...]
     memory: Tensor
     stream: int
 
@@ -147,7 +148,8 @@ class NVLinkLowLatency:
         args = self.args.dispatch
         self._fill(args.common, topk_idx, weights, max_tokens, request.wait_stats)
         args.recv_src_info = address = ints.data_ptr()
-        args.handle = native = self._native_handle(address, max_tokens, topk_idx.shape[1])
+        kept = self._kept(address, max_tokens, topk_idx.shape[1])
+        _set_handle(args.handle, kept)
         args.x = request.x.data_ptr()
         args.recv_x = request.recv_x.data_ptr()
         args.recv_scales = None if scales is None else scales.data_ptr()
@@ -157,7 +159,7 @@ class NVLinkLowLatency:
         args.format = _FORMATS[request.scale_form]
         current = self._launch("low_latency_dispatch", args, request)
         routing = NVLinkLowLatencyRouting(
-            topk_idx=topk_idx, max_tokens=max_tokens, native=native, memory=ints, stream=current
+            topk_idx=topk_idx, max_tokens=max_tokens, kept=kept, memory=ints, stream=current
         )
         return self._pending("low_latency_dispatch", args, request, routing, routing)
 
@@ -169,7 +171,7 @@ class NVLinkLowLatency:
         args = self.args.combine
         weights = request.topk_weights
         self._fill(args.common, routing.topk_idx, weights, routing.max_tokens, request.wait_stats)
-        args.handle = routing.native
+        _set_handle(args.handle, routing.kept)
         args.x = request.x.data_ptr()
         args.combined_x = request.out.data_ptr()
         current = self._launch("low_latency_combine", args, request)
@@ -204,18 +206,16 @@ class NVLinkLowLatency:
         credits = memory[self._offsets.low_latency_credits :]
         credits[: 16 * self._num_ranks].view(torch.int32).fill_(half)
 
-    def _native_handle(
-        self, recv_src_info: int, max_tokens: int, num_topk: int
-    ) -> header.LowLatencyHandle:
+    def _kept(self, recv_src_info: int, max_tokens: int, num_topk: int) -> tuple[int, ...]:
         """Return where a dispatch leaves what its combine needs: behind its `recv_src_info`."""
         num_places = self._num_ranks * max_tokens
         epochs = recv_src_info + 4 * self._num_local_experts * num_places
         num_tokens = epochs + 4 * _EPOCHS
-        num_rows = num_tokens + 4 * header.EP_MAX_PEERS
-        ranks = num_rows + 4 * header.EP_MAX_PEERS
+        num_rows = num_tokens + _BYTES_OF_PEERS
+        ranks = num_rows + _BYTES_OF_PEERS
         rows = ranks + 4 * max_tokens
         weights = rows + 4 * num_places * num_topk
-        return header.LowLatencyHandle(epochs, num_tokens, num_rows, ranks, rows, weights)
+        return epochs, num_tokens, num_rows, ranks, rows, weights
 
     def _fill(
         self,
@@ -282,3 +282,14 @@ class NVLinkLowLatency:
             stream = torch.cuda.current_stream(self._device)
             for tensor in (routing.memory, routing.topk_idx):
                 tensor.record_stream(stream)
+
+
+def _set_handle(handle: header.LowLatencyHandle, kept: tuple[int, ...]) -> None:
+    """Set the fields one by one: another structure to copy would cost a call 2 µs."""
+    epochs, num_tokens, num_rows, ranks, rows, weights = kept
+    handle.epochs = epochs
+    handle.num_tokens = num_tokens
+    handle.num_rows = num_rows
+    handle.ranks = ranks
+    handle.rows = rows
+    handle.weights = weights

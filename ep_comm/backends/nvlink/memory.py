@@ -244,7 +244,8 @@ class PeerMemory:
             EPOverflowError, EPRoutingError: An earlier dispatch, which no host waited for, had it;
                 said once.
         """
-        self.check_fault()
+        if self.has_fault:
+            raise self._error()
         if self._has_notice:
             raise self._error_of(self._take_notice())
 

@@ -161,12 +161,15 @@ class InFlight:
             stream: Where it will run.
             num_sms: SMs that its kernels occupy.
         """
-        last_stream, most_sms = self._operations.pop(key, (stream, 0))
+        operations = self._operations
+        if len(operations) == 1 and operations.get(key) == (stream, num_sms):
+            return []  # as a rule: the same again, and nothing else
+        last_stream, most_sms = operations.pop(key, (stream, 0))
         behind = [] if last_stream == stream else [last_stream]
-        if self._operations:
+        if operations:
             behind = sorted(behind + self._without_room(stream, last_stream, num_sms))
         # A larger one before it may be what runs, as far as the host knows.
-        self._operations[key] = (stream, max(num_sms, most_sms))
+        operations[key] = (stream, max(num_sms, most_sms))
         return behind
 
     def _without_room(self, stream: int, last_stream: int, num_sms: int) -> list[int]:
