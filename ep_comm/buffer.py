@@ -136,7 +136,7 @@ class Buffer(MaskCalls):
         `handle` says where tokens go.
 
         Args:
-            x: [T, hidden] BF16 or FP32 (no wider than ``config.dtype``), contiguous; or FP8 rows
+            x: [T, hidden] BF16, FP16 or FP32 (no wider than ``config.dtype``), contiguous; or FP8 rows
                 with their scales, (``float8_e4m3fn`` [T, hidden], FP32 [T, hidden / 128]), see
                 `ep_comm.fp8`.
             topk_idx: [T, K] int32 or int64, K at most ``config.num_topk``: distinct experts of
@@ -297,7 +297,7 @@ class Buffer(MaskCalls):
         are never read.
 
         Args:
-            x: Rows in the order that the dispatch gave them, BF16 or FP32, contiguous.
+            x: Rows in the order that the dispatch gave them, BF16, FP16 or FP32, contiguous.
             handle: The dispatch's.
             topk_weights: FP32, as the dispatch gave them ([M] or [N, K]): scattered back to
                 [T, K] without any sum. With their gradients this is the backward of dispatch.

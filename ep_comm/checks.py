@@ -138,9 +138,9 @@ def check_no_grad(**tensors: Tensor | None) -> None:
 
 
 def check_row_dtype(name: str, x: Tensor, config: EPConfig) -> None:
-    """Refuse rows that are not BF16 or FP32, or wider than the buffer was made for."""
+    """Refuse rows of other types than ours, and wider ones than the buffer was made for."""
     if x.dtype not in ROW_DTYPES:
-        raise EPArgumentError(f"{name} must be bfloat16 or float32, got {x.dtype}")
+        raise EPArgumentError(f"{name} must be bfloat16, float16 or float32, got {x.dtype}")
     if x.dtype.itemsize > config.dtype.itemsize:
         raise EPArgumentError(
             f"{name} is {x.dtype}, wider than the {config.dtype} that the buffer was made for: "
@@ -160,7 +160,7 @@ def checked_payload(
     """Return the rows to dispatch, and their scales where they are FP8.
 
     Args:
-        x: BF16 or FP32 [T, hidden], or FP8 with scales [T, hidden / 128].
+        x: BF16, FP16 or FP32 [T, hidden], or FP8 with scales [T, hidden / 128].
         num_tokens: T, or None for any.
         config: The buffer's.
     """
@@ -198,8 +198,10 @@ def wire_and_recv_dtype(
             f"wire_dtype must be x's own dtype {rows.dtype} or float8_e4m3fn, got {wire}"
         )
     if wire == fp8.FP8_DTYPE:
+        if scales is None:
+            _check_can_be_fp8("x", rows)
         fp8.check_hidden(hidden)
-        if recv not in (*ROW_DTYPES, fp8.FP8_DTYPE):
+        if recv not in (*fp8.DTYPES, fp8.FP8_DTYPE):
             raise EPArgumentError(f"recv_dtype must be bfloat16, float32 or float8, got {recv}")
     elif recv != wire:
         raise EPArgumentError(f"recv_dtype {recv} needs FP8 on the wire, which carries {wire}")
@@ -218,8 +220,14 @@ def grad_wire_dtype(x: Tensor, wire_dtype: torch.dtype | None) -> torch.dtype:
             f"grad_wire_dtype must be x's own dtype {x.dtype} or float8_e4m3fn, got {wire}"
         )
     if wire == fp8.FP8_DTYPE:
+        _check_can_be_fp8("x", x)
         fp8.check_hidden(x.shape[1])
     return wire
+
+
+def _check_can_be_fp8(name: str, x: Tensor) -> None:
+    if x.dtype not in fp8.DTYPES:
+        raise EPArgumentError(f"{name} is {x.dtype}: only bfloat16 and float32 travel as FP8")
 
 
 def checked_weights(

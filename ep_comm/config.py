@@ -11,7 +11,7 @@ from ep_comm._native.header import EP_MAX_EXPERTS, EP_MAX_LOCAL_EXPERTS, EP_MAX_
 from ep_comm.errors import EPArgumentError
 from ep_comm.network.settings import NetworkSettings
 
-ROW_DTYPES = (torch.bfloat16, torch.float32)
+ROW_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 BackendName = Literal["auto", "nvlink", "nodes", "reference"]
 
 _LOW_LATENCY_HIDDEN = 8  # elements of 16 bytes
@@ -60,7 +60,8 @@ class EPConfig:
         hidden: Elements of one token row.
         max_tokens_per_rank: Most tokens that a rank passes to one dispatch.
         num_topk: Most experts that a token selects, at most 32.
-        dtype: Widest type of the rows, ``torch.bfloat16`` or ``torch.float32``.
+        dtype: Widest type of the rows: ``torch.bfloat16``, ``torch.float16`` or ``torch.float32``.
+            Of the first two a buffer takes either.
         ranks_per_node: Consecutive ranks whose partial sums combine adds and rounds before the
             sums of different nodes meet (docs/architecture.md, "Numerics"). None takes the ranks of
             a host where the group is on several, with as many on each; else the whole group is one
@@ -104,7 +105,7 @@ class EPConfig:
                 f"num_topk {self.num_topk} is more than num_experts {self.num_experts}"
             )
         if self.dtype not in ROW_DTYPES:
-            raise EPArgumentError(f"dtype must be bfloat16 or float32, got {self.dtype!r}")
+            raise EPArgumentError(f"dtype must be bfloat16, float16 or float32, got {self.dtype!r}")
         if self.backend not in get_args(BackendName):
             raise EPArgumentError(
                 f"backend must be one of {', '.join(get_args(BackendName))}, got {self.backend!r}"

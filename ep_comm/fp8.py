@@ -24,8 +24,15 @@ FP8_MAX = 448.0
 # Rows as callers pass them: BF16 or FP32, or FP8 with one scale per block.
 Payload = Tensor | tuple[Tensor, Tensor]
 
+# Types of rows that can travel as FP8.
+DTYPES = (torch.bfloat16, torch.float32)
+
 # Types of rows, as kernels know them.
-NATIVE_DTYPES = {torch.bfloat16: header.EP_BF16, torch.float32: header.EP_FP32}
+NATIVE_DTYPES = {
+    torch.bfloat16: header.EP_BF16,
+    torch.float32: header.EP_FP32,
+    torch.float16: header.EP_FP16,
+}
 _EXPONENT_BITS = 0x7F800000
 _TWO_POW_127_BITS = 0x7F000000
 
@@ -69,7 +76,7 @@ def quantize(x_TH: Tensor) -> tuple[Tensor, Tensor]:
     num_tokens, hidden = x_TH.shape
     check_hidden(hidden)
     native = _native.load_for(x_TH.device)
-    if native is not None and x_TH.dtype in NATIVE_DTYPES:
+    if native is not None and x_TH.dtype in DTYPES:
         return _native_quantize(native, x_TH.contiguous())
     blocks = x_TH.float().view(num_tokens, hidden // BLOCK, BLOCK)
     scale = _power_of_two_scale(blocks.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=-1))

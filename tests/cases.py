@@ -45,7 +45,7 @@ class Case:
 
     @property
     def np_dtype(self) -> np.dtype:
-        return np.dtype(np.uint16 if self.dtype == "bf16" else np.float32)
+        return np.dtype({"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}[self.dtype])
 
     @property
     def row_bytes(self) -> int:
@@ -57,7 +57,7 @@ class Case:
             hidden=self.hidden,
             max_tokens_per_rank=max(*self.tokens, 1),
             num_topk=self.num_topk,
-            dtype=torch.bfloat16 if self.dtype == "bf16" else torch.float32,
+            dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.dtype, torch.float32),
             ranks_per_node=self.ranks_per_node,
             timeout_s=20.0,
             backend=self.backend,
@@ -97,7 +97,10 @@ class Case:
             values[(kind >= low) & (kind < low + 0.01)] = special
         values[(kind >= 0.06) & (kind < 0.065)] = np.nan
         values = values.astype(np.float32)
-        return fp32_to_bf16(values) if self.dtype == "bf16" else values
+        if self.dtype == "bf16":
+            return fp32_to_bf16(values)
+        with np.errstate(over="ignore"):
+            return values.astype(self.np_dtype)
 
     def probabilities(self, rank: int, shape: tuple[int, ...], salt: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, rank, salt])

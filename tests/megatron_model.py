@@ -44,6 +44,7 @@ class Setup:
     steps: int = 4
     microbatches: int = 1
     bf16: bool = False
+    fp16: bool = False
     dist_opt: bool = False
     overlap_grad_reduce: bool = False
     dense_first: bool = False
@@ -83,11 +84,15 @@ def train(rank: int, setup: Setup) -> dict[str, Any]:
             lr=setup.lr,
             clip_grad=1.0,
             bf16=setup.bf16,
+            fp16=setup.fp16,
+            loss_scale=128.0,  # of FP16
             params_dtype=config.params_dtype,
             use_distributed_optimizer=setup.dist_opt,
         ),
         model,
     )
+    if setup.fp16:
+        config.grad_scale_func = optimizer.scale_loss
     if setup.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in model]
         config.no_sync_func = no_sync if setup.vpp > 1 else no_sync[0]
@@ -208,7 +213,7 @@ def make_config(setup: Setup, finalize_model_grads):
         TransformerConfig,
     )
 
-    dtype = torch.bfloat16 if setup.bf16 else torch.float32
+    dtype = torch.float16 if setup.fp16 else torch.bfloat16 if setup.bf16 else torch.float32
     settings = dict(
         num_layers=2,
         hidden_size=32,
@@ -244,6 +249,7 @@ def make_config(setup: Setup, finalize_model_grads):
         deterministic_mode=setup.te,
         gradient_accumulation_fusion=False,
         bf16=setup.bf16,
+        fp16=setup.fp16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         finalize_model_grads_func=finalize_model_grads,
@@ -287,8 +293,8 @@ def make_model(setup: Setup, config, options) -> list:
         for name, parameter in chunk.named_parameters():
             if setup.frozen and re.search(setup.frozen, name):
                 parameter.requires_grad_(False)
-        if setup.bf16:
-            chunk = chunk.bfloat16()
+        if setup.bf16 or setup.fp16:
+            chunk = chunk.to(config.params_dtype)
         chunks.append(DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0))
     return chunks
 

@@ -1,7 +1,7 @@
 """What dispatch and combine must give, written as plainly as possible: loops over tokens.
 
 Shares no code with the package, not even the rounding. Rows are numpy: FP32 arrays, or BF16 as
-uint16 bit patterns. All functions see all ranks at once; `x[r]` and `topk_idx[r]` belong to rank r.
+uint16 bit patterns, or FP16. All functions see all ranks at once; `x[r]` and `topk_idx[r]` belong to rank r.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ def fp32_to_bf16(values: np.ndarray) -> np.ndarray:
 
 
 def widen(row: np.ndarray) -> np.ndarray:
-    return bf16_to_fp32(row) if row.dtype == np.uint16 else row
+    return bf16_to_fp32(row) if row.dtype == np.uint16 else row.astype(np.float32)
 
 
 def narrow(row: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    return fp32_to_bf16(row) if dtype == np.uint16 else row
+    with np.errstate(over="ignore"):
+        return fp32_to_bf16(row) if dtype == np.uint16 else row.astype(dtype)
 
 
 @dataclass

@@ -191,13 +191,15 @@ __global__ void __launch_bounds__(kMaxTeamThreads, 1)
 using Kernel = void (*)(const ep_combine_args, const Teams, const int32_t);
 
 // [dtype][all ranks are one node]
-constexpr Kernel kKernels[2][2] = {
+constexpr Kernel kKernels[3][2] = {
     {combine_kernel<__nv_bfloat16, false>, combine_kernel<__nv_bfloat16, true>},
     {combine_kernel<float, false>, combine_kernel<float, true>},
+    {combine_kernel<__half, false>, combine_kernel<__half, true>},
 };
 
 const Kernels kernels("combine kernels", Setup::kShared, kMaxTeamShared, kKernels[0][0],
-                      kKernels[0][1], kKernels[1][0], kKernels[1][1]);
+                      kKernels[0][1], kKernels[1][0], kKernels[1][1], kKernels[2][0],
+                      kKernels[2][1]);
 
 }  // namespace
 

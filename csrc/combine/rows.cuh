@@ -204,8 +204,8 @@ inline int32_t check_combine(const ep_combine_args& args) {
     return fail(EP_ERR_ARGUMENT, "%d blocks, %d %% of the teams: at least 1, and 0 to 100",
                 args.num_blocks, args.push_percent);
   }
-  if (args.dtype != EP_BF16 && args.dtype != EP_FP32) {
-    return fail(EP_ERR_ARGUMENT, "dtype = %d is not one of EP_BF16, EP_FP32", args.dtype);
+  if (args.dtype < EP_BF16 || args.dtype > EP_FP16) {
+    return fail(EP_ERR_ARGUMENT, "dtype = %d is not one of EP_BF16, EP_FP32, EP_FP16", args.dtype);
   }
   return EP_OK;
 }

@@ -1,7 +1,8 @@
-// Elements of rows as FP32 numbers, and back: 16 bytes of BF16 or FP32, pairs of E4M3.
+// Elements of rows as FP32 numbers, and back: 16 bytes of BF16, FP16 or FP32, pairs of E4M3.
 #pragma once
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
 #include <cstdint>
@@ -30,6 +31,17 @@ __device__ inline void unpack<__nv_bfloat16>(const uint4& bits, float* out) {
 }
 
 template <>
+__device__ inline void unpack<__half>(const uint4& bits, float* out) {
+  const auto* const pairs = reinterpret_cast<const __half2*>(&bits);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = __half22float2(pairs[i]);
+    out[2 * i] = pair.x;
+    out[2 * i + 1] = pair.y;
+  }
+}
+
+template <>
 __device__ inline void unpack<float>(const uint4& bits, float* out) {
   out[0] = __uint_as_float(bits.x);
   out[1] = __uint_as_float(bits.y);
@@ -47,6 +59,16 @@ __device__ inline uint4 pack<__nv_bfloat16>(const float* values) {
   auto* const pairs = reinterpret_cast<__nv_bfloat162*>(&bits);
 #pragma unroll
   for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+  return bits;
+}
+
+// Too large for FP16 becomes infinite.
+template <>
+__device__ inline uint4 pack<__half>(const float* values) {
+  uint4 bits;
+  auto* const pairs = reinterpret_cast<__half2*>(&bits);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pairs[i] = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
   return bits;
 }
 

@@ -508,10 +508,11 @@ __global__ void __launch_bounds__(kMaxTeamThreads, 1)
 }
 
 using Kernel = void (*)(const ep_nodes_combine_args, const Teams);
-constexpr Kernel kKernels[2] = {combine_kernel<__nv_bfloat16>, combine_kernel<float>};
+constexpr Kernel kKernels[3] = {combine_kernel<__nv_bfloat16>, combine_kernel<float>,
+                                combine_kernel<__half>};
 
 const Kernels kernels("combine kernels between nodes", Setup::kShared, kMaxTeamShared, kKernels[0],
-                      kKernels[1]);
+                      kKernels[1], kKernels[2]);
 
 }  // namespace
 

@@ -411,7 +411,7 @@ EP_API int32_t ep_dispatch(const ep_dispatch_args* args, void* stream);
 
 /* ---- Combine -------------------------------------------------------------------------------- */
 
-enum { EP_BF16 = 0, EP_FP32 = 1 };
+enum { EP_BF16 = 0, EP_FP32 = 1, EP_FP16 = 2 };
 
 typedef struct ep_combine_args {
   ep_peers peers;
@@ -432,7 +432,7 @@ typedef struct ep_combine_args {
   int32_t chunk_rows;      /* rows of a flag: equal on all ranks */
   int32_t chunks_per_unit; /* chunks that a team pushes before it raises their flags */
   int32_t row_bytes;
-  int32_t dtype; /* EP_BF16 or EP_FP32 */
+  int32_t dtype; /* EP_BF16, EP_FP32 or EP_FP16 */
   int32_t num_local_experts;
   int32_t ranks_per_node;
   int32_t num_blocks;   /* one an SM */

@@ -165,6 +165,10 @@ def _wire_flags(options: EPOptions) -> list[str]:
     return [flag_of(name) for name in names if getattr(options, name)]
 
 
+def _fp16_on_an_fp8_wire(config: TransformerConfig, options: EPOptions) -> object:
+    return config.fp16 and ", ".join(_wire_flags(options))
+
+
 def _fp8_without_hardware(config: TransformerConfig, options: EPOptions) -> object:
     flags = _wire_flags(options) + (["--fp8-format"] if config.fp8 else [])
     if not flags or not torch.cuda.is_available():
@@ -206,12 +210,14 @@ def _warn(text: str) -> None:
 
 # --- the refusals --------------------------------------------------------------------------------
 
-_TYPES = "tokens travel as BF16 or FP32, so take --bf16"
+_TYPES = "tokens travel as BF16, FP16 or FP32"
 _SHARDS = "each shard of an expert counts as an expert"
 
 BY_CONFIG = (
-    Refusal("--fp16", _TYPES, _is_set("fp16")),
-    Refusal("parameters or autocast of other types than BF16 and FP32", _TYPES, _dtype),
+    Refusal("parameters or autocast of other types than BF16, FP16 and FP32", _TYPES, _dtype),
+    Refusal(
+        "--fp16 with FP8 on the wire", "only BF16 and FP32 rows travel as FP8", _fp16_on_an_fp8_wire
+    ),
     Refusal(
         f"--moe-router-topk x --expert-tensor-parallel-size above {EP_MAX_TOPK}",
         _SHARDS,

@@ -88,7 +88,7 @@ def test_random_cases(library, seed):
         experts_per_rank=experts_per_rank,
         num_topk=int(min(rng.choice([1, 2, 8]), num_ranks * experts_per_rank)),
         hidden=int(rng.choice([8, 64, 136])),
-        dtype=str(rng.choice(["bf16", "fp32"])),
+        dtype=str(rng.choice(["bf16", "fp16", "fp32"])),
         layout=str(rng.choice(["expert", "rank"])),
         routing=str(rng.choice(["uniform", "zipf", "one_expert"])),
         drop=float(rng.choice([0.0, 0.3])),

@@ -80,6 +80,7 @@ FEATURES = {
         config=(*PADDED, *SHARED, ("moe_shared_expert_overlap", True)), microbatches=2
     ),
     "bf16_router_probs": Setup(config=(("moe_router_dtype", None),), bf16=True),
+    "fp16": Setup(fp16=True),
     "recompute_moe": Setup(
         config=(("recompute_granularity", "selective"), ("recompute_modules", ["moe"]))
     ),
@@ -101,6 +102,7 @@ FEATURES = {
 }
 CLOSE = dict(rtol=2e-5, atol=2e-6)
 CLOSE_BF16 = dict(rtol=5e-2, atol=5e-3)
+CLOSE_FP16 = dict(rtol=1e-2, atol=1e-3)
 
 
 def run(setup: Setup, num_ranks: int = 2) -> list[dict]:
@@ -115,7 +117,7 @@ def test_trains_like_alltoall(feature):
     assert ours[0]["losses"][-1] < ours[0]["losses"][0]
     assert (ours[0]["metrics"]["ep/wire-mib"] > 0) == (setup.ep > 1)
     theirs = run(dataclasses.replace(setup, dispatcher=stock))
-    assert_close_runs(ours, theirs, CLOSE_BF16 if setup.bf16 else CLOSE)
+    assert_close_runs(ours, theirs, CLOSE_BF16 if setup.bf16 else CLOSE_FP16 if setup.fp16 else CLOSE)
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
@@ -274,14 +276,14 @@ REFUSED = [
         {"hidden_size": 512, "gpu": (8, 6)}, {"fp8_grad_dispatch": True},
         f"{OLD_GPU} (--ep-fp8-grad-dispatch on GPU, compute capability 8.6)",
     ),
-    ({"fp16": True, "params_dtype": torch.float16}, {}, "--fp16: tokens travel as BF16"),
+    ({"fp16": True}, {"fp8_dispatch": True}, "--fp16 with FP8 on the wire (--ep-fp8-dispatch): "),
     (
         {"params_dtype": torch.float64}, {},
-        "parameters or autocast of other types than BF16 and FP32 (params_dtype=torch.float64)",
+        "parameters or autocast of other types than BF16, FP16 and FP32 (params_dtype=torch.float64)",
     ),
     (
-        {"enable_autocast": True, "autocast_dtype": torch.float16}, {},
-        "parameters or autocast of other types than BF16 and FP32 (autocast_dtype=torch.float16)",
+        {"enable_autocast": True, "autocast_dtype": torch.float64}, {},
+        "parameters or autocast of other types than BF16, FP16 and FP32 (autocast_dtype=torch.float64)",
     ),
     (
         {"moe_router_topk": 40}, {},

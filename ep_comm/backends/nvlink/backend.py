@@ -272,7 +272,8 @@ class NVLinkBackend:
         args = self._args.dispatch
         describe_rows(args, routing, x, scales, weights, recv_dtype)
         args.tag = _tag(
-            routing.ticket, first is not None, args.row_bytes, args.scale_bytes, args.weight_bytes
+            *(routing.ticket, first is not None, fp8.NATIVE_DTYPES.get(x.dtype, -1)),
+            *(args.row_bytes, args.scale_bytes, args.weight_bytes),
         )
         if first is None:
             received = self._repeat(args, routing, recv_dtype, asynchronous)
@@ -336,11 +337,11 @@ class NVLinkBackend:
         args.combined_x = combined.data_ptr()
         args.combined_weights = None if weights is None else weights.data_ptr()
         args.row_bytes = row_bytes = hidden * x.element_size()
-        args.tag = _tag(routing.ticket, row_bytes, weights is not None)
+        args.dtype = fp8.NATIVE_DTYPES[x.dtype]
+        args.tag = _tag(routing.ticket, args.dtype, row_bytes, weights is not None)
         args.chunk_rows = chunk_tokens(COMBINE_CHUNK_BYTES, row_bytes)
         sms = self._sms_of("combine", routing.layout, num_tokens * row_bytes, asynchronous)
         args.chunks_per_unit = combine_chunks_per_unit(sms, args.chunk_rows)
-        args.dtype = fp8.NATIVE_DTYPES[x.dtype]
         args.num_blocks = sms
         stream = self._streams.begin(header.EP_OP_COMBINE, asynchronous, sms)
         self._keep_for_current_stream(routing)

@@ -21,7 +21,7 @@ from ep_comm.telemetry.records import OpRecord
 _NAMED: dict[str, tuple] = {
     "op": ("plan", "dispatch", "combine", "low_latency_dispatch", "low_latency_combine"),
     "layout": ("rank", "expert"),
-    "dtype": (torch.bfloat16, torch.float32, fp8.FP8_DTYPE),
+    "dtype": (torch.bfloat16, torch.float32, fp8.FP8_DTYPE, torch.float16),
     "scale_form": (None, *ScaleForm),
 }
 _MAGIC = 0x65705F636F6D6D01  # "ep_comm", and the format of the rest

@@ -1,16 +1,10 @@
 #pragma once
 #include <cmath>
 
+#include "cuda_fp16.h"
 #include "emulation.h"
 enum __nv_fp8_interpretation_t { __NV_E4M3 };
 enum __nv_saturation_t { __NV_SATFINITE };
-struct __half2_raw {
-  float x, y;
-};
-struct __half2 {
-  __half2_raw raw;
-  explicit __half2(__half2_raw r) : raw(r) {}
-};
 inline float emulation_e4m3(uint8_t v) {
   const int exponent = v >> 3 & 15, mantissa = v & 7;
   if (exponent == 15 && mantissa == 7) return std::nanf("");
@@ -19,9 +13,9 @@ inline float emulation_e4m3(uint8_t v) {
   return v & 0x80 ? -size : size;
 }
 inline __half2_raw __nv_cvt_fp8x2_to_halfraw2(uint16_t pair, __nv_fp8_interpretation_t) {
-  return {emulation_e4m3(pair & 0xff), emulation_e4m3(pair >> 8)};
+  return {emulation_half(emulation_e4m3(pair & 0xff)).bits,
+          emulation_half(emulation_e4m3(pair >> 8)).bits};
 }
-inline float2 __half22float2(__half2 h) { return {h.raw.x, h.raw.y}; }
 inline uint16_t __nv_cvt_float2_to_fp8x2(float2, __nv_saturation_t, __nv_fp8_interpretation_t) {
   std::abort();  // rows are quantised by torch here
 }
