@@ -136,8 +136,8 @@ class Buffer(MaskCalls):
         `handle` says where tokens go.
 
         Args:
-            x: [T, hidden] BF16, FP16 or FP32 (no wider than ``config.dtype``), contiguous; or FP8 rows
-                with their scales, (``float8_e4m3fn`` [T, hidden], FP32 [T, hidden / 128]), see
+            x: [T, hidden] BF16, FP16 or FP32 (no wider than ``config.dtype``), contiguous; or FP8
+                rows with their scales, (``float8_e4m3fn`` [T, hidden], FP32 [T, hidden / 128]), see
                 `ep_comm.fp8`.
             topk_idx: [T, K] int32 or int64, K at most ``config.num_topk``: distinct experts of
                 each token; -1 drops an entry.

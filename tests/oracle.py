@@ -1,7 +1,8 @@
 """What dispatch and combine must give, written as plainly as possible: loops over tokens.
 
-Shares no code with the package, not even the rounding. Rows are numpy: FP32 arrays, or BF16 as
-uint16 bit patterns, or FP16. All functions see all ranks at once; `x[r]` and `topk_idx[r]` belong to rank r.
+Shares no code with the package, not even the rounding. Rows are numpy: FP32 or FP16
+arrays, or BF16 as uint16 bit patterns. All functions see all ranks at once; `x[r]` and
+`topk_idx[r]` belong to rank r.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ _TYPES = "tokens travel as BF16, FP16 or FP32"
 _SHARDS = "each shard of an expert counts as an expert"
 
 BY_CONFIG = (
-    Refusal("parameters or autocast of other types than BF16, FP16 and FP32", _TYPES, _dtype),
+    Refusal("parameters or autocast that are not BF16, FP16 or FP32", _TYPES, _dtype),
     Refusal(
         "--fp16 with FP8 on the wire", "only BF16 and FP32 rows travel as FP8", _fp16_on_an_fp8_wire
     ),

@@ -225,7 +225,10 @@ def test_bad_combine_arguments_are_named():
         (dict(num_topk=9), "num_topk 9 is more than num_experts 8"),
         (dict(ranks_per_node=0), "ranks_per_node must be a positive integer, got 0"),
         (dict(backend="nccl"), "auto, nvlink, nodes, reference, got 'nccl'"),
-        (dict(dtype=torch.float64), "dtype must be bfloat16, float16 or float32, got torch.float64"),
+        (
+            dict(dtype=torch.float64),
+            "dtype must be bfloat16, float16 or float32, got torch.float64",
+        ),
         (dict(ranks_per_node=1.5), "ranks_per_node must be a positive integer, got 1.5"),
         (dict(num_topk=33, num_experts=64), "num_topk is at most 32, got 33"),
         (dict(num_experts=8192), "num_experts is at most 4096, got 8192"),

@@ -117,7 +117,9 @@ def test_trains_like_alltoall(feature):
     assert ours[0]["losses"][-1] < ours[0]["losses"][0]
     assert (ours[0]["metrics"]["ep/wire-mib"] > 0) == (setup.ep > 1)
     theirs = run(dataclasses.replace(setup, dispatcher=stock))
-    assert_close_runs(ours, theirs, CLOSE_BF16 if setup.bf16 else CLOSE_FP16 if setup.fp16 else CLOSE)
+    assert_close_runs(
+        ours, theirs, CLOSE_BF16 if setup.bf16 else CLOSE_FP16 if setup.fp16 else CLOSE
+    )
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
@@ -279,11 +281,11 @@ REFUSED = [
     ({"fp16": True}, {"fp8_dispatch": True}, "--fp16 with FP8 on the wire (--ep-fp8-dispatch): "),
     (
         {"params_dtype": torch.float64}, {},
-        "parameters or autocast of other types than BF16, FP16 and FP32 (params_dtype=torch.float64)",
+        "parameters or autocast that are not BF16, FP16 or FP32 (params_dtype=torch.float64)",
     ),
     (
         {"enable_autocast": True, "autocast_dtype": torch.float64}, {},
-        "parameters or autocast of other types than BF16, FP16 and FP32 (autocast_dtype=torch.float64)",
+        "parameters or autocast that are not BF16, FP16 or FP32 (autocast_dtype=torch.float64)",
     ),
     (
         {"moe_router_topk": 40}, {},
