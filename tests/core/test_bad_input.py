@@ -95,6 +95,10 @@ BAD_FP8 = {
         dict(x=WIDE, wire_dtype=fp8.FP8_DTYPE, recv_dtype=torch.float16),
         "recv_dtype must be bfloat16, float32 or float8, got torch.float16",
     ),
+    "fp16": (
+        dict(x=WIDE.half(), wire_dtype=fp8.FP8_DTYPE),
+        "x is torch.float16: only bfloat16 and float32 travel as FP8",
+    ),
     "gradient": (
         dict(x=WIDE.clone().requires_grad_(), wire_dtype=fp8.FP8_DTYPE, recv_dtype=fp8.FP8_DTYPE),
         "x requires grad, so the received rows must have its dtype",
@@ -173,7 +177,7 @@ def try_combine(rank: int) -> dict[str, str]:
         "handle of another buffer": lambda: other.combine(rows, handle),
         "cached on another buffer": lambda: other.dispatch(X, handle=handle),
         "must be [": lambda: buffer.combine(rows[1:], handle),
-        "float16": lambda: buffer.combine(rows.half(), handle),
+        "got torch.float64": lambda: buffer.combine(rows.double(), handle),
         "x must be a torch.Tensor, got list": lambda: buffer.combine(rows.tolist(), handle),
         "num_sms must be at least 2": lambda: buffer.set_num_sms(1),
         "topk_weights must be [": lambda: buffer.combine(rows, handle, torch.ones(1)),
