@@ -326,8 +326,8 @@ int32_t launch_receive(const Plan& args, NodesScratch scratch, cudaStream_t stre
   const int32_t num_ranks = args.peers.num_ranks * args.network.num_nodes;
   const int32_t num_local_experts = args.num_experts / num_ranks;
   plan::Scratch& common = scratch.common;
-  const int32_t blocks =
-      plan::divide_receive(args.num_receive_blocks, num_local_experts, &common.receive);
+  const int32_t blocks = plan::divide_receive<EP_MAX_NODE_RANKS>(
+      args.num_receive_blocks, num_local_experts, &common.receive);
   const int32_t shared_bytes = common.receive.shared_bytes(num_local_experts);
   receive_kernel<<<blocks, kThreads, shared_bytes, stream>>>(args, common);
   return check_cuda(cudaGetLastError(), "ep_nodes_plan: receive_kernel");

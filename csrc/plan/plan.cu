@@ -47,7 +47,7 @@ int32_t launch_send(const ep_plan_args& args, const Scratch& scratch, cudaStream
 int32_t launch_receive(const ep_plan_args& args, Scratch scratch, cudaStream_t stream) {
   const int32_t num_local_experts = args.num_experts / args.peers.num_ranks;
   const int32_t blocks =
-      divide_receive(args.num_receive_blocks, num_local_experts, &scratch.receive);
+      divide_receive<EP_MAX_PEERS>(args.num_receive_blocks, num_local_experts, &scratch.receive);
   const int32_t shared_bytes = scratch.receive.shared_bytes(num_local_experts);
   receive_kernel<<<blocks, kThreads, shared_bytes, stream>>>(args, scratch);
   return check_cuda(cudaGetLastError(), "ep_plan: receive_kernel");

@@ -10,8 +10,11 @@ using layout::kChunkTokens;
 using layout::kThreads;
 
 constexpr int kMaxPlanBlocks = 64;
-constexpr int kHeaderInts = 16;       // rows sent, tokens, fields that must agree
-constexpr int kMaxGroupWords = 4096;  // (chunk, expert) pairs in a block's shared memory
+constexpr int kHeaderInts = 16;  // rows sent, tokens, fields that must agree
+
+// (chunk, expert) pairs in a block's shared memory, beside what it keeps of each source.
+template <int kMaxSources>
+constexpr int kMaxGroupWords = kMaxSources > EP_MAX_PEERS ? 2048 : 4096;
 
 enum Counter { kSendBarrier, kSendEnd, kReceiveBarrier, kReceiveEnd };
 

@@ -69,8 +69,15 @@ __device__ inline int32_t prefix_of_groups(const int32_t* size, int32_t num_grou
 
 // Returns the source of received row n: the last one whose rows begin at n or before.
 __device__ inline int32_t source_of(int32_t n, const int32_t* first_of_source, int32_t num_ranks) {
-  int32_t source = 0;
-  while (source + 1 < num_ranks && first_of_source[source + 1] <= n) ++source;
+  int32_t source = 0, end = num_ranks;
+  while (end - source > 1) {
+    const int32_t middle = (source + end) / 2;
+    if (first_of_source[middle] <= n) {
+      source = middle;
+    } else {
+      end = middle;
+    }
+  }
   return source;
 }
 
@@ -284,17 +291,21 @@ __device__ inline void receive_all(const Args& args, const Scratch& scratch, int
   int32_t* const first_row = tokens + num_experts;  // [E] of each expert's group
   __shared__ int32_t num_rows[kMaxSources], first_of_source[kMaxSources];
   __shared__ int32_t asked_tokens[kMaxSources];
+  static_assert(
+      4 * (2 * kMaxGroupWords<kMaxSources> + 3 * EP_MAX_LOCAL_EXPERTS + 3 * kMaxSources) + 64 <=
+          48 * 1024,
+      "what a block may have without asking");
   const int32_t epoch = epoch_of(peers);
   uint32_t* const counters = reinterpret_cast<uint32_t*>(args.counters);
 
-  static_assert(kMaxSources <= kThreads, "a thread waits for each source");
-  if (static_cast<int32_t>(threadIdx.x) < num_ranks) {
-    wait_for_header(args, threadIdx.x, epoch, num_rows, asked_tokens);
+  constexpr bool kOneEach = kMaxSources <= kThreads;  // then no register keeps r
+  for (int32_t r = threadIdx.x; r < num_ranks; r = kOneEach ? num_ranks : r + kThreads) {
+    wait_for_header(args, r, epoch, num_rows, asked_tokens);
   }
   for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) next_row[e] = tokens[e] = 0;
   const int32_t num_received = prefix_of_groups(num_rows, num_ranks, 1, 0, first_of_source);
-  if (blockIdx.x == 0 && static_cast<int32_t>(threadIdx.x) < num_ranks) {
-    args.routing.first_of_source[threadIdx.x] = first_of_source[threadIdx.x];
+  for (int32_t r = threadIdx.x; blockIdx.x == 0 && r < num_ranks; r += kThreads) {
+    args.routing.first_of_source[r] = first_of_source[r];
   }
 
   const int32_t num_all_chunks = ceil_div(num_received, kChunkTokens);

@@ -34,10 +34,11 @@ inline int64_t cut_scratch(int64_t max_tokens, int32_t num_experts, int32_t num_
 }
 
 // Divides the receive kernel's work among at most so many blocks; returns how many.
+template <int kMaxSources>
 inline int32_t divide_receive(int32_t max_blocks, int32_t num_local_experts, Receive* receive) {
   const int32_t blocks = std::clamp(max_blocks, 1, receive->max_chunks);
-  receive->chunks_per_group =
-      std::clamp(kMaxGroupWords / num_local_experts, 1, ceil_div(receive->max_chunks, blocks));
+  receive->chunks_per_group = std::clamp(kMaxGroupWords<kMaxSources> / num_local_experts, 1,
+                                         ceil_div(receive->max_chunks, blocks));
   return blocks;
 }
 

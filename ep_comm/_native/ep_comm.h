@@ -547,7 +547,7 @@ EP_API int32_t ep_low_latency_combine(const ep_low_latency_combine_args* args, v
  * all that is told of them, are the ranks (k, l), rank l of the node k before this one, in this
  * order: number k L + l. Sources of rows are global ranks. */
 #define EP_MAX_NODES 256
-#define EP_MAX_NODE_RANKS 512 /* R */
+#define EP_MAX_NODE_RANKS 1024 /* R */
 /* Chunks of rows to one node in one operation. */
 #define EP_MAX_NETWORK_CHUNKS 32
 

@@ -94,9 +94,9 @@ def test_gpus_have_to_reach_each_other_within_a_node_only():
 
 def test_too_many_ranks_are_refused():
     assert reason(spots_of(*"a" * 9)) == f"9 ranks a node, at most {header.EP_MAX_PEERS}"
-    most = [spot for n in range(65) for spot in spots_of(*[f"host{n}"] * 8)]
+    most = [spot for n in range(129) for spot in spots_of(*[f"host{n}"] * 8)]
     assert reason(most[:-8]) is None
-    assert reason(most) == "65 nodes of 8 ranks, at most 256 nodes and 512 ranks"
+    assert reason(most) == "129 nodes of 8 ranks, at most 256 nodes and 1024 ranks"
 
 
 def test_a_reason_of_one_rank_is_told_with_its_number():
