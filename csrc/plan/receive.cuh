@@ -298,13 +298,14 @@ __device__ inline void receive_all(const Args& args, const Scratch& scratch, int
   const int32_t epoch = epoch_of(peers);
   uint32_t* const counters = reinterpret_cast<uint32_t*>(args.counters);
 
-  constexpr bool kOneEach = kMaxSources <= kThreads;  // then no register keeps r
-  for (int32_t r = threadIdx.x; r < num_ranks; r = kOneEach ? num_ranks : r + kThreads) {
+  // A thread's next source. Where each has a thread nothing loops, and no register keeps r.
+  const auto after = [&](int32_t r) { return kMaxSources <= kThreads ? num_ranks : r + kThreads; };
+  for (int32_t r = threadIdx.x; r < num_ranks; r = after(r)) {
     wait_for_header(args, r, epoch, num_rows, asked_tokens);
   }
   for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) next_row[e] = tokens[e] = 0;
   const int32_t num_received = prefix_of_groups(num_rows, num_ranks, 1, 0, first_of_source);
-  for (int32_t r = threadIdx.x; blockIdx.x == 0 && r < num_ranks; r += kThreads) {
+  for (int32_t r = threadIdx.x; blockIdx.x == 0 && r < num_ranks; r = after(r)) {
     args.routing.first_of_source[r] = first_of_source[r];
   }
 
