@@ -284,6 +284,7 @@ class Buffer(MaskCalls):
         handle: DispatchHandle,
         topk_weights: Tensor | None = None,
         *,
+        add_weights: bool = False,
         grad_wire_dtype: torch.dtype | None = None,
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
@@ -301,6 +302,9 @@ class Buffer(MaskCalls):
             handle: The dispatch's.
             topk_weights: FP32, as the dispatch gave them ([M] or [N, K]): scattered back to
                 [T, K] without any sum. With their gradients this is the backward of dispatch.
+            add_weights: Rank layout: add up `topk_weights` over a token's ranks, as DeepEP does, in
+                the order of rows. Otherwise entry k comes from the rank that owns expert k, and
+                what others have there is not read. Not differentiable.
             grad_wire_dtype: In the backward, which dispatches the gradient of `combined_x`: None
                 sends its rows as they are; ``torch.float8_e4m3fn`` quantises them for the way, and
                 they arrive dequantised, in x's dtype (hidden as for `dispatch`'s `wire_dtype`).
@@ -324,12 +328,14 @@ class Buffer(MaskCalls):
         session.backend.check_device("x", x)
         checks.check_row_dtype("x", x, self.config)
         weights = checks.checked_weights(topk_weights, routing.row_weights_shape, x.device)
+        if add_weights:
+            checks.check_add_weights(routing.layout, x, weights)
         grad_wire = checks.grad_wire_dtype(x, grad_wire_dtype)
         session.backend.check_wire_dtype(grad_wire, x.dtype)
         if previous_event is not None:
             previous_event.current_stream_wait()
 
-        request = CombineRequest(x, weights, async_finish)
+        request = CombineRequest(x, weights, async_finish, add_weights)
         with session.operation() as backend:
             combined = ops.combine(backend, handle, request, grad_wire)
             if allocate_on_comm_stream:

@@ -239,6 +239,15 @@ def checked_weights(
     return checked_tensor("topk_weights", weights, shape, torch.float32, device)
 
 
+def check_add_weights(layout: RowLayout, x: Tensor, weights: Tensor | None) -> None:
+    """Refuse to add up weights that stand a row of an expert, or that ask for a gradient."""
+    if layout != "rank":
+        raise EPArgumentError(f"add_weights needs the rank layout, the handle has {layout!r}")
+    needs_grad = x.requires_grad or (weights is not None and weights.requires_grad)
+    if needs_grad and torch.is_grad_enabled():
+        raise EPArgumentError("add_weights has no backward: call it under torch.no_grad()")
+
+
 def check_alignment(expert_alignment: object) -> None:
     """Refuse what is no number of rows that groups of experts can be padded to."""
     if not is_int(expert_alignment) or not 1 <= expert_alignment <= _MAX_ALIGNMENT:

@@ -89,7 +89,7 @@ class DispatchHandle:
 
         After a dispatch with ``num_worst_tokens`` reading it waits for the GPU.
         """
-        return torch.tensor(self.routing.sizes.expert_rows)
+        return torch.tensor(self.routing.sizes.expert_rows, device="cpu")
 
     @property
     def padded_tokens_per_expert(self) -> Tensor:
@@ -100,8 +100,8 @@ class DispatchHandle:
         routing = self.routing
         if routing.capacity is not None and routing.min_expert_rows:
             num_local_experts = routing.capacity // routing.min_expert_rows
-            return torch.full((num_local_experts,), routing.min_expert_rows)
-        return torch.tensor(routing.sizes.padded_expert_rows)
+            return torch.full((num_local_experts,), routing.min_expert_rows, device="cpu")
+        return torch.tensor(routing.sizes.padded_expert_rows, device="cpu")
 
     @property
     def device_tokens_per_expert(self) -> Tensor:
@@ -196,7 +196,7 @@ class CombineOutput(NamedTuple):
     Attributes:
         combined_x: [T, H], the sum of each token's rows; +0 for a token that went nowhere.
         combined_topk_weights: [T, K] FP32, each entry from the rank that owns its expert, 0 where
-            dropped; None where none were passed.
+            dropped; their sums with `add_weights`; None where none were passed.
         event: Completion of the operation.
     """
 

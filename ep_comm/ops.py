@@ -71,8 +71,9 @@ def combine(
     grad_wire_dtype: torch.dtype,
 ) -> Combined:
     """Call the op or the backend, as `dispatch` does."""
-    x, topk_weights, asynchronous = request
+    x, topk_weights, asynchronous, adds_weights = request
     if _needs_grad(x, topk_weights):
+        assert not adds_weights  # the caller has seen to it: the op has no such argument
         op = torch.ops.ep_comm.combine.default
         return Combined(*op(x, topk_weights, grad_wire_dtype, asynchronous, handle.id))
     return _result(backend.combine(handle.routing, request), handle, asynchronous)

@@ -181,6 +181,24 @@ def run_case(rank: int, buffer: Buffer, case: LowLatencyCase, device: str) -> di
     return as_numpy(case, given, out)
 
 
+def run_combined_twice(
+    rank: int, buffer: Buffer, case: LowLatencyCase, device: str
+) -> dict[str, Any]:
+    """One dispatch and two combines, as DeepEP's own test has it; the results are of the second."""
+    given = Inputs.of_case(case, rank, device)
+    first = given._replace(out=given.out.clone())
+    out = dispatch(buffer, case, given)
+    if case.split:
+        out.hook()
+    for inputs in (first, given):
+        back = combine(buffer, case, inputs, out.handle)
+        if case.split:
+            back.hook()
+    results = as_numpy(case, given, out)
+    assert_same(to_numpy(first.out), results["combined"], "the first combine")
+    return results
+
+
 def run_two_at_once(
     rank: int, buffer: Buffer, cases: list[LowLatencyCase], device: str
 ) -> list[dict[str, Any]]:

@@ -121,19 +121,26 @@ __device__ void gather_weights(const ep_combine_args& args, int32_t begin, int32
   const int32_t num_topk = args.routing.num_topk;
   // Other GPUs wrote it while this kernel ran.
   const volatile float* const staged = in_memory_of<float>(peers, peers.rank, args.weight_offset);
+  const auto from_rank = [&](int32_t r, int32_t slot, int32_t k) {
+    return r == peers.rank
+               ? weight_of(args, args.routing.first_of_source[r] + slot, k)
+               : staged[(static_cast<int64_t>(r) * args.max_tokens + slot) * num_topk + k];
+  };
   for (int32_t i = begin * num_topk + lane_id(); i < end * num_topk; i += kWarpSize) {
-    const int32_t expert = args.routing.topk_idx[i];
-    float weight = 0.0f;
-    if (expert >= 0) {
-      const int32_t t = i / num_topk, k = i % num_topk, r = expert / args.num_local_experts;
-      const int32_t slot = args.routing.send_slot[static_cast<int64_t>(t) * peers.num_ranks + r];
-      if (r == peers.rank) {
-        weight = weight_of(args, args.routing.first_of_source[r] + slot, k);
-      } else {
-        weight = staged[(static_cast<int64_t>(r) * args.max_tokens + slot) * num_topk + k];
+    const int32_t t = i / num_topk, k = i % num_topk, expert = args.routing.topk_idx[i];
+    const int32_t* const slots = args.routing.send_slot + static_cast<int64_t>(t) * peers.num_ranks;
+    WeightSum sum;
+    if (args.adds_weights) {
+#pragma unroll 1
+      for (int32_t r = 0; r < peers.num_ranks; ++r) {
+        if (r % args.ranks_per_node == 0) sum.end_node();
+        if (slots[r] >= 0) sum.add(from_rank(r, slots[r], k));
       }
+    } else if (expert >= 0) {
+      const int32_t r = expert / args.num_local_experts;
+      sum.add(from_rank(r, slots[r], k));
     }
-    args.combined_weights[i] = weight;
+    args.combined_weights[i] = sum.value();
   }
 }
 

@@ -58,10 +58,12 @@ __device__ inline void list_rows(const ep_combine_args& args, int32_t n, int32_t
   }
 }
 
-// Returns the gradient of the probability of entry k of received row n.
+// Returns the gradient of the probability of entry k of received row n. Where those of all ranks
+// are added up, what another rank's expert has here counts too.
 __device__ inline float weight_of(const ep_combine_args& args, int32_t n, int32_t k) {
   const ep_routing& routing = args.routing;
-  if (routing.entries[place_in_entries(routing, n, kLocalExperts) + k] < 0) return 0.0f;
+  const bool is_own = routing.entries[place_in_entries(routing, n, kLocalExperts) + k] >= 0;
+  if (!is_own && !args.adds_weights) return 0.0f;
   const int32_t* const rows = routing.entries + place_in_entries(routing, n, kRowOfK);
   const int32_t row = rows[routing.expert_major ? k : 0];
   if (row < 0) return 0.0f;
@@ -94,6 +96,26 @@ __device__ inline void send_weights(const ep_combine_args& args, int32_t source,
     weights[to + i] = weight_of(args, first_n + i / num_topk, i % num_topk);
   }
 }
+
+// Adds weights up as combine does rows: from the first one on, nodes apart. Begins at -0, to which
+// the first one adds up to itself.
+struct WeightSum {
+  float total = -0.0f, of_node = -0.0f;
+  bool is_empty = true;
+
+  __device__ void add(float weight) {
+    of_node = __fadd_rn(of_node, weight);
+    is_empty = false;
+  }
+  __device__ void end_node() {
+    total = __fadd_rn(total, of_node);
+    of_node = -0.0f;
+  }
+  __device__ float value() {
+    end_node();
+    return is_empty ? 0.0f : total;
+  }
+};
 
 // This lane's token of a group.
 struct Token {

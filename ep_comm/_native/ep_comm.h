@@ -437,6 +437,8 @@ typedef struct ep_combine_args {
   int32_t ranks_per_node;
   int32_t num_blocks;   /* one an SM */
   int32_t push_percent; /* of their teams: those that begin with pushing */
+  int32_t adds_weights; /* those of all ranks of a token; else each is of its expert's rank.
+                           Rank-major only */
 } ep_combine_args;
 
 /* Sums rows back to the ranks that own their tokens. */

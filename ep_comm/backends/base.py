@@ -113,11 +113,14 @@ class CombineRequest(NamedTuple):
         x: The rows, in the order of the routing's layout.
         topk_weights: FP32 [M] or [N, K] to scatter back, or None.
         asynchronous: Leave the current stream free, where the backend can.
+        adds_weights: Rank layout: add up the weights of all ranks of a token, in the order of rows;
+            otherwise each comes from the rank that owns its expert.
     """
 
     x: Tensor
     topk_weights: Tensor | None
     asynchronous: bool
+    adds_weights: bool = False
 
 
 class Received(NamedTuple):
@@ -129,7 +132,7 @@ class Received(NamedTuple):
 
 
 class Combined(NamedTuple):
-    """Summed rows [T, H] and, where passed, scattered probabilities [T, K]."""
+    """Summed rows [T, H] and, where passed, scattered or added probabilities [T, K]."""
 
     x: Tensor
     topk_weights: Tensor | None
@@ -217,7 +220,8 @@ class LowLatencyBackend(Protocol):
         """Weight and sum rows, and send them to their tokens' owners.
 
         Args:
-            routing: The result of a dispatch; each is combined once.
+            routing: The result of a dispatch. It is combined again when the combine before was
+                received.
             request: The rows, and where their sums go.
         """
 

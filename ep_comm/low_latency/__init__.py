@@ -6,7 +6,7 @@ Names and meaning follow the low-latency part of DeepEP's published ``Buffer`` A
   these ones, without a call between them.
 * Weights may travel with the dispatch. Combine then has one hop less to wait for.
 * The rows of an expert stand by source rank, then by token.
-* Handles are used once, and hooks are called once.
+* Hooks are called once.
 
 The same bits on every backend, with any number of SMs:
 

@@ -206,7 +206,8 @@ class LowLatencyCalls:
             topk_weights: [T, K] FP32, contiguous. Where weights travelled with the dispatch, None
                 or the same tensor. Otherwise they are brought to the experts' ranks first, which
                 takes one hop more.
-            handle: What the dispatch returned. Its hook, if it has one, was called.
+            handle: What the dispatch returned. Its hook, if it has one, was called, and that of an
+                earlier combine with it.
             zero_copy: The rows stand in `get_next_low_latency_combine_buffer` of the handle; of `x`
                 nothing is read.
             async_finish: As in `low_latency_dispatch`.
@@ -218,9 +219,10 @@ class LowLatencyCalls:
             See `LowLatencyCombineOutput`.
 
         Raises:
-            EPArgumentError: Wrong arguments; a handle of another buffer, or used before.
-            EPStateError: The dispatch's hook was not called, or the combine before the last is
-                still out. The buffer stays usable. Or it failed earlier, or was destroyed.
+            EPArgumentError: Wrong arguments; a handle of another buffer.
+            EPStateError: The hook of the dispatch was not called, or that of an earlier combine of
+                it; or the combine before the last is still out. The buffer stays usable. Or it
+                failed earlier, or was destroyed.
             Others as `low_latency_dispatch`.
         """
         session = self._session
@@ -261,10 +263,9 @@ class LowLatencyCalls:
             asynchronous=async_finish,
         )
         with operation:
-            handle.was_used = True
             pending = backend.combine(handle.pending.result, request)
             event = _receive_unless_split(pending, return_recv_hook, async_finish)
-        hook = self._combines.add(session, pending, return_recv_hook)
+        handle.combine_hook = hook = self._combines.add(session, pending, return_recv_hook)
         return LowLatencyCombineOutput(out, event, hook)
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Tensor:
@@ -274,7 +275,7 @@ class LowLatencyCalls:
         The same tensor for each call with the handle.
 
         Raises:
-            EPArgumentError: A handle of another buffer, or used before.
+            EPArgumentError: A handle of another buffer.
             EPStateError: As `low_latency_combine`.
         """
         session = self._session

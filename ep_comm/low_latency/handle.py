@@ -96,7 +96,7 @@ class HooksOut:
 
 @dataclass(kw_only=True, eq=False)
 class LowLatencyHandle:
-    """What combine needs of one low-latency dispatch. Made by that dispatch; used once.
+    """What combine needs of one low-latency dispatch, for any number of combines in turn.
 
     T tokens of this rank, M = `max_tokens`, R ranks, E experts on each.
 
@@ -111,7 +111,7 @@ class LowLatencyHandle:
         pending: What the backend started.
         hook: That of the dispatch; None where it has none.
         combine_buffer: See `Buffer.get_next_low_latency_combine_buffer`.
-        was_used: Whether a combine took it.
+        combine_hook: That of the last combine; None where it has none.
     """
 
     session: Session = field(repr=False)
@@ -124,7 +124,7 @@ class LowLatencyHandle:
     pending: Pending[Any] = field(repr=False)
     hook: Hook | None = field(default=None, repr=False)
     combine_buffer: Tensor | None = field(default=None, repr=False)
-    was_used: bool = False
+    combine_hook: Hook | None = field(default=None, repr=False)
 
     @property
     def recv_src_info(self) -> Tensor:
@@ -149,16 +149,16 @@ def checked_handle(handle: object, session: Session) -> LowLatencyHandle:
     """Return `handle`, which a combine of the session's buffer may take now.
 
     Raises:
-        EPArgumentError: It is none, or another buffer's, or was used.
-        EPStateError: Its rows were not received yet, or ranks were masked since it was made.
+        EPArgumentError: It is none, or another buffer's.
+        EPStateError: Its rows were not received yet, or the sums of the combine before; or ranks
+            were masked since it was made.
     """
     if not isinstance(handle, LowLatencyHandle):
         raise EPArgumentError(f"handle must be a LowLatencyHandle, got {type(handle).__name__}")
     session.check_own(handle.session)
-    if handle.was_used:
-        raise EPArgumentError(
-            f"the handle of low_latency_dispatch #{handle.number} was used before: each serves one "
-            "combine"
+    if handle.combine_hook is not None and not handle.combine_hook.was_called:
+        raise EPStateError(
+            f"the hook of {handle.combine_hook.name} was not called: it combines the same dispatch"
         )
     if handle.hook is not None and not handle.hook.was_called:
         raise EPStateError(

@@ -142,7 +142,7 @@ class DeviceRecorder:
         if not started:
             return []
         self._synchronize()
-        slots = torch.tensor([(entry.place - 1) % RING_LENGTH for entry in started])
+        slots = torch.tensor([(entry.place - 1) % RING_LENGTH for entry in started], device="cpu")
         rows = self._ring[slots.to(self._ring.device)].cpu().numpy()
         return [
             self._record(entry, row.tobytes()) for entry, row in zip(started, rows, strict=True)

@@ -17,11 +17,12 @@ from low_latency_cases import (
     combine,
     dispatch,
     run_case,
+    run_combined_twice,
     run_two_at_once,
 )
 from ranks import run_ranks
 from test_buffer import on_gpus
-from test_low_latency import CASES, CHANGING, HARD, TWO_AT_ONCE, changing_operations
+from test_low_latency import CASES, CHANGING, HARD, TWICE, TWO_AT_ONCE, changing_operations
 from virtual_ranks import run_virtual_ranks
 
 from ep_comm import Buffer
@@ -86,6 +87,16 @@ def test_named_cases(case, delay_us):
     case = on_gpus(case, "nvlink")
     results = run_virtual_ranks(case.num_ranks, on_buffer, case.config(), case, delay_us=delay_us)
     check_results(case, results)
+
+
+def combined_twice(rank: int, buffer: Buffer, case: LowLatencyCase) -> dict[str, Any]:
+    return run_combined_twice(rank, buffer, case, "cuda")
+
+
+@pytest.mark.parametrize("case", TWICE)
+def test_one_dispatch_is_combined_twice(case):
+    case = on_gpus(case, "nvlink")
+    check_results(case, run_virtual_ranks(case.num_ranks, combined_twice, case.config(), case))
 
 
 def two_at_once(rank: int, buffer: Buffer) -> list[dict[str, Any]]:

@@ -81,6 +81,7 @@ def run_case(
     assert cached.recv_topk_idx is out.recv_topk_idx
     assert_same(to_numpy(again.combined_x), to_numpy(back.combined_x), "repeated combine")
     return dict(
+        added_weights=added_weights(case, rank, buffer, y, handle),
         x=to_numpy(out.recv_x),
         probs=to_numpy(out.recv_topk_weights),
         topk=None if out.recv_topk_idx is None else to_numpy(out.recv_topk_idx),
@@ -95,6 +96,16 @@ def run_case(
         dispatch_wire_bytes=dispatch_record.wire_bytes_to_rank,
         combine_wire_bytes=combine_record.wire_bytes_to_rank,
     )
+
+
+def added_weights(case: Case, rank: int, buffer: Buffer, y, handle) -> np.ndarray | None:
+    """Weights that combine adds up: what a rank has for experts of other ranks counts too."""
+    if case.layout == "expert":
+        return None
+    weights = case.probabilities(rank, (handle.num_rows, handle.num_topk), salt=8)
+    with torch.no_grad():
+        back = buffer.combine(y, handle, to_torch(weights, case.device), add_weights=True)
+    return to_numpy(back.combined_topk_weights)
 
 
 def as_routing_map(case: Case, topk: torch.Tensor, probs: torch.Tensor) -> dict:
@@ -145,23 +156,29 @@ def check_results(
         grad_rows.append(case.rows(r, len(rows), salt=5))
         grad_probs.append(case.probabilities(r, got["probs"].shape, salt=6))
 
-    outputs = [results[r]["y"] for r in ranks]
+    sums = [
+        ("combined", [results[r]["y"] for r in ranks], case.hidden, case.np_dtype),
+        ("grad_x", grad_rows, case.hidden, case.np_dtype),
+    ]
+    if case.layout == "rank":
+        added = [case.probabilities(r, (len(layouts[r]), case.num_topk), salt=8) for r in ranks]
+        sums.append(("added_weights", added, case.num_topk, np.dtype(np.float32)))
     for r in ranks:
-        for name, rows in (("combined", outputs), ("grad_x", grad_rows)):
+        for name, rows, width, dtype in sums:
             want = [
                 combine(
                     topk_idx[r][token],
                     rows_of_token(case, layouts, rows, r, token),
                     case.node_size,
                     case.num_ranks,
-                    case.hidden,
-                    case.np_dtype,
+                    width,
+                    dtype,
                 )
                 for token in range(case.tokens[r])
             ]
             assert_same(
                 results[r][name],
-                np.array(want, case.np_dtype).reshape(-1, case.hidden),
+                np.array(want, dtype).reshape(-1, width),
                 f"{name} on rank {r}",
             )
         check_grad_weights(case, topk_idx[r], layouts, grad_probs, r, results[r]["grad_weights"])

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 import torch
 from cases import to_numpy
-from low_latency_cases import LowLatencyCase, check_results, every_value, run_case, run_two_at_once
+from low_latency_cases import (
+    Inputs,
+    LowLatencyCase,
+    as_numpy,
+    check_results,
+    combine,
+    dispatch,
+    every_value,
+    run_case,
+    run_combined_twice,
+    run_two_at_once,
+)
 from low_latency_oracle import from_e4m3, quantize
 from ranks import run_ranks
 
@@ -59,6 +70,47 @@ def test_every_value_and_every_kind_of_nan(case):
     rows = [every_value(r, 26, case.hidden) for r in range(case.num_ranks)]
     assert len(np.unique(rows)) == 2**16
     check_results(case, run_ranks(case.num_ranks, on_reference, case))
+
+
+TWICE = [
+    Case(tokens=(7, 5), weights_with="combine"),
+    Case(tokens=(0, 9, 4), drop=0.3, split=True),
+]
+
+
+def twice_on_reference(rank: int, case: LowLatencyCase) -> dict[str, Any]:
+    with Buffer(None, case.config()) as buffer:
+        return run_combined_twice(rank, buffer, case, "cpu")
+
+
+@pytest.mark.parametrize("case", TWICE)
+def test_one_dispatch_is_combined_twice(case):
+    check_results(case, run_ranks(case.num_ranks, twice_on_reference, case))
+
+
+def with_other_defaults(rank: int, case: LowLatencyCase) -> dict[str, Any]:
+    """A program may have set torch's default device and type: neither is any of ours."""
+    inputs = Inputs.of_case(case, rank, "cpu")
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with Buffer(None, case.config()) as buffer:
+            out = dispatch(buffer, case, inputs)
+            combine(buffer, case, inputs, out.handle)
+            sent = buffer.dispatch(inputs.x, inputs.topk_idx, inputs.weights)
+            assert sent.handle.tokens_per_expert.device.type == "cpu"
+            assert sent.handle.device_expert_offsets.device.type == "cpu"
+            buffer.combine(sent.recv_x, sent.handle)
+            buffer.stats()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    return as_numpy(case, inputs, out)
+
+
+def test_defaults_of_torch_do_not_matter():
+    case = Case(tokens=(7, 5), scales="fp32", hidden=128)
+    check_results(case, run_ranks(2, with_other_defaults, case))
 
 
 # ---- Phases ------------------------------------------------------------------------------------

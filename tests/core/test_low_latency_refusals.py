@@ -118,10 +118,12 @@ def bad_calls(rank: int) -> dict[str, str]:
         messages[f"combine {name}"] = raised(lambda changes=changes: combine(**{**good, **changes}))
     messages["another buffer's handle"] = raised(lambda: other.low_latency_combine(**good))
     combine(**good)
-    messages["handle twice"] = raised(lambda: combine(**good))
-    messages["its place"] = raised(
+    again = combine(**{**good, "return_recv_hook": True})
+    messages["handle whose combine is out"] = raised(lambda: combine(**good))
+    messages["its place whose combine is out"] = raised(
         lambda: buffer.get_next_low_latency_combine_buffer(good["handle"])
     )
+    again.hook()
     bare = dispatch(**{**DISPATCH, "topk_weights": None}).handle
     messages["no weights"] = raised(lambda: combine(**{**good, "handle": bare}))
     combine(**{**good, "handle": bare, "topk_weights": WEIGHTS})
@@ -179,16 +181,16 @@ SAID = {
     **{f"dispatch {name}": message for name, (_, message) in BAD_DISPATCH.items()},
     **{f"combine {name}": message for name, (_, message) in BAD_COMBINE.items()},
     "another buffer's handle": "the handle belongs to another buffer",
-    "handle twice": "the handle of low_latency_dispatch #1 was used before",
-    "its place": "the handle of low_latency_dispatch #1 was used before",
+    "handle whose combine is out": "the hook of low_latency_combine #2 was not called",
+    "its place whose combine is out": "the hook of low_latency_combine #2 was not called",
     "no weights": "pass topk_weights: none travelled with the dispatch",
     "third dispatch": "low_latency_dispatch #5: the hook of low_latency_dispatch #3 was not called",
     "third dispatch without hook": "low_latency_dispatch #5: the hook of",
     "third dispatch out of turn": "#5: the hook of low_latency_dispatch #3 was not called yet",
     "not received": "the hook of low_latency_dispatch #3 was not called",
     "dispatch hook twice": "the hook of low_latency_dispatch #3 was called before",
-    "third combine": "the hook of low_latency_combine #3 was not called yet, whose memory",
-    "combine hook twice": "the hook of low_latency_combine #4 was called before",
+    "third combine": "the hook of low_latency_combine #4 was not called yet, whose memory",
+    "combine hook twice": "the hook of low_latency_combine #5 was called before",
     "clean tokens": "from 1 to the 6",
     "clean hidden": "hidden is 512 in this buffer, got 256",
     "size hint": "a multiple of 8, got 100",
@@ -198,7 +200,7 @@ SAID = {
     "destroyed": "it was destroyed",
     "hook of a destroyed buffer": "it was destroyed",
 }
-_STATE = ("third", "not received", "hook", "destroyed")
+_STATE = ("third", "not received", "hook", "destroyed", "is out")
 _ROUTING = ("no_such_expert", "expert_twice")
 
 

@@ -193,7 +193,7 @@ class NodesMemory(PeerMemory):
         for size in (ctypes.sizeof(header.Fault), notice_bytes, progress_bytes, 4 * mailbox_ints):
             starts.append(total)
             total += -(-size // HOST_STRIDE) * HOST_STRIDE
-        host = torch.zeros(total, dtype=torch.uint8, pin_memory=True)
+        host = torch.zeros(total, dtype=torch.uint8, device="cpu", pin_memory=True)
         addresses = [host.data_ptr() + start for start in starts]
         self.fault_address, self.notice_address = addresses[:2]
         self._progress_address, self.mailbox_address = addresses[2:]

@@ -324,7 +324,7 @@ class NVLinkBackend:
     def combine(self, routing: NVLinkRouting, request: CombineRequest) -> Pending[Combined]:
         """Launch the kernel of a combine."""
         self.memory.check()
-        x, topk_weights, asynchronous = request
+        x, topk_weights, asynchronous, adds_weights = request
         num_tokens, hidden = routing.num_tokens, x.shape[1]
         combined = torch.empty(num_tokens, hidden, dtype=x.dtype, device=self.device)
         weights = None
@@ -337,8 +337,11 @@ class NVLinkBackend:
         args.combined_x = combined.data_ptr()
         args.combined_weights = None if weights is None else weights.data_ptr()
         args.row_bytes = row_bytes = hidden * x.element_size()
+        args.adds_weights = adds_weights
         args.dtype = fp8.NATIVE_DTYPES[x.dtype]
-        args.tag = _tag(routing.ticket, args.dtype, row_bytes, weights is not None)
+        args.tag = _tag(
+            routing.ticket, args.dtype, row_bytes, weights is not None, adds_weights
+        )
         args.chunk_rows = chunk_tokens(COMBINE_CHUNK_BYTES, row_bytes)
         sms = self._sms_of("combine", routing.layout, num_tokens * row_bytes, asynchronous)
         args.chunks_per_unit = combine_chunks_per_unit(sms, args.chunk_rows)

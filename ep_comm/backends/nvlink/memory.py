@@ -161,7 +161,7 @@ class PeerMemory:
         small = (header.Fault, header.Notice, header.Progress)
         assert max(map(ctypes.sizeof, small)) <= HOST_STRIDE
         num_bytes = len(small) * HOST_STRIDE + ctypes.sizeof(header.Mailbox)
-        host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+        host = torch.zeros(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         self.fault_address = host.data_ptr()
         self.notice_address = self.fault_address + HOST_STRIDE
         self._progress_address = self.notice_address + HOST_STRIDE

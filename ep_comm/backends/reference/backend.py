@@ -268,7 +268,7 @@ class ReferenceBackend(Operations):
     def combine(self, routing: ReferenceRouting, request: CombineRequest) -> Pending[Combined]:
         """Add up this rank's rows of each token, and send the partial sums back."""
         self._say_overflow()
-        x, topk_weights, _ = request
+        x, topk_weights, _, adds_weights = request
         recv_rows, num_received = routing.sizes.received, routing.sizes.num_received
         record = self.recorder.start("combine", x.device)
         sent_rows = [len(tokens) for tokens in routing.sent_tokens]  # and as many come back
@@ -278,6 +278,7 @@ class ReferenceBackend(Operations):
             routing_epoch=routing.epoch,
             dtype=x.dtype,
             has_weights=topk_weights is not None,
+            adds_weights=adds_weights,
         )
         if routing.layout == "expert":
             x = sum_expert_rows(x, routing)
@@ -304,11 +305,12 @@ class ReferenceBackend(Operations):
             for exchange in exchanges:
                 exchange.wait()
             combined = self._sum_over_ranks(routing, recv.split(sent_rows))
-            scattered = None
+            weights = None
             if recv_weights is not None:
-                scattered = self._scatter_weights(routing, recv_weights.split(sent_rows))
+                bring = self._sum_over_ranks if adds_weights else self._scatter_weights
+                weights = bring(routing, recv_weights.split(sent_rows))
             self.recorder.finish(record)
-            return Combined(combined, scattered)
+            return Combined(combined, weights)
 
         return Pending(finish=finish)
 

@@ -64,11 +64,11 @@ def exchange_headers(
         for key, value in dict(buffer=buffer, op=record.op, epoch=record.epoch, **fields).items()
     }
     device = transport.host_device
-    send = torch.zeros(len(rows_to_rank), _NUM_INTS, dtype=torch.int64)
+    send = torch.zeros(len(rows_to_rank), _NUM_INTS, dtype=torch.int64, device="cpu")
     for header, rows in zip(send, rows_to_rank, strict=True):
         # Other operations have other fields: room for the longest, sent at full length.
         filled = [_MAGIC, rows, num_tokens, len(mine), *mine.values()]
-        header[: len(filled)] = torch.tensor(filled)
+        header[: len(filled)] = torch.tensor(filled, device="cpu")
     # What stays as it is is of masked ranks: as if they said the same, no rows either way.
     recv = send.to(device, copy=True)
     exchange = Exchange(

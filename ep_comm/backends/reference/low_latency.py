@@ -227,8 +227,8 @@ class ReferenceLowLatency(Operations):
             assert isinstance(form, ScaleForm)
             scales = recv[:, row_bytes:].contiguous().view(form.dtype)
             request.recv_scales[experts, places] = scales[rows]
-        ranks = torch.arange(len(recv_rows), dtype=torch.int32).repeat_interleave(
-            torch.tensor(recv_rows)
+        ranks = torch.arange(len(recv_rows), dtype=torch.int32, device="cpu").repeat_interleave(
+            torch.tensor(recv_rows, device="cpu")
         )
         src_info = ranks.to(device) * request.max_tokens + recv_meta[:, 0]
         recv_src_info = request.recv_src_info.view(self.num_local_experts, -1)
@@ -257,4 +257,4 @@ def _add_waits(stats: Tensor | None, waits: Sequence[Sequence[float]]) -> None:
     if stats is None:
         return
     for seconds in filter(None, waits):  # empty where the transport does not block the host
-        stats += torch.tensor([round(1e9 * s) for s in seconds]).to(stats.device)
+        stats += torch.tensor([round(1e9 * s) for s in seconds], device=stats.device)

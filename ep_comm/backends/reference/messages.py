@@ -139,7 +139,7 @@ class Transport:
         """Return `tensor` on the CPU; the stream has the timeout to get there."""
         if not tensor.is_cuda:
             return tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         host.copy_(tensor, non_blocking=True)
         done = torch.cuda.Event()
         done.record()

@@ -48,7 +48,7 @@ class ReferenceRouting(Routing):
     @cached_property
     def device_expert_offsets(self) -> Tensor:
         """The running sum of the padded counts, cut off at the capacity."""
-        ends = torch.tensor((0, *self.sizes.padded_expert_rows)).cumsum(0)
+        ends = torch.tensor((0, *self.sizes.padded_expert_rows), device="cpu").cumsum(0)
         if self.capacity is not None:
             ends = ends.clamp(max=self.capacity)
         return ends.to(self.topk_idx.device, torch.int32)
