@@ -11,7 +11,7 @@ the contract, ``lint-imports`` checks it)::
     bench      measurements: ops (dispatch and combine), low_latency, train (whole steps)
     plan       a model of dispatch and combine on a cluster
     pretrain   the training application of examples/pretrain_moe.py
-    megatron   the dispatcher for Megatron-Core, and the launcher
+    megatron   the dispatcher for Megatron-Core, and the launcher; deep_ep, DeepEP's interface
     buffer     the public calls
     ops        torch ops with autograd; low_latency, the public calls for decoding
     handle     where the rows of a dispatch went, for its combine and its backward

@@ -487,6 +487,11 @@ class Buffer(MaskCalls):
         """Device memory that the buffer holds beyond the outputs of operations."""
         return self._session.backend.buffer_bytes
 
+    @property
+    def comm_stream(self) -> torch.cuda.Stream | None:
+        """Where operations with ``async_finish=True`` run; None with the reference backend."""
+        return self._session.backend.comm_stream
+
     def describe(self) -> str:
         """Return backend and transport in a few words."""
         return self._session.backend.describe()

@@ -16,9 +16,11 @@ class EventOverlap:
             independent_work()
     """
 
-    def __init__(self, event: torch.cuda.Event | None = None, keep: tuple = ()) -> None:
+    def __init__(
+        self, event: torch.cuda.Event | None = None, extra_tensors: tuple | None = None
+    ) -> None:
         self.event = event
-        self._keep = keep  # tensors that the operation still uses
+        self.extra_tensors = extra_tensors  # which the operation still uses
 
     @classmethod
     def record(cls, device: torch.device) -> EventOverlap:
@@ -36,7 +38,7 @@ class EventOverlap:
         """
         if self.event is not None:
             torch.cuda.current_stream().wait_event(self.event)
-            self._keep = ()
+            self.extra_tensors = None
 
     def __enter__(self) -> EventOverlap:
         return self

@@ -104,11 +104,11 @@ struct WeightSum {
   bool is_empty = true;
 
   __device__ void add(float weight) {
-    of_node = __fadd_rn(of_node, weight);
+    of_node += weight;
     is_empty = false;
   }
   __device__ void end_node() {
-    total = __fadd_rn(total, of_node);
+    total += of_node;
     of_node = -0.0f;
   }
   __device__ float value() {

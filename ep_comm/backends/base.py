@@ -275,6 +275,10 @@ class Backend(Protocol):
         """Device memory held beyond the outputs of operations."""
 
     @property
+    def comm_stream(self) -> torch.cuda.Stream | None:
+        """Where asynchronous operations run; None where that is the caller's stream."""
+
+    @property
     def num_started(self) -> int:
         """Operations started, which other ranks may be waiting for."""
 

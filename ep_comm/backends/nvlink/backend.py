@@ -180,6 +180,11 @@ class NVLinkBackend:
         return self.memory.has_fault or self.memory.has_diverged
 
     @property
+    def comm_stream(self) -> torch.cuda.Stream:
+        """The communication stream."""
+        return self._streams.comm
+
+    @property
     def num_started(self) -> int:
         """The dispatches and combines that were launched."""
         return self.recorder.num_operations

@@ -86,6 +86,11 @@ class ReferenceBackend(Operations):
         return 0
 
     @property
+    def comm_stream(self) -> None:
+        """Operations run on the caller's stream."""
+        return None
+
+    @property
     def num_started(self) -> int:
         """The operations that were begun, plans among them."""
         return self.recorder.num_started

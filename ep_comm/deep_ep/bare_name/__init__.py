@@ -1,0 +1,1 @@
+"""The folder for PYTHONPATH, see `ep_comm.deep_ep.path`."""
