@@ -31,9 +31,10 @@ def install(*, replace: bool = False) -> None:
         EPStateError: DeepEP is installed; names where.
     """
     loaded = sys.modules.get(NAME)
-    if loaded is not None and _is_ours(loaded.__spec__):
+    spec = None if loaded is None else loaded.__spec__
+    if _is_ours(spec):
         return
-    other = loaded.__spec__ if loaded is not None else installed()
+    other = installed() if spec is None or spec.origin is None else spec
     if other is not None and not replace:
         raise EPStateError(
             f"DeepEP is installed, {other.origin}: uninstall it, or call install(replace=True)"
@@ -53,8 +54,9 @@ def install(*, replace: bool = False) -> None:
 
 def installed() -> ModuleSpec | None:
     """Return what ``import deep_ep`` would find if this were not there; None is nothing."""
-    elsewhere = [entry for entry in sys.path if not _is_here(entry)]
-    return PathFinder.find_spec(NAME, elsewhere)
+    spec = PathFinder.find_spec(NAME, [entry for entry in sys.path if not _is_here(entry)])
+    # Any folder of the name is a package without a file.
+    return None if spec is None or spec.origin is None else spec
 
 
 def warn_where_it_hides_another() -> None:

@@ -1,0 +1,58 @@
+"""Megatron's own flex dispatcher with its DeepEP backend, over ours, against its alltoall, on CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from megatron_model import Setup, assert_close_runs, train
+from own_name import install
+from ranks import run_ranks, stop_pool
+
+pytest.importorskip("megatron.core")
+
+POOL = "flex"  # of processes in which `import deep_ep` finds ours
+FLEX = (("moe_flex_dispatcher_backend", "deepep"), ("moe_enable_deepep", True))
+SETUPS = {
+    "fp32": Setup(),
+    "bf16": Setup(bf16=True),
+    "dropping": Setup(config=(("moe_expert_capacity_factor", 0.7),)),
+    "microbatches": Setup(microbatches=3),
+    "recomputed": Setup(
+        config=(("recompute_granularity", "selective"), ("recompute_modules", ["moe"]))
+    ),
+}
+CLOSE = dict(rtol=2e-5, atol=2e-6)
+CLOSE_BF16 = dict(rtol=5e-2, atol=5e-3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def megatron_processes():
+    run_ranks(2, install, pool=POOL)  # before they import Megatron, which looks for it once
+    yield
+    stop_pool(POOL)
+
+
+def train_over_ours(rank: int, setup: Setup) -> dict:
+    from megatron.core.transformer.moe import fused_a2a
+
+    fused_a2a._buffer = None
+    results = train(rank, setup)
+    if setup.dispatcher == "flex":
+        assert type(fused_a2a._buffer).__module__ == "ep_comm.deep_ep.buffer"
+    return results
+
+
+def run(setup: Setup) -> list[dict]:
+    return run_ranks(2, train_over_ours, setup, pool=POOL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETUPS)
+def test_trains_like_alltoall(name):
+    setup = SETUPS[name]
+    flex = dataclasses.replace(setup, dispatcher="flex", config=(*setup.config, *FLEX))
+    ours = run(flex)
+    assert ours[0]["losses"][-1] < ours[0]["losses"][0]
+    theirs = run(dataclasses.replace(setup, dispatcher="alltoall"))
+    assert_close_runs(ours, theirs, CLOSE_BF16 if setup.bf16 else CLOSE)
