@@ -53,10 +53,10 @@ def map_of_ranks(is_token_in_rank: Tensor | None, num_tokens_per_expert: Tensor)
     """
     if is_token_in_rank is None:
         raise EPArgumentError("pass topk_idx, or is_token_in_rank and num_tokens_per_expert")
-    num_tokens, num_ranks = is_token_in_rank.shape
+    num_ranks = is_token_in_rank.shape[1]
     counts = num_tokens_per_expert.view(num_ranks, -1)
     first = counts.cumsum(1) - counts
     place = is_token_in_rank.cumsum(0) - 1
     in_all = is_token_in_rank.sum(0).clamp(min=1)
     turn = (place.unsqueeze(2) - first) % in_all.view(num_ranks, 1)
-    return (is_token_in_rank.unsqueeze(2) & (turn < counts)).view(num_tokens, -1)
+    return (is_token_in_rank.unsqueeze(2) & (turn < counts)).flatten(1)

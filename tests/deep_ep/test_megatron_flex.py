@@ -1,4 +1,4 @@
-"""Megatron's own flex dispatcher with its DeepEP backend, over ours, against its alltoall, on CPU."""
+"""Megatron's flex dispatcher with its DeepEP backend, over ours, against its alltoall, on CPU."""
 
 from __future__ import annotations
 
