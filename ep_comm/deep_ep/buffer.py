@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ep_comm import Buffer as NativeBuffer
 from ep_comm.checks import check_num_sms
+from ep_comm.config import check_positive
 from ep_comm.deep_ep import place
 from ep_comm.deep_ep.bias import checked_bias, with_bias
 from ep_comm.deep_ep.config import Config
@@ -129,6 +130,7 @@ class Buffer(LowLatencyCalls):
         Raises:
             EPArgumentError: Less than 2.
         """
+        check_positive("new_num_sms", new_num_sms)
         check_num_sms(new_num_sms)
         Buffer.num_sms = Buffer._sm_limit = new_num_sms
 

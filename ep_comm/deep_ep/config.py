@@ -37,6 +37,7 @@ class Config:
     limits_sms: bool = True
 
     def __post_init__(self) -> None:
+        check_positive("num_sms", self.num_sms)
         check_num_sms(self.num_sms)
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
