@@ -1,4 +1,7 @@
-"""The bare name ``deep_ep``: on request only, in spawned processes too, never over DeepEP unsaid."""
+"""The bare name ``deep_ep``: on request only, in spawned processes too, never hiding DeepEP unsaid.
+
+And what the constructor refuses.
+"""
 
 from __future__ import annotations
 

@@ -175,7 +175,8 @@ def every_way(rank: int, case: Case) -> None:
     assert_same(to_numpy(added), mine.want_weights(), "weights")
     bias = [to_torch(case.rows(rank, len(mine.x), salt=salt), mine.device) for salt in (5, 6)]
     for given_bias, terms in ((bias[0], bias[:1]), (tuple(bias), bias)):
-        got, none, _ = buffer.combine(mine.y, handle, bias=given_bias, async_finish=True)
+        got, none, event = buffer.combine(mine.y, handle, bias=given_bias, async_finish=True)
+        event.current_stream_wait()
         assert none is None
         want = sum_rows([mine.want_combined(), *map(to_numpy, terms)])
         assert_same(to_numpy(got), want, "combined with a bias")
@@ -252,16 +253,20 @@ def dispatch(buffer: Buffer, mine: Rank, **how: Any) -> tuple:
     return buffer.dispatch(mine.x, topk_idx=mine.topk_idx, topk_weights=mine.weights, **how)
 
 
-def sizes_that_change(rank: int) -> None:
+def sizes_that_change(rank: int, device: str) -> None:
     """Buffers follow the calls; handles of those that became too small go on working."""
+
+    def of(*tokens: int, **sizes: int) -> Rank:
+        return Rank(rank, Case(tokens=tokens, layout="rank", device=device, **sizes))
+
     buffer = Buffer(dist.group.WORLD)
     assert buffer._buffers.newest is None
-    small = Rank(rank, Case(tokens=(3, 9), layout="rank"))
+    small = of(3, 9)
     recv_x, *_, first, _ = dispatch(buffer, small)
     small.check_rows(recv_x)
     assert room(buffer) == [64]
 
-    large = Rank(rank, Case(tokens=(2, 300), layout="rank"))  # rank 0 does not know of it
+    large = of(2, 300)  # rank 0 does not know of it
     recv_x, *_, handle, _ = dispatch(buffer, large)
     large.check_rows(recv_x)
     assert room(buffer) == [64, 320]
@@ -271,9 +276,9 @@ def sizes_that_change(rank: int) -> None:
         mine.check_rows(buffer.dispatch(mine.x, handle=kept)[0])
 
     dispatch(buffer, small)
-    dispatch(buffer, Rank(rank, Case(tokens=(321, 0), layout="rank")))
+    dispatch(buffer, of(321, 0))
     assert room(buffer) == [64, 320, 640]  # at least twice as much
-    other = Rank(rank, Case(tokens=(3, 9), layout="rank", hidden=40))
+    other = of(3, 9, hidden=40)
     other.check_rows(dispatch(buffer, other)[0])
     worst = dispatch(buffer, small, num_worst_tokens=1400)
     small.check_rows(worst[0], 1400)
@@ -286,7 +291,7 @@ def room(buffer: Buffer) -> list[int]:
 
 
 def test_sizes_follow_the_calls():
-    run_ranks(2, sizes_that_change)
+    run_ranks(2, sizes_that_change, "cpu")
 
 
 def sizes_by_hint(rank: int) -> None:
