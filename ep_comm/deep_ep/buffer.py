@@ -238,7 +238,6 @@ class Buffer(LowLatencyCalls):
             Buffer.capture() if async_finish else EventOverlap(),
         )
 
-    @torch.no_grad()
     def dispatch(
         self,
         x: Payload,
@@ -283,38 +282,42 @@ class Buffer(LowLatencyCalls):
             local expert or [] with `num_worst_tokens`, handle, event). Rows stand by source rank,
             then by token. With `handle` all but `recv_x` and the event are None.
         """
-        num_sms = _sms(config)
         if isinstance(x, tuple):
             x = (x[0], x[1].contiguous())
-        streams: Any = dict(
-            previous_event=previous_event,
-            async_finish=async_finish,
-            allocate_on_comm_stream=allocate_on_comm_stream,
-        )
+        elif x.requires_grad:
+            x = x.detach()
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
                 raise EPArgumentError("pass a handle, or topk_idx and topk_weights, not both")
             kept: NormalHandle = checked(handle, NormalHandle, "dispatch")
-            kept.buffer.limit_sms(num_sms)
-            again = kept.buffer.native.dispatch(x, handle=kept.native, **streams)
+            kept.buffer.limit_sms(_sms(config))
+            again = kept.buffer.native.dispatch(
+                x,
+                handle=kept.native,
+                previous_event=previous_event,
+                async_finish=async_finish,
+                allocate_on_comm_stream=allocate_on_comm_stream,
+            )
             return again.recv_x, None, None, None, None, again.event
 
         if num_tokens_per_expert is None:
             raise EPArgumentError("pass a handle, or num_tokens_per_expert of get_dispatch_layout")
-        routing: dict[str, Any] = dict(topk_idx=topk_idx, topk_weights=topk_weights)
+        routing_map = None
         if topk_idx is None:
-            routing = dict(routing_map=map_of_ranks(is_token_in_rank, num_tokens_per_expert))
-        out, buffer = self._dispatch(
-            x,
-            num_tokens_per_expert.numel(),
-            num_sms,
-            dict(
-                layout="rank",
-                num_worst_tokens=num_worst_tokens or None,
-                **routing,
-                **streams,
-            ),
+            routing_map = map_of_ranks(is_token_in_rank, num_tokens_per_expert)
+        if topk_weights is not None and topk_weights.requires_grad:
+            topk_weights = topk_weights.detach()
+        how: dict[str, Any] = dict(
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            routing_map=routing_map,
+            layout="rank",
+            num_worst_tokens=num_worst_tokens or None,
+            previous_event=previous_event,
+            async_finish=async_finish,
+            allocate_on_comm_stream=allocate_on_comm_stream,
         )
+        out, buffer = self._dispatch(x, num_tokens_per_expert.numel(), _sms(config), how)
         counts = out.num_recv_tokens_per_expert_list
         if expert_alignment != 1:
             counts = [-(-count // expert_alignment) * expert_alignment for count in counts]
@@ -348,7 +351,6 @@ class Buffer(LowLatencyCalls):
         buffer.limit_sms(num_sms)
         return buffer.native.dispatch(x, **how), buffer
 
-    @torch.no_grad()
     def combine(
         self,
         x: Tensor,
@@ -376,6 +378,10 @@ class Buffer(LowLatencyCalls):
             (combined_x [T, hidden], combined_topk_weights [T, K] or None, event).
         """
         kept: NormalHandle = checked(handle, NormalHandle, "dispatch")
+        if x.requires_grad:
+            x = x.detach()
+        if topk_weights is not None and topk_weights.requires_grad:
+            topk_weights = topk_weights.detach()
         biases = checked_bias(bias, (kept.native.num_tokens, x.shape[-1]), x.device)
         kept.buffer.limit_sms(_sms(config))
         out = kept.buffer.native.combine(

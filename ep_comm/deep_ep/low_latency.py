@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ep_comm import Buffer as NativeBuffer
-from ep_comm.config import check_positive, is_int
 from ep_comm.deep_ep.handles import LowLatencyHandleTuple, checked
 from ep_comm.deep_ep.sized import SizedBuffer, SizedBuffers
 from ep_comm.errors import EPArgumentError, EPStateError, EPUnsupportedError
@@ -47,7 +46,6 @@ class LowLatencyCalls:
         """
         self._sized(hidden, num_experts, num_max_dispatch_tokens_per_rank)
 
-    @torch.no_grad()
     def low_latency_dispatch(
         self,
         x: Tensor,
@@ -83,6 +81,8 @@ class LowLatencyCalls:
             (recv_x, recv_count [E] int32, handle, event, hook or None).
         """
         buffer = self._sized(x.shape[-1], num_experts, num_max_dispatch_tokens_per_rank)
+        if x.requires_grad:
+            x = x.detach()
         out = buffer.native.low_latency_dispatch(
             x,
             topk_idx,
@@ -99,7 +99,6 @@ class LowLatencyCalls:
         handle = LowLatencyHandleTuple(out.handle, buffer, out.recv_count)
         return out.recv_x, out.recv_count, handle, out.event, out.hook
 
-    @torch.no_grad()
     def low_latency_combine(
         self,
         x: Tensor,
@@ -136,6 +135,10 @@ class LowLatencyCalls:
         if use_logfmt:
             raise EPUnsupportedError("use_logfmt=True: rows travel back in BF16 only")
         kept = self._kept(handle)
+        if x.requires_grad:
+            x = x.detach()
+        if topk_weights.requires_grad:
+            topk_weights = topk_weights.detach()
         back = kept.buffer.native.low_latency_combine(
             x,
             topk_idx,
@@ -194,8 +197,6 @@ class LowLatencyCalls:
     def _sized(self, hidden: int, num_experts: int, max_tokens: int) -> SizedBuffer:
         if not self.low_latency_mode:
             raise EPArgumentError("the buffer was made without low_latency_mode=True")
-        if not is_int(max_tokens) or max_tokens < 1:
-            check_positive("num_max_dispatch_tokens_per_rank", max_tokens)
         return self._buffers.low_latency(hidden, num_experts, max_tokens)
 
     def _kept(self, handle: object) -> LowLatencyHandleTuple:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from ep_comm import Buffer as NativeBuffer
 from ep_comm._native.header import EP_MAX_TOPK
-from ep_comm.config import EPConfig
+from ep_comm.config import EPConfig, check_positive
 from ep_comm.deep_ep.hints import Hints
 from ep_comm.errors import EPTooManyTokensError, EPUnsupportedError
 from ep_comm.job.meeting import meet
@@ -38,10 +38,13 @@ class SizedBuffer:
 
     Attributes:
         native: It.
+        room: Most tokens of a rank in an operation, a low-latency one where it has these.
     """
 
     def __init__(self, native: NativeBuffer) -> None:
+        config = native.config
         self.native = native
+        self.room = config.low_latency_tokens or config.max_tokens_per_rank
         self._num_sms: int | None = None
 
     def limit_sms(self, num_sms: int | None) -> None:
@@ -98,7 +101,7 @@ class SizedBuffers:
         key = (hidden, num_experts, dtype)
         buffer = self._normal.get(key)
         least = -(-num_worst_tokens // self._num_ranks)
-        if buffer is not None and buffer.native.config.max_tokens_per_rank >= least:
+        if buffer is not None and buffer.room >= least:
             return buffer
         if buffer is not None:
             return self._grow(key, least)
@@ -119,11 +122,9 @@ class SizedBuffers:
         """Return the buffer for low-latency operations; collective where there is none yet."""
         key = (hidden, num_experts)
         buffer = self._low_latency.get(key)
-        if buffer is not None:
-            room = buffer.native.config.low_latency_tokens
-            assert room is not None
-            if max_tokens <= room:
-                return buffer
+        if buffer is not None and isinstance(max_tokens, int) and max_tokens <= buffer.room:
+            return buffer
+        check_positive("num_max_dispatch_tokens_per_rank", max_tokens)
         sizes = dict(max_tokens_per_rank=max_tokens, low_latency_tokens=max_tokens)
         made = self._new(hidden, num_experts, torch.bfloat16, sizes)
         self._low_latency[key] = made
@@ -135,7 +136,7 @@ class SizedBuffers:
             buffer.native.destroy()
 
     def _grow(self, key: tuple, num_tokens: int) -> SizedBuffer:
-        room = self._normal[key].native.config.max_tokens_per_rank
+        room = self._normal[key].room
         _log.info("deep_ep: room for %d tokens a rank instead of %d", num_tokens, room)
         return self._make(key, max(num_tokens, 2 * room))
 

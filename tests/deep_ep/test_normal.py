@@ -151,7 +151,12 @@ def every_way(rank: int, case: Case) -> None:
     assert buffer.num_nvl_bytes == int(1e6) and not buffer.low_latency_mode
     previous = buffer.capture()
     layout = mine.layout(buffer, previous_event=previous, async_finish=True)
-    given = dict(x=mine.x, topk_idx=mine.topk_idx, topk_weights=mine.weights, **layout)
+    given = dict(
+        x=mine.x.requires_grad_(),  # there is no autograd, whatever asks for it
+        topk_idx=mine.topk_idx,
+        topk_weights=mine.weights.requires_grad_(),
+        **layout,
+    )
 
     # With top-k, as all callers do.
     recv_x, idx, weights, counts, handle, event = buffer.dispatch(
@@ -159,6 +164,7 @@ def every_way(rank: int, case: Case) -> None:
         previous_event=previous, async_finish=True, allocate_on_comm_stream=True,
     )  # fmt: skip
     event.current_stream_wait()
+    assert not recv_x.requires_grad and not weights.requires_grad
     mine.check_rows(recv_x, len(mine.rows))
     mine.check_topk(idx, weights)
     assert counts == mine.counts(alignment=8)
