@@ -344,9 +344,7 @@ class NVLinkBackend:
         args.row_bytes = row_bytes = hidden * x.element_size()
         args.adds_weights = adds_weights
         args.dtype = fp8.NATIVE_DTYPES[x.dtype]
-        args.tag = _tag(
-            routing.ticket, args.dtype, row_bytes, weights is not None, adds_weights
-        )
+        args.tag = _tag(routing.ticket, args.dtype, row_bytes, weights is not None, adds_weights)
         args.chunk_rows = chunk_tokens(COMBINE_CHUNK_BYTES, row_bytes)
         sms = self._sms_of("combine", routing.layout, num_tokens * row_bytes, asynchronous)
         args.chunks_per_unit = combine_chunks_per_unit(sms, args.chunk_rows)
