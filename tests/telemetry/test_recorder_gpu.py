@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import statistics
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,12 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from ep_comm import Buffer, EPConfig, EPTimeoutError, fault_file
+from ep_comm.telemetry.beside import Beside, beside
 from ep_comm.telemetry.explain import read_story
+from ep_comm.telemetry.profiles import read_profile
+from ep_comm.telemetry.records import timed
+from ep_comm.telemetry.spans import covered, exposed
+from ep_comm.telemetry.trace import read_trace
 
 pytestmark = pytest.mark.multi_gpu
 
@@ -93,7 +101,93 @@ def test_records_say_what_the_profiler_says():
         assert profiled - 4e-6 < recorded < profiled * 1.03
 
 
-def one_stays_away(rank: int, folder: str) -> str | None:
+def events_on_the_records_axis(rank: int) -> list[float]:
+    """By how many seconds an event before and one behind a dispatch are outside of its record."""
+    buffer = Buffer(None, EPConfig(**SIZES))
+    x, topk = inputs()
+    handle = buffer.dispatch(x, topk).handle
+    for _ in range(3):
+        with timed(x.device) as span:
+            buffer.dispatch(x, handle=handle)
+    torch.cuda.synchronize()
+    (record,) = buffer.records.since(buffer.records.num_operations - 1)
+    begin, end = span.on_axis(buffer.records.origin())
+    buffer.destroy()
+    return [record.began_s - begin, end - record.began_s - record.seconds]
+
+
+def test_events_can_be_set_beside_records():
+    for before_s, behind_s in run_ranks(2, events_on_the_records_axis, backend="nccl"):
+        print(f"event {1e6 * before_s:.1f} us before, {1e6 * behind_s:.1f} us behind the record")
+        assert -10e-6 < before_s < 200e-6  # the host launches meanwhile
+        assert -10e-6 < behind_s < 50e-6
+
+
+def beside_the_profiler(rank: int, folder: str) -> tuple[Beside, float, float]:
+    """Backward passes with products beside their combine: by the profiler, by records and events.
+
+    The parts of the communication's time that were exposed.
+    """
+    buffer = Buffer(None, EPConfig(**SIZES))
+    x, topk = inputs()
+    x.requires_grad_(True)
+    weight = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
+    spans = []
+
+    def products() -> None:
+        with timed(x.device) as span:
+            for _ in range(4):
+                torch.mm(weight, weight)
+        spans.append(span)
+
+    def step() -> None:
+        out = buffer.dispatch(x, topk, during_backward=products)
+        buffer.combine(out.recv_x @ weight, out.handle).combined_x.sum().backward()
+
+    for _ in range(5):
+        step()
+    buffer.synchronize()
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profiler:
+        before = buffer.records.num_operations
+        spans.clear()
+        for _ in range(10):
+            step()
+        torch.cuda.synchronize()
+    records = buffer.records.since(before)
+    ours = [(record.began_s, record.began_s + record.seconds) for record in records]
+    hidden = [span.on_axis(buffer.records.origin()) for span in spans]
+    by_events = exposed(ours, hidden) / covered(ours)
+    without = exposed(ours, []) / covered(ours)
+    buffer.write_trace(Path(folder, "trace.json"))
+    path = Path(folder, f"profile-{rank}.json.gz")
+    profiler.export_chrome_trace(str(path))
+    found = beside(read_trace(Path(folder, "trace.json")), read_profile(path))
+    buffer.destroy()
+    return found, by_events, without
+
+
+def test_what_is_exposed_by_the_profiler_and_by_events(tmp_path):
+    results = run_ranks(2, beside_the_profiler, str(tmp_path), backend="nccl")
+    for rank, (found, by_events, without) in enumerate(results):
+        typical, furthest = found.apart_us
+        print(
+            f"rank {rank}: exposed {found.exposed_share:.1%} by the profiler, {by_events:.1%} by "
+            f"events; axes {typical:+.1f} us apart, at most {furthest:+.1f} us"
+        )
+        assert found.rank == rank and found.num_operations >= 39  # of 40
+        assert found.num_compared >= 19  # combines: forward, and of each backward
+        assert abs(typical) < 200
+        assert without == pytest.approx(1)
+        assert 0 < found.exposed_share < 1 and 0 < by_events < 1
+        # A span of products has gaps between their kernels, and begins when the first is queued.
+        assert by_events == pytest.approx(found.exposed_share, abs=0.15)
+
+
+STOP_S = 8
+
+
+def one_stays_away(rank: int, folder: str, how: str) -> str | None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(fault_file.FOLDER_VARIABLE, folder)
         buffer = Buffer(None, EPConfig(**SIZES, timeout_s=3))
@@ -103,6 +197,12 @@ def one_stays_away(rank: int, folder: str) -> str | None:
         dist.barrier()
         if rank == 1:
             _kept.append(buffer)
+            if how == "stopped":
+                goes_on = f"sleep {STOP_S} && kill -CONT {os.getpid()}"
+                subprocess.Popen(["sh", "-c", goes_on])
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
             return None
         with pytest.raises(EPTimeoutError) as caught:
             buffer.dispatch(x, handle=handle)
@@ -110,8 +210,12 @@ def one_stays_away(rank: int, folder: str) -> str | None:
         return str(caught.value)
 
 
-def test_who_stayed_away_is_found_in_the_files(tmp_path):
-    texts = run_ranks(2, one_stays_away, str(tmp_path), backend="nccl", fresh=True)
+@pytest.mark.parametrize("how", ["calls nothing", "stopped", "killed"])
+def test_who_stayed_away_is_found_in_the_files(tmp_path, how):
+    dying = (1,) if how == "killed" else ()
+    texts = run_ranks(
+        2, one_stays_away, str(tmp_path), how, backend="nccl", fresh=True, dying=dying
+    )
     story = read_story(tmp_path.iterdir())
     assert story.culprits == (1,) and str(story.ranks[0].path) in texts[0]
     last = story.ranks[0].last
