@@ -6,7 +6,7 @@ import time
 
 import pytest
 from example_runs import ROOT
-from megatron_model import Setup, make_config, make_model, parallel_state, train
+from megatron_model import BATCH, SEQ, Setup, make_config, make_model, parallel_state, train
 from ranks import run_ranks, stop_pool
 
 pytest.importorskip("megatron.core")
@@ -89,8 +89,10 @@ def test_balance_of_all_layers_on_all_ranks(dispatcher, num_ranks, sizes):
     extra = dict(setup.config).get("mtp_num_layers", 0)
     numbers = [layer.layer for layer in balance]
     assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= 2 + extra
-    tokens = {sum(layer.tokens) for layer in balance}
-    assert len(tokens) == 1 and all(layer.num_ranks == setup.ep for layer in balance)
+    # A step of each rank that holds other experts, or other shards of them; each token goes to two.
+    tokens = 2 * BATCH * SEQ * setup.ep * setup.etp
+    assert all(sum(layer.tokens) == tokens for layer in balance)
+    assert all(layer.num_ranks == setup.ep for layer in balance)
     for what in ("rank", "expert"):
         worst = max(getattr(layer, f"{what}_imbalance") for layer in balance)
         assert runs[0]["metrics"][f"ep/imbalance-{what}"] == worst
