@@ -1,7 +1,7 @@
 """Traces of torch's profiler: events in Chrome's format, on one clock for host and GPU.
 
-Their times are µs after ``baseTimeNanoseconds``, which is wall clock time: host and GPU stamp by
-the processor's counter, and the profiler converts that.
+Their times are µs after ``baseTimeNanoseconds``, which is wall clock time: the host's stamps are of
+the processor's counter, CUPTI interpolates the GPU's into it, and the profiler converts both.
 """
 
 from __future__ import annotations
