@@ -54,18 +54,26 @@ __device__ inline uint64_t global_timer_ns() {
 
 // ---- Words between the warps of a block, in shared memory ---------------------------------------
 
-__device__ inline uint64_t load_acquire_block(const uint64_t* word) {
+// By atomics: racecheck takes other accesses without a barrier for races. Zero is an empty word.
+
+// Takes what another thread has put there, and all that it wrote before.
+__device__ inline uint64_t take_from_block(uint64_t* word) {
   uint64_t value;
-  asm volatile("ld.acquire.cta.shared::cta.u64 %0, [%1];"
+  asm volatile("atom.acquire.cta.shared::cta.exch.b64 %0, [%1], 0;"
                : "=l"(value)
                : "r"(shared_address(word))
                : "memory");
   return value;
 }
 
-__device__ inline void store_release_block(uint64_t* word, uint64_t value) {
-  asm volatile("st.release.cta.shared::cta.u64 [%0], %1;" ::"r"(shared_address(word)), "l"(value)
+// Puts a value there for another thread; false where the one before was not taken yet.
+__device__ inline bool put_into_block(uint64_t* word, uint64_t value) {
+  uint64_t before;
+  asm volatile("atom.release.cta.shared::cta.cas.b64 %0, [%1], 0, %2;"
+               : "=l"(before)
+               : "r"(shared_address(word)), "l"(value)
                : "memory");
+  return before == 0;
 }
 
 // ---- Kernels that follow one another -----------------------------------------------------------

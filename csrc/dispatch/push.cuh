@@ -62,14 +62,13 @@ __device__ inline void raise_flags(const ep_dispatch_args& args, LandedChunks* l
       values[s] = 0;
       if (warp >= warps_of_block || raised[s] < 0 || chunk >= num_chunks) continue;
       waiting = true;
-      uint64_t* const handed = &landed->flags[warp][lane][raised[s] % LandedChunks::kDepth];
-      const uint64_t value = ptx::load_acquire_block(handed);
+      const uint64_t value =
+          ptx::take_from_block(&landed->flags[warp][lane][raised[s] % LandedChunks::kDepth]);
       if (value == 0) continue;
       if (value == LandedChunks::kNoMore) {
         raised[s] = -1;
         continue;
       }
-      ptx::store_release_block(handed, 0);
       ++raised[s];
       flags[s] = flags_at(args, (peers.rank + 1 + lane) % peers.num_ranks) + chunk;
       values[s] = value;
@@ -105,7 +104,7 @@ __device__ inline void push(const ep_dispatch_args& args, const Stages& stages, 
   }
   uint64_t* const my_flags = handed + lane * LandedChunks::kDepth;
   if (!__all_sync(kFullWarp, may_send)) {
-    if (sends) ptx::store_release_block(my_flags, LandedChunks::kNoMore);
+    if (sends) ptx::put_into_block(my_flags, LandedChunks::kNoMore);
     return;
   }
 
@@ -124,10 +123,9 @@ __device__ inline void push(const ep_dispatch_args& args, const Stages& stages, 
   const auto hand_over = [&](const PushedChunk& pushed) {
     if (!sends || pushed.chunk < 0) return;
     uint64_t* const flag = &my_flags[num_handed++ % LandedChunks::kDepth];
-    while (ptx::load_acquire_block(flag) != 0) {
-    }
     const uint32_t stamp = chunk_stamp(epoch, args.tag);
-    ptx::store_release_block(flag, pack_flag(stamp, pushed.first, pushed.count));
+    while (!ptx::put_into_block(flag, pack_flag(stamp, pushed.first, pushed.count))) {
+    }
   };
 
   const int32_t ahead = stages.num_stages - 1;

@@ -23,9 +23,15 @@ template <typename T>
 void store_relaxed_sys(T* flag, T value) {
   __atomic_store_n(flag, value, __ATOMIC_RELAXED);
 }
-inline uint64_t load_acquire_block(const uint64_t* word) { return emulation::look(word); }
-inline void store_release_block(uint64_t* word, uint64_t value) {
-  __atomic_store_n(word, value, __ATOMIC_RELEASE);
+inline uint64_t take_from_block(uint64_t* word) {
+  const uint64_t value = emulation::look(word);
+  if (value != 0) *word = 0;
+  return value;
+}
+inline bool put_into_block(uint64_t* word, uint64_t value) {
+  if (emulation::look(word) != 0) return false;
+  *word = value;
+  return true;
 }
 inline void fence_acq_rel_sys() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline void fence_acq_rel_gpu() { std::atomic_thread_fence(std::memory_order_seq_cst); }
