@@ -319,28 +319,31 @@ struct Expansion : Placement {
 template <typename Units>
 struct Remaining {
   const Units& units;
-  const int32_t num_warps;
-  const int32_t num_others = units.num_ranks - 1;
-  const int32_t num_own = units.count_chunks(), num_from_others = num_own * num_others;
+  const int32_t num_warps, num_chunks;
   int32_t own, from_others;  // by chunk, and by chunk and source
 
   __device__ Remaining(const Units& units, int32_t warp, int32_t num_warps)
-      : units(units), num_warps(num_warps), own(num_warps - 1 - warp), from_others(warp) {}
+      : units(units),
+        num_warps(num_warps),
+        num_chunks(units.count_chunks()),
+        own(num_warps - 1 - warp),
+        from_others(warp) {}
 
-  __device__ bool any() const { return own < num_own || from_others < num_from_others; }
+  __device__ int32_t num_others() const { return units.num_ranks - 1; }
+  __device__ bool has_own() const { return own < num_chunks; }
+  __device__ bool has_from_others() const { return from_others < num_chunks * num_others(); }
 
   // Opens the next unit that can be read: one of the others' rather than an own one, which need not
   // be waited for. With `block` it waits until there is one, and false means a fault.
   __device__ bool open_next(bool block, Unit* unit) {
-    const bool has_own = own < num_own;
-    if (from_others < num_from_others) {
-      const int32_t chunk = from_others / num_others, other = from_others % num_others;
-      if (units.open(chunk, 1 + other, block && !has_own, unit)) {
+    if (has_from_others()) {
+      const int32_t chunk = from_others / num_others(), other = from_others % num_others();
+      if (units.open(chunk, 1 + other, block && !has_own(), unit)) {
         from_others += num_warps;
         return true;
       }
     }
-    if (!has_own || !units.open(own, 0, block, unit)) return false;
+    if (!has_own() || !units.open(own, 0, block, unit)) return false;
     own += num_warps;
     return true;
   }
@@ -360,7 +363,7 @@ __device__ inline int32_t expand_units(const Units& units, int32_t warp, int32_t
     // One stage stays free: the one whose stores may still be reading.
     while (loaded - stored < stages.num_stages - 1) {
       if (unit.rows == 0) {
-        if (!remaining.any() || !fine) break;
+        if (!fine || !(remaining.has_own() || remaining.has_from_others())) break;
         const bool nothing_else_to_do = loaded == stored;
         if (!remaining.open_next(nothing_else_to_do, &unit)) {
           unit.rows = 0;

@@ -17,7 +17,8 @@ using namespace ep::nodes;
 using dispatch::kMaxShared;
 using dispatch::kMaxWarps;
 
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize, network::kMinBlocks)
+// A block of it and one of a plan have room on one SM together: each has half of its registers.
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize, 2)
     dispatch_kernel(const __grid_constant__ ep_nodes_dispatch_args args, const Ring ring) {
   extern __shared__ __align__(128) uint8_t shared[];
   const ep_dispatch_args& local = args.dispatch;

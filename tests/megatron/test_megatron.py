@@ -10,6 +10,7 @@ import time
 import warnings
 from datetime import timedelta
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -806,6 +807,27 @@ def printed_while_training(rank: int) -> str:
     with contextlib.redirect_stdout(output):
         train(rank, Setup(steps=2))
     return output.getvalue()
+
+
+def printed_where_overlap_does_not_pay(rank: int) -> str:
+    setup = Setup(steps=2, options=(("overlap_wgrad", True),))
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    ep_comm.megatron.destroy_buffers()
+    output = io.StringIO()
+    loss = "it would cost 201 µs"
+    with (
+        contextlib.redirect_stdout(output),
+        mock.patch.object(ep_comm.Buffer, "overlap_loss", lambda *_: loss),
+    ):
+        train(rank, setup)
+    return output.getvalue()
+
+
+def test_the_line_says_where_overlap_does_not_pay():
+    first, _ = run_ranks(2, printed_where_overlap_does_not_pay, pool="megatron")
+    assert "wgrad overlap (a combine is not run beside GEMMs: it would cost 201 µs)" in first
 
 
 def test_one_line_at_start_up_says_what_is_used():
