@@ -116,6 +116,16 @@ def test_gradient_accumulation_gives_the_same_step(tiny_runs, tmp_path):
         assert many["grad-norm"] == pytest.approx(one["grad-norm"], rel=1e-2)
 
 
+@pytest.mark.parametrize("dispatcher", ["alltoall", "ep_comm"])
+def test_megatrons_1f1b_overlap_changes_no_bit(tmp_path, dispatcher):
+    """Of two micro-batches a step; validation has none to overlap with."""
+    flags = [*SMALL, "--bf16", "--train-iters", "3", "--moe-token-dispatcher", dispatcher]
+    flags += ["--moe-expert-capacity-factor", "1.25", "--moe-pad-expert-input-to-capacity"]
+    plain = train(tmp_path / "plain", *flags)
+    overlapped = train(tmp_path / "1f1b", *flags, "--overlap-moe-expert-parallel-comm")
+    assert len(plain) == 3 and overlapped == plain
+
+
 @pytest.mark.parametrize("sizes", [[700], [300_000], [9_000, 20, 800, 3_000]], ids=str)
 def test_a_text_of_any_size_has_training_and_validation_data(tmp_path, sizes):
     for number, size in enumerate(sizes):

@@ -53,6 +53,15 @@ MEGATRONS_OVERLAP = "--overlap-dispatch-backward-with-experts-wgrad"
         (["--overlap-param-gather"], ["overlap_param_gather needs use_distributed_optimizer"]),
         (["--manual-gc-interval", "5"], ["manual_gc_interval needs manual_gc"]),
         (["--recompute-modules", "moe"], ["recompute_modules needs recompute_granularity"]),
+        (
+            ["--overlap-moe-expert-parallel-comm"],
+            ["overlap_moe_expert_parallel_comm needs bf16"],
+        ),
+        (["--delay-wgrad-compute"], ["needs overlap_moe_expert_parallel_comm"]),
+        (
+            ["--moe-pad-expert-input-to-capacity"],
+            ["moe_pad_expert_input_to_capacity needs moe_expert_capacity_factor"],
+        ),
         (["--keep-checkpoints", "2"], ["keep_checkpoints needs save"]),
         (["--load", "x", "--load-despite", "lr"], ["load_despite lr is none of data_path"]),
         (["--adam-beta1", "1.5"], ["adam_beta1", "less than 1", "1.5"]),
