@@ -51,9 +51,14 @@ def check_hidden(hidden: int) -> None:
     check_scales()
 
 
+def has_other_scales() -> bool:
+    """Return whether Transformer Engine is asked for scales that are no powers of two."""
+    return os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "0") != "0"
+
+
 def check_scales() -> None:
     """Raise `EPUnsupportedError` where Transformer Engine would take other scales than ours."""
-    if os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "0") != "0":
+    if has_other_scales():
         raise EPUnsupportedError(
             "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 asks Transformer Engine for scales that are no "
             "powers of two; FP8 dispatch is exact only with powers of two. Unset it."

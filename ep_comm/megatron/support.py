@@ -74,7 +74,7 @@ def check_supported(config: TransformerConfig, options: EPOptions) -> None:
     Warn, once a process, of an FP8 recipe whose results depend on the wire's type.
 
     Raises:
-        EPUnsupportedError: One of `BY_CONFIG`, or scales that are no powers of two with FP8.
+        EPUnsupportedError: One of `BY_CONFIG`.
         EPArgumentError: A setting contradicts another one, or the hidden size does not fit FP8.
     """
     for refusal in BY_CONFIG:
@@ -85,10 +85,7 @@ def check_supported(config: TransformerConfig, options: EPOptions) -> None:
             f"validates other features against it, and {NAME} then replaces the dispatcher); "
             f"got {config.moe_token_dispatcher_type!r}"
         )
-    wire_flags = _wire_flags(options)
-    if wire_flags or _has_exact_recipe(config):
-        fp8.check_scales()
-    if wire_flags:
+    if wire_flags := _wire_flags(options):
         fp8.check_hidden(config.hidden_size)
         if torch.cuda.is_available():
             nvlink_support.check_fp8_hidden(config.hidden_size)
@@ -180,6 +177,10 @@ def _fp8_without_hardware(config: TransformerConfig, options: EPOptions) -> obje
     )
 
 
+def _other_scales(config: TransformerConfig, options: EPOptions) -> object:
+    return fp8.has_other_scales() and (bool(_wire_flags(options)) or _has_exact_recipe(config))
+
+
 def _delay_with_old_te(config: TransformerConfig, options: EPOptions) -> object:
     return options.overlap_wgrad and config.moe_grouped_gemm and _old_te()
 
@@ -255,6 +256,12 @@ BY_CONFIG = (
         "--ep-fp8-dispatch, --ep-fp8-grad-dispatch or --fp8-format on a GPU without FP8",
         f"FP8 begins with compute capability {_dotted(_FP8_CAPABILITY)}; leave them out",
         _fp8_without_hardware,
+    ),
+    Refusal(
+        "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 with --ep-fp8-dispatch, --ep-fp8-grad-dispatch or "
+        f"--fp8-recipe {_EXACT_RECIPE}",
+        "it asks Transformer Engine for scales that are no powers of two, so unset it",
+        _other_scales,
     ),
     Refusal(
         "--ep-overlap-wgrad with --moe-grouped-gemm and an old Transformer Engine",

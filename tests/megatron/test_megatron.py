@@ -254,6 +254,10 @@ def test_install_reaches_every_layer():
 
 
 OLD_GPU = "--ep-fp8-dispatch, --ep-fp8-grad-dispatch or --fp8-format on a GPU without FP8"
+OTHER_SCALES = (
+    "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 with --ep-fp8-dispatch, --ep-fp8-grad-dispatch or "
+    "--fp8-recipe blockwise: it asks"
+)
 # (changes of the TransformerConfig and of the machine, our options, the message from its subject)
 REFUSED = [
     ({"moe_token_dispatcher_type": "allgather"}, {}, "set moe_token_dispatcher_type='alltoall'"),
@@ -261,8 +265,8 @@ REFUSED = [
     ({}, {"fp8_dispatch": True}, "FP8 dispatch scales blocks of 128 elements: hidden 32 is"),
     ({}, {"fp8_grad_dispatch": True}, "FP8 dispatch scales blocks of 128 elements: hidden 32 is"),
     ({"hidden_size": 640, "gpu": (9, 0)}, {"fp8_dispatch": True}, "FP8 over NVLink needs hidden"),
-    ({"hidden_size": 128, "scales": "1"}, {"fp8_dispatch": True}, "NVTE_FP8_BLOCK_SCALING_FP32_SC"),
-    ({**BLOCKWISE, "scales": "1"}, {}, "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1"),
+    ({"hidden_size": 128, "scales": "1"}, {"fp8_dispatch": True}, OTHER_SCALES),
+    ({**BLOCKWISE, "scales": "1"}, {}, OTHER_SCALES),
     (
         {**BLOCKWISE, "te": "2.2.1"}, {},
         "--fp8-recipe blockwise with an old Transformer Engine (this is 2.2.1): it needs 2.3",
