@@ -318,6 +318,24 @@ def test_a_given_number_of_rows_spares_the_wait_and_a_launch(backend):
     assert not cached[1].is_behind_plan
 
 
+def test_groups_of_one_size_are_known_without_a_wait(backend):
+    buffer = VirtualBuffer(backend, CONFIG)
+    rows, num_local_experts = 24, buffer.num_local_experts
+    routing = plan(backend, rows * num_local_experts, min_expert_rows=rows, expert_alignment=rows)
+    handle = DispatchHandle(session=buffer._session, routing=routing)
+    assert handle.padded_tokens_per_expert.tolist() == [rows] * num_local_experts
+    assert handle.num_rows == rows * num_local_experts
+    [planned] = backend.native.take()  # and nothing that waits
+    assert (planned[1].ticket, planned[1].min_expert_rows, planned[1].expert_alignment) == (
+        0,
+        24,
+        24,
+    )
+    plan(backend)
+    [planned] = backend.native.take()
+    assert planned[1].min_expert_rows == 0
+
+
 @pytest.mark.parametrize("made", ["nothing", "rows", "probabilities"])
 def test_an_input_that_was_made_after_the_plan_is_waited_for(backend, made, monkeypatch):
     quantized = X.to(torch.float8_e4m3fn), torch.ones(10, 4)
