@@ -354,7 +354,7 @@ def spoiled(method: str, spoil):
 
     def bad(buffer, *args, **kwargs):
         out = good(buffer, *args, **kwargs)
-        if torch.distributed.get_rank() == 1:
+        if torch.distributed.get_rank() == 1 and out.hook is None:  # or nothing has come yet
             spoil(out)
         return out
 
