@@ -1,4 +1,4 @@
-"""Tensors without content, at half of the host's time that ``torch.empty`` takes on a GPU.
+"""Tensors without content, at about half of the time on the host that ``torch.empty`` takes.
 
 A low-latency dispatch returns several, and they are a good part of what the call takes. They are
 not filled where ``torch.use_deterministic_algorithms`` has ``torch.empty`` do so.

@@ -107,7 +107,7 @@ class LowLatencyHandle:
         topk_weights: [T, K] FP32 that travelled with the rows; None where none did.
         max_tokens: M, ``num_max_dispatch_tokens_per_rank`` of the dispatch.
         shape: [E, R M, hidden] of the received rows.
-        ints: What `recv_src_info` is the begin of.
+        ints: `recv_src_info`, and behind it what the backend keeps for the combine.
         pending: What the backend started.
         hook: That of the dispatch; None where it has none.
         combine_buffer: See `Buffer.get_next_low_latency_combine_buffer`.
