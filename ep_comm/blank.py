@@ -23,13 +23,22 @@ class Blank(NamedTuple):
 
 Make = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
 
-# What torch's compiler calls for this in the code that it makes. It takes the current GPU.
-_on_current_gpu: Make = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
+
+def _private() -> Make | None:
+    """Return what torch's compiler calls in the code that it makes; None where torch has none."""
+    try:
+        return torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
+    except AttributeError:
+        return None
+
+
+_on_current_gpu = _private()
 
 
 def maker(like: Tensor) -> Make:
     """Return what makes a tensor where `like` is, of the size, strides and type of a `Blank`."""
-    if like.is_cuda and like.get_device() == torch._C._cuda_getDevice():
-        return _on_current_gpu
+    if _on_current_gpu is not None and like.is_cuda:
+        if like.get_device() == torch._C._cuda_getDevice():
+            return _on_current_gpu
     device = like.device
     return lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=device)
