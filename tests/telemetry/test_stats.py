@@ -151,8 +151,9 @@ def test_a_slow_rank_is_named_by_all():
         of_backward = got.mine.operations["dispatch of backward"]
         assert of_backward.rows_by_expert == tuple(rows.tolist()[4 * rank : 4 * rank + 4])
         slowest = got.of_all.slowest
-        # Each step has a dispatch in its backward, too: the sixth step begins with the 11th.
-        assert slowest.rank == 1 and int(slowest.since_op.rpartition("#")[2]) in range(9, 14)
+        # Each step has a dispatch in its backward, too: the sixth step begins with the 11th. Other
+        # programs may have made the rank late before.
+        assert slowest.rank == 1 and int(slowest.since_op.rpartition("#")[2]) <= 13
         assert slowest.wait_s > 2 * 0.5 * 11 * SLEEP_S  # of two ranks
         if rank != 1:
             plan = got.mine.operations["plan"]
