@@ -173,6 +173,7 @@ def try_combine(rank: int) -> dict[str, str]:
     buffer, other = (Buffer(None, EPConfig(**SIZES)) for _ in range(2))
     out = buffer.dispatch(X, TOPK)
     rows, handle = out.recv_x, out.handle
+    by_rank = buffer.dispatch(X, TOPK, torch.ones(TOPK.shape), layout="rank")
     calls = {
         "handle of another buffer": lambda: other.combine(rows, handle),
         "cached on another buffer": lambda: other.dispatch(X, handle=handle),
@@ -190,6 +191,15 @@ def try_combine(rank: int) -> dict[str, str]:
         "x must be [4, 32]": lambda: buffer.dispatch(X[1:], handle=handle),
         "topk_weights must be [4, 3], got [4, 1]": lambda: buffer.dispatch(
             X, handle=handle, topk_weights=torch.ones(4, 1)
+        ),
+        "add_weights needs the rank layout, the handle has 'expert'": lambda: buffer.combine(
+            rows, handle, add_weights=True
+        ),
+        "add_weights has no backward": lambda: buffer.combine(
+            by_rank.recv_x.requires_grad_(),
+            by_rank.handle,
+            by_rank.recv_topk_weights,
+            add_weights=True,
         ),
         "x is on meta": lambda: buffer.combine(rows.to("meta"), handle),
         "exactly one of topk_idx": lambda: buffer.dispatch(X, TOPK, handle=handle),
