@@ -15,9 +15,8 @@ from torch import Tensor
 from ep_comm import _native
 from ep_comm._native import header
 from ep_comm.telemetry.clocks import Clock, Origin, gpu_origin, read_gpu_clock
-from ep_comm.telemetry.records import Interval, OpRecord
+from ep_comm.telemetry.records import RING_LENGTH, Interval, OpRecord
 
-RING_LENGTH = 1024
 _RECORD_BYTES = ctypes.sizeof(header.Record)
 
 

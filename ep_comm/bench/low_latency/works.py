@@ -21,7 +21,8 @@ from ep_comm.backends.nvlink.low_latency import NVLinkLowLatency
 from ep_comm.bench.low_latency import check
 from ep_comm.bench.low_latency.inputs import NUM_SETS, InputSet
 from ep_comm.bench.low_latency.settings import Point
-from ep_comm.telemetry.device import RING_LENGTH, DeviceRecorder
+from ep_comm.telemetry.device import DeviceRecorder
+from ep_comm.telemetry.records import RING_LENGTH
 
 REPEATS = 20  # of dispatch, or of dispatch and combine, in a row
 BUSY_NS = 30_000  # of other work between phases
