@@ -1,10 +1,12 @@
-"""Megatron's flex dispatcher with its DeepEP backend, over ours, against its alltoall, on CPU."""
+"""Megatron's flex dispatcher with its DeepEP backend, over ours, against its alltoall."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 
 import pytest
+import torch
 from megatron_model import Setup, assert_close_runs, train
 from own_name import install
 from ranks import run_ranks, stop_pool
@@ -28,7 +30,10 @@ CLOSE_BF16 = dict(rtol=5e-2, atol=5e-3)
 
 @pytest.fixture(scope="module", autouse=True)
 def megatron_processes():
-    run_ranks(2, install, pool=POOL)  # before they import Megatron, which looks for it once
+    # Before they import Megatron, which looks for it once.
+    run_ranks(2, install, pool=POOL)
+    if torch.cuda.device_count() > 1:
+        run_ranks(2, install, pool=POOL, backend="nccl")
     yield
     stop_pool(POOL)
 
@@ -43,16 +48,28 @@ def train_over_ours(rank: int, setup: Setup) -> dict:
     return results
 
 
-def run(setup: Setup) -> list[dict]:
-    return run_ranks(2, train_over_ours, setup, pool=POOL)
+def check_trains_like_alltoall(setup: Setup, backend: str) -> None:
+    def run(setup: Setup) -> list[dict]:
+        return run_ranks(2, train_over_ours, setup, pool=POOL, backend=backend, timeout_s=300)
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SETUPS)
-def test_trains_like_alltoall(name):
-    setup = SETUPS[name]
-    flex = dataclasses.replace(setup, dispatcher="flex", config=(*setup.config, *FLEX))
-    ours = run(flex)
+    ours = run(dataclasses.replace(setup, dispatcher="flex", config=(*setup.config, *FLEX)))
     assert ours[0]["losses"][-1] < ours[0]["losses"][0]
     theirs = run(dataclasses.replace(setup, dispatcher="alltoall"))
     assert_close_runs(ours, theirs, CLOSE_BF16 if setup.bf16 else CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Megatron runs on CPU where there is no GPU")
+@pytest.mark.parametrize("name", SETUPS)
+def test_trains_like_alltoall(name):
+    check_trains_like_alltoall(SETUPS[name], "gloo")
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"
+)
+def test_trains_like_alltoall_on_gpus():
+    sizes = (("hidden_size", 256), ("ffn_hidden_size", 256), ("moe_ffn_hidden_size", 256))
+    setup = Setup(te=True, bf16=True, seq=64, lr=1e-3, config=sizes)
+    check_trains_like_alltoall(setup, "nccl")
