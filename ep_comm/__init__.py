@@ -7,7 +7,7 @@ Who imports whom, from the top floor down; a floor imports only floors below it 
 the contract, ``lint-imports`` checks it)::
 
     cli        the ep-comm command
-    compare    training with different dispatchers, compared
+    compare    training with different dispatchers, compared; report, the page of a run
     bench      measurements: ops (dispatch and combine), low_latency, train (whole steps)
     plan       a model of dispatch and combine on a cluster
     pretrain   the training application of examples/pretrain_moe.py

@@ -13,7 +13,8 @@ from ep_comm.version import __version__
 
 app = typer.Typer(
     help="Measure dispatch and combine, plan them for a cluster, compare trainings with other "
-    "dispatchers; say what this machine has for them, and who was late in a run that failed.",
+    "dispatchers; make a page of a run; say what this machine has, and who was late in a run that "
+    "failed.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -100,6 +101,32 @@ def compare(
             Console(markup=False, highlight=False, soft_wrap=True),
         )
     raise typer.Exit(code)
+
+
+@app.command(short_help="Make one page of a run, or of two beside each other.")
+def report(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN_DIR [OTHER_RUN_DIR]", help="Their --run-dir, with log.jsonl."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The page; default: report.html in RUN_DIR, with the other's name."),
+    ] = None,
+) -> None:
+    """Make one HTML page that says how a training run went, and what to do about it.
+
+    A run of examples/pretrain_moe.py, which may still be going. The page needs no network.
+    docs/report.md says how to read it.
+    """
+    from ep_comm.job.exits import UserError, needs_extra, user_errors_exit
+
+    with user_errors_exit():
+        if len(folders) > 2:
+            raise UserError(f"{len(folders)} folders: pass one run, or two to set side by side")
+        with needs_extra("cli"):
+            from ep_comm.cli import report as command
+        command.report(folders, out, Console(soft_wrap=True))
 
 
 @app.command(short_help="Say which rank was late, after a failure.")

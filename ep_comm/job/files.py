@@ -13,6 +13,7 @@ from typing import Any
 
 from ep_comm.job.exits import UserError
 
+_LOCK_FILE = ".lock"
 _held: dict[Path, int] = {}  # locks of this process, until it ends
 
 
@@ -72,7 +73,23 @@ def take_folder(folder: Path, flag: str) -> None:
     except OSError as error:
         raise UserError(f"{flag} {folder} cannot be written: {error.strerror}") from None
     with contextlib.suppress(OSError):
-        _held[folder.resolve()] = lock(folder / ".lock", f"{flag} {folder}")
+        _held[folder.resolve()] = lock(folder / _LOCK_FILE, f"{flag} {folder}")
+
+
+def user_of(folder: Path) -> str | None:
+    """Return who uses a folder that `take_folder` took; None where nobody does, or no lock tells.
+
+    Do not ask again and again: a job that would take the folder in this very moment is refused.
+    """
+    try:
+        with (folder / _LOCK_FILE).open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read(200).decode(errors="replace").strip() or "another process"
+    except OSError:
+        pass
+    return None
 
 
 def write_bytes(path: Path, content: bytes) -> None:

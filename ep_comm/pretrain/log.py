@@ -30,6 +30,7 @@ from ep_comm.pretrain.log_file import (
     TOKENS_PER_S,
     TRAIN_LOSS,
     VALID_LOSS,
+    WARNING,
     read_log,
 )
 
@@ -77,8 +78,9 @@ class RunLog:
         if self._screen:
             self._screen.line(text)
 
-    def warning(self, text: str) -> None:
-        """Print a line that is not to be overlooked, on rank 0."""
+    def warning(self, iteration: int, text: str) -> None:
+        """Record a warning, and print it so that it is not overlooked, on rank 0."""
+        self._write({"type": WARNING, "iteration": iteration, "text": text})
         self.message(f"{'*' * 80}\nWARNING: {text}\n{'*' * 80}")
 
     def train(self, iteration: int, scalars: dict[str, float]) -> None:
@@ -250,7 +252,7 @@ class _WandB:
             for record in earlier:
                 if record["type"] == BALANCE:
                     self.table(record["iteration"], record["layers"])
-                elif record["type"] != "start":
+                elif record["type"] in ("train", "valid"):
                     values = {k: v for k, v in record.items() if k not in ("type", "iteration")}
                     self.log(record["iteration"], values)
 

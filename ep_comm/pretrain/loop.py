@@ -105,7 +105,7 @@ def pretrain(config: PretrainConfig) -> None:
             )
             log.balance(iteration, meter.balance)
             if iteration == first and (warning := slow_backend(trainee)):
-                log.warning(warning)
+                log.warning(iteration, warning)
             if not math.isfinite(loss):
                 raise UserError(f"the loss is {loss} at step {iteration}; a lower --lr may help")
 
