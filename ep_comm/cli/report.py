@@ -37,7 +37,9 @@ def report(folders: list[Path], out: Path | None, console: Console) -> None:
     try:
         write_text(path, page)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; --out names another") from None
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}; --out names another"
+        ) from None
     for run in runs:
         console.print(f"{run.name}: {run.state}", highlight=False, markup=False)
     for each in chain.from_iterable(found):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -13,8 +13,9 @@ from ep_comm.report.series import densest_stretch, find_shift
 from ep_comm.telemetry import advice
 
 _NOTICEABLE = 0.1  # of the operations' time: shorter waits make no rank a late one
-# A stretch has so many more steps with what is odd than without it: this many, and this part of all.
-_LEAST_STEPS, _LEAST_PART = 10, 0.02
+# Of a stretch of steps, see `densest_stretch`; and part of all steps.
+_LEAST_SCORE, _LEAST_PART = 10, 0.02
+_TO_THE_END = 5  # steps after a stretch that are too few to say that it is over
 _SLOWER = 1.15
 _LONG = 3.0  # a step or an operation this many times the median is one of the tail
 _TAIL = 0.01  # of the steps
@@ -104,7 +105,7 @@ def compare(first: Run, second: Run) -> list[Finding]:
     return found
 
 
-def _values(differ: dict, keys: list[str]) -> str:
+def _values(differ: dict[str, tuple[Any, Any]], keys: Sequence[str]) -> str:
     return ", ".join(f"`{key}` {differ[key][0]} and {differ[key][1]}" for key in keys)
 
 
@@ -127,7 +128,9 @@ def _log(run: Run) -> Iterator[Finding]:
     if run.damaged:
         lines = ", ".join(map(str, run.damaged[:5])) + (", ..." if len(run.damaged) > 5 else "")
         text = f"{_count(len(run.damaged), 'line')} of the log cannot be read: {lines}."
-        yield Finding("note", text, "A killed run leaves one; more of them: check the disk", "warnings")
+        yield Finding(
+            "note", text, "A killed run leaves one; more of them: check the disk", "warnings"
+        )
     for step, text in run.warnings:
         yield Finding("look", f"The run warned at step {step}: {text}", "", "warnings")
     versions = [start.get("versions") for start in run.starts]
@@ -177,8 +180,9 @@ def _late_ranks(run: Run) -> Iterator[Finding]:
             continue
         begin, end = stretch
         hits = is_late[begin:end].sum()
+        when = _when(slowest.steps, begin, end)
         text = (
-            f"{_when(slowest.steps, begin, end)} rank {rank} was the one that the others waited for most: in "
+            f"{when} rank {rank} was the one that the others waited for most: in "
             f"{hits / (end - begin):.0%} of these steps, and in {is_late.mean():.0%} of all. "
             f"Operations waited for {np.median(waits.values[begin:end]):.0%} of their time then."
         )
@@ -224,7 +228,9 @@ def _speed(run: Run) -> Iterator[Finding]:
 def _tails(run: Run) -> Iterator[Finding]:
     for op in ("dispatch", "combine"):
         series = run.steady(f"ep/{op}-ms-p99", scale=1e-3)
-        yield from _tail(series.steps, series.values, f"the 99th percentile of a {op}", advice.TAIL, "tails")
+        yield from _tail(
+            series.steps, series.values, f"the 99th percentile of a {op}", advice.TAIL, "tails"
+        )
 
 
 def _tail(
@@ -247,17 +253,13 @@ def _tail(
 
 
 def _stretch(hits: np.ndarray) -> tuple[int, int] | None:
-    """Return begin and end of a stretch with clearly more hits than misses; None without one."""
-    stretch = densest_stretch(hits)
-    if stretch is None:
-        return None
-    begin, end = stretch
-    more = 2 * int(hits[begin:end].sum()) - (end - begin)
-    return stretch if more >= max(_LEAST_STEPS, _LEAST_PART * len(hits)) else None
+    """Return begin and end of a stretch that has clearly more hits than chance; None without."""
+    begin, end, score = densest_stretch(hits) or (0, 0, 0)
+    return (begin, end) if score >= max(_LEAST_SCORE, _LEAST_PART * len(hits)) else None
 
 
 def _when(steps: np.ndarray, begin: int, end: int) -> str:
-    if end < len(steps):
+    if end + _TO_THE_END < len(steps):
         return f"From step {steps[begin]} to {steps[end - 1]}"
     return f"From step {steps[begin]} on"
 

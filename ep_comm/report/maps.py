@@ -9,18 +9,18 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from ep_comm.report.pictures import Picture
 from ep_comm.report.run import Load, Run
 from ep_comm.report.series import even_parts
-from ep_comm.report.svg import COLOURS, new_figure, styled, to_svg
+from ep_comm.report.svg import COLOURS, integer_ticks, new_figure, styled, to_svg
 
 _HOT, _COLD = (0.85, 0.33, 0.1), (0.12, 0.47, 0.71)
 _MOST_COLUMNS = 240
 _MOST_ROWS = 40
 _MOST_EXPERTS = 16  # of a layer, in tables
-_FULL = 4.0  # tokens over the mean at which a cell has its full colour
+_FULL_WAIT = 0.5  # of operations' time at which a cell has its full colour
+_FULL = 4.0  # tokens over the mean, likewise
 
 
 @styled
@@ -35,10 +35,12 @@ def slowest_ranks(name: str, run: Run, *, is_wide: bool) -> Picture | None:
     for column, part in enumerate(parts):
         for place in range(part.start, part.stop):
             if slowest.values[place] >= 0:
-                shares[int(slowest.values[place]), column] += waits.values[place] / (part.stop - part.start)
+                shares[int(slowest.values[place]), column] += waits.values[place] / (
+                    part.stop - part.start
+                )
     height = min(3.5, 0.4 + 0.2 * num_ranks)
     figure, (axes,) = new_figure(1, row_height_in=height, is_wide=is_wide)
-    _cells(axes, _alpha(_HOT, shares / max(shares.max(), 0.2)), slowest.steps)
+    _cells(axes, _alpha(_HOT, shares / _FULL_WAIT), slowest.steps)
     _names_axis(axes, "rank", range(num_ranks))
     counts = np.array([(slowest.values == rank).sum() for rank in range(num_ranks)])
     order = np.argsort(-counts, kind="stable")
@@ -58,8 +60,8 @@ def slowest_ranks(name: str, run: Run, *, is_wide: bool) -> Picture | None:
     ]
     columns = ["rank", "steps in which it was waited for most", "of all", "wait share then, mean"]
     caption = (
-        f"Waited for most: {said or 'nobody'} of the steps. The darker, the more of the operations' "
-        "time was waiting."
+        f"Waited for most: {said or 'nobody'} of the steps. The stronger the colour, the more of "
+        f"the operations' time was waiting; full colour from {_FULL_WAIT:.0%} on."
     )
     label = f"Map of ranks over steps: whom the others waited for. {said or 'Nobody'} of the steps."
     return Picture(to_svg(figure, name, label), caption, columns, rows)
@@ -69,9 +71,9 @@ def slowest_ranks(name: str, run: Run, *, is_wide: bool) -> Picture | None:
 def imbalance(name: str, load: Load, *, is_wide: bool) -> Picture:
     """Draw the fullest expert of each layer over the steps."""
     values = _binned(load.imbalance)  # (columns, layers)
-    most = float(np.nanmax(values))
+    strength = np.log(np.maximum(np.nan_to_num(values.T, nan=1.0), 1.0)) / np.log(_FULL)
     figure, axes = _layers_figure(load, is_wide=is_wide)
-    _cells(axes, _alpha(_HOT, (values.T - 1) / max(most - 1, 1.0)), load.steps)
+    _cells(axes, _alpha(_HOT, strength), load.steps)
     _names_axis(axes, "layer", load.layers)
     late = load.imbalance[-max(1, len(load.steps) // 4) :].mean(axis=0)
     worst = int(np.nanargmax(late))
@@ -87,10 +89,13 @@ def imbalance(name: str, load: Load, *, is_wide: bool) -> Picture:
     ]
     columns = ["layer", "first quarter", "all steps", "last quarter"]
     said = (
-        f"the fullest expert gets up to {most:.2f} times the mean; in the last quarter layer "
-        f"{load.layers[worst]} is worst with {late[worst]:.2f}"
+        f"the fullest expert gets up to {np.nanmax(load.imbalance):.2f} times the mean; in the "
+        f"last quarter layer {load.layers[worst]} is worst with {late[worst]:.2f}"
     )
-    caption = f"Fullest expert of each layer: {said}. No colour: even."
+    caption = (
+        f"Fullest expert of each layer: {said}. No colour: even; full colour: {_FULL:g} times the "
+        "mean or more."
+    )
     return Picture(
         to_svg(figure, name, f"Heat map of layers over steps: {said}."), caption, columns, rows
     )
@@ -112,7 +117,7 @@ def experts(name: str, load: Load, num_ranks: int, *, is_wide: bool) -> Picture:
     for rank in range(1, num_ranks):
         axes.axvline(num_experts * rank / num_ranks - 0.5, color=COLOURS["line"], linewidth=0.8)
     axes.set_xlabel("expert (lines: ranks)" if num_ranks > 1 else "expert")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(integer_ticks())
     _names_axis(axes, "layer", load.layers)
     rows = [
         [str(layer), *(f"{expert} ({row[expert]:.2f})" for expert in _extremes(row))]
@@ -141,7 +146,7 @@ def one_layer(name: str, load: Load, *, is_wide: bool) -> Picture:
     figure, (axes,) = new_figure(1, row_height_in=height, is_wide=is_wide)
     _cells(axes, _around_one(values.T), load.steps)
     axes.set_title("expert")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(integer_ticks())
     fullest = np.argsort(-late[worst], kind="stable")[:_MOST_EXPERTS]
     quarters = np.array_split(load.relative[:, worst], min(4, len(load.steps)))
     rows = [
@@ -171,7 +176,7 @@ def _cells(axes: Axes, colours: np.ndarray, steps: np.ndarray) -> None:
     axes.imshow(colours, aspect="auto", interpolation="none", extent=extent)
     axes.grid(False)
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(integer_ticks())
 
 
 def _names_axis(axes: Axes, what: str, names: range | list[int]) -> None:

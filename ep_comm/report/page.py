@@ -94,7 +94,9 @@ def _sections(runs: Sequence[Run]) -> list[Section]:
         drawn = [draw(f"{anchor}-{i}", run) for i, run in enumerate(runs)]
         return [[each] if each else [] for each in drawn]
 
-    faint = "Lines: means of a few steps, where there are many; the band around them: least and most."
+    faint = (
+        "Lines: means of a few steps, where there are many; the band around them: least and most."
+    )
     found = [
         Section("loss", "Loss", "", together("loss", pictures.LOSS, faint), []),
         Section("speed", "Speed", "The first step after a start is left out.",
@@ -133,7 +135,8 @@ def _summary(runs: Sequence[Run]) -> Cells:
     """Return what the numbers come to: name, a value for each run, and the ratio of two."""
     of: list[tuple[str, str, Callable[[Run], float]]] = [
         ("training loss, last tenth", ".4f", lambda run: run.series(TRAIN_LOSS).last(0.1).median),
-        ("validation loss, last", ".4f", lambda run: run.series(VALID_LOSS, kind="valid").last(0).median),
+        ("validation loss, last", ".4f",
+         lambda run: run.series(VALID_LOSS, kind="valid").last(0).median),
         ("tokens/s", ",.0f", lambda run: run.steady(TOKENS_PER_S).median),
         ("step, ms", ",.4g", lambda run: run.steady("iteration-time", scale=1e3).median),
         ("TFLOP/s a rank", ",.3g", lambda run: run.steady("throughput").median),

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 from ep_comm.pretrain.log_file import TOKENS_PER_S, TRAIN_LOSS, VALID_LOSS
 from ep_comm.report.run import Run
 from ep_comm.report.series import Series
-from ep_comm.report.svg import COLOURS, add_legend, new_figure, styled, to_svg
+from ep_comm.report.svg import COLOURS, add_legend, integer_ticks, new_figure, styled, to_svg
 
 _MOST_POINTS = 300  # of a line
 _MOST_ROWS = 40  # of the table behind a picture
@@ -237,4 +237,4 @@ def _shown(values: np.ndarray) -> np.ndarray:
 
 def _steps_axis(axes: Axes) -> None:
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(integer_ticks())

@@ -44,7 +44,7 @@ class Load:
     Attributes:
         steps: That have it on record.
         layers: Numbers of the MoE layers, from 1.
-        tokens: Of each step, layer and expert: (steps, layers, experts); NaN where a layer has none.
+        tokens: Of each step, layer and expert: (steps, layers, experts); NaN for a layer with none.
     """
 
     steps: np.ndarray
@@ -149,12 +149,12 @@ class Run:
         """Return a scalar where it is on record and finite, times `scale`."""
         if (kind, name) not in self._found:
             found = [(r["iteration"], r[name]) for r in self._of(kind) if _is_number(r.get(name))]
-            steps, values = zip(*found, strict=True) if found else ((), ())
             self._found[kind, name] = Series(
-                np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64)
+                np.array([step for step, _ in found], dtype=np.int64),
+                np.array([value for _, value in found], dtype=np.float64),
             )
-        steps, values = self._found[kind, name]
-        return Series(steps, scale * values)
+        series = self._found[kind, name]
+        return series._replace(values=scale * series.values)
 
     def steady(self, name: str, *, scale: float = 1.0) -> Series:
         """Return a scalar of each step, without `first_steps` as long as others are left."""
@@ -252,8 +252,10 @@ def _why_none(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder} is no folder"
     below = sorted(path.parent.name for path in folder.glob(f"*/{LOG_FILE}"))
-    runs = f": it has runs in {', '.join(below[:8])}; name one or two of them" if below else (
-        ", which a run of examples/pretrain_moe.py leaves in its --run-dir"
+    runs = (
+        f": it has runs in {', '.join(below[:8])}; name one or two of them"
+        if below
+        else (", which a run of examples/pretrain_moe.py leaves in its --run-dir")
     )
     return f"{folder} has no {LOG_FILE}{runs}"
 

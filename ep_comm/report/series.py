@@ -8,6 +8,7 @@ import numpy as np
 
 _LEAST_PART = 20  # of a series: either side of a shift has at least one in so many of its steps
 _LEAST_STEPS = 5
+_LASTING = 0.8  # of the steps on either side of it are on its side of the middle
 _CLEAR = 2.0  # a shift is so many times the scatter on either side of it
 
 
@@ -87,7 +88,7 @@ class Shift(NamedTuple):
 
 
 def find_shift(series: Series, least_ratio: float) -> Shift | None:
-    """Return where a positive number rises for good; None where it does not, clearly.
+    """Return where a positive number rises for good; None where it does not, or not clearly.
 
     Args:
         series: The number.
@@ -109,20 +110,27 @@ def find_shift(series: Series, least_ratio: float) -> Shift | None:
     scatter = max(float(np.median(np.abs(part - np.median(part)))) for part in parts) * 1.4826
     if after - before < max(np.log(least_ratio), _CLEAR * scatter):
         return None
+    between = (before + after) / 2
+    if min(np.mean(parts[0] < between), np.mean(parts[1] > between)) < _LASTING:
+        return None
     return Shift(int(series.steps[place]), float(np.exp(before)), float(np.exp(after)))
 
 
-def densest_stretch(hits: np.ndarray) -> tuple[int, int] | None:
-    """Return begin and end (exclusive) of the stretch with most more hits than misses.
+def densest_stretch(hits: np.ndarray) -> tuple[int, int, int] | None:
+    """Return the stretch with most hits, each miss in it taking two of them away.
 
-    None where there is no hit.
+    So at least two thirds of it are hits: of two ranks, each is the slower one in half of the steps
+    by chance.
+
+    Returns:
+        Its begin, its end (exclusive) and its hits less two for each miss; None without a hit.
     """
     best, found = 0, None
     score, begin = 0, 0
     for place, hit in enumerate(hits):
         if score <= 0:
             score, begin = 0, place
-        score += 1 if hit else -1
+        score += 1 if hit else -2
         if score > best:
-            best, found = score, (begin, place + 1)
+            best, found = score, (begin, place + 1, score)
     return found

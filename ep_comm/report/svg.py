@@ -15,10 +15,11 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 _NAMES = ("ink", "muted", "line", "first", "second", "dispatch", "combine", "expert", "rest")
 COLOURS = {name: f"#0000{number:02x}" for number, name in enumerate(_NAMES, 1)}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "ep_comm",
     "font.family": "sans-serif",
@@ -44,7 +45,7 @@ _STYLE = {
 }
 _WIDTH_IN = {True: 11.0, False: 5.4}
 _LEFT_IN, _RIGHT_IN, _BOTTOM_IN = 0.7, 0.25, 0.45
-_BETWEEN_IN, _LEGEND_IN = 0.3, 0.25  # above each row; above all of them
+_BETWEEN_IN, _LEGEND_IN = 0.3, 0.3  # above each row; above all of them
 
 styled = matplotlib.rc_context(_STYLE)
 """Decorates the functions that draw; `new_figure` and `to_svg` are for them."""
@@ -72,9 +73,22 @@ def new_figure(
 def add_legend(figure: Figure, handles: Iterable[Any], names: Iterable[str]) -> None:
     """Name what is drawn, above all of it."""
     width = figure.get_size_inches()[0]
-    place = {"loc": "upper left", "bbox_to_anchor": ((_LEFT_IN - 0.05) / width, 1.0), "ncols": 4}
-    place |= {"handlelength": 1.6, "columnspacing": 1.5}
-    figure.legend(handles, names, borderpad=0, borderaxespad=0.1, **place)
+    figure.legend(
+        handles,
+        names,
+        loc="upper left",
+        bbox_to_anchor=((_LEFT_IN - 0.1) / width, 1.0),
+        ncols=4,
+        borderpad=0,
+        borderaxespad=0.5,
+        handlelength=1.6,
+        columnspacing=1.5,
+    )
+
+
+def integer_ticks() -> MaxNLocator:
+    """Return what places the ticks of an axis of steps or experts: at round whole numbers."""
+    return MaxNLocator(integer=True, steps=[1, 2, 5, 10])
 
 
 def to_svg(figure: Figure, name: str, label: str) -> str:

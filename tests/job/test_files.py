@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from ep_comm.job.exits import UserError
-from ep_comm.job.files import introduce, lock, take_folder, write_json
+from ep_comm.job.files import introduce, lock, take_folder, user_of, write_json
 
 
 def test_who_comes_second_is_told_who_was_first(tmp_path):
@@ -33,6 +33,15 @@ def test_a_process_may_take_a_folder_twice(tmp_path):
         take_folder(tmp_path / "a" / "b", flag)
     with pytest.raises(UserError, match="is in use by process"):
         lock(tmp_path / "a" / "b" / ".lock", "it")
+
+
+def test_who_uses_a_folder(tmp_path):
+    assert user_of(tmp_path) is None
+    descriptor = lock(tmp_path / ".lock", "it")
+    assert user_of(tmp_path) == f"process {os.getpid()} on {socket.gethostname()}"
+    os.close(descriptor)
+    assert user_of(tmp_path) is None  # its lock is left, and nobody has it
+    take_folder(tmp_path, "--run-dir")  # nor has the one who asked
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -35,7 +35,7 @@ from ranks import RankFailure, run_ranks  # noqa: E402
 
 from ep_comm.job.files import lock  # noqa: E402
 from ep_comm.pretrain.config import PretrainConfig  # noqa: E402
-from ep_comm.pretrain.log_file import LOG_FILE, read_log  # noqa: E402
+from ep_comm.pretrain.log_file import LOG_FILE, read_log, read_whole_log  # noqa: E402
 
 # Measured by the rank that logs them.
 OF_EACH_RANK = ("iteration-time", "throughput", "tokens-per-second")
@@ -454,6 +454,29 @@ def test_log_of_a_restarted_run(tmp_path):
         file.write('{"type": "train", "iteration": 3, "run": 2}\n')
     kept = [(r["iteration"], r["run"]) for r in read_log(path) if r["type"] == "train"]
     assert kept == [(1, 1), (2, 1), (3, 2)]
+
+
+def test_damaged_lines_of_a_log(tmp_path):
+    path = tmp_path / LOG_FILE
+    good = b'{"type": "train", "iteration": 1}\n'
+    path.write_bytes(good + b"\xff\x00\n" + b"[1]\n" + b'{"type": "train"}\n\n' + good + good[:9])
+    log = read_whole_log(path)
+    assert log.damaged == [2, 3, 4, 7]
+    assert log.records == 2 * [{"type": "train", "iteration": 1}]
+
+
+def a_warning(rank: int, folder: str) -> None:
+    from ep_comm.pretrain.flags import parse_args
+    from ep_comm.pretrain.log import RunLog
+
+    with RunLog(parse_args([*TINY, "--run-dir", folder]), {}, first_iteration=0) as log:
+        log.warning(3, "it is slow")
+
+
+def test_the_log_has_the_warnings(tmp_path):
+    run_ranks(1, a_warning, str(tmp_path))
+    (record,) = records(tmp_path, "warning")
+    assert record == {"type": "warning", "iteration": 3, "text": "it is slow"}
 
 
 def test_wandb_without_a_key_writes_an_offline_run(tiny_runs):
