@@ -129,6 +129,23 @@ def report(
         command.report(folders, out, Console(soft_wrap=True))
 
 
+@app.command(short_help="Show a training run while it is going.")
+def watch(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="Its --run-dir, with log.jsonl.")
+    ],
+) -> None:
+    """Show the last steps of a training run, its tails, its slowest rank, and what stands out.
+
+    Until it has trained its last step, or Ctrl-C. Where the output is no terminal: once.
+    """
+    from ep_comm.job.exits import user_errors_exit
+    from ep_comm.report import live
+
+    with user_errors_exit():
+        live.watch(folder, Console(highlight=False))
+
+
 @app.command(short_help="Say which rank was late, after a failure.")
 def explain(
     files: Annotated[

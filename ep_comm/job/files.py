@@ -79,7 +79,7 @@ def take_folder(folder: Path, flag: str) -> None:
 def user_of(folder: Path) -> str | None:
     """Return who uses a folder that `take_folder` took; None where nobody does, or no lock tells.
 
-    Do not ask again and again: a job that would take the folder in this very moment is refused.
+    A job that would take the folder in the microseconds of the question is refused.
     """
     try:
         with (folder / _LOCK_FILE).open("rb") as file:

@@ -217,7 +217,7 @@ class _Screen:
         status = f"loss {loss:.4f}  {speed}"
         if "mfu" in scalars:
             speed += f"  {scalars['throughput']:.0f} TFLOP/s/GPU  MFU {scalars['mfu']:.1%}"
-        self._progress.update(self._task, completed=iteration, status=status)
+        self._progress.update(self._task, completed=iteration, status=status + _tails(scalars))
         if not is_shown:
             return
         ep = "  ".join(
@@ -233,6 +233,16 @@ class _Screen:
 
     def close(self) -> None:
         self._progress.stop()
+
+
+def _tails(scalars: dict[str, float]) -> str:
+    """Return the tails of a step's operations and its slowest rank, where they are known."""
+    if "ep/dispatch-ms-p99" not in scalars:
+        return ""
+    p99s = "/".join(f"{scalars[f'ep/{op}-ms-p99']:.3g}" for op in ("dispatch", "combine"))
+    rank = scalars.get("ep/slowest-rank", -1)
+    slowest = f"  slowest rank {rank:.0f}" if rank >= 0 else ""
+    return f"  dispatch/combine p99 {p99s} ms{slowest}"
 
 
 class _WandB:

@@ -113,6 +113,10 @@ class Run:
         """The last step on record."""
         return max((record["iteration"] for record in self._of("train")), default=0)
 
+    def last_steps(self, number: int) -> list[Record]:
+        """Return the records of the last steps, oldest first."""
+        return self._of("train")[-number:]
+
     @property
     def asked_steps(self) -> int | None:
         """How many it was to train."""
