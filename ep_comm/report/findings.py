@@ -186,7 +186,7 @@ def _late_ranks(run: Run) -> Iterator[Finding]:
             f"{hits / (end - begin):.0%} of these steps, and in {is_late.mean():.0%} of all. "
             f"Operations waited for {np.median(waits.values[begin:end]):.0%} of their time then."
         )
-        yield Finding("look", text, advice.SLOWEST.when_high, "ranks")
+        yield Finding("look", text, advice.LATE_RANK, "ranks")
 
 
 def _waits(run: Run) -> Iterator[Finding]:
@@ -229,7 +229,11 @@ def _tails(run: Run) -> Iterator[Finding]:
     for op in ("dispatch", "combine"):
         series = run.steady(f"ep/{op}-ms-p99", scale=1e-3)
         yield from _tail(
-            series.steps, series.values, f"the 99th percentile of a {op}", advice.TAIL, "tails"
+            series.steps,
+            series.values,
+            f"the 99th percentile of a {op}",
+            advice.TAILS.when_high,
+            "tails",
         )
 
 
@@ -268,16 +272,13 @@ def _exposed(run: Run) -> Iterator[Finding]:
     exposed = run.share("ep/exposed-ms", "iteration-time", scale=1e-3)
     if exposed.median <= _EXPOSED:
         return
-    todos = []
-    if run.config.get("ep_overlap_wgrad") is False:
-        todos.append("`--ep-overlap-wgrad` runs weight gradients beside the backward's operations")
-    if run.config.get("ep_fp8_dispatch") is False:
-        todos.append(advice.WIRE_BYTES.when_high)
+    flags = (("ep_overlap_wgrad", advice.OVERLAP), ("ep_fp8_dispatch", advice.FP8))
+    todos = [todo for flag, todo in flags if run.config.get(flag) is False] + [advice.WAIT_LESS]
     text = (
         f"In the median step, {exposed.median:.0%} of the time operations ran with no weight "
         "gradient beside them, waits included."
     )
-    yield Finding("look", text, ". ".join(todos) or advice.WAITS.when_high, "exposed")
+    yield Finding("look", text, "; ".join(todos), "exposed")
 
 
 def _balance(run: Run) -> Iterator[Finding]:

@@ -23,15 +23,15 @@ _SILENT = 10  # typical steps, and at least so many seconds, without a new one
 # Column, scalar, how it is written, and what it is multiplied with.
 _COLUMNS: tuple[tuple[str, str, str, float], ...] = (
     ("loss", TRAIN_LOSS, ".4f", 1),
-    ("grad norm", "grad-norm", ".3g", 1),
+    ("grad\nnorm", "grad-norm", ".3g", 1),
     ("ms", "iteration-time", ",.0f", 1e3),
     ("tokens/s", TOKENS_PER_S, ",.0f", 1),
     ("MFU", "mfu", ".1%", 1),
-    ("dispatch p99, ms", "ep/dispatch-ms-p99", ".3g", 1),
-    ("combine p99, ms", "ep/combine-ms-p99", ".3g", 1),
+    ("dispatch\np99, ms", "ep/dispatch-ms-p99", ".3g", 1),
+    ("combine\np99, ms", "ep/combine-ms-p99", ".3g", 1),
     ("waits", "ep/wait-share", ".0%", 1),
-    ("slowest rank", "ep/slowest-rank", ".0f", 1),
-    ("fullest rank", "ep/imbalance-rank", ".2f", 1),
+    ("slowest\nrank", "ep/slowest-rank", ".0f", 1),
+    ("fullest\nrank", "ep/imbalance-rank", ".2f", 1),
 )
 
 
@@ -96,11 +96,11 @@ def _heading(run: Run, now: float) -> Text:
 
 def _table(run: Run) -> Table:
     steps = run.last_steps(_LAST_STEPS)
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("step", justify="right")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("step", justify="right", no_wrap=True)
     columns = [column for column in _COLUMNS if any(column[1] in step for step in steps)]
     for name, *_ in columns:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for step in steps:
         cells = [_cell(step, name, form, scale) for _, name, form, scale in columns]
         table.add_row(str(step["iteration"]), *cells)
@@ -109,8 +109,9 @@ def _table(run: Run) -> Table:
 
 def _cell(step: dict[str, Any], name: str, form: str, scale: float) -> str:
     value = step.get(name)
-    is_none = value is None or (name == "ep/slowest-rank" and value < 0)
-    return "–" if is_none else format(scale * value, form)
+    if value is None or (name == "ep/slowest-rank" and value < 0):
+        return "–"
+    return format(scale * value, form)
 
 
 def _line(finding: Finding) -> Text:

@@ -41,7 +41,7 @@ def test_a_late_rank_is_named_with_its_stretch(tmp_path):
     begin = int(finding.text.split("From step ")[1].split()[0])
     assert abs(begin - 120) <= 2 and "on rank 3 was the one" in finding.text
     assert finding.level == "look" and finding.section == "ranks"
-    assert finding.todo == advice.SLOWEST.when_high
+    assert finding.todo == advice.LATE_RANK
 
 
 def test_a_rank_that_nobody_had_to_wait_for_is_not_named(tmp_path):
@@ -76,7 +76,7 @@ def test_tails(tmp_path):
 
     (finding,) = found(tmp_path, of_step(tail))
     assert "In 15 of 299 steps, the 99th percentile of a combine" in finding.text
-    assert "at worst 30 ms in step 100" in finding.text and finding.todo == advice.TAIL
+    assert "at worst 30 ms in step 100" in finding.text and finding.todo == advice.TAILS.when_high
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_exposed_communication_says_which_flag_is_off(tmp_path):
     flags = {"ep_overlap_wgrad": False, "ep_fp8_dispatch": True}
     (finding,) = found(tmp_path, of_step(expose), **flags)
     assert "40% of the time" in finding.text and "--ep-overlap-wgrad" in finding.todo
-    assert advice.WIRE_BYTES.when_high not in finding.todo
+    assert advice.FP8 not in finding.todo
 
 
 def test_a_run_that_ended_early_and_one_that_is_still_going(tmp_path):

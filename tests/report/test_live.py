@@ -24,8 +24,8 @@ from ep_comm.report.live import view
 from ep_comm.report.run import read
 
 
-def shown(folder: Path, *, later_s: float = 0.0) -> str:
-    console = Console(width=160, record=True, file=open(os.devnull, "w"))
+def shown(folder: Path, *, later_s: float = 0.0, width: int = 160) -> str:
+    console = Console(width=width, record=True, file=open(os.devnull, "w"))
     run = read(folder)
     console.print(view(run, run.written.timestamp() + later_s))
     return console.export_text()
@@ -40,8 +40,13 @@ def test_the_view_has_last_steps_tails_and_findings(tmp_path):
     text = shown(write_run(tmp_path / "run", 80, change, asked=200))
     assert "run: step 80 of 200, 0 min 36 s left" in text
     assert re.findall(r"^ +(\d+) ", text, re.M) == [str(step) for step in range(73, 81)]
-    assert "dispatch p99, ms" in text and "rank 5 was the one" in text
+    assert "dispatch" in text and "rank 5 was the one" in text
     assert "nothing new" not in text
+
+
+def test_a_narrow_terminal_has_all_columns(tmp_path):
+    text = shown(write_run(tmp_path / "run", 1200), width=80)
+    assert "…" not in text and "tokens/s" in text and text.count("p99, ms") == 2
 
 
 def test_a_run_that_stands_still_says_so(tmp_path):

@@ -12,9 +12,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "recorder.md"
 def test_the_page_has_the_current_table():
     """If not: python -m ep_comm.telemetry.advice docs/recorder.md."""
     page = PAGE.read_text()
-    assert advice.stats_table() in page and advice.with_table(page) == page
+    assert advice.scalars_table() in page and advice.with_table(page) == page
 
 
 def test_an_old_table_is_replaced():
     page = PAGE.read_text()
-    assert advice.with_table(page.replace("clocks and temperature", "weather")) == page
+    assert advice.with_table(page.replace("payload that left a rank", "weather")) == page
