@@ -104,7 +104,7 @@ def test_memory_at_eight_nodes_of_eight(library):
         (dict(ranks_per_node=9), "ranks_per_node = 9 is not in"),
         (dict(num_nodes=0), "0 nodes of 2 ranks"),
         (dict(num_nodes=257, ranks_per_node=1), "257 nodes of 1 ranks: at most 256 nodes"),
-        (dict(num_nodes=65, ranks_per_node=8), "65 nodes of 8 ranks: at most 256 nodes and 512"),
+        (dict(num_nodes=129, ranks_per_node=8), "129 nodes of 8 ranks: at most 256 nodes and 1024"),
         (dict(row_bytes=24), "row_bytes = 24 is not in"),
         (dict(num_topk=33), "num_topk = 33 is not in"),
         (dict(max_tokens=0), "max_tokens = 0 is not in"),
