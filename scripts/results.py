@@ -178,7 +178,9 @@ def _setting(document: Document) -> str:
     routing = RoutingSpec.of_json(settings["routing"])
     groups = f", experts in {routing.describe()}" if routing.kind == "group-limited" else ""
     hidden = settings["shape"]["hidden"]
-    return f"{_ranks(document)} × {_gpu(document)}, hidden {hidden}{groups}"
+    rate = document.get("network_gb_per_s")
+    network = f", network of {rate:g} GB/s" if rate else ""
+    return f"{_ranks(document)} × {_gpu(document)}, hidden {hidden}{groups}{network}"
 
 
 def _ranks(document: Document) -> str:
