@@ -14,7 +14,7 @@ from ep_comm.pretrain.log_file import TOKENS_PER_S, TRAIN_LOSS, VALID_LOSS, WIRE
 from ep_comm.report import maps, pictures
 from ep_comm.report.findings import Finding
 from ep_comm.report.pictures import Cells, Picture
-from ep_comm.report.run import Run, differences
+from ep_comm.report.run import MODEL_KEYS, Run, differences
 from ep_comm.version import __version__
 
 _LEVELS = {"bad": "Failed or in doubt", "look": "Worth a look", "note": "To be known"}
@@ -77,7 +77,7 @@ def render(runs: Sequence[Run], findings: Sequence[list[Finding]], command: str)
         differing={k: list(map(_shown, v)) for k, v in differences(*runs).items()}
         if len(runs) > 1
         else {},
-        configurations=[[(k, _shown(v)) for k, v in run.config.items()] for run in runs],
+        configurations=[_configuration(run) for run in runs],
         version=__version__,
         command=command,
     )
@@ -164,6 +164,12 @@ def _summary(runs: Sequence[Run]) -> Cells:
             cells.append("–" if ratio != ratio else f"{ratio:.3f}")
         rows.append([name, *cells])
     return rows
+
+
+def _configuration(run: Run) -> Cells:
+    """Return the keys and their values, those of the model first."""
+    keys = sorted(run.config, key=lambda key: key not in MODEL_KEYS)
+    return [[key, _shown(run.config[key])] for key in keys]
 
 
 def _shown(value: Any) -> str:

@@ -16,6 +16,7 @@ pytest.importorskip("pydantic")
 pytest.importorskip("setuptools", minversion="77")
 
 from example_runs import ROOT, environment  # noqa: E402
+from made_up_log import write_run  # noqa: E402
 
 pytestmark = pytest.mark.e2e
 
@@ -76,6 +77,13 @@ def test_bench_train_is_there(site):
     assert result.returncode == 0 and "--variants" in result.stdout
     result = ep_comm(site, "bench", "train", "--config", "configs/tiny-cpu.yaml")
     assert result.returncode == 2 and "start it with torchrun" in result.stderr
+
+
+def test_a_report_has_its_template(site):
+    folder = write_run(site.parent / "run", 20)
+    result = ep_comm(site, "report", folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "<svg" in (folder / "report.html").read_text()
 
 
 def test_compare_with_a_shipped_configuration(site):

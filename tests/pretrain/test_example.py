@@ -479,6 +479,15 @@ def test_the_log_has_the_warnings(tmp_path):
     assert record == {"type": "warning", "iteration": 3, "text": "it is slow"}
 
 
+def test_the_bar_has_tails_and_the_slowest_rank():
+    from ep_comm.pretrain.log import _tails
+
+    step = {"ep/dispatch-ms-p99": 12.34, "ep/combine-ms-p99": 0.5, "ep/slowest-rank": 3.0}
+    assert _tails(step) == "  dispatch/combine p99 12.3/0.5 ms  slowest rank 3"
+    assert _tails({**step, "ep/slowest-rank": -1}) == "  dispatch/combine p99 12.3/0.5 ms"
+    assert _tails({"lm loss": 3.0}) == ""  # another dispatcher
+
+
 def test_wandb_without_a_key_writes_an_offline_run(tiny_runs):
     pytest.importorskip("wandb")
     run_dir = tiny_runs("alltoall")
