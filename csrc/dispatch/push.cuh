@@ -46,6 +46,7 @@ __device__ inline void raise_flags(const ep_dispatch_args& args, LandedChunks* l
   constexpr int kServed = ceil_div(kMaxWarps * EP_MAX_PEERS, kWarpSize);
   const ep_peers& peers = args.peers;
   const int32_t destinations = peers.num_ranks - 1;
+  if (destinations == 0) return;
   const int32_t num_chunks = ceil_div(args.routing.num_tokens, args.chunk_tokens);
   int32_t raised[kServed] = {};
   bool waiting = true;
@@ -57,7 +58,7 @@ __device__ inline void raise_flags(const ep_dispatch_args& args, LandedChunks* l
 #pragma unroll
     for (int s = 0; s < kServed; ++s) {
       const int32_t served = lane_id() + s * kWarpSize;
-      const int32_t warp = served / max(destinations, 1), lane = served % max(destinations, 1);
+      const int32_t warp = served / destinations, lane = served % destinations;
       const int32_t chunk = first_warp + warp + raised[s] * num_warps;
       values[s] = 0;
       if (warp >= warps_of_block || raised[s] < 0 || chunk >= num_chunks) continue;
