@@ -188,13 +188,14 @@ def test_a_file_of_nodes_bench(checkout):
     first, second = section(checkout, "dispatch-and-combine", "new").split("| case, as one node |")
     assert "| dispatch, fresh | all |" in first and "| combine | 24 |" in first
     assert second.count("| combine | all |") == 1 and "dispatch" not in second.split("\n\n")[0]
-    assert results._setting(nodes_run()) == "2 × 2 × H200, hidden 128"
+    assert results._setting(nodes_run()) == "2 × 2 × H200, hidden 128, network of 50 GB/s"
 
 
 def test_the_model_stands_beside_what_was_measured():
     lines = str(results._plan([nodes_run()])).splitlines()
     assert lines[0] == "| µs: model (measured) | SMs | dispatch, fresh | combine |"
-    assert len(lines) == 4 and lines[2].startswith("| 2 × 2 × H200, hidden 128 | all |")
+    assert len(lines) == 4
+    assert lines[2].startswith("| 2 × 2 × H200, hidden 128, network of 50 GB/s | all |")
     modelled = {(each.name, each.num_sms): each for each in results.compare(nodes_run())}
     found = modelled["combine", 24]
     assert f" {found.model:.0f} (140) −" in lines[3] and f"slack {found.slack:.2f} |" in lines[3]
