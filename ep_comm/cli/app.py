@@ -107,16 +107,21 @@ def compare(
 def report(
     folders: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN_DIR [OTHER_RUN_DIR]", help="Their --run-dir, with log.jsonl."),
+        typer.Argument(
+            metavar="RUN_DIR [OTHER_RUN_DIR]",
+            help="--run-dir of a run, or of two, with log.jsonl.",
+        ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="The page; default: report.html in RUN_DIR, with the other's name."),
+        typer.Option(
+            help="The page; default: report.html in RUN_DIR, of two runs report-OTHER_RUN_DIR.html."
+        ),
     ] = None,
 ) -> None:
     """Make one HTML page that says how a training run went, and what to do about it.
 
-    A run of examples/pretrain_moe.py, which may still be going. The page needs no network.
+    The run is one of examples/pretrain_moe.py, and may still be going. The page needs no network.
     docs/report.md says how to read it.
     """
     from ep_comm.job.exits import UserError, needs_extra, user_errors_exit
@@ -132,12 +137,12 @@ def report(
 @app.command(short_help="Show a training run while it is going.")
 def watch(
     folder: Annotated[
-        Path, typer.Argument(metavar="RUN_DIR", help="Its --run-dir, with log.jsonl.")
+        Path, typer.Argument(metavar="RUN_DIR", help="--run-dir of the run, with log.jsonl.")
     ],
 ) -> None:
     """Show the last steps of a training run, its tails, its slowest rank, and what stands out.
 
-    Until it has trained its last step, or Ctrl-C. Where the output is no terminal: once.
+    It goes on until the last step, or Ctrl-C. Where the output is no terminal it shows them once.
     """
     from ep_comm.job.exits import user_errors_exit
     from ep_comm.report import live
@@ -150,7 +155,9 @@ def watch(
 def explain(
     files: Annotated[
         list[Path],
-        typer.Argument(help="Those that the ranks' errors name; or a folder with them."),
+        typer.Argument(
+            help="Those that the ranks' errors name; or their folder, for the last failure."
+        ),
     ],
 ) -> None:
     """Say which rank was late, from the files that ranks leave when a buffer fails.
@@ -182,9 +189,9 @@ def trace(
         tuple[float, float] | None, typer.Option(help="Draw from here to there, in ms.")
     ] = None,
 ) -> None:
-    """Say what ranks did and waited for, and what part of it no matrix product ran beside.
+    """Say what ranks did and whom they waited for, and how much of it no matrix product hid.
 
-    docs/recorder.md says how to write these files.
+    The last takes files of torch's profiler. docs/recorder.md says how to write these files.
     """
     from ep_comm.cli import trace as command
     from ep_comm.job.exits import user_errors_exit

@@ -229,7 +229,7 @@ def overlap(
     num_groups: Annotated[int | None, typer.Option(help=NUM_GROUPS_HELP)] = None,
     topk_groups: Annotated[int | None, typer.Option(help=TOPK_GROUPS_HELP)] = None,
     sms: Annotated[str, typer.Option(help="SM counts; 0 is all.")] = "0,64,32,24,16",
-    layouts: Annotated[str, typer.Option(help="Orders of the rows: expert, rank or both.")] = (
+    layouts: Annotated[str, typer.Option(help="Orders of the rows, a list of expert and rank.")] = (
         "expert,rank"
     ),
     fp8: Annotated[bool, typer.Option("--fp8", help="FP8 dispatch too.")] = False,
@@ -247,20 +247,20 @@ def overlap(
     write: Annotated[
         Path | None,
         typer.Option(
-            help="Table of prices to write or renew, by which asynchronous operations choose their "
-            "SMs: EP_COMM_PRICES=FILE."
+            help="File of prices to write or renew: an operation's new SM counts replace its old "
+            "ones. With EP_COMM_PRICES=FILE asynchronous operations choose SMs by it."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of bench-overlap.json and the picture.")] = Path(
         "runs/bench-overlap"
     ),
 ) -> None:
-    """Say how much GEMM time a dispatch or a combine costs that runs beside GEMMs.
+    """Say how much GEMM time a dispatch or a combine costs when it runs beside GEMMs.
 
     Run by torchrun, one process a GPU. GEMMs run on one stream all along, operations back to back
-    on another one; what the GEMMs lose is divided by the operations. Beside it stand the time
-    alone, and the serial one: between GEMMs, with the whole GPU. Results are checked in the same
-    run: exits with 1 if a row is wrong.
+    on another one; what the GEMMs lose is divided by the number of operations. The tables also
+    have the operation alone, and serial: between GEMMs, with the whole GPU. Results are checked in
+    the same run: exits with 1 if a row is wrong.
     """
     import torch
     import torch.distributed as dist
