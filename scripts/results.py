@@ -5,17 +5,19 @@
     python scripts/results.py --check    # exit code 1 where a page is not what the files give
 
 A file is what ``ep-comm bench`` (bench.json), ``ep-comm bench low-latency``
-(bench-low-latency.json), ``ep-comm bench train`` (bench-train.json), ``ep-comm compare``
-(report.json) or ``scripts/nodes_bench.py --json`` wrote, under a name of its own; or figures that
-others published; or a plain table of a run by hand: title, machine, columns and rows. Files of one
-kind become one page, a section each. A guide shows figures between two comments::
+(bench-low-latency.json), ``ep-comm bench overlap`` (bench-overlap.json), ``ep-comm bench train``
+(bench-train.json), ``ep-comm compare`` (report.json) or ``scripts/nodes_bench.py --json`` wrote,
+under a name of its own; or figures that others published; or a plain table of a run by hand: title,
+machine, columns and rows. Files of one kind become one page, a section each. A guide shows figures
+between two comments::
 
     <!-- results: operations h200-x4-w1 h200-x8-w1-groups -->
     <!-- end -->
 
 ``operations`` sets dispatch and combine beside the other libraries of the same run, ``latency`` has
-low-latency operations in CUDA graphs beside their floor, ``steps`` lists how much faster training
-steps are, ``plan`` sets the model of ``ep-comm plan`` beside what a file has.
+low-latency operations in CUDA graphs beside their floor, ``overlap`` has the GEMM time that
+operations cost, ``steps`` lists how much faster training steps are, ``plan`` sets the model of
+``ep-comm plan`` beside what a file has.
 """
 
 from __future__ import annotations
@@ -266,6 +268,55 @@ def _p50_and_p99(times: Document | None) -> str | None:
     return f"{times['p50']:.1f} ({times['p99']:.1f})" if times else None
 
 
+# --- ep-comm bench overlap ------------------------------------------------------------------------
+
+
+def _price_tables(document: Document) -> list[Table]:
+    columns = "case; rows by; GEMM; SMs; alone; beside; lost; min–max; serial; wrong".split("; ")
+    rows: list[list[Cell]] = []
+    for price in document["prices"]:
+        lost = price["samples_us"]["lost"]
+        times = (price[f"{name}_us"] for name in ("alone", "beside", "lost"))
+        rows.append(
+            [
+                price["case"],
+                price["layout"],
+                price["gemm"],
+                _sms(price["num_sms"]),
+                *(number(us, ".0f") for us in times),
+                f"{min(lost):.0f}–{max(lost):.0f}",
+                number(price["serial_us"], ".0f"),
+                price["num_wrong"],
+            ]
+        )
+    return [Table(columns, rows)]
+
+
+def _prices(documents: Iterable[Document]) -> Table:
+    """GEMM time lost, a row an operation, a column an SM count; the least is bold."""
+    rows: dict[str, dict[str, str]] = {}
+    counts: dict[str, None] = {}
+    for document in documents:
+        for price in document["prices"]:
+            by = f", rows by {price['layout']}" if price["layout"] else ""
+            found = rows.setdefault(f"{_setting(document)}: {price['case']}{by}", {})
+            lost = f"{price['lost_us']:.0f}"
+            count = _sms(price["num_sms"]) or "its own"
+            counts[count] = None
+            found[count] = f"**{lost}**" if price["is_best"] and price["layout"] else lost
+            found["serial"] = f"{price['serial_us']:.0f}"
+    columns = [*counts, "serial"]
+    cells: list[list[Cell]] = [
+        [name, *(found.get(column) for column in columns)] for name, found in rows.items()
+    ]
+    heads = [f"{count} SMs" if count.isdigit() else count for count in columns]
+    return Table(["µs of GEMM time lost", *heads], cells)
+
+
+def _sms(num_sms: int | None) -> str | None:
+    return {None: None, 0: "all"}.get(num_sms, str(num_sms))
+
+
 # --- ep-comm bench train --------------------------------------------------------------------------
 
 
@@ -435,6 +486,13 @@ PAGES = [
         _latency_tables,
     ),
     Page(
+        "overlap",
+        "Beside GEMMs: `ep-comm bench overlap`",
+        "Times in µs. [The guide](../performance.md#beside-gemms) says what they are.",
+        lambda document: "prices" in document,
+        _price_tables,
+    ),
+    Page(
         "training-steps",
         "Training steps: `ep-comm bench train`",
         "[The guide](../performance.md#training-steps) says how they are measured.",
@@ -463,7 +521,13 @@ PAGES = [
         lambda document: [Table(table["columns"], table["rows"]) for table in document["tables"]],
     ),
 ]
-BLOCKS = {"operations": _operations, "latency": _latency, "steps": _steps, "plan": _plan}
+BLOCKS = {
+    "operations": _operations,
+    "latency": _latency,
+    "overlap": _prices,
+    "steps": _steps,
+    "plan": _plan,
+}
 
 
 def generate(root: Path = ROOT) -> dict[Path, str]:

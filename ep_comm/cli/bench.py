@@ -228,7 +228,7 @@ def overlap(
     topk: Annotated[int | None, typer.Option(help="Experts of a token.")] = None,
     num_groups: Annotated[int | None, typer.Option(help=NUM_GROUPS_HELP)] = None,
     topk_groups: Annotated[int | None, typer.Option(help=TOPK_GROUPS_HELP)] = None,
-    sms: Annotated[str, typer.Option(help="SM counts; 0 is all.")] = "0,64,32,24,16",
+    sms: Annotated[str, typer.Option(help="SM counts; 0 is all.")] = "0,64,48,32,24,16",
     layouts: Annotated[str, typer.Option(help="Orders of the rows, a list of expert and rank.")] = (
         "expert,rank"
     ),

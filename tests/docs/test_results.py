@@ -14,12 +14,14 @@ from rich.console import Console
 from test_bench import LIMIT
 from test_bench import made_up_run as operations
 from test_bench_low_latency import made_up_run as latencies
+from test_bench_overlap import made_up_run as prices
 from test_bench_train import made_up_run as steps
 from test_compare import CURVES, begun, compare
 from test_compare import config as config  # a fixture
 
 from ep_comm.bench.low_latency.report import write_json as write_latencies
 from ep_comm.bench.ops.report import document, write_json
+from ep_comm.bench.overlap.report import write_json as write_prices
 from ep_comm.bench.train.report import write_report
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +90,19 @@ def test_a_file_of_ep_comm_bench_low_latency(checkout):
     )
     assert "| NCCL alltoall | 7168 | 8 | – | – | 33.0 | 35.0 | 44.0 | 1.06 |" in found
     assert "| hidden 7168: 8 tokens, room for 128 | 20.0 (24.0) |" in found
+
+
+def test_a_file_of_ep_comm_bench_overlap(checkout):
+    write_prices(prices(), checkout / "docs" / "results" / "new.json")
+    found = section(checkout, "overlap", "new")
+    assert (
+        "| dispatch, cached | expert | 4096x4096x7168 | 64 | 222 | 489 | 170 | 165–177 | 230 | 0 |"
+        in found
+    )
+    run = json.loads((checkout / "docs" / "results" / "new.json").read_text())
+    table = str(results._prices([run | {"gpus": ["NVIDIA H200"]}]))
+    assert "dispatch, cached, rows by expert | 186 | **170** | 237 | – | 230 |" in table
+    assert "NCCL alltoall dispatch | – | – | – | 404 | 230 |" in table
 
 
 def test_latencies_stand_beside_their_floor(checkout):
