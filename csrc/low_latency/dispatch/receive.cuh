@@ -106,7 +106,6 @@ __device__ inline void find_rows(const ep_low_latency& common, const Memory& mem
     const uint32_t lanes = __ballot_sync(kFullWarp, row >= 0), below = (1u << lane_id()) - 1;
     const int32_t place = row >= 0 ? __popc(lanes & below) : __popc(lanes) + __popc(~lanes & below);
     if (lane_id() < common.num_topk) arrivals.rows[i * common.num_topk + place] = row;
-    __syncwarp();
   }
 }
 
