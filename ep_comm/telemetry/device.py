@@ -7,6 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -136,8 +137,10 @@ class DeviceRecorder:
 
     def since(self, num_operations: int) -> list[OpRecord]:
         """Return the records of the operations after the first `num_operations`, oldest first."""
-        known = map(_Started._make, self._started)
-        started = [entry for entry in known if entry.place > num_operations]
+        # Places follow one another: those asked for are the last ones, of many.
+        num_before = len(self._started) - max(0, self.num_operations - num_operations)
+        new = islice(self._started, max(0, num_before), None)
+        started = list(map(_Started._make, new))
         if not started:
             return []
         self._synchronize()
