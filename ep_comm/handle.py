@@ -95,7 +95,7 @@ class DispatchHandle:
     def padded_tokens_per_expert(self) -> Tensor:
         """[E_local] int64 on the CPU, rows of each expert's group in the output.
 
-        After a dispatch with ``expert_capacity`` that, without waiting for anything.
+        After a dispatch with ``expert_capacity`` each is that number, and nothing is waited for.
         """
         routing = self.routing
         if routing.capacity is not None and routing.min_expert_rows:

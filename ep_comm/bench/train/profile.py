@@ -48,7 +48,7 @@ class Profile:
             profiler records, which makes all of it slower.
         busy_us: Time in which at least one kernel or copy ran; kernels of a collective that wait
             for another rank are running.
-        communication_us: Time in which at least one kernel of a dispatch, a combine or NCCL ran.
+        communication_us: Time in which tokens were on their way: by our kernels, or alltoall's.
         exposed_us: The part of it in which no matrix product ran.
         wall_us: From the begin of the range to its end on the host, or on the GPU if that is later.
     """
