@@ -161,8 +161,7 @@ class NodesPlanner(Planner):
                 routing.expert_alignment,
                 streams.side,
             )
-        of_experts = routing.sizes.expert_rows if routing.capacity is None else ()
-        self._recorder.complete(args.row_bytes + args.scale_bytes, of_experts)
+        self._recorder.complete(args.row_bytes + args.scale_bytes, routing.known_expert_rows)
         received = allocate_rows(args, routing, self._config.hidden, recv_dtype, self._device)
         if routing.layout == "rank":
             routing.recv_topk_idx = allocate_experts(args, routing, first.source, self._device)

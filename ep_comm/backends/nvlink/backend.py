@@ -305,10 +305,8 @@ class NVLinkBackend:
         received = allocate_rows(args, routing, self.config.hidden, recv_dtype, self.device)
         stream = self._streams.begin(header.EP_OP_DISPATCH, asynchronous, sms)
         self._keep_for_current_stream(routing)
-        # With a capacity to ask for the counts would be to wait for the GPU.
-        of_experts = routing.sizes.expert_rows if routing.capacity is None else ()
         args.peers.record = self.recorder.start(
-            "dispatch", args.row_bytes + args.scale_bytes, of_experts
+            "dispatch", args.row_bytes + args.scale_bytes, routing.known_expert_rows
         )
         args.is_planned = args.is_behind_plan = False
         self._launch_dispatch(args, routing, sms, stream)

@@ -142,6 +142,11 @@ class NVLinkRouting(Routing):
         )
 
     @property
+    def known_expert_rows(self) -> tuple[int, ...]:
+        """Rows of each expert; none with a capacity: to ask would be to wait for the GPU."""
+        return self.sizes.expert_rows if self.capacity is None else ()
+
+    @property
     def device_tokens_per_expert(self) -> Tensor:
         """The plan's counts; no copy."""
         return self.array("expert_tokens")
