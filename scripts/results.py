@@ -35,7 +35,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from ep_comm.bench.ops.routing import RoutingSpec
-from ep_comm.bench.tables import markdown_table, number
+from ep_comm.bench.tables import markdown_table, number, sms_name
 from ep_comm.bench.timing import summarize
 from ep_comm.compare.statistics import standard_error
 from ep_comm.plan.check import compare
@@ -93,6 +93,10 @@ def _median(samples: list[float]) -> float | None:
     return median(samples) if samples else None
 
 
+def _sms(num_sms: int | None) -> str | None:
+    return None if num_sms is None else sms_name(num_sms)
+
+
 def _variant(name: str) -> str:
     """Older runs call our dispatcher by the value of Megatron's flag."""
     return re.sub(r"^deepep", "ep_comm", name)
@@ -124,7 +128,7 @@ def _operation_row(result: Document) -> list[Cell]:
     )
     return [
         result["case"],
-        {None: None, 0: "all"}.get(result["num_sms"], result["num_sms"]),
+        _sms(result["num_sms"]),
         *(number(us, ".0f") for us in (result["floor_us"], times["kernel"], times["call"])),
         spread,
         number(result["ratio"], ".2f"),
@@ -228,7 +232,7 @@ def _latency_row(result: Document) -> list[Cell]:
     tail = graph["p99"] / graph["p50"] if graph else None
     return [
         *(result[name] for name in ("operation", "hidden", "tokens", "room")),
-        {0: "all"}.get(result["num_sms"], result["num_sms"]),
+        _sms(result["num_sms"]),
         *(number(graph.get(name), ".1f") for name in ("p50", "p99", "max")),
         number(tail, ".2f"),
         *(number(us, ".1f") for us in (result["mean_us"], kernel.get("p50"), result["floor_us"])),
@@ -311,10 +315,6 @@ def _prices(documents: Iterable[Document]) -> Table:
     ]
     heads = [f"{count} SMs" if count.isdigit() else count for count in columns]
     return Table(["µs of GEMM time lost", *heads], cells)
-
-
-def _sms(num_sms: int | None) -> str | None:
-    return {None: None, 0: "all"}.get(num_sms, str(num_sms))
 
 
 # --- ep-comm bench train --------------------------------------------------------------------------
@@ -462,7 +462,7 @@ def _plan(documents: Iterable[Document]) -> Table:
             units[each.unit] = None
     names = list(dict.fromkeys(name for row in found.values() for name in row))
     rows: list[list[Cell]] = [
-        [setting, {0: "all"}.get(sms, str(sms)), *(row.get(name) for name in names)]
+        [setting, _sms(sms), *(row.get(name) for name in names)]
         for (setting, sms), row in found.items()
     ]
     return Table([f"{' or '.join(units)}: model (measured)", "SMs", *names], rows)

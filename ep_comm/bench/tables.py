@@ -40,5 +40,15 @@ def number(value: float | None, form: str) -> str | None:
     return None if value is None else format(value, form)
 
 
+def sms_name(num_sms: int | None) -> str:
+    """Return an SM count as tables have it: 0 is all, and None a dash."""
+    return "-" if num_sms is None else str(num_sms or "all")
+
+
+def case_with_sms(case: str, num_sms: int | None) -> str:
+    """Return an operation with its SM count, as progress is told."""
+    return case if num_sms is None else f"{case}, {sms_name(num_sms)} SMs"
+
+
 def _escaped(cell: object) -> str:
     return "–" if cell is None else str(cell).replace("|", "\\|")

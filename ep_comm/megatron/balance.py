@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from ep_comm.telemetry.stats import max_over_mean
+
 TABLE = "ep/balance"  # what logs call it
 _NAMES = {
     "layer": "layer",
@@ -39,12 +41,12 @@ class LayerBalance(NamedTuple):
     @property
     def rank_imbalance(self) -> float:
         """Tokens of the fullest rank over the mean; 1 is even."""
-        return _max_over_mean(self.tokens_of_ranks)
+        return max_over_mean(self.tokens_of_ranks)
 
     @property
     def expert_imbalance(self) -> float:
         """Tokens of the fullest expert over the mean; 1 is even."""
-        return _max_over_mean(self.tokens)
+        return max_over_mean(self.tokens)
 
     @property
     def fullest_rank(self) -> int:
@@ -77,11 +79,6 @@ def markdown(layers: Iterable[LayerBalance]) -> str:
     ]
     lines = [list(COLUMNS), ["---:"] * len(COLUMNS), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _max_over_mean(counts: Sequence[int]) -> float:
-    total = sum(counts)
-    return max(counts) * len(counts) / total if total else 1.0
 
 
 def _largest(counts: Sequence[int]) -> int:

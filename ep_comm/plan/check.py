@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ep_comm.bench.ops.routing import RoutingSpec
 from ep_comm.bench.ops.settings import Shape
-from ep_comm.bench.tables import number, screen_table
+from ep_comm.bench.tables import number, screen_table, sms_name
 from ep_comm.job.exits import UserError
 from ep_comm.plan import facts
 from ep_comm.plan.model import Operation, make_plan
@@ -103,7 +103,7 @@ def render(document: Document, title: str) -> Table:
     for found in compare(document):
         table.add_row(
             f"{found.setting}: {found.name}" if found.setting else found.name,
-            {0: "all"}.get(found.num_sms, str(found.num_sms)),
+            sms_name(found.num_sms),
             found.unit,
             f"{found.model:.0f}",
             f"{found.measured:.0f}",

@@ -73,12 +73,12 @@ class OperationStats:
     @property
     def imbalance(self) -> float:
         """Rows of the fullest rank over the mean; 1 is even."""
-        return _max_over_mean(self.rows_by_rank)
+        return max_over_mean(self.rows_by_rank)
 
     @property
     def expert_imbalance(self) -> float:
         """Rows of the fullest local expert over the mean; 1 is even, or not known."""
-        return _max_over_mean(self.rows_by_expert)
+        return max_over_mean(self.rows_by_expert)
 
 
 class SlowestRank(NamedTuple):
@@ -147,12 +147,12 @@ class JobStats:
     @property
     def expert_imbalance(self) -> float:
         """Rows of the fullest expert of the group over the mean; 1 is even, or not known."""
-        return _max_over_mean(self.rows_by_expert)
+        return max_over_mean(self.rows_by_expert)
 
     @property
     def rank_imbalance(self) -> float:
         """Rows of the fullest rank's experts over the mean; 1 is even, or not known."""
-        return _max_over_mean(self.rows_by_rank)
+        return max_over_mean(self.rows_by_rank)
 
     @property
     def slowest(self) -> SlowestRank | None:
@@ -283,6 +283,7 @@ def _of_kind(kind: str, records: Sequence[OpRecord], num_ranks: int) -> Operatio
     )
 
 
-def _max_over_mean(values: Sequence[float]) -> float:
+def max_over_mean(values: Sequence[float]) -> float:
+    """Return the largest over the mean; 1 of no values, and where all are 0."""
     mean = sum(values) / len(values) if values else 0.0
     return max(values) / mean if mean > 0 else 1.0

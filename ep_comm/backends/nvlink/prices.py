@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any, get_args
 
 from ep_comm.errors import EPArgumentError
@@ -114,8 +114,8 @@ class PriceTable:
         choices = [
             Choice(
                 num_sms=num_sms,
-                lost_us=_mean(price.lost_us for price in found if price.num_sms == num_sms),
-                serial_us=_mean(price.serial_us for price in found if price.num_sms == num_sms),
+                lost_us=fmean(price.lost_us for price in found if price.num_sms == num_sms),
+                serial_us=fmean(price.serial_us for price in found if price.num_sms == num_sms),
             )
             for num_sms in sorted({price.num_sms for price in found})
         ]
@@ -239,11 +239,6 @@ def _nearest(prices: list[Price], name: str, wanted: int) -> list[Price]:
 
     least = min(map(distance, prices), default=0.0)
     return [price for price in prices if distance(price) == least]
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
 
 
 def _check(price: Price, available_sms: int, where: str) -> None:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ep_comm.bench.ops.probe import REQUIRED_GB_PER_S
 from ep_comm.bench.ops.run import Result, Run
-from ep_comm.bench.tables import screen_table
+from ep_comm.bench.tables import screen_table, sms_name
 from ep_comm.bench.timing import UNALIGNED_CALLS, summarize
 from ep_comm.job import files
 from ep_comm.job.environment import surroundings
@@ -148,7 +148,7 @@ def _cells(run: Run, result: Result) -> list[str]:
             *(samples.host, samples.host_idle),
         )
     )
-    sms = {None: "-", 0: "all"}.get(result.num_sms, str(result.num_sms))
+    sms = sms_name(result.num_sms)
     return [
         sms,
         kernel,

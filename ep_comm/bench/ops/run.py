@@ -23,6 +23,7 @@ from ep_comm.bench.ops.cases import (
 from ep_comm.bench.ops.probe import Limit, measure_limit
 from ep_comm.bench.ops.routing import imbalance, tokens_per_expert, tokens_per_rank
 from ep_comm.bench.ops.settings import Settings
+from ep_comm.bench.tables import case_with_sms
 from ep_comm.bench.timing import Samples, Stopwatch
 from ep_comm.telemetry.records import Records
 
@@ -107,8 +108,7 @@ def run(
         floors: Sequence[float] = (),
     ) -> None:
         for i, case in enumerate(cases):
-            sms = {None: "", 0: ", all SMs"}.get(num_sms, f", {num_sms} SMs")
-            progress(case.name + sms)
+            progress(case_with_sms(case.name, num_sms))
             wire_bytes = warm_up(case, device)
             results.append(
                 Result(

@@ -14,7 +14,7 @@ from rich.text import Text
 from ep_comm.backends.nvlink import prices
 from ep_comm.bench.overlap.price import best
 from ep_comm.bench.overlap.run import Price, Run
-from ep_comm.bench.tables import screen_table
+from ep_comm.bench.tables import screen_table, sms_name
 from ep_comm.job import files
 from ep_comm.job.environment import surroundings
 
@@ -195,7 +195,7 @@ def _point(run: Run, price: Price) -> tuple[int, float]:
 
 
 def _cells(price: Price, is_best: bool) -> list[str]:
-    sms = {None: "-", 0: "all"}.get(price.num_sms, str(price.num_sms))
+    sms = sms_name(price.num_sms)
     lost = median(price.lost)
     return [
         f"{sms}*" if is_best else sms,

@@ -23,6 +23,7 @@ from ep_comm.bench.overlap import gemms
 from ep_comm.bench.overlap.check import Expected, check, expected
 from ep_comm.bench.overlap.measure import Bench, Call
 from ep_comm.bench.overlap.settings import OverlapSettings
+from ep_comm.bench.tables import case_with_sms
 from ep_comm.bench.timing import Stopwatch
 from ep_comm.handle import RowLayout
 
@@ -238,8 +239,8 @@ def _prices(
             num_sms=num_sms,
             serial=serial,
         )
-        sms = {None: "", 0: ", all SMs"}.get(num_sms, f", {num_sms} SMs")
-        progress(f"{price.name}{sms}: GEMMs lose {median(price.lost):.0f} µs")
+        what = case_with_sms(price.name, num_sms)
+        progress(f"{what}: GEMMs lose {median(price.lost):.0f} µs")
         yield price
     operation.set_sms(None)
 
