@@ -119,7 +119,7 @@ def _end(run: Run) -> Iterator[Finding]:
         text = f"The run is still going: {run.user} is at step {run.steps}."
         yield Finding("note", text, "Make the page again when it has ended", "summary")
     else:
-        text = f"The run ended at step {run.steps} of {run.asked_steps or 'an unknown number'}."
+        text = f"The run ended at {run.progress}."
         todo = "Look at the end of its output for why; `--load` goes on from its last checkpoint"
         yield Finding("look", text, todo, "summary")
 

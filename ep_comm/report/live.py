@@ -81,7 +81,7 @@ def _look(folder: Path) -> tuple[RenderableType, bool]:
 
 def _heading(run: Run, now: float) -> Text:
     text = Text(f"{run.name}: ", style="bold")
-    text.append(f"step {run.steps} of {run.asked_steps or 'an unknown number'}", style="not bold")
+    text.append(run.progress, style="not bold")
     step_s = run.steady("iteration-time").last(0.2).median
     if run.is_finished:
         return text.append(", finished", style="green")

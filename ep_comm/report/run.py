@@ -128,9 +128,14 @@ class Run:
         return self.asked_steps is not None and self.steps >= self.asked_steps
 
     @property
+    def progress(self) -> str:
+        """How far it has come, in words."""
+        return f"step {self.steps} of {self.asked_steps or 'an unknown number'}"
+
+    @property
     def state(self) -> str:
         """How it stands, in words."""
-        of = f"step {self.steps} of {self.asked_steps or 'an unknown number'}"
+        of = self.progress
         if self.is_finished:
             return f"finished: {of}"
         return f"still going: {of} ({self.user})" if self.user else f"ended early: {of}"
