@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -214,6 +215,8 @@ def make_config(setup: Setup, finalize_model_grads):
     )
 
     dtype = torch.float16 if setup.fp16 else torch.bfloat16 if setup.bf16 else torch.float32
+    if setup.te:  # with Megatron's deterministic mode it wants this one too
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
     settings = dict(
         num_layers=2,
         hidden_size=32,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
-import os
 from typing import Any
 
 import numpy as np
@@ -68,18 +67,11 @@ def with_options(setup: Setup, **options: Any) -> Setup:
     return dataclasses.replace(setup, options=tuple(options.items()))
 
 
-def deterministic(rank: int, setup: Setup) -> dict[str, Any]:
-    """`train`, with what Transformer Engine asks for before it repeats itself bit by bit."""
-    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
-    return train(rank, setup)
-
-
 def layer_step(rank: int, setup: Setup, skewed: bool) -> dict[str, Any]:
     """One MoE layer forward and backward, as FP32: what comes out, and every gradient.
 
     `skewed`: all tokens go to rank 0, whatever their router says.
     """
-    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
     import ep_comm.megatron.cpu
 
     ep_comm.megatron.cpu.enable()
@@ -213,7 +205,7 @@ def test_fp8_on_both_legs_trains(overlap_wgrad):
     in_fp8 = with_options(
         setup, fp8_dispatch=True, fp8_grad_dispatch=True, overlap_wgrad=overlap_wgrad
     )
-    for result in run(deterministic, in_fp8):
+    for result in run(train, in_fp8):
         losses = result["losses"]
         assert np.isfinite(losses).all() and losses[-1] < losses[0], losses
 
@@ -232,9 +224,7 @@ def test_megatrons_own_overlap_trains_the_same_bits(overlap_grad_reduce):
     )
     switch = ("overlap_dispatch_backward_with_experts_wgrad", True)
     overlapped = dataclasses.replace(setup, config=(*setup.config, switch))
-    for plain, theirs in zip(
-        run(deterministic, setup), run(deterministic, overlapped), strict=True
-    ):
+    for plain, theirs in zip(run(train, setup), run(train, overlapped), strict=True):
         assert theirs["losses"] == plain["losses"]
         for name, gradient in plain["gradients"].items():
             assert np.array_equal(gradient, theirs["gradients"][name]), name
@@ -244,8 +234,8 @@ def test_megatrons_own_overlap_trains_the_same_bits(overlap_grad_reduce):
 def test_overlap_trains_the_same_bits(fused):
     """Two layers, four steps. The same run twice is the control: what differs there is not ours."""
     setup = dataclasses.replace(MODEL, dist_opt=True, overlap_grad_reduce=True, fused=fused)
-    first, second = run(deterministic, setup), run(deterministic, setup)
-    overlapped = run(deterministic, with_options(setup, overlap_wgrad=True))
+    first, second = run(train, setup), run(train, setup)
+    overlapped = run(train, with_options(setup, overlap_wgrad=True))
     for rank, results in enumerate(zip(first, second, overlapped, strict=True)):
         print(f"rank {rank}: losses", *(result["losses"] for result in results), sep="\n  ")
     for control, plain, ours in zip(second, first, overlapped, strict=True):
@@ -265,8 +255,8 @@ def test_overlap_trains_the_same_bits_where_parts_are_frozen(frozen):
     setup = dataclasses.replace(
         MODEL, microbatches=2, dist_opt=True, overlap_grad_reduce=True, frozen=frozen
     )
-    plain = run(deterministic, setup)
-    overlapped = run(deterministic, with_options(setup, overlap_wgrad=True))
+    plain = run(train, setup)
+    overlapped = run(train, with_options(setup, overlap_wgrad=True))
     for one, other in zip(plain, overlapped, strict=True):
         assert one["losses"] == other["losses"]
         for name, gradient in one["gradients"].items():

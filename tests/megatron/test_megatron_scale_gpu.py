@@ -6,7 +6,6 @@ Two GPUs do for most of it. Model, tolerances and processes are those of `test_m
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
 
 import numpy as np
@@ -71,11 +70,6 @@ def test_padding_to_capacity_changes_only_the_shape_of_gemms(experts, skewed):
 # ---- 1F1B ----------------------------------------------------------------------------------------
 
 
-def deterministic(rank: int, setup: Setup) -> dict[str, Any]:
-    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
-    return train(rank, setup)
-
-
 def distances(runs: list[dict], plain: list[dict]) -> dict[str, float]:
     """Of the losses and of each gradient, on any rank, relative to the largest element."""
     found: dict[str, float] = {}
@@ -126,8 +120,8 @@ def test_1f1b_is_as_near_to_the_plain_schedule_as_alltoalls(case):
 
     def both(dispatcher: str, options: tuple) -> tuple[dict[str, float], list[dict]]:
         mine = dataclasses.replace(setup, dispatcher=dispatcher, options=options)
-        plain = run(deterministic, mine, num_ranks=num_ranks)
-        overlapped = run(deterministic, with_config(mine, *DELAYED), num_ranks=num_ranks)
+        plain = run(train, mine, num_ranks=num_ranks)
+        overlapped = run(train, with_config(mine, *DELAYED), num_ranks=num_ranks)
         return distances(overlapped, plain), overlapped
 
     theirs, _ = both("alltoall", ())
@@ -141,8 +135,8 @@ def test_1f1b_is_as_near_to_the_plain_schedule_as_alltoalls(case):
 
 
 def test_1f1b_without_delayed_weight_gradients():
-    plain = run(deterministic, STEPS)
-    assert not any(distances(run(deterministic, with_config(STEPS, *OVERLAP)), plain).values())
+    plain = run(train, STEPS)
+    assert not any(distances(run(train, with_config(STEPS, *OVERLAP)), plain).values())
 
 
 def test_1f1b_repeats_itself_under_pressure():
@@ -151,10 +145,10 @@ def test_1f1b_repeats_itself_under_pressure():
     Whatever differs between two runs of the same bits was read too late, or written too early.
     """
     setup = with_config(STEPS, *DELAYED, microbatches=16, options=(("num_sms", 8),))
-    first, second = run(deterministic, setup), run(deterministic, setup)
+    first, second = run(train, setup), run(train, setup)
     assert not any(distances(first, second).values())
     capacity = with_config(setup, ("moe_expert_capacity_factor", 1.0), *PADDED)
-    first, second = run(deterministic, capacity), run(deterministic, capacity)
+    first, second = run(train, capacity), run(train, capacity)
     assert not any(distances(first, second).values())
 
 
