@@ -24,11 +24,19 @@ def surroundings() -> dict[str, Any]:
     """Return what every report says of its run: when, by which command, with what, and where."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
+        "command": command_line(),
         "commit": commit(),
         "versions": versions(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def command_line() -> str:
+    """Return the command as a user types it: ``ep-comm`` where it runs as a module too."""
+    program, *arguments = sys.argv
+    if Path(program).parts[-2:] == ("cli", "__main__.py"):
+        program = "ep-comm"
+    return shlex.join([program, *arguments])
 
 
 def versions() -> dict[str, str]:

@@ -172,5 +172,5 @@ def test_split_model_trains_like_alltoall(case, options):
     num_ranks, setup = SPLIT[case]
     ours = run(train, dataclasses.replace(setup, options=options), num_ranks=num_ranks)
     theirs = run(train, dataclasses.replace(setup, dispatcher="alltoall"), num_ranks=num_ranks)
-    # The gradient of a norm of 1024, summed over TP ranks in BF16, has been 2.3 % off in one element.
+    # A norm of 1024, its gradient summed over TP ranks in BF16, was 2.3 % off in one element.
     assert_close_runs(ours, theirs, dict(rtol=5e-2, atol=3e-2))
