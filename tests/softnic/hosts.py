@@ -22,6 +22,7 @@ import multiprocessing as mp
 import multiprocessing.connection
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -34,6 +35,7 @@ from typing import Any, NamedTuple
 # Not torch: a process imports it when it has its name.
 
 _CLONE_NEWUTS = 0x04000000
+_PR_SET_PDEATHSIG = 1
 _ENDS_WITHIN_S = 5.0
 _COUNTS = ("puts", "put_bytes", "atomics", "gets", "out_of_order")
 
@@ -218,6 +220,7 @@ def _end(processes: list[mp.process.BaseProcess]) -> None:
 
 def _serve(place: _Place, pipe: multiprocessing.connection.Connection) -> None:
     """Become a rank on a host, and do what comes through the pipe."""
+    _die_with_the_tests()
     if _unshare() != 0:
         raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWUTS)")
     socket.sethostname(place.host)
@@ -300,6 +303,15 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _die_with_the_tests() -> None:
+    """Whoever kills pytest must not leave hosts behind that hold the GPUs."""
+    tests = mp.parent_process()
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if tests is None or not tests.is_alive():  # they were gone before
+        os._exit(1)
 
 
 def _unshare() -> int:

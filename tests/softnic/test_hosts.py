@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import signal
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +71,34 @@ def test_a_failure_is_told_and_nothing_outlives_it(how, words, timeout_s):
     with pytest.raises(HostFailure, match=words):
         run_hosts(2, fails, how, timeout_s=timeout_s)
     assert set(mp.active_children()) <= before
+
+
+def leaves_its_number(rank: int, folder: Path) -> None:
+    (folder / f"{os.getpid()}").touch()
+    time.sleep(1000)
+
+
+def test_hosts_die_with_whoever_runs_the_tests(tmp_path):
+    tests = mp.get_context("spawn").Process(target=run_hosts, args=(2, leaves_its_number, tmp_path))
+    tests.start()
+    while len(hosts_of := [int(path.name) for path in tmp_path.iterdir()]) < 2:
+        assert tests.is_alive()
+        time.sleep(0.1)
+    assert all(is_running(pid) for pid in hosts_of)
+    os.kill(tests.pid, signal.SIGKILL)
+    tests.join()
+    deadline = time.monotonic() + 10
+    while any(is_running(pid) for pid in hosts_of):
+        assert time.monotonic() < deadline, "hosts live on"
+        time.sleep(0.1)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, and it is no zombie that nobody has collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def sound_over_reference(rank: int, sizes: Sizes) -> bool:
