@@ -349,15 +349,24 @@ def gpt_model(setup: Setup, config, options, vp_stage: int | None):
 
 
 def assert_close_runs(ours: list[dict], stock: list[dict], tolerance: dict) -> None:
-    """Losses and gradients of all ranks; gradients relative to the largest of each parameter."""
-    for mine, theirs in zip(ours, stock, strict=True):
+    """Losses and gradients of all ranks; gradients relative to the largest of each parameter.
+
+    Names every gradient that is too far off, by how much its worst element is, and by how much all
+    of it (Euclidean norms).
+    """
+    far = []
+    for rank, (mine, theirs) in enumerate(zip(ours, stock, strict=True)):
         np.testing.assert_allclose(mine["losses"], theirs["losses"], **tolerance)
         assert mine["gradients"].keys() == theirs["gradients"].keys()
         for name, gradient in mine["gradients"].items():
-            scale = max(float(np.abs(theirs["gradients"][name]).max()), 1e-6)
-            np.testing.assert_allclose(
-                gradient / scale, theirs["gradients"][name] / scale, err_msg=name, **tolerance
-            )
+            wanted = theirs["gradients"][name]
+            scale = max(float(np.abs(wanted).max(initial=0.0)), 1e-6)
+            if not np.allclose(gradient / scale, wanted / scale, **tolerance):
+                off = gradient - wanted
+                worst = np.abs(off).max() / scale
+                norm = np.linalg.norm(off) / max(np.linalg.norm(wanted), 1e-6)
+                far.append(f"rank {rank}: {name}: worst element {worst:.2e}, norm {norm:.2e}")
+    assert not far, "\n".join([f"off by more than {tolerance}:", *far])
 
 
 def assert_same_bits(first: list[dict], second: list[dict]) -> None:
