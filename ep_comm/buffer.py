@@ -361,10 +361,10 @@ class Buffer(MaskCalls):
 
         Args:
             num_sms: At least 2, between nodes 4; None is all of the GPU's. Of an operation that
-                runs beside computation (`async_finish`, `during_backward`) None is what costs GEMMs
-                least by the measured prices of this kind of machine (docs/performance.md), or 24
-                where there are none. By these prices `during_backward` may run behind its combine
-                instead of beside it; a number here keeps it beside.
+                runs beside computation (`async_finish`, `during_backward`, `set_overlapped`) None
+                is what costs GEMMs least by the measured prices of this kind of machine
+                (docs/performance.md), or 24 where there are none. By these prices `during_backward`
+                may run behind its combine instead of beside it; a number here keeps it beside.
 
         Raises:
             EPArgumentError: It is less than that, or the GPU has fewer.
@@ -373,8 +373,17 @@ class Buffer(MaskCalls):
         checks.check_num_sms(num_sms)
         self._session.backend.set_num_sms(num_sms)
 
+    def set_overlapped(self, overlapped: bool) -> None:
+        """Say that computation runs beside every operation, as beside asynchronous ones.
+
+        For callers that overlap by streams of their own. From now on it decides how many SMs an
+        operation takes, see `set_num_sms`, and nothing else.
+        """
+        self._session.check_usable()
+        self._session.backend.set_overlapped(overlapped)
+
     def set_gemm_tiles(self, tiles: int | None) -> None:
-        """Say how large the GEMM is that runs beside asynchronous operations from now on.
+        """Say how large the GEMM is that runs beside operations from now on.
 
         How many SMs cost it least depends on its waves. No effect where `set_num_sms` has set them.
 

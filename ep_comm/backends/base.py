@@ -295,8 +295,11 @@ class Backend(Protocol):
     def set_num_sms(self, num_sms: int | None) -> None:
         """Limit the SMs of an operation, where the backend has kernels of its own."""
 
+    def set_overlapped(self, overlapped: bool) -> None:
+        """Note whether computation runs beside every operation, asynchronous or not."""
+
     def set_gemm_tiles(self, tiles: int | None) -> None:
-        """Note the size of the GEMM beside asynchronous operations, where that makes a difference.
+        """Note the size of the GEMM beside operations, where that makes a difference.
 
         Args:
             tiles: Of its output; None where nobody has said.

@@ -39,7 +39,6 @@ from torch import Tensor
 import ep_comm
 from ep_comm import Buffer, DispatchHandle, DispatchOutput, EPConfig, EPTooManyTokensError, fp8
 from ep_comm.backends.nvlink.prices import gemm_tiles
-from ep_comm.backends.nvlink.tuning import OVERLAPPED_SMS
 from ep_comm.job.meeting import meet
 from ep_comm.megatron.options import EPOptions
 from ep_comm.megatron.wgrad import at_end_of_backward
@@ -106,10 +105,6 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         self.expert_alignment = options.expert_alignment
         if self.expert_alignment is None:
             self.expert_alignment = _quantisation_alignment(config)
-        # Operations beside computation leave it most SMs.
-        self._num_sms = options.num_sms
-        if config.overlap_moe_expert_parallel_comm:
-            self._num_sms = options.num_sms or OVERLAPPED_SMS
         self.buffers: list[Buffer] = []
         self.handle: DispatchHandle | None = None
 
@@ -272,7 +267,8 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             return self.buffers[-1]
         config, options, group = self.config, self.options, self.tp_ep_group
         sizes = (config.num_moe_experts, hidden_states.shape[-1], config.moe_router_topk)
-        key = (group, *sizes, hidden_states.dtype, options, self._num_sms)
+        overlapped = config.overlap_moe_expert_parallel_comm
+        key = (group, *sizes, hidden_states.dtype, options, overlapped)
         self.buffers = _buffers.setdefault(key, [])
         if self.buffers and self.buffers[-1].is_usable:
             return self.buffers[-1]
@@ -301,7 +297,8 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
                 timeout_s=self._timeout_s(hidden_states),
             ),
         )
-        buffer.set_num_sms(self._num_sms)
+        buffer.set_num_sms(self.options.num_sms)
+        buffer.set_overlapped(config.overlap_moe_expert_parallel_comm)
         if self.options.overlap_wgrad:
             buffer.set_gemm_tiles(self._wgrad_tiles(hidden_states.shape[-1]))
         self.buffers.append(buffer)

@@ -70,8 +70,8 @@ class EPOptions:
         metavar="N",
         help="SMs that each dispatch and combine may occupy, at least 2, across hosts 4. No effect "
         "with the reference backend.",
-        unset="all; beside weight gradients what costs them least, as measured, or 24; under "
-        "Megatron's 1F1B overlap 24",
+        unset="all; beside weight gradients and under Megatron's 1F1B overlap what costs GEMMs "
+        "least, as measured, or 24",
     )
     timeout_s: float | None = option(
         None,

@@ -606,6 +606,9 @@ def test_asynchronous_operations_take_the_sms_of_the_best_price(backend):
     assert backend.native.take()[-1][1].num_blocks == 32
     backend.combine(routing, CombineRequest(received.x, None, False))
     assert backend.native.take()[-1][1].num_blocks == 132  # nothing is beside
+    backend.set_overlapped(True)
+    backend.combine(routing, CombineRequest(received.x, None, False))
+    assert backend.native.take()[-1][1].num_blocks == 32
     backend.set_num_sms(20)
     backend.combine(routing, CombineRequest(received.x, None, True))
     assert backend.native.take()[-1][1].num_blocks == 20  # what the caller says counts

@@ -120,7 +120,7 @@ def test_memory_of_two_streams():
 
 
 def operations_sms(rank: int) -> None:
-    """Operations beside computation leave it most SMs, where nobody says otherwise."""
+    """The buffer is told that computation runs beside, and what the user says."""
     import ep_comm.megatron.cpu
 
     ep_comm.megatron.cpu.enable()
@@ -128,9 +128,10 @@ def operations_sms(rank: int) -> None:
     from ep_comm.megatron import EPOptions, destroy_buffers
     from ep_comm.megatron.layer import moe_layers
 
-    asked: list[int | None] = []
+    asked: list[int | bool | None] = []
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(Buffer, "set_num_sms", lambda buffer, num_sms: asked.append(num_sms))
+    monkeypatch.setattr(Buffer, "set_overlapped", lambda buffer, is_on: asked.append(is_on))
     for more, num_sms in (((), None), (OVERLAP, None), (OVERLAP, 40)):
         setup = steps(config=more)
         parallel_state(setup)
@@ -140,7 +141,7 @@ def operations_sms(rank: int) -> None:
             layer(torch.randn(16, 2, 32).bfloat16())
     monkeypatch.undo()
     destroy_buffers()
-    assert asked == [None, 24, 40]
+    assert asked == [None, False, None, True, 40, True]
 
 
 def test_operations_leave_sms_to_computation():

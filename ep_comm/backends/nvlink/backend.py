@@ -115,6 +115,7 @@ class NVLinkBackend:
         properties = torch.cuda.get_device_properties(self.device)
         self._available_sms: int = properties.multi_processor_count
         self._num_sms: int | None = None
+        self._overlapped = False
         self._chooser = prices.Chooser(
             prices.of_machine(properties.name, self._available_sms), self.num_ranks
         )
@@ -204,8 +205,12 @@ class NVLinkBackend:
             )
         self._num_sms = num_sms
 
+    def set_overlapped(self, overlapped: bool) -> None:
+        """Note whether computation runs beside all later operations."""
+        self._overlapped = overlapped
+
     def set_gemm_tiles(self, tiles: int | None) -> None:
-        """Note the size of the GEMM that runs beside later asynchronous operations."""
+        """Note the size of the GEMM that runs beside later operations."""
         self._chooser.tiles = tiles
 
     def overlap_loss(self, op: str, layout: RowLayout, num_bytes: int) -> str | None:
@@ -219,11 +224,11 @@ class NVLinkBackend:
         )
 
     def _sms(self, asynchronous: bool) -> int:
-        return self._num_sms or default_sms(self._available_sms, asynchronous)
+        return self._num_sms or default_sms(self._available_sms, asynchronous or self._overlapped)
 
     def _sms_of(self, op: str, layout: RowLayout, num_bytes: int, asynchronous: bool) -> int:
         """Return the SMs of a dispatch or a combine, of so many tokens times bytes of a row."""
-        if self._num_sms is None and asynchronous:
+        if self._num_sms is None and (asynchronous or self._overlapped):
             choice = self._chooser.choice(op, layout, num_bytes)
             if choice is not None:
                 return choice.num_sms

@@ -21,13 +21,12 @@ _PUSHED_BY_SM, _COPIED_BY_SM, _STORED_BY_SM = 38, 45, 54
 _FILLING_LINKS = 9  # SMs that push as much as links carry: more of them only take from the rest
 _MANY_SMS = 64
 _MOST_PUSHING = 24
-# Of an operation that runs beside computation, as an asynchronous one is there to do.
-OVERLAPPED_SMS = 24
+_OVERLAPPED_SMS = 24
 
 
-def default_sms(available: int, asynchronous: bool) -> int:
-    """Return the SMs of an operation where nobody set them: all, or few for an asynchronous one."""
-    return min(OVERLAPPED_SMS, available) if asynchronous else available
+def default_sms(available: int, overlapped: bool) -> int:
+    """Return the SMs of an operation where nobody set them: all, or few beside computation."""
+    return min(_OVERLAPPED_SMS, available) if overlapped else available
 
 
 @functools.cache

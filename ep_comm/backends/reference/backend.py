@@ -140,6 +140,9 @@ class ReferenceBackend(Operations):
     def set_num_sms(self, num_sms: int | None) -> None:
         """Do nothing: there are no kernels of this project here."""
 
+    def set_overlapped(self, overlapped: bool) -> None:
+        """Do nothing: an operation takes no SMs of anybody here."""
+
     def set_gemm_tiles(self, tiles: int | None) -> None:
         """Do nothing: an operation takes no SMs of GEMMs here."""
 
