@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("megatron.core")
 
-from ep_comm.errors import EPStateError  # noqa: E402
+from ep_comm.errors import EPStateError, EPUnsupportedError  # noqa: E402
 from ep_comm.megatron.wgrad import DelayedWeightGradient, check_weight_gradients  # noqa: E402
 
 
@@ -66,3 +66,12 @@ def test_the_next_step_begins_anew():
             backward(linear, input)
         delay.backward_dw()
         assert torch.equal(delayed.weight.grad, plain.weight.grad)
+
+
+def test_apexs_fusion_in_megatrons_own_layers_is_refused():
+    linear = Linear()
+    linear.gradient_accumulation_fusion = True  # what Megatron grants where Apex is installed
+    forward = linear._forward_impl
+    with pytest.raises(EPUnsupportedError, match="--no-gradient-accumulation-fusion"):
+        DelayedWeightGradient(linear)
+    assert linear._forward_impl == forward and not hasattr(linear.weight, "skip_backward_post_hook")
