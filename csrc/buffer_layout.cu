@@ -43,10 +43,15 @@ int32_t ep_buffer_layout(const ep_buffer_layout_args* args, ep_buffer_offsets* o
   offsets->combine_flags = cut.take<uint32_t>(ranks * chunks);
   offsets->plan_idx = cut.take<int32_t>(ranks * entries);
   offsets->combine_weights = cut.take<float>(ranks * entries);
-  offsets->dispatch_slots =
-      cut.take<uint8_t>(others * tokens * ep::longest_slot(args->row_bytes, args->num_topk));
+  offsets->region_bytes = tokens * ep::longest_slot(args->row_bytes, args->num_topk);
+  offsets->dispatch_slots = cut.take<uint8_t>(others * offsets->region_bytes);
   offsets->combine_rows = cut.take<uint8_t>(others * tokens * args->row_bytes);
   offsets->zeros = cut.take<uint8_t>(args->row_bytes);
+  const int64_t copying = args->copy_engines ? ranks : 0;
+  const int64_t words = 2 * ep::ceil_div<int64_t>(tokens, ep::layout::kChunkTokens);
+  offsets->plan_token_bits = cut.take<uint32_t>(copying * words);
+  offsets->copy_flags = cut.take<uint32_t>(2 * 2 * copying * EP_COPY_FLAGS);
+  offsets->copy_marks = cut.take<uint32_t>(2 * copying);
   const int64_t tokens_of_halves = 2 * ranks * args->low_latency_tokens;
   const int64_t low_latency_row = 2ll * args->hidden;  // BF16
   const int64_t weight_words = ep::low_latency::weight_words(args->num_topk);

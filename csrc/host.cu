@@ -23,6 +23,12 @@ int32_t ep_stream_wait(void* waiting, void* other, void* event) {
                         "ep_stream_wait: cudaStreamWaitEvent");
 }
 
+int32_t ep_event_wait(void* waiting, void* event) {
+  return ep::check_cuda(
+      cudaStreamWaitEvent(static_cast<cudaStream_t>(waiting), static_cast<cudaEvent_t>(event), 0),
+      "ep_event_wait");
+}
+
 int32_t ep_mailbox_wait(const ep_mailbox* mailbox, const ep_fault* fault, int32_t ticket,
                         int64_t timeout_ns, void* stream) {
   constexpr int kSpinsBetweenChecks = 4096;

@@ -13,7 +13,11 @@ from ep_comm.network.settings import NetworkSettings
 
 ROW_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 BackendName = Literal["auto", "nvlink", "nodes", "reference"]
+Wire = Literal["sm", "copy-engine"]
 
+# Of all rows that copy engines push, those that an expert has to want at least, if experts are
+# chosen evenly: with fewer SMs, which push these alone, are the better wire.
+_LEAST_WANTED = 2 / 3
 _LOW_LATENCY_HIDDEN = 8  # elements of 16 bytes
 _MAX_TIMEOUT_S = 1e8  # three years; of more the nanoseconds of ten do not fit into 64 bits
 
@@ -73,6 +77,10 @@ class EPConfig:
         timeout_s: Bound of every wait, in seconds.
         low_latency_tokens: Most tokens that a rank passes to one low-latency dispatch. None: the
             buffer has no low-latency operations (`ep_comm.low_latency`).
+        wire: What moves rows between the GPUs of one host. "sm": kernels, which send each row to
+            the ranks that want it. "copy-engine": copy engines, which send all rows to all ranks
+            and leave the SMs to other work. For few ranks that most tokens go to; needs the
+            "nvlink" backend. Results are the same.
         network: Settings of the network between nodes. None takes those of the environment, which
             may differ from host to host (`NetworkSettings.from_environment`).
 
@@ -89,6 +97,7 @@ class EPConfig:
     backend: BackendName = "auto"
     timeout_s: float = 30.0
     low_latency_tokens: int | None = None
+    wire: Wire = "sm"
     network: NetworkSettings | None = None
 
     def __post_init__(self) -> None:
@@ -109,6 +118,14 @@ class EPConfig:
         if self.backend not in get_args(BackendName):
             raise EPArgumentError(
                 f"backend must be one of {', '.join(get_args(BackendName))}, got {self.backend!r}"
+            )
+        if self.wire not in get_args(Wire):
+            raise EPArgumentError(
+                f"wire must be one of {', '.join(get_args(Wire))}, got {self.wire!r}"
+            )
+        if self.wire == "copy-engine" and self.backend not in ("auto", "nvlink"):
+            raise EPArgumentError(
+                f'wire="copy-engine" is one of the "nvlink" backend, not of {self.backend!r}'
             )
         check_timeout(self.timeout_s)
         if not isinstance(self.network, (NetworkSettings, type(None))):
@@ -131,6 +148,13 @@ class EPConfig:
             raise EPArgumentError(
                 f"the group's {num_ranks} ranks are not divisible by ranks_per_node "
                 f"{self.ranks_per_node}"
+            )
+        wanted = 1 - (1 - 1 / num_ranks) ** self.num_topk
+        if self.wire == "copy-engine" and wanted < _LEAST_WANTED:
+            raise EPArgumentError(
+                f"wire='copy-engine' sends every row to each of the {num_ranks} ranks: with "
+                f"num_topk {self.num_topk} experts want {wanted:.0%} of them, and it takes "
+                f"{_LEAST_WANTED:.0%}; take wire='sm', which sends these alone"
             )
         num_local_experts = self.num_experts // num_ranks
         if self.low_latency_tokens is not None and num_local_experts > EP_MAX_LOCAL_EXPERTS:

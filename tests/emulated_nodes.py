@@ -49,6 +49,10 @@ class EmulatedLibrary(NativeLibrary):
     def synchronize(self, stream: int) -> None:
         self._dll.emulation_synchronize(stream)
 
+    def delay_copies(self, up_to_us: int) -> None:
+        """Have each copy on a stream come up to that much later, at random."""
+        self._dll.emulation_delay_copies(up_to_us)
+
     def waits(self) -> str:
         """Return what the threads of all ranks did at the first fault since the last call."""
         return self._dll.emulation_waits().decode()

@@ -1,6 +1,6 @@
-"""Ranks of one host without a GPU: dispatches of the NVLink backend, their kernels on the CPU.
+"""Ranks of one host without a GPU: the NVLink backend, its kernels and copies run on the CPU.
 
-As tests/emulated_nodes.py, without a network. Combine is not compiled for the CPU.
+As tests/emulated_nodes.py, without a network.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ep_comm.backends.nvlink import backend as nvlink
 from ep_comm.backends.nvlink.backend import NVLinkBackend
 from ep_comm.backends.nvlink.farewell import Farewell
 from ep_comm.backends.nvlink.memory import PeerMemory, clear, farewell_flags
+from ep_comm.backends.nvlink.wire import token_words
 
 
 class _EmulatedBackend(Emulated, NVLinkBackend):
@@ -29,8 +30,9 @@ class _EmulatedBackend(Emulated, NVLinkBackend):
 
 
 def _offsets(config: EPConfig, num_ranks: int) -> header.BufferOffsets:
-    """Return where what a dispatch needs stands: g++ takes no header of csrc's own layout."""
+    """Return where what operations need stands: g++ takes no header of csrc's own layout."""
     tokens, row_bytes = config.max_tokens_per_rank, config.hidden * config.dtype.itemsize
+    region_bytes = tokens * (row_bytes + 4 * config.num_topk + 256) // 128 * 128
     sizes = dict(
         farewells=4 * num_ranks,
         plan_flags=4 * num_ranks,
@@ -38,9 +40,17 @@ def _offsets(config: EPConfig, num_ranks: int) -> header.BufferOffsets:
         plan_headers=64 * num_ranks,
         dispatch_flags=8 * num_ranks * tokens,
         plan_idx=4 * num_ranks * tokens * config.num_topk,
-        dispatch_slots=num_ranks * tokens * (row_bytes + 4 * config.num_topk + 256),
+        dispatch_slots=num_ranks * region_bytes,
+        combine_credits=4 * num_ranks,
+        combine_flags=4 * num_ranks * tokens,
+        combine_weights=4 * num_ranks * tokens * config.num_topk,
+        combine_rows=num_ranks * tokens * row_bytes,
+        zeros=row_bytes,
+        plan_token_bits=4 * token_words(tokens, num_ranks),
+        copy_flags=2 * 2 * 4 * num_ranks * header.EP_COPY_FLAGS,
+        copy_marks=2 * 4 * num_ranks,
     )
-    offsets = header.BufferOffsets(max_chunks=tokens)
+    offsets = header.BufferOffsets(max_chunks=tokens, region_bytes=region_bytes)
     end = 0
     for name, size in sizes.items():
         setattr(offsets, name, end)
@@ -60,7 +70,8 @@ def run_emulated_ranks(
 ) -> list[Any]:
     """As `run_virtual_ranks`, with the kernels of `library`."""
     with emulated_cuda(library) as native:
-        streams = [_Stream(native) for _ in range(3 * num_ranks)]
+        native.delay_copies(delay_us)
+        streams = [_Stream(native) for _ in range(5 * num_ranks)]
         offsets = _offsets(config, num_ranks)
         memory = [torch.empty(offsets.total, dtype=torch.uint8) for _ in range(num_ranks)]
         for tensor in memory:

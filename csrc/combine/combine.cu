@@ -9,6 +9,9 @@
 //            and adds those in ascending rank order, rounding once a node and once over the nodes.
 // Some teams push, and sum when there is nothing left to push; the others sum from the start. Each
 // takes the next unit or group that nobody has: who takes it makes no difference to the sums.
+//
+// Where copy engines are the wire a kernel of its own adds up partial rows in local memory, a chunk
+// of each owner's at a time, and in the other one all teams sum.
 
 #include <algorithm>
 
@@ -16,6 +19,7 @@
 #include "common/launch.cuh"
 #include "common/peers.cuh"
 #include "common/warp.cuh"
+#include "wire/wire.cuh"
 
 namespace {
 
@@ -85,6 +89,62 @@ __device__ void list_pushes(const ep_combine_args& args, Team& team, int32_t vec
   raise(args, pushed);
 }
 
+// ---- Partial rows for copy engines
+// ---------------------------------------------------------------
+
+// Lists the partial rows of a chunk of each owner's; owners rotate.
+__device__ void list_partials(const ep_combine_args& args, Team& team, int32_t num_teams,
+                              int32_t vectors) {
+  const ep_peers& peers = args.peers;
+  const int32_t num_others = peers.num_ranks - 1, unit_rows = rows_of_unit(args);
+  if (__any_sync(kFullWarp, aborted(peers))) return;  // the plan may have left no entries
+  const int32_t num_units = ceil_div(args.wire.chunk_rows, unit_rows) * num_others;
+  for (int32_t unit = team.index(); unit < num_units; unit += num_teams) {
+    const int32_t owner = (peers.rank + 1 + unit % num_others) % peers.num_ranks;
+    const int32_t begin = args.first_row + unit / num_others * unit_rows;
+    const int32_t end = min(min(begin + unit_rows, args.first_row + args.wire.chunk_rows),
+                            args.routing.num_recv[owner]);
+    if (begin >= end) continue;
+    const int32_t num_rows = list_unit(args, owner, begin, end, team.rows());
+    const int64_t region =
+        static_cast<int64_t>(region_of(owner, peers.rank, peers.num_ranks)) * args.max_tokens;
+    auto* const rows = reinterpret_cast<uint4*>(args.partial_rows);
+    team.hand_over(rows + (region + begin) * vectors, num_rows);
+  }
+}
+
+// Writes the gradients of the probabilities of all owners' rows.
+__device__ void write_all_weights(const ep_combine_args& args, int32_t team, int32_t num_teams) {
+  const ep_peers& peers = args.peers;
+  if (__any_sync(kFullWarp, aborted(peers))) return;
+  for (int32_t i = 0; i < peers.num_ranks - 1; ++i) {
+    const int32_t owner = (peers.rank + 1 + i) % peers.num_ranks;
+    const int32_t rows = args.routing.num_recv[owner];
+    float* const weights =
+        args.partial_weights + static_cast<int64_t>(i) * args.max_tokens * args.routing.num_topk;
+    for (int32_t begin = team * kMaxUnitRows; begin < rows; begin += num_teams * kMaxUnitRows) {
+      write_weights(args, owner, begin, min(begin + kMaxUnitRows, rows), weights);
+    }
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kMaxTeamThreads, 1)
+    partial_kernel(const __grid_constant__ ep_combine_args args, const Teams teams) {
+  extern __shared__ __align__(16) uint8_t shared[];
+  Team team(shared, teams);
+  const int32_t vectors = args.row_bytes / 16, num_teams = gridDim.x * teams.num_teams;
+  if (!team.is_lister()) {
+    team.add_up<T, true>(vectors);
+    return;
+  }
+  if (args.weights != nullptr && args.first_row == 0) {
+    write_all_weights(args, team.index(), num_teams);
+  }
+  list_partials(args, team, num_teams, vectors);
+  team.finish();
+}
+
 // ---- Summing -----------------------------------------------------------------------------------
 
 // Waits for the chunks with the partial rows of a group. Lane r waits for those of rank r.
@@ -102,7 +162,7 @@ __device__ bool wait_for_partials(const ep_combine_args& args, const Token& toke
     last = highest / args.chunk_rows;
   }
   const int32_t epoch = epoch_of(peers), r = lane_id();
-  const uint32_t stamp = chunk_stamp(epoch, args.tag);
+  const uint32_t stamp = chunk_stamp(wire::number_of(args.wire, epoch), args.tag);
   const auto is_of_this_epoch = [stamp](uint32_t value) { return value >> 8 == stamp >> 8; };
   bool fine = true;
   for (int32_t chunk = first; chunk <= last && fine; ++chunk) {
@@ -190,8 +250,9 @@ __global__ void __launch_bounds__(kMaxTeamThreads, 1)
   } else {
     team.add_up<T, kOneNode>(vectors);
   }
-  const bool is_last = end_operation(args.peers, args.counters, gridDim.x, args.credit_offset,
-                                     args.routing.num_recv, args.row_bytes);
+  const bool is_last =
+      end_operation(args.peers, args.counters, gridDim.x, args.credit_offset, args.routing.num_recv,
+                    args.row_bytes, args.wire, args.num_pushed);
   if (is_last && threadIdx.x == 0) args.counters[kUnitsTaken] = args.counters[kGroupsTaken] = 0;
 }
 
@@ -208,20 +269,44 @@ const Kernels kernels("combine kernels", Setup::kShared, kMaxTeamShared, kKernel
                       kKernels[0][1], kKernels[1][0], kKernels[1][1], kKernels[2][0],
                       kKernels[2][1]);
 
+using PartialKernel = void (*)(const ep_combine_args, const Teams);
+
+// [dtype]
+constexpr PartialKernel kPartialKernels[3] = {partial_kernel<__nv_bfloat16>, partial_kernel<float>,
+                                              partial_kernel<__half>};
+
+const Kernels partial_kernels("partial sum kernels", Setup::kShared, kMaxTeamShared,
+                              kPartialKernels[0], kPartialKernels[1], kPartialKernels[2]);
+
+Teams teams_of(const ep_combine_args& args) {
+  const int32_t num_topk4 = args.routing.num_topk4;
+  return Teams::of_rows(
+      args.row_bytes,
+      std::max(rows_of_unit(args) * num_topk4, kGroupTokens * (num_topk4 + args.peers.num_ranks)));
+}
+
 }  // namespace
 
 int32_t ep_combine(const ep_combine_args* args, void* stream) {
   const int32_t status = ep::check_combine(*args);
   if (status != EP_OK) return status;
-  const int32_t unit_rows = args->chunk_rows * args->chunks_per_unit;
-  const int32_t num_topk4 = args->routing.num_topk4;
-  const int32_t list_rows =
-      std::max(unit_rows * num_topk4, kGroupTokens * (num_topk4 + args->peers.num_ranks));
-  const ep::Teams teams = ep::Teams::of_rows(args->row_bytes, list_rows);
+  const Teams teams = teams_of(*args);
   const int32_t all_teams = args->num_blocks * teams.num_teams;
-  const int32_t push_teams = std::max(1, all_teams * args->push_percent / 100);
+  const bool by_copy = args->wire.chunk_rows != 0;  // then no team pushes
+  const int32_t push_teams = by_copy ? 0 : std::max(1, all_teams * args->push_percent / 100);
   const bool one_node = args->ranks_per_node >= args->peers.num_ranks;
-  kKernels[args->dtype][one_node]<<<args->num_blocks, teams.block_threads(), teams.shared_bytes(),
-                                    static_cast<cudaStream_t>(stream)>>>(*args, teams, push_teams);
+  const Kernel combine = kKernels[args->dtype][one_node];
+  combine<<<args->num_blocks, teams.block_threads(), teams.shared_bytes(),
+            static_cast<cudaStream_t>(stream)>>>(*args, teams, push_teams);
   return ep::check_cuda(cudaGetLastError(), "ep_combine");
+}
+
+int32_t ep_partial_sums(const ep_combine_args* args, void* stream) {
+  const int32_t status = ep::check_combine(*args);
+  if (status != EP_OK) return status;
+  const Teams teams = teams_of(*args);
+  const PartialKernel add_up = kPartialKernels[args->dtype];
+  add_up<<<args->num_blocks, teams.block_threads(), teams.shared_bytes(),
+           static_cast<cudaStream_t>(stream)>>>(*args, teams);
+  return ep::check_cuda(cudaGetLastError(), "ep_partial_sums");
 }

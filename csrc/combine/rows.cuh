@@ -12,6 +12,7 @@ namespace ep {
 
 constexpr int kMaxUnitRows = 32;  // a lister's lane lists one
 constexpr int kGroupTokens = 4;   // tokens that a team sums at a time
+constexpr int kPartialUnitRows = 4;
 
 // Takes the next number of a counter, the same for all lanes.
 __device__ inline int32_t take(int32_t* counter) {
@@ -84,17 +85,25 @@ __device__ inline int32_t list_unit(const ep_combine_args& args, int32_t source,
   return total;
 }
 
-// Writes the gradients of the probabilities of these rows into the memory of rank `owner`.
-__device__ inline void send_weights(const ep_combine_args& args, int32_t source, int32_t owner,
-                                    int64_t weight_offset, int32_t begin, int32_t end) {
-  const ep_peers& peers = args.peers;
+// Writes the gradients of the probabilities of these rows to `weights`, where those of slot 0
+// begin.
+__device__ inline void write_weights(const ep_combine_args& args, int32_t source, int32_t begin,
+                                     int32_t end, float* weights) {
   const int32_t num_topk = args.routing.num_topk;
   const int32_t first_n = args.routing.first_of_source[source] + begin;
-  const int64_t to = (static_cast<int64_t>(peers.rank) * args.max_tokens + begin) * num_topk;
-  float* const weights = in_memory_of<float>(peers, owner, weight_offset);
   for (int32_t i = lane_id(); i < (end - begin) * num_topk; i += kWarpSize) {
-    weights[to + i] = weight_of(args, first_n + i / num_topk, i % num_topk);
+    weights[static_cast<int64_t>(begin) * num_topk + i] =
+        weight_of(args, first_n + i / num_topk, i % num_topk);
   }
+}
+
+// The same, into the memory of rank `owner`.
+__device__ inline void send_weights(const ep_combine_args& args, int32_t source, int32_t owner,
+                                    int64_t weight_offset, int32_t begin, int32_t end) {
+  const int64_t of_this_rank =
+      static_cast<int64_t>(args.peers.rank) * args.max_tokens * args.routing.num_topk;
+  write_weights(args, source, begin, end,
+                in_memory_of<float>(args.peers, owner, weight_offset) + of_this_rank);
 }
 
 // Adds weights up as combine does rows: from the first one on, nodes apart. Begins at -0, to which
@@ -211,12 +220,17 @@ __device__ inline int32_t list_group(const ep_combine_args& args, const Token& t
   return total;
 }
 
+// Rows that a team adds up at a time for one owner. By copy engines a chunk is much more.
+__host__ __device__ inline int32_t rows_of_unit(const ep_combine_args& args) {
+  return args.wire.chunk_rows != 0 ? kPartialUnitRows : args.chunk_rows * args.chunks_per_unit;
+}
+
 // Refuses what the kernels cannot add up. Host code.
 inline int32_t check_combine(const ep_combine_args& args) {
   if (args.row_bytes < 16 || args.row_bytes % 16) {
     return fail(EP_ERR_ARGUMENT, "rows of %d bytes are not a multiple of 16", args.row_bytes);
   }
-  const int32_t unit_rows = args.chunk_rows * args.chunks_per_unit;
+  const int32_t unit_rows = rows_of_unit(args);
   const int32_t num_topk4 = args.routing.num_topk4;
   if (unit_rows < 1 || unit_rows > kMaxUnitRows || num_topk4 > EP_MAX_TOPK) {
     return fail(EP_ERR_ARGUMENT, "%d rows a unit, num_topk4 = %d: at most %d and %d", unit_rows,

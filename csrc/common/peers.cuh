@@ -152,7 +152,7 @@ __device__ inline bool wait_epoch(const ep_peers& peers, const uint32_t* flag, i
 
 // What the flag of a chunk of rows says: 24 bits of the epoch, never all zero, then the tag of the
 // call. Credits keep ranks within one epoch of each other, so 24 bits tell epochs apart.
-__device__ inline uint32_t chunk_stamp(int32_t epoch, int32_t tag) {
+__host__ __device__ inline uint32_t chunk_stamp(int32_t epoch, int32_t tag) {
   return (static_cast<uint32_t>(epoch) % 0xffffffu + 1) << 8 | static_cast<uint32_t>(tag & 0xff);
 }
 
@@ -178,7 +178,7 @@ __device__ inline bool wait_credit(const ep_peers& peers, int64_t credit_offset,
 }
 
 // Index of `source`'s region among the R - 1 that `owner` keeps for the others.
-__device__ inline int32_t region_of(int32_t source, int32_t owner, int32_t num_ranks) {
+__host__ __device__ inline int32_t region_of(int32_t source, int32_t owner, int32_t num_ranks) {
   return (source - owner - 1 + num_ranks) % num_ranks;
 }
 
@@ -214,24 +214,44 @@ __device__ inline bool grid_barrier(const ep_peers& peers, uint32_t* count, int3
   return __syncthreads_and(fine);
 }
 
+// Called behind is_last_block. A copy of `peer` may have come over rows that this operation read,
+// where the peer has marked a later one: it gave up, and its copies run all the same.
+__device__ inline void check_mark(const ep_peers& peers, int64_t mark_offset, int32_t epoch,
+                                  int32_t peer) {
+  const uint32_t* const mark = in_memory_of<uint32_t>(peers, peers.rank, mark_offset) + peer;
+  const uint32_t seen = ptx::load_acquire_sys(mark);
+  if (static_cast<int32_t>(seen - static_cast<uint32_t>(epoch)) <= 0) return;
+  raise_fault(peers, EP_FAULT_OVERWRITTEN, EP_PHASE_ROWS, peer, 0, epoch, seen);
+}
+
 // Called by all of an operation's blocks. The last one tells every rank that this one has read what
 // it sent, writes the record, and counts the operation. rows_to: [R] rows that were sent, of
-// row_bytes each. True in the last block.
+// row_bytes each; where num_rows is not negative, as many to each of the others. True in the last
+// block.
 __device__ inline bool end_operation(const ep_peers& peers, int32_t* counter, int32_t num_blocks,
                                      int64_t credit_offset, const int32_t* rows_to,
-                                     int32_t row_bytes) {
+                                     int32_t row_bytes, const ep_wire& wire = ep_wire{},
+                                     int32_t num_rows = -1) {
   const int32_t epoch = epoch_of(peers);
   const bool last = is_last_block(counter, num_blocks);
+  if (last && wire.chunk_rows != 0) {
+    const int32_t peer = threadIdx.x;
+    if (peer < peers.num_ranks && peer != peers.rank) {
+      check_mark(peers, wire.mark_offset, epoch, peer);
+    }
+    __syncthreads();
+  }
   if (!last || aborted(peers)) return last;
   const int32_t r = threadIdx.x;
   if (r < peers.num_ranks) {
     signal(peers, in_memory_of<uint32_t>(peers, r, credit_offset) + peers.rank,
            static_cast<uint32_t>(epoch));
     if (kRecords) {
-      peers.record->num_rows[r] = rows_to[r];
+      const int32_t rows = num_rows >= 0 && r != peers.rank ? num_rows : rows_to[r];
+      peers.record->num_rows[r] = rows;
       if (r != peers.rank) {
         atomicAdd(reinterpret_cast<unsigned long long*>(peers.wire_bytes),
-                  static_cast<unsigned long long>(rows_to[r]) * row_bytes);
+                  static_cast<unsigned long long>(rows) * row_bytes);
       }
       peers.record->longest_wait_ns[r] = peers.longest_wait_ns[r];
       peers.longest_wait_ns[r] = 0;

@@ -114,6 +114,7 @@ struct Unit {
   int32_t first = 0;
   uint32_t rows = 0;
   int32_t first_of_source = 0;  // the received row in the source's slot 0
+  uint32_t came = 0;            // dense rows (dispatch/dense.cuh): what `rows` was at first
 };
 
 // How a warp that expands moves a row from a stage to where it belongs. All its lanes call a step

@@ -26,6 +26,8 @@ __device__ inline int32_t tokens_of(const Plan& args, int32_t source, int32_t as
 __device__ inline int32_t* expert_counts(const Plan& args) {
   return args.mailbox + EP_NODES_MAILBOX_COUNTS + 3 * num_sources(args) + args.network.num_nodes;
 }
+// No copy engine moves rows between nodes.
+__device__ inline const uint32_t* staged_token_bits(const Plan&) { return nullptr; }
 
 // As those of one node (plan/receive.cuh).
 __device__ inline void leave_notice(const Plan& args, const int32_t* sent_error,

@@ -51,6 +51,11 @@ __device__ inline int32_t* expert_counts(const ep_plan_args& args) {
   return args.mailbox->num_tokens_per_expert;
 }
 
+// Where sources have left which of their tokens come here, in the form of ep_routing.token_bits.
+__device__ inline const uint32_t* staged_token_bits(const ep_plan_args& args) {
+  return in_memory_of<const uint32_t>(args.peers, args.peers.rank, args.token_bits_offset);
+}
+
 template <typename Args>
 __device__ inline int32_t field_of(const Args& args, int32_t field) {
   switch (field) {

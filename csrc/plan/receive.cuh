@@ -174,6 +174,17 @@ __device__ inline void take_in(const Args& args, const Chunks& group, int32_t nu
   __syncthreads();
 }
 
+// Copies which tokens come here out of the staging memory, this block its part.
+template <typename Args>
+__device__ inline void take_token_bits(const Args& args, int32_t num_ranks) {
+  const uint32_t* const staged = staged_token_bits(args);
+  const int32_t num_words = 2 * num_ranks * ceil_div(args.max_tokens, kChunkTokens);
+  const int32_t step = gridDim.x * kThreads;
+  for (int32_t i = blockIdx.x * kThreads + threadIdx.x; i < num_words; i += step) {
+    args.routing.token_bits[i] = staged[i];
+  }
+}
+
 // Adds the group's rows of each expert to `tokens`, and keeps their bits for place_rows().
 __device__ inline void count_rows(const Receive& receive, const Chunks& group, int32_t num_experts,
                                   const uint32_t* mask, int32_t* tokens) {
@@ -308,6 +319,8 @@ __device__ inline void receive_all(const Args& args, const Scratch& scratch, int
   for (int32_t r = threadIdx.x; blockIdx.x == 0 && r < num_ranks; r = after(r)) {
     args.routing.first_of_source[r] = first_of_source[r];
   }
+
+  if (args.routing.token_bits != nullptr) take_token_bits(args, num_ranks);
 
   const int32_t num_all_chunks = ceil_div(num_received, kChunkTokens);
   // Rounded up; as ceil_div writes it the compiler needs eight registers more.

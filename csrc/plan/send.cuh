@@ -1,11 +1,33 @@
 // The first kernel of a plan. It finds which token goes where, and into which slot
 // (routing/slots.cuh). It writes each token's local experts into the memory of the ranks it goes
-// to, then a header with the counts, then a flag.
+// to, then a header with the counts, then a flag. Where copy engines move all rows, it also writes
+// which of them matter.
 #pragma once
 
 #include "plan/plan.cuh"
 
 namespace ep::plan {
+
+// Tells each rank which tokens of this block's chunks go there, and the slot of the first of each
+// chunk. Called behind place_tokens.
+__device__ inline void send_token_bits(const ep_plan_args& args, const layout::Shape& shape,
+                                       const layout::Workspace& workspace) {
+  const ep_peers& peers = args.peers;
+  const int32_t num_ranks = peers.num_ranks;
+  const int32_t begin = blockIdx.x * shape.chunks_per_block;
+  const int32_t end = min(begin + shape.chunks_per_block, shape.num_chunks);
+  const int64_t of_this_rank =
+      static_cast<int64_t>(peers.rank) * ceil_div(args.max_tokens, kChunkTokens);
+  for (int32_t i = begin * num_ranks + threadIdx.x; i < end * num_ranks; i += kThreads) {
+    const int32_t chunk = i / num_ranks, r = i % num_ranks;
+    const uint32_t tokens = workspace.chunk_tokens[i];
+    const int64_t first = static_cast<int64_t>(chunk) * kChunkTokens + __ffs(tokens) - 1;
+    const int32_t slot = tokens != 0 ? args.routing.send_slot[first * num_ranks + r] : 0;
+    uint32_t* const bits = in_memory_of<uint32_t>(peers, r, args.token_bits_offset);
+    bits[2 * (of_this_rank + chunk)] = tokens;
+    bits[2 * (of_this_rank + chunk) + 1] = static_cast<uint32_t>(slot);
+  }
+}
 
 template <typename Input>
 __global__ void __launch_bounds__(kThreads)
@@ -49,6 +71,8 @@ __global__ void __launch_bounds__(kThreads)
     idx[(static_cast<int64_t>(peers.rank) * args.max_tokens + slot) * num_topk + k] =
         local >= 0 && local < experts_per_rank ? local : -1;
   }
+
+  if (args.routing.token_bits != nullptr) send_token_bits(args, shape, scratch.layout);
 
   if (!is_last_block(&args.counters[kSendEnd], gridDim.x)) return;
   if (threadIdx.x == 0) counters[kSendBarrier] = 0;

@@ -106,9 +106,11 @@ enum {
 
 enum {
   EP_FAULT_NONE = 0,
-  EP_FAULT_TIMEOUT = 1,  /* the peer did not arrive */
-  EP_FAULT_MISMATCH = 2, /* the peer plans something else */
-  EP_FAULT_RESULTS = 3   /* low latency: a third result of this rank would be out */
+  EP_FAULT_TIMEOUT = 1,    /* the peer did not arrive */
+  EP_FAULT_MISMATCH = 2,   /* the peer plans something else */
+  EP_FAULT_RESULTS = 3,    /* low latency: a third result of this rank would be out */
+  EP_FAULT_OVERWRITTEN = 4 /* the peer gave up, and its copies may have come over rows that were
+                              being read */
 };
 
 /* What the ranks of one plan must agree on; ep_fault.field. */
@@ -184,11 +186,25 @@ typedef struct ep_peers {
   int32_t num_ranks;
 } ep_peers;
 
+/* Copy engines as the wire of an operation: what its kernels need to know of it. */
+typedef struct ep_wire {
+  int64_t flag_offset; /* copy_flags, those of the operation */
+  int64_t mark_offset; /* copy_marks, those of the operation */
+  int32_t number;      /* of the operation among those of its kind outside of graphs, from 1; in a
+                          graph 0: flags are stamped with the epoch */
+  int32_t chunk_rows;  /* rows of a chunk, a multiple of 32; 0: rows travel by SMs */
+} ep_wire;
+
 /* Ask for as much as possible now: kernels are loaded, shared-memory limits raised. A kernel that
  * is loaded while another one spins would wait for it for ever. */
 EP_API int32_t ep_load_kernels(void);
 
 /* ---- Memory of a buffer --------------------------------------------------------------------- */
+
+/* Flags that a rank raises at another one in an operation by copy engines: of the head (scales,
+ * weights and the tag of the call), then of the chunks of rows. */
+#define EP_COPY_CHUNKS 4
+#define EP_COPY_FLAGS 8
 
 /* Rows of the shortest chunk, which sets how many flags there is room for. */
 #define EP_MIN_CHUNK_TOKENS 4
@@ -200,6 +216,7 @@ typedef struct ep_buffer_layout_args {
   int32_t num_ranks;
   int32_t low_latency_tokens; /* most tokens of a low-latency operation; 0: there are none */
   int32_t hidden;             /* elements of their rows, which are BF16; a multiple of 8 */
+  int32_t copy_engines;       /* whether they are the wire */
 } ep_buffer_layout_args;
 
 /* Where things stand in the symmetric memory of every rank, in bytes from its start; the same on
@@ -219,6 +236,11 @@ typedef struct ep_buffer_offsets {
                                128-byte lines, as long as the rows of a dispatch need */
   int64_t combine_rows;     /* [R - 1, S, row_bytes]: partial rows, the next rank's first */
   int64_t zeros;            /* [row_bytes]: never written */
+  /* Where copy engines are the wire: two kinds of operations (dispatch, combine), two of flags
+   * (outside of graphs, in graphs). The slots of a source are then its rows by token. */
+  int64_t plan_token_bits; /* uint32 [R, ceil(S / 32), 2]: see ep_routing.token_bits */
+  int64_t copy_flags;      /* uint32 [2, 2, R, EP_COPY_FLAGS] */
+  int64_t copy_marks;      /* uint32 [2, R]: epoch for which each rank writes here */
   /* Low latency, where there is room for it: M = low_latency_tokens, two of each (epochs take
    * turns), words of 16 bytes. */
   int64_t low_latency_credits;  /* uint32 [dispatch and combine, 2, R] */
@@ -228,6 +250,7 @@ typedef struct ep_buffer_offsets {
   int64_t low_latency_dispatch; /* [2, R, M, 2 hidden bytes]: rows, all ones while none is there */
   int64_t low_latency_combine;  /* [2, R, M, 2 hidden bytes]: partial rows, the same */
   int64_t total;                /* bytes of it all */
+  int64_t region_bytes;         /* of dispatch_slots: those of one source */
   int32_t max_chunks;
 } ep_buffer_offsets;
 
@@ -277,6 +300,8 @@ typedef struct ep_routing {
   int32_t* expert_tokens;    /* [E_local] rows of each group, without padding */
   int32_t* expert_first_row; /* [E_local + 1] first row of each group, then the end; of rank-major
                                 rows only the end */
+  uint32_t* token_bits;      /* [R, ceil(S / 32), 2]: of 32 tokens of a source, which come here, and
+                                the slot of the first that does; NULL: rows travel by slot */
   int32_t num_tokens;
   int32_t num_topk;
   int32_t num_topk4;
@@ -288,18 +313,19 @@ typedef struct ep_routing {
 typedef struct ep_plan_args {
   ep_peers peers;
   ep_routing routing;
-  const void* input;     /* [T, K] or [T, E], see ep_layout_args */
-  void* scratch;         /* ep_plan_scratch_bytes(), 256-byte aligned */
-  ep_mailbox* mailbox;   /* host memory, mapped */
-  ep_notice* notice;     /* host memory, mapped */
-  int32_t* counters;     /* [4] zero; left zero */
-  int64_t flag_offset;   /* plan_flags */
-  int64_t credit_offset; /* dispatch_credits */
-  int64_t header_offset; /* plan_headers */
-  int64_t idx_offset;    /* plan_idx */
-  int32_t ticket;        /* for the mailbox; 0: nobody waits, and `notice` is used */
-  int32_t capacity;      /* rows of the output: what does not fit is dropped, and none of the
-                            outputs above names it */
+  const void* input;         /* [T, K] or [T, E], see ep_layout_args */
+  void* scratch;             /* ep_plan_scratch_bytes(), 256-byte aligned */
+  ep_mailbox* mailbox;       /* host memory, mapped */
+  ep_notice* notice;         /* host memory, mapped */
+  int32_t* counters;         /* [4] zero; left zero */
+  int64_t flag_offset;       /* plan_flags */
+  int64_t credit_offset;     /* dispatch_credits */
+  int64_t header_offset;     /* plan_headers */
+  int64_t idx_offset;        /* plan_idx */
+  int64_t token_bits_offset; /* plan_token_bits; routing.token_bits says whether there are any */
+  int32_t ticket;            /* for the mailbox; 0: nobody waits, and `notice` is used */
+  int32_t capacity;          /* rows of the output: what does not fit is dropped, and none of the
+                                outputs above names it */
   int32_t input_kind;
   int32_t num_experts;
   int32_t max_tokens;
@@ -329,6 +355,44 @@ EP_API int32_t ep_stream_wait(void* waiting, void* other, void* event);
  * the timeout, 2 if `fault` was set, 3 if `stream` reports a CUDA error (see ep_last_error). */
 EP_API int32_t ep_mailbox_wait(const ep_mailbox* mailbox, const ep_fault* fault, int32_t ticket,
                                int64_t timeout_ns, void* stream);
+
+/* ---- Copy engines: rows without SMs --------------------------------------------------------- */
+
+/* What stands before the copies of an operation: waits for the credits of the one before. */
+typedef struct ep_gate_args {
+  ep_peers peers;
+  uint32_t* epoch;       /* device memory: of the operation that is pushed, for ep_push */
+  int64_t credit_offset; /* dispatch_credits or combine_credits */
+  int64_t mark_offset;   /* copy_marks, those of the operation */
+  int32_t begins;        /* whether the operation begins here */
+} ep_gate_args;
+
+EP_API int32_t ep_gate(const ep_gate_args* args, void* stream);
+
+/* Rows [first_row, first_row + chunk_rows) of those that go to each peer. The regions of the others
+ * stand in the order of ranks, at each rank the next one's first. */
+typedef struct ep_push_args {
+  ep_peers peers;
+  const uint32_t* epoch; /* as ep_gate left it */
+  const uint8_t* source; /* the first row of the first region */
+  void* event;           /* a cudaEvent_t to record behind it, or NULL */
+  int64_t source_stride; /* from one region to the next; 0: all peers get the same rows */
+  int64_t target_offset; /* in the peer's memory, of the first row in the first region */
+  int64_t target_stride;
+  int64_t flag_offset; /* ep_wire */
+  int32_t num_rows[EP_MAX_PEERS];
+  int32_t row_bytes;
+  int32_t first_row;
+  int32_t chunk_rows;
+  int32_t number; /* ep_wire */
+  int32_t flag;   /* to raise behind it, or -1: more is to come before */
+  int32_t tag;    /* 0 .. 255 */
+} ep_push_args;
+
+EP_API int32_t ep_push(const ep_push_args* args, void* stream);
+
+/* `waiting` goes on when what `event` was recorded behind is done. */
+EP_API int32_t ep_event_wait(void* waiting, void* event);
 
 /* ---- FP8 ------------------------------------------------------------------------------------ */
 
@@ -386,6 +450,8 @@ typedef struct ep_dispatch_args {
   int64_t flag_offset;            /* dispatch_flags */
   int64_t credit_offset;          /* dispatch_credits */
   int64_t slot_offset;            /* dispatch_slots */
+  int64_t region_bytes;           /* of one source's slots; ep_expand alone */
+  ep_wire wire;                   /* ep_expand alone */
   int32_t tag;                    /* 0 .. 255, equal on ranks that make the same call */
   int32_t max_tokens;
   int32_t max_chunks;
@@ -403,11 +469,18 @@ typedef struct ep_dispatch_args {
                               run beside its second kernel, which those that expand wait for */
   int32_t num_push_blocks; /* either may be 0: the other half is launched on its own */
   int32_t num_expand_blocks;
-  int32_t num_blocks; /* of the operation, both halves */
+  int32_t num_blocks;  /* of the operation, both halves, or all launches of ep_expand */
+  int32_t rows_tag;    /* ep_expand: 0 .. 255, of the flags of rows; `tag` is that of the head */
+  int32_t first_token; /* ep_expand: the tokens that it moves, multiples of 32 */
+  int32_t end_token;
 } ep_dispatch_args;
 
 /* Pushes this rank's rows into the others' memory, and moves arrived rows to where they belong. */
 EP_API int32_t ep_dispatch(const ep_dispatch_args* args, void* stream);
+
+/* Moves rows that copy engines bring, of some tokens of every rank, and this rank's own. The first
+ * launch of an operation also does what comes once. */
+EP_API int32_t ep_expand(const ep_dispatch_args* args, void* stream);
 
 /* ---- Combine -------------------------------------------------------------------------------- */
 
@@ -439,10 +512,20 @@ typedef struct ep_combine_args {
   int32_t push_percent; /* of their teams: those that begin with pushing */
   int32_t adds_weights; /* those of all ranks of a token; else each is of its expert's rank.
                            Rank-major only */
+  /* Copy engines. The chunks above are then those of `wire`, and no team pushes. */
+  ep_wire wire;
+  uint8_t* partial_rows;  /* [R - 1, S, row_bytes]: partial rows of the next rank first */
+  float* partial_weights; /* [R - 1, S, K], or NULL */
+  int32_t first_row;      /* ep_partial_sums: the slots that it adds up begin here */
+  int32_t num_pushed;     /* rows that go to each peer; -1: those that came from it */
 } ep_combine_args;
 
 /* Sums rows back to the ranks that own their tokens. */
 EP_API int32_t ep_combine(const ep_combine_args* args, void* stream);
+
+/* Adds up this rank's rows of the others' tokens: one chunk of slots of each, into local memory,
+ * and with the first chunk all weights. ep_combine then adds up what the others have pushed. */
+EP_API int32_t ep_partial_sums(const ep_combine_args* args, void* stream);
 
 /* ---- Low latency: dispatch and combine of a few tokens --------------------------------------- */
 

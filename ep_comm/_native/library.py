@@ -124,6 +124,10 @@ class Library:
         """Order `waiting` behind all that is on stream `other` now, through `event`."""
         self.check(self._dll.ep_stream_wait(waiting, other, event))
 
+    def event_wait(self, waiting: int, event: int) -> None:
+        """Order the stream `waiting` behind what a ``cudaEvent_t`` was recorded behind."""
+        self.check(self._dll.ep_event_wait(waiting, event))
+
     def mailbox_wait(
         self, mailbox: int, fault: int, epoch: int, timeout_s: float, stream: int
     ) -> bool:

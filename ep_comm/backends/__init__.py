@@ -53,6 +53,8 @@ def make_backend(group: dist.ProcessGroup, config: EPConfig) -> Made:
         EPTimeoutError: A rank did not come.
     """
     wanted = [each for each in BACKENDS if config.backend in ("auto", each.name)]
+    if config.wire == "copy-engine":
+        wanted = [NVLinkBackend]
     mine = _Member(
         config,
         Spot.of(backend_by_device_type(group)),
@@ -62,7 +64,7 @@ def make_backend(group: dist.ProcessGroup, config: EPConfig) -> Made:
     _check_same_config(meeting, dist.get_rank(group))
     spots = [member.spot for member in meeting.answers]
     config = with_nodes(config, spots)
-    if config.backend == "auto":
+    if config.backend == "auto" and len(wanted) > 1:
         wanted.remove(NodesBackend if num_hosts(spots) == 1 else NVLinkBackend)
     passed_over: dict[str, str] = {}
     for backend in wanted:
@@ -72,7 +74,8 @@ def make_backend(group: dist.ProcessGroup, config: EPConfig) -> Made:
             return Made(backend.create(group, config, meeting, spots), passed_over, meeting.name)
         passed_over[backend.name] = reason
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
-    raise EPArgumentError(f"no backend for this group: {reasons}")
+    what = "no backend" if config.wire == "sm" else f"no backend with wire={config.wire!r}"
+    raise EPArgumentError(f"{what} for this group: {reasons}")
 
 
 def with_nodes(config: EPConfig, spots: list[Spot]) -> EPConfig:

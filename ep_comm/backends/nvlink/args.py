@@ -51,6 +51,7 @@ def kernel_args(
             credit_offset=offsets.dispatch_credits,
             header_offset=offsets.plan_headers,
             idx_offset=offsets.plan_idx,
+            token_bits_offset=offsets.plan_token_bits,
             num_experts=config.num_experts,
             max_tokens=config.max_tokens_per_rank,
             hidden=config.hidden,
@@ -61,6 +62,7 @@ def kernel_args(
             flag_offset=offsets.dispatch_flags,
             credit_offset=offsets.dispatch_credits,
             slot_offset=offsets.dispatch_slots,
+            region_bytes=offsets.region_bytes,
             **sizes,
         ),
         combine=header.CombineArgs(
@@ -73,6 +75,7 @@ def kernel_args(
             zero_offset=offsets.zeros,
             ranks_per_node=config.ranks_per_node or memory.num_ranks,
             push_percent=COMBINE_PUSH_PERCENT,
+            num_pushed=-1,
             **sizes,
         ),
     )

@@ -44,6 +44,7 @@ from ep_comm.backends.nvlink.tuning import (
     default_sms,
     split_dispatch,
 )
+from ep_comm.backends.nvlink.wire import CombineWire, DispatchWire
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 from ep_comm.job.meeting import Meeting
@@ -65,6 +66,10 @@ class NVLinkBackend:
     """
 
     name = "nvlink"
+    # Whether copy engines are the wire, and what copies rows; None where kernels push them.
+    _copies = False
+    _dispatch_wire: DispatchWire | None = None
+    _combine_wire: CombineWire | None = None
 
     @classmethod
     def facts(cls, group: dist.ProcessGroup, config: EPConfig) -> support.Facts:
@@ -116,8 +121,11 @@ class NVLinkBackend:
         self._available_sms: int = properties.multi_processor_count
         self._num_sms: int | None = None
         self._overlapped = False
+        self._copies = config.wire == "copy-engine" and self.num_ranks > 1
         self._chooser = prices.Chooser(
-            prices.of_machine(properties.name, self._available_sms), self.num_ranks
+            # Nobody has measured copy engines.
+            None if self._copies else prices.of_machine(properties.name, self._available_sms),
+            self.num_ranks,
         )
         self._args = kernel_args(
             config,
@@ -126,6 +134,7 @@ class NVLinkBackend:
             self._scratch.data_ptr(),
             self.recorder.wire_bytes_address,
         )
+        self._make_wires()
         self._planner = Planner(
             self.native,
             memory,
@@ -134,6 +143,7 @@ class NVLinkBackend:
             self._streams,
             self.recorder,
             self._args.plan,
+            self._dispatch_wire,
         )
         self.low_latency: NVLinkLowLatency | None = None
         if config.low_latency_tokens is not None:
@@ -148,6 +158,21 @@ class NVLinkBackend:
                 self._sms,
             )
 
+    def _make_wires(self) -> None:
+        """Make what copies rows, where copy engines are the wire."""
+        if not self._copies:
+            return
+        how = (self.native, self._streams, self._new_stream)
+        where = (self.offsets, self.config, self.device)
+        self._dispatch_wire = DispatchWire(*how, self._args.dispatch.peers, *where)
+        self._combine_wire = CombineWire(*how, self._args.combine.peers, *where)
+
+    @property
+    def _wires(self) -> tuple[DispatchWire, CombineWire] | tuple[()]:
+        if self._dispatch_wire is None or self._combine_wire is None:
+            return ()
+        return self._dispatch_wire, self._combine_wire
+
     @staticmethod
     def _current_device() -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
@@ -160,15 +185,18 @@ class NVLinkBackend:
     def buffer_bytes(self) -> int:
         """The peer memory, that of plans, and the records."""
         own = self._scratch.nbytes + self._planner.entries.nbytes
+        if self._combine_wire is not None:
+            own += self._combine_wire.num_bytes
         return self.offsets.total + own + self.recorder.num_bytes
 
     def describe(self) -> str:
         """Name the GPUs, the SMs that an operation may occupy, and what a layer keeps."""
         sms = self._num_sms or self._available_sms
         kept = 4 * entry_size(self.config.num_topk)
+        wire = ", rows by copy engines" if self._copies else ""
         return (
-            f"nvlink ({self.num_ranks} GPUs of one host, {sms} SMs; a layer in flight keeps {kept} "
-            "bytes a received row)"
+            f"nvlink ({self.num_ranks} GPUs of one host{wire}, {sms} SMs; a layer in flight keeps "
+            f"{kept} bytes a received row)"
         )
 
     def waits(self) -> list[Wait]:
@@ -224,7 +252,8 @@ class NVLinkBackend:
         )
 
     def _sms(self, asynchronous: bool) -> int:
-        return self._num_sms or default_sms(self._available_sms, asynchronous or self._overlapped)
+        overlapped = asynchronous or self._overlapped
+        return self._num_sms or default_sms(self._available_sms, overlapped, self._copies)
 
     def _sms_of(self, op: str, layout: RowLayout, num_bytes: int, asynchronous: bool) -> int:
         """Return the SMs of a dispatch or a combine, of so many tokens times bytes of a row."""
@@ -248,6 +277,9 @@ class NVLinkBackend:
         """Delay every wait and every signal of later operations at random, for tests."""
         for args in self._args:
             args.peers.delay_ns = up_to_ns
+        for wire in self._wires:
+            for wire_args in wire.args:
+                wire_args.peers.delay_ns = up_to_ns
         for low_latency_args in self.low_latency.args if self.low_latency else ():
             low_latency_args.common.peers.delay_ns = up_to_ns
 
@@ -285,6 +317,7 @@ class NVLinkBackend:
             *(routing.ticket, first is not None, fp8.NATIVE_DTYPES.get(x.dtype, -1)),
             *(args.row_bytes, args.scale_bytes, args.weight_bytes),
         )
+        args.rows_tag = _tag(fp8.NATIVE_DTYPES.get(x.dtype, -1), args.row_bytes, args.scale_bytes)
         if first is None:
             received = self._repeat(args, routing, recv_dtype, asynchronous)
         else:
@@ -293,6 +326,11 @@ class NVLinkBackend:
                 self._planner.wait_for_input(first, asynchronous)
             # Rows that are pushed have to be there: only an input of before the plan certainly is.
             args.is_behind_plan = first.in_one and not (was_made or first.is_captured)
+            if self._dispatch_wire is not None:
+                if quantises:  # on the caller's stream
+                    self._streams.wait(self._dispatch_wire.stream, self._streams.current)
+                late = self._streams.current if was_made and not quantises else None
+                self._dispatch_wire.push(args, routing.num_tokens, late)
             received = self._planner.dispatch(args, routing, recv_dtype, first)
         keep = (x, scales, weights, first and first.source, routing.memory)
         return self._pending(received, asynchronous, keep)
@@ -320,6 +358,11 @@ class NVLinkBackend:
     def _launch_dispatch(
         self, args: header.DispatchArgs, routing: NVLinkRouting, num_sms: int, stream: int
     ) -> None:
+        if self._dispatch_wire is not None:
+            self._dispatch_wire.begin(stream, args.peers.record, begins=True)
+            self._dispatch_wire.push(args, routing.num_tokens, None)
+            self._dispatch_wire.expand(args, num_sms, stream)
+            return
         push_blocks, expand_blocks = split_dispatch(
             num_sms, self.num_ranks, routing.layout, routing.num_topk
         )
@@ -362,7 +405,12 @@ class NVLinkBackend:
     def _launch_combine(
         self, args: header.CombineArgs, routing: NVLinkRouting, has_weights: bool, stream: int
     ) -> None:
-        self.native.launch("ep_combine", args, stream)
+        if self._combine_wire is None:
+            self.native.launch("ep_combine", args, stream)
+            return
+        received = None if routing.capacity is not None else routing.sizes.received
+        self._combine_wire.begin(stream, args.peers.record, begins=True)
+        self._combine_wire.combine(args, received, stream)
 
     # --- order ------------------------------------------------------------------------------------
 
@@ -401,6 +449,8 @@ class NVLinkBackend:
         self.low_latency.restart(masked, first)
         self._planner.restart()
         self.recorder.restart()
+        for wire in self._wires:
+            wire.restart()
         torch.cuda.synchronize()
 
     def give_up(self) -> None:

@@ -65,6 +65,7 @@ def buffer_offsets(native: NativeLibrary, config: EPConfig, num_ranks: int) -> h
             num_ranks=num_ranks,
             low_latency_tokens=config.low_latency_tokens or 0,
             hidden=config.hidden,
+            copy_engines=config.wire == "copy-engine",
         )
     )
 
@@ -287,6 +288,12 @@ class PeerMemory:
             return EPStateError(
                 f"{op} #{fault.expected}: a third result would be out, or one is received twice: "
                 "receive what was sent, each once and in turn, in a replayed graph too"
+            )
+        if fault.code == header.EP_FAULT_OVERWRITTEN:
+            return EPStateError(
+                f"{op} #{fault.expected}: rank {peer} gave up, and what its copy engines sent "
+                f"meanwhile may have come over rows that rank {self.rank} was reading; its own "
+                "error says why"
             )
         if fault.field == header.EP_FIELD_CALL:
             return EPMismatchError(

@@ -18,6 +18,7 @@ from ep_comm.backends.nvlink.routing import (
 from ep_comm.backends.nvlink.rows import allocate_experts, allocate_rows
 from ep_comm.backends.nvlink.streams import Streams
 from ep_comm.backends.nvlink.tuning import split_dispatch, split_plan
+from ep_comm.backends.nvlink.wire import DispatchWire, token_words
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPUnsupportedError
 from ep_comm.routing.layout import INPUT_KINDS
@@ -52,6 +53,7 @@ class Planner:
         streams: Where operations run.
         recorder: Gives each dispatch its record.
         args: The arguments of plans; every plan fills in the rest anew.
+        wire: What copies rows; None where kernels push them.
 
     Attributes:
         entries: Where plans leave the entries of rows whose number nobody knows yet.
@@ -66,7 +68,12 @@ class Planner:
         streams: Streams,
         recorder: DeviceRecorder,
         args: header.PlanArgs,
+        wire: DispatchWire | None = None,
     ) -> None:
+        self._wire = wire
+        self._token_words = 0
+        if wire is not None:
+            self._token_words = token_words(config.max_tokens_per_rank, memory.num_ranks)
         self._native = native
         self._memory = memory
         self._mailbox = Mailbox(native, memory, config)
@@ -101,7 +108,10 @@ class Planner:
             num_entries = min(num_entries, capacity + 1)
         in_arena = 0 if capacity is None else num_entries
         num_local_experts = config.num_experts // self._num_ranks
-        sizes = (num_tokens, num_topk, in_arena, self._num_ranks, num_local_experts)
+        sizes = (
+            *(num_tokens, num_topk, in_arena, self._num_ranks, num_local_experts),
+            self._token_words,
+        )
         places, total = arena_places(*sizes)
         selects_weights = has_weights and source.dtype == torch.bool
         # Where the host waits for nothing one kernel can push and expand, beside the plan's second
@@ -111,7 +121,7 @@ class Planner:
             is_captured or (num_sms == available_sms and not selects_weights)
         )
         stream = streams.begin(header.EP_OP_DISPATCH, asynchronous, num_sms)
-        record = self._recorder.start("dispatch", 0)
+        record = self._start(stream)
         self._num_plans += 1
         arena = torch.empty(total, dtype=torch.int32, device=self._device)
         native = native_routing(
@@ -145,13 +155,22 @@ class Planner:
         args.asked_tokens = asked_tokens
         args.expert_alignment = alignment
         args.min_expert_rows = min_expert_rows
-        _, expand_sms = split_dispatch(num_sms, self._num_ranks, layout, num_topk)
+        expand_sms = num_sms
+        if self._wire is None:
+            _, expand_sms = split_dispatch(num_sms, self._num_ranks, layout, num_topk)
         args.num_send_blocks, args.num_receive_blocks = split_plan(num_sms, expand_sms)
         self._native.plan(args, stream, stream if in_one else streams.side, streams.event)
         if asynchronous and selects_weights:
             # The caller's stream selects the probabilities by the experts that the plan finds.
             streams.wait(streams.current, stream)
         return routing
+
+    def _start(self, stream: int) -> int:
+        """Begin an operation, with the gate of its copies; return the address of its record."""
+        record = self._recorder.start("dispatch", 0)
+        if self._wire is not None:
+            self._wire.begin(stream, record, begins=False)
+        return record
 
     def restart(self) -> None:
         """Count plans anew: the mailbox is empty."""
@@ -194,7 +213,7 @@ class Planner:
         )
         args.num_blocks = push_blocks + expand_blocks
         args.num_push_blocks, args.num_expand_blocks = push_blocks, 0
-        if push_blocks and not first.in_one:
+        if push_blocks and not first.in_one and self._wire is None:
             self._native.launch("ep_dispatch", args, stream)
         if routing.capacity is None:
             routing.sizes = self._mailbox.sizes(
@@ -215,11 +234,14 @@ class Planner:
             routing.allocate_entries(args.num_received)
             args.routing = routing.native
         args.num_expand_blocks = expand_blocks
-        if first.in_one:
-            self._native.launch("ep_dispatch", args, stream)
+        expand_stream = stream if first.in_one else streams.side
+        if self._wire is not None:
+            self._wire.expand(args, first.num_sms, expand_stream)
         else:
-            args.num_push_blocks = 0
-            self._native.launch("ep_dispatch", args, streams.side)
+            if not first.in_one:
+                args.num_push_blocks = 0
+            self._native.launch("ep_dispatch", args, expand_stream)
+        if not first.in_one:
             streams.wait(stream, streams.side)
         if routing.capacity is None:
             self._mailbox.raise_if_bad(first.source, routing.num_topk)

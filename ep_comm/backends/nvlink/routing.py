@@ -25,7 +25,12 @@ def entry_size(num_topk: int) -> int:
 
 @lru_cache(maxsize=64)
 def arena_places(
-    num_tokens: int, num_topk: int, num_entries: int, num_ranks: int, num_local_experts: int
+    num_tokens: int,
+    num_topk: int,
+    num_entries: int,
+    num_ranks: int,
+    num_local_experts: int,
+    num_token_words: int,
 ) -> tuple[dict[str, tuple[int, int]], int]:
     """Return (first int32, count) of each index array of one routing, and their total."""
     counts = {
@@ -38,6 +43,7 @@ def arena_places(
         "source_tokens": num_ranks,
         "expert_tokens": num_local_experts,
         "expert_first_row": num_local_experts + 1,
+        "token_bits": num_token_words,
     }
     places, total = {}, 0
     for name, count in counts.items():
@@ -54,6 +60,7 @@ def native_routing(
     num_entries: int,
     num_ranks: int,
     num_local_experts: int,
+    num_token_words: int,
     expert_major: bool,
     last_entry: int,
     entries: int,
@@ -63,10 +70,13 @@ def native_routing(
     Where that has no entries, they are at address `entries`. torch gives the same addresses again
     and again, and to fill one in costs 4 µs.
     """
-    places, _ = arena_places(num_tokens, num_topk, num_entries, num_ranks, num_local_experts)
+    sizes = (num_tokens, num_topk, num_entries, num_ranks, num_local_experts, num_token_words)
+    places, _ = arena_places(*sizes)
     addresses = {name: arena + 4 * first for name, (first, _) in places.items()}
     if not num_entries:
         addresses["entries"] = entries
+    if not num_token_words:  # rows travel by slot
+        del addresses["token_bits"]
     return header.Routing(
         **addresses,
         num_tokens=num_tokens,

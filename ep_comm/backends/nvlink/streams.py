@@ -65,6 +65,7 @@ class Streams:
         self.side: int = self._side.cuda_stream
         self.event: int = self._event.cuda_event
         self._comm_handle: int = self.comm.cuda_stream
+        self._others: list[int] = []
         self._in_flight = in_flight(device_index)
         for key in self._keys():
             weakref.finalize(self, self._in_flight.forget, key)
@@ -80,6 +81,16 @@ class Streams:
     def wait(self, waiting: int, other: int) -> None:
         """Order `waiting` behind all that is on `other` now."""
         self._native.stream_wait(waiting, other, self.event)
+
+    def join_at_end(self, stream: int) -> None:
+        """Note one more stream that operations use; each is ordered behind it when it ends."""
+        self._others.append(stream)
+
+    def order_behind_last(self, op: int, waiting: int) -> None:
+        """Order `waiting` behind the last operation of the kind."""
+        for other in self._in_flight.streams([(id(self), op)]):
+            if other != waiting and self._is_within_reach(other):
+                self.wait(waiting, other)
 
     def begin(self, op: int, asynchronous: bool, num_sms: int) -> int:
         """Return the next operation's stream, ordered behind all that it must not meet."""
@@ -110,7 +121,7 @@ class Streams:
         """Order the caller's stream behind the others, after an error: memory is about to go."""
         if torch.cuda.is_current_stream_capturing():
             return  # nothing runs, and the graph is void
-        for stream in (self.side, self._comm_handle):
+        for stream in (self.side, self._comm_handle, *self._others):
             self.wait(self.current, stream)
 
     def synchronize(self) -> None:

@@ -21,12 +21,14 @@ _PUSHED_BY_SM, _COPIED_BY_SM, _STORED_BY_SM = 38, 45, 54
 _FILLING_LINKS = 9  # SMs that push as much as links carry: more of them only take from the rest
 _MANY_SMS = 64
 _MOST_PUSHING = 24
-_OVERLAPPED_SMS = 24
+# Of an operation beside computation. Where copy engines are its wire it is bound by memory alone.
+_OVERLAPPED_SMS, _OVERLAPPED_SMS_BY_COPY = 24, 32
 
 
-def default_sms(available: int, overlapped: bool) -> int:
+def default_sms(available: int, overlapped: bool, by_copy: bool = False) -> int:
     """Return the SMs of an operation where nobody set them: all, or few beside computation."""
-    return min(_OVERLAPPED_SMS, available) if overlapped else available
+    few = _OVERLAPPED_SMS_BY_COPY if by_copy else _OVERLAPPED_SMS
+    return min(few, available) if overlapped else available
 
 
 @functools.cache

@@ -346,6 +346,17 @@ inline cudaError_t cudaStreamQuery(cudaStream_t) {
   std::this_thread::sleep_for(std::chrono::microseconds(100));
   return cudaErrorNotReady;
 }
+// Copies are done in their turn on the stream, late at random where a test says so. Flags of the
+// stream itself are cuStreamWriteValue32's.
+enum cudaMemcpyKind { cudaMemcpyDeviceToDevice };
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream);
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
+constexpr unsigned long long cudaEnableDefault = 0;
+#define CUDART_VERSION 13000
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,
+                                             unsigned long long flags,
+                                             cudaDriverEntryPointQueryResult* found);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned);
 
