@@ -210,6 +210,7 @@ class Buffer(MaskCalls):
             rows, scales, wire_dtype, recv_dtype, self.config.hidden
         )
         session.backend.check_wire_dtype(wire, recv)
+        session.backend.check_ahead(rows, wire)
         if previous_event is not None:  # what comes may copy an argument
             previous_event.current_stream_wait()
         if handle is None:
@@ -276,6 +277,35 @@ class Buffer(MaskCalls):
             handle=handle,
             event=handle.event if async_finish else EventOverlap(),
         )
+
+    @untraced
+    def begin_dispatch(self, x: Payload, *, wire_dtype: torch.dtype | None = None) -> None:
+        """Begin to send rows while their routing is still computed; `dispatch` says the rest.
+
+        With ``EPConfig(wire="copy-engine")`` all rows go to all ranks, whatever their routing. So
+        they can be on their way while a router finds out whose they are. The next dispatch of this
+        buffer has to be theirs. Other ranks may or may not begin theirs ahead: results are the
+        same.
+
+        Args:
+            x: As `dispatch` will get it: the same memory, not written to until then.
+            wire_dtype: As `dispatch` will get it.
+
+        Raises:
+            EPArgumentError: Wrong arguments; or rows were begun before, and their dispatch has not
+                come. `dispatch` raises it where it gets something else than what was begun.
+            EPUnsupportedError: The buffer's wire needs the routing first.
+            EPStateError, EPOverflowError: As `dispatch`.
+        """
+        session = self._session
+        session.check_usable()
+        session.check_no_mask()
+        rows, scales = checks.checked_payload(x, None, self.config)
+        session.backend.check_device("x", rows)
+        wire, recv = checks.wire_and_recv_dtype(rows, scales, wire_dtype, None, self.config.hidden)
+        session.backend.check_wire_dtype(wire, recv)
+        with session.operation() as backend:
+            backend.begin(rows, scales, wire)
 
     @untraced
     def combine(

@@ -71,7 +71,8 @@ def run_emulated_ranks(
     """As `run_virtual_ranks`, with the kernels of `library`."""
     with emulated_cuda(library) as native:
         native.delay_copies(delay_us)
-        streams = [_Stream(native) for _ in range(5 * num_ranks)]
+        all_streams = [_Stream(native) for _ in range(5 * num_ranks)]
+        streams = list(all_streams)
         offsets = _offsets(config, num_ranks)
         memory = [torch.empty(offsets.total, dtype=torch.uint8) for _ in range(num_ranks)]
         for tensor in memory:
@@ -97,7 +98,11 @@ def run_emulated_ranks(
                     buffer = VirtualBuffer(backend, config)
                     buffer.set_num_sms(num_sms)
                     barrier.wait()
-                    result = function(rank, buffer, *args)
+                    try:
+                        result = function(rank, buffer, *args)
+                    finally:
+                        for stream in all_streams:  # torch frees memory of the CPU at once
+                            stream.synchronize()
                     barrier.wait()  # none writes to another any more
                     return result
             except BaseException:

@@ -82,7 +82,7 @@ struct DenseExpansion : Expansion {
 // The whole of a launch.
 __device__ inline void expand_dense(const ep_dispatch_args& args, const Stages& stages,
                                     int32_t epoch, int32_t warp, int32_t num_warps) {
-  fence_for_bulk();  // output rows are read by bulk loads
+  fence_for_bulk();                                        // output rows are read by bulk loads
   if (__any_sync(kFullWarp, aborted(args.peers))) return;  // the plan may have left no entries
   const bool copies = args.is_planned && args.planned_entries != nullptr;
   if (args.first_token == 0) {

@@ -1,5 +1,5 @@
-// Rows on copy engines: what waits before the copies of an operation, the copies themselves, and the
-// flags behind them.
+// Rows on copy engines: what waits before the copies of an operation, the copies themselves, and
+// the flags behind them.
 
 #include <algorithm>
 
@@ -13,7 +13,8 @@ using namespace ep;
 
 // One warp; lane r is for rank r. The copies behind it run whatever happens here, so each peer is
 // told before: their epoch, or the next one where they should not have come.
-__global__ void __launch_bounds__(kWarpSize) gate_kernel(const __grid_constant__ ep_gate_args args) {
+__global__ void __launch_bounds__(kWarpSize)
+    gate_kernel(const __grid_constant__ ep_gate_args args) {
   const ep_peers& peers = args.peers;
   const int32_t epoch = epoch_of(peers), r = lane_id();
   const bool is_peer = r < peers.num_ranks && r != peers.rank;
@@ -30,7 +31,8 @@ __global__ void __launch_bounds__(kWarpSize) gate_kernel(const __grid_constant__
 }
 
 // One warp, behind the copies of a chunk in a graph, where the host knows no epoch.
-__global__ void __launch_bounds__(kWarpSize) flag_kernel(const __grid_constant__ ep_push_args args) {
+__global__ void __launch_bounds__(kWarpSize)
+    flag_kernel(const __grid_constant__ ep_push_args args) {
   const ep_peers& peers = args.peers;
   const int32_t r = lane_id();
   if (r >= peers.num_ranks || r == peers.rank) return;
@@ -50,8 +52,8 @@ WriteValue find_write_value() {
   cudaDriverEntryPointQueryResult found;
 #if CUDART_VERSION >= 12050
   constexpr unsigned kVersion = 12000;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion(
-      "cuStreamWriteValue32", &function, kVersion, cudaEnableDefault, &found);
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuStreamWriteValue32", &function,
+                                                             kVersion, cudaEnableDefault, &found);
 #else
   const cudaError_t error =
       cudaGetDriverEntryPoint("cuStreamWriteValue32", &function, cudaEnableDefault, &found);
@@ -70,8 +72,7 @@ int32_t write_flags(const ep_push_args& args, void* stream) {
   const uint32_t stamp = chunk_stamp(args.number, args.tag);
   for (int32_t i = 1; i < peers.num_ranks; ++i) {
     const int32_t r = (peers.rank + i) % peers.num_ranks;
-    uint32_t* const flag =
-        wire::flags_at(peers, args.flag_offset, r, peers.rank) + args.flag;
+    uint32_t* const flag = wire::flags_at(peers, args.flag_offset, r, peers.rank) + args.flag;
     const int result = write_value(stream, reinterpret_cast<uintptr_t>(flag), stamp, 0);
     if (result != 0) {
       return fail(EP_ERR_CUDA, "ep_push: cuStreamWriteValue32 failed with %d", result);

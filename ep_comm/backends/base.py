@@ -26,6 +26,7 @@ Result = TypeVar("Result")
 
 
 _DONE = EventOverlap()
+NEEDS_COPY_ENGINES = "begin_dispatch needs EPConfig(wire='copy-engine')"
 
 
 class Pending(Generic[Result]):
@@ -319,6 +320,21 @@ class Backend(Protocol):
 
     def check_wire_dtype(self, wire_dtype: torch.dtype, recv_dtype: torch.dtype) -> None:
         """Refuse rows that cannot travel as `wire_dtype` and arrive as `recv_dtype`."""
+
+    def begin(self, x: Tensor, scales: Tensor | None, wire_dtype: torch.dtype) -> None:
+        """Begin to send rows whose routing is not known yet; their dispatch follows.
+
+        Raises:
+            EPArgumentError: Others are begun, and their dispatch has not come.
+            EPUnsupportedError: This backend, or its wire, needs the routing.
+        """
+
+    def check_ahead(self, x: Tensor, wire_dtype: torch.dtype) -> None:
+        """Refuse a dispatch of `x` where `begin` was called with something else.
+
+        Raises:
+            EPArgumentError: Says what is different.
+        """
 
     def plan(self, request: PlanRequest) -> Routing:
         """Exchange the routing of a new dispatch.

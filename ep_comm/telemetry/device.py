@@ -116,9 +116,16 @@ class DeviceRecorder:
         """Return the number of the last operation of that kind; the host knows of no replays."""
         return self._epochs[op]
 
-    def complete(self, row_bytes: int, rows_of_experts: tuple[int, ...]) -> None:
-        """Say of the last operation what was not known when it started; see `start`."""
-        self._started[-1] = (*self._started[-1][:4], row_bytes, rows_of_experts)
+    def complete(
+        self, row_bytes: int, rows_of_experts: tuple[int, ...], number: int | None = None
+    ) -> None:
+        """Say of an operation what was not known when it started; see `start`.
+
+        `number` counts the buffer's operations from 1; None is the last one.
+        """
+        place = -1 if number is None else number - self.num_operations - 1
+        if -place <= len(self._started):  # else later ones have taken its place
+            self._started[place] = (*self._started[place][:4], row_bytes, rows_of_experts)
 
     def clock(self) -> Clock:
         """Compare the GPU's clock with the host's; waits for the GPU."""

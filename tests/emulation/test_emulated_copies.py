@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from threading import Barrier
 
 import pytest
-from cases import Case
+import torch
+from cases import Case, to_torch
 from copy_engine_cases import (
     capacity_on_buffer,
     check_dense_bytes,
@@ -16,6 +18,8 @@ from emulated_ranks import run_emulated_ranks
 from test_buffer import check_results
 from test_dispatch_fp8 import CASE as FP8_CASE
 from test_dispatch_fp8 import check_fp8_results
+
+from ep_comm import Buffer, EPArgumentError, EPStateError, EPTimeoutError, fp8
 
 BY_COPY = dict(wire="copy-engine", timeout_s=60)
 # More than 32 tokens, so that there are several chunks; a rank without any.
@@ -47,3 +51,115 @@ def test_fp8(library, layout):
 def test_outputs_of_a_given_size(library, layout):
     case = Case(tokens=(70, 9), num_topk=3, hidden=128, layout=layout)
     run_emulated_ranks(library, 2, capacity_on_buffer, case.config(**BY_COPY), case)
+
+
+def begins_ahead(rank: int, buffer: Buffer, case: Case, begins: tuple[bool, ...]) -> None:
+    """New and cached dispatches whose rows were on their way, and FP8, as those without."""
+    topk = to_torch(case.topk_idx(rank))
+    probs = to_torch(case.probabilities(rank, tuple(topk.shape), salt=3))
+    for salt, wire_dtype in ((2, None), (4, None), (6, fp8.FP8_DTYPE)):
+        x = to_torch(case.rows(rank, case.tokens[rank], salt=salt)).nan_to_num(0, 1, -1)
+        plain = buffer.dispatch(x, topk, probs, wire_dtype=wire_dtype)
+        summed = buffer.combine(plain.recv_x, plain.handle).combined_x
+        for how in (dict(topk_idx=topk), dict(handle=plain.handle)):
+            if begins[rank]:
+                buffer.begin_dispatch(x, wire_dtype=wire_dtype)
+                # Of the other kind, so it may come between.
+                again = buffer.combine(plain.recv_x, plain.handle).combined_x
+                assert torch.equal(again, summed)
+            else:
+                buffer.combine(plain.recv_x, plain.handle)
+            out = buffer.dispatch(x, **how, topk_weights=probs, wire_dtype=wire_dtype)
+            assert torch.equal(out.recv_x, plain.recv_x)
+            assert torch.equal(out.recv_topk_weights, plain.recv_topk_weights)
+            record = list(buffer.records)[-2 if begins[rank] else -1]
+            assert record.op == "dispatch" and sum(record.wire_bytes_to_rank) > 0
+
+
+@pytest.mark.parametrize("begins", [(True, True), (False, True)], ids=["all", "one"])
+def test_rows_ahead_of_their_routing(library, begins):
+    """Some ranks may begin ahead, and others not."""
+    case = Case(tokens=(150, 70), num_topk=3, hidden=512, drop=0.1)
+    config = case.config(**BY_COPY)
+    run_emulated_ranks(library, 2, begins_ahead, config, case, begins, delay_us=100)
+
+
+def begins_wrongly(rank: int, buffer: Buffer, case: Case) -> None:
+    topk = to_torch(case.topk_idx(rank))
+    x = to_torch(case.rows(rank, case.tokens[rank], salt=2))
+    other = x.clone()
+    handle = buffer.dispatch(x, topk).handle
+    buffer.begin_dispatch(x)
+    with pytest.raises(EPArgumentError, match="was called before"):
+        buffer.begin_dispatch(x)
+    with pytest.raises(EPArgumentError, match=r"dispatch them .* \(x is another tensor"):
+        buffer.dispatch(other, topk)
+    with pytest.raises(EPArgumentError, match="x is another tensor"):
+        buffer.dispatch(x[:-1], topk[:-1])
+    summed = buffer.combine(other.new_zeros(handle.num_rows, case.hidden).requires_grad_(), handle)
+    with pytest.raises(EPArgumentError, match="x is another tensor"):  # not a buffer that failed
+        summed.combined_x.sum().backward()
+    with pytest.raises(EPArgumentError, match="wire_dtype is"):
+        buffer.dispatch(x, topk, wire_dtype=fp8.FP8_DTYPE)
+    buffer.dispatch(x, topk)
+    buffer.begin_dispatch(x)
+    x[0, 0] = 3
+    with pytest.raises(EPArgumentError, match="was written to since then"):
+        buffer.dispatch(x, topk)
+
+
+def test_rows_ahead_that_are_not_those_dispatched_are_named(library):
+    case = Case(tokens=(20, 7), num_topk=2, hidden=512)
+    run_emulated_ranks(library, 2, begins_wrongly, case.config(**BY_COPY), case)
+
+
+def marks_of(buffer: Buffer) -> torch.Tensor:
+    """What each rank has marked for its dispatches in this one's memory."""
+    backend = buffer._session.backend
+    begin = backend.offsets.copy_marks
+    return backend.memory.tensor[begin : begin + 4 * buffer.num_ranks].view(torch.int32)
+
+
+def gives_up_with_copies_behind(rank: int, buffer: Buffer, case: Case, met: Barrier) -> int:
+    """Rank 1 stays away. A third dispatch of rank 0 is launched before the second has given up."""
+    x = to_torch(case.rows(rank, case.tokens[rank], salt=2))
+    handle = buffer.dispatch(x, to_torch(case.topk_idx(rank))).handle
+    met.wait()
+    if rank == 0:
+        buffer._session.backend.unwaited = True
+        for _ in range(2):
+            buffer.dispatch(x, handle=handle)
+        with pytest.raises(EPTimeoutError, match="waited 1 s for rank 1"):
+            buffer.synchronize()
+    met.wait()
+    return int(marks_of(buffer)[0])
+
+
+def test_a_rank_that_gave_up_marks_what_its_copies_may_run_over(library):
+    case = Case(tokens=(40, 7), num_topk=3)
+    config = case.config(**{**BY_COPY, "timeout_s": 1})
+    marks = run_emulated_ranks(library, 2, gives_up_with_copies_behind, config, case, Barrier(2))
+    assert marks[1] == 3  # the second has not ended, so nobody reads for a third
+
+
+def reads_what_may_be_overwritten(rank: int, buffer: Buffer, case: Case) -> str:
+    """As if rank 0 had given up, and copies of its next dispatch ran, while rank 1 reads.
+
+    Rank 0 has no tokens, so it is its mark alone that rank 1 sees of it.
+    """
+    x = to_torch(case.rows(rank, case.tokens[rank], salt=2))
+    handle = buffer.dispatch(x, to_torch(case.topk_idx(rank))).handle
+    if rank == 0:
+        return ""
+    marks_of(buffer)[0] = 3
+    with pytest.raises(EPStateError) as error:
+        buffer.dispatch(x, handle=handle)
+    return str(error.value)
+
+
+def test_rows_that_may_have_been_overwritten_are_no_result(library):
+    case = Case(tokens=(0, 40), num_topk=3)
+    results = run_emulated_ranks(
+        library, 2, reads_what_may_be_overwritten, case.config(**BY_COPY), case
+    )
+    assert "dispatch #2: rank 0 gave up, and what its copy engines sent" in results[1]

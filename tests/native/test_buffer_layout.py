@@ -44,13 +44,15 @@ def fields(offsets: header.BufferOffsets) -> dict[str, int]:
 @pytest.mark.parametrize("sizes", KNOWN, ids=str)
 def test_offsets_are_what_they_were(library, sizes):
     found = fields(library.buffer_offsets(header.BufferLayoutArgs(*sizes)))
-    low_latency = [found.pop(name) for name in list(found) if name.startswith("low_latency")]
+    later = ("low_latency", "copy_", "plan_token_bits")
+    no_room = [found.pop(name) for name in list(found) if name.startswith(later)]
+    del found["region_bytes"]
     assert tuple(found.values()) == (0, 256, 512, 768, 1024, *KNOWN[sizes])
-    assert set(low_latency) == {found["total"]}  # no room was asked for
+    assert set(no_room) == {found["total"]}  # none was asked for
 
 
 def bytes_of_parts(
-    tokens: int, row_bytes: int, topk: int, ranks: int, room: int, hidden: int
+    tokens: int, row_bytes: int, topk: int, ranks: int, room: int, hidden: int, copies: int = 0
 ) -> dict[str, int]:
     """What ep_comm.h says of every part, in the order in which they stand there."""
     weight_words = -(-topk // 3)
@@ -70,6 +72,9 @@ def bytes_of_parts(
         "dispatch_slots": (ranks - 1) * tokens * slot_bytes,
         "combine_rows": (ranks - 1) * tokens * row_bytes,
         "zeros": row_bytes,
+        "plan_token_bits": 8 * copies * ranks * -(-tokens // 32),
+        "copy_flags": 16 * copies * ranks * header.EP_COPY_FLAGS,
+        "copy_marks": 8 * copies * ranks,
         "low_latency_credits": 16 * ranks if room else 0,
         "low_latency_headers": 64 * ranks if room else 0,
         "low_latency_entries": 16 * tokens_of_halves * (-(-topk // 8) + weight_words),
@@ -93,13 +98,14 @@ def test_low_latency_size_hint_is_enough():
 
 @pytest.mark.parametrize("ranks", range(1, header.EP_MAX_PEERS + 1))
 def test_parts_are_apart_aligned_and_inside(library, ranks):
-    for tokens, row_bytes, topk, low_latency in product(
-        (1, 4, 130, 5000), (16, 2064, 14336), (1, 8, 32), ((0, 64), (1, 8), (128, 7168))
+    for tokens, row_bytes, topk, low_latency, copies in product(
+        (1, 4, 130, 5000), (16, 2064, 14336), (1, 8, 32), ((0, 64), (1, 8), (128, 7168)), (0, 1)
     ):
-        sizes = (tokens, row_bytes, topk, ranks, *low_latency)
+        sizes = (tokens, row_bytes, topk, ranks, *low_latency, copies)
         found = fields(library.buffer_offsets(header.BufferLayoutArgs(*sizes)))
         total, chunks = found.pop("total"), found.pop("max_chunks")
         parts = bytes_of_parts(*sizes)
+        assert (ranks - 1) * found.pop("region_bytes") == parts["dispatch_slots"]
         assert list(found) == list(parts)
         ends = [found[name] + num_bytes for name, num_bytes in parts.items()]
         starts = [*found.values(), total]

@@ -22,6 +22,7 @@ from torch import Tensor
 from ep_comm import _native, fp8
 from ep_comm._native import header
 from ep_comm.backends.base import (
+    NEEDS_COPY_ENGINES,
     Combined,
     CombineRequest,
     DispatchRequest,
@@ -30,12 +31,18 @@ from ep_comm.backends.base import (
     Received,
 )
 from ep_comm.backends.nvlink import prices, support
+from ep_comm.backends.nvlink.ahead import Ahead
 from ep_comm.backends.nvlink.args import kernel_args
 from ep_comm.backends.nvlink.low_latency import NVLinkLowLatency
 from ep_comm.backends.nvlink.memory import PeerMemory, buffer_offsets
 from ep_comm.backends.nvlink.planner import Planner
 from ep_comm.backends.nvlink.routing import NVLinkRouting, entry_size
-from ep_comm.backends.nvlink.rows import allocate_rows, describe_rows, whole_weight_rows
+from ep_comm.backends.nvlink.rows import (
+    allocate_rows,
+    describe_payload,
+    describe_rows,
+    whole_weight_rows,
+)
 from ep_comm.backends.nvlink.streams import Streams
 from ep_comm.backends.nvlink.tuning import (
     COMBINE_CHUNK_BYTES,
@@ -57,6 +64,11 @@ from ep_comm.topology import Spot, num_hosts
 def _tag(*call: int) -> int:
     """Return 0 to 255, the same for the same call on every rank: chunks carry it."""
     return hash(call) & 0xFF  # a hash of integers is the same in every process
+
+
+def _rows_tag(args: header.DispatchArgs, x: Tensor) -> int:
+    """Return the tag of rows that may travel before anything else of their call is known."""
+    return _tag(fp8.NATIVE_DTYPES.get(x.dtype, -1), args.row_bytes, args.scale_bytes)
 
 
 class NVLinkBackend:
@@ -303,12 +315,25 @@ class NVLinkBackend:
 
     def dispatch(self, routing: NVLinkRouting, request: DispatchRequest) -> Pending[Received]:
         """Launch the kernel of a cached dispatch, or let a new one follow its plan."""
+        ahead = self._planner.ahead
+        if ahead is not None and not ahead.is_of(request.x):  # a backward pass, which asks nobody
+            ahead.check(request.x, request.wire_dtype)
+        try:
+            return self._dispatch(routing, request, ahead)
+        finally:
+            self._planner.ahead = None
+
+    def _dispatch(
+        self, routing: NVLinkRouting, request: DispatchRequest, ahead: Ahead | None
+    ) -> Pending[Received]:
         x, scales, topk_weights, wire_dtype, recv_dtype, asynchronous = request
         first, routing.first = routing.first, None
         if first is None:
             self.memory.check()
-        quantises = wire_dtype == fp8.FP8_DTYPE and scales is None
-        if quantises:
+        quantises = wire_dtype == fp8.FP8_DTYPE and scales is None and ahead is None
+        if ahead is not None:
+            x, scales = ahead.rows, ahead.scales
+        elif quantises:
             x, scales = fp8.quantize(x)
         weights = whole_weight_rows(topk_weights)
         args = self._args.dispatch
@@ -317,7 +342,7 @@ class NVLinkBackend:
             *(routing.ticket, first is not None, fp8.NATIVE_DTYPES.get(x.dtype, -1)),
             *(args.row_bytes, args.scale_bytes, args.weight_bytes),
         )
-        args.rows_tag = _tag(fp8.NATIVE_DTYPES.get(x.dtype, -1), args.row_bytes, args.scale_bytes)
+        args.rows_tag = _rows_tag(args, x)
         if first is None:
             received = self._repeat(args, routing, recv_dtype, asynchronous)
         else:
@@ -329,7 +354,8 @@ class NVLinkBackend:
             if self._dispatch_wire is not None:
                 if quantises:  # on the caller's stream
                     self._streams.wait(self._dispatch_wire.stream, self._streams.current)
-                late = self._streams.current if was_made and not quantises else None
+                has_late = was_made and not quantises or ahead is not None
+                late = self._streams.current if has_late else None
                 self._dispatch_wire.push(args, routing.num_tokens, late)
             received = self._planner.dispatch(args, routing, recv_dtype, first)
         keep = (x, scales, weights, first and first.source, routing.memory)
@@ -348,9 +374,14 @@ class NVLinkBackend:
         received = allocate_rows(args, routing, self.config.hidden, recv_dtype, self.device)
         stream = self._streams.begin(header.EP_OP_DISPATCH, asynchronous, sms)
         self._keep_for_current_stream(routing)
-        args.peers.record = self.recorder.start(
-            "dispatch", args.row_bytes + args.scale_bytes, routing.known_expert_rows
-        )
+        num_bytes, ahead = args.row_bytes + args.scale_bytes, self._planner.ahead
+        if ahead is not None and ahead.number is not None:
+            args.peers.record = ahead.record
+            self.recorder.complete(num_bytes, routing.known_expert_rows, ahead.number)
+        else:
+            args.peers.record = self.recorder.start(
+                "dispatch", num_bytes, routing.known_expert_rows
+            )
         args.is_planned = args.is_behind_plan = False
         self._launch_dispatch(args, routing, sms, stream)
         return received
@@ -359,8 +390,11 @@ class NVLinkBackend:
         self, args: header.DispatchArgs, routing: NVLinkRouting, num_sms: int, stream: int
     ) -> None:
         if self._dispatch_wire is not None:
-            self._dispatch_wire.begin(stream, args.peers.record, begins=True)
-            self._dispatch_wire.push(args, routing.num_tokens, None)
+            is_ahead = self._planner.ahead is not None
+            if not is_ahead:
+                self._dispatch_wire.begin(stream, args.peers.record, begins=True)
+            late = self._streams.current if is_ahead else None
+            self._dispatch_wire.push(args, routing.num_tokens, late)
             self._dispatch_wire.expand(args, num_sms, stream)
             return
         push_blocks, expand_blocks = split_dispatch(
@@ -369,6 +403,39 @@ class NVLinkBackend:
         args.num_push_blocks, args.num_expand_blocks = push_blocks, expand_blocks
         args.num_blocks = push_blocks + expand_blocks
         self.native.launch("ep_dispatch", args, stream)
+
+    # --- rows ahead of their routing -------------------------------------------------------------
+
+    def begin(self, x: Tensor, scales: Tensor | None, wire_dtype: torch.dtype) -> None:
+        """Push rows; the dispatch that follows says where they go."""
+        if self.config.wire != "copy-engine":
+            raise EPUnsupportedError(NEEDS_COPY_ENGINES)
+        if self._planner.ahead is not None:
+            raise EPArgumentError(
+                "begin_dispatch was called before, and the dispatch of its rows has not come"
+            )
+        self.memory.check()
+        rows = x.detach()
+        if wire_dtype == fp8.FP8_DTYPE and scales is None:
+            rows, scales = fp8.quantize(rows)
+        wire, number, record = self._dispatch_wire, None, 0
+        if wire is not None:
+            args, num_tokens = self._args.dispatch, len(x)
+            describe_payload(args, rows, scales)
+            args.rows_tag = _rows_tag(args, rows)
+            if num_tokens > self.config.max_tokens_per_rank:
+                num_tokens = 0  # the dispatch tells all ranks
+            record = self.recorder.start("dispatch", 0)
+            number = self.recorder.num_operations
+            self._streams.order_behind_last(header.EP_OP_DISPATCH, wire.stream)
+            wire.begin(self._streams.current, record, begins=True)
+            wire.push_rows(args, num_tokens)
+        self._planner.ahead = Ahead.of(x, wire_dtype, (rows, scales), number, record)
+
+    def check_ahead(self, x: Tensor, wire_dtype: torch.dtype) -> None:
+        """Refuse another dispatch than the one that was begun."""
+        if self._planner.ahead is not None:
+            self._planner.ahead.check(x, wire_dtype)
 
     # --- combine ---------------------------------------------------------------------------------
 

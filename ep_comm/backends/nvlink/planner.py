@@ -6,6 +6,7 @@ import torch
 
 from ep_comm._native import NativeLibrary, header
 from ep_comm.backends.base import PlanRequest, Received
+from ep_comm.backends.nvlink.ahead import Ahead
 from ep_comm.backends.nvlink.mailbox import Mailbox
 from ep_comm.backends.nvlink.memory import PeerMemory
 from ep_comm.backends.nvlink.routing import (
@@ -57,6 +58,7 @@ class Planner:
 
     Attributes:
         entries: Where plans leave the entries of rows whose number nobody knows yet.
+        ahead: What the next dispatch has begun with, if it has.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Planner:
         wire: DispatchWire | None = None,
     ) -> None:
         self._wire = wire
+        self.ahead: Ahead | None = None
         self._token_words = 0
         if wire is not None:
             self._token_words = token_words(config.max_tokens_per_rank, memory.num_ranks)
@@ -121,7 +124,7 @@ class Planner:
             is_captured or (num_sms == available_sms and not selects_weights)
         )
         stream = streams.begin(header.EP_OP_DISPATCH, asynchronous, num_sms)
-        record = self._start(stream)
+        record, number = self._start(stream)
         self._num_plans += 1
         arena = torch.empty(total, dtype=torch.int32, device=self._device)
         native = native_routing(
@@ -141,7 +144,7 @@ class Planner:
             places=places,
             memory=(arena,),
             first=FirstDispatch(
-                source, stream, num_sms, record, selects_weights, in_one, is_captured
+                source, stream, num_sms, record, selects_weights, in_one, is_captured, number
             ),
             wait_for_kernels=self._wait_for_kernels,
         )
@@ -165,12 +168,14 @@ class Planner:
             streams.wait(streams.current, stream)
         return routing
 
-    def _start(self, stream: int) -> int:
-        """Begin an operation, with the gate of its copies; return the address of its record."""
+    def _start(self, stream: int) -> tuple[int, int]:
+        """Begin an operation, if its rows are not on their way; return its record and number."""
+        if self.ahead is not None and self.ahead.number is not None:
+            return self.ahead.record, self.ahead.number
         record = self._recorder.start("dispatch", 0)
         if self._wire is not None:
             self._wire.begin(stream, record, begins=False)
-        return record
+        return record, self._recorder.num_operations
 
     def restart(self) -> None:
         """Count plans anew: the mailbox is empty."""
@@ -222,7 +227,9 @@ class Planner:
                 routing.expert_alignment,
                 streams.side,
             )
-        self._recorder.complete(args.row_bytes + args.scale_bytes, routing.known_expert_rows)
+        self._recorder.complete(
+            args.row_bytes + args.scale_bytes, routing.known_expert_rows, first.number
+        )
         received = allocate_rows(args, routing, self._config.hidden, recv_dtype, self._device)
         if routing.layout == "rank":
             routing.recv_topk_idx = allocate_experts(args, routing, first.source, self._device)

@@ -43,8 +43,9 @@ def arena_places(
         "source_tokens": num_ranks,
         "expert_tokens": num_local_experts,
         "expert_first_row": num_local_experts + 1,
-        "token_bits": num_token_words,
     }
+    if num_token_words:  # else rows travel by slot
+        counts["token_bits"] = num_token_words
     places, total = {}, 0
     for name, count in counts.items():
         places[name] = (total, count)
@@ -75,8 +76,6 @@ def native_routing(
     addresses = {name: arena + 4 * first for name, (first, _) in places.items()}
     if not num_entries:
         addresses["entries"] = entries
-    if not num_token_words:  # rows travel by slot
-        del addresses["token_bits"]
     return header.Routing(
         **addresses,
         num_tokens=num_tokens,
@@ -178,6 +177,7 @@ class FirstDispatch(NamedTuple):
         selects_weights: Whether probabilities are selected by the plan's experts in between.
         in_one: Whether rows are pushed and expanded by one kernel, on the stream of the plan.
         is_captured: In a CUDA graph.
+        number: Of their operation on the buffer, from 1; None is the last one.
     """
 
     source: Tensor
@@ -187,3 +187,4 @@ class FirstDispatch(NamedTuple):
     selects_weights: bool
     in_one: bool
     is_captured: bool
+    number: int | None = None

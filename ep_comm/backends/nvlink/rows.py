@@ -25,6 +25,14 @@ def whole_weight_rows(weights: Tensor | None) -> Tensor | None:
     return weights.clone() if weights.data_ptr() % 16 else weights
 
 
+def describe_payload(args: header.DispatchArgs, x: Tensor, scales: Tensor | None) -> None:
+    """Set the rows that are sent, and their scales."""
+    args.x = x.data_ptr()
+    args.scales = None if scales is None else scales.data_ptr()
+    args.row_bytes = x.shape[1] * x.element_size()
+    args.scale_bytes = 0 if scales is None else scales.shape[1] * 4
+
+
 def describe_rows(
     args: header.DispatchArgs,
     routing: NVLinkRouting,
@@ -34,15 +42,12 @@ def describe_rows(
     recv_dtype: torch.dtype,
 ) -> None:
     """Set what is sent, and along which routing."""
-    args.x = x.data_ptr()
-    args.scales = None if scales is None else scales.data_ptr()
+    describe_payload(args, x, scales)
     args.weights = None if weights is None else weights.data_ptr()
     args.recv_topk_idx = None  # see allocate_experts
     args.routing = routing.native
-    args.row_bytes = row_bytes = x.shape[1] * x.element_size()
-    args.scale_bytes = 0 if scales is None else scales.shape[1] * 4
     args.weight_bytes = 0 if weights is None else routing.native.num_topk4 * 4
-    args.chunk_tokens = chunk_tokens(DISPATCH_CHUNK_BYTES, row_bytes)
+    args.chunk_tokens = chunk_tokens(DISPATCH_CHUNK_BYTES, args.row_bytes)
     args.recv_kind = header.EP_RECV_BYTES
     if scales is not None and recv_dtype != fp8.FP8_DTYPE:
         args.recv_kind = _RECV_KINDS[recv_dtype]

@@ -150,11 +150,14 @@ class DispatchWire(CopyWire):
     ) -> None:
         op = header.EP_OP_DISPATCH
         super().__init__(native, streams, new_stream, op, peers, offsets, config, device)
+        self._is_ahead = False
         self._region_offset = offsets.dispatch_slots
         self._push.target_stride = offsets.region_bytes
 
     def push(self, args: header.DispatchArgs, num_tokens: int, late: int | None) -> None:
         """Push rows, scales and weights.
+
+        What `push_rows` has pushed before is left out.
 
         Args:
             args: Says where they are.
@@ -162,6 +165,10 @@ class DispatchWire(CopyWire):
             late: The stream behind which the weights are there, if they are not there with the
                 rows: the first chunk of rows does not wait for it.
         """
+        if self._is_ahead:
+            self._is_ahead = False
+            self._push_rest(args, num_tokens, late)
+            return
         if late is None:
             self._push_scales(args, num_tokens)
             self._push_head(args, num_tokens, marks=num_tokens == 0)
@@ -169,20 +176,20 @@ class DispatchWire(CopyWire):
             if first == 0 and late is not None:
                 self._push_scales(args, num_tokens)
                 self._push_chunk(args, num_tokens, first, marks=False)
-                self.push_rest(args, num_tokens, late)
+                self._push_rest(args, num_tokens, late)
             else:
                 self._push_chunk(args, num_tokens, first, marks=True)
         if late is not None and num_tokens == 0:
-            self.push_rest(args, num_tokens, late)
+            self._push_rest(args, num_tokens, late)
 
     def push_rows(self, args: header.DispatchArgs, num_tokens: int) -> None:
-        """Push rows and scales alone; `push_rest` pushes the rest."""
+        """Push rows and scales alone: `push` then pushes what is left."""
+        self._is_ahead = True
         self._push_scales(args, num_tokens)
         for first in range(0, num_tokens, self.chunk_rows):
             self._push_chunk(args, num_tokens, first, marks=False)
 
-    def push_rest(self, args: header.DispatchArgs, num_tokens: int, late: int | None) -> None:
-        """Push the weights, which are there behind the stream `late`, and say what is called."""
+    def _push_rest(self, args: header.DispatchArgs, num_tokens: int, late: int | None) -> None:
         if late is not None:
             self._streams.wait(self.stream, late)
         self._push_head(args, num_tokens, marks=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ep_comm import fp8
 from ep_comm.backends.base import (
+    NEEDS_COPY_ENGINES,
     Combined,
     CombineRequest,
     DispatchRequest,
@@ -39,7 +40,7 @@ from ep_comm.backends.reference.rows import (
     unpack,
 )
 from ep_comm.config import EPConfig
-from ep_comm.errors import EPArgumentError, EPOverflowError
+from ep_comm.errors import EPArgumentError, EPOverflowError, EPUnsupportedError
 from ep_comm.job.meeting import Meeting
 from ep_comm.routing.layout import index_dtype, layout_of
 from ep_comm.routing.types import RoutingSizes, RowLayout
@@ -160,6 +161,13 @@ class ReferenceBackend(Operations):
 
     def check_wire_dtype(self, wire_dtype: torch.dtype, recv_dtype: torch.dtype) -> None:
         """Accept every pair that the buffer accepts."""
+
+    def begin(self, x: Tensor, scales: Tensor | None, wire_dtype: torch.dtype) -> None:
+        """Refuse it: rows are sent by their routing."""
+        raise EPUnsupportedError(NEEDS_COPY_ENGINES)
+
+    def check_ahead(self, x: Tensor, wire_dtype: torch.dtype) -> None:
+        """Accept any rows: none can have been begun."""
 
     # --- routing -------------------------------------------------------------------------------
 
