@@ -173,7 +173,8 @@ def _all_ranks(
     from ep_comm.backends.nvlink.memory import PeerMemory, buffer_offsets, clear, farewell_flags
 
     ranks_per_gpu = -(-num_ranks // num_gpus)
-    streams = [_streams(gpu, 3 * ranks_per_gpu) for gpu in range(num_gpus)]
+    per_rank = 5 if config.wire == "copy-engine" else 3
+    streams = [_streams(gpu, per_rank * ranks_per_gpu) for gpu in range(num_gpus)]
     barrier, store = threading.Barrier(num_ranks), dist.HashStore()
     meet = barrier.wait if in_step else lambda: None
     offsets = buffer_offsets(_native.load(), config, num_ranks)

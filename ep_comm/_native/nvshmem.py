@@ -32,6 +32,7 @@ SHARED = {
     "ep_last_error",
     "ep_load_kernels",
     "ep_stream_wait",
+    "ep_event_wait",
     "ep_mailbox_wait",
     "ep_nodes_layout",
     "ep_nodes_plan_scratch_bytes",

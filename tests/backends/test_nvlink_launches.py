@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 from types import SimpleNamespace
 from unittest import mock
 
@@ -31,6 +32,7 @@ from ep_comm.handle import DispatchHandle
 from ep_comm.telemetry.device import DeviceRecorder
 
 CURRENT, SIDE, COMM = 5, 6, 7
+COPIES = 8, 9  # of dispatches, of combines
 CONFIG = EPConfig(num_experts=8, hidden=512, max_tokens_per_rank=16, num_topk=2)
 X = torch.zeros(10, 512, dtype=torch.bfloat16)
 TOPK = torch.zeros(10, 2, dtype=torch.int64)
@@ -50,6 +52,9 @@ class Launches:
 
     def stream_wait(self, waiting, other, event) -> None:
         self.calls.append(("wait", waiting, other))
+
+    def event_wait(self, waiting, event) -> None:
+        self.calls.append(("event", waiting, event))
 
     def mailbox_wait(self, *_) -> bool:
         self.calls.append(("mailbox",))
@@ -77,12 +82,15 @@ def make_backend(config: EPConfig) -> NVLinkBackend:
     memory = mock.Mock(
         rank=0, num_ranks=2,
         mailbox=mailbox, mailbox_address=0, fault_address=0, notice_address=0,
-        counters=torch.zeros(3, 64, dtype=torch.int32), peers=lambda *_: header.Peers(),
+        counters=torch.zeros(3, 64, dtype=torch.int32),
+        peers=lambda *_: header.Peers(num_ranks=2),
     )  # fmt: skip
     cpu = torch.device("cpu", 0)
+    urgent, events = iter((COMM, *COPIES)), itertools.count(1)
     answers = {
-        "Event": lambda: mock.Mock(cuda_event=1),
-        "Stream": lambda priority: mock.Mock(cuda_stream={0: SIDE, -1: COMM}[priority]),
+        "Event": lambda: mock.Mock(cuda_event=next(events)),
+        "Stream": lambda priority: mock.Mock(cuda_stream=next(urgent) if priority else SIDE),
+        "is_current_stream_capturing": lambda: False,
         "current_device": lambda: 0,
         "get_device_properties": lambda _: SimpleNamespace(
             multi_processor_count=132, name="a GPU that nobody measured"

@@ -1,0 +1,332 @@
+"""Copy engines as the wire: what is refused, what is launched, and on GPUs all that is checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+from cases import Case, to_numpy, to_torch
+from copy_engine_cases import (
+    capacity_on_buffer,
+    check_dense_bytes,
+    fp8_on_buffer,
+    run_on_buffer,
+)
+from ranks import run_ranks
+from test_buffer import CASES, check_results, on_gpus, random_case, run_case
+from test_capacity import GRAPH_CASE, captured
+from test_dispatch_fp8 import CASE as FP8_CASE
+from test_dispatch_fp8 import check_fp8_results
+from test_nvlink_launches import (
+    COPIES,
+    CURRENT,
+    SIDE,
+    TOPK,
+    X,
+    backend,  # noqa: F401 - a fixture
+    dispatch,
+    plan,
+)
+from virtual_ranks import run_virtual_ranks
+
+from ep_comm import Buffer, EPArgumentError, EPConfig, EPMismatchError, EPUnsupportedError
+from ep_comm._native import header
+from ep_comm.backends.base import CombineRequest
+from ep_comm.backends.nvlink.wire import chunk_rows
+
+BY_COPY = dict(wire="copy-engine")
+CONFIG = EPConfig(num_experts=8, hidden=512, max_tokens_per_rank=200, num_topk=2, **BY_COPY)
+by_copy = pytest.mark.parametrize("backend", [CONFIG], ids=["copies"], indirect=True)
+COPY, COPY_BACK = COPIES
+
+
+# ---- What is refused ---------------------------------------------------------------------------
+
+
+def test_a_wire_that_is_none():
+    with pytest.raises(EPArgumentError, match="wire must be one of sm, copy-engine, got 'ce'"):
+        dataclasses.replace(CONFIG, wire="ce")
+
+
+@pytest.mark.parametrize("other", ["nodes", "reference"])
+def test_backends_without_copies(other):
+    with pytest.raises(EPArgumentError, match=f'is one of the "nvlink" backend, not of {other!r}'):
+        dataclasses.replace(CONFIG, backend=other)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_topk", "wanted"),
+    [(1, 1, None), (2, 2, None), (4, 8, None), (2, 1, "50%"), (4, 2, "44%"), (8, 8, "66%")],
+)
+def test_groups_for_which_most_rows_would_be_pushed_for_nothing(num_ranks, num_topk, wanted):
+    config = dataclasses.replace(CONFIG, num_topk=num_topk)
+    if wanted is None:
+        config.check_group(num_ranks)
+        return
+    with pytest.raises(EPArgumentError, match=f"experts want {wanted} of them, and it takes 67%"):
+        config.check_group(num_ranks)
+    dataclasses.replace(config, wire="sm").check_group(num_ranks)
+
+
+def on_cpus(rank: int, what: str) -> str:
+    wire = "copy-engine" if what == "no GPU" or rank == 0 else "sm"
+    error = EPArgumentError if what == "no GPU" else EPMismatchError
+    with pytest.raises(error) as caught:
+        Buffer(None, dataclasses.replace(CONFIG, wire=wire))
+    return str(caught.value)
+
+
+def test_machines_without_peer_copies_are_named():
+    for message in run_ranks(2, on_cpus, "no GPU"):
+        assert message.startswith("no backend with wire='copy-engine' for this group: nvlink: ")
+
+
+def test_ranks_with_different_wires_are_named():
+    for message in run_ranks(2, on_cpus, "mismatch"):
+        assert "rank 0 has wire='copy-engine'" in message
+        assert "rank 1 has wire='sm'" in message
+
+
+def without_copies(rank: int) -> None:
+    buffer = Buffer(None, dataclasses.replace(CONFIG, wire="sm"))
+    with pytest.raises(EPUnsupportedError, match=r"begin_dispatch needs EPConfig\(wire='copy-eng"):
+        buffer.begin_dispatch(X)
+    with pytest.raises(EPArgumentError, match="x must be"):
+        buffer.begin_dispatch(X[:, :-1])
+    buffer.dispatch(X, TOPK)  # as before
+
+
+def test_rows_ahead_need_copies():
+    run_ranks(1, without_copies)
+
+
+# ---- What is launched --------------------------------------------------------------------------
+
+
+@by_copy
+def test_a_new_dispatch_pushes_before_its_routing_is_known(backend):  # noqa: F811
+    dispatch(backend, plan(backend))
+    calls = backend.native.take()
+    names = [call[0] for call in calls]
+    assert names == [
+        *("wait", "ep_gate", "plan"),  # 10 tokens of 200 are one chunk
+        *("ep_push", "ep_push", "mailbox"),
+        *(("event", "ep_expand") * 4),
+        "wait",
+    ]
+    assert calls[0] == ("wait", COPY, CURRENT) and calls[-1] == ("wait", CURRENT, SIDE)
+    gate, head, rows = (calls[i] for i in (1, 3, 4))
+    assert gate[2] == head[2] == rows[2] == COPY
+    assert not gate[1].begins  # the plan's kernel does
+    assert (head[1].flag, rows[1].flag) == (0, 1)
+    assert rows[1].row_bytes == 1024 and list(rows[1].num_rows[:2]) == [10, 10]
+    assert head[1].event is None and rows[1].event is not None
+    waits, expands = calls[6:-1:2], calls[7:-1:2]
+    assert {wait[1:] for wait in waits} == {(SIDE, rows[1].event)}
+    assert [(each[1].first_token, each[1].end_token) for each in expands] == [
+        *((0, 64), (64, 128), (128, 192), (192, 200)),
+    ]
+    for _, args, stream in expands:
+        assert stream == SIDE and args.is_planned
+        assert args.num_expand_blocks == 132 and args.num_blocks == 4 * 132
+        assert args.wire.number == rows[1].number == 1 and args.wire.chunk_rows == 64
+        assert 32 % args.chunk_tokens == 0
+
+
+@by_copy
+def test_probabilities_that_come_late_do_not_hold_up_rows(backend):  # noqa: F811
+    source = torch.zeros(10, 8, dtype=torch.bool)
+    routing = plan(backend, source=source, has_weights=True)
+    dispatch(backend, routing, weights=torch.rand(10, 2))
+    calls = backend.native.take()
+    pushed = [call for call in calls if COPY in call[1:2] + call[-1:]]
+    assert [call[0] for call in pushed] == ["wait", "ep_gate", "ep_push", "wait", "ep_push"]
+    first, late = pushed[-3][1], pushed[-1][1]
+    assert (first.flag, first.event) == (1, None)  # expanding waits for the head too
+    assert pushed[-2] == ("wait", COPY, CURRENT)
+    assert late.flag == 0 and late.event is not None and late.row_bytes == 16
+
+
+@by_copy
+def test_rows_ahead_are_pushed_once(backend):  # noqa: F811
+    backend.begin(X, None, torch.bfloat16)
+    gate, rows = (call[1] for call in backend.native.take() if call[0].startswith("ep_"))
+    assert gate.begins and (rows.flag, rows.event) == (1, None)
+    routing = plan(backend)
+    dispatch(backend, routing)
+    calls = backend.native.take()
+    assert [call[0] for call in calls].count("ep_gate") == 0
+    [head] = [call[1] for call in calls if call[0] == "ep_push"]
+    assert head.flag == 0 and head.event is not None
+    [planned] = [call[1] for call in calls if call[0] == "plan"]
+    assert planned.peers.record == gate.peers.record
+    dispatch(backend, routing)  # the next one is as ever
+    assert [call[0] for call in backend.native.take()].count("ep_push") == 2
+
+
+@by_copy
+def test_a_combine_pushes_chunks_as_they_are_added_up(backend):  # noqa: F811
+    routing = plan(backend)
+    received = dispatch(backend, routing).result
+    backend.native.take()
+    backend.combine(routing, CombineRequest(received.x, None, False))
+    calls = backend.native.take()
+    assert [call[0] for call in calls] == [
+        *("wait", "ep_gate", "ep_partial_sums", "wait", "ep_push", "wait", "ep_combine"),
+    ]
+    gate, partial, push, combine = (calls[i] for i in (1, 2, 4, 6))
+    assert gate[1].begins and gate[2] == push[2] == COPY_BACK
+    assert partial[2] == combine[2] == CURRENT
+    assert calls[3] == ("wait", COPY_BACK, CURRENT) and calls[5] == ("wait", CURRENT, COPY_BACK)
+    assert push[1].num_rows[1] == 7 and push[1].flag == 1
+    assert combine[1].num_pushed == -1 and combine[1].chunk_rows == chunk_rows(200) == 64
+
+
+@by_copy
+def test_where_nobody_knows_how_many_rows_came_all_are_pushed(backend):  # noqa: F811
+    routing = plan(backend, capacity=40)
+    received = dispatch(backend, routing).result
+    backend.native.take()
+    weights = torch.rand(40)
+    backend.combine(routing, CombineRequest(received.x, weights, False))
+    pushes = [call[1] for call in backend.native.take() if call[0] == "ep_push"]
+    assert [push.flag for push in pushes] == [-1, 1, 2, 3, 4]  # weights come with the first chunk
+    assert all(list(push.num_rows[:2]) == [200, 200] for push in pushes)
+    assert pushes[0].chunk_rows == 200 and pushes[0].row_bytes == 8
+
+
+@by_copy
+def test_flags_in_graphs_are_not_the_others(backend):  # noqa: F811
+    """A replay counts on: so its flags follow the epoch, those outside the host's own count."""
+    dispatch(backend, plan(backend, capacity=40))
+    with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
+        dispatch(backend, plan(backend, capacity=40))
+    dispatch(backend, plan(backend, capacity=40))
+    pushes = [call[1] for call in backend.native.take() if call[0] == "ep_push"]
+    assert [push.number for push in pushes] == [1, 1, 0, 0, 2, 2]
+    outside, inside = pushes[0].flag_offset, pushes[2].flag_offset
+    assert inside - outside == 4 * 2 * header.EP_COPY_FLAGS == 4 * 16
+    assert pushes[4].flag_offset == outside
+
+
+# ---- On GPUs -----------------------------------------------------------------------------------
+
+
+def config_of(case: Case) -> EPConfig:
+    return case.config(**BY_COPY)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in CASES if case.num_ranks <= 4])
+def test_named_cases(case):
+    case = on_gpus(case, "nvlink")
+    results = run_virtual_ranks(case.num_ranks, run_on_buffer, config_of(case), case)
+    if case.num_ranks > 1:
+        check_results(case, results, check_dense_bytes)
+    else:
+        check_results(case, results)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, 6])
+@pytest.mark.parametrize("delay_us", [0, 100])
+def test_random_cases(num_ranks, delay_us):
+    for seed in range(3):
+        case = random_case(100 * num_ranks + seed, num_ranks)
+        results = run_virtual_ranks(
+            num_ranks, run_on_buffer, config_of(case), case, delay_us=delay_us
+        )
+        check_results(case, results, check_dense_bytes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_fp8(layout):
+    case = dataclasses.replace(
+        on_gpus(FP8_CASE, "nvlink"), layout=layout, tokens=(190, 41, 0), hidden=1024
+    )
+    check_fp8_results(case, run_virtual_ranks(3, fp8_on_buffer, config_of(case), case))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_outputs_of_a_given_size(layout):
+    case = on_gpus(Case(tokens=(90, 160), num_topk=3, hidden=128, layout=layout), "nvlink")
+    run_virtual_ranks(2, capacity_on_buffer, config_of(case), case)
+
+
+def begins_ahead(rank: int, buffer: Buffer, case: Case) -> None:
+    """As without, with a combine between, and on one rank alone."""
+    topk = to_torch(case.topk_idx(rank), "cuda")
+    probs = to_torch(case.probabilities(rank, tuple(topk.shape), salt=3), "cuda")
+    x = to_torch(case.rows(rank, case.tokens[rank], salt=2), "cuda")
+    plain = buffer.dispatch(x, topk, probs)
+    wanted = to_numpy(plain.recv_x)
+    for begins in (True, rank == 0):
+        for how in (dict(topk_idx=topk), dict(handle=plain.handle)):
+            if begins:
+                buffer.begin_dispatch(x)
+            buffer.combine(plain.recv_x, plain.handle)
+            out = buffer.dispatch(x, **how, topk_weights=probs)
+            assert (to_numpy(out.recv_x) == wanted).all()
+            assert (to_numpy(out.recv_topk_weights) == to_numpy(plain.recv_topk_weights)).all()
+
+
+@pytest.mark.gpu
+def test_rows_ahead_of_their_routing():
+    case = on_gpus(Case(tokens=(190, 70, 0), num_topk=4, hidden=512), "nvlink")
+    run_virtual_ranks(3, begins_ahead, config_of(case), case)
+
+
+def on_a_gpu_each(rank: int, case: Case) -> dict:
+    buffer = Buffer(None, config_of(case))
+    result = run_case(rank, case, buffer)
+    buffer.destroy()
+    return result
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("seed", range(10))
+def test_random_cases_on_gpus(seed):
+    """The links' own order of copies and flags."""
+    case = random_case(seed, 2)
+    case = dataclasses.replace(case, num_topk=max(case.num_topk, 2), experts_per_rank=8)
+    check_results(case, run_ranks(2, on_a_gpu_each, case, backend="nccl"), check_dense_bytes)
+
+
+def many_large(rank: int, case: Case, num_operations: int) -> None:
+    """Rows of many MB, again and again, each time others: a flag before its rows would show."""
+    buffer = Buffer(None, config_of(case))
+    topk = to_torch(case.topk_idx(rank), "cuda")
+    handle = buffer.dispatch(torch.zeros_like(of_operation(case, rank, 0)), topk).handle
+    for number in range(num_operations):
+        x = of_operation(case, rank, number)
+        out = buffer.dispatch(x, handle=handle)
+        back = buffer.combine(out.recv_x, handle)
+        # Every row arrives as many times as it has experts, and comes back as their sum.
+        assert torch.equal(back.combined_x.float(), case.num_topk * x.float()), number
+    buffer.destroy()
+
+
+def of_operation(case: Case, rank: int, number: int) -> torch.Tensor:
+    shape = (case.tokens[rank], case.hidden)
+    rows = torch.arange(shape[0], device="cuda").view(-1, 1) % 7 + 1
+    return ((rows + rank + number) % 16).bfloat16().expand(shape).contiguous()
+
+
+@pytest.mark.multi_gpu
+def test_no_flag_comes_before_its_rows():
+    case = on_gpus(Case(tokens=(4096, 4096), num_topk=4, hidden=7168), "nvlink")
+    run_ranks(2, many_large, case, 200, backend="nccl", timeout_s=200)
+
+
+def captured_by_copy(rank: int, case: Case) -> None:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        captured(rank, Buffer(None, config_of(case)), case)
+
+
+@pytest.mark.multi_gpu
+def test_graph_on_gpus():
+    run_ranks(2, captured_by_copy, GRAPH_CASE, backend="nccl")
