@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from threading import Barrier
 
+import emulated_nodes
 import pytest
 import torch
 from cases import Case, to_torch
@@ -19,7 +21,7 @@ from test_buffer import check_results
 from test_dispatch_fp8 import CASE as FP8_CASE
 from test_dispatch_fp8 import check_fp8_results
 
-from ep_comm import Buffer, EPArgumentError, EPStateError, EPTimeoutError, fp8
+from ep_comm import Buffer, EPArgumentError, EPMismatchError, EPStateError, EPTimeoutError, fp8
 
 BY_COPY = dict(wire="copy-engine", timeout_s=60)
 # More than 32 tokens, so that there are several chunks; a rank without any.
@@ -163,3 +165,49 @@ def test_rows_that_may_have_been_overwritten_are_no_result(library):
         library, 2, reads_what_may_be_overwritten, case.config(**BY_COPY), case
     )
     assert "dispatch #2: rank 0 gave up, and what its copy engines sent" in results[1]
+
+
+def makes_another_call(rank: int, buffer: Buffer, case: Case, what: str) -> str:
+    topk = to_torch(case.topk_idx(rank))
+    x = to_torch(case.rows(rank, case.tokens[rank], salt=2))
+    handles = [buffer.dispatch(x, topk).handle for _ in range(2)]
+    with pytest.raises(EPMismatchError) as error:
+        if what == "handles":
+            buffer.dispatch(x, handle=handles[rank])
+        elif what == "probabilities":
+            weights = torch.ones(topk.shape) if rank == 0 else None
+            buffer.dispatch(x, handle=handles[0], topk_weights=weights)
+        else:
+            rows = x.new_zeros(handles[0].num_rows, case.hidden)
+            buffer.combine(rows.float() if rank == 0 else rows, handles[0])
+    return str(error.value)
+
+
+@pytest.mark.parametrize("what", ["handles", "probabilities", "types of sums"])
+def test_ranks_that_make_different_calls_are_told_so(library, what):
+    case = Case(tokens=(40, 30))
+    config = case.config(**BY_COPY, dtype=torch.float32)
+    messages = run_emulated_ranks(library, 2, makes_another_call, config, case, what)
+    op = "combine" if what == "types of sums" else "dispatch"
+    for rank, message in enumerate(messages):
+        assert f"rank {rank} and rank {1 - rank} made different {op} calls" in message
+
+
+def in_and_outside_of_graphs(rank: int, buffer: Buffer, case: Case, capturing) -> None:
+    """What a graph holds counts by the epoch, and the rest by the host: both in turn."""
+    topk = to_torch(case.topk_idx(rank))
+    for number, capturing.now in enumerate((False, True, True, False, True, False)):
+        x = to_torch(case.rows(rank, case.tokens[rank], salt=number)).nan_to_num(0, 1, -1)
+        out = buffer.dispatch(x, topk, num_worst_tokens=400)
+        back = buffer.combine(out.recv_x, out.handle).combined_x
+        wanted = case.num_topk * x.float()
+        assert torch.equal(back.float(), wanted.to(x.dtype).float()), number
+
+
+def test_flags_of_graphs_and_others_in_turn(library, monkeypatch):
+    case = Case(tokens=(70, 150), num_topk=2)
+    capturing = threading.local()
+    monkeypatch.setattr(emulated_nodes, "is_capturing", lambda: getattr(capturing, "now", False))
+    run_emulated_ranks(
+        library, 2, in_and_outside_of_graphs, case.config(**BY_COPY), case, capturing
+    )
