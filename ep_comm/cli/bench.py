@@ -244,6 +244,7 @@ def overlap(
         ),
     ] = None,
     runs: Annotated[int, typer.Option(help="Runs of each operation.")] = 5,
+    wire: Annotated[str, typer.Option(help="What moves rows: sm (kernels) or copy-engine.")] = "sm",
     write: Annotated[
         Path | None,
         typer.Option(
@@ -295,8 +296,11 @@ def overlap(
             gemms=parse_gemms(gemm),
             experts=expert_shape,
             runs=runs,
+            wire=wire,  # type: ignore[arg-type]  # checked next
         )
         settings.check()
+        if write is not None and wire != "sm":
+            raise UserError(f"--write: prices are those of wire sm, not of {wire}")
         if not has_launcher():
             raise UserError(
                 "start it with torchrun --nproc_per_node=2 -m ep_comm.cli bench overlap ..."

@@ -108,6 +108,24 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         self.buffers: list[Buffer] = []
         self.handle: DispatchHandle | None = None
 
+    # --- tokens ahead of their routing -----------------------------------------------------------
+
+    def begin_ahead(self, hidden_states: Tensor) -> None:
+        """Begin to send [S, B, H], whose routing the router is about to compute.
+
+        Not under the 1F1B overlap, where the dispatch of another micro-batch may come between.
+        """
+        if self.config.overlap_moe_expert_parallel_comm or not hidden_states.is_contiguous():
+            return
+        rows = hidden_states.view(-1, hidden_states.shape[-1])
+        buffer = self._shared_buffer(rows)
+        if len(rows) <= buffer.config.max_tokens_per_rank:  # else a larger one is made first
+            buffer.begin_dispatch(rows, wire_dtype=self._wire_dtype)
+
+    @property
+    def _wire_dtype(self) -> torch.dtype | None:
+        return fp8.FP8_DTYPE if self.options.fp8_dispatch else None
+
     # --- tokens to experts -----------------------------------------------------------------------
 
     def dispatch_preprocess(
@@ -181,7 +199,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             hidden_states,
             routing_map=self._routing_map,
             topk_weights=probs,
-            wire_dtype=fp8.FP8_DTYPE if self.options.fp8_dispatch else None,
+            wire_dtype=self._wire_dtype,
             during_backward=self.during_backward,
             **sizes,
         )
@@ -295,6 +313,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
                 num_topk=config.moe_router_topk * self.tp_size,
                 dtype=hidden_states.dtype,
                 timeout_s=self._timeout_s(hidden_states),
+                wire="copy-engine" if self.options.copy_engines else "sm",
             ),
         )
         buffer.set_num_sms(self.options.num_sms)
@@ -334,6 +353,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             ("FP8 dispatch", options.fp8_dispatch),
             ("FP8 gradient dispatch", options.fp8_grad_dispatch),
             ("wgrad overlap", options.overlap_wgrad),
+            ("copy engines", options.copy_engines),
         ):
             if not is_on:
                 off.append(f"{name} (not asked for)")

@@ -185,6 +185,9 @@ def _build(layer: MoELayer, options: EPOptions, args: tuple, kwargs: dict) -> No
         options=options,
         during_backward=during_backward,
     )
+    if options.copy_engines:
+        dispatcher = layer.token_dispatcher
+        layer.router.register_forward_pre_hook(lambda _, inputs: dispatcher.begin_ahead(inputs[0]))
     if config.overlap_moe_expert_parallel_comm:
         keep_inputs()
     if layer.use_shared_expert and layer.shared_expert_overlap:

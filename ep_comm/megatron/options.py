@@ -64,6 +64,13 @@ class EPOptions:
         "flight, or behind it, where that costs less by measured prices. Megatron's own linear "
         "layers need --no-gradient-accumulation-fusion with it.",
     )
+    copy_engines: bool = option(
+        False,
+        flag="--ep-copy-engines",
+        help="Tokens travel by the GPUs' copy engines, which leave more SMs to GEMMs, and begin to "
+        "while the router computes. Every token goes to every rank: for two to four GPUs of one "
+        "host, and enough experts a token. Results are the same.",
+    )
     num_sms: int | None = option(
         None,
         flag="--ep-num-sms",

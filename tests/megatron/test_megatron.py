@@ -650,6 +650,64 @@ def buffers_of_a_layer(rank: int) -> None:
     assert layer.token_dispatcher.buffer is not buffer and layer.token_dispatcher.buffer.is_usable
 
 
+def tokens_ahead_of_their_routing(rank: int) -> None:
+    """What is begun before the router is what is dispatched behind it. (No copy engine is here.)"""
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    from ep_comm import Buffer, EPConfig
+    from ep_comm.megatron import EPOptions, destroy_buffers, dispatcher
+    from ep_comm.megatron.layer import moe_layers
+
+    parallel_state(Setup())
+    destroy_buffers()
+    wires, seen = [], []
+    dispatch = Buffer.dispatch
+
+    def without_copies(**sizes) -> EPConfig:
+        wires.append(sizes["wire"])
+        return EPConfig(**{**sizes, "wire": "sm"})
+
+    def note(what: str, x: torch.Tensor) -> None:
+        seen.append((what, x.data_ptr(), tuple(x.shape), x.dtype, x._version))
+
+    def noted_dispatch(self, x, **how):
+        note("dispatch", x)
+        return dispatch(self, x, **how)
+
+    with (
+        mock.patch.object(dispatcher, "EPConfig", without_copies),
+        mock.patch.object(Buffer, "begin_dispatch", lambda self, x, **how: note("begin", x)),
+        mock.patch.object(Buffer, "dispatch", noted_dispatch),
+    ):
+        for copies in (True, False):
+            destroy_buffers()
+            options = EPOptions(copy_engines=copies)
+            config = make_config(Setup(), options)
+            _, layer = next(iter(moe_layers(make_model(Setup(), config, options))))
+            hidden = torch.randn(5, 1, config.hidden_size).requires_grad_()
+            layer(hidden)
+            begun = [each for what, *each in seen if what == "begin"]
+            dispatched = [each for what, *each in seen if what == "dispatch"]
+            assert begun == (dispatched if copies else [])
+            seen.clear()
+            if copies:
+                layer(torch.randn(6, 1, config.hidden_size))  # more than there is room for
+                assert [what for what, *_ in seen] == ["dispatch"] * 2
+                layer.config.overlap_moe_expert_parallel_comm = True
+                layer.router(hidden)
+                layer.config.overlap_moe_expert_parallel_comm = False
+                layer.router(hidden.transpose(0, 2).contiguous().transpose(0, 2))
+                assert len(seen) == 3 and seen[-1][0] == "begin"
+                seen.clear()
+        assert set(wires[:2]) == {"copy-engine"} and wires[-1] == "sm"
+    destroy_buffers()
+
+
+def test_tokens_are_begun_before_their_router():
+    run_ranks(2, tokens_ahead_of_their_routing, pool="megatron")
+
+
 def batches_that_grow(rank: int) -> None:
     """A longer batch makes a larger buffer; what went through the smaller one has its gradients."""
     import ep_comm.megatron.cpu

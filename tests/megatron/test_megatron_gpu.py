@@ -194,6 +194,28 @@ def test_fp8_wire_gives_fp8_experts_the_same_values(skewed):
                 assert not both[1]["tensors"][name].any(), f"{name} on the rank without tokens"
 
 
+@pytest.mark.parametrize("skewed", [False, True], ids=["even", "skewed"])
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+def test_copy_engines_move_the_same_bits(fp8, skewed):
+    """Tokens are on their way before the router has run."""
+    wire = dict(fp8_dispatch=fp8, fp8_grad_dispatch=fp8)
+    setup = FP8_LAYER if fp8 else LAYER
+    plain = run(layer_step, with_options(setup, **wire), skewed)
+    copied = run(layer_step, with_options(setup, **wire, copy_engines=True), skewed)
+    assert differing(plain, copied) == set()
+
+
+@pytest.mark.parametrize("overlap_wgrad", [False, True], ids=["serial", "overlapped"])
+def test_copy_engines_train_the_same_bits(overlap_wgrad):
+    setup = dataclasses.replace(MODEL, microbatches=2, dist_opt=True, overlap_grad_reduce=True)
+    plain = run(train, with_options(setup, overlap_wgrad=overlap_wgrad))
+    copied = run(train, with_options(setup, overlap_wgrad=overlap_wgrad, copy_engines=True))
+    for one, other in zip(plain, copied, strict=True):
+        assert other["losses"] == one["losses"]
+        for name, gradient in one["gradients"].items():
+            assert np.array_equal(gradient, other["gradients"][name]), name
+
+
 @pytest.mark.parametrize("overlap_wgrad", [False, True], ids=["serial", "overlapped"])
 def test_fp8_on_both_legs_trains(overlap_wgrad):
     setup = dataclasses.replace(

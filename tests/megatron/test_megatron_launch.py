@@ -171,6 +171,7 @@ def test_checkpoints_hold_plain_values_of_ours(ours, stock):
         "ep_fp8_dispatch": False,
         "ep_fp8_grad_dispatch": False,
         "ep_overlap_wgrad": True,
+        "ep_copy_engines": False,
         "ep_expert_alignment": None,
         "ep_max_tokens_per_rank": None,
         "ep_num_sms": 24,

@@ -32,9 +32,10 @@ wrong: rows on all ranks that were not bit for bit what plain torch gives; NCCL'
 def headline(run: Run) -> str:
     """Return the sizes."""
     shape, settings = run.settings.shape, run.settings
+    wire = "" if settings.wire == "sm" else ", rows by copy engines"
     return (
         f"{run.num_ranks} ranks, {shape.tokens} tokens x {shape.hidden}, top-{shape.topk} of "
-        f"{shape.experts}, {settings.routing.describe()}"
+        f"{shape.experts}, {settings.routing.describe()}{wire}"
     )
 
 

@@ -135,7 +135,7 @@ def run(settings: OverlapSettings, device: torch.device, progress: Callable[[str
     first = settings.operations(settings.layouts[0])
     inputs = make_inputs(first, dist.get_rank(), device)
     available_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    buffer = Buffer(None, first.buffer_config(device))
+    buffer = Buffer(None, settings.config(device))
     watch = Stopwatch(device, settings.runs)
     prices: list[Price] = []
     gemm_us: dict[str, float] = {}

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
+import torch
+
+from ep_comm import EPArgumentError, EPConfig
 from ep_comm.bench.ops.routing import RoutingSpec
 from ep_comm.bench.ops.settings import LAYOUTS, MIN_ITERS, Settings, Shape
+from ep_comm.config import Wire
 from ep_comm.handle import RowLayout
 from ep_comm.job.exits import UserError, needs_extra
 
@@ -53,6 +58,7 @@ class OverlapSettings:
         gemms: Dense GEMMs to run beside.
         experts: A model whose grouped GEMM runs beside too; needs Transformer Engine.
         runs: Of each operation, each with GEMMs alone just before.
+        wire: What moves the rows, see `EPConfig`.
     """
 
     shape: Shape
@@ -63,6 +69,12 @@ class OverlapSettings:
     gemms: tuple[GemmShape, ...]
     experts: ExpertShape | None
     runs: int
+    wire: Wire = "sm"
+
+    def config(self, device: torch.device) -> EPConfig:
+        """Return that of the buffer."""
+        config = self.operations(self.layouts[0]).buffer_config(device)
+        return dataclasses.replace(config, wire=self.wire)
 
     def operations(self, layout: RowLayout) -> Settings:
         """Return the operations with rows in one order, as ``ep-comm bench`` has them."""
@@ -85,12 +97,18 @@ class OverlapSettings:
                 raise UserError(f"--gemm {gemm}: N and K must be multiples of 8, and M at least 8")
         if not self.gemms and self.experts is None:
             raise UserError("nothing to run beside: pass --gemm, --model, or both")
+        if self.wire not in get_args(Wire):
+            raise UserError(f"--wire {self.wire!r} is none of {', '.join(get_args(Wire))}")
         if self.runs < MIN_RUNS:
             raise UserError(f"--runs {self.runs} is too few for a median: at least {MIN_RUNS}")
 
     def check_job(self, num_ranks: int, available_sms: int) -> None:
         """Raise `UserError` on the first value that cannot be measured by this job."""
         self.operations(self.layouts[0]).check_job(num_ranks, available_sms)
+        try:
+            self.config(torch.device("cuda")).check_group(num_ranks)
+        except EPArgumentError as error:
+            raise UserError(f"--wire {self.wire}: {error}") from None
 
 
 def parse_gemms(text: str) -> tuple[GemmShape, ...]:
