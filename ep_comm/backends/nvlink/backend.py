@@ -33,6 +33,7 @@ from ep_comm.backends.base import (
 from ep_comm.backends.nvlink import prices, support
 from ep_comm.backends.nvlink.ahead import Ahead
 from ep_comm.backends.nvlink.args import kernel_args
+from ep_comm.backends.nvlink.copies import Copies
 from ep_comm.backends.nvlink.low_latency import NVLinkLowLatency
 from ep_comm.backends.nvlink.memory import PeerMemory, buffer_offsets
 from ep_comm.backends.nvlink.planner import Planner
@@ -51,7 +52,6 @@ from ep_comm.backends.nvlink.tuning import (
     default_sms,
     split_dispatch,
 )
-from ep_comm.backends.nvlink.wire import CombineWire, DispatchWire
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 from ep_comm.job.meeting import Meeting
@@ -78,10 +78,7 @@ class NVLinkBackend:
     """
 
     name = "nvlink"
-    # Whether copy engines are the wire, and what copies rows; None where kernels push them.
-    _copies = False
-    _dispatch_wire: DispatchWire | None = None
-    _combine_wire: CombineWire | None = None
+    _copies: Copies | None = None  # None: kernels push rows
 
     @classmethod
     def facts(cls, group: dist.ProcessGroup, config: EPConfig) -> support.Facts:
@@ -133,12 +130,9 @@ class NVLinkBackend:
         self._available_sms: int = properties.multi_processor_count
         self._num_sms: int | None = None
         self._overlapped = False
-        self._copies = config.wire == "copy-engine" and self.num_ranks > 1
-        self._chooser = prices.Chooser(
-            # Nobody has measured copy engines.
-            None if self._copies else prices.of_machine(properties.name, self._available_sms),
-            self.num_ranks,
-        )
+        measured = prices.of_machine(properties.name, self._available_sms)
+        # Nobody has measured copy engines.
+        self._chooser = prices.Chooser(measured if config.wire == "sm" else None, self.num_ranks)
         self._args = kernel_args(
             config,
             memory,
@@ -146,7 +140,11 @@ class NVLinkBackend:
             self._scratch.data_ptr(),
             self.recorder.wire_bytes_address,
         )
-        self._make_wires()
+        if config.wire == "copy-engine" and self.num_ranks > 1:
+            self._copies = Copies(
+                *(self.native, self._streams, self._new_stream, self._args),
+                *(self.offsets, config, self.device),
+            )
         self._planner = Planner(
             self.native,
             memory,
@@ -155,7 +153,7 @@ class NVLinkBackend:
             self._streams,
             self.recorder,
             self._args.plan,
-            self._dispatch_wire,
+            None if self._copies is None else self._copies.dispatch,
         )
         self.low_latency: NVLinkLowLatency | None = None
         if config.low_latency_tokens is not None:
@@ -170,21 +168,6 @@ class NVLinkBackend:
                 self._sms,
             )
 
-    def _make_wires(self) -> None:
-        """Make what copies rows, where copy engines are the wire."""
-        if not self._copies:
-            return
-        how = (self.native, self._streams, self._new_stream)
-        where = (self.offsets, self.config, self.device)
-        self._dispatch_wire = DispatchWire(*how, self._args.dispatch.peers, *where)
-        self._combine_wire = CombineWire(*how, self._args.combine.peers, *where)
-
-    @property
-    def _wires(self) -> tuple[DispatchWire, CombineWire] | tuple[()]:
-        if self._dispatch_wire is None or self._combine_wire is None:
-            return ()
-        return self._dispatch_wire, self._combine_wire
-
     @staticmethod
     def _current_device() -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
@@ -197,8 +180,8 @@ class NVLinkBackend:
     def buffer_bytes(self) -> int:
         """The peer memory, that of plans, and the records."""
         own = self._scratch.nbytes + self._planner.entries.nbytes
-        if self._combine_wire is not None:
-            own += self._combine_wire.num_bytes
+        if self._copies is not None:
+            own += self._copies.num_bytes
         return self.offsets.total + own + self.recorder.num_bytes
 
     def describe(self) -> str:
@@ -265,7 +248,8 @@ class NVLinkBackend:
 
     def _sms(self, asynchronous: bool) -> int:
         overlapped = asynchronous or self._overlapped
-        return self._num_sms or default_sms(self._available_sms, overlapped, self._copies)
+        by_copy = self._copies is not None
+        return self._num_sms or default_sms(self._available_sms, overlapped, by_copy)
 
     def _sms_of(self, op: str, layout: RowLayout, num_bytes: int, asynchronous: bool) -> int:
         """Return the SMs of a dispatch or a combine, of so many tokens times bytes of a row."""
@@ -289,9 +273,8 @@ class NVLinkBackend:
         """Delay every wait and every signal of later operations at random, for tests."""
         for args in self._args:
             args.peers.delay_ns = up_to_ns
-        for wire in self._wires:
-            for wire_args in wire.args:
-                wire_args.peers.delay_ns = up_to_ns
+        if self._copies is not None:
+            self._copies.delay(up_to_ns)
         for low_latency_args in self.low_latency.args if self.low_latency else ():
             low_latency_args.common.peers.delay_ns = up_to_ns
 
@@ -351,12 +334,9 @@ class NVLinkBackend:
                 self._planner.wait_for_input(first, asynchronous)
             # Rows that are pushed have to be there: only an input of before the plan certainly is.
             args.is_behind_plan = first.in_one and not (was_made or first.is_captured)
-            if self._dispatch_wire is not None:
-                if quantises:  # on the caller's stream
-                    self._streams.wait(self._dispatch_wire.stream, self._streams.current)
-                has_late = was_made and not quantises or ahead is not None
-                late = self._streams.current if has_late else None
-                self._dispatch_wire.push(args, routing.num_tokens, late)
+            if self._copies is not None:
+                made_weights = was_made or ahead is not None
+                self._copies.push_planned(args, routing.num_tokens, quantises, made_weights)
             received = self._planner.dispatch(args, routing, recv_dtype, first)
         keep = (x, scales, weights, first and first.source, routing.memory)
         return self._pending(received, asynchronous, keep)
@@ -389,13 +369,9 @@ class NVLinkBackend:
     def _launch_dispatch(
         self, args: header.DispatchArgs, routing: NVLinkRouting, num_sms: int, stream: int
     ) -> None:
-        if self._dispatch_wire is not None:
+        if self._copies is not None:
             is_ahead = self._planner.ahead is not None
-            if not is_ahead:
-                self._dispatch_wire.begin(stream, args.peers.record, begins=True)
-            late = self._streams.current if is_ahead else None
-            self._dispatch_wire.push(args, routing.num_tokens, late)
-            self._dispatch_wire.expand(args, num_sms, stream)
+            self._copies.repeat(args, routing.num_tokens, num_sms, stream, is_ahead)
             return
         push_blocks, expand_blocks = split_dispatch(
             num_sms, self.num_ranks, routing.layout, routing.num_topk
@@ -418,8 +394,8 @@ class NVLinkBackend:
         rows = x.detach()
         if wire_dtype == fp8.FP8_DTYPE and scales is None:
             rows, scales = fp8.quantize(rows)
-        wire, number, record = self._dispatch_wire, None, 0
-        if wire is not None:
+        number, record = None, 0
+        if self._copies is not None:
             args, num_tokens = self._args.dispatch, len(x)
             describe_payload(args, rows, scales)
             args.rows_tag = _rows_tag(args, rows)
@@ -427,9 +403,7 @@ class NVLinkBackend:
                 num_tokens = 0  # the dispatch tells all ranks
             record = self.recorder.start("dispatch", 0)
             number = self.recorder.num_operations
-            self._streams.order_behind_last(header.EP_OP_DISPATCH, wire.stream)
-            wire.begin(self._streams.current, record, begins=True)
-            wire.push_rows(args, num_tokens)
+            self._copies.push_rows_ahead(args, num_tokens, record)
         self._planner.ahead = Ahead.of(x, wire_dtype, (rows, scales), number, record)
 
     def check_ahead(self, x: Tensor, wire_dtype: torch.dtype) -> None:
@@ -472,12 +446,11 @@ class NVLinkBackend:
     def _launch_combine(
         self, args: header.CombineArgs, routing: NVLinkRouting, has_weights: bool, stream: int
     ) -> None:
-        if self._combine_wire is None:
+        if self._copies is None:
             self.native.launch("ep_combine", args, stream)
             return
         received = None if routing.capacity is not None else routing.sizes.received
-        self._combine_wire.begin(stream, args.peers.record, begins=True)
-        self._combine_wire.combine(args, received, stream)
+        self._copies.sum(args, received, stream)
 
     # --- order ------------------------------------------------------------------------------------
 
@@ -516,8 +489,8 @@ class NVLinkBackend:
         self.low_latency.restart(masked, first)
         self._planner.restart()
         self.recorder.restart()
-        for wire in self._wires:
-            wire.restart()
+        if self._copies is not None:
+            self._copies.restart()
         torch.cuda.synchronize()
 
     def give_up(self) -> None:

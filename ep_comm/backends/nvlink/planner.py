@@ -180,6 +180,7 @@ class Planner:
     def restart(self) -> None:
         """Count plans anew: the mailbox is empty."""
         self._num_plans = 0
+        self.ahead = None
 
     def _wait_for_kernels(self) -> None:
         """Wait for all operations so far; their counts are then in device memory."""

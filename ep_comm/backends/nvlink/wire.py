@@ -182,6 +182,11 @@ class DispatchWire(CopyWire):
         if late is not None and num_tokens == 0:
             self._push_rest(args, num_tokens, late)
 
+    def restart(self) -> None:
+        """Count operations anew: all flags are zero, and nothing is on its way."""
+        super().restart()
+        self._is_ahead = False
+
     def push_rows(self, args: header.DispatchArgs, num_tokens: int) -> None:
         """Push rows and scales alone: `push` then pushes what is left."""
         self._is_ahead = True

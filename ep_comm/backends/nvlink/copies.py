@@ -1,0 +1,101 @@
+"""What a backend does differently where copy engines are its wire."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ep_comm._native import NativeLibrary, header
+from ep_comm.backends.nvlink.args import KernelArgs
+from ep_comm.backends.nvlink.streams import Streams
+from ep_comm.backends.nvlink.wire import CombineWire, DispatchWire
+from ep_comm.config import EPConfig
+
+
+class Copies:
+    """The copies of a buffer's operations.
+
+    Args:
+        native: The CUDA library.
+        streams: Those of the buffer.
+        new_stream: Makes a stream of the priority given.
+        args: Those of the kernels.
+        offsets: Where things stand in the memory of every rank.
+        config: The buffer's.
+        device: The GPU.
+
+    Attributes:
+        dispatch, combine: The wire of each kind of operation.
+    """
+
+    def __init__(
+        self,
+        native: NativeLibrary,
+        streams: Streams,
+        new_stream: Callable[[int], torch.cuda.Stream],
+        args: KernelArgs,
+        offsets: header.BufferOffsets,
+        config: EPConfig,
+        device: torch.device,
+    ) -> None:
+        self._streams = streams
+        how, where = (native, streams, new_stream), (offsets, config, device)
+        self.dispatch = DispatchWire(*how, args.dispatch.peers, *where)
+        self.combine = CombineWire(*how, args.combine.peers, *where)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that is not symmetric."""
+        return self.combine.num_bytes
+
+    def delay(self, up_to_ns: int) -> None:
+        """Delay waits and signals of later operations at random, for tests."""
+        for args in (*self.dispatch.args, *self.combine.args):
+            args.peers.delay_ns = up_to_ns
+
+    def restart(self) -> None:
+        """Count operations anew: all flags are zero."""
+        self.dispatch.restart()
+        self.combine.restart()
+
+    def push_rows_ahead(self, args: header.DispatchArgs, num_tokens: int, record: int) -> None:
+        """Begin a dispatch with its rows, behind the last dispatch and the caller's stream."""
+        self._streams.order_behind_last(header.EP_OP_DISPATCH, self.dispatch.stream)
+        self.dispatch.begin(self._streams.current, record, begins=True)
+        self.dispatch.push_rows(args, num_tokens)
+
+    def push_planned(
+        self, args: header.DispatchArgs, num_tokens: int, made_rows: bool, made_weights: bool
+    ) -> None:
+        """Push what a new dispatch sends, or what is left of it.
+
+        Args:
+            args: Says where it is.
+            num_tokens: Rows.
+            made_rows: The caller's stream makes the rows, and what else is sent, behind the plan.
+            made_weights: It makes the weights.
+        """
+        current = self._streams.current
+        if made_rows:
+            self._streams.wait(self.dispatch.stream, current)
+        self.dispatch.push(args, num_tokens, current if made_weights and not made_rows else None)
+
+    def repeat(
+        self,
+        args: header.DispatchArgs,
+        num_tokens: int,
+        num_sms: int,
+        stream: int,
+        is_ahead: bool,
+    ) -> None:
+        """Launch a dispatch whose routing is known, or what is left of it where it `is_ahead`."""
+        if not is_ahead:
+            self.dispatch.begin(stream, args.peers.record, begins=True)
+        self.dispatch.push(args, num_tokens, self._streams.current if is_ahead else None)
+        self.dispatch.expand(args, num_sms, stream)
+
+    def sum(self, args: header.CombineArgs, received: Sequence[int] | None, stream: int) -> None:
+        """Launch a combine; see `CombineWire.combine`."""
+        self.combine.begin(stream, args.peers.record, begins=True)
+        self.combine.combine(args, received, stream)
