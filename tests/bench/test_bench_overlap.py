@@ -62,6 +62,7 @@ def test_presets_can_be_measured():
         (dict(gemms=(GemmShape(256, 100, 128),)), "--gemm 256x100x128: N and K must be multiples"),
         (dict(gemms=()), "nothing to run beside: pass --gemm, --model"),
         (dict(runs=2), "--runs 2 is too few"),
+        (dict(wire="ce"), "--wire 'ce' is none of sm, copy-engine"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(changes, message):
@@ -74,6 +75,13 @@ def test_a_job_of_one_rank_is_refused():
         SETTINGS.check_job(num_ranks=1, available_sms=132)
     with pytest.raises(UserError, match="--sms 16 is neither"):
         SETTINGS.check_job(num_ranks=2, available_sms=8)
+
+
+def test_a_wire_that_suits_no_such_job_is_refused():
+    by_copy = dataclasses.replace(SETTINGS, wire="copy-engine")
+    by_copy.check_job(num_ranks=2, available_sms=132)
+    with pytest.raises(UserError, match="--wire copy-engine: .* of the 4 ranks: with num_topk 3"):
+        by_copy.check_job(num_ranks=4, available_sms=132)
 
 
 def test_lists():
@@ -301,14 +309,15 @@ def a_run(rank: int, wanted: OverlapSettings) -> tuple[Run, list[str]]:
 
 
 @pytest.mark.multi_gpu
-def test_run_on_gpus():
-    wanted = dataclasses.replace(
-        SETTINGS, shape=Shape(tokens=256, hidden=512, experts=8, topk=3), layouts=("expert", "rank")
-    )
+@pytest.mark.parametrize("wire", ["sm", "copy-engine"])
+def test_run_on_gpus(wire):
+    shape = Shape(tokens=256, hidden=512, experts=8, topk=3)
+    wanted = dataclasses.replace(SETTINGS, shape=shape, layouts=("expert", "rank"), wire=wire)
     (found, said), (other, _) = run_ranks(2, a_run, wanted, backend="nccl")
     assert found == other  # each time is the slowest rank's
     ours = [each for each in found.prices if each.num_sms is not None]
-    assert len(ours) == 2 * 5 * 2 and len(found.prices) == len(ours) + 2
+    others = 2 + (wire == "copy-engine")  # copies without the rest of a dispatch
+    assert len(ours) == 2 * 5 * 2 and len(found.prices) == len(ours) + others
     assert len(said) == 1 + len(found.prices)
     assert found.num_wrong == 0
     for each in found.prices:

@@ -211,3 +211,21 @@ def test_flags_of_graphs_and_others_in_turn(library, monkeypatch):
     run_emulated_ranks(
         library, 2, in_and_outside_of_graphs, case.config(**BY_COPY), case, capturing
     )
+
+
+def pushes_alone(rank: int, buffer: Buffer, case: Case) -> None:
+    """For figures: operations whose rows nobody expands, between those that have results."""
+    x = to_torch(case.rows(rank, case.tokens[rank], salt=2))
+    out = buffer.dispatch(x, to_torch(case.topk_idx(rank)))
+    backend = buffer._session.backend
+    for _ in range(3):
+        backend.push_alone(out.handle.routing, x)
+        backend.synchronize()
+    again = buffer.dispatch(x, handle=out.handle).recv_x
+    assert torch.equal(again.view(torch.int16), out.recv_x.view(torch.int16))
+    assert [record.epoch for record in buffer.records] == [1, 2, 3, 4, 5]
+
+
+def test_copies_alone_are_operations_too(library):
+    case = Case(tokens=(150, 7), num_topk=3)
+    run_emulated_ranks(library, 2, pushes_alone, case.config(**BY_COPY), case, delay_us=200)

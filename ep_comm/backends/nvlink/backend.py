@@ -406,6 +406,16 @@ class NVLinkBackend:
             self._copies.push_rows_ahead(args, num_tokens, record)
         self._planner.ahead = Ahead.of(x, wire_dtype, (rows, scales), number, record)
 
+    def push_alone(self, routing: NVLinkRouting, x: Tensor) -> None:
+        """Push rows that nobody expands, for figures. Copy engines are the wire."""
+        assert self._copies is not None
+        args = self._args.dispatch
+        describe_rows(args, routing, x, None, None, x.dtype)
+        stream = self._streams.begin(header.EP_OP_DISPATCH, False, 1)
+        args.peers.record = self.recorder.start("dispatch", args.row_bytes)
+        args.is_planned = False
+        self._copies.push_alone(args, routing.num_tokens, stream)
+
     def check_ahead(self, x: Tensor, wire_dtype: torch.dtype) -> None:
         """Refuse another dispatch than the one that was begun."""
         if self._planner.ahead is not None:

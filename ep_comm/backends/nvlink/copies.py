@@ -95,6 +95,12 @@ class Copies:
         self.dispatch.push(args, num_tokens, self._streams.current if is_ahead else None)
         self.dispatch.expand(args, num_sms, stream)
 
+    def push_alone(self, args: header.DispatchArgs, num_tokens: int, stream: int) -> None:
+        """Push rows that nobody expands, with gate and flags: what the wire itself costs."""
+        self.dispatch.begin(stream, args.peers.record, begins=True)
+        self.dispatch.push(args, num_tokens, None)
+        self.dispatch.end(args, stream)
+
     def sum(self, args: header.CombineArgs, received: Sequence[int] | None, stream: int) -> None:
         """Launch a combine; see `CombineWire.combine`."""
         self.combine.begin(stream, args.peers.record, begins=True)

@@ -212,6 +212,15 @@ class DispatchWire(CopyWire):
             args.end_token = min(args.first_token + self.chunk_rows, self._max_tokens)
             self._native.launch("ep_expand", args, stream)
 
+    def end(self, args: header.DispatchArgs, stream: int) -> None:
+        """End an operation whose rows nobody expands, behind its pushes."""
+        args.wire = self.native_wire
+        args.chunk_tokens = _WORD_TOKENS
+        args.num_push_blocks, args.num_expand_blocks, args.num_blocks = 0, 1, 1
+        args.first_token = args.end_token = self.num_chunks * self.chunk_rows  # behind all tokens
+        self.wait_for_chunk(stream, self.num_chunks)
+        self._native.launch("ep_expand", args, stream)
+
     def _push_chunk(
         self, args: header.DispatchArgs, num_tokens: int, first: int, marks: bool
     ) -> None:

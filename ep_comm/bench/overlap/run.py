@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import cast
 
 import torch
 import torch.distributed as dist
 
 from ep_comm import Buffer
+from ep_comm.backends.nvlink.backend import NVLinkBackend
+from ep_comm.backends.nvlink.routing import NVLinkRouting
 from ep_comm.bench.ops.alltoall import AllToAll
 from ep_comm.bench.ops.cases import (
     NUM_SETS,
@@ -42,10 +45,10 @@ class Price:
 
     Attributes:
         case: The operation.
-        layout: Order of its rows; None of NCCL's.
+        layout: Order of its rows; None of NCCL's, and of rows that nobody orders.
         gemm: What ran beside it.
         tiles: Of that GEMM's output.
-        num_sms: SMs that it may occupy, 0 is all; None where that is NCCL's choice.
+        num_sms: SMs that it may occupy, 0 is all; None where that is not ours to choose.
         alone: One of several back to back, with no GEMM beside them.
         beside: The same with GEMMs beside them; a sample a run.
         lost: GEMM time that one operation took; a sample a run.
@@ -201,6 +204,8 @@ def _operations(
                     set_sms=set_sms,
                     sets=tuple(sets),
                 )
+    if settings.wire == "copy-engine":
+        yield _copies_alone(buffer, inputs)
     world = dist.group.WORLD
     assert world is not None  # the job was joined
     alltoall = AllToAll(world, settings.shape.experts, settings.shape.topk)
@@ -214,6 +219,30 @@ def _operations(
             set_sms=lambda _: None,
             sets=(),
         )
+
+
+def _copies_alone(buffer: Buffer, inputs: list[InputSet]) -> _Operation:
+    """Return a dispatch by copy engines without what its SMs do."""
+    backend = buffer._session.backend
+    assert isinstance(backend, NVLinkBackend)
+    routings = [
+        cast(NVLinkRouting, buffer.dispatch(each.x, each.topk_idx).handle.routing)
+        for each in inputs
+    ]
+
+    def call(i: int) -> None:
+        given = i % NUM_SETS
+        backend.push_alone(routings[given], inputs[given].x)
+
+    return _Operation(
+        case="copies of a dispatch alone",
+        layout=None,
+        sms=(None,),
+        beside=call,
+        serial=call,
+        set_sms=lambda _: None,
+        sets=(),
+    )
 
 
 def _prices(
