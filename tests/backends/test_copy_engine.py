@@ -167,6 +167,17 @@ def test_rows_ahead_are_pushed_once(backend):  # noqa: F811
 
 
 @by_copy
+def test_what_comes_between_rows_and_their_dispatch_keeps_its_record(backend):  # noqa: F811
+    routing = plan(backend)
+    received = dispatch(backend, routing).result
+    backend.begin(X, None, torch.bfloat16)
+    backend.combine(routing, CombineRequest(received.x, None, False))
+    dispatch(backend, routing)
+    started = [(entry[0], entry[1], entry[4]) for entry in backend.recorder._started]
+    assert started == [("dispatch", 1, 1024), ("dispatch", 2, 1024), ("combine", 3, 1024)]
+
+
+@by_copy
 def test_a_combine_pushes_chunks_as_they_are_added_up(backend):  # noqa: F811
     routing = plan(backend)
     received = dispatch(backend, routing).result
