@@ -7,7 +7,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/sanitize}
 cases=("${@:2}")
-[ ${#cases[@]} -gt 0 ] || cases=(one-rank expert-major rank-major fp8 capacity fused split nodes nodes-rank-major)
+[ ${#cases[@]} -gt 0 ] || cases=(
+    one-rank expert-major rank-major fp8 capacity copies fused split nodes nodes-rank-major
+)
 command -v compute-sanitizer >/dev/null || { echo "error: needs compute-sanitizer, of the CUDA toolkit" >&2; exit 2; }
 nvidia-smi -L >/dev/null 2>&1 || { echo "error: needs a GPU" >&2; exit 2; }
 mkdir -p "$out"

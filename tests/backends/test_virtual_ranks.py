@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from cases import Case, to_numpy, to_torch, wait_for_stream
+from copy_engine_cases import check_dense_bytes
 from ranks import run_ranks
 from test_buffer import (
     CASES,
@@ -61,6 +62,7 @@ SMALL = {
     "rank-major": (Case(tokens=(7, 5), layout="rank"), run_on_buffer),
     "fp8": (Case(tokens=(9, 4), hidden=512, num_topk=5), small_fp8),
     "capacity": (Case(tokens=(9, 6), hidden=128, num_topk=3), small_capacity),
+    "copies": (Case(tokens=(41, 35), num_topk=3), run_on_buffer),
 }
 
 
@@ -69,10 +71,11 @@ def test_small_cases(name):
     """What ``scripts/sanitize.sh`` runs under compute-sanitizer, where all takes its time."""
     case, function = SMALL[name]
     case = on_gpus(case, "nvlink")
-    config = dataclasses.replace(case.config(), timeout_s=30)
+    by_copy = name == "copies"
+    config = case.config(timeout_s=30, wire="copy-engine" if by_copy else "sm")
     results = run_virtual_ranks(case.num_ranks, function, config, case, in_step=True)
     if function is run_on_buffer:
-        check_results(case, results)
+        check_results(case, results, check_dense_bytes if by_copy else None)
 
 
 @pytest.mark.parametrize("case", CASES)
