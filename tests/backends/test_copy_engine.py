@@ -20,6 +20,7 @@ from test_capacity import GRAPH_CASE, captured
 from test_dispatch_fp8 import CASE as FP8_CASE
 from test_dispatch_fp8 import check_fp8_results
 from test_nvlink_launches import (
+    COMM,
     COPIES,
     CURRENT,
     SIDE,
@@ -33,7 +34,8 @@ from virtual_ranks import run_virtual_ranks
 
 from ep_comm import Buffer, EPArgumentError, EPConfig, EPMismatchError, EPUnsupportedError
 from ep_comm._native import header
-from ep_comm.backends.base import CombineRequest
+from ep_comm.backends.base import CombineRequest, DispatchRequest
+from ep_comm.backends.nvlink import backend as nvlink
 from ep_comm.backends.nvlink.wire import chunk_rows
 
 BY_COPY = dict(wire="copy-engine")
@@ -164,6 +166,31 @@ def test_rows_ahead_are_pushed_once(backend):  # noqa: F811
     assert planned.peers.record == gate.peers.record
     dispatch(backend, routing)  # the next one is as ever
     assert [call[0] for call in backend.native.take()].count("ep_push") == 2
+
+
+@by_copy
+def test_rows_ahead_follow_the_dispatch_before_wherever_it_ran(backend):  # noqa: F811
+    dispatch(backend, plan(backend, asynchronous=True), asynchronous=True)
+    backend.native.take()
+    backend.begin(X, None, torch.bfloat16)
+    calls = backend.native.take()
+    assert calls[:2] == [("wait", COPY, COMM), ("wait", COPY, CURRENT)]
+    assert calls[2][0] == "ep_gate"
+
+
+@by_copy
+def test_rows_that_are_quantised_behind_the_plan_are_waited_for(backend, monkeypatch):  # noqa: F811
+    quantized = X.to(torch.float8_e4m3fn), torch.ones(10, 4)
+    monkeypatch.setattr(nvlink.fp8, "quantize", lambda x: quantized)
+    routing = plan(backend)
+    backend.native.take()
+    request = DispatchRequest(X, None, None, torch.float8_e4m3fn, torch.bfloat16, False)
+    backend.dispatch(routing, request)
+    calls = [call for call in backend.native.take() if COPY in call[1:2] + call[-1:]]
+    assert [call[0] for call in calls] == ["wait", "ep_push", "ep_push", "ep_push"]
+    assert calls[0] == ("wait", COPY, CURRENT)
+    scales, head, rows = (call[1] for call in calls[1:])
+    assert (scales.flag, scales.row_bytes) == (-1, 16) and (head.flag, rows.flag) == (0, 1)
 
 
 @by_copy
