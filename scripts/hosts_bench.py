@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from ep_comm import Buffer
 from ep_comm.bench.ops.cases import buffer_cases, make_inputs
 from ep_comm.bench.ops.routing import RoutingSpec
 from ep_comm.bench.ops.run import warm_up
-from ep_comm.bench.ops.settings import LAYOUTS, PRESETS, Settings
+from ep_comm.bench.ops.settings import LAYOUTS, PRESETS, Settings, shape_of_flags
 from ep_comm.bench.timing import Stopwatch, summarize
 from ep_comm.job.exits import UserError, user_errors_exit
 from ep_comm.job.start import has_launcher, join
@@ -27,19 +28,20 @@ from ep_comm.job.start import has_launcher, join
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=sorted(PRESETS), default="W1")
+    parser.add_argument("--shape", choices=sorted(PRESETS), help="default: W1, or the capture's")
     parser.add_argument("--tokens", type=int, help="of a rank; default: the shape's")
     parser.add_argument("--num-groups", type=int, help="of experts; default: uniform routing")
     parser.add_argument("--topk-groups", type=int, help="groups of a token")
+    parser.add_argument("--replay", type=Path, help="folder of a captured routing")
     parser.add_argument("--layout", choices=LAYOUTS, default="expert")
     parser.add_argument("--sms", type=int, default=0, help="of an operation; 0: all")
     parser.add_argument("--iters", type=int, default=50)
     args = parser.parse_args()
-    shape = PRESETS[args.shape]
     with user_errors_exit():
+        spec = RoutingSpec.of_flags(None, args.num_groups, args.topk_groups, replay=args.replay)
         settings = Settings(
-            shape=shape._replace(tokens=args.tokens or shape.tokens),
-            routing=RoutingSpec.of_flags(None, args.num_groups, args.topk_groups),
+            shape=shape_of_flags(args.shape, spec, tokens=args.tokens),
+            routing=spec,
             sms=(args.sms,),
             fp8=True,
             layout=args.layout,
@@ -48,7 +50,9 @@ def main() -> None:
         settings.check()
         if not has_launcher():
             raise UserError("start it with torchrun or srun: see scripts/two_nodes.sh")
-        measure(settings, join())
+        device = join()
+        settings.routing.check_job(dist.get_world_size(), settings.shape.tokens)
+        measure(settings, device)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -27,7 +27,7 @@ from ep_comm.bench.ops.probe import Limit, measure_limit
 from ep_comm.bench.ops.report import document
 from ep_comm.bench.ops.routing import RoutingSpec
 from ep_comm.bench.ops.run import Result, Run, imbalances, warm_up
-from ep_comm.bench.ops.settings import LAYOUTS, PRESETS, Settings
+from ep_comm.bench.ops.settings import LAYOUTS, PRESETS, Settings, shape_of_flags
 from ep_comm.bench.timing import Stopwatch, summarize
 from ep_comm.job import files
 from ep_comm.job.exits import UserError, user_errors_exit
@@ -40,18 +40,20 @@ def main() -> None:
     parser.add_argument(
         "--gb-per-s", type=float, default=0.0, help="of each rank's network; 0: all"
     )
-    parser.add_argument("--shape", choices=sorted(PRESETS), default="W1")
+    parser.add_argument("--shape", choices=sorted(PRESETS), help="default: W1, or the capture's")
     parser.add_argument("--num-groups", type=int, help="of experts; default: uniform routing")
     parser.add_argument("--topk-groups", type=int, help="groups of a token")
+    parser.add_argument("--replay", type=Path, help="folder of a captured routing")
     parser.add_argument("--layout", choices=LAYOUTS, default="expert")
     parser.add_argument("--sms", type=int, default=0, help="of an operation; 0: all")
     parser.add_argument("--iters", type=int, default=50)
     parser.add_argument("--json", type=Path, help="file for all samples")
     args = parser.parse_args()
     with user_errors_exit():
+        spec = RoutingSpec.of_flags(None, args.num_groups, args.topk_groups, replay=args.replay)
         settings = Settings(
-            shape=PRESETS[args.shape],
-            routing=RoutingSpec.of_flags(None, args.num_groups, args.topk_groups),
+            shape=shape_of_flags(args.shape, spec),
+            routing=spec,
             sms=(args.sms,),
             fp8=True,
             layout=args.layout,
@@ -64,6 +66,7 @@ def main() -> None:
                 f"--ranks-per-node {args.ranks_per_node} does not divide the "
                 f"{dist.get_world_size()} ranks"
             )
+        settings.routing.check_job(dist.get_world_size(), settings.shape.tokens)
         one_node, nodes = measure(settings, device, args.ranks_per_node, args.gb_per_s)
     if dist.get_rank() == 0:
         show(one_node, nodes)

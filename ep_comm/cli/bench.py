@@ -14,8 +14,12 @@ from ep_comm.pretrain.variants import VARIANTS
 
 NUM_GROUPS_HELP = "Equal groups of consecutive experts; a token's come from its best groups."
 TOPK_GROUPS_HELP = "How many of these groups a token's experts come from."
+REPLAY_HELP = (
+    "Folder that a training run wrote with --ep-capture-routing: take the experts that its tokens "
+    "selected in the last step there, and its sizes. Or the folder of one step."
+)
 PRESET_HELP = (
-    "Sizes not given below. W1: 4096 tokens, hidden 7168, top-8 of 256. "
+    "Sizes not given below; default: W1. W1: 4096 tokens, hidden 7168, top-8 of 256. "
     "W2: 8192 tokens, hidden 2048, top-8 of 128."
 )
 _TABLE_WIDTH = 160  # of the widest table: less would cut figures
@@ -31,7 +35,7 @@ app = typer.Typer(
 @app.callback()
 def bench(
     context: typer.Context,
-    preset: Annotated[str, typer.Option(help=PRESET_HELP)] = "W1",
+    preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of each rank.")] = None,
     hidden: Annotated[int | None, typer.Option(help="Elements of a token.")] = None,
     experts: Annotated[int | None, typer.Option(help="Experts over all ranks.")] = None,
@@ -48,6 +52,7 @@ def bench(
     ] = None,
     num_groups: Annotated[int | None, typer.Option(help=NUM_GROUPS_HELP)] = None,
     topk_groups: Annotated[int | None, typer.Option(help=TOPK_GROUPS_HELP)] = None,
+    replay: Annotated[Path | None, typer.Option(help=REPLAY_HELP)] = None,
     sms: Annotated[str, typer.Option(help="SM counts, such as 0,24,16; 0 is all.")] = "0",
     fp8: Annotated[bool, typer.Option("--fp8", help="FP8 dispatch too.")] = False,
     layout: Annotated[str, typer.Option(help="Order of the rows: expert or rank.")] = "expert",
@@ -83,9 +88,11 @@ def bench(
     from ep_comm.job.start import has_launcher, join, on_rank_0
 
     with user_errors_exit():
+        spec = RoutingSpec.of_flags(routing, num_groups, topk_groups, skew, replay)
+        sizes = dict(tokens=tokens, hidden=hidden, experts=experts, topk=topk)
         settings = Settings(
-            shape=shape_of_flags(preset, tokens=tokens, hidden=hidden, experts=experts, topk=topk),
-            routing=RoutingSpec.of_flags(routing, num_groups, topk_groups, skew),
+            shape=shape_of_flags(preset, spec, **sizes),
+            routing=spec,
             sms=parse_sms(sms),
             fp8=fp8,
             layout=cast(RowLayout, layout),  # check() refuses others
@@ -130,12 +137,14 @@ def low_latency(
     quick: Annotated[
         bool, typer.Option("--quick", help="8 and 128 tokens, 100 replays: half a minute.")
     ] = False,
-    topk: Annotated[int, typer.Option(help="Experts of a token.")] = 8,
+    topk: Annotated[int | None, typer.Option(help="Experts of a token; default: 8.")] = None,
     experts: Annotated[
-        int, typer.Option(help="Over all ranks; rounded up to a multiple of them.")
-    ] = 288,
+        int | None,
+        typer.Option(help="Over all ranks; rounded up to a multiple of them; default: 288."),
+    ] = None,
     num_groups: Annotated[int | None, typer.Option(help=NUM_GROUPS_HELP)] = None,
     topk_groups: Annotated[int | None, typer.Option(help=TOPK_GROUPS_HELP)] = None,
+    replay: Annotated[Path | None, typer.Option(help=REPLAY_HELP)] = None,
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Dispatch BF16 rows, not FP8. Combine is BF16.")
     ] = False,
@@ -181,7 +190,7 @@ def low_latency(
             quick=quick,
             topk=topk,
             experts=experts,
-            routing=RoutingSpec.of_flags(None, num_groups, topk_groups),
+            routing=RoutingSpec.of_flags(None, num_groups, topk_groups, replay=replay),
             fp8=not bf16,
             num_sms=parse_numbers("--num-sms", num_sms),
             backend=cast(BackendName, backend),  # check() refuses others
@@ -221,13 +230,14 @@ def low_latency(
 
 @app.command(short_help="Say what operations cost the GEMMs that run beside them.")
 def overlap(
-    preset: Annotated[str, typer.Option(help=PRESET_HELP)] = "W1",
+    preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of each rank.")] = None,
     hidden: Annotated[int | None, typer.Option(help="Elements of a token.")] = None,
     experts: Annotated[int | None, typer.Option(help="Experts over all ranks.")] = None,
     topk: Annotated[int | None, typer.Option(help="Experts of a token.")] = None,
     num_groups: Annotated[int | None, typer.Option(help=NUM_GROUPS_HELP)] = None,
     topk_groups: Annotated[int | None, typer.Option(help=TOPK_GROUPS_HELP)] = None,
+    replay: Annotated[Path | None, typer.Option(help=REPLAY_HELP)] = None,
     sms: Annotated[str, typer.Option(help="SM counts; 0 is all.")] = "0,64,48,32,24,16",
     layouts: Annotated[str, typer.Option(help="Orders of the rows, a list of expert and rank.")] = (
         "expert,rank"
@@ -281,15 +291,16 @@ def overlap(
     from ep_comm.job.start import has_launcher, join, on_rank_0
 
     with user_errors_exit():
+        spec = RoutingSpec.of_flags(None, num_groups, topk_groups, replay=replay)
         sizes = dict(tokens=tokens, hidden=hidden, experts=experts, topk=topk)
         if model is None:
-            shape, expert_shape = shape_of_flags(preset, **sizes), None
+            shape, expert_shape = shape_of_flags(preset, spec, **sizes), None
         else:
             shape, expert_shape = of_model(model)
             shape = with_flags(shape, **sizes)
         settings = OverlapSettings(
             shape=shape,
-            routing=RoutingSpec.of_flags(None, num_groups, topk_groups),
+            routing=spec,
             sms=parse_sms(sms),
             layouts=parse_layouts(layouts),
             fp8=fp8,

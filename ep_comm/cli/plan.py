@@ -8,7 +8,13 @@ from typing import Annotated, cast
 
 import typer
 
-from ep_comm.cli.bench import NUM_GROUPS_HELP, PRESET_HELP, TOPK_GROUPS_HELP, wide_console
+from ep_comm.cli.bench import (
+    NUM_GROUPS_HELP,
+    PRESET_HELP,
+    REPLAY_HELP,
+    TOPK_GROUPS_HELP,
+    wide_console,
+)
 from ep_comm.plan import facts
 
 EXAMPLE = (
@@ -36,13 +42,14 @@ def plan(
     sms: Annotated[
         int, typer.Option(help="SMs of an operation: 132 is all of a Hopper.")
     ] = facts.GPU_SMS,
-    preset: Annotated[str, typer.Option(help=PRESET_HELP)] = "W1",
+    preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of each rank.")] = None,
     hidden: Annotated[int | None, typer.Option(help="Elements of a token.")] = None,
     experts: Annotated[int | None, typer.Option(help="Experts over all ranks.")] = None,
     topk: Annotated[int | None, typer.Option(help="Experts of a token.")] = None,
     num_groups: Annotated[int | None, typer.Option(help=NUM_GROUPS_HELP)] = None,
     topk_groups: Annotated[int | None, typer.Option(help=TOPK_GROUPS_HELP)] = None,
+    replay: Annotated[Path | None, typer.Option(help=REPLAY_HELP)] = None,
     fp8: Annotated[bool, typer.Option("--fp8", help="FP8 dispatch; combine is BF16.")] = False,
     layout: Annotated[str, typer.Option(help="Order of the rows: expert or rank.")] = "expert",
     json: Annotated[Path | None, typer.Option(help="File for all of it as JSON.")] = None,
@@ -87,9 +94,11 @@ def plan(
             nic_latency_us=nic_latency_us,
             num_sms=sms,
         )
+        spec = RoutingSpec.of_flags(None, num_groups, topk_groups, replay=replay)
+        sizes = dict(tokens=tokens, hidden=hidden, experts=experts, topk=topk)
         workload = Workload(
-            shape=shape_of_flags(preset, tokens=tokens, hidden=hidden, experts=experts, topk=topk),
-            routing=RoutingSpec.of_flags(None, num_groups, topk_groups),
+            shape=shape_of_flags(preset, spec, **sizes),
+            routing=spec,
             fp8=fp8,
             layout=cast(RowLayout, layout),  # check() refuses others
         )

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ep_comm.megatron.options import EPOptions
 
 if TYPE_CHECKING:
+    from ep_comm.megatron.capture import RoutingCapture
     from ep_comm.megatron.dispatcher import (
         EPCommTokenDispatcher,
         destroy_buffers,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "EPCommTokenDispatcher": "dispatcher",
     "MoEMeter": "meter",
+    "RoutingCapture": "capture",
     "check_model": "layer",
     "check_weight_gradients": "wgrad",
     "destroy_buffers": "dispatcher",
@@ -46,6 +48,7 @@ __all__ = [
     "EPCommTokenDispatcher",
     "EPOptions",
     "MoEMeter",
+    "RoutingCapture",
     "check_model",
     "check_weight_gradients",
     "destroy_buffers",

@@ -83,6 +83,10 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         during_backward: Run while the backward combine is in flight (delayed weight gradients), or
             at the end of a backward pass that has none: nothing before the experts is trainable.
 
+    Attributes:
+        on_dispatch: Called with the rows [T, H] and the routing map bool [T, E * ETP] of each
+            dispatch, on the stream that it is launched on.
+
     The configuration is one that `ep_comm.megatron.support.check_supported` accepts.
     """
 
@@ -107,6 +111,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             self.expert_alignment = _quantisation_alignment(config)
         self.buffers: list[Buffer] = []
         self.handle: DispatchHandle | None = None
+        self.on_dispatch: Callable[[Tensor, Tensor], None] | None = None
 
     # --- tokens ahead of their routing -----------------------------------------------------------
 
@@ -150,6 +155,8 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         else:
             out = self._dispatch_what_comes(buffer, hidden_states, probs)
         assert self._routing_map is not None  # the preprocessing set it
+        if self.on_dispatch is not None:
+            self.on_dispatch(hidden_states, self._routing_map)
         self._note_use(self._routing_map)
         self._routing_map = None
         rows, probs_of_rows = out.recv_x, out.recv_topk_weights
@@ -279,6 +286,11 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         """The buffer that the next dispatch uses; None before the first one."""
         return self.buffers[-1] if self.buffers else None
 
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether this rank is of the first data-parallel replica of the experts."""
+        return dist.get_rank(self._expert_dp_group) == 0
+
     def _shared_buffer(self, hidden_states: Tensor) -> Buffer:
         """Return the buffer of this group. The first dispatch makes it, which is collective."""
         if self.buffers and self.buffers[-1].is_usable:
@@ -321,7 +333,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         if self.options.overlap_wgrad:
             buffer.set_gemm_tiles(self._wgrad_tiles(hidden_states.shape[-1]))
         self.buffers.append(buffer)
-        if dist.get_rank(group) == 0 and dist.get_rank(self._expert_dp_group) == 0:
+        if dist.get_rank(group) == 0 and self.is_first_replica:
             print(self._startup_line(buffer, hidden_states), flush=True)
         return buffer
 

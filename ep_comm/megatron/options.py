@@ -38,7 +38,8 @@ class EPOptions:
 
     ``python -m ep_comm.megatron.launch --help`` prints what each field does, under the name of its
     flag: `timeout_s` is ``--ep-timeout``. A field that is None is left to us. In a loop of your own
-    `overlap_wgrad` also needs ``DistributedDataParallelConfig(delay_wgrad_compute=True)``.
+    `overlap_wgrad` also needs ``DistributedDataParallelConfig(delay_wgrad_compute=True)``, and
+    `capture_routing` a `RoutingCapture` that is told of each step.
 
     Raises:
         EPArgumentError: A value has the wrong type, or is out of range.
@@ -104,6 +105,15 @@ class EPOptions:
         unset="by the sizes of batch, sequence and parallel groups where they are known; else the "
         "first micro-batch's, and a longer one makes a larger buffer",
     )
+    capture_routing: str | None = option(
+        None,
+        flag="--ep-capture-routing",
+        metavar="FOLDER",
+        help="Write which experts the tokens select, in the 1st, 2nd, 4th, 8th, ... step after the "
+        "start, for ep-comm bench --replay and ep-comm plan --replay (docs/routing-capture.md). A "
+        "run needs a folder of its own, which all ranks can write to.",
+        unset="nothing is written",
+    )
 
     def __post_init__(self) -> None:
         for each in OPTIONS:
@@ -116,6 +126,12 @@ class EPOptions:
             check_timeout(self.timeout_s)
         if self.expert_alignment is not None:
             check_alignment(self.expert_alignment)
+        if self.capture_routing is not None and not (
+            isinstance(self.capture_routing, str) and self.capture_routing
+        ):
+            raise EPArgumentError(
+                f"capture_routing must be the name of a folder, got {self.capture_routing!r}"
+            )
         if self.max_tokens_per_rank is not None:
             check_positive("max_tokens_per_rank", self.max_tokens_per_rank)
 
@@ -127,7 +143,7 @@ class Option(NamedTuple):
         name: The field.
         flag: Such as ``"--ep-num-sms"``.
         key: The flag's name in parsed arguments and configurations, such as ``"ep_num_sms"``.
-        value_type: bool, int or float. Where the default is None, so may the value be.
+        value_type: bool, int, float or str. Where the default is None, so may the value be.
         default: The value without the flag.
         help: Says what it does.
         unset: Says what a default of None stands for; else empty.

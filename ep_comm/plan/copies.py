@@ -10,6 +10,9 @@ all experts until M groups have been drawn from, and from those groups thereafte
 probability to miss a part follows draw by draw. DeepSeek-V3 takes the *two* best experts of a group
 together, as `ep_comm.bench.ops.routing` does; in the cases that the tests draw that changes the
 averages by less than 1.5 %.
+
+A captured routing is counted instead, on as many ranks and nodes as the plan has: experts are dealt
+out anew, tokens are as they were.
 """
 
 from __future__ import annotations
@@ -18,7 +21,10 @@ import functools
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
-from ep_comm.bench.ops.routing import RoutingSpec
+import numpy as np
+
+from ep_comm.bench.ops.routing import REPLAY, RoutingSpec
+from ep_comm.routing.capture import Capture
 
 
 class Copies(NamedTuple):
@@ -27,10 +33,15 @@ class Copies(NamedTuple):
     Attributes:
         ranks: Distinct ranks of a token.
         nodes: Distinct nodes of a token.
+        fullest_rank: Copies that the fullest rank gets, over the mean; 1 where all experts are as
+            likely.
+        fullest_node: The same of nodes.
     """
 
     ranks: float
     nodes: float
+    fullest_rank: float = 1.0
+    fullest_node: float = 1.0
 
 
 def copies_of(
@@ -39,12 +50,16 @@ def copies_of(
     """Return the copies of a token whose experts are spread over nodes.
 
     Args:
-        routing: "uniform" or "group-limited".
+        routing: "uniform", "group-limited", or a replay.
         num_experts: A multiple of the ranks.
         num_topk: Experts of a token.
         num_nodes: Nodes.
         gpus_per_node: Ranks of a node.
     """
+    if routing.kind == REPLAY:
+        ranks, fullest_rank = captured_parts(routing.captured, num_nodes * gpus_per_node)
+        nodes, fullest_node = captured_parts(routing.captured, num_nodes)
+        return Copies(ranks, nodes, fullest_rank, fullest_node)
     num_groups, topk_groups = 1, 1
     if routing.kind == "group-limited":
         num_groups, topk_groups = routing.num_groups, routing.topk_groups
@@ -53,6 +68,31 @@ def copies_of(
         return expected_parts(num_experts, num_parts, num_groups, topk_groups, num_topk)
 
     return Copies(ranks=parts_hit(num_nodes * gpus_per_node), nodes=parts_hit(num_nodes))
+
+
+@functools.lru_cache(maxsize=64)
+def captured_parts(capture: Capture, num_parts: int) -> tuple[float, float]:
+    """Count the parts that captured tokens have experts in.
+
+    Args:
+        capture: One step.
+        num_parts: Equal parts of consecutive experts.
+
+    Returns:
+        The mean number of parts of a token, and the tokens of the fullest part over the mean: the
+        mean of all layers.
+    """
+    in_part = capture.sizes.num_experts // num_parts
+    means, ratios = [], []
+    for of_layer in capture.topk_idx:
+        topk_idx_TK = np.concatenate(of_layer).astype(np.int64)
+        goes_TP = np.zeros((len(topk_idx_TK), num_parts + 1), dtype=bool)
+        # No expert, -1, is in the last column, which does not count.
+        np.put_along_axis(goes_TP, topk_idx_TK // in_part, True, axis=1)
+        tokens_P = goes_TP[:, :num_parts].sum(axis=0)
+        means.append(tokens_P.sum() / len(topk_idx_TK))
+        ratios.append(tokens_P.max() / tokens_P.mean())
+    return float(np.mean(means)), float(np.mean(ratios))
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ep_comm._native import header
-from ep_comm.bench.ops.routing import RoutingSpec
+from ep_comm.bench.ops.routing import REPLAY, RoutingSpec
 from ep_comm.job.exits import UserError
 from ep_comm.plan.model import Plan, make_plan
 from ep_comm.plan.sizes import MAX_GPUS, Cluster, Workload
@@ -34,6 +34,8 @@ def curve(cluster: Cluster, workload: Workload, routing: RoutingSpec) -> list[Pl
     while (num_gpus := num_nodes * cluster.gpus_per_node) <= MAX_GPUS:
         experts = max(workload.shape.experts, num_gpus)
         fits = experts % num_gpus == 0
+        if routing.kind == REPLAY:  # it has experts of its own
+            fits = fits and experts == workload.shape.experts
         if routing.kind == "group-limited":
             fits = fits and experts % routing.num_groups == 0
         if fits:

@@ -6,8 +6,9 @@ With T tokens a GPU, rows of B bytes, L GPUs a node and N nodes, a token goes to
     network   T B nodes (N - 1) / N
     NVLink    T B ranks (L - 1) / L
 
-and receives as much. Each resource needs its bytes over its rate. The hop that is done sooner works
-beside the other one, but for a chunk of rows::
+and receives as much. Of a captured routing the fullest rank and node receive more, and it is their
+time. Each resource needs its bytes over its rate. The hop that is done sooner works beside the
+other one, but for a chunk of rows::
 
     time = slowest resource + shorter hop / messages + latencies + what any operation takes
 """
@@ -29,7 +30,9 @@ Resource = Literal["network", "NVLink", "gather SMs", "push SMs", "expand SMs", 
 
 
 class Traffic(NamedTuple):
-    """Bytes that a GPU sends in one operation, on average, and as many that it receives.
+    """Bytes that a GPU receives in one operation, and sends on average.
+
+    Of a captured routing they are those of the fullest GPU.
 
     Attributes:
         nvlink: To GPUs of its node, relayed rows included.
@@ -155,7 +158,7 @@ def _dispatch(
     traffic = _traffic(cluster, workload, copies, row_bytes)
     sms = dispatch_sms(cluster, workload, is_new)
     read = copies.ranks * workload.shape.tokens * row_bytes
-    out = _rows_out(workload, copies) * row_bytes
+    out = _rows_out(workload, copies) * copies.fullest_rank * row_bytes
     store = facts.STORE_FP8_SM if workload.fp8 else facts.STORE_SM
     # Rows for the network are copied together, sent, received; pushed ones read and staged.
     memory = 4 * traffic.network + 2 * traffic.nvlink + read + out
@@ -180,7 +183,8 @@ def _combine(cluster: Cluster, workload: Workload, copies: Copies, chunks: Chunk
     row_bytes = workload.combine_row_bytes
     traffic = _traffic(cluster, workload, copies, row_bytes)
     # A rank's rows of a token, ranks' sums of a node, and nodes' sums.
-    levels = [_rows_out(workload, copies), workload.shape.tokens * copies.ranks]
+    rows = _rows_out(workload, copies) * copies.fullest_rank
+    levels = [rows, workload.shape.tokens * copies.ranks]
     if cluster.num_nodes > 1:
         levels.append(workload.shape.tokens * copies.nodes)
     read = sum(levels) * row_bytes
@@ -208,8 +212,8 @@ def _traffic(cluster: Cluster, workload: Workload, copies: Copies, row_bytes: in
     tokens, _, _, topk = workload.shape
     nodes, local = cluster.num_nodes, cluster.gpus_per_node
     return Traffic(
-        nvlink=tokens * row_bytes * copies.ranks * (local - 1) / local,
-        network=tokens * row_bytes * copies.nodes * (nodes - 1) / nodes,
+        nvlink=tokens * row_bytes * copies.ranks * copies.fullest_rank * (local - 1) / local,
+        network=tokens * row_bytes * copies.nodes * copies.fullest_node * (nodes - 1) / nodes,
         to_nodes=tokens * row_bytes * copies.nodes,
         to_experts=tokens * row_bytes * topk,
     )

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ep_comm._native import header
+from ep_comm.bench.ops.routing import REPLAY
 from ep_comm.bench.tables import screen_table
 from ep_comm.job import files
 from ep_comm.job.environment import surroundings
@@ -133,6 +134,7 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
     how = "the library's own layout" if plan.memory.is_exact else "by the formula"
     lines = [
         ("copies", f"a token goes to {copies.ranks:.2f} ranks on {copies.nodes:.2f} nodes"),
+        *_skew(plan),
         ("SMs", f"{cluster.num_sms}; of a dispatch {', '.join(sms)}"),
         ("", f"fewest that do not limit: {_fewest(plan)}"),
         ("chunks", f"rows of a flag: {', '.join(rows)}"),
@@ -142,6 +144,15 @@ def _lines(plan: Plan) -> list[tuple[str, str]]:
     if cluster.num_gpus > most:
         lines.append(("note", f"our kernels take {most} GPUs; the model goes on to {MAX_GPUS}"))
     return lines
+
+
+def _skew(plan: Plan) -> list[tuple[str, str]]:
+    if plan.workload.routing.kind != REPLAY:
+        return []
+    text = f"the fullest rank gets {plan.copies.fullest_rank:.2f} times the mean"
+    if plan.cluster.num_nodes > 1:
+        text += f", the fullest node {plan.copies.fullest_node:.2f}"
+    return [("skew", f"{text}; bytes and times are the fullest one's")]
 
 
 def _fewest(plan: Plan) -> str:

@@ -85,7 +85,8 @@ class Workload:
 
     Attributes:
         shape: Sizes.
-        routing: Which experts the tokens select; not "zipf".
+        routing: Which experts the tokens select; not "zipf". A replay is counted, see
+            `ep_comm.plan.copies`.
         fp8: Dispatch FP8 rows with their scales; else BF16. Combine is BF16.
         layout: Order of the received rows, see `ep_comm.Buffer.dispatch`.
     """
@@ -125,7 +126,9 @@ class Workload:
             iters=MIN_ITERS,
         ).check()
         if self.routing.kind == "zipf":
-            raise UserError("--routing zipf: a plan is for uniform and group-limited routing")
+            raise UserError(
+                "--routing zipf: a plan is for uniform and group-limited routing, and for a replay"
+            )
         experts = self.shape.experts
         if experts > header.EP_MAX_EXPERTS:
             raise UserError(f"--experts {experts} is more than {header.EP_MAX_EXPERTS}")

@@ -242,7 +242,7 @@ _NEEDS = (
     ("recompute_modules", "recompute_granularity"),
 )
 # With another dispatcher these would be left out without a word.
-_NEED_EP_COMM = [each.key for each in OPTIONS if each.value_type is bool]
+_NEED_EP_COMM = [each.key for each in OPTIONS if each.value_type in (bool, str)]
 
 
 class PretrainConfig(

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ep_comm.job.exits import UserError
 from ep_comm.job.files import take_folder
 from ep_comm.job.start import on_rank_0
 from ep_comm.job.stop import EXIT_CODE, StopRequest
+from ep_comm.megatron.options import flag_of
 from ep_comm.pretrain.checkpoint import check_paths, load, save
 from ep_comm.pretrain.config import PretrainConfig
 from ep_comm.pretrain.data import load_datasets, microbatches
@@ -53,6 +55,9 @@ def pretrain(config: PretrainConfig) -> None:
     corpus, train_data, valid_data = load_datasets(config)
     if (folder := config.save) is not None:
         on_rank_0(lambda: take_folder(folder, "--save"))
+    if (name := config.ep_options.capture_routing) is not None:
+        capture_folder = Path(name)
+        on_rank_0(lambda: take_folder(capture_folder, flag_of("capture_routing")))
     announce("building the model")
     trainee = build(config, corpus.vocab_size, device)
     iteration, consumed_samples = load(trainee, config, checkpoint) if checkpoint else (0, 0)
@@ -67,6 +72,7 @@ def pretrain(config: PretrainConfig) -> None:
         if iteration >= config.train_iters:
             log.message(f"already at step {iteration} of {config.train_iters}: nothing to do")
         meter = ep_megatron.MoEMeter([trainee.model])
+        capture = ep_megatron.RoutingCapture([trainee.model], config.ep_options.capture_routing)
         speed = partial(_speed, config=config, vocab_size=corpus.vocab_size)
         batches = partial(microbatches, config=config, device=device)
         train_batches = batches(train_data, first_sample=consumed_samples)
@@ -92,6 +98,7 @@ def pretrain(config: PretrainConfig) -> None:
             trainee.scheduler.step(increment=config.global_batch_size)
             iteration += 1
             consumed_samples += config.global_batch_size
+            capture.step(iteration)
             log.train(
                 iteration,
                 {
@@ -124,6 +131,7 @@ def pretrain(config: PretrainConfig) -> None:
             if config.save and (last or due or stopping):
                 save(trainee, config, iteration=iteration, consumed_samples=consumed_samples)
                 log.message(f"step {iteration}: checkpoint in {config.save}")
+        capture.close()
         if iteration < config.train_iters:
             saved = f"--load {config.save} goes on from there"
             log.message(

@@ -11,12 +11,8 @@ import torch
 from torch import Tensor
 
 from ep_comm import fp8_low_latency
-from ep_comm.bench.ops.routing import RoutingSpec, make_routing
+from ep_comm.bench.ops.routing import NUM_SETS, RoutingSpec, routing_of
 from ep_comm.fp8_low_latency import ScaleForm
-
-# Rotated. Memory of operations is used in turns of two: with three sets, what stands there from
-# before is always another set's, and a result made of it is wrong.
-NUM_SETS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +65,9 @@ def make_inputs(
 ) -> list[InputSet]:
     """Draw `NUM_SETS` sets, each with rows and routing of its own.
 
+    They are rotated. Memory of operations is used in turns of two: with three sets, what stands
+    there from before is always another set's, and a result made of it is wrong.
+
     Args:
         rank: This rank.
         num_ranks: R.
@@ -87,7 +86,7 @@ def make_inputs(
         topk_idx_RTK, weights_RTK, x_RTH = (
             torch.stack(parts).to(device)
             for parts in zip(
-                *(_draw(routing, i * num_ranks + r, tokens, num_experts, topk, hidden)
+                *(_draw(routing, r, i, i * num_ranks + r, tokens, num_experts, topk, hidden)
                   for r in range(num_ranks)),
                 strict=True,
             )
@@ -136,9 +135,18 @@ def make_inputs(
 
 
 def _draw(
-    routing: RoutingSpec, seed: int, tokens: int, num_experts: int, topk: int, hidden: int
+    routing: RoutingSpec,
+    rank: int,
+    number: int,
+    seed: int,
+    tokens: int,
+    num_experts: int,
+    topk: int,
+    hidden: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    topk_idx, weights = make_routing(routing, tokens, num_experts, topk, seed)
+    topk_idx, weights = routing_of(
+        routing, tokens, num_experts, topk, rank=rank, number=number, seed=seed
+    )
     generator = torch.Generator().manual_seed(seed)
     return topk_idx, weights, torch.randn(tokens, hidden, generator=generator).bfloat16()
 

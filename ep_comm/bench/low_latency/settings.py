@@ -9,13 +9,14 @@ import torch
 
 from ep_comm import EPConfig
 from ep_comm._native import header
-from ep_comm.bench.ops.routing import RoutingSpec
+from ep_comm.bench.ops.routing import REPLAY, RoutingSpec
 from ep_comm.fp8 import BLOCK
 from ep_comm.job.exits import UserError
 
 TOKENS = (1, 8, 32, 128, 256)
 HIDDEN = (7168,)
 ALL_HIDDEN = (2048, 4096, 7168)
+TOPK = 8
 EXPERTS = 288
 REPLAYS = 500
 QUICK_TOKENS = (8, 128)
@@ -63,7 +64,7 @@ class Settings:
 
     tokens: tuple[int, ...] = TOKENS
     hidden: tuple[int, ...] = HIDDEN
-    topk: int = 8
+    topk: int = TOPK
     experts: int = EXPERTS
     routing: RoutingSpec = RoutingSpec()
     fp8: bool = True
@@ -125,6 +126,7 @@ class Settings:
         if (experts := self.num_experts(num_ranks)) > header.EP_MAX_EXPERTS:
             raise UserError(f"--experts {experts} is more than {header.EP_MAX_EXPERTS}")
         self.routing.check(experts, self.topk)
+        self.routing.check_job(num_ranks, max(self.tokens))
         places = experts * self.most_tokens
         if places > header.EP_LOW_LATENCY_MAX_PLACES:
             raise UserError(
@@ -175,9 +177,12 @@ def sizes(
     replays: int | None,
     full: bool,
     quick: bool,
+    topk: int | None,
+    experts: int | None,
+    routing: RoutingSpec,
     **others: Any,
 ) -> Settings:
-    """Return settings; None stands for what `full` and `quick` say.
+    """Return settings; None stands for what `full` and `quick` say, or what a capture has.
 
     Args:
         tokens: As in `Settings`, like the next two.
@@ -185,6 +190,9 @@ def sizes(
         replays: The same.
         full: All hidden sizes that models have.
         quick: Few tokens and replays.
+        topk: As in `Settings`, like the next two.
+        experts: The same.
+        routing: The same.
         others: Of `Settings`.
 
     Raises:
@@ -192,10 +200,19 @@ def sizes(
     """
     if full and hidden is not None:
         raise UserError("--full and --hidden: pass one of them")
+    one_hidden = HIDDEN
+    if routing.kind == REPLAY:
+        captured = routing.captured.sizes
+        one_hidden = (captured.hidden,)
+        topk = captured.num_topk if topk is None else topk
+        experts = captured.num_experts if experts is None else experts
     return Settings(
         tokens=tokens or (QUICK_TOKENS if quick else TOKENS),
-        hidden=hidden or (ALL_HIDDEN if full else HIDDEN),
+        hidden=hidden or (ALL_HIDDEN if full else one_hidden),
         replays=(QUICK_REPLAYS if quick else REPLAYS) if replays is None else replays,
+        topk=TOPK if topk is None else topk,
+        experts=EXPERTS if experts is None else experts,
+        routing=routing,
         **others,
     )
 

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from ep_comm import Buffer, fp8
 from ep_comm.bench.ops.alltoall import AllToAll
-from ep_comm.bench.ops.routing import make_routing
+from ep_comm.bench.ops.routing import NUM_SETS, routing_of
 from ep_comm.bench.ops.settings import Settings
-
-NUM_SETS = 3  # rotated, so that no input is in L2 when its turn comes again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +54,17 @@ class Case:
 
 
 def make_inputs(settings: Settings, rank: int, device: torch.device) -> list[InputSet]:
-    """Draw `NUM_SETS` sets of this rank's inputs, each with rows and routing of its own."""
+    """Draw `NUM_SETS` sets of this rank's inputs, each with rows and routing of its own.
+
+    They are rotated, so that no input is in L2 when its turn comes again.
+    """
     tokens, hidden, experts, topk = settings.shape
     sets = []
     for i in range(NUM_SETS):
         seed = rank * NUM_SETS + i
-        topk_idx, topk_weights = make_routing(settings.routing, tokens, experts, topk, seed)
+        topk_idx, topk_weights = routing_of(
+            settings.routing, tokens, experts, topk, rank=rank, number=i, seed=seed
+        )
         generator = torch.Generator(device).manual_seed(seed)
         x = torch.randn(tokens, hidden, generator=generator, device=device).bfloat16()
         sets.append(

@@ -9,7 +9,7 @@ import torch
 
 from ep_comm import EPConfig
 from ep_comm._native import header
-from ep_comm.bench.ops.routing import RoutingSpec
+from ep_comm.bench.ops.routing import REPLAY, RoutingSpec
 from ep_comm.handle import RowLayout
 from ep_comm.job.exits import UserError
 
@@ -30,6 +30,7 @@ PRESETS = {
     "W1": Shape(tokens=4096, hidden=7168, experts=256, topk=8),
     "W2": Shape(tokens=8192, hidden=2048, experts=128, topk=8),
 }
+DEFAULT_PRESET = "W1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,7 @@ class Settings:
         experts = self.shape.experts
         if experts % num_ranks:
             raise UserError(f"--experts {experts} is not divisible by the {num_ranks} ranks")
+        self.routing.check_job(num_ranks, self.shape.tokens)
         for count in self.sms:
             if count and not 2 <= count <= available_sms:
                 raise UserError(f"--sms {count} is neither 0 (all) nor 2 to {available_sms}")
@@ -103,12 +105,19 @@ class Settings:
         )
 
 
-def shape_of_flags(preset: str, **sizes: int | None) -> Shape:
-    """Return a preset's sizes, but for those that were given.
+def shape_of_flags(preset: str | None, routing: RoutingSpec, **sizes: int | None) -> Shape:
+    """Return a preset's sizes, or those of a capture, but for those that were given.
 
     Raises:
-        UserError: There is no such preset.
+        UserError: There is no such preset, or it is given beside a capture.
     """
+    if routing.kind == REPLAY:
+        if preset is not None:
+            raise UserError(f"--preset {preset} and --replay: a capture has sizes of its own")
+        captured = routing.captured
+        experts, topk, hidden, _ = captured.sizes
+        return with_flags(Shape(captured.tokens, hidden, experts, topk), **sizes)
+    preset = preset or DEFAULT_PRESET
     if preset not in PRESETS:
         raise UserError(f"--preset {preset!r} is none of {', '.join(PRESETS)}")
     return with_flags(PRESETS[preset], **sizes)

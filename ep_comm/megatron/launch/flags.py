@@ -8,12 +8,14 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ep_comm.errors import EPArgumentError
 from ep_comm.job.exits import UserError
+from ep_comm.job.files import take_folder
 from ep_comm.megatron.names import NAME, STOCK, VALUES, is_ep_comm, printed
-from ep_comm.megatron.options import OPTIONS, EPOptions
+from ep_comm.megatron.options import OPTIONS, EPOptions, flag_of
 from ep_comm.megatron.support import check_flags
 
 
@@ -124,7 +126,7 @@ def resolve(args: argparse.Namespace, stock_default: str) -> EPOptions | None:
     except EPArgumentError as error:
         raise UserError(f"--ep-*: {error}") from None
     check_flags(args, options)
-    _check_others(args)
+    _check_others(args, options)
     for option in OPTIONS:
         setattr(args, option.key, getattr(options, option.name))
     return options
@@ -149,13 +151,15 @@ def tokens_per_rank(args: argparse.Namespace) -> int | None:
     return -(-sequences * length // ranks)
 
 
-def _check_others(args: argparse.Namespace) -> None:
-    """Raise where the command line lacks something, or W&B could not write."""
+def _check_others(args: argparse.Namespace, options: EPOptions) -> None:
+    """Raise where the command line lacks something, or W&B or the capture could not write."""
     may_come_later = args.use_checkpoint_args or getattr(args, "yaml_cfg", None)
     if args.num_experts is None and not may_come_later:
         raise UserError(f"--moe-token-dispatcher {NAME} needs --num-experts")
     if getattr(args, "wandb_project", None) and _on_last_node():
         _check_wandb_dir(args.wandb_save_dir, args.save)
+    if options.capture_routing is not None and os.environ.get("RANK", "0") == "0":
+        take_folder(Path(options.capture_routing), flag_of("capture_routing"))
 
 
 def _on_last_node() -> bool:

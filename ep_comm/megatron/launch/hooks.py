@@ -17,6 +17,7 @@ import ep_comm
 from ep_comm.errors import name_settings
 from ep_comm.fault_file import FOLDER_VARIABLE
 from ep_comm.megatron.balance import COLUMNS, TABLE, LayerBalance, markdown
+from ep_comm.megatron.capture import RoutingCapture
 from ep_comm.megatron.dispatcher import synchronize_buffers
 from ep_comm.megatron.launch.flags import tokens_per_rank
 from ep_comm.megatron.layer import check_model, complete, install
@@ -44,6 +45,7 @@ class Training:
         self._training = training
         self._version = version
         self._meter: MoEMeter | None = None
+        self._capture: RoutingCapture | None = None
 
     def use(self, options: EPOptions) -> None:
         """Put our dispatcher into all MoE layers that are built from now on."""
@@ -63,8 +65,10 @@ class Training:
         self.options = self._asked = options
 
     def finish(self) -> None:
-        """Raise an error of the last step, which no later call would."""
+        """Raise an error of the last step, which no later call would; finish the capture."""
         synchronize_buffers()
+        if self._capture is not None:
+            self._capture.close()
 
     def _setup_model_and_optimizer(self, original: Any) -> Any:
         """Size buffers by the validated arguments, check the built model, prepare its scalars."""
@@ -82,6 +86,7 @@ class Training:
                 print(self._summary(num_layers), flush=True)
             if settings.tensorboard_dir or settings.wandb_project:
                 self._meter = MoEMeter(model)
+            self._capture = RoutingCapture(model, self.options.capture_routing)
             if optimizer is not None and self.options.overlap_wgrad:
                 optimizer.step = _checking_gradients(optimizer.step, model)
             self.started = True
@@ -95,9 +100,11 @@ class Training:
 
         def training_log(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
+            iteration = signature.bind(*args, **kwargs).arguments["iteration"]
+            assert self._capture is not None  # made with the model
+            self._capture.step(iteration)
             if self._meter is not None:
                 metrics = self._meter.step()  # collective: on all ranks, after each step
-                iteration = signature.bind(*args, **kwargs).arguments["iteration"]
                 settings = get_args()
                 if iteration % settings.tensorboard_log_interval == 0:
                     _log(metrics, iteration)
