@@ -23,6 +23,7 @@ from ep_comm.cli import doctor
 from ep_comm.cli.app import app
 
 ROOT = Path(__file__).parents[2]
+CAPTURE = ROOT / "tests" / "data" / "routing-capture"
 # Two GPUs; nvidia-smi marks the header with escapes, and a NIC has a row too.
 TOPOLOGY = """\
 \t\x1b[4mGPU0\tGPU1\tNIC0\tCPU Affinity\x1b[0m
@@ -224,6 +225,10 @@ def test_plan_is_checked_against_files(name):
         (["--nic-gb-per-s", "0"], "--nic-gb-per-s 0 must be positive"),
         (["--plot", "/no/such/folder/plan.png"], "/no/such/folder/plan.png cannot be written"),
         (["--plot", "plan.picture"], "plan.picture cannot be written: Format 'picture'"),
+        (["--replay", "nowhere"], "the capture nowhere is no folder"),
+        (["--replay", str(CAPTURE), "--experts", "16"], "--experts 16: the capture"),
+        (["--replay", str(CAPTURE), "--preset", "W1"], "--preset W1 and --replay"),
+        (["--replay", str(CAPTURE), "--nodes", "2"], "--experts 8 is not divisible by the 16 GPUs"),
         (["--check", "no.json"], "--check no.json: [Errno 2]"),
         (["--check", "no.json", "--nodes", "2"], "--nodes has no effect with --check"),
     ],
@@ -235,6 +240,18 @@ def test_plan_refuses_what_it_cannot_do(no_job, capfd, flags, words):
     assert said[-1].startswith(f"error: {words}") and "Traceback" not in said
     # Only what cannot be written is found after the plan is made.
     assert len(said) == 1 or "cannot be written" in words
+
+
+def test_plan_takes_a_capture(tmp_path):
+    path = tmp_path / "plan.json"
+    flags = ["--replay", str(CAPTURE), "--gpus-per-node", "2", "--hidden", "7168", "--json"]
+    result = CliRunner().invoke(app, ["plan", *flags, str(path)])
+    assert result.exit_code == 0, result.output
+    assert "replay of routing-capture/step-00000064" in result.output
+    assert "the fullest rank gets 1." in result.output
+    found = json.loads(path.read_text())
+    assert found["copies"]["fullest_rank"] > 1.05 and found["copies"]["nodes"] == 1
+    assert found["workload"]["shape"] == {"tokens": 1024, "hidden": 7168, "experts": 8, "topk": 2}
 
 
 def test_help_of_plan_has_an_example():

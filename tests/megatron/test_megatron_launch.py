@@ -51,6 +51,7 @@ from ep_comm.megatron.launch.flags import (
 from ep_comm.megatron.options import OPTIONS
 from ep_comm.megatron.support import BY_FLAGS
 from ep_comm.megatron.versions import SUPPORTED, is_supported
+from ep_comm.routing.capture import Sizes, read
 
 # Not imported: processes of ours start without. (`megatron` alone would be the tests' folder.)
 if importlib.util.find_spec("megatron.core") is None:
@@ -134,6 +135,7 @@ def ours(script, tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("ours")
     flags = ["--moe-token-dispatcher-type", "deepep", "--ep-overlap-wgrad", "--ep-num-sms", 24]
     flags += ["--tensorboard-dir", folder / "tensorboard"]
+    flags += ["--ep-capture-routing", folder / "routing"]
     if HAVE_WANDB:
         flags += ["--wandb-project", "t", "--wandb-exp-name", "run", "--wandb-save-dir", folder]
     return finished(folder, run(script, *flags, "--save", folder))
@@ -176,11 +178,24 @@ def test_checkpoints_hold_plain_values_of_ours(ours, stock):
         "ep_max_tokens_per_rank": None,
         "ep_num_sms": 24,
         "ep_timeout": None,
+        "ep_capture_routing": str(ours.folder / "routing"),
     }
     assert args["moe_token_dispatcher_type"] == stock_args["moe_token_dispatcher_type"]
 
 
 @pytest.mark.skipif(not HAVE_WANDB, reason="needs wandb")
+def test_routing_is_captured(ours):
+    """That of Megatron's iterations 1 and 2, and no other; each expert of 2 on 64 tokens."""
+    folder = ours.folder / "routing"
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-00000001", "step-00000002"]
+    capture = read(folder)
+    assert capture.sizes == Sizes(num_experts=4, num_topk=2, hidden=32, num_ranks=2)
+    assert capture.layers[:2] == (1, 2)
+    for of_layer in capture.topk_idx:
+        assert [rows.shape for rows in of_layer] == [(32, 2), (32, 2)]
+        assert (np.concatenate(of_layer) >= 0).all()
+
+
 def test_scalars_are_in_megatrons_wandb_run(ours):
     (path,) = ours.folder.glob("wandb/offline-run-*/run-*.wandb")
     inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
@@ -574,6 +589,7 @@ def test_every_refusal_of_a_flag_is_tested():
         ),
         (f"{OURS} --ep-num-sms 1", "num_sms must be at least 2"),
         ("--moe-token-dispatcher deepep", "needs --num-experts"),
+        (f"{OURS} --ep-capture-routing {__file__}/x", f"--ep-capture-routing {__file__}/x cannot"),
         (f"{OURS} --wandb-project p", "--wandb-save-dir"),
         (f"{OURS} --wandb-project p --save {__file__}", "--save: W&B cannot write"),
         (f"{OURS} --wandb-project p --wandb-save-dir {__file__}/x", "--wandb-save-dir: W&B"),

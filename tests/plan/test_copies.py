@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from fractions import Fraction
 from itertools import permutations
 from math import comb
+from pathlib import Path
+from statistics import mean
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from ep_comm.bench.ops.routing import RoutingSpec, make_routing
 from ep_comm.plan.copies import copies_of, expected_parts
+from ep_comm.routing.capture import RankFile, Sizes, write_step
 
 
 def parts_of_tokens(topk_idx_TK: Tensor, num_experts: int, num_parts: int) -> float:
@@ -87,3 +92,48 @@ def test_copies_of_known_workloads():
     assert 3.9 < limited.nodes < 4  # each node is a group, and a token has four
     assert copies_of(RoutingSpec(), 256, 8, 8, 8).nodes == pytest.approx(5.295, abs=1e-3)
     assert copies_of(RoutingSpec(), 256, 8, 1, 8).nodes == pytest.approx(1)
+
+
+# ---- Captured routing ----------------------------------------------------------------------------
+
+CAPTURE = Path(__file__).parents[1] / "data" / "routing-capture"
+
+
+@pytest.mark.parametrize(("nodes", "local"), [(1, 2), (2, 1), (2, 2), (1, 8), (4, 2)])
+def test_captured_tokens_are_counted_one_by_one(nodes, local):
+    """On as many ranks as asked for, whatever the run had."""
+    spec = RoutingSpec.of_flags(None, None, None, replay=CAPTURE)
+    means = {nodes: [], nodes * local: []}
+    fullest = {nodes: [], nodes * local: []}
+    for of_layer in spec.captured.topk_idx:
+        for parts in means:
+            goes = Counter()
+            tokens = [row for rows in of_layer for row in rows.tolist()]
+            for token in tokens:
+                goes.update({expert // (8 // parts) for expert in token})
+            means[parts].append(sum(goes.values()) / len(tokens))
+            fullest[parts].append(max(goes.values()) * parts / sum(goes.values()))
+    found = copies_of(spec, 8, 2, nodes, local)
+    assert found.ranks == pytest.approx(mean(means[nodes * local]))
+    assert found.nodes == pytest.approx(mean(means[nodes]))
+    assert found.fullest_rank == pytest.approx(mean(fullest[nodes * local]))
+    assert found.fullest_node == pytest.approx(mean(fullest[nodes]))
+
+
+def test_dropped_tokens_go_nowhere(tmp_path):
+    rows = {1: np.array([[0, 3], [2, -1], [-1, -1], [0, 1]], dtype=np.int16)}
+    write_step(tmp_path, 0, RankFile(1, Sizes(4, 2, 8, 1), 0, rows))
+    spec = RoutingSpec.of_flags(None, None, None, replay=tmp_path)
+    # Two parts: experts 0 and 1, 2 and 3. Tokens in them: 2 and 2.
+    assert copies_of(spec, 4, 2, 1, 2)[:3] == (1.0, 0.75, 1.0)
+
+
+def test_a_captured_uniform_routing_has_the_copies_of_a_uniform_one(tmp_path):
+    topk_idx, _ = make_routing(RoutingSpec(), 20000, 64, 4, seed=0)
+    rows = {1: topk_idx.sort(dim=1).values.numpy().astype(np.int16)}
+    write_step(tmp_path, 0, RankFile(1, Sizes(64, 4, 8, 1), 0, rows))
+    spec = RoutingSpec.of_flags(None, None, None, replay=tmp_path)
+    found, uniform = (copies_of(each, 64, 4, 2, 4) for each in (spec, RoutingSpec()))
+    assert found.ranks == pytest.approx(uniform.ranks, rel=0.01)
+    assert found.nodes == pytest.approx(uniform.nodes, rel=0.01)
+    assert 1 < found.fullest_rank < 1.03

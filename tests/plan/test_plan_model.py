@@ -270,3 +270,41 @@ def test_a_picture_is_written(routing, tmp_path):
     path = tmp_path / "plan.png"
     write_plot(plan_of(2, 8, dataclasses.replace(W1, routing=routing)), path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+# ---- Captured routing ----------------------------------------------------------------------------
+
+CAPTURE = Path(__file__).parents[1] / "data" / "routing-capture"
+
+
+@pytest.mark.parametrize(("nodes", "local"), [(1, 2), (2, 2), (1, 8)])
+def test_a_capture_is_planned_for_the_fullest_rank(nodes, local):
+    """Against the tokens themselves: what the fullest rank of each layer receives of the others."""
+    spec = RoutingSpec.of_flags(None, None, None, replay=CAPTURE)
+    shape = Shape(tokens=1024, hidden=128, experts=8, topk=2)
+    found = plan_of(nodes, local, Workload(shape=shape, routing=spec))
+    per_rank = 8 // (nodes * local)
+    ratios = []
+    for of_layer in spec.captured.topk_idx:
+        goes = [0] * (nodes * local)
+        for experts in (token for rows in of_layer for token in rows.tolist()):
+            for rank in {expert // per_rank for expert in experts}:
+                goes[rank] += 1
+        ratios.append(max(goes) * len(goes) / sum(goes))
+    even = plan_of(nodes, local, Workload(shape=shape))
+    skew = sum(ratios) / len(ratios)
+    assert skew > 1.05 and found.copies.fullest_rank == pytest.approx(skew)
+    of_copies = found.copies.ranks / even.copies.ranks
+    for ours, others in zip(found.operations, even.operations, strict=True):
+        nvlink = others.traffic.nvlink * of_copies * skew
+        assert ours.traffic.nvlink == pytest.approx(nvlink)
+        assert ours.us > 0 and ours.busy_us["memory"] != others.busy_us["memory"]
+
+
+def test_a_picture_of_a_capture_ends_where_its_experts_do(tmp_path):
+    spec = RoutingSpec.of_flags(None, None, None, replay=CAPTURE)
+    workload = Workload(shape=Shape(tokens=64, hidden=128, experts=8, topk=2), routing=spec)
+    plans = curve(Cluster(gpus_per_node=4), workload, spec)
+    assert [plan.cluster.num_gpus for plan in plans] == [4, 8]
+    write_plot(plan_of(1, 4, workload), tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
