@@ -18,7 +18,7 @@ pytest.importorskip("megatron.core")
 
 # One micro-batch is a step: the log has the tokens of all of its experts.
 ONE_MICRO_BATCH = [*TINY, "--seq-length", "32", "--micro-batch-size", "2", "--eval-iters", "1",
-                   "--lr-decay-iters", "20", "--eval-interval", "2", "--log-interval", "1",
+                   "--lr-decay-iters", "20", "--eval-interval", "1", "--log-interval", "1",
                    "--save-interval", "3"]  # fmt: skip
 
 
