@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ep_comm.pretrain.log_file import TRAIN_LOSS, VALID_LOSS
+from ep_comm.report.document import LEVELS, Finding
 from ep_comm.report.run import MODEL_KEYS, Run, differences
 from ep_comm.report.series import densest_stretch, find_shift
 from ep_comm.telemetry import advice
@@ -26,30 +27,11 @@ _EXPOSED = 0.2  # of a step
 _RISE = 1.05  # of the loss, at its end over its lowest
 _LOSS_WINDOW = 20  # parts that a run's loss is averaged in
 
+_ORDER = list(LEVELS)
 _CHANGED = (
     "Look at what changed then: another job on the hosts, clocks and temperature of the GPUs, how "
     "even the tokens are, which rank was late"
 )
-
-Level = Literal["bad", "look", "note"]
-_LEVELS: tuple[Level, ...] = ("bad", "look", "note")
-
-
-class Finding(NamedTuple):
-    """One thing that stands out.
-
-    Attributes:
-        level: "bad": the run failed, or its result is in doubt; "look": it costs time or quality;
-            "note": to be known when reading the page.
-        text: What was found.
-        todo: What to do; may be empty.
-        section: Part of the page that shows it.
-    """
-
-    level: Level
-    text: str
-    todo: str
-    section: str
 
 
 def find(run: Run) -> list[Finding]:
@@ -59,7 +41,7 @@ def find(run: Run) -> list[Finding]:
         for look in (_end, _log, _loss, _late_ranks, _waits, _speed, _tails, _exposed, _balance)
         for each in look(run)
     ]
-    return sorted(found, key=lambda each: _LEVELS.index(each.level))
+    return sorted(found, key=lambda each: _ORDER.index(each.level))
 
 
 def find_all(runs: Sequence[Run]) -> list[list[Finding]]:

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 from ep_comm.pretrain.log_file import TOKENS_PER_S, TRAIN_LOSS, VALID_LOSS
+from ep_comm.report.document import Cells, Picture
 from ep_comm.report.run import Run
 from ep_comm.report.series import Series
 from ep_comm.report.svg import COLOURS, add_legend, integer_ticks, new_figure, styled, to_svg
@@ -19,25 +20,6 @@ _MOST_ROWS = 40  # of the table behind a picture
 _WIDE_RANGE = 20  # a logarithmic axis from this ratio of largest and median on
 RUN_COLOURS = ("first", "second")
 _DASHES = ("-", (0, (4, 1.5)))
-
-Cells = list[list[str]]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture.
-
-    Attributes:
-        svg: The drawing.
-        caption: Under it.
-        columns: Names of the columns of its data.
-        rows: Its data, with fewer steps where there are many.
-    """
-
-    svg: str
-    caption: str
-    columns: list[str]
-    rows: Cells
 
 
 @dataclass(frozen=True)
