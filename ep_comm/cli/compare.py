@@ -15,7 +15,7 @@ from rich.table import Table
 from ep_comm.compare.directory import Directory, locked
 from ep_comm.compare.plan import Plan
 from ep_comm.compare.progress import Display
-from ep_comm.compare.report import write_report
+from ep_comm.compare.report import PAGE, write_report
 from ep_comm.compare.runs import (
     Interrupted,
     RunFailed,
@@ -107,7 +107,7 @@ def _table(document: dict[str, Any]) -> Table:
 
 def _say_where(plan: Plan, directory: Directory, console: Console) -> None:
     """Say where the report is, and how its W&B runs are uploaded."""
-    console.print(f"report: {directory.path / 'report.md'}")
+    console.print(f"report: {directory.path / PAGE}; for a pull request: report.md there")
     if not plan.settings["wandb_project"]:
         return
     offline = [folder for name in plan.variants for folder in _offline_run(plan, directory, name)]

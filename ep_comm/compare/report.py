@@ -1,4 +1,4 @@
-"""The outcome of a comparison: one document, as JSON and as a page for a pull request."""
+"""The outcome of a comparison: one document, as JSON, as a page, and as that for a pull request."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ep_comm.bench.tables import markdown_table, number
+from ep_comm.bench.tables import number
 from ep_comm.compare.directory import Directory
+from ep_comm.compare.pictures import differences, losses
 from ep_comm.compare.plan import (
     EP_COMM,
     REFERENCE,
@@ -22,7 +24,6 @@ from ep_comm.compare.plan import (
     with_seed,
     without_seed,
 )
-from ep_comm.compare.plots import plot_differences, plot_losses
 from ep_comm.compare.statistics import (
     Pairs,
     Run,
@@ -40,18 +41,37 @@ from ep_comm.compare.statistics import (
 )
 from ep_comm.job.environment import surroundings
 from ep_comm.job.files import write_json, write_text
+from ep_comm.report.document import (
+    Block,
+    Code,
+    Finding,
+    Findings,
+    Level,
+    Line,
+    Page,
+    Section,
+    Table,
+    Text,
+    to_html,
+    to_markdown,
+)
 
-LOSS_PLOT = "loss.png"
-DIFFERENCE_PLOT = "difference.png"
+PAGE = "report.html"
 
 # Verdicts on a variant, besides the reasons why there is none.
 _FAILED, _PASSED, _UNCLEAR, _EQUAL = "FAILED", "passed", "unclear", "bitwise equal"
+_OUTCOMES: tuple[tuple[str, Level, str, str], ...] = (
+    (_FAILED, "bad", "OUTSIDE tolerances", ""),
+    (_UNCLEAR, "look", "Unclear", "More seeds tell"),
+    (_EQUAL, "good", f"Bitwise equal to {REFERENCE}", ""),
+    (_PASSED, "good", "Within tolerances", ""),
+)
 
 
 def write_report(
     plan: Plan, directory: Directory, runs: Mapping[str, Run], tolerances: Tolerances
 ) -> dict[str, Any]:
-    """Write ``report.md``, ``report.json`` and the pictures; return what the JSON says.
+    """Write ``report.html``, ``report.md`` and ``report.json``; return what the JSON says.
 
     Args:
         plan: What was compared.
@@ -60,14 +80,10 @@ def write_report(
         tolerances: What they may differ by.
     """
     document = make_document(plan, directory, runs, tolerances)
-    title, window = document["title"], document["window"]
-    plot_losses(runs, window, title, directory.path / LOSS_PLOT)
-    if document["difference_plot"]:
-        plot_differences(runs, window, title, directory.path / DIFFERENCE_PLOT)
-    else:
-        (directory.path / DIFFERENCE_PLOT).unlink(missing_ok=True)  # of fewer runs
+    page = make_page(document, runs, directory.path)
     write_json(directory.path / "report.json", document)
-    write_text(directory.path / "report.md", render(document))
+    write_text(directory.path / PAGE, to_html(page))
+    write_text(directory.path / "report.md", to_markdown(page))
     return document
 
 
@@ -117,66 +133,93 @@ def make_document(
             }
             for name, run in runs.items()
         },
-        "difference_plot": not all(run.has_losses_of(reference) for run in runs.values()),
         "pairs": {name: asdict(found) for name, found in pairs.items()},
         "settings": plan.settings,
     }
 
 
-def render(document: dict[str, Any]) -> str:
-    """Return the document as Markdown."""
-    variants = document["variants"]
-    outcome = [
-        f"{says}: {', '.join(names)}"
-        for verdict, says in (
-            (_FAILED, "OUTSIDE tolerances"),
-            (_EQUAL, f"Bitwise equal to {REFERENCE}"),
-            (_PASSED, "Within tolerances"),
-            (_UNCLEAR, "Unclear, more seeds tell"),
-        )
-        if (names := [n for n, variant in variants.items() if variant["verdict"] == verdict])
+def make_page(document: dict[str, Any], runs: Mapping[str, Run], folder: Path) -> Page:
+    """Return the document as a page, with pictures of the runs."""
+    window = document["window"]
+    differ = not all(run.has_losses_of(runs[REFERENCE]) for run in runs.values())
+    equal = Text("All losses are equal, bit by bit: there are no differences to draw.")
+    others = [
+        Section("order", "Order of the runs", _order(document["variants"])),
+        Section("pairs", "Pairs of the same seed", _pairs(document["pairs"])),
+        Section("checks", "Checks", _checks(document)),
     ]
-    lines = [
-        f"## Convergence of {document['title']}",
-        "",
-        f"**{'. '.join(outcome) or 'Nothing was judged'}.** Same data order in all runs; "
-        f"|Δ| from {REFERENCE}; training losses smoothed over {document['window']} steps; largest "
-        f"and mean from step {document['steps_skipped'] + 1} on.",
-        "",
-        *markdown_table(
-            ["variant", "seed", "final train loss", "final validation loss", "largest |Δ|",
-             "at step", "mean |Δ|", "mean |Δ| / noise", "final validation |Δ|",
-             "tokens/s, median", "MiB sent/step", "verdict"],
-            [_row(name, variant, document["noise"]) for name, variant in variants.items()],
-        ),
-        "",
-        *_order(variants),
-        *_pairs(document["pairs"]),
-        *[f"Skipped: {name}: {reason}." for name, reason in document["skipped"].items()],
+    return Page(
+        title=f"Convergence of {document['title']}",
+        tool="ep-comm compare",
+        lines=[
+            Line(
+                f"Same data order in all runs; |Δ| from {REFERENCE}; training losses smoothed over "
+                f"{window} steps; largest and mean from step {document['steps_skipped'] + 1} on."
+            )
+        ],
+        sections=[
+            Section("outcome", "Outcome", _outcome(document)),
+            Section("variants", "Variants", [_variants(document)]),
+            Section("losses", "Losses", [losses(runs, window)]),
+            Section("differences", "Differences", [differences(runs, window) if differ else equal]),
+            *(section for section in others if section.blocks),
+            Section(
+                "surroundings",
+                "Machine and versions",
+                [*map(Text, _surroundings(document)), Code(document["command"])],
+            ),
+        ],
+        sources=[folder],
+        command=document["command"],
+    )
+
+
+def _outcome(document: dict[str, Any]) -> list[Block]:
+    """Say which variants passed, and what else is to be known."""
+    found = []
+    for verdict, level, says, todo in _OUTCOMES:
+        names = [n for n, each in document["variants"].items() if each["verdict"] == verdict]
+        if names:
+            section = "checks" if _is_judged(document) else "variants"
+            found.append(Finding(level, f"{says}: {', '.join(names)}.", todo, section))
+    if not found:
+        found.append(Finding("note", "Nothing was judged.", "", "variants"))
+    if len(document["trained_with"]) > 1:
+        text = "The runs were not all trained with the same versions or devices."
+        found.append(Finding("look", text, "", "surroundings"))
+    found += [
+        Finding("note", f"Skipped: {name}: {reason}.", "", "variants")
+        for name, reason in document["skipped"].items()
+    ]
+    return [Findings(found)]
+
+
+def _is_judged(document: dict[str, Any]) -> bool:
+    """Return whether any variant was held against tolerances."""
+    return any(variant["checks"] for variant in document["variants"].values())
+
+
+def _variants(document: dict[str, Any]) -> Table:
+    rows = [_row(name, each, document["noise"]) for name, each in document["variants"].items()]
+    columns = [
+        "variant", "seed", "final train loss", "final validation loss", "largest |Δ|", "at step",
+        "mean |Δ|", "mean |Δ| / noise", "final validation |Δ|", "tokens/s, median",
+        "MiB sent/step", "verdict",
     ]  # fmt: skip
-    checks = [
+    return Table(columns, _text(rows), "losses of the variants, and their differences")
+
+
+def _checks(document: dict[str, Any]) -> list[Block]:
+    rows = [
         [name, check["what"], f"{check['value']:.3g}", f"{check['limit']:.3g}",
-         "yes" if check["passed"] else "unclear" if check["is_unclear"] else "**NO**"]
-        for name, variant in variants.items()
+         "yes" if check["passed"] else "unclear" if check["is_unclear"] else "NO"]
+        for name, variant in document["variants"].items()
         for check in variant["checks"]
     ]  # fmt: skip
-    if checks:
-        lines += markdown_table(["variant", "what", "found", "allowed", "within"], checks)
-        lines += ["", _explain(document)]
-    lines += [
-        "",
-        f"![losses]({LOSS_PLOT})",
-        f"![differences]({DIFFERENCE_PLOT})"
-        if document["difference_plot"]
-        else "All losses are equal, bit by bit: there are no differences to draw.",
-        "",
-        *_surroundings(document),
-        "",
-        "```bash",
-        document["command"],
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
+    if not rows:
+        return []
+    columns = ["variant", "what", "found", "allowed", "within"]
+    return [Table(columns, rows, "checks of the variants"), Text(_explain(document))]
 
 
 def _passed(verdicts: Collection[str]) -> bool | None:
@@ -248,7 +291,7 @@ def _explain(document: dict[str, Any]) -> str:
     return " ".join(sentences)
 
 
-def _order(variants: dict[str, Any]) -> list[str]:
+def _order(variants: dict[str, Any]) -> list[Block]:
     """Say which runs are above and below: the reference may be the one far from all others."""
     offset = {name: variant["offset"] for name, variant in variants.items()}
     if None in offset.values():
@@ -257,14 +300,15 @@ def _order(variants: dict[str, Any]) -> list[str]:
         f"{name} {offset[name]:+.2e}" for name in sorted(offset, key=lambda name: offset[name])
     )
     return [
-        f"Signed mean Δ from the mean of the {len(alltoall_among(variants))} {REFERENCE} runs, "
-        f"lowest first: {runs}.",
-        "",
+        Text(
+            f"Signed mean Δ from the mean of the {len(alltoall_among(variants))} {REFERENCE} runs, "
+            f"lowest first: {runs}."
+        )
     ]
 
 
-def _pairs(pairs: dict[str, Any]) -> list[str]:
-    """Return the table of pairs of the same seed; empty where no variant has two pairs."""
+def _pairs(pairs: dict[str, Any]) -> list[Block]:
+    """Return the table of pairs of the same seed; nothing where no variant has two pairs."""
     several = {name: found for name, found in pairs.items() if len(found["seeds"]) > 1}
     if not several:
         return []
@@ -273,10 +317,17 @@ def _pairs(pairs: dict[str, Any]) -> list[str]:
          *_each_and_mean(found["final_train"]), *_each_and_mean(found["final_valid"])]
         for name, found in several.items()
     ]  # fmt: skip
-    header = ["variant", "against", "seeds", "final train loss, relative Δ of each", "mean",
-              "final validation loss", "mean"]  # fmt: skip
-    title = "Pairs of the same seed, means with their standard errors:"
-    return [title, "", *markdown_table(header, rows), ""]
+    columns = ["variant", "against", "seeds", "final train loss, relative Δ of each", "mean",
+               "final validation loss", "mean"]  # fmt: skip
+    return [
+        Text("Means with their standard errors."),
+        Table(columns, _text(rows), "pairs of the same seed"),
+    ]
+
+
+def _text(rows: Iterable[Iterable[object]]) -> list[list[str]]:
+    """Return cells as text, and None as a dash."""
+    return [["–" if cell is None else str(cell) for cell in row] for row in rows]
 
 
 def _each_and_mean(relative: list[float]) -> tuple[str | None, str | None]:
@@ -293,7 +344,7 @@ def _surroundings(document: dict[str, Any]) -> list[str]:
     lines = [f"{document['date']}; {devices}; commit {document['commit']}; {versions}."]
     if len(document["trained_with"]) > 1:
         lines.append(
-            "**The runs were not all trained with the same versions or devices:** "
+            "The runs were trained with: "
             + "; ".join(
                 ", ".join(f"{k} {v}" for k, v in each.items()) for each in document["trained_with"]
             )

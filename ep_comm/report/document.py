@@ -19,10 +19,11 @@ from ep_comm.bench.tables import markdown_table
 from ep_comm.version import __version__
 
 Cells = list[list[str]]
-Level = Literal["bad", "look", "note"]
+Level = Literal["bad", "look", "good", "note"]
 LEVELS: dict[Level, str] = {
     "bad": "Failed or in doubt",
     "look": "Worth a look",
+    "good": "As it should be",
     "note": "To be known",
 }
 
@@ -32,7 +33,7 @@ class Finding(NamedTuple):
 
     Attributes:
         level: "bad": it failed, or its result is in doubt; "look": it costs time or quality;
-            "note": to be known when reading the page.
+            "good": nothing is to be done; "note": to be known when reading the page.
         text: What was found.
         todo: What to do; may be empty.
         section: Anchor of the part of the page that shows it.

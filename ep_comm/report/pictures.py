@@ -81,7 +81,8 @@ def lines(name: str, panels: Sequence[Panel], runs: Sequence[Run], caption: str)
     if not panels:
         return None
     several = len(runs) > 1
-    figure, rows = new_figure(len(panels), row_height_in=1.5, is_wide=True, has_legend=several)
+    num_named = len(runs) if several else 0
+    figure, rows = new_figure(len(panels), row_height_in=1.5, is_wide=True, num_named=num_named)
     for axes, panel in zip(rows, panels, strict=True):
         for i, run in enumerate(runs):
             _draw_line(axes, panel, run, i)
@@ -116,7 +117,7 @@ def split(name: str, run: Run, *, is_wide: bool) -> Picture | None:
     known = sum(part.values for part in parts.values())
     parts["rest"] = Series(step.steps, np.maximum(step.values - known, 0.0))
     binned = {op: part.binned(_MOST_POINTS) for op, part in parts.items()}
-    figure, (axes,) = new_figure(1, row_height_in=2.0, is_wide=is_wide, has_legend=True)
+    figure, (axes,) = new_figure(1, row_height_in=2.0, is_wide=is_wide, num_named=len(binned))
     labels = {"expert": "experts", "rest": "the rest"}
     axes.stackplot(
         _shown(binned["rest"].steps),

@@ -45,18 +45,26 @@ _STYLE: dict[Any, Any] = {
 }
 _WIDTH_IN = {True: 11.0, False: 5.4}
 _LEFT_IN, _RIGHT_IN, _BOTTOM_IN = 0.7, 0.25, 0.45
-_BETWEEN_IN, _LEGEND_IN = 0.3, 0.3  # above each row; above all of them
+_BETWEEN_IN, _LEGEND_IN = 0.3, 0.3  # above each row; a line of names above all of them
+_LEGEND_COLUMNS = 4
 
 styled = matplotlib.rc_context(_STYLE)
 """Decorates the functions that draw; `new_figure` and `to_svg` are for them."""
 
 
 def new_figure(
-    rows: int, *, row_height_in: float, is_wide: bool, has_legend: bool = False
+    rows: int, *, row_height_in: float, is_wide: bool, num_named: int = 0
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure of so many rows, over the page's width or half of it."""
+    """Return a figure of so many rows, over the page's width or half of it.
+
+    Args:
+        rows: Axes below each other.
+        row_height_in: Height of each, in inches.
+        is_wide: Whether it has the page's width.
+        num_named: Entries of its legend, for which it leaves room.
+    """
     # Fixed margins: finding them by layout takes as long as all of the drawing.
-    width, legend = _WIDTH_IN[is_wide], _LEGEND_IN if has_legend else 0.0
+    width, legend = _WIDTH_IN[is_wide], _LEGEND_IN * -(-num_named // _LEGEND_COLUMNS)
     height = legend + rows * (row_height_in + _BETWEEN_IN) + _BOTTOM_IN
     figure = Figure(figsize=(width, height))
     axes = figure.subplots(rows, 1, squeeze=False, sharex=True)
@@ -78,7 +86,7 @@ def add_legend(figure: Figure, handles: Iterable[Any], names: Iterable[str]) -> 
         names,
         loc="upper left",
         bbox_to_anchor=((_LEFT_IN - 0.1) / width, 1.0),
-        ncols=4,
+        ncols=_LEGEND_COLUMNS,
         borderpad=0,
         borderaxespad=0.5,
         handlelength=1.6,

@@ -322,9 +322,7 @@ def test_report_of_finished_runs(config):
     assert result.exit_code == 0, result.output
     assert result.output.count("finished before") == 4
     names = {path.name for path in out.iterdir() if path.is_file()}
-    assert names == {
-        *("plan.json", "lock", "report.md", "report.json", "loss.png", "difference.png")
-    }
+    assert names == {*("plan.json", "lock", "report.md", "report.json", "report.html")}
     document = json.loads((out / "report.json").read_text())
     found = document["variants"]["ep_comm"]
     assert document["passed"] and found["verdict"] == "passed"
@@ -335,9 +333,9 @@ def test_report_of_finished_runs(config):
     assert "Within tolerances: ep_comm, ep_comm-fp8." in page
     assert f"| ep_comm | 7 | {found['final_train_loss']:.6f} |" in page
     assert document["command"] in page and "torch" in page
-    for name in ("loss.png", "difference.png"):
-        assert name in page
-        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    html = (out / "report.html").read_text()
+    assert html.count("<svg") == 2 and "Within tolerances: ep_comm, ep_comm-fp8." in html
+    assert f"{found['final_train_loss']:.6f}" in html and "report.html" in result.output
 
 
 def test_seeds_may_be_added(config):
@@ -397,7 +395,8 @@ def test_an_unclear_pair_is_no_failure(config):
     result = compare(config)
     assert result.exit_code == 0 and "unclear" in result.output, result.output
     page = (out / "report.md").read_text()
-    assert "**Within tolerances: ep_comm. Unclear, more seeds tell: ep_comm-fp8.**" in page
+    assert "* **Worth a look.** Unclear: ep_comm-fp8. More seeds tell.\n" in page
+    assert "* **As it should be.** Within tolerances: ep_comm.\n" in page
     assert "add ep_comm-seed2,ep_comm-fp8-seed2 (-seed3, ...) to --variants" in page
     assert json.loads((out / "report.json").read_text())["passed"]
 
@@ -410,7 +409,8 @@ def test_outside_tolerances_ends_with_code_3(config, wrong):
     assert "FAILED" in result.output
     assert not json.loads((out / "report.json").read_text())["passed"]
     page = (out / "report.md").read_text()
-    assert "OUTSIDE tolerances:" in page and "**NO**" in page
+    (line,) = (line for line in page.splitlines() if "OUTSIDE tolerances: " in line)
+    assert line.startswith("* **Failed or in doubt.** ") and wrong in line and "| NO |" in page
     result = compare(config, "--tolerance-noise", 10, "--tolerance-fp8", 0.2)
     assert result.exit_code == 0, result.output
 
@@ -426,15 +426,15 @@ def test_without_the_second_seed_nothing_is_said_of_ep_comm(config):
 def test_equal_losses_are_a_result(config):
     equal = {name: losses() for name in ("alltoall", "ep_comm")}
     out = begun(config, equal)
-    (out / "difference.png").touch()  # of an earlier report
     result = compare(config, "--variants", "alltoall,ep_comm")
     assert result.exit_code == 0, result.output
     document = json.loads((out / "report.json").read_text())
     assert document["passed"] is True
     assert document["variants"]["ep_comm"]["verdict"] == "bitwise equal"
     page = (out / "report.md").read_text()
-    assert "**Bitwise equal to alltoall: ep_comm.**" in page
-    assert "difference.png" not in page and not (out / "difference.png").exists()
+    assert "**As it should be.** Bitwise equal to alltoall: ep_comm." in page
+    assert "there are no differences to draw" in page
+    assert (out / "report.html").read_text().count("<svg") == 1
 
 
 def test_one_other_bit_is_not_equal(config):
@@ -443,7 +443,7 @@ def test_one_other_bit_is_not_equal(config):
     out = begun(config, {"alltoall": losses(), "ep_comm": other})
     assert compare(config, "--variants", "alltoall,ep_comm").exit_code == 0
     assert "Nothing was judged" in (out / "report.md").read_text()
-    assert (out / "difference.png").exists()
+    assert (out / "report.html").read_text().count("<svg") == 2
 
 
 def test_fewer_steps_than_the_warm_up(config):

@@ -27,8 +27,6 @@ _HEADING = re.compile(r"^#+ +(.*)$", re.M)
 ELSEWHERE = {"pretrain_gpt.py", "test_token_dispatcher.py", "moe.py"}
 WRITTEN_BY_RUNS = {
     "report.md",
-    "loss.png",
-    "difference.png",
     "bench.png",
     "steps.png",
     "overlap.png",

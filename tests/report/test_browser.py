@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_up_comparison import comparison_page
 from made_up_log import write_run
 from matplotlib.image import imread
 
+from ep_comm.report.document import to_html
 from ep_comm.report.findings import find_all
 from ep_comm.report.page import render
 from ep_comm.report.run import read
@@ -61,21 +63,24 @@ def chromium(page: Path, *flags: str, width: int = 1240, height: int = 900) -> s
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory) -> dict[int, Path]:
+def pages(tmp_path_factory) -> dict[int | str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     runs = [read(write_run(folder / name, 120, seed=len(name))) for name in ("first", "another")]
-    paths = {}
-    for number in (1, 2):
-        paths[number] = folder / f"{number}.html"
-        paths[number].write_text(render(runs[:number], find_all(runs[:number]), "ep-comm report"))
-    return paths
+    texts: dict[int | str, str] = {
+        number: render(runs[:number], find_all(runs[:number]), "ep-comm report")
+        for number in (1, 2)
+    }
+    texts["compare"] = to_html(comparison_page(folder))
+    for name, text in texts.items():
+        (folder / f"{name}.html").write_text(text)
+    return {name: folder / f"{name}.html" for name in texts}
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("which", [1, 2, "compare"])
 @pytest.mark.parametrize("width", [1240, 600])
-def test_nothing_is_cut_off(pages, number, width, tmp_path):
+def test_nothing_is_cut_off(pages, which, width, tmp_path):
     page = tmp_path / "page.html"
-    page.write_text(pages[number].read_text().replace("</body>", f"{LOOK}</body>"))
+    page.write_text(pages[which].read_text().replace("</body>", f"{LOOK}</body>"))
     dom = chromium(page, "--dump-dom", width=width)
     looked = json.loads(re.search(r'<pre id="looked">(.*?)</pre>', dom, re.S)[1])
     assert looked["out"] == []
@@ -83,11 +88,12 @@ def test_nothing_is_cut_off(pages, number, width, tmp_path):
     assert looked["family"].startswith("system-ui")
 
 
+@pytest.mark.parametrize("which", [1, "compare"])
 @pytest.mark.parametrize(("scheme", "is_dark"), [(LIGHT, False), (DARK, True)])
-def test_it_is_light_or_dark_as_the_reader_likes(pages, scheme, is_dark, tmp_path):
+def test_it_is_light_or_dark_as_the_reader_likes(pages, which, scheme, is_dark, tmp_path):
     picture = tmp_path / "page.png"
     chromium(
-        pages[1],
+        pages[which],
         f"--screenshot={picture}",
         f"--blink-settings=preferredColorScheme={scheme}",
         height=4000,
@@ -101,7 +107,8 @@ def test_it_is_light_or_dark_as_the_reader_likes(pages, scheme, is_dark, tmp_pat
     assert ((ink > 200) if is_dark else (ink < 60)).sum() > 5000  # words, on this paper
 
 
-def test_it_can_be_printed(pages, tmp_path):
+@pytest.mark.parametrize("which", [1, "compare"])
+def test_it_can_be_printed(pages, which, tmp_path):
     printed = tmp_path / "page.pdf"
-    chromium(pages[1], f"--print-to-pdf={printed}")
+    chromium(pages[which], f"--print-to-pdf={printed}")
     assert 2 <= len(re.findall(rb"/Type\s*/Page\b", printed.read_bytes())) <= 12
