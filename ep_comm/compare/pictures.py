@@ -12,7 +12,15 @@ from ep_comm.compare.plan import EP_COMM, FP8, FP8_ALL, FP8_EXPERTS, REFERENCE, 
 from ep_comm.compare.statistics import Run, steps_skipped
 from ep_comm.report.document import Cells, Picture
 from ep_comm.report.series import Series, even_parts
-from ep_comm.report.svg import COLOURS, add_legend, integer_ticks, new_figure, styled, to_svg
+from ep_comm.report.svg import (
+    COLOURS,
+    add_legend,
+    integer_ticks,
+    log_scale,
+    new_figure,
+    styled,
+    to_svg,
+)
 
 _STYLES: dict[str, dict[str, Any]] = {
     REFERENCE: {"color": COLOURS["ink"], "linestyle": "-", "linewidth": 2.0},
@@ -67,7 +75,7 @@ def differences(runs: Mapping[str, Run], window: int) -> Picture:
             axes.plot(both, of(valid), "o", **_circles(name))
     signed.axhline(0, color=COLOURS["ink"], linewidth=0.8)
     signed.set_title(f"Δ loss from {REFERENCE}")
-    size.set_yscale("symlog", linthresh=_RESOLUTION)
+    log_scale(size, linear_below=_RESOLUTION)
     size.set_ylim(bottom=-_RESOLUTION / 5)
     size.set_title(f"|Δ|, logarithmic above {_RESOLUTION:g}")
     skipped = steps_skipped(len(reference.train))

@@ -216,14 +216,16 @@ def _markdown(block: Block) -> list[str]:
     """Return the lines of a block with an empty one behind them; none of what has no words."""
     match block:
         case Findings(found):
-            texts = [f"**{LEVELS[e.level]}.** {e.text} {_sentence(e.todo)}".strip() for e in found]
-            return [*(f"* {text}" for text in texts), ""]
+            texts = (f"{each.text} {_sentence(each.todo)}".strip() for each in found)
+            levels = (LEVELS[each.level] for each in found)
+            pairs = zip(levels, texts, strict=True)
+            return [*(f"* **{level}.** {_escaped(text)}" for level, text in pairs), ""]
         case Text(text):
-            return [text, ""]
+            return [_escaped(text), ""]
         case Heading(text):
             return [f"#### {text}", ""]
         case Items(sentences):
-            return [*(f"* {sentence}" for sentence in sentences), ""]
+            return [*(f"* {_escaped(sentence)}" for sentence in sentences), ""]
         case Code(text):
             return ["```bash", text, "```", ""]
         case Table(columns, rows):
@@ -234,6 +236,11 @@ def _markdown(block: Block) -> list[str]:
             return [line for column in columns for each in column for line in _markdown(each)]
         case _:
             return []
+
+
+def _escaped(text: str) -> str:
+    """Return text in which Markdown takes nothing for a tag."""
+    return text.replace("<", "\\<")
 
 
 def _code(text: str) -> Markup:

@@ -13,7 +13,15 @@ from ep_comm.pretrain.log_file import TOKENS_PER_S, TRAIN_LOSS, VALID_LOSS
 from ep_comm.report.document import Cells, Picture
 from ep_comm.report.run import Run
 from ep_comm.report.series import Series
-from ep_comm.report.svg import COLOURS, add_legend, integer_ticks, new_figure, styled, to_svg
+from ep_comm.report.svg import (
+    COLOURS,
+    add_legend,
+    integer_ticks,
+    log_scale,
+    new_figure,
+    styled,
+    to_svg,
+)
 
 _MOST_POINTS = 300  # of a line
 _MOST_ROWS = 40  # of the table behind a picture
@@ -92,7 +100,7 @@ def lines(name: str, panels: Sequence[Panel], runs: Sequence[Run], caption: str)
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(PercentFormatter(1))
         elif values.min() > 0 and values.max() > _WIDE_RANGE * np.median(values):
-            axes.set_yscale("log")
+            log_scale(axes)
         elif panel.form == ",.0f":
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     if several:

@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
 _NAMES = ("ink", "muted", "line", "first", "second", "dispatch", "combine", "expert", "rest")
 COLOURS = {name: f"#0000{number:02x}" for number, name in enumerate(_NAMES, 1)}
@@ -45,7 +45,8 @@ _STYLE: dict[Any, Any] = {
 }
 _WIDTH_IN = {True: 11.0, False: 5.4}
 _LEFT_IN, _RIGHT_IN, _BOTTOM_IN = 0.7, 0.25, 0.45
-_BETWEEN_IN, _LEGEND_IN = 0.3, 0.3  # above each row; a line of names above all of them
+_BETWEEN_IN = 0.3  # above each row
+_LEGEND_IN, _LEGEND_LINE_IN = 0.1, 0.2  # above all of them, and more for each line of names
 _LEGEND_COLUMNS = 4
 
 styled = matplotlib.rc_context(_STYLE)
@@ -64,7 +65,8 @@ def new_figure(
         num_named: Entries of its legend, for which it leaves room.
     """
     # Fixed margins: finding them by layout takes as long as all of the drawing.
-    width, legend = _WIDTH_IN[is_wide], _LEGEND_IN * -(-num_named // _LEGEND_COLUMNS)
+    lines = -(-num_named // _LEGEND_COLUMNS)
+    width, legend = _WIDTH_IN[is_wide], lines and _LEGEND_IN + _LEGEND_LINE_IN * lines
     height = legend + rows * (row_height_in + _BETWEEN_IN) + _BOTTOM_IN
     figure = Figure(figsize=(width, height))
     axes = figure.subplots(rows, 1, squeeze=False, sharex=True)
@@ -92,6 +94,21 @@ def add_legend(figure: Figure, handles: Iterable[Any], names: Iterable[str]) -> 
         handlelength=1.6,
         columnspacing=1.5,
     )
+
+
+def log_scale(axes: Axes, linear_below: float | None = None) -> None:
+    """Make the vertical axis logarithmic, with plain numbers beside it.
+
+    Args:
+        axes: Whose axis.
+        linear_below: Linear below that size, for values that may be 0.
+    """
+    if linear_below is None:
+        axes.set_yscale("log")
+    else:
+        axes.set_yscale("symlog", linthresh=linear_below)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def integer_ticks() -> MaxNLocator:
