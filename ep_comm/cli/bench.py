@@ -57,7 +57,7 @@ def bench(
     fp8: Annotated[bool, typer.Option("--fp8", help="FP8 dispatch too.")] = False,
     layout: Annotated[str, typer.Option(help="Order of the rows: expert or rank.")] = "expert",
     iters: Annotated[int, typer.Option(help="Samples of each time.")] = 20,
-    out: Annotated[Path, typer.Option(help="Folder of bench.json and the picture.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder of bench.json, page and picture.")] = Path(
         "runs/bench"
     ),
 ) -> None:
@@ -86,6 +86,7 @@ def bench(
     from ep_comm.handle import RowLayout
     from ep_comm.job.exits import UserError, user_errors_exit
     from ep_comm.job.start import has_launcher, join, on_rank_0
+    from ep_comm.report.screen import write_page
 
     with user_errors_exit():
         spec = RoutingSpec.of_flags(routing, num_groups, topk_groups, skew, replay)
@@ -114,6 +115,7 @@ def bench(
             console = wide_console()
             console.print(render(result))
             write_json(result, out / "bench.json")
+            write_page(render(result), "Dispatch and combine", out / "bench.html")
             if len(settings.sms) > 1:
                 write_plot(result, available_sms, out / "bench.png")
             console.print(f"written to {out}", highlight=False)
@@ -157,7 +159,7 @@ def low_latency(
         str, typer.Option(help="nvlink; or reference: the host's time, of CPU ranks.")
     ] = "nvlink",
     out: Annotated[
-        Path, typer.Option(help="Folder of bench-low-latency.json and the picture.")
+        Path, typer.Option(help="Folder of bench-low-latency.json, page and picture.")
     ] = Path("runs/bench-low-latency"),
 ) -> None:
     """Time low-latency dispatch and combine against what the links can do, and NCCL's alltoall.
@@ -180,6 +182,7 @@ def low_latency(
     from ep_comm.bench.ops.routing import RoutingSpec
     from ep_comm.job.exits import UserError, user_errors_exit
     from ep_comm.job.start import has_launcher, join, on_rank_0
+    from ep_comm.report.screen import write_page
 
     with user_errors_exit():
         settings = sizes(
@@ -219,6 +222,8 @@ def low_latency(
             console = wide_console()
             console.print(render(result))
             write_plot(result, out / "bench-low-latency.png")
+            title = "Low-latency dispatch and combine"
+            write_page(render(result), title, out / "bench-low-latency.html")
             console.print(f"written to {out}", highlight=False)
 
         on_rank_0(report)
@@ -262,9 +267,9 @@ def overlap(
             "ones. With EP_COMM_PRICES=FILE asynchronous operations choose SMs by it."
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of bench-overlap.json and the picture.")] = Path(
-        "runs/bench-overlap"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder of bench-overlap.json, page and picture.")
+    ] = Path("runs/bench-overlap"),
 ) -> None:
     """Say how much GEMM time a dispatch or a combine costs when it runs beside GEMMs.
 
@@ -289,6 +294,7 @@ def overlap(
     )
     from ep_comm.job.exits import UserError, user_errors_exit
     from ep_comm.job.start import has_launcher, join, on_rank_0
+    from ep_comm.report.screen import write_page
 
     with user_errors_exit():
         spec = RoutingSpec.of_flags(None, num_groups, topk_groups, replay=replay)
@@ -332,6 +338,7 @@ def overlap(
             console.print(render(result))
             write_json(result, out / "bench-overlap.json")
             write_plot(result, out / "bench-overlap.png")
+            write_page(render(result), "GEMMs beside operations", out / "bench-overlap.html")
             if write is not None:
                 write_prices(result, gpu.name, write)
             console.print(f"written to {out}", highlight=False)
@@ -363,7 +370,7 @@ def train(
     blocks: Annotated[int, typer.Option(help="Visits of each variant.")] = 5,
     steps: Annotated[int, typer.Option(help="Timed steps of a visit, after one that is not.")] = 5,
     warmup: Annotated[int, typer.Option(help="Steps of each before the first visit.")] = 5,
-    out: Annotated[Path, typer.Option(help="Folder of figures, traces and pictures.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder of figures, page, traces and pictures.")] = Path(
         "runs/bench-train"
     ),
 ) -> None:
@@ -377,6 +384,7 @@ def train(
 
     from ep_comm.job.exits import UserError, needs_extra, user_errors_exit
     from ep_comm.job.start import agree, has_launcher, on_rank_0
+    from ep_comm.report.screen import write_page
 
     # Whatever the trainings print is progress; the report alone goes to stdout.
     with user_errors_exit(), contextlib.redirect_stdout(sys.stderr), needs_extra("megatron"):
@@ -401,12 +409,13 @@ def train(
         configs = agree(lambda: make_configs(settings, dist.get_world_size()))
         on_rank_0(lambda: out.mkdir(parents=True, exist_ok=True))
         prepare_megatron()
-        from ep_comm.bench.train.report import write_report
+        from ep_comm.bench.train.report import render, write_report
         from ep_comm.bench.train.run import run  # imports Megatron: only now
 
         progress = Console(stderr=True, quiet=dist.get_rank() != 0, soft_wrap=True, highlight=False)
         result = run(settings, configs, device, out, progress.print)
         on_rank_0(lambda: write_report(result, out, wide_console(sys.__stdout__)))
+        on_rank_0(lambda: write_page(render(result), "Training steps", out / "bench-train.html"))
     dist.destroy_process_group()
 
 

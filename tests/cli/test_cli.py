@@ -117,7 +117,11 @@ def test_bench_prints_and_writes_even_a_void_run(rate, is_void, monkeypatch, tmp
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert ("VOID" in result.output) == is_void
-    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("bench.json", "bench.png", "bench.html")
+    }
+    page = (tmp_path / "bench.html").read_text()
+    assert ("Failed or in doubt" in page) == is_void and "dispatch, fresh" in page
     assert asked[0].shape == PRESETS["W2"]._replace(topk=4) and asked[0].sms == (0, 24)
 
 
@@ -165,7 +169,7 @@ def test_bench_low_latency_prints_and_writes_even_wrong_results(wrong, monkeypat
     result = CliRunner().invoke(app, [*command, "--out", str(tmp_path)])
     assert result.exit_code == (1 if wrong else 0), result.output
     assert "one way 0.70" in result.output
-    names = {"bench-low-latency.json", "bench-low-latency.png"}
+    names = {f"bench-low-latency.{suffix}" for suffix in ("json", "png", "html")}
     assert {path.name for path in tmp_path.iterdir()} == names
     settings = asked[0]
     assert not settings.fp8 and settings.num_sms == (0, 32) and settings.replays == 100
