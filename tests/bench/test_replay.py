@@ -121,6 +121,7 @@ def command(folder: Path, *flags: object) -> subprocess.CompletedProcess:
     return subprocess.run(words, capture_output=True, text=True, env=env, timeout=240)
 
 
+@pytest.mark.slow
 def test_the_command_replays_on_the_reference_backend(tmp_path):
     done = command(tmp_path, "--replay", CAPTURE, "--tokens", "4")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -130,6 +131,7 @@ def test_the_command_replays_on_the_reference_backend(tmp_path):
     assert found["num_wrong"] == 0 and found["settings"]["hidden"] == [128]
 
 
+@pytest.mark.slow
 def test_the_command_refuses_a_capture_of_other_ranks(tmp_path):
     changed(tmp_path / "capture", num_ranks=4)
     done = command(tmp_path / "out", "--replay", tmp_path / "capture", "--tokens", "4")

@@ -15,6 +15,7 @@ from ranks import run_ranks
 from ep_comm.routing.capture import Sizes, read
 
 pytest.importorskip("megatron.core")
+pytestmark = pytest.mark.slow
 
 # One micro-batch is a step: the log has the tokens of all of its experts.
 ONE_MICRO_BATCH = [*TINY, "--seq-length", "32", "--micro-batch-size", "2", "--eval-iters", "1",

@@ -9,6 +9,7 @@ import pytest
 import test_bench
 import test_bench_low_latency
 import test_bench_overlap
+import test_bench_train
 from rich.console import Console, Group
 from rich.table import Table as ScreenTable
 from test_page import Page
@@ -16,6 +17,7 @@ from test_page import Page
 from ep_comm.bench.low_latency.report import render as render_low_latency
 from ep_comm.bench.ops.report import render as render_ops
 from ep_comm.bench.overlap.report import render as render_overlap
+from ep_comm.bench.train.report import render as render_train
 from ep_comm.report.document import to_html
 from ep_comm.report.screen import make_page, write_page
 
@@ -23,6 +25,7 @@ SHOWN = {
     "ops": lambda: render_ops(test_bench.made_up_run(test_bench.LIMIT)),
     "low-latency": lambda: render_low_latency(test_bench_low_latency.made_up_run()),
     "overlap": lambda: render_overlap(test_bench_overlap.made_up_run()),
+    "train": lambda: render_train(test_bench_train.made_up_run()),
 }
 
 
