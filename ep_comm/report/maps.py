@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ep_comm.report.pictures import Picture
+from ep_comm.report.document import Picture
 from ep_comm.report.run import Load, Run
 from ep_comm.report.series import even_parts
 from ep_comm.report.svg import COLOURS, integer_ticks, new_figure, styled, to_svg

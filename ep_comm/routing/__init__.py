@@ -1,1 +1,1 @@
-"""Routing: who is sent what, into which slot."""
+"""Routing: who is sent what, into which slot; and captured routing in files."""

@@ -208,7 +208,7 @@ def _read_step(folder: Path) -> Capture | None:
     files = {path: read_file(path) for path in _files(folder)}
     if not files:
         return None
-    (first_path, first), *others = files.items()
+    first_path, first = next(iter(files.items()))
     found: dict[int, dict[int, np.ndarray]] = {}
     for path, content in files.items():
         if (content.sizes, content.step) != (first.sizes, first.step):
