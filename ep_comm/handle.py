@@ -104,11 +104,13 @@ class DispatchHandle:
         return torch.tensor(routing.sizes.padded_expert_rows, device="cpu")
 
     @property
-    def device_tokens_per_expert(self) -> Tensor:
-        """[E_local] int32 on the buffer's device: tokens in each group, padding not counted.
+    def device_tokens_per_rank(self) -> Tensor:
+        """[R] int32 on the buffer's device: `num_recv_tokens_per_rank`, without a wait."""
+        return self.routing.device_tokens_per_rank
 
-        Expert layout only.
-        """
+    @property
+    def device_tokens_per_expert(self) -> Tensor:
+        """[E_local] int32 on the buffer's device: tokens of each local expert, no padding."""
         return self.routing.device_tokens_per_expert
 
     @property

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ep_comm.deep_ep.behind import behind
 from ep_comm.errors import EPArgumentError
-from ep_comm.events import EventOverlap
 from ep_comm.handle import CombineOutput
 
 
@@ -46,12 +46,4 @@ def with_bias(
             total += tensor.float()
         combined.copy_(total)
 
-    if out.event.event is None or stream is None:
-        add()
-        return out
-    with torch.cuda.stream(stream):
-        add()
-        event = stream.record_event()
-    kept = (*(out.event.extra_tensors or ()), combined, *tensors)
-    out.event.extra_tensors = None
-    return out._replace(event=EventOverlap(event, kept))
+    return out._replace(event=behind(out.event, stream, add, combined, *tensors))

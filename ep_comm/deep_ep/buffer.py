@@ -17,11 +17,12 @@ from ep_comm.deep_ep.config import Config
 from ep_comm.deep_ep.handles import NormalHandle, checked
 from ep_comm.deep_ep.hints import Hints
 from ep_comm.deep_ep.low_latency import LowLatencyCalls
+from ep_comm.deep_ep.payload import payload, sizes_of, without_grad
 from ep_comm.deep_ep.routing import map_of_ranks, token_layout
 from ep_comm.deep_ep.sized import SizedBuffer, SizedBuffers
 from ep_comm.errors import EPArgumentError, EPTooManyTokensError, EPUnsupportedError
 from ep_comm.events import EventOverlap
-from ep_comm.fp8 import FP8_DTYPE, Payload
+from ep_comm.fp8 import Payload
 from ep_comm.handle import DispatchOutput
 
 
@@ -105,7 +106,8 @@ class Buffer(LowLatencyCalls):
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
-        self._ranks_per_node = place.ranks_per_node(mine, hints, low_latency_mode, enable_shrink)
+        what = f"Buffer (low_latency_mode={low_latency_mode}, enable_shrink={enable_shrink})"
+        self._ranks_per_node = place.ranks_per_node(mine, hints, what, low_latency_mode)
         self._buffers = SizedBuffers(mine, hints)
         self._scratch: dict[bool, Tensor] = {}
 
@@ -157,11 +159,7 @@ class Buffer(LowLatencyCalls):
         Raises:
             EPArgumentError: No operation has made a buffer yet; or it is on the CPU.
         """
-        newest = self._buffers.newest
-        stream = None if newest is None else newest.native.comm_stream
-        if stream is None:
-            raise EPArgumentError("there is no communication stream before the first operation")
-        return stream
+        return self._buffers.comm_stream
 
     def get_local_buffer_tensor(
         self,
@@ -282,10 +280,7 @@ class Buffer(LowLatencyCalls):
             local expert or [] with `num_worst_tokens`, handle, event). Rows stand by source rank,
             then by token. With `handle` all but `recv_x` and the event are None.
         """
-        if isinstance(x, tuple):
-            x = (x[0], x[1].contiguous())
-        elif x.requires_grad:
-            x = x.detach()
+        x = payload(x)
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
                 raise EPArgumentError("pass a handle, or topk_idx and topk_weights, not both")
@@ -305,11 +300,9 @@ class Buffer(LowLatencyCalls):
         routing_map = None
         if topk_idx is None:
             routing_map = map_of_ranks(is_token_in_rank, num_tokens_per_expert)
-        if topk_weights is not None and topk_weights.requires_grad:
-            topk_weights = topk_weights.detach()
         how: dict[str, Any] = dict(
             topk_idx=topk_idx,
-            topk_weights=topk_weights,
+            topk_weights=without_grad(topk_weights),
             routing_map=routing_map,
             layout="rank",
             num_worst_tokens=num_worst_tokens or None,
@@ -334,13 +327,12 @@ class Buffer(LowLatencyCalls):
         self, x: Payload, num_experts: int, num_sms: int | None, how: dict[str, Any]
     ) -> tuple[DispatchOutput, SizedBuffer]:
         """Dispatch by a buffer that has room for it."""
-        rows = x[0] if isinstance(x, tuple) else x
-        if rows.dim() != 2:
-            raise EPArgumentError(f"x must be [num_tokens, hidden], got {list(rows.shape)}")
-        num_tokens, hidden = rows.shape
-        dtype = torch.bfloat16 if rows.dtype == FP8_DTYPE else rows.dtype
+        num_tokens, hidden, dtype = sizes_of(x)
         sizes = (hidden, num_experts, dtype)
-        buffer = self._buffers.normal(*sizes, num_tokens, how["num_worst_tokens"] or 0)
+        # No host waits that could find out who has too many tokens, so there is room for as many a
+        # rank as make up these rows.
+        least = -(-(how["num_worst_tokens"] or 0) // self.group_size)
+        buffer = self._buffers.normal(*sizes, num_tokens, least)
         buffer.limit_sms(num_sms)
         try:
             return buffer.native.dispatch(x, **how), buffer
@@ -378,16 +370,12 @@ class Buffer(LowLatencyCalls):
             (combined_x [T, hidden], combined_topk_weights [T, K] or None, event).
         """
         kept: NormalHandle = checked(handle, NormalHandle, "dispatch")
-        if x.requires_grad:
-            x = x.detach()
-        if topk_weights is not None and topk_weights.requires_grad:
-            topk_weights = topk_weights.detach()
         biases = checked_bias(bias, (kept.native.num_tokens, x.shape[-1]), x.device)
         kept.buffer.limit_sms(_sms(config))
         out = kept.buffer.native.combine(
-            x,
+            without_grad(x),
             kept.native,
-            topk_weights,
+            without_grad(topk_weights),
             add_weights=topk_weights is not None,
             previous_event=previous_event,
             async_finish=async_finish,

@@ -11,6 +11,11 @@ from ep_comm.deep_ep.hints import Hints
 _TOKENS = 4096  # of a rank, where no hint says how many
 
 
+def bytes_of_rows(num_tokens: int, hidden_bytes: int, num_ranks: int) -> int:
+    """Return the bytes that a rank holds for so many tokens of each, about."""
+    return 2 * (num_ranks - 1) * num_tokens * hidden_bytes
+
+
 @dataclass(frozen=True)
 class Config:
     """What DeepEP tunes a dispatch or combine by.
@@ -49,7 +54,7 @@ class Config:
         check_positive("hidden_bytes", hidden_bytes)
         check_positive("num_ranks", num_ranks)
         tokens = Hints.from_environment().max_tokens_per_rank or _TOKENS
-        return 2 * (num_ranks - 1) * tokens * hidden_bytes
+        return bytes_of_rows(tokens, hidden_bytes, num_ranks)
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         """Return 0: what a network needs is in `get_nvl_buffer_size_hint`, about."""

@@ -34,8 +34,14 @@ class Hints:
     backend: BackendName = "auto"
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Hints:
+    def from_environment(
+        cls, environment: Mapping[str, str] | None = None, *, timeout_s: float = timeout_s
+    ) -> Hints:
         """Return those that are set.
+
+        Args:
+            environment: Where they are; None is the process's.
+            timeout_s: The bound where it is not set there.
 
         Raises:
             EPArgumentError: One is set to what it cannot be; names the variable.
@@ -49,7 +55,7 @@ class Hints:
         try:
             hints = cls(
                 max_tokens_per_rank=int(tokens) if tokens else None,
-                timeout_s=float(timeout) if timeout else cls.timeout_s,
+                timeout_s=float(timeout) if timeout else timeout_s,
                 backend=cast(BackendName, backend),
             )
             if hints.max_tokens_per_rank is not None:

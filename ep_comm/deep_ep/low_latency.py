@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ep_comm import Buffer as NativeBuffer
 from ep_comm.deep_ep.handles import LowLatencyHandleTuple, checked
+from ep_comm.deep_ep.payload import without_grad
 from ep_comm.deep_ep.sized import SizedBuffer, SizedBuffers
 from ep_comm.errors import EPArgumentError, EPStateError, EPUnsupportedError
 from ep_comm.events import EventOverlap
@@ -81,10 +82,8 @@ class LowLatencyCalls:
             (recv_x, recv_count [E] int32, handle, event, hook or None).
         """
         buffer = self._sized(x.shape[-1], num_experts, num_max_dispatch_tokens_per_rank)
-        if x.requires_grad:
-            x = x.detach()
         out = buffer.native.low_latency_dispatch(
-            x,
+            without_grad(x),
             topk_idx,
             num_max_dispatch_tokens_per_rank,
             num_experts,
@@ -135,14 +134,10 @@ class LowLatencyCalls:
         if use_logfmt:
             raise EPUnsupportedError("use_logfmt=True: rows travel back in BF16 only")
         kept = self._kept(handle)
-        if x.requires_grad:
-            x = x.detach()
-        if topk_weights.requires_grad:
-            topk_weights = topk_weights.detach()
         back = kept.buffer.native.low_latency_combine(
-            x,
+            without_grad(x),
             topk_idx,
-            topk_weights,
+            without_grad(topk_weights),
             kept.native,
             zero_copy=zero_copy,
             async_finish=async_finish,

@@ -35,18 +35,23 @@ def group_for_gpus(group: dist.ProcessGroup, hints: Hints) -> dist.ProcessGroup:
 
 
 def ranks_per_node(
-    group: dist.ProcessGroup, hints: Hints, low_latency_mode: bool, enable_shrink: bool
+    group: dist.ProcessGroup, hints: Hints, what: str, low_latency_mode: bool = False
 ) -> int | None:
     """Return how many consecutive ranks are on a host; None where all are on one. Collective.
 
+    Args:
+        group: The ranks.
+        hints: Of them the timeout and the backend.
+        what: They make, with its modes.
+        low_latency_mode: Whether it has low-latency operations.
+
     Raises:
-        EPMismatchError: Ranks make buffers of different modes.
+        EPMismatchError: Ranks make different things.
         EPTimeoutError: A rank did not come.
         EPUnsupportedError: The GPUs of several hosts are to do low-latency operations.
     """
-    modes = f"low_latency_mode={low_latency_mode}, enable_shrink={enable_shrink}"
     backends = backend_by_device_type(group)
-    what_for = f"make a deep_ep.Buffer ({modes})"
+    what_for = f"make a deep_ep.{what}"
     spots = meet(group, what_for, Spot.of(backends), hints.timeout_s).answers
     if num_hosts(spots) == 1:
         return None

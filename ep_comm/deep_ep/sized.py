@@ -4,8 +4,8 @@ DeepEP's constructor names bytes; ours needs tokens, hidden size and experts. So
 makes the buffer, and a call that is too large makes another one. Both are collective, as the call
 is:
 
-* Hidden size, experts, type and ``num_worst_tokens`` are the same on all ranks: each rank finds by
-  itself that there is no buffer for them.
+* Hidden size, experts, type and the room that there is at least are the same on all ranks: each
+  finds by itself that there is no buffer for them.
 * Tokens differ. For the first buffer the ranks tell one another how many they have, at a bounded
   meeting. Later a rank with too many tokens has the dispatch raise `EPTooManyTokensError` on all
   ranks, with the tokens of each: all make a larger buffer, and dispatch again.
@@ -26,7 +26,7 @@ from ep_comm import Buffer as NativeBuffer
 from ep_comm._native.header import EP_MAX_TOPK
 from ep_comm.config import EPConfig, check_positive
 from ep_comm.deep_ep.hints import Hints
-from ep_comm.errors import EPTooManyTokensError, EPUnsupportedError
+from ep_comm.errors import EPArgumentError, EPTooManyTokensError, EPUnsupportedError
 from ep_comm.job.meeting import meet
 
 _log = logging.getLogger("ep_comm")
@@ -60,12 +60,13 @@ class SizedBuffers:
     Args:
         group: The ranks.
         hints: What is known of sizes before.
+        overlapped: Computation runs beside operations (`ep_comm.Buffer.set_overlapped`).
     """
 
-    def __init__(self, group: dist.ProcessGroup, hints: Hints) -> None:
+    def __init__(self, group: dist.ProcessGroup, hints: Hints, *, overlapped: bool = False) -> None:
         self._group = group
         self._hints = hints
-        self._num_ranks = dist.get_world_size(group)
+        self._overlapped = overlapped
         self._normal: dict[tuple, SizedBuffer] = {}
         self._low_latency: dict[tuple, SizedBuffer] = {}
         self._all: list[SizedBuffer] = []
@@ -80,13 +81,25 @@ class SizedBuffers:
         """The one that was made last; None before the first call."""
         return self._all[-1] if self._all else None
 
+    @property
+    def comm_stream(self) -> torch.cuda.Stream:
+        """The stream of asynchronous operations, of the newest buffer.
+
+        Raises:
+            EPArgumentError: There is no buffer yet; or it is on the CPU.
+        """
+        stream = None if self.newest is None else self.newest.native.comm_stream
+        if stream is None:
+            raise EPArgumentError("there is no communication stream before the first operation")
+        return stream
+
     def normal(
         self,
         hidden: int,
         num_experts: int,
         dtype: torch.dtype,
         num_tokens: int,
-        num_worst_tokens: int,
+        least: int,
     ) -> SizedBuffer:
         """Return the buffer for a dispatch; collective where there is none yet.
 
@@ -95,12 +108,10 @@ class SizedBuffers:
             num_experts: Of all ranks.
             dtype: Of the rows.
             num_tokens: Of this rank.
-            num_worst_tokens: Rows of the output, or 0. No host waits then that could find out who
-                has too many tokens, so there is room for as many a rank as make up these rows.
+            least: There is room for so many tokens of each rank at least; equal on all ranks.
         """
         key = (hidden, num_experts, dtype)
         buffer = self._normal.get(key)
-        least = -(-num_worst_tokens // self._num_ranks)
         if buffer is not None and buffer.room >= least:
             return buffer
         if buffer is not None:
@@ -161,6 +172,7 @@ class SizedBuffers:
             **sizes,
         )
         native = NativeBuffer(self._group, config)
+        native.set_overlapped(self._overlapped)
         has_fallen_back = native.passed_over and torch.cuda.is_available()
         level = logging.WARNING if has_fallen_back else logging.INFO
         _log.log(level, "deep_ep: %r; passed over: %s", native, native.passed_over or "nothing")

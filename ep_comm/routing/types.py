@@ -67,7 +67,8 @@ class Routing:
         recv_topk_idx: See `ep_comm.DispatchHandle`, like all that follows but `sizes`.
         sizes: The counts. With a `capacity`, on a GPU, asking for them waits for it, bounded.
         topk_idx: The experts of the own tokens.
-        device_tokens_per_expert: The counts of groups, on the device.
+        device_tokens_per_rank: The counts of sources, on the device.
+        device_tokens_per_expert: The counts of experts, on the device.
         device_expert_offsets: Where groups begin, on the device.
         num_bytes: Memory that is kept.
     """
@@ -82,6 +83,7 @@ class Routing:
     # A backend sets these, or computes them when they are first asked for.
     sizes: RoutingSizes = field(init=False, repr=False)
     topk_idx: Tensor = field(init=False, repr=False)
+    device_tokens_per_rank: Tensor = field(init=False, repr=False)
     device_tokens_per_expert: Tensor = field(init=False, repr=False)
     device_expert_offsets: Tensor = field(init=False, repr=False)
     num_bytes: int = field(init=False, repr=False)

@@ -26,6 +26,7 @@ CASES = [
     Case(tokens=(6, 0, 11), layout="rank", num_topk=5, experts_per_rank=3, idx_dtype="int32"),
     Case(tokens=(9, 8, 7, 6), layout="rank", routing="zipf", num_topk=6, experts_per_rank=2),
     Case(tokens=(4, 3), layout="rank", dtype="fp32"),
+    Case(tokens=(6, 5), layout="rank", dtype="fp16"),
 ]
 
 

@@ -156,6 +156,11 @@ class NVLinkRouting(Routing):
         return self.sizes.expert_rows if self.capacity is None else ()
 
     @property
+    def device_tokens_per_rank(self) -> Tensor:
+        """The plan's counts; no copy."""
+        return self.array("num_recv")
+
+    @property
     def device_tokens_per_expert(self) -> Tensor:
         """The plan's counts; no copy."""
         return self.array("expert_tokens")

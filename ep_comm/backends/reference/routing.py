@@ -39,11 +39,17 @@ class ReferenceRouting(Routing):
         return sum(tensor.nbytes for tensor in tensors)
 
     @cached_property
+    def device_tokens_per_rank(self) -> Tensor:
+        """The counts, moved to the device when they are first asked for, as all of these are."""
+        return self._on_device(self.sizes.received)
+
+    @cached_property
     def device_tokens_per_expert(self) -> Tensor:
-        """The counts, moved to the device when they are first asked for."""
-        offsets = self.device_expert_offsets
-        tokens = torch.tensor(self.sizes.expert_rows, dtype=torch.int32, device=offsets.device)
-        return torch.minimum(tokens, offsets.diff()) if self.capacity is not None else tokens
+        """The counts, and of a group no more than there is room for."""
+        tokens = self._on_device(self.sizes.expert_rows)
+        if self.capacity is None or self.layout == "rank":
+            return tokens
+        return torch.minimum(tokens, self.device_expert_offsets.diff())
 
     @cached_property
     def device_expert_offsets(self) -> Tensor:
@@ -52,3 +58,6 @@ class ReferenceRouting(Routing):
         if self.capacity is not None:
             ends = ends.clamp(max=self.capacity)
         return ends.to(self.topk_idx.device, torch.int32)
+
+    def _on_device(self, counts: tuple[int, ...]) -> Tensor:
+        return torch.tensor(counts, dtype=torch.int32, device=self.topk_idx.device)

@@ -1,0 +1,90 @@
+"""What the calls of `ElasticBuffer` do before and behind those of a native buffer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ep_comm import Buffer as NativeBuffer
+from ep_comm.checks import checked_counter
+from ep_comm.deep_ep.behind import behind
+from ep_comm.deep_ep.elastic_handle import EPHandle
+from ep_comm.deep_ep.payload import empty_scales, scales_by_row
+from ep_comm.errors import EPArgumentError
+from ep_comm.events import EventOverlap
+from ep_comm.fp8 import Payload
+from ep_comm.handle import DispatchOutput
+
+SCALE_GROUP = 4  # FP8 rows by expert: see ep_comm.checks.check_scale_groups
+
+
+def rounded_up(number: int, multiple: int) -> int:
+    """Return the next multiple."""
+    return -(-number // multiple) * multiple
+
+
+def run_arguments(
+    events: tuple[object, object], asynchronous: bool, allocate_on_comm_stream: bool
+) -> dict[str, Any]:
+    """Return how a native operation is to run that starts after these two events."""
+    first, second = (
+        EventOverlap(event) if isinstance(event, torch.cuda.Event) else event for event in events
+    )
+    if isinstance(second, EventOverlap):
+        second.current_stream_wait()
+        second = None
+    # V2 orders the communication stream behind the caller's without an event too.
+    allocates = bool(allocate_on_comm_stream) and asynchronous
+    if allocates and first is None:
+        first = NativeBuffer.capture()
+    return dict(
+        previous_event=first if second is None else second,  # what is no event is refused
+        async_finish=asynchronous,
+        allocate_on_comm_stream=allocates,
+    )
+
+
+def check_repeated(kept: EPHandle, **given: object) -> None:
+    """Refuse what is passed along with a handle and is not so in it."""
+    for name, value in given.items():
+        if value is not None and value != getattr(kept, name):
+            raise EPArgumentError(
+                f"{name} is that of the handle, {getattr(kept, name)}, got {value!r}"
+            )
+
+
+def check_stats(stats: Tensor | None, num_local_experts: int, x: Payload) -> None:
+    """Refuse what tokens of experts cannot be counted in: it is [E] int32."""
+    device = (x[0] if isinstance(x, tuple) else x).device
+    name = "cumulative_local_expert_recv_stats"
+    checked_counter(name, stats, num_local_experts, torch.int32, device)
+
+
+def finish(
+    out: DispatchOutput, kept: EPHandle, counted: Tensor | None, column_major: bool
+) -> tuple[Payload, EventOverlap]:
+    """Return the rows, their scales as V2 has them, and the end of it all; count the tokens."""
+    stream, event = kept.buffer.native.comm_stream, out.event
+    if counted is not None:
+        event = behind(
+            event, stream, lambda: counted.add_(kept.native.device_tokens_per_expert), counted
+        )
+    if not isinstance(out.recv_x, tuple):
+        return out.recv_x, event
+    rows, scales = out.recv_x
+    if not (kept.do_expand or column_major):
+        return out.recv_x, event
+    given = empty_scales(rows, column_major)
+
+    def arrange() -> None:
+        by_row = scales
+        if kept.do_expand:
+            by_row = scales_by_row(scales, kept.native.device_expert_offsets, len(rows))
+        given.copy_(by_row)
+
+    event = behind(event, stream, arrange, rows, scales, given)
+    if event.event is not None and stream is not None:
+        given.record_stream(stream)  # it may be freed at any time (allocate_on_comm_stream)
+    return (rows, given), event

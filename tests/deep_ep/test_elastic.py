@@ -1,0 +1,420 @@
+"""`ep_comm.deep_ep.ElasticBuffer` on real processes, against a loop over tokens."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from cases import Case, assert_same, to_numpy, to_torch
+from oracle import Row, combine, expert_rows, rank_rows, sum_rows
+from own_name import patience
+from ranks import run_ranks
+from test_normal import CASES, Rank
+
+from ep_comm import EPArgumentError, EPMismatchError, EPStateError, EPUnsupportedError, fp8
+from ep_comm.deep_ep import ElasticBuffer, EPHandle, EventOverlap
+from ep_comm.deep_ep.hints import TIMEOUT_VARIABLE
+from ep_comm.deep_ep.payload import empty_scales, scales_by_row
+
+patience()
+
+
+class Layout:
+    """What the ranks of a case get, by expert or by source rank, and what of it comes back."""
+
+    def __init__(self, mine: Rank, do_expand: bool, alignment: int) -> None:
+        self.mine, self.case, self.alignment = mine, mine.case, alignment
+        self.do_expand = do_expand
+        self.of_rank = [self._rows(rank)[0] for rank in range(mine.case.num_ranks)]
+        self.rows, self.counts = self._rows(mine.rank)
+
+    def _rows(self, rank: int) -> tuple[list[Row | None], list[int]]:
+        per_rank = self.case.experts_per_rank
+        if self.do_expand:
+            return expert_rows(self.mine.topk, rank, per_rank, self.alignment)
+        rows = rank_rows(self.mine.topk, rank, per_rank)
+        chosen = self.mine.topk
+        experts = [e - rank * per_rank for row in rows for e in chosen[row.source][row.token]]
+        return list(rows), [experts.count(expert) for expert in range(per_rank)]
+
+    def slot(self, row: Row, k: int) -> int | None:
+        """The place of an entry among the weights of a row, where it is this row's; else None."""
+        expert = self.mine.topk[row.source][row.token][k]
+        return None if row.expert is not None and expert < 0 else int(expert)
+
+    def check_rows(self, got: torch.Tensor, num_rows: int | None = None) -> None:
+        case = self.case
+        zero = np.zeros(case.hidden, case.np_dtype)
+        want = [
+            zero
+            if row is None
+            else case.rows(row.source, case.tokens[row.source], salt=2)[row.token]
+            for row in self.rows
+        ]
+        assert len(got) == (len(want) if num_rows is None else num_rows)
+        wanted = np.array(want, case.np_dtype).reshape(-1, case.hidden)
+        assert_same(to_numpy(got)[: len(want)], wanted, "rows")
+
+    def owners(self, rank: int) -> Iterator[tuple[int, tuple[int, ...], int, int]]:
+        """(row, place of a weight in it, source, token, k) of all entries that `rank` owns."""
+        per_rank, k_of = self.case.experts_per_rank, range(self.case.num_topk)
+        for place, row in enumerate(self.of_rank[rank]):
+            if row is None:
+                continue
+            for k in k_of:
+                expert = int(self.mine.topk[row.source][row.token][k])
+                if expert < 0 or expert // per_rank != rank:
+                    continue
+                if row.expert is None:
+                    yield row.source, (place, k), row.token, k
+                elif row.expert == expert % per_rank:
+                    yield row.source, (place,), row.token, k
+
+    def weights_shape(self, rank: int) -> tuple[int, ...]:
+        rows = len(self.of_rank[rank])
+        return (rows,) if self.do_expand else (rows, self.case.num_topk)
+
+    def check_weights(self, got: torch.Tensor) -> None:
+        """Each is where its expert's row is; all others are 0."""
+        want = np.zeros(self.weights_shape(self.mine.rank), np.float32)
+        for source, place, token, k in self.owners(self.mine.rank):
+            shape = (self.case.tokens[source], self.case.num_topk)
+            want[place] = self.case.probabilities(source, shape, salt=3)[token, k]
+        assert_same(to_numpy(got)[: len(want)], want, "weights")
+
+    def made_weights(self, rank: int) -> np.ndarray:
+        return self.case.probabilities(rank, self.weights_shape(rank), salt=8)
+
+    def want_weights(self) -> np.ndarray:
+        want = np.zeros((self.case.tokens[self.mine.rank], self.case.num_topk), np.float32)
+        for rank in range(self.case.num_ranks):
+            made = self.made_weights(rank)
+            for source, place, token, k in self.owners(rank):
+                if source == self.mine.rank:
+                    want[token, k] = made[place]
+        return want
+
+    def made_rows(self, rank: int) -> np.ndarray:
+        return self.case.rows(rank, len(self.of_rank[rank]), salt=4)
+
+    def want_combined(self) -> np.ndarray:
+        case, mine = self.case, self.mine
+        of_token: dict[int, dict[int, dict[int, np.ndarray]]] = {}
+        for rank in range(case.num_ranks):
+            for row, made in zip(self.of_rank[rank], self.made_rows(rank), strict=True):
+                if row is not None and row.source == mine.rank:
+                    outputs = of_token.setdefault(row.token, {}).setdefault(rank, {})
+                    outputs[row.expert or 0] = made
+        want = [
+            combine(topk, of_token.get(t, {}), case.num_ranks, case.num_ranks, case.hidden,
+                    case.np_dtype)
+            for t, topk in enumerate(mine.topk[mine.rank])
+        ]  # fmt: skip
+        return np.array(want, case.np_dtype).reshape(-1, case.hidden)
+
+    def check_handle(self, handle: EPHandle, is_counted: bool) -> None:
+        """All that callers read of it."""
+        case, aligned, device = self.case, [], self.mine.x.device
+        aligned = [-(-count // self.alignment) * self.alignment for count in self.counts]
+        assert handle.num_recv_tokens_per_expert_list == (aligned if is_counted else [])
+        ends = np.cumsum(aligned)
+        if self.do_expand:
+            ends = ends - aligned + self.counts
+            unpadded = handle.num_unaligned_recv_tokens_per_expert
+            assert unpadded.dtype == torch.int32 and unpadded.tolist() == self.counts
+        else:
+            assert handle.num_unaligned_recv_tokens_per_expert is None
+        from_rank = [sum(row.source == r for row in self.mine.rows) for r in range(case.num_ranks)]
+        for name, want in (
+            ("psum_num_recv_tokens_per_expert", ends),
+            ("psum_num_recv_tokens_per_scaleup_rank", np.cumsum(from_rank)),
+        ):
+            got = getattr(handle, name)
+            assert got.dtype == torch.int32 and got.device == device
+            assert got.tolist() == want.tolist(), name
+            assert getattr(handle, name) is got
+        assert handle.num_recv_tokens == len(self.mine.rows)
+        assert (handle.do_expand, handle.num_experts) == (self.do_expand, case.num_experts)
+        assert handle.expert_alignment == self.alignment
+
+
+def buffer_of(case: Case, **how: Any) -> ElasticBuffer:
+    sizes = dict(
+        num_max_tokens_per_rank=max(*case.tokens, 1),
+        hidden=case.hidden,
+        num_topk=case.num_topk,
+        explicitly_destroy=True,
+    )
+    return ElasticBuffer(dist.group.WORLD, **{**sizes, **how})
+
+
+def most_rows(case: Case, do_expand: bool, alignment: int) -> int:
+    rows = max(*case.tokens, 1) * case.num_ranks
+    if not do_expand:
+        return rows
+    rows *= min(case.num_topk, case.experts_per_rank)
+    return -(-(rows + case.experts_per_rank * (alignment - 1)) // alignment) * alignment
+
+
+def every_way(rank: int, case: Case, do_expand: bool, alignment: int) -> None:
+    """Dispatch and combine, waiting for counts and not, with all that callers pass."""
+    mine = Rank(rank, case)
+    want = Layout(mine, do_expand, alignment)
+    buffer = buffer_of(case)
+    mine.x.requires_grad_()  # there is no autograd, whatever asks for it
+    for is_counted in (True, False):
+        num_rows = None if is_counted else most_rows(case, do_expand, alignment)
+        stats = torch.full((case.experts_per_rank,), 5, dtype=torch.int32, device=mine.device)
+        recv_x, idx, weights, handle, event = buffer.dispatch(
+            mine.x,
+            topk_idx=mine.topk_idx,
+            topk_weights=mine.weights,
+            cumulative_local_expert_recv_stats=stats,
+            num_experts=case.num_experts,
+            expert_alignment=None if alignment == 1 else alignment,
+            do_expand=do_expand,
+            do_cpu_sync=None if is_counted else False,
+            previous_event=buffer.capture(),
+            async_with_compute_stream=True,
+            allocate_on_comm_stream=is_counted,
+        )
+        event.current_stream_wait()
+        assert not recv_x.requires_grad
+        want.check_rows(recv_x, num_rows)
+        want.check_weights(weights)
+        assert (idx is None) == do_expand
+        if idx is not None:
+            mine.check_topk(idx, weights)
+        want.check_handle(handle, is_counted)
+        assert (stats - 5).tolist() == want.counts
+        assert torch.equal(handle.topk_idx, mine.topk_idx)
+        assert handle.topk_idx.dtype == mine.topk_idx.dtype
+
+        again, idx, weights, same, event = buffer.dispatch(
+            mine.x, topk_weights=mine.weights, handle=handle, do_expand=do_expand,
+            cumulative_local_expert_recv_stats=stats, num_sms=4,
+        )  # fmt: skip
+        assert event.event is None and same is handle and (idx is None) == do_expand
+        want.check_rows(again, num_rows)
+        want.check_weights(weights)
+        assert (stats - 5).tolist() == [2 * count for count in want.counts]
+        assert buffer.dispatch(mine.x, handle=handle, do_expand=do_expand)[2] is None
+
+        check_combine(mine, want, buffer, handle, len(recv_x))
+    buffer.destroy()
+
+
+def check_combine(
+    mine: Rank, want: Layout, buffer: ElasticBuffer, handle: EPHandle, num_rows: int
+) -> None:
+    """Rows that nobody dispatched are not read."""
+    case = mine.case
+
+    def filled(values: np.ndarray) -> torch.Tensor:
+        rows = to_torch(values, mine.device)
+        is_padding = torch.tensor([row is None for row in want.rows], dtype=torch.bool)
+        rows[is_padding.to(mine.device)] = torch.nan
+        return torch.cat([rows, rows.new_full((num_rows - len(rows), *rows.shape[1:]), torch.nan)])
+
+    y, weights = filled(want.made_rows(mine.rank)), filled(want.made_weights(mine.rank))
+    combined, back, event = buffer.combine(y, handle, topk_weights=weights)
+    assert event.event is None
+    assert_same(to_numpy(combined), want.want_combined(), "combined")
+    assert_same(to_numpy(back), want.want_weights(), "weights")
+    bias = [case.rows(mine.rank, len(mine.x), salt=salt) for salt in (5, 6)]
+    given = tuple(to_torch(each, mine.device) for each in bias)
+    for given_bias, terms in ((given[0], bias[:1]), (given, bias)):
+        combined, back, event = buffer.combine(
+            y, handle, bias=given_bias, async_with_compute_stream=True, allocate_on_comm_stream=True,
+            previous_event_before_epilogue=EventOverlap(buffer.capture()),
+        )  # fmt: skip
+        event.current_stream_wait()
+        wanted = sum_rows([want.want_combined(), *terms])
+        assert back is None
+        assert_same(to_numpy(combined), wanted, "with bias")
+
+
+@pytest.mark.parametrize(("do_expand", "alignment"), [(False, 1), (False, 8), (True, 1), (True, 8)])
+@pytest.mark.parametrize("case", CASES)
+def test_every_way_to_call(case, do_expand, alignment):
+    run_ranks(case.num_ranks, every_way, case, do_expand, alignment)
+
+
+def fp8_rows(rank: int, case: Case) -> None:
+    """Scales of any value arrive with their rows, a row each, or column by column."""
+    mine = Rank(rank, case)
+    buffer = buffer_of(case, use_fp8_dispatch=True)
+    data, scales = fp8.quantize(torch.nan_to_num(mine.x))
+    scales = (scales * 1.1).T.contiguous().T
+    every: list = [None] * case.num_ranks
+    dist.all_gather_object(every, (data.view(torch.uint8).cpu(), scales.cpu()))
+    for do_expand, asked, is_counted, column_major, is_async in (
+        (False, None, True, False, False),
+        (False, 128, True, True, True),
+        (False, None, False, True, False),
+        (True, None, True, False, True),  # groups of 4, where 1 is asked for
+        (True, 6, True, True, False),
+        (True, 128, False, False, True),
+        (True, None, False, True, False),
+    ):
+        alignment = asked or 1
+        if do_expand:
+            alignment = -(-alignment // 4) * 4
+        want = Layout(mine, do_expand, alignment)
+        how = dict(
+            do_expand=do_expand,
+            use_tma_aligned_col_major_sf=column_major,
+            async_with_compute_stream=is_async,
+        )
+        (got, of_scales), _, _, handle, event = buffer.dispatch(
+            (data, scales), mine.topk_idx, mine.weights, num_experts=case.num_experts,
+            expert_alignment=asked, do_cpu_sync=is_counted, **how,
+        )  # fmt: skip
+        event.current_stream_wait()
+        (again, again_scales), *_, event = buffer.dispatch((data, scales), handle=handle, **how)
+        event.current_stream_wait()
+        want.check_handle(handle, is_counted)
+        assert got.dtype == fp8.FP8_DTYPE and of_scales.dtype == torch.float32
+        assert len(got) == len(of_scales)
+        strides = (1, -(-len(got) // 4) * 4) if column_major else (case.hidden // 128, 1)
+        assert of_scales.stride() == strides
+        rows = [(place, row) for place, row in enumerate(want.rows) if row is not None]
+        for values, values_scales in ((got, of_scales), (again, again_scales)):
+            values, values_scales = values.view(torch.uint8).cpu(), values_scales.cpu()
+            for place, row in rows:
+                sent, sent_scales = every[row.source]
+                assert torch.equal(values[place], sent[row.token])
+                assert torch.equal(values_scales[place], sent_scales[row.token])
+    buffer.destroy()
+
+
+def test_fp8_rows():
+    run_ranks(2, fp8_rows, Case(tokens=(7, 5), layout="rank", hidden=512))
+
+
+def test_scales_of_groups_by_row():
+    """An empty group, groups of different sizes, and room behind the last."""
+    offsets = [0, 4, 4, 12]
+    by_row = torch.arange(15 * 3, dtype=torch.float32).view(15, 3)
+    joined = fp8.join_scales(by_row, [*offsets, 15])
+    assert not torch.equal(joined, by_row.flatten())
+    got = scales_by_row(joined, torch.tensor(offsets, dtype=torch.int32), 15)
+    assert torch.equal(got, by_row)
+    none = torch.zeros(0, 256, dtype=torch.uint8)
+    assert scales_by_row(joined[:0], torch.zeros(4, dtype=torch.int32), 0).shape[0] == 0
+    assert empty_scales(none, True).shape == empty_scales(none, False).shape == (0, 2)
+
+
+# ---- What is said of it, and sizes --------------------------------------------------------------
+
+
+def attributes(rank: int) -> None:
+    case = Case(tokens=(3, 9), layout="rank")
+    os.environ.pop(TIMEOUT_VARIABLE, None)
+    buffer = buffer_of(case, num_gpu_timeout_secs=25, num_bytes=1 << 21)
+    assert (buffer.rank_idx, buffer.num_ranks, buffer.group) == (rank, 2, dist.group.WORLD)
+    assert buffer.num_bytes == 1 << 21 and buffer.num_max_tokens_per_rank == 9
+    assert buffer.explicitly_destroy and buffer.prefer_overlap_with_compute
+    assert buffer.get_physical_domain_size() == buffer.get_logical_domain_size() == (1, 2)
+    assert buffer.get_theoretical_num_sms(num_experts=8, num_topk=2) == 24
+    hint = ElasticBuffer.get_buffer_size_hint(dist.group.WORLD, 8192, 7168, num_topk=8)
+    assert hint == 2 * 8192 * 7168 * 2 and hint % (2 << 20) == 0
+    with pytest.raises(EPArgumentError, match="no communication stream"):
+        buffer.get_comm_stream()
+    mine = Rank(rank, case)
+    handle = dispatch(buffer, mine, do_handle_copy=False)[3]
+    assert handle.topk_idx is mine.topk_idx and handle.num_sms == 0
+    assert copy.deepcopy(handle) is copy.copy(handle) is handle
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(handle)
+    native = handle.buffer.native
+    assert (native.config.timeout_s, native.config.max_tokens_per_rank) == (25, 64)
+    for name in ("recv_src_metadata", "dst_buffer_slot_idx"):
+        with pytest.raises(AttributeError, match=f"no '{name}'"):
+            getattr(handle, name)
+    for name in ("engram_write", "pp_send", "all_gather", "barrier"):
+        with pytest.raises(AttributeError, match=f"no '{name}'.*expert-parallel part"):
+            getattr(buffer, name)
+
+    # A larger number makes a larger buffer, without a question; handles of the smaller one stay.
+    large = Rank(rank, Case(tokens=(2, 300), layout="rank"))
+    want = Layout(large, False, 1)
+    recv_x, *_, of_large, _ = dispatch(buffer, large, num_max_tokens_per_rank=512)
+    want.check_rows(recv_x)
+    assert of_large.buffer.native.config.max_tokens_per_rank == 512
+    combined = buffer.combine(to_torch(Layout(mine, False, 1).made_rows(rank), "cpu"), handle)[0]
+    assert_same(to_numpy(combined), Layout(mine, False, 1).want_combined(), "combined")
+    buffer.destroy()
+    with pytest.raises(EPStateError):
+        dispatch(buffer, mine)
+
+
+def dispatch(buffer: ElasticBuffer, mine: Rank, **how: Any) -> tuple:
+    given = dict(topk_idx=mine.topk_idx, topk_weights=mine.weights)
+    return buffer.dispatch(mine.x, num_experts=mine.case.num_experts, **{**given, **how})
+
+
+def test_attributes_and_sizes():
+    run_ranks(2, attributes)
+
+
+def refused(rank: int) -> None:
+    """Before anything is sent: the buffer goes on."""
+    mine = Rank(rank, Case(tokens=(3, 9), layout="rank"))
+    with pytest.raises(EPUnsupportedError, match="num_cpu_bytes=4096"):
+        ElasticBuffer(dist.group.WORLD, num_cpu_bytes=4096)
+    buffer = ElasticBuffer(dist.group.WORLD)
+    with pytest.raises(EPArgumentError, match="num_max_tokens_per_rank must be"):
+        dispatch(buffer, mine)
+    most = dict(num_max_tokens_per_rank=9)
+    handle = dispatch(buffer, mine, **most)[3]
+    if rank == 1:
+        with pytest.raises(EPArgumentError, match="x has 9 tokens, more than .* 8"):
+            dispatch(buffer, mine, num_max_tokens_per_rank=8)
+    dist.barrier()
+    for bad, match in (
+        (dict(topk_idx=None), "pass a handle, or topk_idx and num_experts"),
+        (dict(previous_event="now"), "previous_event must be an EventOverlap, got str"),
+        (dict(previous_event_before_epilogue="now"), "must be an EventOverlap, got str"),
+        (dict(cumulative_local_expert_recv_stats=torch.zeros(4)), "recv_stats has dtype"),
+        (dict(handle=handle), "exactly one"),
+        (dict(handle=handle, topk_idx=None, do_expand=True), "do_expand is that of the handle"),
+        (dict(handle=handle, topk_idx=None, expert_alignment=8), "is that of the handle, 1, got 8"),
+        (dict(handle=handle.native, topk_idx=None), "handle must be what ElasticBuffer.dispatch"),
+        (dict(expert_alignment=-1, do_expand=True), "expert_alignment must be an integer"),
+    ):
+        with pytest.raises(EPArgumentError, match=match):
+            dispatch(buffer, mine, **{**most, **bad})
+    packed = torch.zeros(len(mine.x), 1, dtype=torch.int32)
+    rows = torch.zeros(len(mine.x), 128).to(fp8.FP8_DTYPE)
+    with pytest.raises(EPArgumentError, match="scales must be float32 on cpu, got torch.int32"):
+        buffer.dispatch((rows, packed), mine.topk_idx, num_experts=8, **most)
+    with pytest.raises(EPArgumentError, match="bias must be"):
+        buffer.combine(mine.y, handle, bias=mine.y[:1])
+    with pytest.raises(EPArgumentError, match="handle must be what ElasticBuffer.dispatch"):
+        buffer.combine(mine.y, None)
+    combined = buffer.combine(mine.y, handle)[0]
+    assert_same(to_numpy(combined), mine.want_combined(), "combined")
+    buffer.destroy()
+
+
+def test_bad_calls_leave_the_buffer_as_it_was():
+    run_ranks(2, refused)
+
+
+def different_kinds(rank: int) -> None:
+    from ep_comm.deep_ep import Buffer
+
+    with pytest.raises(EPMismatchError, match="ElasticBuffer"):
+        (ElasticBuffer if rank else Buffer)(dist.group.WORLD)
+
+
+def test_ranks_make_the_same_kind():
+    run_ranks(2, different_kinds)
