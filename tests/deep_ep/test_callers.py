@@ -1,7 +1,8 @@
 """What programs call: each of their calls binds to our signatures, and what they import is there.
 
-Read from vLLM 0.33.0 (its files `all2all.py`, `deepep_ht.py`, `deepep_ll.py`), SGLang 0.5.23
-(`token_dispatcher/deepep.py`) and Megatron-Core 0.16.1 (`fused_a2a.py`), in our own words.
+Read from vLLM 0.33.0 (its files `all2all.py`, `deepep_ht.py`, `deepep_ll.py`, `deepep_v2.py`),
+SGLang 0.5.23 (`token_dispatcher/deepep.py`, `deepep_v2.py`) and Megatron-Core 0.16.1
+(`fused_a2a.py`), in our own words.
 """  # noqa: D205
 
 from __future__ import annotations
@@ -109,6 +110,44 @@ CALLS = {
         Call("combine", 2, f"topk_weights {_STREAMS}"),
     ],
 }
+V2_CALLS = {
+    "vLLM": [
+        Call(
+            "ElasticBuffer",
+            0,
+            "group num_max_tokens_per_rank hidden num_topk use_fp8_dispatch allow_hybrid_mode "
+            "prefer_overlap_with_compute allow_multiple_reduction explicitly_destroy",
+        ),
+        Call("get_theoretical_num_sms", 0, "num_experts num_topk"),
+        Call(
+            "dispatch",
+            0,
+            "x topk_idx topk_weights num_experts num_max_tokens_per_rank do_expand do_cpu_sync "
+            "async_with_compute_stream",
+        ),
+        Call(
+            "combine",
+            0,
+            "x handle topk_weights async_with_compute_stream allocate_on_comm_stream",
+        ),
+        Call("destroy"),
+    ],
+    "SGLang": [
+        Call(
+            "ElasticBuffer",
+            1,
+            "num_max_tokens_per_rank hidden num_topk use_fp8_dispatch allow_hybrid_mode sl_idx "
+            "prefer_overlap_with_compute",
+        ),
+        Call(
+            "dispatch",
+            1,
+            "topk_idx topk_weights num_experts num_max_tokens_per_rank expert_alignment num_sms "
+            "use_tma_aligned_col_major_sf do_cpu_sync do_expand",
+        ),
+        Call("combine", 1, "handle topk_weights"),
+    ],
+}
 # Those of DeepEP's other branches, which a switch of the caller's asks for: refused as unknown.
 REFUSED = [
     Call("low_latency_dispatch", 4, "use_nvfp4"),
@@ -117,22 +156,20 @@ REFUSED = [
     Call("low_latency_combine", 4, "packed_recv_count comp_signal block_m threshold num_sms"),
 ]
 IMPORTS = {
-    "deep_ep": ["Buffer", "Config", "EventOverlap", "topk_idx_t"],
+    "deep_ep": ["Buffer", "Config", "EPHandle", "ElasticBuffer", "EventOverlap", "topk_idx_t"],
     "deep_ep.utils": ["EventHandle", "EventOverlap"],
     "deep_ep.buffer": ["Buffer"],
 }
 # Programs ask whether these are there, and do without.
-ABSENT = ["ElasticBuffer", "EPHandle", "HybridEPBuffer"]
+ABSENT = ["HybridEPBuffer"]
 # Read by callers; `Config` has its own.
 ATTRIBUTES = ["group", "group_size", "num_nvl_bytes", "num_rdma_bytes", "low_latency_mode"]
 
 
-def bind(call: Call) -> None:
-    owner = deep_ep if call.name in ("Buffer", "Config") else Buffer
+def bind(call: Call, of: type = Buffer) -> None:
+    owner = deep_ep if hasattr(deep_ep, call.name) else of
     function = getattr(owner, call.name)
-    is_method = owner is Buffer and not isinstance(
-        inspect.getattr_static(Buffer, call.name), staticmethod
-    )
+    is_method = owner is of and not isinstance(inspect.getattr_static(of, call.name), staticmethod)
     arguments = [None] * (call.positional + is_method)
     inspect.signature(function).bind(*arguments, **dict.fromkeys(call.named.split()))
 
@@ -141,6 +178,12 @@ def bind(call: Call) -> None:
 def test_calls_bind(caller):
     for call in CALLS[caller]:
         bind(call)
+
+
+@pytest.mark.parametrize("caller", V2_CALLS)
+def test_calls_of_v2_bind(caller):
+    for call in V2_CALLS[caller]:
+        bind(call, deep_ep.ElasticBuffer)
 
 
 @pytest.mark.parametrize("call", REFUSED, ids=lambda call: call.named.split()[0])

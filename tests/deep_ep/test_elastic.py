@@ -44,11 +44,6 @@ class Layout:
         experts = [e - rank * per_rank for row in rows for e in chosen[row.source][row.token]]
         return list(rows), [experts.count(expert) for expert in range(per_rank)]
 
-    def slot(self, row: Row, k: int) -> int | None:
-        """The place of an entry among the weights of a row, where it is this row's; else None."""
-        expert = self.mine.topk[row.source][row.token][k]
-        return None if row.expert is not None and expert < 0 else int(expert)
-
     def check_rows(self, got: torch.Tensor, num_rows: int | None = None) -> None:
         case = self.case
         zero = np.zeros(case.hidden, case.np_dtype)
@@ -121,7 +116,7 @@ class Layout:
 
     def check_handle(self, handle: EPHandle, is_counted: bool) -> None:
         """All that callers read of it."""
-        case, aligned, device = self.case, [], self.mine.x.device
+        case, device = self.case, self.mine.x.device
         aligned = [-(-count // self.alignment) * self.alignment for count in self.counts]
         assert handle.num_recv_tokens_per_expert_list == (aligned if is_counted else [])
         ends = np.cumsum(aligned)
@@ -163,12 +158,22 @@ def most_rows(case: Case, do_expand: bool, alignment: int) -> int:
     return -(-(rows + case.experts_per_rank * (alignment - 1)) // alignment) * alignment
 
 
-def every_way(rank: int, case: Case, do_expand: bool, alignment: int) -> None:
-    """Dispatch and combine, waiting for counts and not, with all that callers pass."""
+LAYOUTS = [(False, 1), (False, 8), (True, 1), (True, 8)]  # by expert or not, alignment
+
+
+def every_way(rank: int, case: Case) -> None:
+    """Dispatch and combine of one buffer in both layouts."""
     mine = Rank(rank, case)
-    want = Layout(mine, do_expand, alignment)
-    buffer = buffer_of(case)
     mine.x.requires_grad_()  # there is no autograd, whatever asks for it
+    buffer = buffer_of(case)
+    for do_expand, alignment in LAYOUTS:
+        in_layout(mine, buffer, do_expand, alignment)
+    buffer.destroy()
+
+
+def in_layout(mine: Rank, buffer: ElasticBuffer, do_expand: bool, alignment: int) -> None:
+    """Waiting for counts and not, with all that callers pass."""
+    case, want = mine.case, Layout(mine, do_expand, alignment)
     for is_counted in (True, False):
         num_rows = None if is_counted else most_rows(case, do_expand, alignment)
         stats = torch.full((case.experts_per_rank,), 5, dtype=torch.int32, device=mine.device)
@@ -208,7 +213,6 @@ def every_way(rank: int, case: Case, do_expand: bool, alignment: int) -> None:
         assert buffer.dispatch(mine.x, handle=handle, do_expand=do_expand)[2] is None
 
         check_combine(mine, want, buffer, handle, len(recv_x))
-    buffer.destroy()
 
 
 def check_combine(
@@ -232,7 +236,8 @@ def check_combine(
     given = tuple(to_torch(each, mine.device) for each in bias)
     for given_bias, terms in ((given[0], bias[:1]), (given, bias)):
         combined, back, event = buffer.combine(
-            y, handle, bias=given_bias, async_with_compute_stream=True, allocate_on_comm_stream=True,
+            y, handle, bias=given_bias, async_with_compute_stream=True,
+            allocate_on_comm_stream=True,
             previous_event_before_epilogue=EventOverlap(buffer.capture()),
         )  # fmt: skip
         event.current_stream_wait()
@@ -241,10 +246,9 @@ def check_combine(
         assert_same(to_numpy(combined), wanted, "with bias")
 
 
-@pytest.mark.parametrize(("do_expand", "alignment"), [(False, 1), (False, 8), (True, 1), (True, 8)])
 @pytest.mark.parametrize("case", CASES)
-def test_every_way_to_call(case, do_expand, alignment):
-    run_ranks(case.num_ranks, every_way, case, do_expand, alignment)
+def test_every_way_to_call(case):
+    run_ranks(case.num_ranks, every_way, case)
 
 
 def fp8_rows(rank: int, case: Case) -> None:
@@ -383,7 +387,7 @@ def refused(rank: int) -> None:
         (dict(topk_idx=None), "pass a handle, or topk_idx and num_experts"),
         (dict(previous_event="now"), "previous_event must be an EventOverlap, got str"),
         (dict(previous_event_before_epilogue="now"), "must be an EventOverlap, got str"),
-        (dict(cumulative_local_expert_recv_stats=torch.zeros(4)), "recv_stats has dtype"),
+        (dict(cumulative_local_expert_recv_stats=torch.zeros(4)), "recv_stats must be torch.int32"),
         (dict(handle=handle), "exactly one"),
         (dict(handle=handle, topk_idx=None, do_expand=True), "do_expand is that of the handle"),
         (dict(handle=handle, topk_idx=None, expert_alignment=8), "is that of the handle, 1, got 8"),
