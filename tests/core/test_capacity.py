@@ -52,11 +52,14 @@ def exact_and_roomy(rank: int, case: Case, buffer: Buffer | None = None) -> None
             assert_same(got[:count], want, "indices")
             assert (got[count:] == -1).all()
         else:
-            tokens = out.handle.device_tokens_per_expert.cpu()
-            assert torch.equal(tokens.long(), usual.handle.tokens_per_expert)
             ends = usual.handle.padded_tokens_per_expert.cumsum(0)
             assert torch.equal(out.handle.device_expert_offsets[1:].cpu().long(), ends)
             assert torch.equal(out.handle.tokens_per_expert, usual.handle.tokens_per_expert)
+        for handle in (usual.handle, out.handle):
+            tokens, received = handle.device_tokens_per_expert, handle.device_tokens_per_rank
+            assert torch.equal(tokens.cpu().long(), usual.handle.tokens_per_expert)
+            assert received.dtype == torch.int32 and received.device == out.recv_x.device
+            assert received.tolist() == list(usual.handle.num_recv_tokens_per_rank)
         padded_y = torch.nan * torch.ones(rows, case.hidden, dtype=y.dtype, device=y.device)
         padded_y[: len(y)] = y
         padded_grad = torch.full((rows, *grad_probs.shape[1:]), torch.nan, device=y.device)
