@@ -301,7 +301,7 @@ class ElasticBuffer:
             alignment, most_rows = expert_alignment or 1, None
             if do_expand and isinstance(x, tuple):
                 alignment = rounded_up(alignment, SCALE_GROUP)
-            if do_cpu_sync is False:
+            if do_cpu_sync is not None and not do_cpu_sync:  # 0 is False too
                 most_rows = self.num_ranks * most_tokens
                 if do_expand:
                     local_experts = num_experts // self.num_ranks

@@ -185,7 +185,7 @@ def in_layout(mine: Rank, buffer: ElasticBuffer, do_expand: bool, alignment: int
             num_experts=case.num_experts,
             expert_alignment=None if alignment == 1 else alignment,
             do_expand=do_expand,
-            do_cpu_sync=None if is_counted else False,
+            do_cpu_sync=None if is_counted else 0,
             previous_event=buffer.capture(),
             async_with_compute_stream=True,
             allocate_on_comm_stream=is_counted,
