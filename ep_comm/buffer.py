@@ -24,7 +24,6 @@ from ep_comm.job.files import write_json
 from ep_comm.job.meeting import meet
 from ep_comm.job.roster import Roster
 from ep_comm.low_latency.masks import MaskCalls
-from ep_comm.routing.probabilities import select_probabilities
 from ep_comm.routing.types import RowLayout
 from ep_comm.session import Session
 from ep_comm.telemetry.records import OpRecord, Records
@@ -256,11 +255,9 @@ class Buffer(MaskCalls):
                 with unseen():
                     routing = backend.plan(plan)
                 handle = DispatchHandle(session=session, routing=routing)
-                if routing_map is not None and weights is not None:
-                    weights = select_probabilities(weights, routing.topk_idx)
-                    request = request._replace(topk_weights=weights)
             handle.during_backward = during_backward
-            received = ops.dispatch(backend, handle, request)
+            of_all_experts = routing_map is not None and weights is not None
+            received = ops.dispatch(backend, handle, request, of_all_experts=of_all_experts)
             if allocate_on_comm_stream:
                 backend.keep_for_comm_stream((*received, routing.recv_topk_idx))
         recv_x: Payload = received.x

@@ -7,13 +7,18 @@
 
 Optional results that do not exist come back as empty tensors. `Buffer` is the way to call them,
 through `dispatch` and `combine` below: it checks arguments and holds the handle, which the ops know
-by its id. FP8 on the wire is straight-through: the gradient is that of an unquantised dispatch.
-Gradients travel in their own type, except where combine's `grad_wire_dtype` makes those that its
-backward dispatches FP8.
+by its id. These call the ops only where one of torch's dispatch modes is to see them, such as
+selective checkpointing. Else they record the same gradients by functions of autograd's, which take
+the handle itself: torch's way to a library op with gradients costs a call several times as much.
+
+FP8 on the wire is straight-through: the gradient is that of an unquantised dispatch. Gradients
+travel in their own type, except where combine's `grad_wire_dtype` makes those that its backward
+dispatches FP8.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -31,7 +36,10 @@ from ep_comm.backends.base import (
 )
 from ep_comm.config import ROW_DTYPES
 from ep_comm.handle import DispatchHandle, handle_by_id
+from ep_comm.routing.probabilities import scatter_probabilities, select_probabilities
 from ep_comm.tracing import check_not_saved, plain_tensor
+
+_NOTHING = contextlib.nullcontext()
 
 _library = torch.library.Library("ep_comm", "DEF")
 _library.define(
@@ -54,14 +62,34 @@ def check_dispatch_not_saved(request: DispatchRequest) -> None:
         check_not_saved(torch.ops.ep_comm.dispatch.default, *request)
 
 
-def dispatch(backend: Backend, handle: DispatchHandle, request: DispatchRequest) -> Received:
-    """Call the op, inside `Session.operation`; or the backend, where no gradients are recorded.
+def dispatch(
+    backend: Backend, handle: DispatchHandle, request: DispatchRequest, *, of_all_experts: bool
+) -> Received:
+    """Send rows along the routing of `handle`, and record the gradient where one is needed.
 
-    torch's way costs 15 µs. A result that does not exist is None, or empty where the op made it.
+    Args:
+        backend: Moves them.
+        handle: The routing.
+        request: Rows and probabilities.
+        of_all_experts: The probabilities are [T, num_experts]: the selected ones are sent.
+
+    Returns:
+        A result that does not exist is None, or empty where the op made it.
     """
-    if _needs_grad(request.x, request.topk_weights):
+    if not _needs_grad(request.x, request.topk_weights):
+        if of_all_experts:
+            request = _selected(request, handle)
+        return _result(backend.dispatch(handle.routing, request), handle, request.asynchronous)
+    if _is_seen():
+        if of_all_experts:
+            request = _selected(request, handle)
         return Received(*torch.ops.ep_comm.dispatch.default(*request, handle.id))
-    return _result(backend.dispatch(handle.routing, request), handle, request.asynchronous)
+    with _named("ep_comm::dispatch"):
+        return Received(
+            *_Dispatch.apply(
+                request.x, request.topk_weights, request, backend, handle, of_all_experts
+            )
+        )
 
 
 def combine(
@@ -70,13 +98,34 @@ def combine(
     request: CombineRequest,
     grad_wire_dtype: torch.dtype,
 ) -> Combined:
-    """Call the op or the backend, as `dispatch` does."""
+    """Send rows back along the routing of `handle`, and record the gradient as `dispatch` does."""
     x, topk_weights, asynchronous, adds_weights = request
-    if _needs_grad(x, topk_weights):
-        assert not adds_weights  # the caller has seen to it: the op has no such argument
+    if not _needs_grad(x, topk_weights):
+        return _result(backend.combine(handle.routing, request), handle, asynchronous)
+    assert not adds_weights  # the caller has seen to it: nothing here is its backward
+    if _is_seen():
         op = torch.ops.ep_comm.combine.default
         return Combined(*op(x, topk_weights, grad_wire_dtype, asynchronous, handle.id))
-    return _result(backend.combine(handle.routing, request), handle, asynchronous)
+    with _named("ep_comm::combine"):
+        return Combined(*_Combine.apply(x, topk_weights, request, backend, handle, grad_wire_dtype))
+
+
+def _selected(request: DispatchRequest, handle: DispatchHandle) -> DispatchRequest:
+    assert request.topk_weights is not None  # the caller has seen to it
+    weights = select_probabilities(request.topk_weights, handle.topk_idx)
+    return request._replace(topk_weights=weights)
+
+
+def _is_seen() -> bool:
+    """Return whether a dispatch mode of torch's looks at the ops that are called."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def _named(name: str) -> contextlib.AbstractContextManager:
+    """Give what happens inside a name in the trace of a profiler that records."""
+    if torch.autograd._profiler_enabled():
+        return torch.autograd.profiler.record_function(name)
+    return _NOTHING
 
 
 def _needs_grad(x: Tensor, topk_weights: Tensor | None) -> bool:
@@ -123,14 +172,53 @@ def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32) if tensor is None else tensor
 
 
+class _Dispatch(torch.autograd.Function):
+    """A dispatch with its gradient; ``ep_comm::dispatch`` without torch's dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        topk_weights: Tensor | None,
+        request: DispatchRequest,
+        backend: Backend,
+        handle: DispatchHandle,
+        of_all_experts: bool,
+    ) -> Received:
+        if of_all_experts:
+            request = _selected(request, handle)
+        pending = backend.dispatch(handle.routing, request)
+        received = _result(pending, handle, request.asynchronous)
+        _prepare_dispatch_backward(ctx, handle, received.x.dtype, topk_weights is not None)
+        ctx.num_experts = None
+        if of_all_experts and topk_weights is not None:
+            ctx.num_experts = topk_weights.shape[1]
+        return received
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        grad_x, grad_weights = _grads_of_dispatch(ctx, grads[0], grads[2])
+        if ctx.num_experts is not None and grad_weights is not None:
+            grad_weights = scatter_probabilities(grad_weights, ctx.handle.topk_idx, ctx.num_experts)
+        return grad_x, grad_weights, None, None, None, None
+
+
 def _dispatch_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, _, topk_weights, *_, handle_id = inputs
-    ctx.handle = handle_by_id(handle_id)
-    ctx.during_backward = ctx.handle.during_backward
-    recv_dtype, widest = output[0].dtype, ctx.handle.session.config.dtype
+    _, _, topk_weights, *_, handle_id = inputs
+    handle = handle_by_id(handle_id)
+    _prepare_dispatch_backward(ctx, handle, output[0].dtype, topk_weights is not None)
+
+
+def _prepare_dispatch_backward(
+    ctx: Any, handle: DispatchHandle, recv_dtype: torch.dtype, has_weights: bool
+) -> None:
+    ctx.handle = handle
+    ctx.during_backward = handle.during_backward
+    widest = handle.session.config.dtype
     fits = recv_dtype in ROW_DTYPES and recv_dtype.itemsize <= widest.itemsize
     ctx.grad_dtype = recv_dtype if fits else torch.bfloat16  # the same on every rank
-    ctx.has_weights = topk_weights is not None
+    ctx.has_weights = has_weights
     ctx.set_materialize_grads(False)
 
 
@@ -138,6 +226,14 @@ def _dispatch_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _dispatch_backward(
     ctx: Any, grad_x: Tensor | None, _: Tensor | None, grad_weights: Tensor | None
 ) -> tuple:
+    grad_x, grad_weights = _grads_of_dispatch(ctx, grad_x, grad_weights)
+    return grad_x, None, grad_weights, None, None, None, None
+
+
+def _grads_of_dispatch(
+    ctx: Any, grad_x: Tensor | None, grad_weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Combine the gradients of received rows and probabilities, beside `during_backward`."""
     handle: DispatchHandle = ctx.handle
     routing = handle.routing
     gradients = _gradients(ctx, grad_x, grad_weights, routing.num_rows, routing.row_weights_shape)
@@ -153,19 +249,62 @@ def _dispatch_backward(
                 ctx.during_backward()
         finally:
             combined = pending.wait()
-    return combined.x, None, combined.topk_weights, None, None, None, None
+    return combined.x, combined.topk_weights
+
+
+class _Combine(torch.autograd.Function):
+    """A combine with its gradient; ``ep_comm::combine`` without torch's dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        topk_weights: Tensor | None,
+        request: CombineRequest,
+        backend: Backend,
+        handle: DispatchHandle,
+        grad_wire_dtype: torch.dtype,
+    ) -> Combined:
+        pending = backend.combine(handle.routing, request)
+        combined = _result(pending, handle, request.asynchronous)
+        _prepare_combine_backward(ctx, handle, x.dtype, topk_weights is not None, grad_wire_dtype)
+        return combined
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        return *_grads_of_combine(ctx, *grads), None, None, None, None
 
 
 def _combine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, topk_weights, ctx.grad_wire_dtype, _, handle_id = inputs
-    ctx.handle = handle_by_id(handle_id)
-    ctx.has_weights = topk_weights is not None
-    ctx.grad_dtype = x.dtype
+    x, topk_weights, grad_wire_dtype, _, handle_id = inputs
+    handle = handle_by_id(handle_id)
+    _prepare_combine_backward(ctx, handle, x.dtype, topk_weights is not None, grad_wire_dtype)
+
+
+def _prepare_combine_backward(
+    ctx: Any,
+    handle: DispatchHandle,
+    dtype: torch.dtype,
+    has_weights: bool,
+    grad_wire_dtype: torch.dtype,
+) -> None:
+    ctx.handle = handle
+    ctx.grad_dtype = dtype
+    ctx.has_weights = has_weights
+    ctx.grad_wire_dtype = grad_wire_dtype
     ctx.set_materialize_grads(False)
 
 
 @once_differentiable
 def _combine_backward(ctx: Any, grad_x: Tensor | None, grad_weights: Tensor | None) -> tuple:
+    return *_grads_of_combine(ctx, grad_x, grad_weights), None, None, None
+
+
+def _grads_of_combine(
+    ctx: Any, grad_x: Tensor | None, grad_weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Dispatch the gradients of combined rows and probabilities."""
     handle: DispatchHandle = ctx.handle
     routing = handle.routing
     x, weights = _gradients(
@@ -176,7 +315,7 @@ def _combine_backward(ctx: Any, grad_x: Tensor | None, grad_weights: Tensor | No
     )
     with handle.session.operation(is_backward=True) as backend:
         received = backend.dispatch(routing, request).wait()
-    return received.x, received.topk_weights, None, None, None
+    return received.x, received.topk_weights
 
 
 def _gradients(

@@ -18,6 +18,10 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 
+_frame_callback: Callable[[], object] | None = None
+with contextlib.suppress(ImportError):  # an older torch has none
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback as _frame_callback
+
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
@@ -33,15 +37,16 @@ _POLICIES_THAT_SAVE = (
 def untraced(method: Callable[Args, Result]) -> Callable[Args, Result]:
     """Have ``torch.compile`` break its graph at `method`, and run it as it is.
 
-    ``torch.compiler.disable`` does that, but takes seconds to import what it needs: a process
-    that compiles nothing is spared them.
+    ``torch.compiler.disable`` does that, but takes seconds to import what it needs, and a part of
+    each call's time: a process that compiles nothing is spared the one, and a call from code that
+    is not compiled the other.
     """
     disabled: Callable[Args, Result] | None = None
 
     @functools.wraps(method)
     def call(*args: Args.args, **kwargs: Args.kwargs) -> Result:
         nonlocal disabled
-        if "torch._dynamo" not in sys.modules:
+        if not _is_compiling():
             return method(*args, **kwargs)
         if disabled is None:
             disabled = torch.compiler.disable(method)
@@ -50,6 +55,13 @@ def untraced(method: Callable[Args, Result]) -> Callable[Args, Result]:
     # As disable() does: no caller is traced into it. (A function takes any attribute.)
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     return call
+
+
+def _is_compiling() -> bool:
+    """Return whether torch's compiler might look at the frames of this thread."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    return _frame_callback is None or _frame_callback() is not None
 
 
 def plain_tensor(name: str, value: object) -> Tensor:

@@ -219,7 +219,9 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             self.shared_experts.linear_fc1_forward_and_act(hidden_states)
         self._note_use(hidden_states, probs)
         assert self.handle is not None  # the dispatch set it
-        return hidden_states, self.handle.padded_tokens_per_expert, probs.to(self._probs_dtype)
+        if probs.dtype != self._probs_dtype:
+            probs = probs.to(self._probs_dtype)
+        return hidden_states, self.handle.padded_tokens_per_expert, probs
 
     def _note_use(self, *tensors: Tensor) -> None:
         """Keep what another stream made from being written over while the current one reads it.

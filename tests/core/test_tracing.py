@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from unittest import mock
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -186,6 +188,50 @@ def checkpointed_layer(rank: int, saved: str) -> None:
         assert buffer.records.num_operations == started
     else:
         assert torch.equal(gradient(recomputed), gradient(layer))
+
+
+class Seen(TorchDispatchMode):
+    """Notes which ops it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "ep_comm":
+            self.ops.append(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+def layer_with_and_without_ops(rank: int, of_map: bool) -> None:
+    """Where a mode looks on the ops of the library are called; numbers and gradients are equal."""
+    buffer = make_buffer()
+    topk = TOPK if rank else TOPK[:3].clone().fill_diagonal_(-1)
+    routing_map = torch.zeros(len(topk), 5, dtype=torch.bool)
+    routing_map = routing_map.scatter_(1, torch.where(topk < 0, 4, topk), True)[:, :4].contiguous()
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(len(topk), 8, generator=generator)
+    probs = torch.rand(len(topk), 4 if of_map else 2, generator=generator)
+
+    def results(mode) -> list[torch.Tensor]:
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, probs)]
+        with mode:
+            how = dict(routing_map=routing_map) if of_map else dict(topk_idx=topk)
+            out = buffer.dispatch(inputs[0], topk_weights=inputs[1], **how)
+            rows = out.recv_x * out.recv_topk_weights[:, None]
+            y, weights, _ = buffer.combine(rows, out.handle, out.recv_topk_weights)
+        (y.square().sum() + weights.square().sum()).backward()
+        return [y.detach(), weights.detach(), *(tensor.grad for tensor in inputs)]
+
+    seen = Seen()
+    for got, want in zip(results(contextlib.nullcontext()), results(seen), strict=True):
+        assert torch.equal(got, want) and want.any()
+    assert seen.ops == ["ep_comm::dispatch", "ep_comm::combine"]
+
+
+@pytest.mark.parametrize("of_map", [True, False], ids=["map", "topk"])
+def test_ops_are_called_where_a_mode_looks_on(of_map):
+    run_ranks(2, layer_with_and_without_ops, of_map)
 
 
 @pytest.mark.parametrize("saved", ["mm", "combine", "dispatch"])

@@ -39,4 +39,4 @@ class NodesMailbox(Mailbox):
         """Raise what the plan of `source` found wrong, as `Mailbox.raise_if_bad` does."""
         asked_tokens = self._counts(0, self._memory.num_ranks)
         error = self._memory.counts[header.EP_NODES_MAILBOX_ERROR :][:4]
-        self._check(list(asked_tokens), list(error), source, num_topk)
+        self._check(asked_tokens, error, source, num_topk)

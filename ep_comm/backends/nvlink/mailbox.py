@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ep_comm import checks
-from ep_comm._native import NativeLibrary
+from ep_comm._native import NativeLibrary, header
 from ep_comm.backends.nvlink.memory import PeerMemory
 from ep_comm.config import EPConfig
 from ep_comm.routing.layout import raise_if_bad
@@ -71,10 +73,15 @@ class Mailbox:
         """
         content = self._memory.mailbox
         asked_tokens = content.asked_tokens[: self._memory.num_ranks]
-        self._check(list(asked_tokens), list(content.routing_error), source, num_topk)
+        self._check(asked_tokens, content.routing_error, source, num_topk)
 
     def _check(
-        self, asked_tokens: list[int], routing_error: list[int], source: Tensor, num_topk: int
+        self,
+        asked_tokens: Sequence[int],
+        routing_error: Sequence[int],
+        source: Tensor,
+        num_topk: int,
     ) -> None:
         checks.check_num_tokens(asked_tokens, self._config)
-        raise_if_bad(routing_error, source, num_topk, self._config.num_experts)
+        if routing_error[0] != header.EP_ROUTING_OK:
+            raise_if_bad(list(routing_error), source, num_topk, self._config.num_experts)

@@ -133,7 +133,9 @@ class NVLinkRouting(Routing):
     @cached_property
     def topk_idx(self) -> Tensor:
         """The experts [T, K] that the plan found."""
-        return self.array("topk_idx").view(self.num_tokens, self.num_topk)
+        first, _ = self.places["topk_idx"]  # one call of torch's: `array` and a view are two
+        shape, stride = (self.num_tokens, self.num_topk), (self.num_topk, 1)
+        return self.arena.as_strided(shape, stride, first)
 
     @cached_property
     def sizes(self) -> RoutingSizes:
