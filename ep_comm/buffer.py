@@ -119,6 +119,7 @@ class Buffer(MaskCalls):
         recv_dtype: torch.dtype | None = None,
         num_worst_tokens: int | None = None,
         expert_capacity: int | None = None,
+        overflow_stats: Tensor | None = None,
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
@@ -166,8 +167,11 @@ class Buffer(MaskCalls):
             expert_capacity: Expert layout: rows of every local expert's group, padding included,
                 however many tokens come. Stands for `num_worst_tokens` (E `expert_capacity`) and
                 `expert_alignment`, which are left out, and is the same on all ranks. The host then
-                knows all sizes in advance. A group that more tokens come to makes the rows of all
-                too many, as there.
+                knows all sizes in advance. Of a group that more tokens come to the last ones are
+                dropped, those of other groups are not; the next call raises, as there.
+            overflow_stats: With `expert_capacity`: int32 [2, E] on the device, E the experts of
+                this rank. The tokens that each of them drops are added to the first row, and the
+                second one keeps the most that came to it. Nothing is raised then.
             previous_event: The operation starts after this event.
             async_finish: Run on the communication stream; wait for the returned event before
                 touching the outputs, or freeing them. No effect with the reference backend.
@@ -217,9 +221,17 @@ class Buffer(MaskCalls):
                 checks.check_expert_capacity(
                     expert_capacity, layout, expert_alignment, num_worst_tokens
                 )
+                overflow_stats = checks.checked_counter(
+                    "overflow_stats",
+                    overflow_stats,
+                    (2, self.num_local_experts),
+                    torch.int32,
+                    rows.device,
+                )
                 layout, expert_alignment = "expert", expert_capacity
                 num_worst_tokens = expert_capacity * self.num_local_experts
             else:
+                checks.check_left_out(overflow_stats=overflow_stats)
                 layout, expert_alignment = checks.checked_layout(layout, expert_alignment)
             checks.check_num_worst_tokens(num_worst_tokens)
             source, num_topk = checks.checked_source(topk_idx, routing_map, rows, self.config)
@@ -233,6 +245,7 @@ class Buffer(MaskCalls):
                 expert_alignment,
                 expert_capacity if num_worst_tokens is None else num_worst_tokens,
             )
+            checks.check_left_out(overflow_stats=overflow_stats)
             layout, expert_alignment = routing.layout, routing.expert_alignment
             weights_shape = routing.token_weights_shape
         checks.check_scale_groups(recv, layout, expert_alignment)
@@ -249,7 +262,8 @@ class Buffer(MaskCalls):
                     expert_alignment=expert_alignment,
                     has_weights=weights is not None,
                     capacity=num_worst_tokens,
-                    min_expert_rows=expert_capacity or 0,
+                    expert_capacity=expert_capacity,
+                    overflow_stats=overflow_stats,
                     asynchronous=async_finish,
                 )
                 with unseen():

@@ -79,6 +79,13 @@ def check_expert_capacity(
             raise EPArgumentError(f"expert_capacity says what {name} would: pass one of them")
 
 
+def check_left_out(**arguments: object) -> None:
+    """Refuse what goes with the `expert_capacity` of a new dispatch, where there is none."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise EPArgumentError(f"{name} needs expert_capacity, and a new routing")
+
+
 def check_rows(name: str, x: Tensor, num_rows: int | None, hidden: int) -> None:
     """Refuse what is not [num_rows, hidden] and contiguous; None is any number of rows."""
     shape = x.shape
@@ -121,10 +128,14 @@ def checked_tensor(
 
 
 def checked_counter(
-    name: str, value: Tensor | None, length: int, dtype: torch.dtype, device: torch.device
+    name: str,
+    value: Tensor | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor | None:
-    """Return `value`: [length] of that type and device, to which an operation adds, or None."""
-    return None if value is None else checked_tensor(name, value, (length,), dtype, device)
+    """Return `value`: of that shape, type and device, to which an operation adds, or None."""
+    return None if value is None else checked_tensor(name, value, shape, dtype, device)
 
 
 def check_no_grad(**tensors: Tensor | None) -> None:

@@ -86,7 +86,7 @@ class DispatchHandle:
 
     @property
     def tokens_per_expert(self) -> Tensor:
-        """[E_local] int64 on the CPU, received tokens before padding.
+        """[E_local] int64 on the CPU, received tokens before padding: those with room.
 
         After a dispatch with ``num_worst_tokens`` reading it waits for the GPU.
         """
@@ -99,9 +99,9 @@ class DispatchHandle:
         After a dispatch with ``expert_capacity`` each is that number, and nothing is waited for.
         """
         routing = self.routing
-        if routing.capacity is not None and routing.min_expert_rows:
-            num_local_experts = routing.capacity // routing.min_expert_rows
-            return torch.full((num_local_experts,), routing.min_expert_rows, device="cpu")
+        if routing.capacity is not None and routing.expert_capacity is not None:
+            num_local_experts = routing.capacity // routing.expert_capacity
+            return _on_cpu((routing.expert_capacity,) * num_local_experts)
         return _on_cpu(routing.sizes.padded_expert_rows)
 
     @property

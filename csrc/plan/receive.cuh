@@ -45,17 +45,18 @@ __device__ inline void wait_for_header(const Args& args, int32_t source, int32_t
   }
 }
 
-// first[g] becomes the sum of the sizes before g, each rounded up to `alignment` and at least
-// `min_rows`; returns the sum of all, in every thread. first may be `size`.
+// first[g] becomes the sum of the sizes before g, each rounded up to `alignment`, or all taken for
+// `rows` where that is not 0; returns the sum of all, in every thread. first may be `size`.
 __device__ inline int32_t prefix_of_groups(const int32_t* size, int32_t num_groups,
-                                           int32_t alignment, int32_t min_rows, int32_t* first) {
+                                           int32_t alignment, int32_t rows, int32_t* first) {
   __shared__ int32_t total;
   __syncthreads();
   if (threadIdx.x < kWarpSize) {
     int32_t carry = 0;
     for (int32_t begin = 0; begin < num_groups; begin += kWarpSize) {
       const int32_t g = begin + lane_id();
-      const int32_t own = g < num_groups ? max(round_up(size[g], alignment), min_rows) : 0;
+      const int32_t all = rows == 0 && g < num_groups ? round_up(size[g], alignment) : rows;
+      const int32_t own = g < num_groups ? all : 0;
       int32_t of_these;
       const int32_t before = sum_before(own, &of_these);
       if (g < num_groups) first[g] = carry + before;
@@ -81,10 +82,14 @@ __device__ inline int32_t source_of(int32_t n, const int32_t* first_of_source, i
   return source;
 }
 
-// One block says where each expert's group stands in an output of `capacity` rows.
+// One block says where each expert's group stands in an output of `capacity` rows. Returns, in
+// every thread, the rows for which groups of a given size have no room and nobody counts.
 template <typename Args>
-__device__ inline void publish_groups(const Args& args, const int32_t* expert_tokens,
-                                      const int32_t* first_row, int32_t end) {
+__device__ inline int32_t publish_groups(const Args& args, const int32_t* expert_tokens,
+                                         const int32_t* first_row, int32_t end) {
+  __shared__ int32_t uncounted;
+  if (threadIdx.x == 0) uncounted = 0;
+  __syncthreads();
   const int32_t num_local_experts = args.num_experts / num_sources(args);
   const int32_t capacity = args.capacity;
   for (int32_t e = threadIdx.x; e < num_local_experts; e += kThreads) {
@@ -93,12 +98,22 @@ __device__ inline void publish_groups(const Args& args, const int32_t* expert_to
     if (args.routing.expert_major) {
       const int32_t first = min(first_row[e], capacity);
       args.routing.expert_first_row[e] = first;
-      args.routing.expert_tokens[e] = min(tokens, capacity - first);
+      const int32_t room = args.expert_capacity != 0 ? args.expert_capacity : capacity - first;
+      args.routing.expert_tokens[e] = min(tokens, room);
+      if (args.overflow != nullptr) {
+        // Plans of a buffer follow one another: nobody else writes.
+        args.overflow[e] += max(tokens - room, 0);
+        args.overflow[num_local_experts + e] = max(args.overflow[num_local_experts + e], tokens);
+      } else if (args.expert_capacity != 0 && tokens > room) {
+        atomicAdd(&uncounted, tokens - room);
+      }
     } else {
       args.routing.expert_tokens[e] = tokens;
     }
   }
   if (threadIdx.x == 0) args.routing.expert_first_row[num_local_experts] = min(end, capacity);
+  __syncthreads();
+  return uncounted;
 }
 
 // One thread leaves a notice for a host that does not wait, if something is wrong. The first notice
@@ -257,6 +272,32 @@ __device__ inline int32_t place_in_order(const int32_t* experts, int32_t num_top
   return expert >= 0 ? smaller : present + absent_before;
 }
 
+// Returns the output row of a group's row for one of its experts.
+__device__ inline int32_t row_of_expert(int32_t in_group, int32_t expert, int32_t num_experts,
+                                        const uint32_t* mask, const int32_t* chunk_first_row) {
+  const int32_t word = in_group / kChunkTokens * num_experts + expert;
+  return chunk_first_row[word] + __popc(mask[word] & ((1u << in_group % kChunkTokens) - 1));
+}
+
+// Takes experts whose groups have no room for the row out of the entries of a group's rows.
+template <typename Args>
+__device__ inline void drop_experts(const Args& args, const Chunks& group, int32_t num_experts,
+                                    int32_t num_received, const uint32_t* mask,
+                                    const int32_t* chunk_first_row) {
+  const int32_t num_topk = args.routing.num_topk;
+  for (int32_t i = threadIdx.x; i < group.count * kChunkTokens * num_topk; i += kThreads) {
+    const int32_t in_group = i / num_topk;
+    const int32_t n = group.first * kChunkTokens + in_group;
+    if (n >= num_received || n > args.routing.last_entry) break;
+    int32_t* const expert =
+        args.routing.entries + place_in_entries(args.routing, n, kLocalExperts) + i % num_topk;
+    if (*expert < 0) continue;
+    const int32_t row = row_of_expert(in_group, *expert, num_experts, mask, chunk_first_row);
+    if (row >= (*expert + 1) * args.expert_capacity) *expert = -1;
+  }
+  __syncthreads();
+}
+
 // Writes the output rows of a group's rows into the entries, in the order of k and ascending.
 template <typename Args>
 __device__ inline void write_rows(const Args& args, const Chunks& group, int32_t num_experts,
@@ -274,8 +315,7 @@ __device__ inline void write_rows(const Args& args, const Chunks& group, int32_t
       const int32_t expert = k < num_topk ? experts[k] : -1;
       place = place_in_order(experts, num_topk, k);  // groups stand in the order of experts
       if (expert >= 0) {
-        const int32_t word = in_group / kChunkTokens * num_experts + expert;
-        row = chunk_first_row[word] + __popc(mask[word] & ((1u << in_group % kChunkTokens) - 1));
+        row = row_of_expert(in_group, expert, num_experts, mask, chunk_first_row);
       }
     } else if (k == 0) {
       row = n;
@@ -339,15 +379,15 @@ __device__ inline void receive_all(const Args& args, const Scratch& scratch, int
 
   add_up_blocks(receive, num_experts, next_row, tokens);
   const int32_t end_of_groups =
-      prefix_of_groups(tokens, num_experts, args.expert_alignment, args.min_expert_rows, first_row);
+      prefix_of_groups(tokens, num_experts, args.expert_alignment, args.expert_capacity, first_row);
   for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) next_row[e] += first_row[e];
   if (blockIdx.x == 0) {
     const int32_t end_of_rows = args.routing.expert_major ? end_of_groups : num_received;
-    publish_groups(args, tokens, first_row, end_of_rows);
+    const int32_t uncounted = publish_groups(args, tokens, first_row, end_of_rows);
     if (args.ticket != 0) {
       fill_mailbox(args, scratch.sent_error, num_rows, asked_tokens);
     } else if (threadIdx.x == 0) {
-      leave_notice(args, scratch.sent_error, asked_tokens, end_of_rows);
+      leave_notice(args, scratch.sent_error, asked_tokens, end_of_rows + uncounted);
     }
   }
   __syncthreads();
@@ -355,6 +395,9 @@ __device__ inline void receive_all(const Args& args, const Scratch& scratch, int
   for (int32_t chunk = begin; chunk < end; chunk += receive.chunks_per_group) {
     const Chunks group{chunk, min(receive.chunks_per_group, end - chunk)};
     place_rows(receive, group, num_experts, next_row, mask, chunk_first_row);
+    if (args.expert_capacity != 0) {
+      drop_experts(args, group, num_experts, num_received, mask, chunk_first_row);
+    }
     write_rows(args, group, num_experts, num_received, mask, chunk_first_row);
   }
   if (is_last_block(&args.counters[kReceiveEnd], gridDim.x) && threadIdx.x == 0) {

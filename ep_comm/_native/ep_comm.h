@@ -318,6 +318,9 @@ typedef struct ep_plan_args {
   ep_mailbox* mailbox;       /* host memory, mapped */
   ep_notice* notice;         /* host memory, mapped */
   int32_t* counters;         /* [4] zero; left zero */
+  int32_t* overflow;         /* of a plan with expert_capacity: [2, E_local], to which it adds the
+                                rows of each expert that were dropped, and in which it raises the
+                                most that came; NULL: `notice` says it */
   int64_t flag_offset;       /* plan_flags */
   int64_t credit_offset;     /* dispatch_credits */
   int64_t header_offset;     /* plan_headers */
@@ -333,7 +336,8 @@ typedef struct ep_plan_args {
                            operation goes on without them, and all ranks hear of it */
   int32_t hidden;       /* only compared between ranks */
   int32_t expert_alignment;
-  int32_t min_expert_rows; /* of each group, padding counted; 0: a group may be empty */
+  int32_t expert_capacity; /* rows of each group, padding counted: what does not fit into its group
+                              is dropped; 0: as many as come, padded to expert_alignment */
   int32_t num_send_blocks; /* of the two kernels; all of one must fit on the GPU at once */
   int32_t num_receive_blocks;
 } ep_plan_args;
@@ -779,7 +783,8 @@ typedef struct ep_nodes_plan_args {
   void* scratch; /* ep_nodes_plan_scratch_bytes(), 256-byte aligned */
   int32_t* mailbox;
   int32_t* notice;
-  int32_t* counters;              /* [5] zero; left zero */
+  int32_t* counters; /* [5] zero; left zero */
+  int32_t* overflow;
   int64_t flag_offset;            /* plan_flags */
   int64_t credit_offset;          /* dispatch_credits */
   int64_t header_offset;          /* plan_headers */
@@ -797,7 +802,7 @@ typedef struct ep_nodes_plan_args {
   int32_t asked_tokens;
   int32_t hidden;
   int32_t expert_alignment;
-  int32_t min_expert_rows;
+  int32_t expert_capacity;
   int32_t num_send_blocks;
   int32_t num_receive_blocks;
 } ep_nodes_plan_args;

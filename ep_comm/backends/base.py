@@ -72,7 +72,9 @@ class PlanRequest(NamedTuple):
         has_weights: Whether probabilities travel. With a map the caller selects them by
             ``routing.topk_idx``, on its stream, between plan and dispatch.
         capacity: Rows of the output, where the host is not to wait for their number.
-        min_expert_rows: Rows of each local expert's group at least, padding counted.
+        expert_capacity: Rows of each local expert's group, padding counted: what does not fit is
+            dropped. None: as many as come, padded.
+        overflow_stats: See `ep_comm.Buffer.dispatch`.
         asynchronous: That of the dispatch that follows.
     """
 
@@ -82,7 +84,8 @@ class PlanRequest(NamedTuple):
     expert_alignment: int
     has_weights: bool
     capacity: int | None
-    min_expert_rows: int
+    expert_capacity: int | None
+    overflow_stats: Tensor | None
     asynchronous: bool
 
 

@@ -131,11 +131,11 @@ class LowLatencyCalls:
         checks.check_no_grad(x=x, topk_weights=weights)
         recv_stats = checks.checked_counter(
             "cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats,
-            self.num_local_experts, torch.int32, device,
+            (self.num_local_experts,), torch.int32, device,
         )  # fmt: skip
         wait_stats = checks.checked_counter(
             "dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats,
-            self.num_ranks, torch.int64, device,
+            (self.num_ranks,), torch.int64, device,
         )  # fmt: skip
         self._dispatches.check_room()
 
@@ -248,7 +248,7 @@ class LowLatencyCalls:
         checks.check_no_grad(x=x, topk_weights=weights, out=out)
         wait_stats = checks.checked_counter(
             "combine_wait_recv_cost_stats", combine_wait_recv_cost_stats,
-            self.num_ranks, torch.int64, device,
+            (self.num_ranks,), torch.int64, device,
         )  # fmt: skip
         self._combines.check_room()
 

@@ -18,25 +18,28 @@ class RoutingSizes:
     Attributes:
         sent: Rows sent to each rank; the own entry counts rows that stay.
         received: Rows received from each rank.
-        expert_rows: Received tokens of each local expert, without padding.
+        expert_rows: Received tokens of each local expert, without padding; with `expert_capacity`
+            those that its group has room for.
         alignment: Rows of each group are padded to a multiple of this.
-        min_expert_rows: And to at least this.
+        expert_capacity: Rows of each group, where the caller said how many; else None.
     """
 
     sent: tuple[int, ...]
     received: tuple[int, ...]
     expert_rows: tuple[int, ...]
     alignment: int
-    min_expert_rows: int = 0
+    expert_capacity: int | None = None
 
     @cached_property
     def padded_expert_rows(self) -> tuple[int, ...]:
         """Rows of each local expert's group."""
-        alignment, least = self.alignment, self.min_expert_rows
-        if alignment == 1 and least == 0:
+        if self.expert_capacity is not None:
+            return (self.expert_capacity,) * len(self.expert_rows)
+        alignment = self.alignment
+        if alignment == 1:
             return self.expert_rows
         # Of a list: a generator costs each of many experts a good part of a microsecond.
-        return tuple([max(-(-rows // alignment) * alignment, least) for rows in self.expert_rows])
+        return tuple([-(-rows // alignment) * alignment for rows in self.expert_rows])
 
     @cached_property
     def num_received(self) -> int:
@@ -64,7 +67,7 @@ class Routing:
         expert_alignment: Rows of each local expert are padded to a multiple of this; 1 in the rank
             layout.
         capacity: Rows of the output, where the caller said how many; else None.
-        min_expert_rows: Rows of each local expert's group at least, padding counted.
+        expert_capacity: Rows of each local expert's group, where the caller said how many.
         recv_topk_idx: See `ep_comm.DispatchHandle`, like all that follows but `sizes`.
         sizes: The counts. With a `capacity`, on a GPU, asking for them waits for it, bounded.
         topk_idx: The experts of the own tokens.
@@ -79,7 +82,7 @@ class Routing:
     layout: RowLayout
     expert_alignment: int
     capacity: int | None
-    min_expert_rows: int = 0
+    expert_capacity: int | None = None
     recv_topk_idx: Tensor | None = None
     # A backend sets these, or computes them when they are first asked for.
     sizes: RoutingSizes = field(init=False, repr=False)

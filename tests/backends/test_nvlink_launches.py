@@ -152,7 +152,7 @@ def plan(backend: NVLinkBackend, capacity=None, asynchronous=False, num_sms=None
     backend.set_num_sms(num_sms)
     request = PlanRequest(
         source=TOPK, num_topk=2, layout="expert", expert_alignment=16, has_weights=False,
-        capacity=capacity, min_expert_rows=0, asynchronous=asynchronous,
+        capacity=capacity, expert_capacity=None, overflow_stats=None, asynchronous=asynchronous,
     )  # fmt: skip
     return backend.plan(request._replace(**changes))
 
@@ -329,19 +329,24 @@ def test_a_given_number_of_rows_spares_the_wait_and_a_launch(backend):
 def test_groups_of_one_size_are_known_without_a_wait(backend):
     buffer = VirtualBuffer(backend, CONFIG)
     rows, num_local_experts = 24, buffer.num_local_experts
-    routing = plan(backend, rows * num_local_experts, min_expert_rows=rows, expert_alignment=rows)
+    stats = torch.zeros(2, num_local_experts, dtype=torch.int32)
+    routing = plan(
+        backend,
+        rows * num_local_experts,
+        expert_capacity=rows,
+        overflow_stats=stats,
+        expert_alignment=rows,
+    )
     handle = DispatchHandle(session=buffer._session, routing=routing)
     assert handle.padded_tokens_per_expert.tolist() == [rows] * num_local_experts
     assert handle.num_rows == rows * num_local_experts
     [planned] = backend.native.take()  # and nothing that waits
-    assert (planned[1].ticket, planned[1].min_expert_rows, planned[1].expert_alignment) == (
-        0,
-        24,
-        24,
-    )
+    args = planned[1]
+    assert (args.ticket, args.expert_capacity, args.expert_alignment) == (0, 24, 24)
+    assert args.overflow == stats.data_ptr()
     plan(backend)
     [planned] = backend.native.take()
-    assert planned[1].min_expert_rows == 0
+    assert planned[1].expert_capacity == 0 and planned[1].overflow is None
 
 
 @pytest.mark.parametrize("made", ["nothing", "rows", "probabilities"])

@@ -13,6 +13,8 @@ from ep_comm import Buffer, EPArgumentError, EPOverflowError, fp8
 
 GROUPS = Case(tokens=(9, 0, 12), hidden=128, num_topk=2, experts_per_rank=6, drop=0.3)
 SMALL_GROUP = 4
+FULL = Case(tokens=(40, 0, 70), hidden=128, num_topk=3, experts_per_rank=3, drop=0.3)
+FULL_GROUP = 25  # each rank has an expert that more tokens come to
 CASES = [
     Case(tokens=(9, 0, 12), hidden=128, num_topk=3, alignment=8, drop=0.2),
     Case(tokens=(9, 4), hidden=128, num_topk=3, layout="rank", dtype="fp32"),
@@ -156,6 +158,70 @@ def group_too_small(rank: int, case: Case, buffer: Buffer | None = None) -> None
     assert torch.equal(again.handle.tokens_per_expert, usual.handle.tokens_per_expert)
 
 
+def full_groups(rank: int, case: Case, buffer: Buffer | None = None) -> dict[str, np.ndarray]:
+    """A group drops its last tokens and no other group's, and what was dropped is counted.
+
+    Rows that were dropped are missing in combine, and their probabilities have no gradient.
+    """
+    buffer = buffer or Buffer(None, case.config())
+    x, topk, probs, _ = inputs_of(case, rank)
+    num_experts, capacity = case.experts_per_rank, FULL_GROUP
+    usual = buffer.dispatch(x, topk, probs, expert_alignment=1)
+    came = usual.handle.tokens_per_expert
+    stats = torch.zeros(2, num_experts, dtype=torch.int32, device=x.device)
+    x.requires_grad_()
+    probs.requires_grad_()
+    how = dict(expert_capacity=capacity, overflow_stats=stats)
+    out = buffer.dispatch(x, topk, probs, **how)
+    finished(out.recv_x)
+    offsets = out.handle.device_expert_offsets.cpu().tolist()
+    assert offsets == [capacity * e for e in range(num_experts + 1)]
+    assert torch.equal(out.handle.device_tokens_per_expert.cpu().long(), came.clamp(max=capacity))
+    rows, weights, first = to_numpy(out.recv_x), to_numpy(out.recv_topk_weights), 0
+    for e, tokens in enumerate(came.tolist()):
+        kept, group = min(tokens, capacity), slice(e * capacity, (e + 1) * capacity)
+        usual_group = slice(first, first + kept)
+        assert_same(rows[group][:kept], to_numpy(usual.recv_x)[usual_group], "rows")
+        assert_same(weights[group][:kept], to_numpy(usual.recv_topk_weights)[usual_group], "probs")
+        assert not rows[group][kept:].any() and not weights[group][kept:].any()
+        first += tokens
+    y = to_torch(case.rows(rank, out.handle.num_rows, salt=4), case.device)
+    combined, sent_back, _ = buffer.combine(y, out.handle, out.recv_topk_weights)
+    finished(combined)
+    again = buffer.dispatch(x, topk_weights=probs, handle=out.handle)
+    assert_same(to_numpy(again.recv_x), rows, "cached dispatch")
+    dropped = (came - capacity).clamp(min=0)
+    finished(again.recv_x)
+    assert torch.equal(stats.cpu().long(), torch.stack([dropped, came]))  # cached: not once more
+    assert dropped.any()
+    buffer.dispatch(x[:0], topk[:0], probs[:0], **how)  # nothing raises; the most stays
+    finished(again.recv_x)
+    assert torch.equal(stats.cpu().long(), torch.stack([dropped, came]))
+    (out.recv_x.float().sum() + out.recv_topk_weights.sum()).backward()
+    finished(x.grad)
+    return dict(
+        combined=to_numpy(combined),
+        probs=to_numpy(sent_back),
+        grad=to_numpy(x.grad),
+        grad_probs=to_numpy(probs.grad),
+    )
+
+
+def kept_probs(case: Case, rank: int, grad_probs: np.ndarray) -> None:
+    """The gradient of a probability is 1 where its row had room, by a count over all tokens."""
+    all_topk = [case.topk_idx(source) for source in range(case.num_ranks)]
+    seen = np.zeros(case.num_experts, dtype=int)
+    for source, topk in enumerate(all_topk):
+        wanted = np.zeros(topk.shape, dtype=np.float32)
+        for t, experts in enumerate(topk):
+            for k, expert in enumerate(experts):
+                if expert >= 0:
+                    wanted[t, k] = seen[expert] < FULL_GROUP
+                    seen[expert] += 1
+        if source == rank:
+            assert_same(grad_probs, wanted, f"gradients of probabilities on rank {rank}")
+
+
 def next_after_overflow(rank: int, case: Case, how: str, buffer: Buffer | None = None) -> None:
     """The call that says it has started nothing: the same call then does what it should."""
     buffer = buffer or Buffer(None, case.config())
@@ -203,6 +269,39 @@ def test_groups_of_one_size():
 
 def test_a_group_with_too_many_tokens():
     run_ranks(GROUPS.num_ranks, group_too_small, GROUPS)
+
+
+def test_full_groups_drop_their_own_last_tokens():
+    for rank, result in enumerate(run_ranks(FULL.num_ranks, full_groups, FULL)):
+        kept_probs(FULL, rank, result["grad_probs"])
+
+
+def refused_stats(rank: int) -> None:
+    buffer = Buffer(None, GROUPS.config())
+    x, topk, probs, _ = inputs_of(GROUPS, rank)
+    stats = torch.zeros(2, GROUPS.experts_per_rank, dtype=torch.int32)
+    with pytest.raises(EPArgumentError, match="overflow_stats needs expert_capacity, and a new"):
+        buffer.dispatch(x, topk, probs, overflow_stats=stats)
+    for wrong in (stats[:1], stats.long(), torch.zeros(5, 2, dtype=torch.int32)):
+        with pytest.raises(EPArgumentError, match="overflow_stats must be"):
+            buffer.dispatch(x, topk, probs, expert_capacity=4, overflow_stats=wrong)
+    handle = buffer.dispatch(x, topk, probs, expert_capacity=sum(GROUPS.tokens)).handle
+    with pytest.raises(EPArgumentError, match="overflow_stats needs expert_capacity, and a new"):
+        buffer.dispatch(x, topk_weights=probs, handle=handle, overflow_stats=stats)
+
+
+def test_stats_that_do_not_fit():
+    run_ranks(GROUPS.num_ranks, refused_stats)
+
+
+@pytest.mark.gpu
+def test_full_groups_on_a_gpu_are_as_on_cpu():
+    expected = run_ranks(FULL.num_ranks, full_groups, FULL)
+    gpu = on_gpu(FULL)
+    results = run_virtual_ranks(gpu.num_ranks, on_buffer, gpu.config(), full_groups, gpu)
+    for rank, (got, want) in enumerate(zip(results, expected, strict=True)):
+        for name in want:
+            assert_same(got[name], want[name], f"{name} on rank {rank}")
 
 
 @pytest.mark.gpu

@@ -51,7 +51,7 @@ class NodesPlanner(Planner):
             EPUnsupportedError: A CUDA graph is captured, and the host would have to wait.
         """
         source, num_topk, layout, alignment, has_weights, capacity = request[:6]
-        min_expert_rows, asynchronous = request[6:]
+        expert_capacity, overflow_stats, asynchronous = request[6:]
         is_captured = check_capture(capacity)
         config, streams, place = self._config, self._streams, self._place
         asked_tokens = source.shape[0]
@@ -94,7 +94,7 @@ class NodesPlanner(Planner):
             layout=layout,
             expert_alignment=alignment,
             capacity=capacity,
-            min_expert_rows=min_expert_rows,
+            expert_capacity=expert_capacity,
             native=native,
             nodes=nodes,
             place=place,
@@ -117,7 +117,8 @@ class NodesPlanner(Planner):
         args.input_kind = INPUT_KINDS[source.dtype]
         args.asked_tokens = asked_tokens
         args.expert_alignment = alignment
-        args.min_expert_rows = min_expert_rows
+        args.expert_capacity = expert_capacity or 0
+        args.overflow = None if overflow_stats is None else overflow_stats.data_ptr()
         split = split_dispatch(num_sms, place.num_nodes, True)
         args.num_send_blocks, args.num_receive_blocks = split_plan(num_sms, split.expand)
         self._native.nodes_plan(args, stream, stream if in_one else streams.side, streams.event)

@@ -99,7 +99,7 @@ class Planner:
             EPUnsupportedError: A CUDA graph is captured, and the host would have to wait.
         """
         source, num_topk, layout, alignment, has_weights, capacity = request[:6]
-        min_expert_rows, asynchronous = request[6:]
+        expert_capacity, overflow_stats, asynchronous = request[6:]
         is_captured = check_capture(capacity)
         config, streams = self._config, self._streams
         asked_tokens = source.shape[0]
@@ -136,7 +136,7 @@ class Planner:
             layout=layout,
             expert_alignment=alignment,
             capacity=capacity,
-            min_expert_rows=min_expert_rows,
+            expert_capacity=expert_capacity,
             native=native,
             ticket=self._num_plans,
             stream=streams.current,
@@ -157,7 +157,8 @@ class Planner:
         args.input_kind = INPUT_KINDS[source.dtype]
         args.asked_tokens = asked_tokens
         args.expert_alignment = alignment
-        args.min_expert_rows = min_expert_rows
+        args.expert_capacity = expert_capacity or 0
+        args.overflow = None if overflow_stats is None else overflow_stats.data_ptr()
         expand_sms = num_sms
         if self._wire is None:
             _, expand_sms = split_dispatch(num_sms, self._num_ranks, layout, num_topk)

@@ -149,7 +149,7 @@ class NVLinkRouting(Routing):
             received=tuple(self.array("num_recv").tolist()),
             expert_rows=tuple(self.array("expert_tokens").tolist()),
             alignment=self.expert_alignment,
-            min_expert_rows=self.min_expert_rows,
+            expert_capacity=self.expert_capacity,
         )
 
     @property

@@ -203,10 +203,17 @@ class ReferenceBackend(Operations):
         self._check_received(recv_topk_idx)
 
         alignment, capacity = request.expert_alignment, request.capacity
-        min_rows = request.min_expert_rows
-        counts, expert_row_NK = expert_rows(
-            recv_topk_idx, self.num_local_experts, alignment, min_rows
+        expert_capacity, stats = request.expert_capacity, request.overflow_stats
+        came, expert_row_NK = expert_rows(
+            recv_topk_idx, self.num_local_experts, alignment, expert_capacity
         )
+        counts = came
+        if expert_capacity is not None:
+            counts = tuple(min(tokens, expert_capacity) for tokens in came)
+        if stats is not None:
+            tokens = stats.new_tensor(came)
+            stats[0] += tokens - stats.new_tensor(counts)
+            torch.maximum(stats[1], tokens, out=stats[1])
         if capacity is not None:
             expert_row_NK = torch.where(expert_row_NK < capacity, expert_row_NK, -1)
             recv_topk_idx = fit(recv_topk_idx, capacity, -1)
@@ -219,13 +226,14 @@ class ReferenceBackend(Operations):
             layout=request.layout,
             expert_alignment=alignment,
             capacity=capacity,
-            min_expert_rows=min_rows,
+            expert_capacity=expert_capacity,
             topk_idx=topk_idx,
-            sizes=RoutingSizes(rows_to_rank, recv_rows, counts, alignment, min_rows),
+            sizes=RoutingSizes(rows_to_rank, recv_rows, counts, alignment, expert_capacity),
             recv_topk_idx=recv_topk_idx.to(index_dtype(request.source)) if in_ranks else None,
             epoch=record.epoch,
             sent_tokens=sent_tokens,
             expert_row_NK=expert_row_NK,
+            num_uncounted=sum(came) - sum(counts) if stats is None else 0,
         )
 
     # --- dispatch ------------------------------------------------------------------------------
@@ -357,7 +365,8 @@ class ReferenceBackend(Operations):
 
     def _note_overflow(self, routing: ReferenceRouting) -> None:
         """Keep what a dispatch dropped, to be said at the next call, as on a GPU."""
-        capacity, needed = routing.capacity, routing.sizes.num_rows(routing.layout)
+        capacity = routing.capacity
+        needed = routing.sizes.num_rows(routing.layout) + routing.num_uncounted
         if capacity is not None and needed > capacity:
             self._overflow = EPOverflowError(num_rows=needed, capacity=capacity)
 

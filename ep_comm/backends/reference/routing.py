@@ -22,6 +22,8 @@ class ReferenceRouting(Routing):
         expert_row_NK: [N, K] int64, for each received row its rows in the expert-major output,
             in the order of ``recv_topk_idx``; -1 where the expert is not local, or the output has
             no such row.
+        num_uncounted: Tokens for which groups of a given size have no room, where the caller does
+            not have them counted.
     """
 
     sizes: RoutingSizes
@@ -29,6 +31,7 @@ class ReferenceRouting(Routing):
     epoch: int
     sent_tokens: tuple[Tensor, ...]
     expert_row_NK: Tensor
+    num_uncounted: int
 
     @cached_property
     def num_bytes(self) -> int:

@@ -34,25 +34,28 @@ def unpack(rows: Tensor, hidden: int, wire_dtype: torch.dtype, recv_dtype: torch
 
 
 def expert_rows(
-    recv_topk_idx: Tensor, num_local_experts: int, alignment: int, min_rows: int = 0
+    recv_topk_idx: Tensor, num_local_experts: int, alignment: int, capacity: int | None
 ) -> tuple[tuple[int, ...], Tensor]:
     """Find the positions of received tokens in the expert-major output.
 
     Inside an expert's group tokens stand by source rank, then by token index, which is the order
-    of received rows; groups stand in expert order, each padded to a multiple of `alignment` rows
-    and to at least `min_rows`.
+    of received rows; groups stand in expert order, each padded to a multiple of `alignment` rows,
+    or of `capacity` rows where that is not None.
 
     Returns:
-        Tokens of each expert, and the rows [N, K] int64 of each received token, -1 where the
-        expert is not local.
+        Tokens that came to each expert, and the rows [N, K] int64 of each received token, -1 where
+        the expert is not local, or its group has no room for the token.
     """
     experts = torch.arange(num_local_experts, device=recv_topk_idx.device)
     hits_KNE = recv_topk_idx.t().unsqueeze(-1) == experts  # one [N, E_local] bool a top-k column
     hits_NE = hits_KNE.any(0)
     counts = hits_NE.sum(0)
-    padded = ((counts + alignment - 1) // alignment * alignment).clamp(min=min_rows)
+    padded = (counts + alignment - 1) // alignment * alignment
+    if capacity is not None:
+        padded = torch.full_like(counts, capacity)
     first_row = padded.cumsum(0) - padded
     row_NE = first_row + hits_NE.cumsum(0) - 1
+    row_NE = torch.where(row_NE < first_row + padded, row_NE, -1)
     local = recv_topk_idx >= 0
     expert_row_NK = torch.where(local, row_NE.gather(1, recv_topk_idx.clamp(min=0).long()), -1)
     return tuple(counts.tolist()), expert_row_NK
