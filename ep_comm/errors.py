@@ -148,6 +148,35 @@ class EPOverflowError(_WithFields, RuntimeError):
 
 
 @dataclass(eq=False)
+class EPExpertOverflowError(EPOverflowError):
+    """More tokens came to an expert under Megatron than the capacity factor gives it rows for.
+
+    The rest was dropped. The buffer stays usable.
+
+    Attributes:
+        num_rows: Most tokens that came to it in one dispatch.
+        capacity: Rows that it has.
+        layer: The layer's number in the model, from 1.
+        rank: The rank that has the expert, among those that share the layer's experts.
+        expert: Its number in the layer; with expert tensor parallelism that of its shard.
+        factor: Capacity factor that would have had room for all.
+    """
+
+    layer: int
+    rank: int
+    expert: int
+    factor: float
+
+    def __str__(self) -> str:
+        return (
+            f"layer {self.layer}, rank {self.rank}: {self.num_rows} rows came to expert "
+            f"{self.expert}, which has {self.capacity}; the others were dropped. Raise "
+            f"{setting('capacity_factor')} ({self.factor:.2f} would have had room for all), or "
+            "balance the router."
+        )
+
+
+@dataclass(eq=False)
 class EPTimeoutError(_WithFields, RuntimeError):
     """A bounded wait ran out. Names who waited for whom, and for what.
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from ep_comm.megatron.layer import check_model, install, use_ep_comm
     from ep_comm.megatron.meter import MoEMeter
+    from ep_comm.megatron.overflow import check_overflow
     from ep_comm.megatron.wgrad import check_weight_gradients
 
 _LAZY = {
@@ -37,6 +38,7 @@ _LAZY = {
     "MoEMeter": "meter",
     "RoutingCapture": "capture",
     "check_model": "layer",
+    "check_overflow": "overflow",
     "check_weight_gradients": "wgrad",
     "destroy_buffers": "dispatcher",
     "install": "layer",
@@ -50,6 +52,7 @@ __all__ = [
     "MoEMeter",
     "RoutingCapture",
     "check_model",
+    "check_overflow",
     "check_weight_gradients",
     "destroy_buffers",
     "install",

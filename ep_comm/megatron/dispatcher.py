@@ -41,6 +41,7 @@ from ep_comm import Buffer, DispatchHandle, DispatchOutput, EPConfig, EPTooManyT
 from ep_comm.backends.nvlink.prices import gemm_tiles
 from ep_comm.job.meeting import meet
 from ep_comm.megatron.options import EPOptions
+from ep_comm.megatron.overflow import ExpertOverflow
 from ep_comm.megatron.wgrad import at_end_of_backward
 
 # The buffers of each process group and configuration. All layers of a model share the last one.
@@ -109,6 +110,15 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         self.expert_alignment = options.expert_alignment
         if self.expert_alignment is None:
             self.expert_alignment = _quantisation_alignment(config)
+        self.overflow: ExpertOverflow | None = None
+        if options.capacity_factor is not None:
+            rank = dist.get_rank(self.tp_ep_group)
+            self.overflow = ExpertOverflow(
+                options.capacity_factor,
+                num_local_experts=num_local_experts,
+                first_expert=rank * num_local_experts,
+                rank=rank,
+            )
         self.buffers: list[Buffer] = []
         self.handle: DispatchHandle | None = None
         self.on_dispatch: Callable[[Tensor, Tensor], None] | None = None
@@ -150,7 +160,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Send [T, H] and [T, E * ETP]; return expert-major rows [M, H] and probabilities [M]."""
         buffer = self._shared_buffer(hidden_states)
-        if self.config.moe_pad_expert_input_to_capacity:
+        if self._is_padded:
             out = self._dispatch_to_capacity(buffer, hidden_states, probs)
         else:
             out = self._dispatch_what_comes(buffer, hidden_states, probs)
@@ -180,7 +190,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
     def _dispatch_to_capacity(
         self, buffer: Buffer, hidden_states: Tensor, probs: Tensor
     ) -> DispatchOutput:
-        """Fill each expert's group up to what its capacity allows of all ranks.
+        """Fill each expert's group up to the rows that it has, by Megatron's capacity or by ours.
 
         No rank hears how many tokens the others have before the next operation, so all know it:
         as with alltoall, they have as many.
@@ -190,13 +200,28 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             if self.options.max_tokens_per_rank is not None:
                 raise EPTooManyTokensError((num_tokens,) * buffer.num_ranks, room)
             buffer = self._larger_buffer(hidden_states, num_tokens)
-        rows = buffer.num_ranks * get_capacity(
+        if self.overflow is None:
+            rows = self._rows_of_megatron(num_tokens, buffer.num_ranks)
+            return self._dispatch(buffer, hidden_states, probs, expert_capacity=rows)
+        rows = self.overflow.set_room(
+            num_tokens=num_tokens * buffer.num_ranks,
+            num_topk=self.config.moe_router_topk,
+            num_experts=self.config.num_moe_experts,
+            alignment=self.expert_alignment or 1,
+        )
+        stats = self.overflow.stats(hidden_states.device)
+        return self._dispatch(
+            buffer, hidden_states, probs, expert_capacity=rows, overflow_stats=stats
+        )
+
+    def _rows_of_megatron(self, num_tokens: int, num_ranks: int) -> int:
+        """Return the rows of an expert that each rank's router gives its capacity of tokens."""
+        rows = num_ranks * get_capacity(
             num_tokens=num_tokens * self.config.moe_router_topk,
             num_experts=self.config.num_moe_experts,
             capacity_factor=self.config.moe_expert_capacity_factor,
         )
-        rows += -rows % self.expert_alignment
-        return self._dispatch(buffer, hidden_states, probs, expert_capacity=max(rows, 1))
+        return max(rows + -rows % self.expert_alignment, 1)
 
     def _dispatch(
         self, buffer: Buffer, hidden_states: Tensor, probs: Tensor, **sizes: Any
@@ -235,10 +260,15 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
                 tensor.record_stream(torch.cuda.current_stream())
 
     @property
+    def _is_padded(self) -> bool:
+        """Whether every expert has the same number of rows, which the host knows in advance."""
+        return self.overflow is not None or self.config.moe_pad_expert_input_to_capacity
+
+    @property
     def tokens_per_expert(self) -> Tensor:
         """[E_local] of the last dispatch, padding not counted: where nobody waits for it."""
         assert self.handle is not None  # the dispatch set it
-        if self.config.moe_pad_expert_input_to_capacity:
+        if self._is_padded:
             return self.handle.device_tokens_per_expert
         return self.handle.tokens_per_expert
 
@@ -362,6 +392,8 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             "fp8 e4m3 1x128" if in_fp8 else own
             for in_fp8 in (options.fp8_dispatch, options.fp8_grad_dispatch)
         )
+        if options.capacity_factor is not None:
+            sizes += f", {options.capacity_factor:g} times the even share of rows an expert"
         off = [f"{name} backend ({reason})" for name, reason in buffer.passed_over.items()]
         for name, is_on in (
             ("FP8 dispatch", options.fp8_dispatch),

@@ -38,6 +38,8 @@ _OURS = (
     "ep/exposed-ms",
 )
 _SLOWEST = "ep/slowest-rank"
+# What only our dispatcher with a capacity factor can say.
+_DROPPED, _NEEDED = "ep/dropped-share", "ep/capacity-needed"
 
 
 class MoEMeter:
@@ -92,6 +94,9 @@ class MoEMeter:
             else runs beside them, as shared experts may, is not seen. Left out on the reference
             backend over NCCL. ``ep/slowest-rank``: the global rank that was waited for longest,
             over all ranks; -1 where nobody waited.
+            With its `capacity_factor` only: ``ep/dropped-share``: tokens that experts had no rows
+            for, of all that came to experts. ``ep/capacity-needed``: the factor that would have had
+            room for all. Both of recomputed and of evaluated layers too.
         """
         mine = {
             f"ep/{phase}-ms": 1e3 * sum(span.seconds for span in spans)
@@ -99,18 +104,22 @@ class MoEMeter:
         }
         records = self._new_records(self._buffers())
         mine |= self._of_records(records)
+        num_dropped, mine[_NEEDED] = self._overflow()
         group = parallel_state.get_expert_tensor_model_pipeline_parallel_group()
         values = torch.tensor(list(mine.values()), dtype=torch.float64, device=self._device)
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
         metrics = dict(zip(mine, values.tolist(), strict=True))
-        waits_s, self.balance = self._summed_up(records, group)
+        waits_s, num_dropped, self.balance = self._summed_up(records, num_dropped, group)
         for spans in (*self._spans.values(), self._beside):
             spans.clear()
         self._tokens.clear()
         for what in ("rank", "expert"):
             ratios = [getattr(layer, f"{what}_imbalance") for layer in self.balance]
             metrics[f"ep/imbalance-{what}"] = max(ratios, default=1.0)
-        for name in _OURS:
+        if metrics[_NEEDED] >= 0:
+            num_kept = sum(sum(layer.tokens) for layer in self.balance)
+            metrics[_DROPPED] = num_dropped / max(num_dropped + num_kept, 1)
+        for name in (*_OURS, _NEEDED):
             if metrics[name] < 0:  # no rank has our dispatcher, or none knows it
                 del metrics[name]
         if _OURS[0] in metrics:
@@ -119,10 +128,24 @@ class MoEMeter:
             metrics[_SLOWEST] = ranks[late] if float(waits_s[late]) > 0 else -1
         return metrics
 
+    def _overflow(self) -> tuple[int, float]:
+        """Return the tokens that this rank's experts dropped, and the factor that keeps all.
+
+        The factor is -1 where no layer has one.
+        """
+        num_dropped, needed = 0, -1.0
+        for layer in self._layers:
+            overflow = getattr(layer.token_dispatcher, "overflow", None)
+            if overflow is not None and overflow.mean_rows:
+                of_layer, most = overflow.take()
+                num_dropped += of_layer
+                needed = max(needed, most / overflow.mean_rows)
+        return num_dropped, needed
+
     def _summed_up(
-        self, records: dict[Buffer, list[OpRecord]], group: dist.ProcessGroup
-    ) -> tuple[Tensor, tuple[LayerBalance, ...]]:
-        """Add up over the ranks of a model: waits for each, and tokens of all layers' experts."""
+        self, records: dict[Buffer, list[OpRecord]], num_dropped: int, group: dist.ProcessGroup
+    ) -> tuple[Tensor, int, tuple[LayerBalance, ...]]:
+        """Add up over a model's ranks: waits for each, drops, and tokens of all layers' experts."""
         num_layers, num_experts = self._shape_of_counts(group)
         ranks = dist.get_process_group_ranks(group)
         waits_s = torch.zeros(len(ranks), dtype=torch.float64)
@@ -136,18 +159,22 @@ class MoEMeter:
             if layer in self._tokens:
                 places = _number(layer, i) - 1, layer.local_expert_indices
                 counts_LE[places] += self._tokens[layer].cpu()
-        summed = torch.cat([waits_s, counts_LE.flatten()]).to(self._device)
+        dropped = torch.tensor([num_dropped], dtype=torch.float64)
+        summed = torch.cat([waits_s, dropped, counts_LE.flatten()]).to(self._device)
         dist.all_reduce(summed, group=group)
-        waits_s, counts = summed.cpu().split([len(ranks), counts_LE.numel()])
+        waits_s, dropped, counts = summed.cpu().split([len(ranks), 1, counts_LE.numel()])
         # The shards of an expert each receive all of its tokens.
-        counts_LE = (
-            counts.view_as(counts_LE) / parallel_state.get_expert_tensor_parallel_world_size()
-        )
+        num_shards = parallel_state.get_expert_tensor_parallel_world_size()
+        counts_LE = counts.view_as(counts_LE) / num_shards
         num_ranks = parallel_state.get_expert_model_parallel_world_size()
-        return waits_s, tuple(
-            LayerBalance(number, num_ranks, tuple(map(round, of_layer.tolist())))
-            for number, of_layer in enumerate(counts_LE, 1)
-            if of_layer.any()
+        return (
+            waits_s,
+            round(float(dropped) / num_shards),
+            tuple(
+                LayerBalance(number, num_ranks, tuple(map(round, of_layer.tolist())))
+                for number, of_layer in enumerate(counts_LE, 1)
+                if of_layer.any()
+            ),
         )
 
     def _shape_of_counts(self, group: dist.ProcessGroup) -> tuple[int, int]:

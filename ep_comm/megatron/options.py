@@ -7,9 +7,10 @@ to whoever needs them: the launcher's parser, the example's configuration, docs/
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ep_comm.checks import check_alignment, check_num_sms
 from ep_comm.config import check_positive, check_timeout
@@ -17,7 +18,12 @@ from ep_comm.errors import EPArgumentError
 
 
 def option(
-    default: Any, *, flag: str, help: str, unset: str = "", metavar: str | None = None
+    default: Any,
+    *,
+    flag: str,
+    help: str,
+    unset: str = "",
+    metavar: str | None = None,
 ) -> Any:
     """Return a field of `EPOptions`.
 
@@ -26,7 +32,7 @@ def option(
         flag: Its flag, such as ``"--ep-num-sms"``.
         help: One or more sentences, for readers of ``--help`` and of docs/megatron.md.
         unset: Says what a default of None stands for.
-        metavar: The flag's value in the help; None for a switch.
+        metavar: The flag's value in the help; None for a switch or one of several words.
     """
     metadata = {"flag": flag, "help": help, "unset": unset, "metavar": metavar}
     return dataclasses.field(default=default, metadata=metadata)
@@ -115,6 +121,24 @@ class EPOptions:
         unset="nothing is written",
     )
 
+    capacity_factor: float | None = option(
+        None,
+        flag="--ep-capacity-factor",
+        metavar="F",
+        help="Every expert has rows for F times its even share of all ranks' tokens, F at least 1: "
+        "no host waits for counts. What does not fit is dropped and counted. All ranks bring the "
+        "same number of tokens. The experts compute F times as many rows.",
+        unset="as many rows as come",
+    )
+    overflow: Literal["warn", "error"] | None = option(
+        None,
+        flag="--ep-overflow",
+        metavar="{warn,error}",
+        help="Where tokens were dropped by --ep-capacity-factor: a warning, or an error before the "
+        "optimizer's step, for which the host waits for the backward pass.",
+        unset="warn",
+    )
+
     def __post_init__(self) -> None:
         for each in OPTIONS:
             if each.value_type is bool and not isinstance(getattr(self, each.name), bool):
@@ -134,6 +158,21 @@ class EPOptions:
             )
         if self.max_tokens_per_rank is not None:
             check_positive("max_tokens_per_rank", self.max_tokens_per_rank)
+        _check_capacity_factor(self.capacity_factor)
+        if self.overflow not in (None, "warn", "error"):
+            raise EPArgumentError(f"overflow must be 'warn' or 'error', got {self.overflow!r}")
+
+
+def _check_capacity_factor(factor: object) -> None:
+    if factor is None:
+        return
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor < math.inf:
+        raise EPArgumentError(f"capacity_factor must be a number, got {factor!r}")
+    if factor < 1:
+        raise EPArgumentError(
+            f"capacity_factor must be at least 1, got {factor:g}: with less even balanced routing "
+            "would lose tokens"
+        )
 
 
 class Option(NamedTuple):
@@ -143,7 +182,9 @@ class Option(NamedTuple):
         name: The field.
         flag: Such as ``"--ep-num-sms"``.
         key: The flag's name in parsed arguments and configurations, such as ``"ep_num_sms"``.
+        annotation: Type of the field.
         value_type: bool, int, float or str. Where the default is None, so may the value be.
+        choices: The values of a str.
         default: The value without the flag.
         help: Says what it does.
         unset: Says what a default of None stands for; else empty.
@@ -153,7 +194,9 @@ class Option(NamedTuple):
     name: str
     flag: str
     key: str
+    annotation: Any
     value_type: type
+    choices: tuple[str, ...]
     default: Any
     help: str
     unset: str
@@ -165,17 +208,32 @@ class Option(NamedTuple):
         return f"{self.help} Default: {self.unset}." if self.unset else self.help
 
 
+def _plain(annotation: Any) -> Any:
+    """Return the type of what may also be None."""
+    return next(iter(typing.get_args(annotation)), annotation)
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """Return the values of one of several words; empty for every other type."""
+    plain = _plain(annotation)
+    return typing.get_args(plain) if typing.get_origin(plain) is Literal else ()
+
+
 def _options() -> tuple[Option, ...]:
     types = typing.get_type_hints(EPOptions)
-    return tuple(
-        Option(
-            name=field.name,
-            key=field.metadata["flag"].removeprefix("--").replace("-", "_"),
-            value_type=next(iter(typing.get_args(types[field.name])), types[field.name]),
-            default=field.default,
-            **field.metadata,
-        )
-        for field in dataclasses.fields(EPOptions)
+    return tuple(_option(field, types[field.name]) for field in dataclasses.fields(EPOptions))
+
+
+def _option(field: dataclasses.Field, annotation: Any) -> Option:
+    choices = _choices(annotation)
+    return Option(
+        name=field.name,
+        key=field.metadata["flag"].removeprefix("--").replace("-", "_"),
+        annotation=annotation,
+        value_type=str if choices else _plain(annotation),
+        choices=choices,
+        default=field.default,
+        **field.metadata,
     )
 
 

@@ -181,6 +181,10 @@ def _other_scales(config: TransformerConfig, options: EPOptions) -> object:
     return fp8.has_other_scales() and (bool(_wire_flags(options)) or _has_exact_recipe(config))
 
 
+def _two_capacities(config: TransformerConfig, options: EPOptions) -> object:
+    return options.capacity_factor is not None and config.moe_expert_capacity_factor
+
+
 def _delay_with_old_te(config: TransformerConfig, options: EPOptions) -> object:
     return options.overlap_wgrad and config.moe_grouped_gemm and _old_te()
 
@@ -248,6 +252,16 @@ BY_CONFIG = (
         "CUDA graphs of 'moe_preprocess'",
         "leave it out, and take cuda_graph_impl='transformer_engine' for 'moe_router' alone",
         _graphs("moe_preprocess"),
+    ),
+    Refusal(
+        "--ep-capacity-factor with --moe-expert-capacity-factor",
+        "take one of them: the other one's router drops tokens of each rank by itself",
+        _two_capacities,
+    ),
+    Refusal(
+        "--ep-overflow without --ep-capacity-factor",
+        "nothing is dropped without it",
+        lambda config, options: options.overflow is not None and options.capacity_factor is None,
     ),
     Refusal("--moe-latent-size", when=_is_set("moe_latent_size")),
     Refusal("--fp4-format", when=_is_set("fp4")),

@@ -116,7 +116,7 @@ class Dispatch(_Group):
 
 _EP_KEYS: dict[str, Any] = {
     each.key: (
-        each.value_type | None if each.default is None else each.value_type,
+        each.annotation,
         _key(each.default, each.help + (f" None: {each.unset}." if each.unset else "")),
     )
     for each in OPTIONS
@@ -240,9 +240,11 @@ _NEEDS = (
     ("keep_checkpoints", "save"),
     ("load_despite", "load"),
     ("recompute_modules", "recompute_granularity"),
+    ("ep_overflow", "ep_capacity_factor"),
 )
 # With another dispatcher these would be left out without a word.
 _NEED_EP_COMM = [each.key for each in OPTIONS if each.value_type in (bool, str)]
+_NEED_EP_COMM.append("ep_capacity_factor")
 
 
 class PretrainConfig(

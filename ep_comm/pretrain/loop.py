@@ -152,6 +152,7 @@ def train_step(
     trainee.optimizer.zero_grad()
     loss = _forward_backward(trainee, batches, config, num_microbatches, forward_only=False)
     ep_megatron.check_weight_gradients([trainee.model])
+    ep_megatron.check_overflow([trainee.model])
     _, grad_norm, _ = trainee.optimizer.step()
     return loss, float(grad_norm)
 

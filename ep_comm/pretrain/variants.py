@@ -18,6 +18,7 @@ _OVERLAP = ("--ep-overlap-wgrad",)
 _OWN_OVERLAP = ("--overlap-dispatch-backward-with-experts-wgrad",)  # Megatron's
 _1F1B = ("--overlap-moe-expert-parallel-comm", "--delay-wgrad-compute")
 _CAPACITY = ("--moe-pad-expert-input-to-capacity",)  # of a factor that the run is given
+_FACTOR = "--ep-capacity-factor"
 # FP8 experts as Megatron recommends them for Hopper.
 FP8_EXPERTS = (
     *("--fp8-format", "e4m3", "--fp8-recipe", "blockwise"),
@@ -29,6 +30,7 @@ FP8_WIRE = ("--ep-fp8-dispatch", "--ep-fp8-grad-dispatch")
 
 # "-overlap" is what is named before it, with the experts' weight gradients beside communication of
 # the backward pass: ours beside the combine, Megatron's own beside its backward of dispatch.
+# "-factor-F" gives every expert rows for F times its even share, and waits for no counts.
 # "-1f1b" is Megatron's overlap of one micro-batch's communication with another one's computation.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "alltoall": _ALLTOALL,
@@ -46,6 +48,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "ep_comm-fp8-all-1f1b": _EP_COMM + FP8_EXPERTS + FP8_WIRE + _1F1B,
     "alltoall-capacity": _ALLTOALL + _CAPACITY,
     "ep_comm-capacity": _EP_COMM + _CAPACITY,
+    "ep_comm-factor-1.25": (*_EP_COMM, _FACTOR, "1.25"),
+    "ep_comm-factor-2": (*_EP_COMM, _FACTOR, "2"),
+    "ep_comm-fp8-all-factor-2": (*_EP_COMM, *FP8_EXPERTS, *FP8_WIRE, _FACTOR, "2"),
 }
 
 

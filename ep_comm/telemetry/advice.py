@@ -91,7 +91,14 @@ WIRE = Scalar(
     "payload that left a rank, forward and backward",
     f"{FP8}; choose fewer experts a token, or groups of experts",
 )
-SCALARS = (TIMES, EXPERTS, TAILS, WAIT_SHARE, SLOWEST, EXPOSED, IMBALANCE, WIRE)
+DROPPED = Scalar(
+    ("ep/dropped-share", "ep/capacity-needed"),
+    "",
+    "with `--ep-capacity-factor`: tokens that experts had no rows for, of all that came to "
+    "experts; and the factor that would have had rows for all",
+    "raise `--ep-capacity-factor` towards `ep/capacity-needed`, or balance the router",
+)
+SCALARS = (TIMES, EXPERTS, TAILS, WAIT_SHARE, SLOWEST, EXPOSED, IMBALANCE, WIRE, DROPPED)
 
 
 def scalars_table() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import logging
 import queue
 import time
 import warnings
@@ -98,6 +99,8 @@ FEATURES = {
     ),
     "mtp": Setup(config=(("mtp_num_layers", 1),)),
     "mtp_recomputed": Setup(config=(("mtp_num_layers", 1), *RECOMPUTE_FULL)),
+    "capacity_factor": Setup(options=(("capacity_factor", 3.9),)),
+    "capacity_factor_recomputed": Setup(config=RECOMPUTE_FULL, options=(("capacity_factor", 3.9),)),
     "fp8_aligned_padding": Setup(options=(("expert_alignment", 16),)),
     "ep_1": Setup(ep=1),
 }
@@ -321,6 +324,11 @@ REFUSED = [
         {"cuda_graph_impl": "transformer_engine", "graphed": ["moe_router", "moe_preprocess"]}, {},
         "CUDA graphs of 'moe_preprocess': leave it out",
     ),
+    (
+        {"moe_expert_capacity_factor": 0.5}, {"capacity_factor": 2},
+        "--ep-capacity-factor with --moe-expert-capacity-factor (0.5): take one",
+    ),
+    ({}, {"overflow": "warn"}, "--ep-overflow without --ep-capacity-factor: nothing"),
     ({"moe_latent_size": 16}, {}, "--moe-latent-size (16)"),
     ({"fp4": "e2m1"}, {}, "--fp4-format (e2m1)"),
     ({"transformer_impl": "inference_optimized"}, {}, "transformer_impl='inference_optimized'"),
@@ -779,6 +787,83 @@ def padded_batches_that_grow(rank: int) -> None:
             capacity = -(-tokens * config.moe_router_topk // config.num_moe_experts)
             assert dispatcher.handle.padded_tokens_per_expert.tolist() == [2 * capacity] * 4
             assert dispatcher.tokens_per_expert.sum() <= 8 * capacity
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_a_capacity_factor_with_room_for_all_changes_no_bit(bf16):
+    usual = Setup(bf16=bf16, steps=2)
+    roomy = run(dataclasses.replace(usual, options=(("capacity_factor", 4),)))
+    assert_same_bits(run(usual), roomy)
+    for result in roomy:
+        assert result["metrics"]["ep/dropped-share"] == 0
+        assert 1 <= result["metrics"]["ep/capacity-needed"] <= 4
+
+
+def test_a_tight_capacity_factor_drops_and_trains():
+    results = run(Setup(options=(("capacity_factor", 1.0),)))
+    losses, metrics = results[0]["losses"], results[0]["metrics"]
+    assert losses[-1] < losses[0]
+    assert 0 < metrics["ep/dropped-share"] < 0.5 and metrics["ep/capacity-needed"] > 1
+    assert all(result["metrics"] == metrics for result in results)
+
+
+def overflowing(rank: int, how: str | None) -> tuple[str, list[int], int, float]:
+    """A layer of two whose experts have too few rows; what the check says, and what came."""
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    from ep_comm.errors import EPExpertOverflowError
+    from ep_comm.megatron import EPOptions, check_overflow, destroy_buffers
+    from ep_comm.megatron.layer import moe_layers
+
+    setup = Setup()
+    parallel_state(setup)
+    destroy_buffers()
+    options = EPOptions(capacity_factor=1.25, overflow=how)
+    model = make_model(setup, make_config(setup, options), options)
+    _, (_, layer) = moe_layers(model)
+    dispatcher = layer.token_dispatcher
+    config = dispatcher.config
+    generator = torch.Generator().manual_seed(rank)  # of few kinds of tokens: some experts are full
+    hidden = torch.randn(3, 1, config.hidden_size, generator=generator).repeat(8, 1, 1)
+    check_overflow(model)  # nothing has been dispatched
+    layer(hidden)
+    came = dispatcher.overflow.counted[1].tolist()
+    share = 2 * 24 * config.moe_router_topk / config.num_moe_experts
+    rows = -int(-1.25 * share // 1)
+    assert dispatcher.handle.padded_tokens_per_expert.tolist() == [rows] * len(came)
+    kept = [min(tokens, rows) for tokens in came]
+    assert dispatcher.tokens_per_expert.tolist() == kept
+    assert dispatcher.overflow.counted[0].tolist() == [
+        tokens - fit for tokens, fit in zip(came, kept, strict=True)
+    ]
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("ep_comm").addHandler(handler)
+    if how == "error" and max(came) > rows:
+        with pytest.raises(EPExpertOverflowError) as caught:
+            check_overflow(model)
+        said.append(str(caught.value))
+    for _ in range(3):  # what was said is not said again
+        check_overflow(model)
+    logging.getLogger("ep_comm").removeHandler(handler)
+    return "\n".join(said), came, rows, share
+
+
+@pytest.mark.parametrize("how", [None, "error"])
+def test_an_overflow_is_named(how):
+    all_said = run_ranks(2, overflowing, how, pool="megatron")
+    assert any(said for said, *_ in all_said)
+    for rank, (said, came, rows, share) in enumerate(all_said):
+        most = max(came)
+        expert = came.index(most) + rank * len(came)
+        wanted = (
+            f"layer 2, rank {rank}: {most} rows came to expert {expert}, which has {rows}; the "
+            f"others were dropped. Raise EPOptions(capacity_factor=...) ({most / share:.2f} would "
+            "have had room for all), or balance the router."
+        )
+        assert said == (wanted if most > rows else "")
 
 
 def test_a_longer_padded_batch_makes_a_larger_buffer():

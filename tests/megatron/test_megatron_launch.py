@@ -179,6 +179,8 @@ def test_checkpoints_hold_plain_values_of_ours(ours, stock):
         "ep_num_sms": 24,
         "ep_timeout": None,
         "ep_capture_routing": str(ours.folder / "routing"),
+        "ep_capacity_factor": None,
+        "ep_overflow": None,
     }
     assert args["moe_token_dispatcher_type"] == stock_args["moe_token_dispatcher_type"]
 
@@ -454,6 +456,7 @@ def megatron_arguments() -> SimpleNamespace:
         for flag in ("--save", "--wandb-project", "--wandb-save-dir", "--ep-of-megatron"):
             parser.add_argument(flag)
         parser.add_argument("--num-experts", type=int)
+        parser.add_argument("--moe-expert-rank-capacity-factor", type=float)
         parser.add_argument("--moe-flex-dispatcher-backend", default="deepep")
         types = ("allgather", "alltoall", "flex")
         parser.add_argument("--moe-token-dispatcher-type", choices=types, default="allgather")
@@ -507,7 +510,7 @@ def test_ours_is_ep_comm_to_the_reader_and_alltoall_to_megatron(chosen):
 def test_every_option_has_its_flag():
     line = "--moe-token-dispatcher deepep --num-experts 4 --ep-fp8-dispatch --ep-overlap-wgrad "
     line += "--ep-num-sms 24 --ep-timeout 5 --ep-expert-alignment 32 --ep-max-tokens-per-rank 9 "
-    line += "--ep-fp8-grad-dispatch"
+    line += "--ep-fp8-grad-dispatch --ep-capacity-factor 1.5 --ep-overflow error"
     args, used = parse(line)
     options = EPOptions(
         fp8_dispatch=True,
@@ -517,9 +520,20 @@ def test_every_option_has_its_flag():
         timeout_s=5.0,
         expert_alignment=32,
         max_tokens_per_rank=9,
+        capacity_factor=1.5,
+        overflow="error",
     )
     assert used == [options]
     assert {each.name: args[each.key] for each in OPTIONS} == vars(options)
+
+
+@pytest.mark.parametrize("also", ["", " --ep-capacity-factor 1.25"])
+def test_megatrons_capacity_of_a_rank_is_taken_and_cleared(also):
+    args, used = parse(f"{OURS} --moe-expert-rank-capacity-factor 1.25{also}")
+    assert used == [EPOptions(capacity_factor=1.25)]
+    assert args["ep_capacity_factor"] == 1.25 and args["moe_expert_rank_capacity_factor"] is None
+    stock = "--moe-token-dispatcher flex --moe-expert-rank-capacity-factor 1.25"
+    assert parse(stock)[0]["moe_expert_rank_capacity_factor"] == 1.25
 
 
 @pytest.mark.parametrize(
@@ -588,6 +602,11 @@ def test_every_refusal_of_a_flag_is_tested():
             "timeout_s must be a positive number of seconds, at most 1e+08, got -1",
         ),
         (f"{OURS} --ep-num-sms 1", "num_sms must be at least 2"),
+        (f"{OURS} --ep-capacity-factor 0.9", "capacity_factor must be at least 1, got 0.9"),
+        (
+            f"{OURS} --ep-capacity-factor 1.5 --moe-expert-rank-capacity-factor 1.25",
+            "--ep-capacity-factor 1.5 and --moe-expert-rank-capacity-factor 1.25 contradict",
+        ),
         ("--moe-token-dispatcher deepep", "needs --num-experts"),
         (f"{OURS} --ep-capture-routing {__file__}/x", f"--ep-capture-routing {__file__}/x cannot"),
         (f"{OURS} --wandb-project p", "--wandb-save-dir"),

@@ -23,6 +23,7 @@ def test_every_field_has_a_flag_a_key_and_words():
         assert each.flag == f"--{each.key.replace('_', '-')}"
         assert (each.default is None) == bool(each.unset), each.name
         assert (each.value_type is bool) == (each.metavar is None), each.name
+        assert (each.value_type is str) == bool(each.choices), each.name
     timeout = next(each for each in OPTIONS if each.name == "timeout_s")
     assert (timeout.flag, timeout.key, timeout.value_type) == ("--ep-timeout", "ep_timeout", float)
     assert flag_of("timeout_s") == "--ep-timeout"
@@ -65,6 +66,10 @@ def test_the_page_has_the_current_tables():
         ("expert_alignment", 0),
         ("max_tokens_per_rank", 0),
         ("max_tokens_per_rank", True),
+        ("capacity_factor", 0.99),
+        ("capacity_factor", float("nan")),
+        ("capacity_factor", True),
+        ("overflow", "raise"),
     ],
 )
 def test_values_are_checked(name, value):

@@ -196,6 +196,16 @@ def _profile(trainer: Trainer, layer: LayerAlone, microbatches: int, trace: Path
 def _dropped(trainer: Trainer, microbatches: int) -> float | None:
     """Return the share of selected experts that tokens did not get in a step; see `Inspection`."""
     config = trainer.trainee.config
+    dispatchers = [layer.token_dispatcher for layer in trainer.moe_layers()]
+    overflows = [each.overflow for each in dispatchers if getattr(each, "overflow", None)]
+    if overflows:
+        for overflow in overflows:
+            overflow.take()
+        trainer.step(microbatches)
+        num_dropped = sum(overflow.take()[0] for overflow in overflows)
+        tokens = microbatches * trainer.config.micro_batch_size * trainer.config.seq_length
+        share = num_dropped / (tokens * config.moe_router_topk * len(overflows))
+        return mean_over_ranks(torch.tensor(share, device=trainer.device))[0]
     if config.moe_expert_capacity_factor is None:
         return None
     kept, selected = [], 0

@@ -18,6 +18,9 @@ from ep_comm.megatron.names import NAME, STOCK, VALUES, is_ep_comm, printed
 from ep_comm.megatron.options import OPTIONS, EPOptions, flag_of
 from ep_comm.megatron.support import check_flags
 
+# Rows of a rank, of newer Megatrons' own dispatchers; here each expert has its part of them.
+_RANK_CAPACITY = "moe_expert_rank_capacity_factor"
+
 
 def add_flags(parser: argparse.ArgumentParser, dispatchers: Sequence[str]) -> None:
     """Add our argument group. Flags that are not given leave nothing in the namespace.
@@ -41,7 +44,13 @@ def add_flags(parser: argparse.ArgumentParser, dispatchers: Sequence[str]) -> No
         if option.value_type is bool:
             add(option.flag, action=argparse.BooleanOptionalAction, help=help)
         else:
-            add(option.flag, type=option.value_type, metavar=option.metavar, help=help)
+            add(
+                option.flag,
+                type=option.value_type,
+                choices=option.choices or None,
+                metavar=option.metavar,
+                help=help,
+            )
 
 
 def wants_ep_comm(arguments: Sequence[str]) -> bool:
@@ -121,6 +130,8 @@ def resolve(args: argparse.Namespace, stock_default: str) -> EPOptions | None:
     if types - {NAME, STOCK}:
         raise UserError(_contradiction(chosen))
     args.moe_token_dispatcher, args.moe_token_dispatcher_type = NAME, STOCK
+    _take_rank_capacity(args)
+    given = [option for option in OPTIONS if hasattr(args, option.key)]
     try:
         options = EPOptions(**{option.name: getattr(args, option.key) for option in given})
     except EPArgumentError as error:
@@ -130,6 +141,24 @@ def resolve(args: argparse.Namespace, stock_default: str) -> EPOptions | None:
     for option in OPTIONS:
         setattr(args, option.key, getattr(options, option.name))
     return options
+
+
+def _take_rank_capacity(args: argparse.Namespace) -> None:
+    """Take the value of newer Megatrons' flag for ours, and clear it.
+
+    Megatron's configuration insists on dispatchers of its own where it is set.
+    """
+    factor = getattr(args, _RANK_CAPACITY, None)
+    if factor is None:
+        return
+    if getattr(args, "ep_capacity_factor", factor) != factor:
+        ours, theirs = f"--ep-capacity-factor {args.ep_capacity_factor:g}", f"{factor:g}"
+        raise UserError(
+            f"{ours} and --{_RANK_CAPACITY.replace('_', '-')} {theirs} contradict each other: "
+            "give one of them"
+        )
+    args.ep_capacity_factor = factor
+    setattr(args, _RANK_CAPACITY, None)
 
 
 def tokens_per_rank(args: argparse.Namespace) -> int | None:

@@ -23,6 +23,7 @@ from ep_comm.megatron.launch.flags import tokens_per_rank
 from ep_comm.megatron.layer import check_model, complete, install
 from ep_comm.megatron.meter import MoEMeter
 from ep_comm.megatron.options import EPOptions, flag_of
+from ep_comm.megatron.overflow import check_overflow
 from ep_comm.megatron.wgrad import check_weight_gradients
 
 
@@ -87,8 +88,8 @@ class Training:
             if settings.tensorboard_dir or settings.wandb_project:
                 self._meter = MoEMeter(model)
             self._capture = RoutingCapture(model, self.options.capture_routing)
-            if optimizer is not None and self.options.overlap_wgrad:
-                optimizer.step = _checking_gradients(optimizer.step, model)
+            if optimizer is not None:
+                optimizer.step = _checking(optimizer.step, model)
             self.started = True
             return model, optimizer, scheduler
 
@@ -143,10 +144,11 @@ class Training:
         )
 
 
-def _checking_gradients(step: Any, model: list[nn.Module]) -> Any:
+def _checking(step: Any, model: list[nn.Module]) -> Any:
     @functools.wraps(step)
     def checked_step(*args: Any, **kwargs: Any) -> Any:
         check_weight_gradients(model)
+        check_overflow(model)
         return step(*args, **kwargs)
 
     return checked_step

@@ -1,0 +1,182 @@
+"""Tokens for which experts of a fixed capacity had no room: counted on the device, said later.
+
+With ``EPOptions(capacity_factor=F)`` every expert of a layer has rows for F times its even share of
+all ranks' tokens, so that no host waits for counts. Kernels drop what does not fit, and count it.
+`check_overflow` says it before the optimizer's step; `MoEMeter` makes scalars of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ep_comm.errors import EPExpertOverflowError
+
+_log = logging.getLogger("ep_comm")
+_DROPPED, _MOST = 0, 1  # rows of the statistics that a dispatch keeps
+_WRAP = 2**32  # they are int32, and count on from the begin of a training
+
+
+class ExpertOverflow:
+    """What one layer's experts of this rank dropped, since the begin.
+
+    Args:
+        capacity_factor: At least 1.
+        num_local_experts: Experts of this rank.
+        first_expert: The number of the first of them in the layer.
+        rank: This rank's number among those that share the layer's experts.
+
+    Attributes:
+        layer_number: The layer's number in the model, from 1, as soon as it is known.
+        rows: What each expert had room for in the last dispatch.
+        mean_rows: And its even share.
+    """
+
+    def __init__(
+        self, capacity_factor: float, *, num_local_experts: int, first_expert: int, rank: int
+    ) -> None:
+        self._capacity_factor = capacity_factor
+        self._num_local_experts = num_local_experts
+        self._first_expert = first_expert
+        self._rank = rank
+        self.layer_number: int | None = None
+        self.rows = 0
+        self.mean_rows = 0.0
+        self._stats: Tensor | None = None
+        self._said = 0
+        self._num_seen = 0
+
+    def set_room(self, *, num_tokens: int, num_topk: int, num_experts: int, alignment: int) -> int:
+        """Return the rows of each expert: its even share times the capacity factor, rounded up.
+
+        Args:
+            num_tokens: Of all ranks that share the experts.
+            num_topk: Experts of a token.
+            num_experts: Of the layer.
+            alignment: The rows are a multiple of it.
+        """
+        self.mean_rows = num_tokens * num_topk / num_experts
+        most = num_tokens  # that can come to an expert
+        rows = min(math.ceil(self._capacity_factor * self.mean_rows), most)
+        self.rows = max(rows + -rows % alignment, 1)
+        return self.rows
+
+    def stats(self, device: torch.device) -> Tensor:
+        """Return int32 [2, E_local], for `ep_comm.Buffer.dispatch`; of the last one's device."""
+        if self._stats is None or self._stats.device != device:
+            shape = 2, self._num_local_experts
+            self._stats = torch.zeros(shape, dtype=torch.int32, device=device)
+        return self._stats
+
+    @property
+    def counted(self) -> Tensor | None:
+        """The same; None where no dispatch has counted yet."""
+        return self._stats
+
+    def take(self) -> tuple[int, int]:
+        """Return the tokens dropped, and the most that came to an expert, since the last call.
+
+        Waits for the device.
+        """
+        if self._stats is None:
+            return 0, 0
+        found = self._stats.tolist()
+        self._stats[_MOST] = 0
+        num_dropped = sum(found[_DROPPED])
+        new, self._num_seen = (num_dropped - self._num_seen) % _WRAP, num_dropped
+        return new, max(found[_MOST])
+
+    def error(self, stats: list[list[int]]) -> EPExpertOverflowError | None:
+        """Return the error of the fullest expert in `stats`, where there is more than there was."""
+        most = max(stats[_MOST])
+        if most <= max(self.rows, self._said):
+            return None
+        self._said = most
+        return EPExpertOverflowError(
+            num_rows=most,
+            capacity=self.rows,
+            layer=self.layer_number or 0,
+            rank=self._rank,
+            expert=self._first_expert + stats[_MOST].index(most),
+            factor=most / self.mean_rows,
+        )
+
+
+class _Reading(NamedTuple):
+    """A copy of statistics that may still be on its way to the host."""
+
+    stats: Tensor
+    event: torch.cuda.Event | None
+
+    @classmethod
+    def start(cls, stats: Tensor) -> _Reading:
+        if not stats.is_cuda:
+            return cls(stats, None)
+        host = torch.empty(stats.shape, dtype=stats.dtype, pin_memory=True)
+        host.copy_(stats, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return cls(host, event)
+
+    def done(self) -> list[Any] | None:
+        """Return the statistics, None as long as they are not there."""
+        if self.event is not None and not self.event.query():
+            return None
+        return self.stats.tolist()
+
+
+_readings: WeakKeyDictionary[ExpertOverflow, _Reading] = WeakKeyDictionary()
+
+
+def check_overflow(model_chunks: Iterable[nn.Module]) -> None:
+    """Say which experts got more tokens than they have rows for, before each optimizer step.
+
+    A warning of the logger "ep_comm" names the fullest expert of each layer on this rank, and comes
+    again when one is fuller. It waits for nothing, so what a step dropped may be said in the next
+    one. With ``EPOptions(overflow="error")`` it is an error, for which the host waits for the
+    backward pass. Does nothing where no layer has a capacity.
+
+    Raises:
+        EPExpertOverflowError: See above. On the ranks where it happened, and on no others.
+    """
+    raising: list[ExpertOverflow] = []
+    warning: list[ExpertOverflow] = []
+    for chunk in model_chunks:
+        for module in chunk.modules():
+            dispatcher: Any = getattr(module, "token_dispatcher", None)
+            overflow = getattr(dispatcher, "overflow", None)
+            if overflow is None or overflow.counted is None:
+                continue
+            overflow.layer_number = module.layer_number
+            is_error = dispatcher.options.overflow == "error"
+            (raising if is_error else warning).append(overflow)
+    if raising:
+        for each, found in zip(raising, _stacked(raising).tolist(), strict=True):
+            if (error := each.error(found)) is not None:
+                raise error
+    if warning:
+        _warn(warning)
+
+
+def _warn(overflows: list[ExpertOverflow]) -> None:
+    """Warn of what the last reading has, once it is there, and begin the next one."""
+    reading = _readings.get(overflows[0])
+    if reading is not None:
+        stats = reading.done()
+        if stats is None:
+            return
+        for each, found in zip(overflows, stats, strict=False):
+            if (error := each.error(found)) is not None:
+                _log.warning("%s", error)
+    _readings[overflows[0]] = _Reading.start(_stacked(overflows))
+
+
+def _stacked(overflows: list[ExpertOverflow]) -> Tensor:
+    """Return the statistics of layers that have some, [L, 2, E_local]."""
+    return torch.stack([each.counted for each in overflows if each.counted is not None])
