@@ -110,6 +110,11 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         self.expert_alignment = options.expert_alignment
         if self.expert_alignment is None:
             self.expert_alignment = _quantisation_alignment(config)
+        # What the preprocessing leaves here. Megatron may have it in a CUDA graph, whose replays do
+        # not run it: the tensor is then one of the outputs, shapes go by the number of tokens.
+        self.cudagraph_attrs = ["_routing_map"]
+        self._routing_map: Tensor | None = None
+        self._shape_of: dict[int, torch.Size] = {}
         self.overflow: ExpertOverflow | None = None
         if options.capacity_factor is not None:
             rank = dist.get_rank(self.tp_ep_group)
@@ -141,20 +146,28 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
     def _wire_dtype(self) -> torch.dtype | None:
         return fp8.FP8_DTYPE if self.options.fp8_dispatch else None
 
+    def set_shared_experts(self, shared_experts: Any) -> None:
+        """Run them beside the dispatch, as Megatron's `MoELayer` asks for."""
+        super().set_shared_experts(shared_experts)
+        if shared_experts.use_shared_expert_gate:
+            self.cudagraph_attrs.append("shared_experts.gate_score")
+        self.cudagraph_attrs.append("shared_experts.cached_fc1_input")
+
     # --- tokens to experts -----------------------------------------------------------------------
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Turn [S, B, H], bool [T, E] and [T, E] into [T, H] and FP32 [T, E * ETP]."""
-        self._hidden_shape = hidden_states.shape
+        shape = hidden_states.shape
+        self._shape_of[shape[:-1].numel()] = shape
         if self.config.moe_pad_expert_input_to_capacity:
             routing_map = routing_map & (probs != 0)
-        self._routing_map: Tensor | None = self._for_shards(routing_map)
+        self._routing_map = self._for_shards(routing_map)
         self._probs_dtype = probs.dtype
-        hidden_states = hidden_states.reshape(-1, self._hidden_shape[-1])
+        hidden_states = hidden_states.reshape(-1, shape[-1])
         if self.shared_experts is not None:
-            self.shared_experts.pre_forward_comm(hidden_states.view(self._hidden_shape))
+            self.shared_experts.pre_forward_comm(hidden_states.view(shape))
         return hidden_states, self._for_shards(probs.float()).contiguous()
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -291,7 +304,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Turn [T, H] into [S, B, H]; add shared experts that ran beside the dispatch."""
-        output = hidden_states.view(self._hidden_shape)
+        output = hidden_states.view(self._shape_of[len(hidden_states)])
         if self.shared_experts is not None:
             self.shared_experts.linear_fc2_forward(hidden_states)
             self.shared_experts.post_forward_comm()

@@ -247,6 +247,8 @@ class MoEMeter:
     def _timed(self, spans: list, method: Any) -> Any:
         @functools.wraps(method)
         def run(*args: Any, **kwargs: Any) -> Any:
+            if _is_captured():
+                return method(*args, **kwargs)
             with timed(self._device) as span:
                 result = method(*args, **kwargs)
             spans.append(span)
@@ -258,6 +260,8 @@ class MoEMeter:
         @functools.wraps(postprocess)
         def run(*args: Any, **kwargs: Any) -> Any:
             result = postprocess(*args, **kwargs)
+            if _is_captured():
+                return result
             dispatcher = layer.token_dispatcher
             tokens = result[1]
             if isinstance(dispatcher, EPCommTokenDispatcher):  # padding is counted there
@@ -267,6 +271,11 @@ class MoEMeter:
             return result
 
         return run
+
+
+def _is_captured() -> bool:
+    """Return whether a CUDA graph is captured: what it does at a replay nobody here can see."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _p99_s(records: Iterable[OpRecord], op: str) -> float:

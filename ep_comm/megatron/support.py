@@ -134,18 +134,33 @@ def _per_shard_above(name: str, maximum: int) -> When:
     return when
 
 
-def _graphs(*names: str, whole_model: bool = False) -> When:
-    """Return whether one of these modules, or the whole model, is under CUDA graphs."""
+def _graphed(config: TransformerConfig) -> set[str]:
+    """Return the modules that are under CUDA graphs; "layer" where it is whole layers."""
+    if getattr(config, "cuda_graph_impl", "none") == "none":
+        return set()
+    modules = getattr(config, "cuda_graph_modules", None)  # megatron-core 0.19; before: scope
+    modules = modules or getattr(config, "cuda_graph_scope", None) or ()
+    return {module.name for module in modules} or {"layer"}
 
-    def when(config: TransformerConfig, options: EPOptions) -> object:
-        if getattr(config, "cuda_graph_impl", "none") == "none":
-            return False
-        modules = getattr(config, "cuda_graph_modules", None)  # megatron-core 0.19; before: scope
-        modules = modules or getattr(config, "cuda_graph_scope", None) or ()
-        graphed = {module.name for module in modules}
-        return bool(graphed & set(names) if graphed else whole_model)
 
-    return when
+def _graphs_with_counts(config: TransformerConfig, options: EPOptions) -> object:
+    """Return the graphs that would hold a dispatch whose host waits for counts."""
+    held = _graphed(config) & {"full_iteration", "layer", "moe"}
+    if held == {"moe"} and config.moe_pad_expert_input_to_capacity:
+        return False
+    return ", ".join(sorted(held))
+
+
+def _graphs_with_delay(config: TransformerConfig, options: EPOptions) -> object:
+    return options.overlap_wgrad and "moe" in _graphed(config)
+
+
+def _local_graphs_of_preprocess(config: TransformerConfig, options: EPOptions) -> object:
+    return config.cuda_graph_impl == "local" and "moe_preprocess" in _graphed(config)
+
+
+def _graphs_of_preprocess_that_drop(config: TransformerConfig, options: EPOptions) -> object:
+    return "moe_preprocess" in _graphed(config) and config.moe_expert_capacity_factor
 
 
 def _is_inference(config: TransformerConfig, options: EPOptions) -> object:
@@ -245,13 +260,24 @@ BY_CONFIG = (
     ),
     Refusal(
         "CUDA graphs over the MoE layer",
-        "token counts are host values; 'attn', 'mlp' and 'moe_router' are left to Megatron",
-        _graphs("full_iteration", "moe", whole_model=True),
+        "the host waits for token counts; take 'attn', 'mlp', 'moe_router' and 'moe_preprocess', "
+        "or 'moe' with --moe-pad-expert-input-to-capacity",
+        _graphs_with_counts,
     ),
     Refusal(
-        "CUDA graphs of 'moe_preprocess'",
-        "leave it out, and take cuda_graph_impl='transformer_engine' for 'moe_router' alone",
-        _graphs("moe_preprocess"),
+        "CUDA graphs of 'moe' with --ep-overlap-wgrad",
+        "gradients that the graph delays would be handed over once, when it is captured",
+        _graphs_with_delay,
+    ),
+    Refusal(
+        "CUDA graphs of 'moe_preprocess' with cuda_graph_impl='local'",
+        "take cuda_graph_impl='transformer_engine'",
+        _local_graphs_of_preprocess,
+    ),
+    Refusal(
+        "CUDA graphs of 'moe_preprocess' with --moe-expert-capacity-factor",
+        "take --ep-capacity-factor, or leave 'moe_preprocess' out",
+        _graphs_of_preprocess_that_drop,
     ),
     Refusal(
         "--ep-capacity-factor with --moe-expert-capacity-factor",

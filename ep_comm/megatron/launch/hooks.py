@@ -88,7 +88,8 @@ class Training:
             if settings.tensorboard_dir or settings.wandb_project:
                 self._meter = MoEMeter(model)
             self._capture = RoutingCapture(model, self.options.capture_routing)
-            if optimizer is not None:
+            checks = self.options.overlap_wgrad or self.options.capacity_factor is not None
+            if optimizer is not None and checks:
                 optimizer.step = _checking(optimizer.step, model)
             self.started = True
             return model, optimizer, scheduler
