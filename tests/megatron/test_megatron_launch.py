@@ -271,6 +271,7 @@ def hooks_of_a_loop(rank: int) -> None:
     checked["MoEMeter"].return_value = meter
     checked["complete"].return_value = EPOptions(overlap_wgrad=True, max_tokens_per_rank=3)
     gradients = lambda model: done.append(("checked", model))  # noqa: E731
+    checked["check_overflow"] = lambda model: done.append(("room", model))
     with mock.patch.multiple(hooks, check_weight_gradients=gradients, **checked):
         hooks.Training(training, "0").use(EPOptions(overlap_wgrad=True))
         output = io.StringIO()
@@ -280,7 +281,7 @@ def hooks_of_a_loop(rank: int) -> None:
         checked["check_model"].assert_called_once_with(["model"])
         assert "3 MoE layers on rank 0" in output.getvalue()
         optimizer.step()
-        assert done == [("checked", ["model"]), "stepped"]
+        assert done == [("checked", ["model"]), ("room", ["model"]), "stepped"]
         for iteration in (1, 2):
             assert training.training_log({}, iteration) == "logged"
         assert training.evaluate() == "evaluated"
