@@ -169,9 +169,10 @@ class Buffer(MaskCalls):
                 `expert_alignment`, which are left out, and is the same on all ranks. The host then
                 knows all sizes in advance. Of a group that more tokens come to the last ones are
                 dropped, those of other groups are not; the next call raises, as there.
-            overflow_stats: With `expert_capacity`: int32 [2, E] on the device, E the experts of
-                this rank. The tokens that each of them drops are added to the first row, and the
-                second one keeps the most that came to it. Nothing is raised then.
+            overflow_stats: Expert layout, with `expert_capacity` or `num_worst_tokens`: int32
+                [2, E] on the device, E the experts of this rank. The tokens that each of them drops
+                are added to the first row, and the second one keeps the most that came to it.
+                Nothing is raised then.
             previous_event: The operation starts after this event.
             async_finish: Run on the communication stream; wait for the returned event before
                 touching the outputs, or freeing them. No effect with the reference backend.
@@ -221,19 +222,17 @@ class Buffer(MaskCalls):
                 checks.check_expert_capacity(
                     expert_capacity, layout, expert_alignment, num_worst_tokens
                 )
-                overflow_stats = checks.checked_counter(
-                    "overflow_stats",
-                    overflow_stats,
-                    (2, self.num_local_experts),
-                    torch.int32,
-                    rows.device,
-                )
                 layout, expert_alignment = "expert", expert_capacity
                 num_worst_tokens = expert_capacity * self.num_local_experts
             else:
-                checks.check_left_out(overflow_stats=overflow_stats)
                 layout, expert_alignment = checks.checked_layout(layout, expert_alignment)
             checks.check_num_worst_tokens(num_worst_tokens)
+            if num_worst_tokens is None or layout == "rank":
+                checks.check_left_out(overflow_stats=overflow_stats)
+            stats_shape = 2, self.num_local_experts
+            overflow_stats = checks.checked_counter(
+                "overflow_stats", overflow_stats, stats_shape, torch.int32, rows.device
+            )
             source, num_topk = checks.checked_source(topk_idx, routing_map, rows, self.config)
             weights_shape = tuple(source.shape)
         else:

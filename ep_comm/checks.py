@@ -80,10 +80,13 @@ def check_expert_capacity(
 
 
 def check_left_out(**arguments: object) -> None:
-    """Refuse what goes with the `expert_capacity` of a new dispatch, where there is none."""
+    """Refuse what goes with a new dispatch by expert that waits for no counts, in any other one."""
     for name, value in arguments.items():
         if value is not None:
-            raise EPArgumentError(f"{name} needs expert_capacity, and a new routing")
+            raise EPArgumentError(
+                f"{name} needs expert_capacity or num_worst_tokens, the expert layout, and a new "
+                "routing"
+            )
 
 
 def check_rows(name: str, x: Tensor, num_rows: int | None, hidden: int) -> None:

@@ -83,12 +83,12 @@ __device__ inline int32_t source_of(int32_t n, const int32_t* first_of_source, i
 }
 
 // One block says where each expert's group stands in an output of `capacity` rows. Returns, in
-// every thread, the rows for which groups of a given size have no room and nobody counts.
+// every thread, the rows for which groups of a given size have no room.
 template <typename Args>
 __device__ inline int32_t publish_groups(const Args& args, const int32_t* expert_tokens,
                                          const int32_t* first_row, int32_t end) {
-  __shared__ int32_t uncounted;
-  if (threadIdx.x == 0) uncounted = 0;
+  __shared__ int32_t dropped;
+  if (threadIdx.x == 0) dropped = 0;
   __syncthreads();
   const int32_t num_local_experts = args.num_experts / num_sources(args);
   const int32_t capacity = args.capacity;
@@ -104,16 +104,15 @@ __device__ inline int32_t publish_groups(const Args& args, const int32_t* expert
         // Plans of a buffer follow one another: nobody else writes.
         args.overflow[e] += max(tokens - room, 0);
         args.overflow[num_local_experts + e] = max(args.overflow[num_local_experts + e], tokens);
-      } else if (args.expert_capacity != 0 && tokens > room) {
-        atomicAdd(&uncounted, tokens - room);
       }
+      if (args.expert_capacity != 0 && tokens > room) atomicAdd(&dropped, tokens - room);
     } else {
       args.routing.expert_tokens[e] = tokens;
     }
   }
   if (threadIdx.x == 0) args.routing.expert_first_row[num_local_experts] = min(end, capacity);
   __syncthreads();
-  return uncounted;
+  return dropped;
 }
 
 // One thread leaves a notice for a host that does not wait, if something is wrong. The first notice
@@ -383,11 +382,12 @@ __device__ inline void receive_all(const Args& args, const Scratch& scratch, int
   for (int32_t e = threadIdx.x; e < num_experts; e += kThreads) next_row[e] += first_row[e];
   if (blockIdx.x == 0) {
     const int32_t end_of_rows = args.routing.expert_major ? end_of_groups : num_received;
-    const int32_t uncounted = publish_groups(args, tokens, first_row, end_of_rows);
+    const int32_t dropped = publish_groups(args, tokens, first_row, end_of_rows);
     if (args.ticket != 0) {
       fill_mailbox(args, scratch.sent_error, num_rows, asked_tokens);
     } else if (threadIdx.x == 0) {
-      leave_notice(args, scratch.sent_error, asked_tokens, end_of_rows + uncounted);
+      const int32_t wanted = args.overflow != nullptr ? 0 : end_of_rows + dropped;
+      leave_notice(args, scratch.sent_error, asked_tokens, wanted);
     }
   }
   __syncthreads();

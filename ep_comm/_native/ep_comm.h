@@ -318,9 +318,9 @@ typedef struct ep_plan_args {
   ep_mailbox* mailbox;       /* host memory, mapped */
   ep_notice* notice;         /* host memory, mapped */
   int32_t* counters;         /* [4] zero; left zero */
-  int32_t* overflow;         /* of a plan with expert_capacity: [2, E_local], to which it adds the
-                                rows of each expert that were dropped, and in which it raises the
-                                most that came; NULL: `notice` says it */
+  int32_t* overflow;         /* [2, E_local], to which it adds the rows of each expert that were
+                                dropped, and in which it raises the most that came; NULL: `notice`
+                                says that rows were dropped */
   int64_t flag_offset;       /* plan_flags */
   int64_t credit_offset;     /* dispatch_credits */
   int64_t header_offset;     /* plan_headers */

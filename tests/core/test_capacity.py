@@ -207,6 +207,41 @@ def full_groups(rank: int, case: Case, buffer: Buffer | None = None) -> dict[str
     )
 
 
+def rows_counted(rank: int, case: Case, buffer: Buffer | None = None) -> None:
+    """With rows for all experts together the last ones have too few, and nothing is raised."""
+    buffer = buffer or Buffer(None, case.config())
+    x, topk, probs, _ = inputs_of(case, rank)
+    usual = buffer.dispatch(x, topk, probs, expert_alignment=8)
+    came = usual.handle.tokens_per_expert
+    firsts = [0, *usual.handle.padded_tokens_per_expert.cumsum(0).tolist()]
+    finished(usual.recv_x)
+    for rows in (firsts[-1] + 5, firsts[-2] + 3, firsts[1] - 1):
+        stats = torch.zeros(2, case.experts_per_rank, dtype=torch.int32, device=x.device)
+        how = dict(expert_alignment=8, num_worst_tokens=rows, overflow_stats=stats)
+        out = buffer.dispatch(x, topk, probs, **how)
+        finished(out.recv_x)
+        buffer.synchronize()
+        kept = [
+            min(tokens, max(0, rows - first))
+            for tokens, first in zip(came.tolist(), firsts[:-1], strict=True)
+        ]
+        assert stats[0].tolist() == (came - torch.tensor(kept)).tolist()
+        assert stats[1].tolist() == came.tolist()
+        assert out.handle.device_tokens_per_expert.tolist() == kept
+        fitting = min(rows, firsts[-1])
+        assert_same(to_numpy(out.recv_x)[:fitting], to_numpy(usual.recv_x)[:fitting], "rows")
+
+
+def test_rows_of_all_experts_together_are_counted():
+    run_ranks(FULL.num_ranks, rows_counted, FULL)
+
+
+@pytest.mark.gpu
+def test_rows_of_all_experts_together_are_counted_on_a_gpu():
+    gpu = on_gpu(FULL)
+    run_virtual_ranks(gpu.num_ranks, on_buffer, gpu.config(), rows_counted, gpu)
+
+
 def kept_probs(case: Case, rank: int, grad_probs: np.ndarray) -> None:
     """The gradient of a probability is 1 where its row had room, by a count over all tokens."""
     all_topk = [case.topk_idx(source) for source in range(case.num_ranks)]
@@ -280,13 +315,16 @@ def refused_stats(rank: int) -> None:
     buffer = Buffer(None, GROUPS.config())
     x, topk, probs, _ = inputs_of(GROUPS, rank)
     stats = torch.zeros(2, GROUPS.experts_per_rank, dtype=torch.int32)
-    with pytest.raises(EPArgumentError, match="overflow_stats needs expert_capacity, and a new"):
+    needs = "overflow_stats needs expert_capacity or num_worst_tokens, the expert layout, and a new"
+    with pytest.raises(EPArgumentError, match=needs):
         buffer.dispatch(x, topk, probs, overflow_stats=stats)
+    with pytest.raises(EPArgumentError, match=needs):
+        buffer.dispatch(x, topk, layout="rank", num_worst_tokens=9, overflow_stats=stats)
     for wrong in (stats[:1], stats.long(), torch.zeros(5, 2, dtype=torch.int32)):
         with pytest.raises(EPArgumentError, match="overflow_stats must be"):
             buffer.dispatch(x, topk, probs, expert_capacity=4, overflow_stats=wrong)
     handle = buffer.dispatch(x, topk, probs, expert_capacity=sum(GROUPS.tokens)).handle
-    with pytest.raises(EPArgumentError, match="overflow_stats needs expert_capacity, and a new"):
+    with pytest.raises(EPArgumentError, match=needs):
         buffer.dispatch(x, topk_weights=probs, handle=handle, overflow_stats=stats)
 
 

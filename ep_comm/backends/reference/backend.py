@@ -8,6 +8,7 @@ one copy of a token per destination rank, and one partial sum back.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -210,10 +211,15 @@ class ReferenceBackend(Operations):
         counts = came
         if expert_capacity is not None:
             counts = tuple(min(tokens, expert_capacity) for tokens in came)
+        sizes = RoutingSizes(rows_to_rank, recv_rows, counts, alignment, expert_capacity)
         if stats is not None:
-            tokens = stats.new_tensor(came)
-            stats[0] += tokens - stats.new_tensor(counts)
-            torch.maximum(stats[1], tokens, out=stats[1])
+            ends = itertools.accumulate(sizes.padded_expert_rows, initial=0)
+            rooms = [max(0, (capacity or 0) - first) for first in ends]
+            if expert_capacity is not None:
+                rooms = [expert_capacity] * len(came)
+            dropped = [max(0, tokens - room) for tokens, room in zip(came, rooms, strict=False)]
+            stats[0] += stats.new_tensor(dropped)
+            torch.maximum(stats[1], stats.new_tensor(came), out=stats[1])
         if capacity is not None:
             expert_row_NK = torch.where(expert_row_NK < capacity, expert_row_NK, -1)
             recv_topk_idx = fit(recv_topk_idx, capacity, -1)
@@ -228,12 +234,13 @@ class ReferenceBackend(Operations):
             capacity=capacity,
             expert_capacity=expert_capacity,
             topk_idx=topk_idx,
-            sizes=RoutingSizes(rows_to_rank, recv_rows, counts, alignment, expert_capacity),
+            sizes=sizes,
             recv_topk_idx=recv_topk_idx.to(index_dtype(request.source)) if in_ranks else None,
             epoch=record.epoch,
             sent_tokens=sent_tokens,
             expert_row_NK=expert_row_NK,
-            num_uncounted=sum(came) - sum(counts) if stats is None else 0,
+            num_dropped=sum(came) - sum(counts),
+            is_counted=stats is not None,
         )
 
     # --- dispatch ------------------------------------------------------------------------------
@@ -366,8 +373,8 @@ class ReferenceBackend(Operations):
     def _note_overflow(self, routing: ReferenceRouting) -> None:
         """Keep what a dispatch dropped, to be said at the next call, as on a GPU."""
         capacity = routing.capacity
-        needed = routing.sizes.num_rows(routing.layout) + routing.num_uncounted
-        if capacity is not None and needed > capacity:
+        needed = routing.sizes.num_rows(routing.layout) + routing.num_dropped
+        if capacity is not None and needed > capacity and not routing.is_counted:
             self._overflow = EPOverflowError(num_rows=needed, capacity=capacity)
 
     def _say_overflow(self) -> None:

@@ -22,8 +22,8 @@ class ReferenceRouting(Routing):
         expert_row_NK: [N, K] int64, for each received row its rows in the expert-major output,
             in the order of ``recv_topk_idx``; -1 where the expert is not local, or the output has
             no such row.
-        num_uncounted: Tokens for which groups of a given size have no room, where the caller does
-            not have them counted.
+        num_dropped: Tokens for which groups of a given size have no room.
+        is_counted: Whether the caller has what was dropped counted; it is then no error.
     """
 
     sizes: RoutingSizes
@@ -31,7 +31,8 @@ class ReferenceRouting(Routing):
     epoch: int
     sent_tokens: tuple[Tensor, ...]
     expert_row_NK: Tensor
-    num_uncounted: int
+    num_dropped: int
+    is_counted: bool
 
     @cached_property
     def num_bytes(self) -> int:
