@@ -31,6 +31,7 @@ from ep_comm.config import EPConfig
 from ep_comm.errors import (
     EPArgumentError,
     EPError,
+    EPExpertOverflowError,
     EPLostRankError,
     EPMismatchError,
     EPOverflowError,
@@ -58,6 +59,7 @@ __all__ = [
     "EPArgumentError",
     "EPConfig",
     "EPError",
+    "EPExpertOverflowError",
     "EPLostRankError",
     "EPMismatchError",
     "EPOverflowError",

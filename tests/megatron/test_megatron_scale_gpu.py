@@ -67,6 +67,25 @@ def test_padding_to_capacity_changes_only_the_shape_of_gemms(experts, skewed):
     base.assert_close(run(layer_step, filled, skewed), run(layer_step, dropped, skewed), tolerance)
 
 
+@pytest.mark.parametrize("experts", ["bf16", "fp8"])
+def test_a_capacity_factor_with_room_changes_only_the_shape_of_gemms(experts):
+    setup = LAYER if experts == "bf16" else FP8_LAYER
+    tolerance = 2**-7 if experts == "bf16" else 0.05
+    roomy = dataclasses.replace(setup, options=(*setup.options, ("capacity_factor", 4.0)))
+    ours = run(layer_step, roomy, False)
+    base.assert_close(ours, run(layer_step, setup, False), tolerance)
+    # Nobody can have more than all tokens, which is four times the even share of 2 of 8 experts.
+    assert [result["num_rows"] for result in ours] == [4 * 2 * setup.seq * base.BATCH] * 2
+
+
+def test_a_tight_capacity_factor_trains_and_counts():
+    setup = dataclasses.replace(MODEL, options=(("capacity_factor", 1.0),))
+    results = run(train, setup)
+    losses, metrics = results[0]["losses"], results[0]["metrics"]
+    assert losses[-1] < losses[0]
+    assert 0 < metrics["ep/dropped-share"] < 0.9 and metrics["ep/capacity-needed"] > 1
+
+
 # ---- 1F1B ----------------------------------------------------------------------------------------
 
 
@@ -92,6 +111,7 @@ CASES = {
     "fused": (2, dataclasses.replace(STEPS, fused=True), ()),
     "shared": (2, with_config(STEPS, *SHARED), ()),
     "capacity": (2, with_config(STEPS, ("moe_expert_capacity_factor", 1.0), *PADDED), ()),
+    "capacity_factor": (2, STEPS, (("capacity_factor", 2.0),)),
     "dropping": (2, with_config(STEPS, ("moe_expert_capacity_factor", 1.0)), ()),
     "recomputed": (
         2,
