@@ -154,26 +154,33 @@ class EPExpertOverflowError(EPOverflowError):
     The rest was dropped. The buffer stays usable.
 
     Attributes:
-        num_rows: Most tokens that came to it in one dispatch.
-        capacity: Rows that it has.
+        num_rows: Most tokens that came to it in one dispatch; of all experts the sum of these.
+        capacity: Rows that it has, or all of them.
         layer: The layer's number in the model, from 1.
         rank: The rank that has the expert, among those that share the layer's experts.
-        expert: Its number in the layer; with expert tensor parallelism that of its shard.
+        expert: Its number in the layer; with expert tensor parallelism that of its shard. None
+            where all experts of the rank have their rows together.
         factor: Capacity factor that would have had room for all.
     """
 
     layer: int
     rank: int
-    expert: int
+    expert: int | None
     factor: float
 
     def __str__(self) -> str:
         return (
-            f"layer {self.layer}, rank {self.rank}: {self.num_rows} rows came to expert "
-            f"{self.expert}, which has {self.capacity}; the others were dropped. Raise "
+            f"layer {self.layer}, rank {self.rank}: {self.num_rows} rows came to {self._whom} "
+            f"{self.capacity}; the others were dropped. Raise "
             f"{setting('capacity_factor')} ({self.factor:.2f} would have had room for all), or "
             "balance the router."
         )
+
+    @property
+    def _whom(self) -> str:
+        if self.expert is None:
+            return "its experts, which together have"
+        return f"expert {self.expert}, which has"
 
 
 @dataclass(eq=False)

@@ -121,7 +121,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             self.overflow = ExpertOverflow(
                 options.capacity_factor,
                 num_local_experts=num_local_experts,
-                first_expert=rank * num_local_experts,
+                first_expert=None if options.device_counts else rank * num_local_experts,
                 rank=rank,
             )
         self.buffers: list[Buffer] = []
@@ -223,6 +223,11 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             alignment=self.expert_alignment or 1,
         )
         stats = self.overflow.stats(hidden_states.device)
+        if self.options.device_counts:
+            sizes = dict(layout="expert", expert_alignment=self.expert_alignment)
+            return self._dispatch(
+                buffer, hidden_states, probs, num_worst_tokens=rows, overflow_stats=stats, **sizes
+            )
         return self._dispatch(
             buffer, hidden_states, probs, expert_capacity=rows, overflow_stats=stats
         )
@@ -252,13 +257,18 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
     def dispatch_postprocess(
         self, hidden_states: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Add the rows of each local expert, padding included: [E_local] int64 on the CPU."""
+        """Add the rows of each local expert, padding included: [E_local] int64 on the CPU.
+
+        With `EPOptions.device_counts` it is where each one's rows end: int32 on the device.
+        """
         if self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act(hidden_states)
         self._note_use(hidden_states, probs)
         assert self.handle is not None  # the dispatch set it
         if probs.dtype != self._probs_dtype:
             probs = probs.to(self._probs_dtype)
+        if self.options.device_counts:
+            return hidden_states, self.handle.device_expert_offsets[1:], probs
         return hidden_states, self.handle.padded_tokens_per_expert, probs
 
     def _note_use(self, *tensors: Tensor) -> None:
@@ -406,7 +416,8 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             for in_fp8 in (options.fp8_dispatch, options.fp8_grad_dispatch)
         )
         if options.capacity_factor is not None:
-            sizes += f", {options.capacity_factor:g} times the even share of rows an expert"
+            whose = "a rank" if options.device_counts else "an expert"
+            sizes += f", {options.capacity_factor:g} times the even share of rows {whose}"
         off = [f"{name} backend ({reason})" for name, reason in buffer.passed_over.items()]
         for name, is_on in (
             ("FP8 dispatch", options.fp8_dispatch),

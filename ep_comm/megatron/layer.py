@@ -25,6 +25,7 @@ from torch import nn
 
 from ep_comm.errors import EPArgumentError, EPStateError, name_settings
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
+from ep_comm.megatron.experts import GroupedExperts
 from ep_comm.megatron.options import EPOptions
 from ep_comm.megatron.schedule import keep_inputs
 from ep_comm.megatron.support import FSDP, check_supported
@@ -173,7 +174,9 @@ def _build(layer: MoELayer, options: EPOptions, args: tuple, kwargs: dict) -> No
     pg_collection = arguments.get("pg_collection")
     if pg_collection is None:
         pg_collection = arguments["pg_collection"] = get_default_pg_collection()
-    if options.overlap_wgrad:
+    if options.device_counts:
+        arguments["submodules"] = _with_grouped_experts(arguments["submodules"])
+    elif options.overlap_wgrad:
         arguments["submodules"] = _with_delayed_experts(arguments["submodules"])
     _original_init(layer, **arguments)
     during_backward = delay_weight_gradients(layer.experts) if options.overlap_wgrad else None
@@ -192,6 +195,13 @@ def _build(layer: MoELayer, options: EPOptions, args: tuple, kwargs: dict) -> No
         keep_inputs()
     if layer.use_shared_expert and layer.shared_expert_overlap:
         layer.token_dispatcher.set_shared_experts(layer.shared_experts)
+
+
+def _with_grouped_experts(submodules: Any) -> Any:
+    """Return MoE submodules whose routed experts take token counts on the device."""
+    submodules = copy.copy(submodules)
+    submodules.experts = GroupedExperts
+    return submodules
 
 
 def _with_delayed_experts(submodules: Any) -> Any:

@@ -130,6 +130,13 @@ class EPOptions:
         "same number of tokens. The experts compute F times as many rows.",
         unset="as many rows as come",
     )
+    device_counts: bool = option(
+        False,
+        flag="--ep-device-counts",
+        help="With --ep-capacity-factor: F counts for all experts of a rank together, whose rows "
+        "stand without gaps. Token counts stay on the device, and torch's grouped GEMM computes "
+        "the experts, in BF16 or FP32. Their weights are named otherwise in checkpoints.",
+    )
     overflow: Literal["warn", "error"] | None = option(
         None,
         flag="--ep-overflow",

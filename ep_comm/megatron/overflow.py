@@ -29,17 +29,18 @@ class ExpertOverflow:
     Args:
         capacity_factor: At least 1.
         num_local_experts: Experts of this rank.
-        first_expert: The number of the first of them in the layer.
+        first_expert: The number of the first of them in the layer; None where all of this rank's
+            have their rows together.
         rank: This rank's number among those that share the layer's experts.
 
     Attributes:
         layer_number: The layer's number in the model, from 1, as soon as it is known.
-        rows: What each expert had room for in the last dispatch.
+        rows: What each expert had room for in the last dispatch, or all of them together.
         mean_rows: And its even share.
     """
 
     def __init__(
-        self, capacity_factor: float, *, num_local_experts: int, first_expert: int, rank: int
+        self, capacity_factor: float, *, num_local_experts: int, first_expert: int | None, rank: int
     ) -> None:
         self._capacity_factor = capacity_factor
         self._num_local_experts = num_local_experts
@@ -53,7 +54,7 @@ class ExpertOverflow:
         self._num_seen = 0
 
     def set_room(self, *, num_tokens: int, num_topk: int, num_experts: int, alignment: int) -> int:
-        """Return the rows of each expert: its even share times the capacity factor, rounded up.
+        """Return the rows: the even share times the capacity factor, rounded up.
 
         Args:
             num_tokens: Of all ranks that share the experts.
@@ -63,6 +64,9 @@ class ExpertOverflow:
         """
         self.mean_rows = num_tokens * num_topk / num_experts
         most = num_tokens  # that can come to an expert
+        if self._first_expert is None:
+            self.mean_rows *= self._num_local_experts
+            most *= min(self._num_local_experts, num_topk)
         rows = min(math.ceil(self._capacity_factor * self.mean_rows), most)
         self.rows = max(rows + -rows % alignment, 1)
         return self.rows
@@ -90,20 +94,27 @@ class ExpertOverflow:
         self._stats[_MOST] = 0
         num_dropped = sum(found[_DROPPED])
         new, self._num_seen = (num_dropped - self._num_seen) % _WRAP, num_dropped
-        return new, max(found[_MOST])
+        return new, self._most(found)
+
+    def _most(self, stats: list[list[int]]) -> int:
+        """Return the most rows that would have been needed: together, no fewer than that."""
+        return max(stats[_MOST]) if self._first_expert is not None else sum(stats[_MOST])
 
     def error(self, stats: list[list[int]]) -> EPExpertOverflowError | None:
         """Return the error of the fullest expert in `stats`, where there is more than there was."""
-        most = max(stats[_MOST])
-        if most <= max(self.rows, self._said):
+        most = self._most(stats)
+        if most <= max(self.rows, self._said) or not any(stats[_DROPPED]):
             return None
         self._said = most
+        expert = None
+        if self._first_expert is not None:
+            expert = self._first_expert + stats[_MOST].index(most)
         return EPExpertOverflowError(
             num_rows=most,
             capacity=self.rows,
             layer=self.layer_number or 0,
             rank=self._rank,
-            expert=self._first_expert + stats[_MOST].index(most),
+            expert=expert,
             factor=most / self.mean_rows,
         )
 

@@ -196,6 +196,17 @@ def _other_scales(config: TransformerConfig, options: EPOptions) -> object:
     return fp8.has_other_scales() and (bool(_wire_flags(options)) or _has_exact_recipe(config))
 
 
+def _experts_unlike_ours(config: TransformerConfig, options: EPOptions) -> object:
+    """Return what experts of `ep_comm.megatron.experts` do not have."""
+    if not options.device_counts:
+        return False
+    if (config.expert_tensor_parallel_size or 1) > 1:
+        return f"--expert-tensor-parallel-size {config.expert_tensor_parallel_size}"
+    if config.gated_linear_unit and config.activation_func is not torch.nn.functional.silu:
+        return "activation_func"
+    return config.fp16 or config.add_bias_linear
+
+
 def _two_capacities(config: TransformerConfig, options: EPOptions) -> object:
     return options.capacity_factor is not None and config.moe_expert_capacity_factor
 
@@ -283,6 +294,40 @@ BY_CONFIG = (
         "--ep-capacity-factor with --moe-expert-capacity-factor",
         "take one of them: the other one's router drops tokens of each rank by itself",
         _two_capacities,
+    ),
+    Refusal(
+        "--ep-device-counts without --ep-capacity-factor",
+        "somebody has to say how many rows there are at most",
+        lambda config, options: options.device_counts and options.capacity_factor is None,
+    ),
+    Refusal(
+        "--ep-device-counts with FP8 experts (--fp8-format)",
+        "on Hopper Transformer Engine's grouped GEMM takes counts on the device only with cuBLASLt "
+        "13.6 or newer; leave --ep-device-counts out: --ep-capacity-factor alone waits for no "
+        "counts either",
+        lambda config, options: options.device_counts and config.fp8,
+    ),
+    Refusal(
+        "--ep-device-counts with --fp16, --expert-tensor-parallel-size, --add-bias-linear, or an "
+        "activation beside SwiGLU's",
+        "leave it out",
+        _experts_unlike_ours,
+    ),
+    Refusal(
+        "--ep-device-counts with --ep-overlap-wgrad or Megatron's 1F1B overlap",
+        "these experts do not delay their weight gradients",
+        lambda config, options: (
+            options.device_counts
+            and (options.overlap_wgrad or config.overlap_moe_expert_parallel_comm)
+        ),
+    ),
+    Refusal(
+        "--ep-device-counts with a torch that has no grouped GEMM",
+        "it needs torch 2.8 or newer",
+        lambda config, options: (
+            options.device_counts
+            and not (hasattr(torch, "_grouped_mm") or hasattr(torch.nn.functional, "grouped_mm"))
+        ),
     ),
     Refusal(
         "--ep-overflow without --ep-capacity-factor",

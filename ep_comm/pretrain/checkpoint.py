@@ -50,7 +50,7 @@ from ep_comm.pretrain.model import Trainee, gather_parameters
 T = TypeVar("T")
 
 # Keys that a resumed run may change; with any other one changed it would not be the same run.
-FREE_KEYS = ({each.key for each in OPTIONS} - {"ep_capacity_factor"}) | set(
+FREE_KEYS = ({each.key for each in OPTIONS} - {"ep_capacity_factor", "ep_device_counts"}) | set(
     """
     train_iters moe_token_dispatcher moe_grouped_gemm moe_permute_fusion moe_router_fusion
     expert_model_parallel_size overlap_dispatch_backward_with_experts_wgrad

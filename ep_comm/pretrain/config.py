@@ -241,6 +241,7 @@ _NEEDS = (
     ("load_despite", "load"),
     ("recompute_modules", "recompute_granularity"),
     ("ep_overflow", "ep_capacity_factor"),
+    ("ep_device_counts", "ep_capacity_factor"),
 )
 # With another dispatcher these would be left out without a word.
 _NEED_EP_COMM = [each.key for each in OPTIONS if each.value_type in (bool, str)]

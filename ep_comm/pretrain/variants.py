@@ -30,7 +30,8 @@ FP8_WIRE = ("--ep-fp8-dispatch", "--ep-fp8-grad-dispatch")
 
 # "-overlap" is what is named before it, with the experts' weight gradients beside communication of
 # the backward pass: ours beside the combine, Megatron's own beside its backward of dispatch.
-# "-factor-F" gives every expert rows for F times its even share, and waits for no counts.
+# "-factor-F" gives every expert rows for F times its even share, and waits for no counts;
+# "-device-counts-F" gives them to a rank's experts together, and torch's GEMM takes the counts.
 # "-1f1b" is Megatron's overlap of one micro-batch's communication with another one's computation.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "alltoall": _ALLTOALL,
@@ -50,6 +51,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "ep_comm-capacity": _EP_COMM + _CAPACITY,
     "ep_comm-factor-1.25": (*_EP_COMM, _FACTOR, "1.25"),
     "ep_comm-factor-2": (*_EP_COMM, _FACTOR, "2"),
+    "ep_comm-device-counts-2": (*_EP_COMM, _FACTOR, "2", "--ep-device-counts"),
     "ep_comm-fp8-all-factor-2": (*_EP_COMM, *FP8_EXPERTS, *FP8_WIRE, _FACTOR, "2"),
 }
 

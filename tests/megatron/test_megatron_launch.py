@@ -181,6 +181,7 @@ def test_checkpoints_hold_plain_values_of_ours(ours, stock):
         "ep_capture_routing": str(ours.folder / "routing"),
         "ep_capacity_factor": None,
         "ep_overflow": None,
+        "ep_device_counts": False,
     }
     assert args["moe_token_dispatcher_type"] == stock_args["moe_token_dispatcher_type"]
 
@@ -511,7 +512,8 @@ def test_ours_is_ep_comm_to_the_reader_and_alltoall_to_megatron(chosen):
 def test_every_option_has_its_flag():
     line = "--moe-token-dispatcher deepep --num-experts 4 --ep-fp8-dispatch --ep-overlap-wgrad "
     line += "--ep-num-sms 24 --ep-timeout 5 --ep-expert-alignment 32 --ep-max-tokens-per-rank 9 "
-    line += "--ep-fp8-grad-dispatch --ep-capacity-factor 1.5 --ep-overflow error"
+    line += "--ep-fp8-grad-dispatch --ep-capacity-factor 1.5 --ep-overflow error "
+    line += "--ep-device-counts"
     args, used = parse(line)
     options = EPOptions(
         fp8_dispatch=True,
@@ -523,6 +525,7 @@ def test_every_option_has_its_flag():
         max_tokens_per_rank=9,
         capacity_factor=1.5,
         overflow="error",
+        device_counts=True,
     )
     assert used == [options]
     assert {each.name: args[each.key] for each in OPTIONS} == vars(options)
