@@ -8,7 +8,6 @@ timeout, and NCCL's then ends the process.
 from __future__ import annotations
 
 import hashlib
-import pickle
 import time
 from collections import Counter
 from datetime import timedelta
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from ep_comm.errors import SAME_CALLS, EPMismatchError, EPStateError, EPTimeoutError
+from ep_comm.job import wire
 
 _LEFT = b"left"
 _POLL_S = 0.05
@@ -46,13 +46,13 @@ def meet(
     Args:
         group: Who meets.
         what_for: Must be the same on all ranks: what the meeting is about, for errors.
-        answer: Anything that pickle takes.
+        answer: Anything that `wire.dumps` takes.
         timeout_s: Bound of the wait.
         op: What an `EPTimeoutError` calls it.
 
     Raises:
         EPTimeoutError: Names the ranks that have not come.
-        EPMismatchError: A rank came for something else.
+        EPMismatchError: A rank came for something else, or with another version of ep_comm.
         EPStateError: The store is gone, and with it the process that held it.
     """
     ranks = tuple(dist.get_process_group_ranks(group))
@@ -62,7 +62,7 @@ def meet(
     keys = [f"{name}/{r}" for r in range(len(ranks))]
     store = dist.distributed_c10d._get_default_store()
     try:
-        store.set(keys[rank], pickle.dumps((what_for, answer)))  # type: ignore[arg-type]  # bytes too
+        store.set(keys[rank], wire.dumps((what_for, answer)).decode())
         values, late_ranks = values_of(store, keys, timeout_s)
         if late_ranks:
             # Whoever comes later is not to believe us there.
@@ -75,7 +75,7 @@ def meet(
                 epoch=number,
                 timeout_s=timeout_s,
             )
-        said = [pickle.loads(value) for value in values]
+        said = [_read(value, other, rank, what_for) for other, value in enumerate(values)]
         # All that are here have read what was said before.
         store.delete_key(f"ep_comm/{members}/{number - 1}/{rank}")
     except dist.DistError as error:
@@ -91,6 +91,17 @@ def meet(
                 f"{SAME_CALLS}"
             )
     return Meeting(name, number, [answer for _, answer in said])
+
+
+def _read(value: bytes, other: int, rank: int, what_for: str) -> tuple[str, Any]:
+    try:
+        theirs, answer = wire.loads(value)
+    except ValueError as error:
+        raise EPMismatchError(
+            f"rank {rank} ({what_for}) cannot read what rank {other} says: {error}. Every rank "
+            "must run the same version of ep_comm."
+        ) from None
+    return theirs, answer
 
 
 def values_of(

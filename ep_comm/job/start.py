@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 
 from ep_comm.errors import EPError
+from ep_comm.job import wire
 from ep_comm.job.exits import UserError
 from ep_comm.job.ranks import rank_variables
+from ep_comm.topology import backend_by_device_type
 
 T = TypeVar("T")
 
@@ -69,16 +71,52 @@ def agree(action: Callable[[], T]) -> T:
         result = action()
     except (UserError, EPError, OSError) as e:
         error = str(e)
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for message in errors:
+    for message in _all_say(error):
         if message is not None:
             raise UserError(message)
     return cast(T, result)
 
 
 def on_rank_0(action: Callable[[], T]) -> T:
-    """Call `action` on rank 0 only and return its result on every rank; fails as `agree` does."""
-    result = [agree(lambda: action() if dist.get_rank() == 0 else None)]
-    dist.broadcast_object_list(result)
-    return cast(T, result[0])
+    """Call `action` on rank 0 only and return its result on every rank; fails as `agree` does.
+
+    The result is something that `wire.dumps` takes.
+    """
+    result = agree(lambda: action() if dist.get_rank() == 0 else None)
+    return cast(T, wire.loads(_broadcast(wire.dumps(result))))
+
+
+def _all_say(word: str | None) -> list[str | None]:
+    """Return what each rank says, by rank."""
+    mine = wire.dumps(word)
+    sizes = [torch.empty_like(_numbers([0])) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, _numbers([len(mine)]))
+    longest = max(int(size) for size in sizes)
+    texts = [torch.empty_like(_bytes(bytes(longest))) for _ in sizes]
+    dist.all_gather(texts, _bytes(mine.ljust(longest)))  # JSON may end in spaces
+    return [wire.loads(text.cpu().numpy().tobytes()) for text in texts]
+
+
+def _broadcast(mine: bytes) -> bytes:
+    """Return what rank 0 says."""
+    size = _numbers([len(mine)])
+    dist.broadcast(size, 0)
+    text = _bytes(mine if dist.get_rank() == 0 else bytes(int(size)))
+    dist.broadcast(text, 0)
+    return text.cpu().numpy().tobytes()
+
+
+def _numbers(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=_device())
+
+
+def _bytes(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(_device())
+
+
+def _device() -> torch.device:
+    """Return where the job's group takes tensors from."""
+    group = dist.group.WORLD
+    assert group is not None  # joined
+    on_gpu = "cpu" not in backend_by_device_type(group)
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -159,7 +159,7 @@ def check_network(buffer: Buffer, sizes: Sizes, device: torch.device) -> Found:
 def _send(buffer: Buffer, sizes: Sizes, device: torch.device, topk: Tensor, seed: int) -> _Sent:
     """Dispatch to the ranks of `topk` [T, K], each of which has one expert, combine, check both."""
     rank, timeout_s = buffer.rank, buffer.config.timeout_s
-    topk_of = meet(buffer.group, "tell who sends what", topk.numpy(), timeout_s).answers
+    topk_of = meet(buffer.group, "tell who sends what", topk.tolist(), timeout_s).answers
     x = _rows(sizes, rank, len(topk), seed).to(device)
     out = buffer.dispatch(x, topk.to(device), layout="rank")
     assert isinstance(out.recv_x, Tensor)
@@ -202,7 +202,7 @@ def _wrong_received(
     """Compare with the rows of all sources in order; too few or too many are all wrong."""
     wrong, first = Counter[int](), 0
     for source, topk in enumerate(topk_of):
-        comes = torch.from_numpy(topk == rank).any(1)
+        comes = (torch.tensor(topk) == rank).any(1)
         if not comes.any():
             continue
         want = _rows(sizes, source, len(topk), seed)[comes]
