@@ -43,6 +43,7 @@ from ep_comm.job.exits import UserError
 from ep_comm.job.files import write_text
 from ep_comm.job.start import agree, on_rank_0
 from ep_comm.megatron.options import OPTIONS
+from ep_comm.pretrain.checkpoint_files import check_metadata
 from ep_comm.pretrain.config import MAY_CHANGE, PretrainConfig
 from ep_comm.pretrain.log_file import LATEST, latest_iteration
 from ep_comm.pretrain.model import Trainee, gather_parameters
@@ -301,6 +302,7 @@ def _latest(folder: Path) -> Path:
     is_checkpoint = dist_checkpointing.check_is_distributed_checkpoint
     if not _readable(checkpoint, lambda: is_checkpoint(str(checkpoint))):
         raise UserError(f"--load {folder}: {checkpoint} is missing or incomplete")
+    _readable(checkpoint, lambda: check_metadata(checkpoint))
     return checkpoint
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed.checkpoint
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 pytest.importorskip("megatron.core")
 pytest.importorskip("pydantic")
 
 from ep_comm.pretrain import checkpoint  # noqa: E402
 from ep_comm.pretrain.checkpoint import LATEST, save  # noqa: E402
+from ep_comm.pretrain.checkpoint_files import check_metadata  # noqa: E402
 
 
 class Killed(BaseException):
@@ -78,3 +83,36 @@ def test_killed_while_it_saves(save_step, tmp_path, where):
     assert (tmp_path / LATEST).read_text() == "6\n"
     assert contents(tmp_path) == {"iter_0000003": ["first"], "iter_0000006": ["again"]}
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [LATEST]
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("run by pickle",)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (pickle.dumps(RunsCode()), "names posix.mkdir, which no metadata has"),
+        (pickle.dumps(MetadataIndex), None),
+        (pickle.dumps((torch.float8_e4m3fn, torch.Size([1]))), None),
+        (pickle.dumps(torch.distributed.checkpoint.save), "names .*save, which no metadata has"),
+        (b"\x80\x04cut", "unpickling|truncated|invalid"),
+    ],
+    ids=["code", "record", "tensor", "function", "cut"],
+)
+def test_metadata_that_would_run_code(content, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".metadata").write_bytes(content)
+    if words is None:
+        check_metadata(tmp_path)
+    else:
+        with pytest.raises(pickle.UnpicklingError, match=words):
+            check_metadata(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".metadata"]
+
+
+def test_metadata_of_torch_passes(tmp_path):
+    state = {"w": torch.ones(2, 3, dtype=torch.bfloat16), "n": {"a": 1, "b": torch.ones(1)}}
+    torch.distributed.checkpoint.save(state, checkpoint_id=tmp_path, no_dist=True)
+    check_metadata(tmp_path)
