@@ -51,6 +51,19 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def job_name(environment: Mapping[str, str]) -> str:
+    """Return what tells this job from others: its launcher's name for it."""
+    if run := environment.get("TORCHELASTIC_RUN_ID"):
+        return f"torchrun's job {run!r}"
+    if job := environment.get("SLURM_JOB_ID"):
+        ours = ("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+        # Else mpirun has started it, from steps of its own, which differ from node to node.
+        is_task = all(environment.get(a) == environment.get(b) for a, b in ours)
+        step = f"step {environment.get('SLURM_STEP_ID')} of " if is_task else ""
+        return f"{step}SLURM's job {job}"
+    return "a job without a name"
+
+
 def _check_torchrun(environment: Mapping[str, str], local_tasks: int) -> None:
     if local_tasks > 1:
         raise EPArgumentError(

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ep_comm.errors import EPError
 from ep_comm.job import wire
 from ep_comm.job.exits import UserError
-from ep_comm.job.ranks import rank_variables
+from ep_comm.job.ranks import job_name, rank_variables
 from ep_comm.topology import backend_by_device_type
 
 T = TypeVar("T")
@@ -42,10 +42,11 @@ def join(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
         This rank's device: its GPU, or the CPU where torch sees no GPU.
 
     Raises:
-        UserError: There are more processes on this machine than GPUs.
+        UserError: There are more processes on this machine than GPUs; or the port where they are to
+            meet is another job's.
     """
     if not torch.cuda.is_available():
-        dist.init_process_group("gloo", timeout=timeout)
+        _init_process_group("gloo", timeout)
         return torch.device("cpu")
     processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     if processes > gpus:
@@ -57,8 +58,25 @@ def join(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
         )
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
-    dist.init_process_group("nccl", timeout=timeout)
+    _init_process_group("nccl", timeout)
     return device
+
+
+def _init_process_group(backend: str, timeout: timedelta) -> None:
+    """Meet in a store of this job alone: in another's, ranks would take its ranks for their own."""
+    place = f"MASTER_PORT {os.environ.get('MASTER_PORT')} of {os.environ.get('MASTER_ADDR')}"
+    advice = "give this job another MASTER_PORT (torchrun --master-port)"
+    job = job_name(os.environ)
+    try:
+        store, rank, num_ranks = next(dist.rendezvous("env://", timeout=timeout))
+        first = store.compare_set("ep_comm/job", "", job)
+    except dist.DistNetworkError as error:
+        raise UserError(f"cannot meet at {place}: {error}; {advice}") from None
+    first = first.decode() if isinstance(first, bytes) else first
+    if first != job:
+        raise UserError(f"{place} belongs to {first}, and this is {job}: {advice}")
+    store.set_timeout(timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
 
 
 def agree(action: Callable[[], T]) -> T:

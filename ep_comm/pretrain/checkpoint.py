@@ -146,7 +146,12 @@ def save(
         "ranks": _ranks(trainee),
     }
     _write_in_threads()
-    dist_checkpointing.save(state, str(temporary))
+    try:
+        agree(lambda: _save_state(state, temporary, config))
+    except UserError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     _write(config, name_it)
 
 
@@ -280,6 +285,18 @@ def _set_optimizer_steps(trainee: Trainee, iteration: int) -> None:
                 optimizer.optimizer.state[param]["step"] = torch.tensor(float(iteration))
 
 
+def _save_state(state: dict[str, Any], folder: Path, config: PretrainConfig) -> None:
+    """Write the files of one checkpoint. Communicates; Megatron reports a failure on all ranks."""
+    try:
+        dist_checkpointing.save(state, str(folder))
+    except (OSError, RuntimeError, CheckpointException) as error:
+        free, total = (shutil.disk_usage(config.save or folder)[i] / 2**20 for i in (2, 0))
+        raise UserError(
+            f"--save {config.save} cannot be written: {_cause(error)}; {free:,.0f} of "
+            f"{total:,.0f} MiB are free there"
+        ) from None
+
+
 def _write(config: PretrainConfig, action: Callable[[], None]) -> None:
     """Call `action`, which writes into ``config.save``, on rank 0; all ranks wait for it."""
 
@@ -311,11 +328,14 @@ def _readable(checkpoint: Path, action: Callable[[], T]) -> T:
     try:
         return action()
     except (Exception, CheckpointException) as error:  # torch's is a BaseException
-        cause: BaseException = error
-        if isinstance(error, CheckpointException):
-            cause, _ = next(iter(error.failures.values()))  # one rank's is enough
-        text = " ".join(str(cause).split()) or type(cause).__name__
-        raise UserError(f"checkpoint {checkpoint} cannot be read: {text}") from None
+        raise UserError(f"checkpoint {checkpoint} cannot be read: {_cause(error)}") from None
+
+
+def _cause(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        # One rank's is enough; where there is none, another rank has it.
+        error = next((cause for cause, _ in error.failures.values()), error)
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _common_state(checkpoint: Path) -> dict[str, Any]:

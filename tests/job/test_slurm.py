@@ -30,7 +30,7 @@ from example_runs import (  # noqa: E402
 )
 
 from ep_comm.errors import EPArgumentError  # noqa: E402
-from ep_comm.job.ranks import rank_variables  # noqa: E402
+from ep_comm.job.ranks import job_name, rank_variables  # noqa: E402
 from ep_comm.pretrain.log import LOG_FILE, read_log  # noqa: E402
 
 SCRIPTS = ROOT / "scripts" / "slurm"
@@ -196,6 +196,16 @@ def task(**changes: str) -> dict[str, str]:
         "MASTER_ADDR": "node7",
         **changes,
     }
+
+
+def test_the_name_of_a_job():
+    step = {**task(SLURM_STEP_ID="4"), **rank_variables(task())}
+    assert job_name(step) == "step 4 of SLURM's job 70123"
+    assert (
+        job_name({**step, "RANK": "0"}) == "SLURM's job 70123"
+    )  # mpirun's, from a step of its own
+    assert job_name({**step, "TORCHELASTIC_RUN_ID": "x"}) == "torchrun's job 'x'"
+    assert job_name({}) == "a job without a name"
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "9", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}

@@ -35,6 +35,7 @@ def save_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     for name, value in (
         ("gather_parameters", lambda trainee: None),
         ("on_rank_0", lambda action: action()),
+        ("agree", lambda action: action()),
         ("_sharded_state", lambda trainee, is_loading: {}),
         ("_fingerprint", lambda config: {}),
         ("_ranks", lambda trainee: {}),
