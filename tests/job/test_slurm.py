@@ -201,9 +201,7 @@ def task(**changes: str) -> dict[str, str]:
 def test_the_name_of_a_job():
     step = {**task(SLURM_STEP_ID="4"), **rank_variables(task())}
     assert job_name(step) == "step 4 of SLURM's job 70123"
-    assert (
-        job_name({**step, "RANK": "0"}) == "SLURM's job 70123"
-    )  # mpirun's, from a step of its own
+    assert job_name({**step, "RANK": "0"}) == "SLURM's job 70123"  # mpirun's
     assert job_name({**step, "TORCHELASTIC_RUN_ID": "x"}) == "torchrun's job 'x'"
     assert job_name({}) == "a job without a name"
 
