@@ -171,21 +171,24 @@ def call(rank: int, name: str, args: tuple) -> tuple[str, bool]:
 
 _tokens = st.tuples(st.integers(0, MOST), st.integers(0, MOST))
 _seeds = st.integers(0, 99)
+_uses = st.sampled_from(["cached", "combine", "backward"])
 
 
 class BufferLife(RuleBasedStateMachine):
     """Keeps what both ranks must be in, and asks them after each call."""
 
-    dispatches = Bundle("dispatches")  # number, and the session they are of
+    dispatches = Bundle("dispatches")  # number, and the session that they are of
 
     def __init__(self) -> None:
         super().__init__()
         self.state = "none"
-        self.session = 0
+        self.session = (0, 0)  # buffers so far, and changes of masks
         self.count = 0
+        self.calls = 0  # since the buffer was made
 
     def on_both(self, name: str, *args: Any) -> list[str]:
         answers = run_ranks(2, call, name, args, pool=POOL, timeout_s=60)
+        self.calls = 0 if name in ("make", "destroy") else self.calls + 1
         self.usable = [usable for _, usable in answers]
         return [error for error, _ in answers]
 
@@ -199,14 +202,13 @@ class BufferLife(RuleBasedStateMachine):
     def begin(self) -> None:
         self.on_both("begin")
         self.on_both("make")
-        self.state, self.session = "usable", 1
+        self.state, self.session = "usable", (1, 0)
 
     @precondition(lambda self: self.state == "destroyed")
     @rule()
     def make(self) -> None:
         assert self.on_both("make") == ["", ""]
-        self.state = "usable"
-        self.session += 1
+        self.state, self.session = "usable", (self.session[0] + 1, 0)
 
     @rule(
         target=dispatches, tokens=_tokens, seed=_seeds, layout=st.sampled_from(["expert", "rank"]),
@@ -219,18 +221,21 @@ class BufferLife(RuleBasedStateMachine):
         self.count += 1
         return self.count - 1, self.session
 
-    @rule(which=dispatches, name=st.sampled_from(["cached", "combine", "backward"]))
-    def use(self, which: tuple[int, int], name: str) -> None:
+    @rule(which=dispatches, name=_uses)
+    def use_one(self, which: tuple[int, tuple[int, int]], name: str) -> None:
+        self.use(which, name)
+
+    def use(self, which: tuple[int, tuple[int, int]], name: str) -> None:
         number, session = which
         if session == self.session:
             self.expect("", name, number)
-            return
-        # Of a session that is over: ranks were masked since, or it was another buffer's.
-        (error,) = set(self.on_both(name, number))
-        assert error in ("EPStateError", "EPArgumentError")
+        elif name == "backward" or self.state != "usable" or session[0] == self.session[0]:
+            assert self.on_both(name, number) == ["EPStateError"] * 2  # it is over
+        else:
+            assert self.on_both(name, number) == ["EPArgumentError"] * 2  # another buffer's
 
     @rule(which=consumes(dispatches))
-    def forget(self, which: tuple[int, int]) -> None:
+    def forget(self, which: tuple[int, tuple[int, int]]) -> None:
         """Handles go in any order."""
 
     @rule(tokens=_tokens, seed=_seeds, split=st.booleans())
@@ -255,14 +260,16 @@ class BufferLife(RuleBasedStateMachine):
         assert first == "EPTimeoutError" and second in ("EPTimeoutError", "EPLostRankError")
         self.state = "failed"
 
-    @precondition(lambda self: self.state in ("usable", "failed"))
-    @rule()
-    def recover(self) -> None:
+    @rule(which=dispatches, name=_uses)
+    def recover(self, which: tuple[int, tuple[int, int]], name: str) -> None:
+        """Masks change: dispatches of before are over."""
+        if self.state == "destroyed":
+            return
         assert self.on_both("recover") == ["", ""]
-        self.state = "usable"
-        self.session += 1
+        self.state, self.session = "usable", (self.session[0], self.session[1] + 1)
+        self.use(which, name)
 
-    @precondition(lambda self: self.state != "destroyed")
+    @precondition(lambda self: self.calls > 5)  # a short life has seen little
     @rule()
     def destroy(self) -> None:
         assert self.on_both("destroy") == ["", ""]
@@ -281,7 +288,7 @@ class BufferLife(RuleBasedStateMachine):
 def test_any_calls_in_any_order():
     quiet = settings(
         max_examples=12,
-        stateful_step_count=14,
+        stateful_step_count=20,
         deadline=None,
         derandomize=True,  # the same in every run: one that fails is not lost
         suppress_health_check=list(HealthCheck),

@@ -36,12 +36,18 @@ def test_a_path_that_is_wrong_is_no_shipped_file(name):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("a: [", "is no YAML"), ("- a", "must hold 'key: value' lines"), ("", "must hold")],
-    ids=["broken", "list", "empty"],
+    [
+        (b"a: [", "is no YAML"),
+        (b"- a", "must hold 'key: value' lines"),
+        (b"", "must hold"),
+        (b"\x80\x00\xff", "is no YAML"),
+        (b"a: !!python/object/apply:os.mkdir [made]", "is no YAML"),
+    ],
+    ids=["broken", "list", "empty", "binary", "code"],
 )
 def test_a_file_that_is_no_configuration(text, words, tmp_path):
     path = tmp_path / "own.yaml"
-    path.write_text(text)
+    path.write_bytes(text)
     with pytest.raises(UserError, match=words):
         read_config(path)
 
