@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import socket
 import stat
 import tempfile
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from ep_comm.backends.base import Backend
-from ep_comm.errors import EPTimeoutError
+from ep_comm.errors import EPMismatchError, EPTimeoutError
 from ep_comm.job.files import write_json
 from ep_comm.telemetry.explain import FORMAT
 from ep_comm.telemetry.records import OpRecord
@@ -31,6 +32,8 @@ FOLDER_VARIABLE = "EP_COMM_FAULTS"
 NUM_OPERATIONS = 200
 # A GPU that does not come to rest keeps its records.
 _READ_S = 5.0
+
+_RUN = re.compile("[0-9a-f]{16}")
 
 _log = logging.getLogger("ep_comm")
 
@@ -52,9 +55,16 @@ class Identity(NamedTuple):
 
     @classmethod
     def agree(cls, store: dist.Store, buffer: str, rank: int, num_ranks: int) -> Identity:
-        """Return that of a rank; the first one draws the job's."""
-        run = store.compare_set("ep_comm/run", "", os.urandom(8).hex())
-        return cls(run.decode() if isinstance(run, bytes) else run, buffer, rank, num_ranks)
+        """Return that of a rank; the first one draws the job's.
+
+        Raises:
+            EPMismatchError: What the store has is no such name.
+        """
+        said = store.compare_set("ep_comm/run", "", os.urandom(8).hex())
+        run = said.decode(errors="replace") if isinstance(said, bytes) else said
+        if not _RUN.fullmatch(run):  # it becomes part of a file's name
+            raise EPMismatchError(f"another rank says that the run's name is {run!r}")
+        return cls(run, buffer, rank, num_ranks)
 
 
 def leave(identity: Identity, backend: Backend, error: BaseException) -> Path | None:

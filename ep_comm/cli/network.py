@@ -27,6 +27,7 @@ from ep_comm.config import BackendName
 from ep_comm.errors import EPError, EPTimeoutError
 from ep_comm.job.exits import UserError
 from ep_comm.job.meeting import meet
+from ep_comm.job.ranks import whole
 from ep_comm.job.start import has_launcher, join
 from ep_comm.network.host import find_host, hints
 from ep_comm.network.settings import NetworkSettings
@@ -65,7 +66,7 @@ def check(backend: BackendName, ranks_per_node: int | None, timeout_s: float) ->
     console.quiet = dist.get_rank() != 0
     me = Member(
         socket.gethostname(),
-        int(os.environ["LOCAL_RANK"]),
+        whole(os.environ, "LOCAL_RANK"),
         settings.describe(),
         hints(find_host(), settings) if backend == "nodes" else [],
     )

@@ -32,7 +32,7 @@ def lock(file: Path, what: str) -> int:
         UserError: It is held. The message has who holds it, as that process introduced itself.
         OSError: It cannot be written, or its file system has no locks.
     """
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -100,7 +100,10 @@ def write_bytes(path: Path, content: bytes) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(content)
+        # Not through a link that somebody else may have put there.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        with open(os.open(temporary, flags, 0o666), "wb") as file:
+            file.write(content)
         os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):

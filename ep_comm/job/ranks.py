@@ -25,7 +25,7 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     if "SLURM_STEP_TASKS_PER_NODE" not in environment:
         return {}
     local_tasks = _tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])[
-        int(environment["SLURM_NODEID"])
+        whole(environment, "SLURM_NODEID")
     ]
     if "TORCHELASTIC_RUN_ID" in environment:
         _check_torchrun(environment, local_tasks)
@@ -43,12 +43,24 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
                 f"{ours['WORLD_SIZE']} tasks, SLURM_PROCID {ours['RANK']}): unset {name}, or start "
                 f"as many tasks as processes are meant (srun --ntasks)"
             )
-    port = _FIRST_PORT + int(environment["SLURM_JOB_ID"]) % _NUM_PORTS
+    port = _FIRST_PORT + whole(environment, "SLURM_JOB_ID") % _NUM_PORTS
     return {
         **ours,
         "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_host(environment),
         "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
     }
+
+
+def whole(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """Return a variable that is a whole number, at least 0.
+
+    Raises:
+        EPArgumentError: It is something else; or it is missing, and there is no default.
+    """
+    text = environment.get(name, "" if default is None else str(default))
+    if not (text.isascii() and text.isdigit()):
+        raise EPArgumentError(f"the variable {name} must be a whole number, got {text!r}")
+    return int(text)
 
 
 def job_name(environment: Mapping[str, str]) -> str:
@@ -90,7 +102,7 @@ def _tasks_per_node(text: str) -> list[int]:
 
 def _first_host(environment: Mapping[str, str]) -> str:
     """Return the step's first node: gpu03 of ``"gpu[03-05,9],cpu1"``."""
-    if int(environment["SLURM_STEP_NUM_NODES"]) == 1:
+    if whole(environment, "SLURM_STEP_NUM_NODES") == 1:
         return "localhost"
     nodes = environment["SLURM_STEP_NODELIST"]
     return re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes).partition(",")[0]

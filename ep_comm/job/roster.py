@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ep_comm.errors import EPMismatchError, EPStateError, EPTimeoutError
 
 _POLL_S = 5e-3
+_MOST = 2**62  # of what ranks count
 
 
 class _State(NamedTuple):
@@ -164,9 +165,11 @@ class Roster:
         """Return what was agreed last, and its text in the store."""
         if not self._store.check([self._state_key]):
             return _State(0, ()), ""
-        text = self._store.get(self._state_key).decode()
-        number, masked = json.loads(text)
-        return _State(number, tuple(masked)), text
+        text = self._store.get(self._state_key).decode(errors="replace")
+        number, masked = self._checked(text)
+        if number is None or masked is None:
+            raise self._unreadable(text)
+        return _State(number, masked), text
 
     def _say(self, masked: tuple[int, ...] | None, answer: int | None) -> None:
         self._store.set(self._key(self._rank), json.dumps([masked, answer]))
@@ -176,8 +179,33 @@ class Roster:
         key = self._key(rank)
         if not self._store.check([key]):  # nothing is ever deleted: `get` finds it
             return None
-        masked, answer = json.loads(self._store.get(key))
-        return _Word(None if masked is None else tuple(masked), answer)
+        answer, masked = self._checked(self._store.get(key).decode(errors="replace"), is_word=True)
+        return _Word(masked, answer)
+
+    def _checked(
+        self, text: str, is_word: bool = False
+    ) -> tuple[int | None, tuple[int, ...] | None]:
+        """Return the number and the ranks of what stands in the store, whoever has written it."""
+        try:
+            first, second = json.loads(text)
+        except (ValueError, TypeError, RecursionError):
+            raise self._unreadable(text) from None
+        number, ranks = (second, first) if is_word else (first, second)
+        if not (number is None or (type(number) is int and 0 <= number < _MOST)):
+            raise self._unreadable(text)
+        if ranks is None:
+            return number, None
+        if not isinstance(ranks, list) or any(type(rank) is not int for rank in ranks):
+            raise self._unreadable(text)
+        if sorted({*ranks} & {*range(self._num_ranks)}) != ranks:
+            raise self._unreadable(text)
+        return number, tuple(ranks)
+
+    def _unreadable(self, text: str) -> EPMismatchError:
+        return EPMismatchError(
+            f"rank {self._rank} cannot read what another rank says of masks: {text[:80]!r}. Every "
+            "rank must run the same version of ep_comm."
+        )
 
     def _key(self, rank: int, phase: str = "") -> str:
         return f"{self._state_key}/{self._number}/{rank}{phase}"

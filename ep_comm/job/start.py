@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ep_comm.errors import EPError
 from ep_comm.job import wire
 from ep_comm.job.exits import UserError
-from ep_comm.job.ranks import job_name, rank_variables
+from ep_comm.job.ranks import job_name, rank_variables, whole
 from ep_comm.topology import backend_by_device_type
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ def join(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
     if not torch.cuda.is_available():
         _init_process_group("gloo", timeout)
         return torch.device("cpu")
-    processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    processes, gpus = whole(os.environ, "LOCAL_WORLD_SIZE"), torch.cuda.device_count()
     if processes > gpus:
         raise UserError(
             f"{processes} processes for {gpus} GPUs: start one for each "
@@ -56,7 +56,7 @@ def join(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
             f"them see all GPUs (srun --gpu-bind=none without --gpus-per-task), or hide the "
             f"GPUs (CUDA_VISIBLE_DEVICES=)"
         )
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    device = torch.device("cuda", whole(os.environ, "LOCAL_RANK"))
     torch.cuda.set_device(device)
     _init_process_group("nccl", timeout)
     return device
@@ -67,6 +67,8 @@ def _init_process_group(backend: str, timeout: timedelta) -> None:
     place = f"MASTER_PORT {os.environ.get('MASTER_PORT')} of {os.environ.get('MASTER_ADDR')}"
     advice = "give this job another MASTER_PORT (torchrun --master-port)"
     job = job_name(os.environ)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        whole(os.environ, name)
     try:
         store, rank, num_ranks = next(dist.rendezvous("env://", timeout=timeout))
         first = store.compare_set("ep_comm/job", "", job)

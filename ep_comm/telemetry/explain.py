@@ -10,6 +10,26 @@ from typing import Any
 
 FORMAT = "ep_comm last operations 1"
 Document = dict[str, Any]  # what a file holds, and "path"
+_NONE = type(None)
+_OF_DOCUMENT: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("run", "buffer", "host"), (str,)),
+    **dict.fromkeys(("rank", "num_ranks"), (int,)),
+    "time": (int, float),
+    "error": (dict,),
+    "operations": (list, _NONE),
+}
+_OF_ERROR: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("type", "text"), (str,)),
+    "late_ranks": (list,),  # of ranks
+    **dict.fromkeys(("op", "phase"), (str, _NONE)),
+    "epoch": (int, _NONE),
+    "waited_s": (int, float, _NONE),
+}
+_OF_OPERATION: dict[str, tuple[type, ...]] = {
+    "op": (str,),
+    "epoch": (int,),
+    **dict.fromkeys(("seconds", "called_ago_s"), (int, float, _NONE)),
+}
 
 
 class ExplainError(ValueError):
@@ -165,7 +185,19 @@ def read_document(path: Path) -> Document:
         raise ExplainError(f"{path} is no file that ep_comm has left: {error}") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ExplainError(f'{path} is no file that ep_comm has left: "format" is not {FORMAT!r}')
+    _check_fields(path, document, _OF_DOCUMENT)
+    _check_fields(path, document["error"], _OF_ERROR)
+    if any(type(rank) is not int for rank in document["error"]["late_ranks"]):
+        raise ExplainError(f'{path} is damaged: "late_ranks" are no ranks')
+    for operation in document["operations"] or []:
+        _check_fields(path, operation, _OF_OPERATION)
     return {**document, "path": path}
+
+
+def _check_fields(path: Path, found: object, wanted: dict[str, tuple[type, ...]]) -> None:
+    for name, kinds in wanted.items():
+        if not isinstance(found, dict) or not isinstance(found.get(name, ...), kinds):
+            raise ExplainError(f'{path} is damaged: "{name}" is missing or no value of its kind')
 
 
 def _sentences(

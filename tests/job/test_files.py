@@ -7,6 +7,7 @@ import socket
 
 import pytest
 
+from ep_comm.job import files
 from ep_comm.job.exits import UserError
 from ep_comm.job.files import introduce, lock, take_folder, user_of, write_json
 
@@ -57,3 +58,16 @@ def test_a_document_that_cannot_be_written_leaves_the_old_one(tmp_path):
         write_json(path, {"a": object()})
     assert path.read_text() == '{\n "a": 1\n}\n'
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("what", ["file", "lock"])
+def test_nothing_is_written_through_somebody_elses_link(what, tmp_path):
+    precious, link = tmp_path / "precious", tmp_path / ("x.json.tmp" if what == "file" else "x")
+    precious.write_text("precious")
+    link.symlink_to(precious)
+    with pytest.raises(OSError, match="symbolic links"):
+        if what == "file":
+            files.write_text(tmp_path / "x.json", "new")
+        else:
+            files.lock(link, "it")
+    assert precious.read_text() == "precious"

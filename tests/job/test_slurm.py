@@ -30,7 +30,7 @@ from example_runs import (  # noqa: E402
 )
 
 from ep_comm.errors import EPArgumentError  # noqa: E402
-from ep_comm.job.ranks import job_name, rank_variables  # noqa: E402
+from ep_comm.job.ranks import job_name, rank_variables, whole  # noqa: E402
 from ep_comm.pretrain.log import LOG_FILE, read_log  # noqa: E402
 
 SCRIPTS = ROOT / "scripts" / "slurm"
@@ -196,6 +196,15 @@ def task(**changes: str) -> dict[str, str]:
         "MASTER_ADDR": "node7",
         **changes,
     }
+
+
+@pytest.mark.parametrize("value", ["", "-1", "one", "1.5", "\u0661"])
+def test_variables_that_are_no_numbers(value):
+    with pytest.raises(EPArgumentError, match="variable RANK must be a whole number, got "):
+        whole({"RANK": value}, "RANK", 0)
+    assert whole({"RANK": "07"}, "RANK") == 7 and whole({}, "RANK", 3) == 3
+    with pytest.raises(EPArgumentError, match="SLURM_NODEID must be a whole number, got 'x'"):
+        rank_variables(task(SLURM_NODEID="x"))
 
 
 def test_the_name_of_a_job():

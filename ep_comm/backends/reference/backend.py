@@ -255,6 +255,7 @@ class ReferenceBackend(Operations):
         self._exchange_headers(
             record,
             tuple(len(tokens) for tokens in routing.sent_tokens),
+            expected_rows=recv_rows,
             routing_epoch=routing.epoch,
             dtype=wire_dtype,
             has_weights=topk_weights is not None,
@@ -306,6 +307,7 @@ class ReferenceBackend(Operations):
         self._exchange_headers(
             record,
             recv_rows,
+            expected_rows=sent_rows,
             routing_epoch=routing.epoch,
             dtype=x.dtype,
             has_weights=topk_weights is not None,

@@ -36,6 +36,7 @@ def exchange_headers(
     rows_to_rank: Sequence[int],
     num_tokens: int = 0,
     max_rows: int | None = None,
+    expected_rows: Sequence[int] | None = None,
     **fields: Any,
 ) -> tuple[int, ...]:
     """Tell every rank what this one is about to do, and check that all do the same.
@@ -48,6 +49,7 @@ def exchange_headers(
         rows_to_rank: Rows that this rank will send to each.
         num_tokens: This rank's tokens, in a plan; may differ between ranks, as rows may.
         max_rows: Most rows of a rank for another; None is ``config.max_tokens_per_rank``.
+        expected_rows: What each rank has to announce, where that is known.
         fields: Values that must be equal on all ranks: integers, and values that have a name.
 
     Returns:
@@ -93,6 +95,10 @@ def exchange_headers(
     for r, num_rows in enumerate(rows_from):
         if not 0 <= num_rows <= max_rows:
             raise EPMismatchError(f"rank {r} announces {num_rows} rows of {tokens[r]} tokens")
+        if expected_rows is not None and num_rows != expected_rows[r]:
+            raise EPMismatchError(
+                f"rank {r} announces {num_rows} rows, and by the routing it has {expected_rows[r]}"
+            )
     return rows_from
 
 

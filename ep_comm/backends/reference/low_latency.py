@@ -162,7 +162,7 @@ class ReferenceLowLatency(Operations):
         self._exchange_headers(
             record,
             routing.recv_rows,
-            max_rows=max(sent_rows),
+            expected_rows=sent_rows,
             routing_epoch=routing.epoch,
             has_weights=weights is not None,
         )

@@ -14,6 +14,7 @@ from typing import Any
 from ep_comm.errors import EPArgumentError
 from ep_comm.job.exits import UserError
 from ep_comm.job.files import take_folder
+from ep_comm.job.ranks import whole
 from ep_comm.megatron.names import NAME, STOCK, VALUES, is_ep_comm, printed
 from ep_comm.megatron.options import OPTIONS, EPOptions, flag_of
 from ep_comm.megatron.support import check_flags
@@ -193,8 +194,8 @@ def _check_others(args: argparse.Namespace, options: EPOptions) -> None:
 
 def _on_last_node() -> bool:
     """Return whether this process is on the node of the last rank, which writes to W&B."""
-    rank, ranks = (int(os.environ.get(key, i)) for i, key in enumerate(("RANK", "WORLD_SIZE")))
-    return rank >= ranks - int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rank, ranks = whole(os.environ, "RANK", 0), whole(os.environ, "WORLD_SIZE", 1)
+    return rank >= ranks - whole(os.environ, "LOCAL_WORLD_SIZE", 1)
 
 
 def _check_wandb_dir(wandb_save_dir: str | None, save: str | None) -> None:
