@@ -7,10 +7,11 @@ Written down before the runs. The tests are made from this table, and so is docs
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
 VICTIM = 1  # rank that the fault happens to
 TIMEOUT_S = 2.0  # EPConfig(timeout_s=...) in these runs
 SLACK_S = 5.0  # an error comes within the timeout and this
@@ -98,11 +99,12 @@ def _faults(over: str) -> list[Fault]:
                 "dispatches other rows",
                 "sends probabilities",
                 "combines another handle",
-                "uses another Buffer",
+                *(("uses another Buffer",) if gloo else ()),
                 *(("combines instead",) if gloo else ()),
                 "has more room in low latency",
             )
         ),
+        *([] if gloo else [fault("uses another Buffer", "", _LATE)]),
         *(
             [fault("loses its links", place, _LOST, place == BEFORE[2]) for place in BEFORE[::2]]
             if gloo
@@ -114,7 +116,7 @@ def _faults(over: str) -> list[Fault]:
 FAULTS = [*_faults("gloo"), *_faults("NVLink")]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Other:
     """A fault that a test of its own is for.
 
@@ -129,60 +131,189 @@ class Other:
     test: str
 
 
+_FAULTS, _MASKS, _RUNS = (
+    "core/test_faults.py",
+    "core/test_low_latency_masks.py",
+    "faults/test_runs.py",
+)
+_REFUSALS, _RESUMED = "pretrain/test_example_refusals.py", "pretrain/test_example.py"
+
 OTHERS = [
-    Other(what=what, outcome=outcome, test=test)
-    for what, outcome, test in (
-        # ---- the library
-        (
-            "two of four ranks stay away",
-            "both are named, and the others go on in a new group",
-            "core/test_faults.py::test_two_absent_ranks_are_both_named",
-        ),
-        (
-            "a rank has more tokens than the buffer",
-            "all ranks name it, at once; the buffer lives",
-            "core/test_faults.py::test_too_many_tokens_on_one_rank_are_named_on_all",
-        ),
-        (
-            "a rank goes while masks change",
-            "it is named; the call can be made again",
-            "core/test_low_latency_masks.py::test_a_rank_that_goes_while_masks_change_is_named",
-        ),
-        (
-            "a rank of low latency is killed",
-            "it is masked, the decode loop ends on the others, every value right",
-            "core/test_low_latency_masks.py::"
-            "test_a_killed_rank_is_masked_and_the_decode_loop_goes_on",
-        ),
-        (
-            "a rank of low latency stands still, and goes on",
-            "it is masked, finds out, and comes back",
-            "core/test_low_latency_masks.py::test_a_stopped_rank_is_masked_and_comes_back",
-        ),
-        (
-            "the same over NVLink",
-            "the same",
-            "backends/test_low_latency_masks_gpu.py::test_a_killed_rank_is_masked_on_gpus",
-        ),
-        (
-            "a rank makes no buffer",
-            "it is named after the timeout",
-            "job/test_meeting.py::test_a_rank_that_makes_no_buffer_is_named",
-        ),
-        (
-            "a rank has no memory for a buffer",
-            "all ranks name it",
-            "backends/test_nvlink_memory.py::test_out_of_memory_on_one_rank_is_raised_on_all",
-        ),
-        (
-            "a link between hosts dies",
-            "both ends name the other within the timeout and 5 s",
-            "softnic/test_softnic.py::test_a_dead_link_is_named_in_time",
-        ),
-        (
-            "a host does not answer ep-comm doctor --network",
-            "it is named by host and rank",
-            "softnic/test_hosts.py::test_the_command_names_a_silent_host_and_ends",
-        ),
-    )
+    # ---- the library
+    Other(
+        "two of four ranks stay away",
+        "both are named; the others go on in a new group",
+        f"{_FAULTS}::test_two_absent_ranks_are_both_named",
+    ),
+    Other(
+        "a rank has more tokens than the buffer",
+        "all ranks name it, at once; the buffer lives",
+        f"{_FAULTS}::test_too_many_tokens_on_one_rank_are_named_on_all",
+    ),
+    Other(
+        "a rank makes no buffer",
+        "it is named after the timeout",
+        "job/test_meeting.py::test_a_rank_that_makes_no_buffer_is_named",
+    ),
+    Other(
+        "a rank has no memory for a buffer",
+        "all ranks name it",
+        "backends/test_nvlink_memory.py::test_memory_that_one_rank_lacks_is_said_on_all",
+    ),
+    Other(
+        "a rank is stopped, killed, or calls nothing, over NVLink",
+        "`ep-comm explain` finds it in the files of the others",
+        "telemetry/test_recorder_gpu.py::test_who_stayed_away_is_found_in_the_files",
+    ),
+    Other(
+        "a rank destroys its buffer late, over NVLink",
+        "the others wait so long, name it, and free nothing that it may write to",
+        f"{_FAULTS}::test_destroy_waits_for_a_late_gpu_only_so_long",
+    ),
+    Other(
+        "a link between hosts dies",
+        "both ends name the other",
+        "softnic/test_softnic.py::test_a_dead_link_is_named_in_time",
+    ),
+    Other(
+        "a host does not answer `ep-comm doctor --network`",
+        "it is named by host and rank",
+        "softnic/test_hosts.py::test_the_command_names_a_silent_host_and_ends",
+    ),
+    Other(
+        "a random rank is killed at a random time",
+        "it is named by all, by the first alone; no hang, no orphan",
+        "faults/test_random_kills.py::test_two_hundred_random_kills",
+    ),
+    # ---- low latency
+    Other(
+        "a rank is killed in a decode loop",
+        "it is masked; the loop ends on the others, every value right",
+        f"{_MASKS}::test_a_killed_rank_is_masked_and_the_decode_loop_goes_on",
+    ),
+    Other(
+        "the same over NVLink",
+        "the same",
+        "backends/test_low_latency_masks_gpu.py"
+        "::test_a_killed_gpu_is_masked_and_the_decode_loop_goes_on",
+    ),
+    Other(
+        "a rank stands still in a decode loop, and goes on",
+        "it is masked, finds out, comes back",
+        f"{_MASKS}::test_a_stopped_rank_is_masked_and_comes_back",
+    ),
+    Other(
+        "a rank goes while masks change",
+        "it is named; the call can be made again",
+        f"{_MASKS}::test_a_rank_that_goes_while_masks_change_is_named",
+    ),
+    # ---- runs
+    Other(
+        "a rank raises, runs out of memory, or is killed, in its forward",
+        "torchrun's first failure is that rank; no process is left",
+        f"{_RUNS}::test_a_rank_that_fails_in_its_forward_ends_the_run",
+    ),
+    Other(
+        "a rank has another dispatcher",
+        "it is named after `--ep-timeout`",
+        f"{_RUNS}::test_a_rank_with_another_dispatcher_is_named",
+    ),
+    Other(
+        "the disk is full at a checkpoint",
+        "one line with `--save` and what is free; the checkpoint before it is whole",
+        f"{_RUNS}::test_a_full_disk_keeps_the_checkpoint_before",
+    ),
+    Other(
+        "the run is killed while it saves",
+        "the checkpoint before it is the latest",
+        "job/test_slurm.py::test_a_run_stopped_in_every_way_repeats_the_uninterrupted_one",
+    ),
+    Other(
+        "a file of a checkpoint is cut, overwritten, or missing",
+        "one line with the checkpoint, on all ranks",
+        f"{_RUNS}::test_a_damaged_file_of_a_checkpoint",
+    ),
+    Other(
+        "the checkpoint is another model's",
+        "one line with what differs",
+        f"{_RESUMED}::test_checkpoint_of_another_model",
+    ),
+    Other(
+        "the data's index is cut, or no index, or of other data",
+        "one line with the file",
+        f"{_REFUSALS}::test_bad_data_and_folders",
+    ),
+    Other(
+        "the configuration is cut, binary, or code",
+        "one line with the file",
+        "pretrain/test_config_files.py::test_a_file_that_is_no_configuration",
+    ),
+    Other(
+        "a line of the log is damaged",
+        "it is told; the others are read",
+        f"{_RESUMED}::test_damaged_lines_of_a_log",
+    ),
+    Other(
+        "SIGTERM or SIGINT, to one rank or to all",
+        "the step is finished and saved; exit code 75; the run goes on bit by bit",
+        "job/test_slurm.py::test_a_run_stopped_in_every_way_repeats_the_uninterrupted_one",
+    ),
+    Other(
+        "SIGUSR1 or SIGHUP, to one rank",
+        "the same",
+        f"{_RUNS}::test_a_signal_to_one_rank_saves_and_ends_all",
+    ),
+    Other(
+        "two jobs with one port",
+        "the second ends with one line a rank; the first does not notice",
+        f"{_RUNS}::test_a_second_job_on_a_port_leaves_the_first_alone",
+    ),
+    Other(
+        "two runs in one folder",
+        "the second ends with one line that names the first",
+        f"{_RESUMED}::test_two_runs_in_one_folder",
+    ),
 ]
+
+_BLOCK = re.compile(r"(<!-- faults: (\w+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def by_force() -> list[list[str]]:
+    """Return a row for each kind of fault: where it is tried, and what the others raise."""
+    rows: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for fault in FAULTS:
+        over = rows.setdefault((fault.what, fault.error), {"gloo": [], "NVLink": []})
+        over[fault.over].append(fault.place or "its next call")
+    return [
+        [
+            what,
+            f"`{error}`, rank {VICTIM}" if error else "no error; all go on",
+            *("; ".join(over[name]) or "–" for name in ("gloo", "NVLink")),
+        ]
+        for (what, error), over in rows.items()
+    ]
+
+
+def write_page(text: str) -> str:
+    """Return the page with its tables as they are here."""
+    tables = {
+        "force": (["rank 1", "the others", "over gloo", "over NVLink"], by_force()),
+        "others": (
+            ["fault", "what comes of it", "test"],
+            [[each.what, each.outcome, f"`{each.test}`"] for each in OTHERS],
+        ),
+    }
+
+    def table(match: re.Match[str]) -> str:
+        columns, rows = tables[match[2]]
+        lines = [
+            "| " + " | ".join(cells) + " |\n" for cells in (columns, ["---"] * len(columns), *rows)
+        ]
+        return match[1] + "".join(lines) + match[3]
+
+    return _BLOCK.sub(table, text)
+
+
+if __name__ == "__main__":
+    page = Path(sys.argv[1])
+    page.write_text(write_page(page.read_text()))
