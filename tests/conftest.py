@@ -24,6 +24,10 @@ os.environ.setdefault("EP_COMM_FAULTS", tempfile.mkdtemp(prefix="ep_comm-tests-"
 SLURM = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults-json", type=Path, help="write here what came of each fault by force")
+
+
 def pytest_make_parametrize_id(val: object, argname: str) -> str:
     return id_of(argname, val)
 

@@ -21,17 +21,18 @@ def of(over: str) -> list:
     ]
 
 
-def check(fault: Fault, outcomes: list[Found | str | None]) -> None:
+def check(fault: Fault, outcomes: list[Found | str | None]) -> float:
     """All others name the culprit; the first of them nobody else, with the expected error.
 
     Whoever waits for one that has given up before runs into the timeout, and names that one too.
+    Returns the longest time from the fault to an error.
     """
     others = [found for rank, found in enumerate(outcomes) if rank != VICTIM]
     assert all(isinstance(found, Found) for found in others), outcomes
     assert (outcomes[VICTIM] is None) == (fault.what == "is killed")
     if fault.culprit is None:
         assert all(found.steps == 2 for found in others), outcomes
-        return
+        return 0.0
     first = min(others, key=lambda found: found.seconds)
     assert first.error == fault.error and first.late_ranks in ((), (fault.culprit,)), first
     for found in others:
@@ -39,23 +40,22 @@ def check(fault: Fault, outcomes: list[Found | str | None]) -> None:
         assert fault.culprit in found.late_ranks or not found.late_ranks
         assert f"rank {fault.culprit}" in found.text or f", {fault.culprit} " in found.text
         assert found.seconds < fault.within_s, found
+    return max(found.seconds for found in others)
 
 
 @pytest.mark.parametrize("fault", of("gloo"))
-def test_over_gloo(fault):
+def test_over_gloo(fault, keep):
     outcomes = run_forked(_NUM_RANKS, play, fault, timeout_s=_BOUND_S)
     for rank, outcome in enumerate(outcomes):
         want = "signal 9" if rank == VICTIM and fault.what == "is killed" else "done"
         assert outcome.how == want, outcome.value
-    check(fault, [outcome.value for outcome in outcomes])
+    keep(fault, check(fault, [outcome.value for outcome in outcomes]))
 
 
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("fault", of("NVLink"))
-def test_over_nvlink(fault):
+def test_over_nvlink(fault, keep):
     num_ranks = min(_NUM_RANKS, torch.cuda.device_count())
     dying = (VICTIM,) if fault.what == "is killed" else ()
-    check(
-        fault,
-        run_ranks(num_ranks, play, fault, "cuda", fresh=True, dying=dying, backend="nccl"),
-    )
+    outcomes = run_ranks(num_ranks, play, fault, "cuda", fresh=True, dying=dying, backend="nccl")
+    keep(fault, check(fault, outcomes))
