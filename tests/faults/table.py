@@ -176,6 +176,11 @@ OTHERS = [
         "softnic/test_softnic.py::test_a_dead_link_is_named_in_time",
     ),
     Other(
+        "a host stands still",
+        "the other names it",
+        "softnic/test_softnic.py::test_a_host_that_stands_still_is_named_in_time",
+    ),
+    Other(
         "a host does not answer `ep-comm doctor --network`",
         "it is named by host and rank",
         "softnic/test_hosts.py::test_the_command_names_a_silent_host_and_ends",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
+import signal
 import time
 from collections.abc import Callable
 from functools import partial
@@ -223,6 +225,40 @@ def test_a_dead_link_is_named_in_time(card, path, tmp_path):
     for rank, (took, text, late_ranks) in enumerate(results):
         assert took < TIMEOUT_S + 5
         assert 1 - rank in late_ranks and f"rank {1 - rank}" in text
+
+
+def beside_a_host_that_stands_still(rank: int, case: Case) -> tuple | None:
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"pid/{rank}", str(os.getpid()))
+    buffer = Buffer(None, case.config(timeout_s=TIMEOUT_S))
+    topk = to_torch(case.topk_idx(rank), "cuda")
+    x = to_torch(case.rows(rank, case.tokens[rank], salt=2), "cuda")
+    out = buffer.dispatch(x, topk)
+    buffer.combine(out.recv_x, out.handle)
+    torch.cuda.synchronize()
+    dist.barrier()
+    torch.cuda.synchronize()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return None
+    begin = time.monotonic()
+    with pytest.raises(EPTimeoutError) as error:
+        while time.monotonic() < begin + 4 * TIMEOUT_S:
+            buffer.dispatch(x, topk)
+            torch.cuda.synchronize()
+    took = time.monotonic() - begin
+    os.kill(int(store.get("pid/1")), signal.SIGCONT)
+    return took, str(error.value), error.value.late_ranks
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_host_that_stands_still_is_named_in_time(card, path):
+    case = between_hosts(Case(tokens=(90, 41), num_topk=4), 1)
+    (took, text, late_ranks), _ = run(
+        (2, 1), beside_a_host_that_stands_still, case, card=card(path)
+    )
+    assert took < TIMEOUT_S + 5
+    assert late_ranks == (1,) and "for rank 1" in text
 
 
 # ----------------------------------------------------------------------------------------- Megatron
