@@ -11,6 +11,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -137,13 +138,13 @@ def _see(
     except (EPError, ValueError, MemoryError, RuntimeError) as error:
         if is_victim:
             if fault.error:
-                store.wait([f"saw/{r}" for r in others], _seconds(_TELLS_S))
+                store.wait([f"saw/{r}" for r in others], timedelta(seconds=_TELLS_S))
             return f"{type(error).__name__}: {error}"
         if not isinstance(error, EPError):
             raise
         took = time.monotonic() - float(store.get("fault"))
         store.set(f"saw/{rank}", "1")
-        store.wait([f"saw/{r}" for r in others], _seconds(_TELLS_S))
+        store.wait([f"saw/{r}" for r in others], timedelta(seconds=_TELLS_S))
         late = getattr(error, "late_ranks", ())
         return Found(type(error).__name__, str(error), late, took, 0)
 
@@ -231,12 +232,6 @@ def _wake(store: dist.Store, fault: Fault) -> None:
         time.sleep(0.02)
     time.sleep(STAND_STILL_S)
     os.kill(int(store.get(f"pid/{VICTIM}")), signal.SIGCONT)
-
-
-def _seconds(value: float) -> Any:
-    from datetime import timedelta
-
-    return timedelta(seconds=value)
 
 
 def _die(device: str) -> None:
