@@ -59,7 +59,7 @@ def check_stats(stats: Tensor | None, num_local_experts: int, x: Payload) -> Non
     """Refuse what tokens of experts cannot be counted in: it is [E] int32."""
     device = (x[0] if isinstance(x, tuple) else x).device
     name = "cumulative_local_expert_recv_stats"
-    checked_counter(name, stats, num_local_experts, torch.int32, device)
+    checked_counter(name, stats, (num_local_experts,), torch.int32, device)
 
 
 def finish(
