@@ -3,9 +3,9 @@
 // kernel, or one each.
 
 #include "common/launch.cuh"
-#include "common/vectors.cuh"
 #include "low_latency/route.cuh"
 #include "low_latency/shapes.cuh"
+#include "low_latency/sums.cuh"
 
 namespace {
 
@@ -17,27 +17,11 @@ constexpr int kThreads = kWarps * kWarpSize;
 // The last warps have the least to send: one does what nobody waits for.
 constexpr int kBookkeepingWarp = kWarps - 2;
 constexpr int kManyTokens = 64;  // with which more travels than the links take at once
-constexpr int kPer = kPerVector<__nv_bfloat16>;
 // Rows of a token's experts of which a lane has a word on its way: those of two units.
 constexpr int kStages = 2;
 constexpr int kRowsOfStage = 8;
 constexpr int kStageWords = kRowsOfStage * kWarpSize;
 constexpr int kStageBytes = kWarps * kStages * kStageWords * static_cast<int>(sizeof(uint4));
-
-// Adds to a sum that begins at -0: then the first term is what it is, whatever that is.
-__device__ inline void add(float (&sums)[kPer], const uint4& word) {
-  float values[kPer];
-  unpack<__nv_bfloat16>(word, values);
-#pragma unroll
-  for (int i = 0; i < kPer; ++i) sums[i] = __fadd_rn(sums[i], values[i]);
-}
-
-__device__ inline void add(float (&sums)[kPer], const uint4& word, float weight) {
-  float values[kPer];
-  unpack<__nv_bfloat16>(word, values);
-#pragma unroll
-  for (int i = 0; i < kPer; ++i) sums[i] = __fadd_rn(sums[i], __fmul_rn(weight, values[i]));
-}
 
 // The last one to get work.
 __device__ inline bool is_last_warp() {

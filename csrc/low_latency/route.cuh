@@ -7,21 +7,24 @@ namespace ep::low_latency {
 
 constexpr uint32_t kNoExpert = 0xfff;
 
-// A token of this rank, known to a warp: lane k has the k-th of its experts.
-struct Route {
-  int32_t rank = -1;     // that owns the expert; -1 where there is none
-  int32_t local = 0;     // number of the expert there
-  uint32_t ranks = 0;    // bit r: some expert is on rank r; the same in all lanes
+// Where an expert is.
+struct Expert {
+  int32_t rank = -1;     // that owns it; -1 where there is none
+  int32_t local = 0;     // its number there
   bool is_none = false;  // what was given for an expert is none, and not -1
 
-  // expert: what load_expert() gave. What is none is dropped.
-  __device__ void find(const ep_low_latency& common, int64_t expert) {
-    if (expert >= 0 && expert < common.num_local_experts * common.peers.num_ranks) {
+  Expert() = default;
+  // expert: as it was given. What is none is dropped.
+  __device__ Expert(const ep_low_latency& common, int32_t num_ranks, int64_t expert) {
+    locate(common, num_ranks, expert);
+  }
+
+  __device__ void locate(const ep_low_latency& common, int32_t num_ranks, int64_t expert) {
+    if (expert >= 0 && expert < common.num_local_experts * num_ranks) {
       rank = quotient(static_cast<int32_t>(expert), common.num_local_experts);
       local = static_cast<int32_t>(expert) - rank * common.num_local_experts;
     }
     is_none = rank < 0 && expert != -1;
-    ranks = __reduce_or_sync(kFullWarp, rank >= 0 ? 1u << rank : 0u);
   }
 
   // By the warp: whether this lane's expert stands before it already.
@@ -31,12 +34,27 @@ struct Route {
   }
 };
 
+// A token of this rank, known to a warp: lane k has the k-th of its experts.
+struct Route : Expert {
+  uint32_t ranks = 0;  // bit r: some expert is on rank r; the same in all lanes
+
+  // expert: what load_expert() gave.
+  __device__ void find(const ep_low_latency& common, int64_t expert) {
+    locate(common, common.peers.num_ranks, expert);
+    ranks = __reduce_or_sync(kFullWarp, rank >= 0 ? 1u << rank : 0u);
+  }
+};
+
+// The i-th entry of topk_idx, as it was given.
+__device__ inline int64_t expert_at(const ep_low_latency& common, int64_t i) {
+  return common.idx_bytes == 8 ? static_cast<const int64_t*>(common.topk_idx)[i]
+                               : static_cast<const int32_t*>(common.topk_idx)[i];
+}
+
 // Lane k's expert of token t, as it was given; -1 behind the last.
 __device__ inline int64_t load_expert(const ep_low_latency& common, int32_t t) {
   if (lane_id() >= common.num_topk || t >= common.num_tokens) return -1;
-  const int64_t i = static_cast<int64_t>(t) * common.num_topk + lane_id();
-  return common.idx_bytes == 8 ? static_cast<const int64_t*>(common.topk_idx)[i]
-                               : static_cast<const int32_t*>(common.topk_idx)[i];
+  return expert_at(common, static_cast<int64_t>(t) * common.num_topk + lane_id());
 }
 
 // Tells the host of an expert that is none, or that a token has twice. Of several notices one whole
@@ -73,6 +91,34 @@ __device__ inline uint4 weight_word(const float* weights, int32_t count) {
 __device__ inline uint4 pack_experts(const uint32_t (&e)[kExpertsOfWord]) {
   return make_uint4(e[0] | e[1] << 12 | e[2] << 24, e[2] >> 8 | e[3] << 4 | e[4] << 16 | e[5] << 28,
                     e[5] >> 4 | e[6] << 8 | e[7] << 20, 0);
+}
+
+// That of the experts that stand at `experts`, of which the first `count` are the token's; for the
+// rank whose first expert is `first`.
+template <typename Idx>
+__device__ inline uint4 expert_word(const Idx* experts, int32_t count, int64_t first,
+                                    int32_t num_local_experts) {
+  Idx expert[kExpertsOfWord];
+#pragma unroll
+  for (int k = 0; k < kExpertsOfWord; ++k) expert[k] = k < count ? experts[k] : -1;
+  uint32_t local[kExpertsOfWord];
+#pragma unroll
+  for (int k = 0; k < kExpertsOfWord; ++k) {
+    const auto i = static_cast<uint64_t>(expert[k] - first);  // large for what is before them
+    const bool is_here = i < static_cast<uint64_t>(num_local_experts);
+    local[k] = is_here ? static_cast<uint32_t>(i) : kNoExpert;
+  }
+  return pack_experts(local);
+}
+
+// Of the entries of topk_idx from `at` on.
+__device__ inline uint4 expert_word(const ep_low_latency& common, int64_t at, int32_t count,
+                                    int32_t rank) {
+  const int64_t first = rank * common.num_local_experts;
+  return common.idx_bytes == 8 ? expert_word(static_cast<const int64_t*>(common.topk_idx) + at,
+                                             count, first, common.num_local_experts)
+                               : expert_word(static_cast<const int32_t*>(common.topk_idx) + at,
+                                             count, first, common.num_local_experts);
 }
 
 // The i-th of them.

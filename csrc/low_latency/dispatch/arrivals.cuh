@@ -2,6 +2,7 @@
 #pragma once
 
 #include "low_latency/dispatch/roles.cuh"
+#include "low_latency/lines.cuh"
 #include "low_latency/route.cuh"
 
 namespace ep::low_latency::dispatch {
@@ -17,8 +18,7 @@ class Arrivals {
   int32_t* rows;        // [kItemsAtOnce, K] of recv_x that an item becomes, or -1
 
   static __host__ __device__ int64_t bytes(const ep_low_latency& common) {
-    return 8 * EP_MAX_PEERS + row_bytes(common.num_topk) +
-           16ll * common.num_local_experts * groups_of(common);
+    return 8 * EP_MAX_PEERS + row_bytes(common.num_topk) + line_bytes(common);
   }
   static __host__ __device__ int64_t entry_bytes(const ep_low_latency& common) {
     return 16ll * common.peers.num_ranks * common.max_tokens * expert_words(common.num_topk);
@@ -28,41 +28,22 @@ class Arrivals {
       : num_tokens(reinterpret_cast<int32_t*>(shared)),
         num_rows(reinterpret_cast<int32_t*>(shared) + EP_MAX_PEERS),
         rows(num_rows + EP_MAX_PEERS),
-        lines_(reinterpret_cast<uint4*>(shared + 8 * EP_MAX_PEERS + row_bytes(common.num_topk))),
-        groups_(groups_of(common)),
-        entries_(has_entries ? lines_ + common.num_local_experts * groups_ : nullptr) {}
+        lines_(shared + 8 * EP_MAX_PEERS + row_bytes(common.num_topk), places_of(common)),
+        entries_(has_entries ? lines_.end(common.num_local_experts) : nullptr) {}
 
   // By the entry warps, before they meet. `thread` is the number of one among them.
   __device__ void clear(int32_t num_local_experts, int32_t thread) const {
-#pragma unroll 1
-    for (int32_t i = thread; i < num_local_experts * groups_; i += kEntryThreads) {
-      lines_[i] = make_uint4(0, 0, 0, 0);
-    }
+    lines_.clear(num_local_experts, thread, kEntryThreads);
     if (thread < EP_MAX_PEERS) {
       num_rows[thread] = 0;
       num_tokens[thread] = kNotKnown;
     }
   }
 
-  __device__ void mark(uint32_t expert, int32_t n) const {
-    auto* const line = reinterpret_cast<uint32_t*>(lines_ + expert * groups_);
-    atomicOr(line + n / 32, 1u << (n % 32));
-  }
+  __device__ void mark(uint32_t expert, int32_t n) const { lines_.mark(expert, n); }
 
   // Rows of `expert` before n.
-  __device__ int32_t before(int32_t expert, int32_t n) const {
-    const uint4* line = lines_ + expert * groups_;
-    int32_t count = 0;
-#pragma unroll 1
-    for (; n >= 128; n -= 128, ++line) {
-      count += __popc(line->x) + __popc(line->y) + __popc(line->z) + __popc(line->w);
-    }
-    if (n == 0) return count;
-    const uint64_t low = static_cast<uint64_t>(line->y) << 32 | line->x;
-    const uint64_t high = static_cast<uint64_t>(line->w) << 32 | line->z;
-    const uint64_t before = (1ull << (n & 63)) - 1;
-    return count + (n < 64 ? __popcll(low & before) : __popcll(low) + __popcll(high & before));
-  }
+  __device__ int32_t before(int32_t expert, int32_t n) const { return lines_.before(expert, n); }
 
   // While entries are waited for the number is written and read by atomics alone.
   __device__ void set_num_tokens(int32_t source, int32_t count) const {
@@ -87,15 +68,17 @@ class Arrivals {
   }
 
  private:
-  uint4* lines_;  // [E, groups of 128 bits]
-  int32_t groups_;
+  Lines lines_;     // of the experts
   uint4* entries_;  // [R, M, words]
 
   static constexpr __host__ __device__ int32_t row_bytes(int32_t num_topk) {
     return kItemsAtOnce * num_topk * static_cast<int32_t>(sizeof(int32_t));
   }
-  static __host__ __device__ int32_t groups_of(const ep_low_latency& common) {
-    return ceil_div<int32_t>(common.peers.num_ranks * common.max_tokens, 128);
+  static __host__ __device__ int32_t places_of(const ep_low_latency& common) {
+    return common.peers.num_ranks * common.max_tokens;
+  }
+  static __host__ __device__ int64_t line_bytes(const ep_low_latency& common) {
+    return Lines::bytes(common.num_local_experts, places_of(common));
   }
 };
 

@@ -50,14 +50,9 @@ const Kernels kernels =
 
 int32_t ep_low_latency_dispatch(const ep_low_latency_dispatch_args* args, void* stream) {
   const ep_low_latency& common = args->common;
-  const int32_t status = low_latency::check(common);
+  int32_t status = low_latency::check(common);
+  if (status == EP_OK) status = dispatch::check_hidden(common.hidden, args->format);
   if (status != EP_OK) return status;
-  const int32_t block = args->format == EP_LOW_LATENCY_BF16    ? 8
-                        : args->format == EP_LOW_LATENCY_UE8M0 ? 4 * kScaleBlock
-                                                               : kScaleBlock;
-  if (common.hidden % block != 0) {
-    return ep::fail(EP_ERR_ARGUMENT, "hidden = %d is not a multiple of %d", common.hidden, block);
-  }
   const int64_t places =
       static_cast<int64_t>(common.num_local_experts) * common.peers.num_ranks * common.max_tokens;
   if (places > EP_LOW_LATENCY_MAX_PLACES) {

@@ -57,26 +57,7 @@ class Entries {
       return;
     }
     const int32_t k = j_ * kExpertsOfWord, count = common_.num_topk - k;
-    word_ = common_.idx_bytes == 8
-                ? expert_word(static_cast<const int64_t*>(common_.topk_idx) + first + k, count)
-                : expert_word(static_cast<const int32_t*>(common_.topk_idx) + first + k, count);
-  }
-
-  // Of the experts that stand at `experts`, of which the first `count` are the token's.
-  template <typename Idx>
-  __device__ uint4 expert_word(const Idx* experts, int32_t count) const {
-    Idx expert[kExpertsOfWord];
-#pragma unroll
-    for (int k = 0; k < kExpertsOfWord; ++k) expert[k] = k < count ? experts[k] : -1;
-    const int64_t first = to_ * common_.num_local_experts;
-    uint32_t local[kExpertsOfWord];
-#pragma unroll
-    for (int k = 0; k < kExpertsOfWord; ++k) {
-      const auto i = static_cast<uint64_t>(expert[k] - first);  // large for what is before them
-      const bool is_here = i < static_cast<uint64_t>(common_.num_local_experts);
-      local[k] = is_here ? static_cast<uint32_t>(i) : kNoExpert;
-    }
-    return pack_experts(local);
+    word_ = expert_word(common_, first + k, count, to_);
   }
 };
 

@@ -2,33 +2,9 @@
 #pragma once
 
 #include "low_latency/dispatch/arrivals.cuh"
+#include "low_latency/dispatch/scales.cuh"
 
 namespace ep::low_latency::dispatch {
-
-// Stores the four scales of a word: column-major, rows next to each other.
-__device__ inline void store_scales(const ep_low_latency_dispatch_args& args, int32_t hidden,
-                                    int32_t row, int32_t index, const uint4& word) {
-  const ep_low_latency& common = args.common;
-  const int32_t num_rows = common.peers.num_ranks * common.max_tokens;
-  const int32_t expert = row / num_rows, place = row - expert * num_rows;
-  const int32_t blocks = hidden / kScaleBlock;
-  const uint32_t scales[kScalesOfWord] = {word.x, word.y, word.z, word.w};
-  auto* const out = static_cast<uint32_t*>(args.recv_scales);
-  if (args.format == EP_LOW_LATENCY_UE8M0) {
-    uint32_t exponents = 0;
-#pragma unroll
-    for (int i = 0; i < kScalesOfWord; ++i) exponents |= (scales[i] >> 23 & 0xff) << (8 * i);
-    out[static_cast<int64_t>(expert * (blocks / 4) + index) * args.scale_stride + place] =
-        exponents;
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kScalesOfWord; ++i) {
-    const int32_t block = index * kScalesOfWord + i;
-    if (block >= blocks) break;
-    out[static_cast<int64_t>(expert * blocks + block) * args.scale_stride + place] = scales[i];
-  }
-}
 
 // The row of recv_x that lane k's expert of a row has it in; -1 where there is none.
 template <typename Memory>
@@ -197,7 +173,9 @@ class Receiver {
           auto* const out = static_cast<uint4*>(args_.recv_x);
           ptx::store_global(out + static_cast<int64_t>(row) * row_.data + at, word);
         } else {
-          store_scales(args_, memory_.hidden(), row, at - row_.data, word);
+          store_scales(args_, memory_.hidden(),
+                       args_.common.peers.num_ranks * args_.common.max_tokens, row, at - row_.data,
+                       word);
         }
       }
     }

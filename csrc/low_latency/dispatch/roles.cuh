@@ -47,4 +47,13 @@ __device__ inline Header own_header(const ep_low_latency_dispatch_args& args) {
           static_cast<uint32_t>(common.max_tokens)};
 }
 
+// EP_OK, or EP_ERR_ARGUMENT with a text. Host code.
+inline int32_t check_hidden(int32_t hidden, int32_t format) {
+  const int32_t block = format == EP_LOW_LATENCY_BF16    ? 8
+                        : format == EP_LOW_LATENCY_UE8M0 ? 4 * kScaleBlock
+                                                         : kScaleBlock;
+  if (hidden % block == 0) return EP_OK;
+  return fail(EP_ERR_ARGUMENT, "hidden = %d is not a multiple of %d", hidden, block);
+}
+
 }  // namespace ep::low_latency::dispatch
