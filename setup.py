@@ -60,6 +60,7 @@ NVSHMEM_LIBRARY = Extension(
     sources=[
         *("csrc/abi.cu", "csrc/host.cu", "csrc/load.cu"),
         *(f"csrc/nodes/{name}.cu" for name in ("combine", "dispatch", "layout", "plan")),
+        *(f"csrc/nodes/low_latency/{name}.cu" for name in ("combine", "dispatch")),
         *(f"csrc/nvshmem/{name}.cu" for name in ("calls", "world")),
     ],
     depends=DEPENDS,

@@ -50,6 +50,13 @@ class EmulatedLibrary(NativeLibrary):
         dll.emulation_waits.restype = ctypes.c_char_p
         self.path, self._dll = path, dll
         self.cuda_archs = ("cpu",)
+        self.unwaited = False
+
+    def launch(self, function: str, args: ctypes.Structure, stream: int) -> None:
+        """Call the function; wait for a low-latency operation, for nothing else here does."""
+        super().launch(function, args, stream)
+        if "low_latency" in function and not self.unwaited:
+            self.synchronize(stream)
 
     def synchronize(self, stream: int) -> None:
         self._dll.emulation_synchronize(stream)
@@ -127,11 +134,15 @@ def _name_of(address: int) -> str:
             names = [name for name, _ in offsets._fields_ if not name.endswith(("half", "region"))]
             split = names.index("network_credits")
             names = names[:split] if total == offsets.total else names[split:-2]
-            name = max(
-                (name for name in names if getattr(offsets, name) <= address - start),
-                key=lambda name: getattr(offsets, name),
-            )
-            return f"rank {memory.rank}'s {name} + {address - start - getattr(offsets, name)}"
+            starts_of = {name: getattr(offsets, name) for name in names}
+            for name in [
+                name for name, of_kinds in starts_of.items() if not isinstance(of_kinds, int)
+            ]:
+                of_kinds = starts_of.pop(name)
+                starts_of |= {f"{name}[{kind}]": at for kind, at in enumerate(of_kinds)}
+            before = [name for name, at in starts_of.items() if at <= address - start]
+            name = max(before, key=starts_of.__getitem__)
+            return f"rank {memory.rank}'s {name} + {address - start - starts_of[name]}"
     return f"{address:#x}"
 
 
@@ -206,6 +217,7 @@ def run_emulated_nodes(
 ) -> list[Any]:
     """As `run_virtual_nodes`, with the kernels of `library`."""
     with emulated_cuda(library) as native:
+        native.unwaited = unwaited
         streams = [_Stream(native) for _ in range(3 * num_nodes * ranks_per_node + 2)]
         try:
             return all_ranks(

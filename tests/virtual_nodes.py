@@ -157,7 +157,7 @@ def all_ranks(
             memory[rank],
             [memory[other].data_ptr() for other in place.neighbours],
             network[rank],
-            [network[other].data_ptr() for other in place.rail],
+            [tensor.data_ptr() for tensor in network],
             config.timeout_s,
             (memory, network),
             Farewell(rank, flags_of),

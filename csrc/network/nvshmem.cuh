@@ -30,9 +30,9 @@ __device__ void flush(const Flag* flag, Flag seen);
 // (nvshmem/world.cu).
 extern __device__ int32_t flushes_after_wait;
 
-// The PE with this rank's number on the node k after.
-__device__ inline int pe_of(const ep_peers& peers, const ep_network& network, int32_t k) {
-  return (network.node + k) % network.num_nodes * peers.num_ranks + peers.rank;
+// The PE of the rail's rank on the node k after.
+__device__ inline int pe_of(const ep_network& network, int32_t k) {
+  return (network.node + k) % network.num_nodes * network.pe_stride + network.pe_first;
 }
 
 // Where to write what put() is to send from `from` to `to`, both places in network memory, to the
@@ -47,7 +47,7 @@ __device__ inline void raise_far(const ep_peers& peers, const ep_network& networ
                                  int64_t flag, Flag value) {
   delay(peers);
   ptx::fence_acq_rel_sys();  // what it stands for comes before it, whoever carries it
-  nvshmem::raise(reinterpret_cast<Flag*>(network.memory + flag), value, pe_of(peers, network, k));
+  nvshmem::raise(reinterpret_cast<Flag*>(network.memory + flag), value, pe_of(network, k));
 }
 
 // Sends num_bytes, which may be 0, from `from` in this rank's network memory to `to` in that of the
@@ -74,7 +74,7 @@ __device__ inline void put(const ep_peers& peers, const ep_network& network, int
   }
   uint8_t* const memory = network.memory;
   nvshmem::put(group, memory + to, memory + from, num_bytes, reinterpret_cast<Flag*>(memory + flag),
-               value, pe_of(peers, network, k));
+               value, pe_of(network, k));
 }
 
 // Called by the thread that has seen `seen` at `flag`, a flag of this rank's network memory, before

@@ -5,6 +5,7 @@
 #include "common/cut.cuh"
 #include "common/launch.cuh"
 #include "dispatch/slots.cuh"
+#include "low_latency/memory.cuh"
 #include "nodes/nodes.cuh"
 
 namespace {
@@ -14,7 +15,34 @@ using namespace ep;
 int32_t check_sizes(const ep_nodes_layout_args& args) {
   const int32_t status = nodes::check_group(args.num_nodes, args.ranks_per_node);
   if (status != EP_OK) return status;
+  if (args.low_latency_tokens < 0 || args.low_latency_tokens > EP_LOW_LATENCY_MAX_TOKENS) {
+    return fail(EP_ERR_ARGUMENT, "low_latency_tokens = %d is not in [0, %d]",
+                args.low_latency_tokens, EP_LOW_LATENCY_MAX_TOKENS);
+  }
   return check_row_sizes(args.max_tokens, args.row_bytes, args.num_topk);
+}
+
+// Where messages of low-latency operations stand, of which there are two of each kind.
+void cut_low_latency(const ep_nodes_layout_args& args, Cut* network, ep_nodes_offsets* offsets) {
+  const int64_t room = args.low_latency_tokens;
+  const int64_t ranks = args.num_nodes * args.ranks_per_node;
+  const int64_t places = room == 0 ? 0 : 2 * ranks;
+  const int64_t weight_words = low_latency::weight_words(args.num_topk);
+  const int64_t entry_words = low_latency::expert_words(args.num_topk) + weight_words;
+  offsets->low_latency_head_region[0] = round_up(16 * (1 + room * entry_words), Cut::kAlignment);
+  offsets->low_latency_head_region[1] = round_up(16 * (1 + room * weight_words), Cut::kAlignment);
+  offsets->low_latency_row_region = round_up(room * 2 * args.hidden, Cut::kAlignment);
+  offsets->low_latency_credits = network->take<uint64_t>(2 * places);
+  offsets->low_latency_head_flags = network->take<uint64_t>(2 * places);
+  offsets->low_latency_row_flags = network->take<uint64_t>(2 * places * EP_LOW_LATENCY_CHUNKS);
+  for (int kind = 0; kind < 2; ++kind) {
+    const int64_t heads = places * offsets->low_latency_head_region[kind];
+    const int64_t rows = places * offsets->low_latency_row_region;
+    offsets->low_latency_heads_to_send[kind] = network->take<uint8_t>(heads);
+    offsets->low_latency_heads_received[kind] = network->take<uint8_t>(heads);
+    offsets->low_latency_rows_to_send[kind] = network->take<uint8_t>(rows);
+    offsets->low_latency_rows_received[kind] = network->take<uint8_t>(rows);
+  }
 }
 
 }  // namespace
@@ -84,6 +112,7 @@ int32_t ep_nodes_layout(const ep_nodes_layout_args* args, ep_nodes_offsets* offs
   offsets->combine_received = network.take<uint8_t>(far * offsets->combine_region);
   offsets->weights_to_send = network.take<uint8_t>(far * offsets->weights_region);
   offsets->weights_received = network.take<uint8_t>(far * offsets->weights_region);
+  cut_low_latency(*args, &network, offsets);
   offsets->network_total = network.end();
   offsets->max_chunks = static_cast<int32_t>(chunks);
   offsets->network_chunk_rows = static_cast<int32_t>(round_up<int64_t>(

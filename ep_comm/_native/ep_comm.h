@@ -646,6 +646,8 @@ typedef struct ep_nodes_layout_args {
   int32_t num_topk;
   int32_t num_nodes;
   int32_t ranks_per_node;
+  int32_t low_latency_tokens; /* most tokens of a low-latency operation; 0: there are none */
+  int32_t hidden;             /* elements of their rows, which are BF16; a multiple of 8 */
 } ep_nodes_layout_args;
 
 /* Where things stand, in bytes; each at a multiple of 256. All of it is zero before the first
@@ -685,7 +687,20 @@ typedef struct ep_nodes_offsets {
   int64_t combine_received;
   int64_t weights_to_send; /* float [O, S, K] */
   int64_t weights_received;
+  /* Low latency, where there is room for it: M = low_latency_tokens; kind is dispatch or combine,
+   * and two of each (epochs take turns). Of all R ranks: what is to be sent by the rank that it
+   * goes to, all else by the rank that it is from. */
+  int64_t low_latency_credits;          /* uint64 [kind, 2, R] */
+  int64_t low_latency_head_flags;       /* uint64 [kind, 2, R] */
+  int64_t low_latency_row_flags;        /* uint64 [kind, 2, R, EP_LOW_LATENCY_CHUNKS] */
+  int64_t low_latency_heads_to_send[2]; /* [kind] words of 16 bytes [2, R, heads]: a header, then
+                                           entries of M rows or, of combine, weights */
+  int64_t low_latency_heads_received[2];
+  int64_t low_latency_rows_to_send[2]; /* [kind] [2, R, M, 2 hidden bytes] */
+  int64_t low_latency_rows_received[2];
   int64_t network_total;
+  int64_t low_latency_head_region[2]; /* [kind] of one rank */
+  int64_t low_latency_row_region;
   int64_t plan_region;
   int64_t dispatch_region;
   int64_t combine_region;
@@ -719,8 +734,8 @@ typedef struct ep_network_queue {
 } ep_network_queue;
 
 /* How a rank reaches its rail, the ranks with its number on the other nodes. Over NVSHMEM only
- * `memory`, `num_nodes` and `node` are read: `memory` is from ep_nvshmem_allocate, and rank (n, l)
- * is PE n L + l. */
+ * `memory`, the last four and no other are read: `memory` is from ep_nvshmem_allocate, and the
+ * rail's rank on node n is PE n x pe_stride + pe_first. */
 typedef struct ep_network {
   uint8_t* memory;           /* this rank's network memory */
   uint8_t* const* memory_of; /* device memory [N]: that of the rank on the node k after */
@@ -729,6 +744,8 @@ typedef struct ep_network {
   int64_t bytes_per_us;      /* of this rank's line, for figures; 0: as fast as stores are */
   int32_t num_nodes;
   int32_t node;
+  int32_t pe_stride; /* L */
+  int32_t pe_first;  /* l */
 } ep_network;
 
 /* For tests: carries messages out until `stop` is set, each up to delay_ns late, in random order.
@@ -864,6 +881,65 @@ typedef struct ep_nodes_combine_args {
 } ep_nodes_combine_args;
 
 EP_API int32_t ep_nodes_combine(const ep_nodes_combine_args* args, void* stream);
+
+/* ---- Low latency between nodes --------------------------------------------------------------- */
+
+/* csrc/PROTOCOL.md, "Low latency between nodes". R ranks, M = max_tokens, K = num_topk. */
+
+/* Chunks of rows to one rank in one operation. With the head that goes before them these are four
+ * puts. */
+#define EP_LOW_LATENCY_CHUNKS 3
+
+/* As ep_low_latency_state. */
+typedef struct ep_nodes_low_latency_state {
+  uint32_t sent[2];        /* [kind] operations */
+  uint32_t received[2][2]; /* [kind][half] */
+  uint32_t noticed;        /* the last dispatch that has told the host of a wrong routing */
+  uint32_t masked[32];     /* bit r % 32 of word r / 32: rank r is dead, or taken for dead */
+} ep_nodes_low_latency_state;
+
+/* int32 numbers of an ep_nodes_low_latency_state. */
+#define EP_NODES_LOW_LATENCY_STATE_INTS 39
+
+/* What both operations say besides ep_low_latency. Of that the offsets, is_general, and
+ * peers.memory are not used; `state` is an ep_nodes_low_latency_state, and wait_stats are [R] by
+ * rank. Peers are those of an operation between nodes.
+ *
+ * Of ep_low_latency_handle num_tokens is not used, and num_rows are [R]. `rows` and `weights` are
+ * by source and place among its rows here, source * M + place, where a token's number was.
+ * `ranks` is int32 [num_tokens, K]: where partial rows of a token come back, rank * M + place among
+ * the rows to that rank, ascending; -1 behind the last. */
+typedef struct ep_nodes_low_latency {
+  ep_network network; /* every rank as a node of its own: num_nodes = R, node = rank */
+  int32_t*
+      counters; /* [R, EP_LOW_LATENCY_CHUNKS] zero; left zero: rows of a chunk that are there */
+  /* Of the operation's kind, see ep_nodes_offsets. */
+  int64_t credit_offset;
+  int64_t head_flag_offset;
+  int64_t row_flag_offset;
+  int64_t head_send_offset;
+  int64_t head_receive_offset;
+  int64_t head_region;
+  int64_t row_send_offset;
+  int64_t row_receive_offset;
+  int64_t row_region;
+  int32_t ranks_per_node;
+} ep_nodes_low_latency;
+
+typedef struct ep_nodes_low_latency_dispatch_args {
+  ep_low_latency_dispatch_args dispatch; /* its notice is ep_nodes_plan_args.notice */
+  ep_nodes_low_latency nodes;
+} ep_nodes_low_latency_dispatch_args;
+
+typedef struct ep_nodes_low_latency_combine_args {
+  ep_low_latency_combine_args combine;
+  ep_nodes_low_latency nodes;
+} ep_nodes_low_latency_combine_args;
+
+EP_API int32_t ep_nodes_low_latency_dispatch(const ep_nodes_low_latency_dispatch_args* args,
+                                             void* stream);
+EP_API int32_t ep_nodes_low_latency_combine(const ep_nodes_low_latency_combine_args* args,
+                                            void* stream);
 
 /* ---- NVSHMEM -------------------------------------------------------------------------------- */
 

@@ -39,6 +39,8 @@ SHARED = {
     "ep_nodes_plan",
     "ep_nodes_dispatch",
     "ep_nodes_combine",
+    "ep_nodes_low_latency_dispatch",
+    "ep_nodes_low_latency_combine",
 }
 
 

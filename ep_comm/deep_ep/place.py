@@ -48,17 +48,17 @@ def ranks_per_node(
     Raises:
         EPMismatchError: Ranks make different things.
         EPTimeoutError: A rank did not come.
-        EPUnsupportedError: The GPUs of several hosts are to do low-latency operations.
+        EPUnsupportedError: Ranks on GPUs of several hosts are to be masked.
     """
     backends = backend_by_device_type(group)
     what_for = f"make a deep_ep.{what}"
     spots = meet(group, what_for, Spot.of(backends), hints.timeout_s).answers
     if num_hosts(spots) == 1:
         return None
-    if low_latency_mode and "cuda" in device_types(backends) and hints.backend != "reference":
+    if enable_shrink and "cuda" in device_types(backends) and hints.backend != "reference":
         raise EPUnsupportedError(
-            f"low_latency_mode=True: the group is on {num_hosts(spots)} hosts, and there are "
-            "low-latency operations between the GPUs of one host only"
+            f"enable_shrink=True: the group is on {num_hosts(spots)} hosts, and ranks on GPUs are "
+            "masked on one host only"
         )
     try:
         return ranks_of_a_node(spots)

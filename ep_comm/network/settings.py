@@ -7,7 +7,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from ep_comm._native.header import EP_MAX_NETWORK_CHUNKS
+from ep_comm._native.header import EP_LOW_LATENCY_CHUNKS, EP_MAX_NETWORK_CHUNKS
 from ep_comm.errors import EPArgumentError
 from ep_comm.network.variables import (
     Cards,
@@ -24,8 +24,10 @@ from ep_comm.network.variables import (
 
 MIB = 2**20
 # What may be in flight to one peer (csrc/PROTOCOL.md, "What the network must do"): the chunks of a
-# dispatch, a combine's rows and weights, a plan, two credits, and the word at parting.
-MESSAGES_TO_A_PEER = EP_MAX_NETWORK_CHUNKS + 2 * EP_MAX_NETWORK_CHUNKS + 1 + 2 + 1
+# dispatch, a combine's rows and weights, a plan, two credits, and the word at parting; and of four
+# low-latency operations the head, the chunks and the credit.
+_LOW_LATENCY_MESSAGES = 4 * (1 + EP_LOW_LATENCY_CHUNKS + 1)
+MESSAGES_TO_A_PEER = 3 * EP_MAX_NETWORK_CHUNKS + 1 + 2 + 1 + _LOW_LATENCY_MESSAGES
 # Places of a queue pair that a put takes whose signal is set; a lone signal takes fewer.
 PLACES_OF_A_MESSAGE = 4
 # Half of a queue pair: with less free, NVSHMEM's device code waits for places, without a bound.

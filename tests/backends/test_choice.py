@@ -105,16 +105,19 @@ def test_a_reason_of_one_rank_is_told_with_its_number():
     assert reason(spots_of(*"aabb"), facts) == "rank 3: no kernels for its GPU"
 
 
-def test_low_latency_is_refused_by_name(monkeypatch):
+def test_sizes_are_refused_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(dist, "get_backend", lambda group: "cuda:nccl")
     monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
     monkeypatch.setattr(_native, "unusable_reason", lambda gpu: None)
     monkeypatch.setattr("ep_comm.backends.nvlink.support.gpu_id", lambda gpu: "GPU-0")
-    facts = NodesBackend.facts(None, EPConfig(**SIZES, low_latency_tokens=8))
-    assert facts.reason == "it has no low-latency operations"
-    assert NodesBackend.facts(None, CONFIG).reason is None
+    many = EPConfig(**{**SIZES, "num_experts": 2048}, low_latency_tokens=1024)
+    assert NodesBackend.facts(None, many).reason == (
+        "1024 experts a rank x 2048 low-latency tokens of all ranks, at most 1200000"
+    )
+    few = EPConfig(**SIZES, low_latency_tokens=8)
+    assert NodesBackend.facts(None, few).reason is None
     # More ranks than a host has GPUs are no reason.
     monkeypatch.setattr(dist, "get_world_size", lambda group: 16)
     assert NodesBackend.facts(None, EPConfig(**{**SIZES, "num_experts": 16})).reason is None
@@ -183,13 +186,7 @@ def on_hosts(patch: pytest.MonkeyPatch, rank: int, has_gpus: bool) -> None:
     if has_gpus:
         facts = Facts(f"GPU-{rank}", (), None)
         patch.setattr(NVLinkBackend, "facts", lambda group, config: facts)
-        patch.setattr(
-            NodesBackend,
-            "facts",
-            lambda group, config: facts._replace(
-                reason="it has no low-latency operations" if config.low_latency_tokens else None
-            ),
-        )
+        patch.setattr(NodesBackend, "facts", lambda group, config: facts)
 
 
 def sums_on_two_hosts(rank: int) -> tuple:
@@ -225,33 +222,25 @@ def without_nvshmem(rank: int) -> list[str]:
         patch.setattr(_native, "load_nvshmem", lambda: None)
         patch.setattr(_native, "nvshmem_unusable_reason", lambda: missing)
         for backend in ("auto", "nodes"):
-            with pytest.raises(EPUnsupportedError) as caught:
-                Buffer(None, EPConfig(**SIZES, backend=backend))
-            texts.append(str(caught.value))
-        for backend in ("nodes", "nvlink"):
-            with pytest.raises(EPArgumentError) as caught:
-                Buffer(None, EPConfig(**SIZES, backend=backend, low_latency_tokens=8))
-            texts.append(str(caught.value))
-        buffer = Buffer(None, EPConfig(**SIZES, low_latency_tokens=8))
-        texts += [buffer.describe(), str(buffer.passed_over)]
-        buffer.destroy()
+            for low_latency_tokens in (None, 8):
+                sizes = {**SIZES, "low_latency_tokens": low_latency_tokens}
+                with pytest.raises(EPUnsupportedError) as caught:
+                    Buffer(None, EPConfig(**sizes, backend=backend))
+                texts.append(str(caught.value))
+        with pytest.raises(EPArgumentError) as refused:
+            Buffer(None, EPConfig(**SIZES, backend="nvlink"))
+        texts.append(str(refused.value))
         texts.append(Buffer(None, EPConfig(**SIZES, backend="reference")).describe())
     return texts
 
 
 def test_gpus_of_several_hosts_without_nvshmem():
-    """Refused with what to install: the reference backend there is asked for by name. Low latency
-    has no other, so it gets that one, and `passed_over` says so."""
+    """Refused with what to install: the reference backend there is asked for by name."""
     for texts in run_ranks(2, without_nvshmem):
-        for text in texts[:2]:
+        for text in texts[:4]:
             assert (
                 "the group spans hosts, and rank 0 cannot use NVSHMEM: it is not installed" in text
             )
             assert "ep_comm[nvshmem-cu13]" in text and 'EPConfig(backend="reference")' in text
-        assert texts[2] == (
-            "no backend for this group: nodes: rank 0: it has no low-latency operations"
-        )
-        assert texts[3] == "no backend for this group: nvlink: the group spans 2 hosts"
-        assert texts[4] == "reference over gloo"
-        assert texts[5] == "{'nodes': 'rank 0: it has no low-latency operations'}"
-        assert texts[6] == "reference over gloo"
+        assert texts[4] == "no backend for this group: nvlink: the group spans 2 hosts"
+        assert texts[5] == "reference over gloo"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from ep_comm import EPConfig, NetworkSettings, _native
@@ -48,6 +50,18 @@ def test_the_formula_of_the_docs(native, shape):
     assert network <= sizes.network < network + 2 * 64 * MIB + MIB
     plans = 12 * num_nodes * ranks * tokens * topk
     assert plans <= sizes.plans < plans + 16 * MIB
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (2, 8)])
+def test_low_latency_adds_to_the_network(native, shape):
+    with_it = dataclasses.replace(W1, low_latency_tokens=128)
+    without, sizes = (nodes_sizes(native, config, *shape, None) for config in (W1, with_it))
+    num_ranks = shape[0] * shape[1]
+    rows = 8 * num_ranks * 128 * 2 * W1.hidden
+    heads = 16 * (2 + 128 * (1 + 3 + 3))
+    added = sizes.network - without.network
+    assert rows + 4 * num_ranks * heads <= added < rows + 4 * num_ranks * heads + MIB
+    assert sizes.nvlink == without.nvlink and sizes.plans == without.plans
 
 
 def test_what_is_not_there_is_not_counted(native):

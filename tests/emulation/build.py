@@ -26,6 +26,8 @@ SOURCES = (
     "nodes/plan.cu",
     "nodes/dispatch.cu",
     "nodes/combine.cu",
+    "nodes/low_latency/dispatch.cu",
+    "nodes/low_latency/combine.cu",
     "network/adversary.cu",
 )
 _LAUNCH = re.compile(r"([\w\[\]\.]+)<<<(.*?)>>>\((.*?)\);", re.S)

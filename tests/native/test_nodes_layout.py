@@ -81,6 +81,41 @@ def test_parts_do_not_overlap_and_waste_little(library, sizes):
         assert whole == 2 * half
 
 
+LOW_LATENCY = [
+    # low_latency_tokens, hidden, num_topk, num_nodes, ranks_per_node
+    (1, 8, 1, 1, 1),
+    (13, 136, 9, 3, 2),
+    (128, 7168, 8, 2, 8),
+]
+
+
+@pytest.mark.parametrize("sizes", LOW_LATENCY, ids=str)
+def test_low_latency_comes_last(library, sizes):
+    room, hidden, topk, nodes, locals_ = sizes
+    normal = (16, 16, topk, nodes, locals_)
+    offsets = offsets_of(library, (*normal, room, hidden))
+    places = 2 * nodes * locals_
+    assert offsets.low_latency_credits == offsets_of(library, normal).network_total
+    weights, experts = -(-topk // 3), -(-topk // 8)
+    sizes_of = [2 * 8 * places, 2 * 8 * places, 3 * 2 * 8 * places]
+    starts = [offsets.low_latency_credits, offsets.low_latency_head_flags]
+    starts.append(offsets.low_latency_row_flags)
+    for kind, entry in enumerate((experts + weights, weights)):
+        region = offsets.low_latency_head_region[kind]
+        assert 0 <= region - 16 * (1 + room * entry) < 256
+        assert 0 <= offsets.low_latency_row_region - 2 * hidden * room < 256
+        heads, rows = places * region, places * offsets.low_latency_row_region
+        sizes_of += [heads, heads, rows, rows]
+        starts += [
+            offsets.low_latency_heads_to_send[kind],
+            offsets.low_latency_heads_received[kind],
+        ]
+        starts += [offsets.low_latency_rows_to_send[kind], offsets.low_latency_rows_received[kind]]
+    starts.append(offsets.network_total)
+    for size, (start, end) in zip(sizes_of, pairwise(starts), strict=True):
+        assert start % 256 == 0 and 0 <= end - start - size < 256
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_chunks_on_the_network(library, sizes):
     """At most so many as flags and a queue pair have room for."""
@@ -108,6 +143,7 @@ def test_memory_at_eight_nodes_of_eight(library):
         (dict(row_bytes=24), "row_bytes = 24 is not in"),
         (dict(num_topk=33), "num_topk = 33 is not in"),
         (dict(max_tokens=0), "max_tokens = 0 is not in"),
+        (dict(low_latency_tokens=4097), "low_latency_tokens = 4097 is not in"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )

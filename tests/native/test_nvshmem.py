@@ -22,7 +22,10 @@ from ep_comm import _native
 from ep_comm._native import header, nvshmem
 from ep_comm.errors import EPArgumentError, EPStateError
 
-NODES = ("ep_nodes_plan", "ep_nodes_dispatch", "ep_nodes_combine")
+NODES = (
+    *("ep_nodes_plan", "ep_nodes_dispatch", "ep_nodes_combine"),
+    *("ep_nodes_low_latency_dispatch", "ep_nodes_low_latency_combine"),
+)
 
 
 @pytest.fixture
@@ -77,7 +80,8 @@ def test_holds_kernels_for_its_architectures(library, nvcc, setup_module):
     cuobjdump = tool("cuobjdump", nvcc)
     for arch in library.cuda_archs:
         usage = output_of(cuobjdump, "--dump-resource-usage", f"-arch=sm_{arch}", library.path)
-        for kernel in ("send", "relay", "receive", "dispatch", "combine", "raise"):
+        kernels = ("send", "relay", "receive", "dispatch", "combine", "raise")
+        for kernel in (*kernels, "low_latency_dispatch", "low_latency_combine"):
             assert re.search(rf"Function \S*{kernel}_kernel", usage), (arch, kernel)
     if "EP_COMM_CUDA_ARCHS" not in os.environ:
         assert ",".join(library.cuda_archs) == setup_module.DEFAULT_CUDA_ARCHS
@@ -88,7 +92,11 @@ def test_a_dispatch_and_a_plan_have_room_on_one_sm(library, nvcc):
     usage = output_of(tool("cuobjdump", nvcc), "--dump-resource-usage", library.path)
     registers = re.findall(r"Function \S*?(\w+?)_kernel\S*\s+REG:(\d+)", usage)
     most = {
-        kernel: max(int(count) for name, count in registers if name.endswith(kernel))
+        kernel: max(
+            int(count)
+            for name, count in registers
+            if name.endswith(kernel) and "low_latency" not in name
+        )
         for kernel in ("send", "relay", "receive", "dispatch")
     }
     threads = {"dispatch": 256}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ep_comm import EPArgumentError, EPConfig, NetworkSettings
-from ep_comm._native.header import EP_MAX_NETWORK_CHUNKS
+from ep_comm._native.header import EP_LOW_LATENCY_CHUNKS, EP_MAX_NETWORK_CHUNKS
 from ep_comm.network import settings, tables
 
 GIVEN = {
@@ -84,7 +84,7 @@ def test_what_is_left_to_nvshmem_is_unset():
         ("REMOTE_TRANSPORT", "none", "one of ibrc, ibdevx, ucx, libfabric"),
         ("IB_ENABLE_IBGDA", "maybe", "0 or 1"),
         ("QP_DEPTH", "512", "half of it has to hold 100 messages to a peer, of 4 places each"),
-        ("QP_DEPTH", "65536", "from 800 to 32768"),
+        ("QP_DEPTH", "65536", "from 960 to 32768"),
         ("IBGDA_NUM_RC_PER_PE", "0", "from 1 to 64"),
         ("IBGDA_RC_MAP_BY", "thread", "one of cta, sm, warp"),
         ("HCA_LIST", "mlx5_0:one", "a list such as mlx5_0:1,mlx5_1:1"),
@@ -131,7 +131,8 @@ def test_all_messages_to_a_peer_fit_half_of_the_default_queue_pair():
     page = (Path(__file__).parents[2] / "csrc" / "PROTOCOL.md").read_text()
     assert "at most 32 chunks a dispatch, 64 puts a combine\n   (rows and weights), a plan" in page
     assert EP_MAX_NETWORK_CHUNKS == 32
-    assert settings.MESSAGES_TO_A_PEER >= 32 + 64 + 1 + 2
+    assert "4 (4 x 4 + 3) = 76 places" in page and EP_LOW_LATENCY_CHUNKS == 3
+    assert settings.MESSAGES_TO_A_PEER >= 32 + 64 + 1 + 2 + 4 * (4 + 1)
     places = settings.MESSAGES_TO_A_PEER * settings.PLACES_OF_A_MESSAGE
     assert places <= NetworkSettings().queue_depth // 2
     assert NetworkSettings(queue_depth=2 * places).queue_depth == 2 * places

@@ -17,6 +17,7 @@ from ep_comm import _native
 from ep_comm._native import NativeLibrary, header
 from ep_comm.backends.base import PlanRequest
 from ep_comm.backends.nodes.args import nodes_kernel_args
+from ep_comm.backends.nodes.low_latency import NodesLowLatency
 from ep_comm.backends.nodes.memory import NodesMemory, nodes_offsets
 from ep_comm.backends.nodes.planner import NodesPlanner
 from ep_comm.backends.nodes.records import NodesRecorder
@@ -29,7 +30,7 @@ from ep_comm.backends.nvlink.backend import NVLinkBackend
 from ep_comm.backends.nvlink.routing import NVLinkRouting
 from ep_comm.backends.nvlink.streams import Streams
 from ep_comm.config import EPConfig
-from ep_comm.errors import EPArgumentError
+from ep_comm.errors import EPArgumentError, EPUnsupportedError
 from ep_comm.job.meeting import Meeting
 from ep_comm.network.settings import NetworkSettings
 from ep_comm.network.world import World
@@ -41,8 +42,6 @@ _MOST_LISTED = 4
 def _reason_here(num_ranks: int, config: EPConfig) -> str | None:
     """Return why this process cannot be one of `num_ranks` ranks of nodes, or None."""
     reason = _native.unusable_reason(torch.cuda.current_device())
-    if reason is None and config.low_latency_tokens is not None:
-        reason = "it has no low-latency operations"
     return reason or support.sizes_reason(num_ranks, config)
 
 
@@ -55,7 +54,7 @@ def _few(ranks: list[int]) -> str:
 class NodesBackend(NVLinkBackend):
     """The kernels of this project, between the GPUs of several hosts.
 
-    `ep_comm.backends.base.Backend` says what each method is for. Low latency is not among it.
+    `ep_comm.backends.base.Backend` says what each method is for.
     """
 
     name = "nodes"
@@ -161,6 +160,17 @@ class NodesBackend(NVLinkBackend):
             self.native, memory, config, self.device, self._streams, self.recorder, self._all_args
         )
         self.low_latency = None
+        if config.low_latency_tokens is not None:
+            self.low_latency = NodesLowLatency(
+                self.native,
+                memory,
+                config,
+                self.nodes_offsets,
+                self.device,
+                self._streams,
+                self.recorder,
+                self._sms,
+            )
 
     @property
     def buffer_bytes(self) -> int:
@@ -190,6 +200,17 @@ class NodesBackend(NVLinkBackend):
         """Let the network of this rank be no faster than that, for figures; 0 is no limit."""
         for args in self._all_args:
             args.network.bytes_per_us = int(bytes_per_s / 1e6)
+
+    def quiesce(self) -> int:
+        """Refuse to mask ranks: what a network has still to bring would come to memory begun anew.
+
+        Raises:
+            EPUnsupportedError: Always.
+        """
+        raise EPUnsupportedError(
+            "ranks of a buffer between nodes cannot be masked: make a new Buffer on a group "
+            "without them"
+        )
 
     def plan(self, request: PlanRequest) -> NodesRouting:
         """Start the kernels of a plan; its counts come while the dispatch sends."""

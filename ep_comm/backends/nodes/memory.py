@@ -19,6 +19,8 @@ from ep_comm.config import EPConfig
 from ep_comm.job.meeting import Meeting, meet
 from ep_comm.network.world import World
 
+_DIRECT_OPS = (header.EP_OP_LOW_LATENCY_DISPATCH, header.EP_OP_LOW_LATENCY_COMBINE)
+
 
 def nodes_offsets(
     native: NativeLibrary, config: EPConfig, num_nodes: int, ranks_per_node: int
@@ -26,7 +28,8 @@ def nodes_offsets(
     """Return where things stand in the memory of every rank; the same on all ranks.
 
     With N nodes of L ranks, S = max_tokens_per_rank, rows of B bytes and K = num_topk it is mostly
-    4 (L - 1) S B bytes for NVLink, 4 (N - 1) S B for the network, 4 N L S K for plans.
+    4 (L - 1) S B bytes for NVLink, 4 (N - 1) S B for the network, 4 N L S K for plans. Low latency
+    adds 8 N L M rows of hidden BF16 elements to the network, with M = low_latency_tokens.
     """
     return native.nodes_offsets(
         header.NodesLayoutArgs(
@@ -35,6 +38,8 @@ def nodes_offsets(
             num_topk=config.num_topk,
             num_nodes=num_nodes,
             ranks_per_node=ranks_per_node,
+            low_latency_tokens=config.low_latency_tokens or 0,
+            hidden=config.hidden,
         )
     )
 
@@ -47,8 +52,8 @@ class NodesMemory(PeerMemory):
         tensor: Its memory for its node's ranks, all zero.
         addresses: That of every rank of its node, as mapped here.
         network: Its network memory, all zero.
-        rail: Address of the network memory of every rank of `Place.rail`, as kernels here reach it;
-            none over NVSHMEM, whose kernels know a rank by its number.
+        of_ranks: Address of the network memory of every rank, as kernels here reach it; none over
+            NVSHMEM, whose kernels know a rank by its number.
         timeout_s: Bound of every wait.
         keep: An object that has to live as long as the mapping.
         farewell: How the ranks of all nodes part.
@@ -85,7 +90,7 @@ class NodesMemory(PeerMemory):
             mapped.own,
             [mapped.addresses[rank] for rank in place.neighbours],
             mapped.own[offsets.total :],
-            [mapped.addresses[rank] + offsets.total for rank in place.rail],
+            [address + offsets.total for address in mapped.addresses],
             timeout_s,
             mapped.keep,
             Farewell(place.rank, flags_of),
@@ -122,7 +127,7 @@ class NodesMemory(PeerMemory):
             mapped.own,
             mapped.addresses,
             network,
-            world.addresses(network, place.rail),
+            world.addresses(network, range(num_ranks)),
             timeout_s,
             mapped.keep,
             HostsFarewell(store, meeting.name, rank, num_ranks),
@@ -135,7 +140,7 @@ class NodesMemory(PeerMemory):
         tensor: Tensor,
         addresses: Sequence[int],
         network: Tensor,
-        rail: Sequence[int],
+        of_ranks: Sequence[int],
         timeout_s: float,
         keep: object,
         farewell: Farewell,
@@ -145,7 +150,16 @@ class NodesMemory(PeerMemory):
         self.place = place
         self.world = world
         self._network_tensor: Tensor | None = network
-        self._rail = torch.tensor(rail, dtype=torch.int64, device=tensor.device)
+        # For low latency every rank is a node of its own.
+        alone = Place(place.rank, 1, place.num_ranks)
+        self._rails = [
+            torch.tensor(
+                [of_ranks[rank] for rank in each.rail if of_ranks],
+                dtype=torch.int64,
+                device=tensor.device,
+            )
+            for each in (place, alone)
+        ]
         super().__init__(place.rank, tensor, addresses, timeout_s, keep, farewell)
         waves = place.num_nodes
         self.wave_counters = torch.zeros(waves, dtype=torch.int32, device=tensor.device)
@@ -155,14 +169,21 @@ class NodesMemory(PeerMemory):
             device=tensor.device,
         )
         self._line = torch.zeros(1, dtype=torch.int64, device=tensor.device)
-        self.network = header.Network(
-            memory=network.data_ptr(),
-            memory_of=self._rail.data_ptr(),
-            queue=queue,
-            free_at_ns=self._line.data_ptr(),
-            num_nodes=place.num_nodes,
-            node=place.node,
-        )
+
+        def network_of(place: Place, rail: Tensor) -> header.Network:
+            return header.Network(
+                memory=network.data_ptr(),
+                memory_of=rail.data_ptr(),
+                queue=queue,
+                free_at_ns=self._line.data_ptr(),
+                num_nodes=place.num_nodes,
+                node=place.node,
+                pe_stride=place.ranks_per_node,
+                pe_first=place.local_rank,
+            )
+
+        self.network = network_of(place, self._rails[0])
+        self.network_of_ranks = network_of(alone, self._rails[1])
 
     def _set_place(self, rank: int, num_local_ranks: int) -> None:
         self.rank, self._local_rank = rank, self.place.local_rank
@@ -172,10 +193,12 @@ class NodesMemory(PeerMemory):
         return self.place.rank_of(peer)
 
     def _late_ranks(self, peer: int) -> tuple[int, ...]:
-        # What another node's rank sends comes through the rank of this node with its number.
+        # What another node's rank sends comes through the rank of this node with its number; but
+        # low-latency messages come from whoever sent them.
         distance, local_rank = divmod(peer, self.place.ranks_per_node)
         late = self.place.rank_of(peer)
-        if distance == 0 or local_rank == self.place.local_rank:
+        is_direct = self._fault.op in _DIRECT_OPS
+        if is_direct or distance == 0 or local_rank == self.place.local_rank:
             return (late,)
         return (late, self.place.neighbours[local_rank])
 

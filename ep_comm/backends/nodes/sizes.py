@@ -19,13 +19,14 @@ class NodesSizes(NamedTuple):
     """Bytes on each GPU. What a sentence calls so: N nodes, L ranks on each, R = N L ranks.
 
     S = max_tokens_per_rank, K = num_topk, B = bytes of the widest row, Z = B with probabilities, in
-    whole lines.
+    whole lines; H = hidden, and M = low_latency_tokens, where there is low latency.
 
     Attributes:
         nvlink: Staging within a node, 2 (L - 1) S (Z + B) + 8 L S K, which does not grow with the
             nodes; and the experts of all rows, 4 R S K.
-        network: 2 (N - 1) S (Z + B + 4 K + 4 (L + K)) of NVSHMEM's heap, rounded up to its
-            granularity, and as much again as that for what NVSHMEM keeps there itself.
+        network: 2 (N - 1) S (Z + B + 4 K + 4 (L + K)), and for low latency R M (16 H + 51 K), of
+            NVSHMEM's heap, rounded up to its granularity, and as much again as that for what
+            NVSHMEM keeps there itself.
         plans: Scratch memory of plans, and the entries of R S rows, 12 K each.
         queue_pairs: Where the GPU gives its card orders (IBGDA), for each rank, pair of queues and
             place in it, 128. With the proxy they are in host memory.

@@ -99,40 +99,52 @@ class NVLinkLowLatency:
         self._recorder = recorder
         self._num_sms = num_sms
         # The counts, and for each kernel those of its blocks that are done.
-        ints = header.EP_LOW_LATENCY_STATE_INTS
-        self._state = torch.zeros(3, ints, dtype=torch.int32, device=device)
+        self._state = torch.zeros(3, self._state_ints, dtype=torch.int32, device=device)
+        self._room = config.low_latency_tokens
+        self._launched = self._make_args()
 
-        def common(op: int, rows: int, entries: int) -> header.LowLatency:
-            is_combine = op == header.EP_OP_LOW_LATENCY_COMBINE
-            return header.LowLatency(
-                peers=memory.peers(op, recorder.wire_bytes_address),
-                state=self._state[0].data_ptr(),
-                finished=self._state[1 + is_combine].data_ptr(),
-                credit_offset=offsets.low_latency_credits,
-                row_offset=rows,
-                header_offset=offsets.low_latency_headers,
-                entry_offset=entries,
-                room=config.low_latency_tokens,
-                hidden=config.hidden,
-                num_local_experts=self._num_local_experts,
-            )
+    _state_ints = header.EP_LOW_LATENCY_STATE_INTS
+    _function = "ep_{}"
 
+    def _make_args(self) -> dict[str, Any]:
+        """Make `args`; return what the function of each operation takes."""
+        offsets = self._offsets
         self.args = LowLatencyArgs(
             header.LowLatencyDispatchArgs(
-                common=common(
+                common=self._common_args(
                     header.EP_OP_LOW_LATENCY_DISPATCH,
-                    offsets.low_latency_dispatch,
-                    offsets.low_latency_entries,
+                    credit_offset=offsets.low_latency_credits,
+                    row_offset=offsets.low_latency_dispatch,
+                    header_offset=offsets.low_latency_headers,
+                    entry_offset=offsets.low_latency_entries,
                 ),
-                notice=memory.notice_address,
+                notice=self._memory.notice_address,
             ),
             header.LowLatencyCombineArgs(
-                common=common(
+                common=self._common_args(
                     header.EP_OP_LOW_LATENCY_COMBINE,
-                    offsets.low_latency_combine,
-                    offsets.low_latency_weights,
+                    credit_offset=offsets.low_latency_credits,
+                    row_offset=offsets.low_latency_combine,
+                    header_offset=offsets.low_latency_headers,
+                    entry_offset=offsets.low_latency_weights,
                 )
             ),
+        )
+        return {
+            "low_latency_dispatch": self.args.dispatch,
+            "low_latency_combine": self.args.combine,
+        }
+
+    def _common_args(self, op: int, **offsets: int) -> header.LowLatency:
+        is_combine = op == header.EP_OP_LOW_LATENCY_COMBINE
+        return header.LowLatency(
+            peers=self._memory.peers(op, self._recorder.wire_bytes_address),
+            state=self._state[0].data_ptr(),
+            finished=self._state[1 + is_combine].data_ptr(),
+            room=self._room,
+            hidden=self._hidden,
+            num_local_experts=self._num_local_experts,
+            **offsets,
         )
 
     def num_kept_ints(self, max_tokens: int, num_topk: int) -> int:
@@ -157,11 +169,11 @@ class NVLinkLowLatency:
         args.recv_count = request.recv_count.data_ptr()
         args.recv_stats = None if request.recv_stats is None else request.recv_stats.data_ptr()
         args.format = _FORMATS[request.scale_form]
-        current = self._launch("low_latency_dispatch", args, request)
+        current = self._launch("low_latency_dispatch", args.common, request)
         routing = NVLinkLowLatencyRouting(
             topk_idx=topk_idx, max_tokens=max_tokens, kept=kept, memory=ints, stream=current
         )
-        return self._pending("low_latency_dispatch", args, request, routing, routing)
+        return self._pending("low_latency_dispatch", request, routing, routing)
 
     def combine(
         self, routing: NVLinkLowLatencyRouting, request: LowLatencyCombineRequest
@@ -174,9 +186,9 @@ class NVLinkLowLatency:
         _set_handle(args.handle, routing.kept)
         args.x = request.x.data_ptr()
         args.combined_x = request.out.data_ptr()
-        current = self._launch("low_latency_combine", args, request)
+        current = self._launch("low_latency_combine", args.common, request)
         self._keep_for_stream(current, routing)
-        return self._pending("low_latency_combine", args, request, routing, None)
+        return self._pending("low_latency_combine", request, routing, None)
 
     @property
     def most_operations(self) -> int:
@@ -236,45 +248,50 @@ class NVLinkLowLatency:
     def _launch(
         self,
         op: str,
-        args: Any,
+        common: header.LowLatency,
         request: LowLatencyDispatchRequest | LowLatencyCombineRequest,
     ) -> int:
         """Launch an operation, or its send phase; return the caller's stream."""
-        asynchronous, common = request.asynchronous, args.common
+        asynchronous = request.asynchronous
         common.phases = _SEND if request.is_split else _SEND | _RECEIVE
         common.num_blocks = sms = self._num_sms(asynchronous)
         stream = self._streams.begin(_KIND, asynchronous, sms)
         common.peers.record = self._recorder.start(op, 2 * self._hidden)
-        self._native.launch(f"ep_{op}", args, stream)
+        self._native.launch(self._function.format(op), self._launched[op], stream)
         return self._streams.current if asynchronous else stream
 
     def _pending(
         self,
         op: str,
-        args: Any,
         request: LowLatencyDispatchRequest | LowLatencyCombineRequest,
         routing: NVLinkLowLatencyRouting,
         result: Any,
     ) -> Pending[Any]:
-        """Return what `_launch` has started, which `args` still describe."""
+        """Return what `_launch` has started, which the arguments still describe."""
         if request.asynchronous:
             return Pending(result, self._streams.comm_event((request, routing)))
         if not request.is_split:
             return Pending(result)
-        args = type(args).from_buffer_copy(args)
+        launched = self._launched[op]
+        args = type(launched).from_buffer_copy(launched)
+        common = self._common_of(args)
 
         def receive() -> Any:
             """Launch the receive phase."""
             self._memory.check_fault()
-            common = args.common
             common.phases = _RECEIVE
             common.num_blocks = sms = self._num_sms(False)
             stream = self._streams.begin(_KIND, False, sms)
-            self._native.launch(f"ep_{op}", args, stream)
+            self._native.launch(self._function.format(op), args, stream)
             self._keep_for_stream(stream, routing)
             return result
 
         return Pending(finish=receive)
+
+    @staticmethod
+    def _common_of(args: Any) -> header.LowLatency:
+        """Return what both operations have among the arguments of a function."""
+        return args.common
 
     def _keep_for_stream(self, current: int, routing: NVLinkLowLatencyRouting) -> None:
         """Keep the routing's memory until `current`, the current stream, is done with it."""

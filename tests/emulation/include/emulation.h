@@ -12,6 +12,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
@@ -65,6 +66,8 @@ struct Barrier {
   uint32_t votes_and = 1;
   uint32_t result_or = 0;
   uint32_t result_and = 0;
+  uint32_t count = 0;
+  uint32_t result_count = 0;
 };
 
 struct Warp {
@@ -163,13 +166,15 @@ void note_fault();
 inline void arrive(Barrier& barrier, uint32_t expected, uint32_t vote) {
   barrier.votes_or |= vote != 0;
   barrier.votes_and &= vote != 0;
+  barrier.count += vote != 0;
   if (++barrier.arrived < expected) {
     wait_for(barrier.generation, barrier.generation);
     return;
   }
   barrier.result_or = barrier.votes_or;
   barrier.result_and = barrier.votes_and;
-  barrier.votes_or = barrier.arrived = 0;
+  barrier.result_count = barrier.count;
+  barrier.votes_or = barrier.arrived = barrier.count = 0;
   barrier.votes_and = 1;
   ++barrier.generation;
 }
@@ -228,6 +233,10 @@ inline int __syncthreads_or(int vote) {
   emulation::arrive(emulation::the_block->all, emulation::the_block->live, vote);
   return emulation::the_block->all.result_or;
 }
+inline int __syncthreads_count(int vote) {
+  emulation::arrive(emulation::the_block->all, emulation::the_block->live, vote);
+  return emulation::the_block->all.result_count;
+}
 inline void __syncwarp() { emulation::collective(0, [](auto) { return 0; }); }
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane) {
@@ -237,6 +246,26 @@ template <typename T>
 T __shfl_up_sync(unsigned, T value, int delta) {
   const int lane = emulation::thread_index() % 32;
   return emulation::collective(value, [=](auto at) { return at(lane >= delta ? lane - delta : lane); });
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  const int lane = emulation::thread_index() % 32;
+  return emulation::collective(value, [=](auto at) { return at(lane ^ mask); });
+}
+template <typename T>
+uint32_t __match_any_sync(unsigned, T value) {
+  return emulation::collective(value, [value](auto at) {
+    uint32_t same = 0;
+    for (int i = 0; i < 32; ++i) same |= static_cast<uint32_t>(at(i) == value) << i;
+    return same;
+  });
+}
+inline uint32_t __reduce_or_sync(unsigned, uint32_t value) {
+  return emulation::collective(value, [](auto at) {
+    uint32_t all = 0;
+    for (int i = 0; i < 32; ++i) all |= at(i);
+    return all;
+  });
 }
 inline uint32_t __ballot_sync(unsigned, bool vote) {
   return emulation::collective(vote, [](auto at) {
@@ -265,6 +294,13 @@ T __reduce_max_sync(unsigned, T value) {
 }
 
 inline float __fdividef(float a, float b) { return a / b; }
+// Passes over every NaN; that of the C library makes one of a signalling one.
+inline float emulation_fmaxf(float a, float b) { return std::isnan(a) || b > a ? b : a; }
+#define fmaxf emulation_fmaxf
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline int __popcll(uint64_t v) { return __builtin_popcountll(v); }
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 inline int __ffs(uint32_t v) { return __builtin_ffs(static_cast<int>(v)); }
 inline float __uint_as_float(uint32_t v) {
@@ -291,7 +327,8 @@ T atomicOr(T* p, V v) {
 template <typename T, typename V>
 T atomicExch(T* p, V v) {
   const T old = __atomic_exchange_n(p, static_cast<T>(v), __ATOMIC_SEQ_CST);
-  if (old == 0) emulation::note_fault();  // faults alone are raised by it
+  // Where it is a signed number a fault is raised by it.
+  if (std::is_signed_v<T> && old == 0) emulation::note_fault();
   return old;
 }
 template <typename T, typename V>

@@ -130,6 +130,15 @@ inline uint32_t load_shared_u32(uint32_t shared) {
 }
 inline void store_global(uint4* pointer, const uint4& v) { std::memcpy(pointer, &v, 16); }
 
+// Words that arrive as a whole: of the low-latency kernels of one host, which are not run here.
+inline uint4 load_word(const uint4* pointer) { return *pointer; }
+inline void load_word_if(bool condition, uint4* v, const uint4* pointer) {
+  if (condition) *v = *pointer;
+}
+inline void store_word(uint4* pointer, const uint4& v) { *pointer = v; }
+inline uint32_t load_global_now(const uint32_t* pointer) { return *pointer; }
+inline void named_arrive(int32_t, int32_t) { std::abort(); }
+
 inline void named_barrier(int32_t number, int32_t threads) {
   emulation::arrive(emulation::the_block->named[number], threads, 1);
 }

@@ -1,0 +1,229 @@
+"""Low latency between nodes, with its kernels run on the CPU: no GPU is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import pytest
+from emulated_nodes import run_emulated_nodes
+from low_latency_cases import (
+    Inputs,
+    LowLatencyCase,
+    as_numpy,
+    check_results,
+    combine,
+    dispatch,
+    run_case,
+    run_combined_twice,
+    run_two_at_once,
+)
+from test_low_latency import CASES, CHANGING, HARD, TWICE, TWO_AT_ONCE, changing_operations
+
+from ep_comm import Buffer, EPError, EPMismatchError, EPRoutingError, EPTimeoutError
+from ep_comm.errors import EPStateError, EPUnsupportedError
+
+PATIENT = dict(timeout_s=120)  # of a CPU that has other things to do
+SHAPES = {1: [(1, 1)], 2: [(2, 1)], 3: [(3, 1)], 4: [(2, 2), (4, 1)]}
+# Several chunks to a rank, of which the last has fewer rows.
+CHUNKS = LowLatencyCase(
+    tokens=(40, 33, 64, 9), max_tokens=64, hidden=640, num_topk=6, experts_per_rank=3, drop=0.1
+)
+QUICK = [
+    pytest.param((2, 1), dataclasses.replace(CHUNKS, tokens=(40, 64)), id="2x1"),
+    pytest.param((2, 2), dataclasses.replace(CHUNKS, scales="fp32"), id="2x2-fp8"),
+    pytest.param(
+        (4, 1), dataclasses.replace(CHUNKS, split=True, weights_with="combine"), id="4x1-split"
+    ),
+]
+
+
+def on_buffer(rank: int, buffer: Buffer, case: LowLatencyCase) -> dict[str, Any]:
+    results = run_case(rank, buffer, case, "cpu")
+    buffer.synchronize()
+    return results
+
+
+def check_case(library, shape: tuple[int, int], case: LowLatencyCase, **how: Any) -> None:
+    results = run_emulated_nodes(library, *shape, on_buffer, case.config(**PATIENT), case, **how)
+    check_results(case, results)
+
+
+@pytest.mark.parametrize(("shape", "case"), QUICK)
+def test_operations(library, shape, case):
+    check_case(library, shape, case)
+
+
+NAMED = [
+    pytest.param(shape, case, id=f"{i}-{shape[0]}x{shape[1]}")
+    for i, case in enumerate([*CASES, *HARD])
+    for shape in SHAPES[case.num_ranks]
+]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(("shape", "case"), NAMED)
+@pytest.mark.parametrize("carried", [False, True])
+def test_named_cases(library, shape, case, carried):
+    check_case(library, shape, case, carried=carried, delay_us=20 if carried else 0)
+
+
+def combined_twice(rank: int, buffer: Buffer, case: LowLatencyCase) -> dict[str, Any]:
+    return run_combined_twice(rank, buffer, case, "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TWICE)
+def test_one_dispatch_is_combined_twice(library, case):
+    shape = SHAPES[case.num_ranks][0]
+    config = case.config(**PATIENT)
+    check_results(case, run_emulated_nodes(library, *shape, combined_twice, config, case))
+
+
+def two_at_once(rank: int, buffer: Buffer) -> list[dict[str, Any]]:
+    return run_two_at_once(rank, buffer, TWO_AT_ONCE, "cpu")
+
+
+@pytest.mark.slow
+def test_two_results_are_out_at_once_beside_normal_operations(library):
+    config = TWO_AT_ONCE[0].config(**PATIENT)
+    results = run_emulated_nodes(library, 3, 1, two_at_once, config)
+    for number, case in enumerate(TWO_AT_ONCE):
+        check_results(case, [of_rank[number] for of_rank in results], times=2 - number)
+
+
+def changing(rank: int, buffer: Buffer) -> list[dict[str, Any]]:
+    return changing_operations(rank, buffer, "cpu")
+
+
+@pytest.mark.slow
+def test_changing_operations_of_one_buffer(library):
+    config = CHANGING[0].config(**PATIENT)
+    results = run_emulated_nodes(library, 2, 1, changing, config, delay_us=20)
+    for number, case in enumerate(CHANGING):
+        check_results(case, [of_rank[number] for of_rank in results])
+
+
+def unwaited(rank: int, buffer: Buffer, case: LowLatencyCase, steps: int) -> list[dict[str, Any]]:
+    """Operations follow one another unwaited, of other routings. Rank 1 is late now and then."""
+    cases = [dataclasses.replace(case, seed=seed) for seed in range(steps)]
+    inputs = [Inputs.of_case(each, rank, "cpu") for each in cases]
+    kept = []
+    for step, (each, given) in enumerate(zip(cases, inputs, strict=True)):
+        if rank == 1 and step % 3 == 1:
+            time.sleep(0.3)
+        out = dispatch(buffer, each, given)
+        if case.split:
+            out.hook()
+        back = combine(buffer, each, given, out.handle)
+        if case.split:
+            back.hook()
+        kept.append((out, back))
+    buffer.synchronize()
+    return [
+        as_numpy(each, given, out)
+        for each, given, (out, _) in zip(cases, inputs, kept, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2), pytest.param((4, 1), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])
+def test_operations_that_nobody_waits_for(library, shape, split):
+    """A network that is late: a credit that is not heeded would show in what is written over."""
+    num_ranks = shape[0] * shape[1]
+    weights_with = "combine" if split else "dispatch"
+    case = dataclasses.replace(
+        CHUNKS, tokens=CHUNKS.tokens[:num_ranks], split=split, weights_with=weights_with
+    )
+    results = run_emulated_nodes(
+        library, *shape, unwaited, case.config(**PATIENT), case, 5,
+        network_us=1000, delay_us=20, unwaited=True,
+    )  # fmt: skip
+    for seed, of_operation in enumerate(zip(*results, strict=True)):
+        check_results(dataclasses.replace(case, seed=seed), list(of_operation))
+
+
+@pytest.mark.parametrize("shape", [(2, 1), pytest.param((2, 2), marks=pytest.mark.slow)])
+def test_flags_before_their_data_give_wrong_results(library, shape):
+    """The control: on such a network the same test has to fail."""
+    case = dataclasses.replace(CHUNKS, tokens=CHUNKS.tokens[: shape[0] * shape[1]], hidden=1024)
+    with pytest.raises((AssertionError, EPError)):
+        check_case(library, shape, case, early_flags=True, network_us=5000)
+
+
+def one_does_not_come(rank: int, buffer: Buffer, case: LowLatencyCase) -> str:
+    given = Inputs.of_case(case, rank, "cpu")
+    if rank == 3:
+        buffer._session.backend.give_up()
+        return ""
+    out = dispatch(buffer, case, given)
+    with pytest.raises(EPTimeoutError) as error:
+        buffer.synchronize()
+    assert error.value.late_ranks == (3,)
+    assert not out.recv_count.any()
+    return str(error.value)
+
+
+def test_who_is_late_is_named(library):
+    """And no other: nobody relays."""
+    case = LowLatencyCase(tokens=(7, 5, 3, 9))
+    texts = run_emulated_nodes(library, 2, 2, one_does_not_come, case.config(timeout_s=2), case)
+    for rank, text in enumerate(texts[:3]):
+        start = f"low_latency_dispatch #1: rank {rank} waited 2 s for rank 3 (phase: plan)"
+        assert text.startswith(start)
+
+
+def with_other_handles(rank: int, buffer: Buffer, case: LowLatencyCase) -> str:
+    """Ranks combine different dispatches: of the same sizes, so that only the epochs tell."""
+    given = Inputs.of_case(case, rank, "cpu")
+    handles = [dispatch(buffer, case, given).handle for _ in range(2)]
+    with pytest.raises(EPMismatchError) as caught:
+        combine(buffer, case, given, handles[rank])
+        buffer.synchronize()
+    return str(caught.value)
+
+
+def test_combines_of_different_dispatches_are_a_mismatch(library):
+    case = LowLatencyCase(tokens=(7, 5))
+    for message in run_emulated_nodes(
+        library, 2, 1, with_other_handles, case.config(timeout_s=20), case
+    ):
+        assert "different low_latency_combine calls: handles of different dispatches" in message
+
+
+def with_wrong_experts(rank: int, buffer: Buffer, case: LowLatencyCase) -> dict[str, Any]:
+    given = Inputs.of_case(case, rank, "cpu")
+    given.topk_idx[given.topk_idx < 0] = case.num_experts + rank
+    out = dispatch(buffer, case, given)
+    combine(buffer, case, given, out.handle)
+    results = {name: array.copy() for name, array in as_numpy(case, given, out).items()}
+    message = rf"token \d+, entry \d, no expert has number {case.num_experts + rank}\."
+    with pytest.raises(EPRoutingError, match=message):
+        dispatch(buffer, case, given)
+    combine(buffer, case, given, dispatch(buffer, case, given).handle)  # it was said once
+    return results
+
+
+def test_what_is_no_expert_is_dropped(library):
+    case = LowLatencyCase(tokens=(12, 9), num_topk=4, drop=0.4)
+    config = case.config(**PATIENT)
+    check_results(case, run_emulated_nodes(library, 2, 1, with_wrong_experts, config, case))
+
+
+def with_a_third(rank: int, buffer: Buffer, case: LowLatencyCase) -> None:
+    given = Inputs.of_case(case, rank, "cpu")
+    outs = [dispatch(buffer, case, given) for _ in range(2)]
+    with pytest.raises(EPStateError, match="results of the last 2 may be out at once"):
+        dispatch(buffer, case, given)
+    for out in outs:
+        out.hook()
+    with pytest.raises(EPUnsupportedError, match="between nodes cannot be masked"):
+        buffer.mask_rank(1 - rank)
+    combine(buffer, case, given, outs[1].handle).hook()
+    buffer.synchronize()
+
+
+def test_refusals_leave_the_buffer_as_it_was(library):
+    case = LowLatencyCase(tokens=(7, 5), split=True)
+    run_emulated_nodes(library, 2, 1, with_a_third, case.config(**PATIENT), case)
