@@ -9,6 +9,7 @@ out=${1:-runs/sanitize}
 cases=("${@:2}")
 [ ${#cases[@]} -gt 0 ] || cases=(
     one-rank expert-major rank-major fp8 capacity copies fused split nodes nodes-rank-major
+    nodes-fused nodes-split
 )
 command -v compute-sanitizer >/dev/null || { echo "error: needs compute-sanitizer, of the CUDA toolkit" >&2; exit 2; }
 nvidia-smi -L >/dev/null 2>&1 || { echo "error: needs a GPU" >&2; exit 2; }
@@ -19,6 +20,7 @@ check() {
     local case=$1 tool=$2 file=tests/backends/test_virtual_ranks.py log=$out/$1-$2.txt
     case $case in
         fused | split) file=tests/backends/test_low_latency_gpu.py ;;
+        nodes-fused | nodes-split) file=tests/backends/test_virtual_nodes_low_latency.py ;;
         nodes*) file=tests/backends/test_virtual_nodes.py ;;
     esac
     if compute-sanitizer --target-processes all --tool "$tool" --print-limit 10 --error-exitcode 1 \

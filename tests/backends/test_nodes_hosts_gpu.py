@@ -13,6 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import Case
+from low_latency_cases import LowLatencyCase
+from low_latency_cases import check_results as check_low_latency_results
+from low_latency_cases import run_case as run_low_latency_case
 from ranks import run_ranks
 from test_buffer import check_results, on_gpus, random_case, run_case
 from virtual_nodes import check_wire_bytes
@@ -73,6 +76,34 @@ def test_operations(shape):
     results = run(shape, run_cases, cases)
     for number, case in enumerate(cases):
         check_results(case, [of_rank[number] for of_rank in results], check_wire_bytes)
+
+
+def low_latency(rank: int, cases: list[LowLatencyCase]) -> list[dict]:
+    results = []
+    for case in cases:
+        with Buffer(None, case.config()) as buffer:
+            assert " GPUs over NVSHMEM " in buffer.describe(), buffer.describe()
+            for _ in range(3):
+                given = run_low_latency_case(rank, buffer, case, "cuda")
+            buffer.synchronize()
+            results.append(given)
+    return results
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_low_latency(shape):
+    sizes = dict(
+        tokens=(40, 33, 64, 9)[: shape[0] * shape[1]], max_tokens=64, hidden=1024, drop=0.1
+    )
+    cases = [
+        LowLatencyCase(**sizes, num_topk=4),
+        LowLatencyCase(**sizes, num_topk=4, scales="ue8m0", split=True, weights_with="combine"),
+        LowLatencyCase(**sizes, num_topk=6, scales="fp32", weights_with="combine"),
+    ]
+    cases = [dataclasses.replace(on_gpus(c, "auto"), ranks_per_node=shape[1]) for c in cases]
+    results = run(shape, low_latency, cases)
+    for number, case in enumerate(cases):
+        check_low_latency_results(case, [of_rank[number] for of_rank in results])
 
 
 def found_and_given(rank: int) -> list[str]:
