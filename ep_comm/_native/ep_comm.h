@@ -911,8 +911,7 @@ typedef struct ep_nodes_low_latency_state {
  * the rows to that rank, ascending; -1 behind the last. */
 typedef struct ep_nodes_low_latency {
   ep_network network; /* every rank as a node of its own: num_nodes = R, node = rank */
-  int32_t*
-      counters; /* [R, EP_LOW_LATENCY_CHUNKS] zero; left zero: rows of a chunk that are there */
+  int32_t* counters;  /* [R, EP_LOW_LATENCY_CHUNKS] zero; left zero: rows that are packed */
   /* Of the operation's kind, see ep_nodes_offsets. */
   int64_t credit_offset;
   int64_t head_flag_offset;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -146,6 +147,42 @@ def test_operations_that_nobody_waits_for(shape, split):
     results = run_virtual_nodes(
         *shape, unwaited, case.config(), case, 5, network_us=1000, delay_us=20
     )
+    for seed, of_operation in enumerate(zip(*results, strict=True)):
+        check_results(dataclasses.replace(case, seed=seed), list(of_operation))
+
+
+def ahead_of_one(rank: int, buffer: Buffer, case: LowLatencyCase) -> list[dict[str, Any]]:
+    """Rank 1 is late to receive: what the others send next would go where the first still is."""
+    cases = [dataclasses.replace(case, seed=seed) for seed in range(3)]
+    inputs = [Inputs.of_case(each, rank, "cuda") for each in cases]
+
+    def in_turns(send: Callable[[int], Any]) -> list[Any]:
+        sent = [send(0), send(1)]
+        if rank == 1:
+            time.sleep(1)
+        sent[0].hook()
+        sent.append(send(2))
+        for each in sent[1:]:
+            each.hook()
+        return sent
+
+    outs = in_turns(lambda i: dispatch(buffer, cases[i], inputs[i]))
+    in_turns(lambda i: combine(buffer, cases[i], inputs[i], outs[i].handle))
+    buffer.synchronize()
+    return [as_numpy(*each) for each in zip(cases, inputs, outs, strict=True)]
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2)])
+@pytest.mark.parametrize("weights_with", ["dispatch", "combine"])
+def test_who_is_ahead_does_not_write_over_what_is_read(shape, weights_with):
+    case = dataclasses.replace(
+        CHUNKS,
+        tokens=CHUNKS.tokens[: shape[0] * shape[1]],
+        split=True,
+        weights_with=weights_with,
+    )
+    case = between_nodes(case, shape)
+    results = run_virtual_nodes(*shape, ahead_of_one, case.config(timeout_s=20), case)
     for seed, of_operation in enumerate(zip(*results, strict=True)):
         check_results(dataclasses.replace(case, seed=seed), list(of_operation))
 

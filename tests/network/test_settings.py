@@ -83,7 +83,7 @@ def test_what_is_left_to_nvshmem_is_unset():
         ("IB_ROCE_VERSION_NUM", "3", "from 1 to 2"),
         ("REMOTE_TRANSPORT", "none", "one of ibrc, ibdevx, ucx, libfabric"),
         ("IB_ENABLE_IBGDA", "maybe", "0 or 1"),
-        ("QP_DEPTH", "512", "half of it has to hold 100 messages to a peer, of 4 places each"),
+        ("QP_DEPTH", "512", "half of it has to hold 120 messages to a peer, of 4 places each"),
         ("QP_DEPTH", "65536", "from 960 to 32768"),
         ("IBGDA_NUM_RC_PER_PE", "0", "from 1 to 64"),
         ("IBGDA_RC_MAP_BY", "thread", "one of cta, sm, warp"),

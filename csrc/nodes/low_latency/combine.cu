@@ -78,9 +78,9 @@ struct Parts {
     }
     const int32_t k = found >> kRowBits;
     uint4 word;
-    ptx::load_global_if(true, &word, memory.head(operation.half, source) + 1 +
-                                         place * weight_words(common.num_topk) +
-                                         k / kWeightsOfWord);
+    ptx::load_global_if(true, &word,
+                        memory.head(operation.half, source) + 1 +
+                            place * weight_words(common.num_topk) + k / kWeightsOfWord);
     weight = __uint_as_float(weight_of_word(word, k % kWeightsOfWord));
   }
 };
@@ -137,19 +137,20 @@ __device__ inline bool send(const Args& args, const far::Memory& memory,
   const Header own = own_header(args);
   return send_rows(memory, operation, first, words_of_row,
                    [&](int32_t k, int32_t begin, int32_t end, uint4* to) {
-    const int32_t source = memory.rank_after(k);
-    const bool waits = common.has_weights && threadIdx.x == 0;
-    const bool fine = !waits || wait_head(memory, operation, own, source) >= 0;
-    if (!__syncthreads_and(fine)) return false;
+                     const int32_t source = memory.rank_after(k);
+                     const bool waits = common.has_weights && threadIdx.x == 0;
+                     const bool fine = !waits || wait_head(memory, operation, own, source) >= 0;
+                     if (!__syncthreads_and(fine)) return false;
 #pragma unroll 1
-    for (int32_t u = threadIdx.x / kWarpSize; u < (end - begin) * parts; u += kWarps) {
-      const int32_t i = u / parts;
-      const Parts rows(args, memory, operation, source, begin + i);
-      pack_part(args, words_of_row, rows, u - i * parts,
-                to + static_cast<int64_t>(i) * words_of_row);
-    }
-    return true;
-  });
+                     for (int32_t u = threadIdx.x / kWarpSize; u < (end - begin) * parts;
+                          u += kWarps) {
+                       const int32_t i = u / parts;
+                       const Parts rows(args, memory, operation, source, begin + i);
+                       pack_part(args, words_of_row, rows, u - i * parts,
+                                 to + static_cast<int64_t>(i) * words_of_row);
+                     }
+                     return true;
+                   });
 }
 
 // ---- Receiving ---------------------------------------------------------------------------------
@@ -165,8 +166,7 @@ __device__ inline bool receive_unit(const Args& args, const far::Memory& memory,
   const int64_t entry = static_cast<int64_t>(t) * num_topk;
   const int32_t back = lane < num_topk ? args.handle.ranks[entry + lane] : -1;
   const int32_t source = back / common.max_tokens, place = back % common.max_tokens;
-  const bool fine =
-      back < 0 || wait_rows(memory, operation, source, place / memory.chunk_rows());
+  const bool fine = back < 0 || wait_rows(memory, operation, source, place / memory.chunk_rows());
   const int32_t num_rows = __popc(__ballot_sync(kFullWarp, back >= 0));
   if (!__all_sync(kFullWarp, fine)) return false;
   __syncwarp();
@@ -192,9 +192,9 @@ __device__ inline bool receive_unit(const Args& args, const far::Memory& memory,
     }
   }
   if (at < words_of_row) {
-    ptx::store_global(static_cast<uint4*>(args.combined_x) +
-                          static_cast<int64_t>(t) * words_of_row + at,
-                      pack<__nv_bfloat16>(sums));
+    ptx::store_global(
+        static_cast<uint4*>(args.combined_x) + static_cast<int64_t>(t) * words_of_row + at,
+        pack<__nv_bfloat16>(sums));
   }
   return true;
 }

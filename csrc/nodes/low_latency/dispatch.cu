@@ -44,8 +44,8 @@ int32_t ep_nodes_low_latency_dispatch(const ep_nodes_low_latency_dispatch_args* 
   if (status == EP_OK) status = dispatch::check_hidden(common.hidden, args->dispatch.format);
   if (status != EP_OK) return status;
   const int32_t num_ranks = args->nodes.network.num_nodes;
-  const int64_t bytes = std::max(Sends::bytes(num_ranks, common.max_tokens),
-                                 far::Arrivals::bytes(common, num_ranks));
+  const int64_t bytes =
+      std::max(Sends::bytes(num_ranks, common.max_tokens), far::Arrivals::bytes(common, num_ranks));
   if (bytes > far::kMaxShared) {
     return ep::fail(EP_ERR_ARGUMENT, "%d local experts, %d ranks, %d tokens: too many for an SM",
                     common.num_local_experts, num_ranks, common.max_tokens);

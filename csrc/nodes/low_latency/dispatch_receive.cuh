@@ -127,8 +127,7 @@ __device__ inline void keep_row(const ep_low_latency_dispatch_args& args, const 
   if (row >= 0) args.recv_src_info[row] = n;
   if (!common.has_weights) return;
   uint4 word;
-  ptx::load_global_if(true, &word,
-                      arrival.entry + expert_words(num_topk) + lane / kWeightsOfWord);
+  ptx::load_global_if(true, &word, arrival.entry + expert_words(num_topk) + lane / kWeightsOfWord);
   args.handle.weights[at] = __uint_as_float(weight_of_word(word, lane % kWeightsOfWord));
 }
 
@@ -154,8 +153,8 @@ __device__ inline bool receive_part(const ep_low_latency_dispatch_args& args, co
                                            arrival.place / memory.chunk_rows());
   if (!__all_sync(kFullWarp, fine)) return false;
   __syncwarp();
-  const uint4* const from = memory.rows(operation.half, arrival.source) +
-                            static_cast<int64_t>(arrival.place) * row.all;
+  const uint4* const from =
+      memory.rows(operation.half, arrival.source) + static_cast<int64_t>(arrival.place) * row.all;
   constexpr int kAtOnce = kPartWords / kWarpSize;
   const int32_t first = part * kPartWords + lane;
   uint4 words[kAtOnce];

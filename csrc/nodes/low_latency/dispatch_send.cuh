@@ -121,8 +121,8 @@ __device__ inline void send_heads(const ep_low_latency_dispatch_args& args, cons
       const int32_t t = i / words, j = i - t * words;
       if (!sends.tokens.has(r, t)) continue;
       const int64_t at = static_cast<int64_t>(t) * num_topk;
-      const int32_t first = j < num_expert_words ? j * kExpertsOfWord
-                                                 : (j - num_expert_words) * kWeightsOfWord;
+      const int32_t first =
+          j < num_expert_words ? j * kExpertsOfWord : (j - num_expert_words) * kWeightsOfWord;
       uint4 word = j < num_expert_words
                        ? expert_word(common, at + first, num_topk - first, r)
                        : weight_word(common.weights + at + first, num_topk - first);
@@ -140,8 +140,8 @@ __device__ inline void pack_unit(const ep_low_latency_dispatch_args& args, const
                                  int32_t t, int32_t unit, uint4* to) {
   const int32_t at = unit * kWarpSize + lane_id(), hidden = args.common.hidden;
   const bool is_bf16 = args.format == EP_LOW_LATENCY_BF16, has_word = at < row.data;
-  const auto* const x = static_cast<const uint4*>(args.x) +
-                        static_cast<int64_t>(t) * (hidden / 8) + (is_bf16 ? at : 2 * at);
+  const auto* const x = static_cast<const uint4*>(args.x) + static_cast<int64_t>(t) * (hidden / 8) +
+                        (is_bf16 ? at : 2 * at);
   uint4 bits[2] = {};
   ptx::load_global_if(has_word, &bits[0], x);
   if (is_bf16) {
@@ -173,16 +173,17 @@ __device__ inline bool send(const ep_low_latency_dispatch_args& args, const Memo
   send_heads(args, memory, operation, sends);
   keep_sends(args, memory, operation, sends);
   const int32_t units = ceil_div<int32_t>(row.data, kWarpSize);
-  return send_rows(memory, operation, sends.first, row.all,
-                   [&](int32_t k, int32_t begin, int32_t end, uint4* to) {
-    const int32_t r = memory.rank_after(k);
+  return send_rows(
+      memory, operation, sends.first, row.all,
+      [&](int32_t k, int32_t begin, int32_t end, uint4* to) {
+        const int32_t r = memory.rank_after(k);
 #pragma unroll 1
-    for (int32_t u = threadIdx.x / kWarpSize; u < (end - begin) * units; u += kWarps) {
-      const int32_t i = u / units;
-      pack_unit(args, row, sends.tokens.select(r, begin + i), u - i * units, to + i * row.all);
-    }
-    return true;
-  });
+        for (int32_t u = threadIdx.x / kWarpSize; u < (end - begin) * units; u += kWarps) {
+          const int32_t i = u / units;
+          pack_unit(args, row, sends.tokens.select(r, begin + i), u - i * units, to + i * row.all);
+        }
+        return true;
+      });
 }
 
 }  // namespace ep::low_latency::far

@@ -36,8 +36,7 @@ __device__ inline FarOperation begin_operation(const ep_low_latency& common, uin
   const bool sends = common.phases & EP_LOW_LATENCY_SEND;
   FarOperation operation;
   operation.kind = common.peers.op == EP_OP_LOW_LATENCY_COMBINE;
-  operation.epoch =
-      sends ? epoch_after(state.sent[operation.kind]) : epochs[operation.kind];
+  operation.epoch = sends ? epoch_after(state.sent[operation.kind]) : epochs[operation.kind];
   operation.half = operation.epoch & 1;
   operation.before = (operation.epoch - 1) >> 1;
   const uint32_t received = state.received[operation.kind][operation.half];
@@ -153,14 +152,14 @@ inline int32_t check(const ep_low_latency& common, const ep_nodes_low_latency& n
   if (status != EP_OK) return status;
   const int32_t num_ranks = nodes.network.num_nodes, size = nodes.ranks_per_node;
   if (size < 1 || num_ranks < 1 || num_ranks > EP_MAX_NODE_RANKS || num_ranks % size != 0) {
-    return fail(EP_ERR_ARGUMENT, "%d ranks, %d on each node: at most %d, and no node may have fewer",
-                num_ranks, size, EP_MAX_NODE_RANKS);
+    return fail(EP_ERR_ARGUMENT,
+                "%d ranks, %d on each node: at most %d, and no node may have fewer", num_ranks,
+                size, EP_MAX_NODE_RANKS);
   }
   const int64_t places =
       static_cast<int64_t>(common.num_local_experts) * num_ranks * common.max_tokens;
   if (places <= EP_LOW_LATENCY_MAX_PLACES) return EP_OK;
-  return fail(EP_ERR_ARGUMENT,
-              "%d local experts x %d ranks x %d tokens: the product is at most %d",
+  return fail(EP_ERR_ARGUMENT, "%d local experts x %d ranks x %d tokens: the product is at most %d",
               common.num_local_experts, num_ranks, common.max_tokens, EP_LOW_LATENCY_MAX_PLACES);
 }
 

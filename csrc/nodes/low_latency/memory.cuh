@@ -57,8 +57,8 @@ class Memory {
     return flags(nodes.head_flag_offset) + half * num_ranks() + source;
   }
   __device__ const Flag* row_flag(int32_t half, int32_t source, int32_t chunk) const {
-    return flags(nodes.row_flag_offset) +
-           (half * num_ranks() + source) * EP_LOW_LATENCY_CHUNKS + chunk;
+    return flags(nodes.row_flag_offset) + (half * num_ranks() + source) * EP_LOW_LATENCY_CHUNKS +
+           chunk;
   }
   // The header; behind it stand entries, or weights.
   __device__ const uint4* head(int32_t half, int32_t source) const {
@@ -115,8 +115,8 @@ class Memory {
                              int32_t half) const {
     const int64_t from = send_offset + place(half, rank_after(k)) * region;
     const int64_t to = receive_offset + place(half, rank()) * region;
-    uint8_t* const at = k == 0 ? nodes.network.memory + to
-                               : network::place_to_write(nodes.network, k, from, to);
+    uint8_t* const at =
+        k == 0 ? nodes.network.memory + to : network::place_to_write(nodes.network, k, from, to);
     return reinterpret_cast<uint4*>(at);
   }
 

@@ -159,7 +159,7 @@ class NodesBackend(NVLinkBackend):
         self._planner = NodesPlanner(
             self.native, memory, config, self.device, self._streams, self.recorder, self._all_args
         )
-        self.low_latency = None
+        self.low_latency: NodesLowLatency | None = None
         if config.low_latency_tokens is not None:
             self.low_latency = NodesLowLatency(
                 self.native,
@@ -198,8 +198,11 @@ class NodesBackend(NVLinkBackend):
 
     def throttle(self, bytes_per_s: float) -> None:
         """Let the network of this rank be no faster than that, for figures; 0 is no limit."""
-        for args in self._all_args:
-            args.network.bytes_per_us = int(bytes_per_s / 1e6)
+        networks = [args.network for args in self._all_args]
+        if self.low_latency is not None:
+            networks += self.low_latency.networks
+        for network in networks:
+            network.bytes_per_us = int(bytes_per_s / 1e6)
 
     def quiesce(self) -> int:
         """Refuse to mask ranks: what a network has still to bring would come to memory begun anew.

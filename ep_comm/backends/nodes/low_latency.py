@@ -69,6 +69,11 @@ class NodesLowLatency(NVLinkLowLatency):
             ranks_per_node=self._memory.place.ranks_per_node,
         )
 
+    @property
+    def networks(self) -> list[header.Network]:
+        """How the kernels reach the other ranks; to be changed in place."""
+        return [args.nodes.network for args in self._launched.values()]
+
     @staticmethod
     def _common_of(args: Any) -> header.LowLatency:
         is_dispatch = isinstance(args, header.NodesLowLatencyDispatchArgs)
