@@ -156,7 +156,11 @@ def low_latency(
         typer.Option(help="Of each CUDA graph, of 20 operations; default: 500. 10000 for tails."),
     ] = None,
     backend: Annotated[
-        str, typer.Option(help="nvlink; or reference: the host's time, of CPU ranks.")
+        str,
+        typer.Option(
+            help="nvlink; nodes: the kernels between hosts, with NVLink for a network; or "
+            "reference: the host's time, of CPU ranks."
+        ),
     ] = "nvlink",
     out: Annotated[
         Path, typer.Option(help="Folder of bench-low-latency.json, page and picture.")

@@ -104,7 +104,7 @@ def test_every_size_has_room_for_itself_and_for_many():
         (dict(replays=9), "--replays 9 is too few"),
         (dict(routing=groups(2, 1)), "--num-groups 2 does not divide --experts 5"),
         (dict(routing=groups(5, 1)), "leaves a token 1 experts, fewer than --topk"),
-        (dict(backend="nccl"), "--backend 'nccl' is none of nvlink, reference"),
+        (dict(backend="nccl"), "--backend 'nccl' is none of nvlink, nodes, reference"),
     ],
 )
 def test_what_cannot_be_measured_is_named(changes, message):
@@ -122,6 +122,8 @@ def test_what_cannot_be_measured_is_named(changes, message):
         (dict(), 9, 132, "9 rank"),
         (dict(num_sms=(0, 133)), 2, 132, "--num-sms 133 is neither 0"),
         (dict(num_sms=(1,)), 2, 132, "--num-sms 1 is neither 0"),
+        (dict(num_sms=(3,), backend="nodes"), 2, 132, "neither 0 \\(all\\) nor 4 to 132"),
+        (dict(backend="nodes"), 2, None, "needs CUDA GPUs"),
         (dict(num_sms=(16,), backend="reference"), 2, None, "--num-sms 16 has no effect"),
         (
             dict(experts=7, routing=groups(7, 7)),
@@ -423,6 +425,14 @@ def test_a_wrong_sum_is_found(fault, num_rows):
 
 def a_run_on_gpus(rank: int, settings: Settings) -> Run:
     return run.run(settings, torch.device("cuda", rank), lambda text: None)
+
+
+@pytest.mark.multi_gpu
+def test_run_between_nodes_on_gpus():
+    settings = dataclasses.replace(GPU_SETTINGS, backend="nodes")
+    found, other = run_ranks(2, a_run_on_gpus, settings, backend="nccl", fresh=True)
+    assert found == other and found.num_wrong == 0
+    assert found.backend.startswith("nodes (2 of 1 GPUs over stores")
 
 
 @pytest.mark.multi_gpu

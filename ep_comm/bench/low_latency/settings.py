@@ -9,6 +9,7 @@ import torch
 
 from ep_comm import EPConfig
 from ep_comm._native import header
+from ep_comm.backends.nodes.tuning import MIN_SMS
 from ep_comm.bench.ops.routing import REPLAY, RoutingSpec
 from ep_comm.fp8 import BLOCK
 from ep_comm.job.exits import UserError
@@ -25,8 +26,8 @@ QUICK_REPLAYS = 100
 COMMON_ROOM = 128
 MIN_REPLAYS = 10
 
-BackendName = Literal["nvlink", "reference"]
-BACKENDS: tuple[BackendName, ...] = ("nvlink", "reference")
+BackendName = Literal["nvlink", "nodes", "reference"]
+BACKENDS: tuple[BackendName, ...] = ("nvlink", "nodes", "reference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,8 @@ class Settings:
         fp8: Dispatch FP8 rows; else BF16. Combine is BF16.
         num_sms: SM counts; 0 is all of the GPU's.
         replays: Of each CUDA graph.
-        backend: "nvlink", our kernels; or "reference", of which the host's time is measured.
+        backend: "nvlink", our kernels; "nodes", those between hosts, with each GPU for a node and
+            NVLink for a network; or "reference", of which the host's time is measured.
     """
 
     tokens: tuple[int, ...] = TOKENS
@@ -109,7 +111,7 @@ class Settings:
             num_ranks: Ranks of the job.
             available_sms: SMs of each GPU; None without GPUs.
         """
-        if self.backend == "nvlink" and available_sms is None:
+        if self.backend != "reference" and available_sms is None:
             raise UserError(
                 "bench low-latency needs CUDA GPUs, and torch sees none (ep-comm doctor says "
                 "more); --backend reference times the host of CPU ranks"
@@ -136,8 +138,11 @@ class Settings:
         for count in self.num_sms:
             if available_sms is None and count:
                 raise UserError(f"--num-sms {count} has no effect on the reference backend")
-            if available_sms is not None and count and not 2 <= count <= available_sms:
-                raise UserError(f"--num-sms {count} is neither 0 (all) nor 2 to {available_sms}")
+            fewest = MIN_SMS if self.backend == "nodes" else 2
+            if available_sms is not None and count and not fewest <= count <= available_sms:
+                raise UserError(
+                    f"--num-sms {count} is neither 0 (all) nor {fewest} to {available_sms}"
+                )
 
     def num_experts(self, num_ranks: int) -> int:
         """Return the experts, rounded up to a multiple of the ranks."""
@@ -165,6 +170,7 @@ class Settings:
             max_tokens_per_rank=1,  # of normal operations: there are none
             num_topk=self.topk,
             backend=self.backend,
+            ranks_per_node=1 if self.backend == "nodes" else None,
             low_latency_tokens=self.most_tokens,
             dtype=torch.bfloat16,
         )
