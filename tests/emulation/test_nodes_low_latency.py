@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from emulated_nodes import run_emulated_nodes
 from low_latency_cases import (
     Inputs,
@@ -293,3 +294,33 @@ def test_kernels_leave_masked_ranks_out(library, shape):
     config = case.config(timeout_s=20)
     results = run_emulated_nodes(library, *shape, without_the_last, config, case, masked)
     check_results(case, results, masked=(masked,))
+
+
+def after_four_thousand_million(
+    rank: int, buffer: Buffer, case: LowLatencyCase
+) -> list[dict[str, Any]]:
+    """As `run_case`, while the operations' numbers run out of 32 bits."""
+    backend = buffer._session.backend
+    first = 2**32 - 4
+    half, halves = first // 2, ((first // 2,) * 2,) * 2
+    state = header.NodesLowLatencyState(sent=(first, first), received=halves)
+    words = torch.frombuffer(bytearray(state), dtype=torch.int32)
+    backend.low_latency._state[0, : len(words)] = words
+    credits = backend.memory._network_tensor[backend.nodes_offsets.low_latency_credits :]
+    credits[: 8 * 2 * 2 * case.num_ranks].view(torch.int64).fill_(half)
+    results = []
+    for _ in range(8):
+        got = run_case(rank, buffer, case, "cpu")
+        results.append({name: array.copy() for name, array in got.items()})
+    buffer.synchronize()
+    assert int(backend.low_latency._state[0, 0]) & 0xFFFFFFFF == 2**31 + 4
+    return results
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])
+def test_numbers_of_operations_run_over(library, split):
+    case = LowLatencyCase(tokens=(7, 5), split=split)
+    config = case.config(timeout_s=30)
+    results = run_emulated_nodes(library, 2, 1, after_four_thousand_million, config, case)
+    for of_operation in zip(*results, strict=True):
+        check_results(case, list(of_operation))
