@@ -107,7 +107,7 @@ class Buffer(LowLatencyCalls):
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         what = f"Buffer (low_latency_mode={low_latency_mode}, enable_shrink={enable_shrink})"
-        self._ranks_per_node = place.ranks_per_node(mine, hints, what, low_latency_mode)
+        self._ranks_per_node = place.ranks_per_node(mine, hints, what, enable_shrink)
         self._buffers = SizedBuffers(mine, hints)
         self._scratch: dict[bool, Tensor] = {}
 

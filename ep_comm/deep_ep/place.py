@@ -35,7 +35,7 @@ def group_for_gpus(group: dist.ProcessGroup, hints: Hints) -> dist.ProcessGroup:
 
 
 def ranks_per_node(
-    group: dist.ProcessGroup, hints: Hints, what: str, low_latency_mode: bool = False
+    group: dist.ProcessGroup, hints: Hints, what: str, enable_shrink: bool = False
 ) -> int | None:
     """Return how many consecutive ranks are on a host; None where all are on one. Collective.
 
@@ -43,7 +43,7 @@ def ranks_per_node(
         group: The ranks.
         hints: Of them the timeout and the backend.
         what: They make, with its modes.
-        low_latency_mode: Whether it has low-latency operations.
+        enable_shrink: Whether its ranks may be masked.
 
     Raises:
         EPMismatchError: Ranks make different things.
