@@ -108,7 +108,7 @@ def test_times_with_all_sms_are_close_to_those_measured(name):
     """A known routing in BF16; docs/plan.md has how far off the others are."""
     for found in compare(read(RESULTS / f"{name}.json")):
         if found.num_sms == 0 and found.name in ("dispatch, cached", "combine"):
-            assert abs(found.deviation) < 0.11, found
+            assert abs(found.deviation) < 0.12, found
 
 
 def test_published_rates_are_close_where_the_network_limits():
