@@ -23,7 +23,7 @@ def test_every_field_has_a_flag_a_key_and_words():
         assert each.flag == f"--{each.key.replace('_', '-')}"
         assert (each.default is None) == bool(each.unset), each.name
         assert (each.value_type is bool) == (each.metavar is None), each.name
-        assert (each.value_type is str) == bool(each.choices), each.name
+        assert not each.choices or each.value_type is str, each.name
     timeout = next(each for each in OPTIONS if each.name == "timeout_s")
     assert (timeout.flag, timeout.key, timeout.value_type) == ("--ep-timeout", "ep_timeout", float)
     assert flag_of("timeout_s") == "--ep-timeout"
