@@ -319,6 +319,13 @@ def test_scales_of_groups_by_row():
 # ---- What is said of it, and sizes --------------------------------------------------------------
 
 
+class Noted(EventOverlap):
+    waits = 0
+
+    def current_stream_wait(self) -> None:
+        self.waits += 1
+
+
 def attributes(rank: int) -> None:
     case = Case(tokens=(3, 9), layout="rank")
     os.environ.pop(TIMEOUT_VARIABLE, None)
@@ -333,7 +340,15 @@ def attributes(rank: int) -> None:
     with pytest.raises(EPArgumentError, match="no communication stream"):
         buffer.get_comm_stream()
     mine = Rank(rank, case)
-    handle = dispatch(buffer, mine, do_handle_copy=False)[3]
+    events = Noted(), Noted()
+    handle = dispatch(
+        buffer,
+        mine,
+        do_handle_copy=False,
+        previous_event=events[0],
+        previous_event_before_epilogue=events[1],
+    )[3]
+    assert [event.waits for event in events] == [1, 1]
     assert handle.topk_idx is mine.topk_idx and handle.num_sms == 0
     assert copy.deepcopy(handle) is copy.copy(handle) is handle
     with pytest.raises(TypeError, match="cannot be pickled"):
