@@ -144,6 +144,7 @@ class NodesBackend(NVLinkBackend):
         properties = torch.cuda.get_device_properties(self.device)
         self._available_sms: int = properties.multi_processor_count
         self._num_sms: int | None = None
+        self._overlapped = False
         self._chooser = prices.Chooser(None, self.num_ranks)  # nobody has measured
         self._all_args = nodes_kernel_args(
             config,
