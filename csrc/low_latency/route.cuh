@@ -93,32 +93,31 @@ __device__ inline uint4 pack_experts(const uint32_t (&e)[kExpertsOfWord]) {
                     e[5] >> 4 | e[6] << 8 | e[7] << 20, 0);
 }
 
-// That of the experts that stand at `experts`, of which the first `count` are the token's; for the
-// rank whose first expert is `first`.
+// That of the experts that stand at `experts`, of which the first `count` are the token's, for a
+// rank.
 template <typename Idx>
-__device__ inline uint4 expert_word(const Idx* experts, int32_t count, int64_t first,
-                                    int32_t num_local_experts) {
+__device__ inline uint4 expert_word(const ep_low_latency& common, const Idx* experts, int32_t count,
+                                    int32_t rank) {
   Idx expert[kExpertsOfWord];
 #pragma unroll
   for (int k = 0; k < kExpertsOfWord; ++k) expert[k] = k < count ? experts[k] : -1;
+  const int64_t first = rank * common.num_local_experts;
   uint32_t local[kExpertsOfWord];
 #pragma unroll
   for (int k = 0; k < kExpertsOfWord; ++k) {
     const auto i = static_cast<uint64_t>(expert[k] - first);  // large for what is before them
-    const bool is_here = i < static_cast<uint64_t>(num_local_experts);
+    const bool is_here = i < static_cast<uint64_t>(common.num_local_experts);
     local[k] = is_here ? static_cast<uint32_t>(i) : kNoExpert;
   }
   return pack_experts(local);
 }
 
 // Of the entries of topk_idx from `at` on.
-__device__ inline uint4 expert_word(const ep_low_latency& common, int64_t at, int32_t count,
-                                    int32_t rank) {
-  const int64_t first = rank * common.num_local_experts;
-  return common.idx_bytes == 8 ? expert_word(static_cast<const int64_t*>(common.topk_idx) + at,
-                                             count, first, common.num_local_experts)
-                               : expert_word(static_cast<const int32_t*>(common.topk_idx) + at,
-                                             count, first, common.num_local_experts);
+__device__ inline uint4 expert_word_at(const ep_low_latency& common, int64_t at, int32_t count,
+                                       int32_t rank) {
+  return common.idx_bytes == 8
+             ? expert_word(common, static_cast<const int64_t*>(common.topk_idx) + at, count, rank)
+             : expert_word(common, static_cast<const int32_t*>(common.topk_idx) + at, count, rank);
 }
 
 // The i-th of them.

@@ -57,7 +57,11 @@ class Entries {
       return;
     }
     const int32_t k = j_ * kExpertsOfWord, count = common_.num_topk - k;
-    word_ = expert_word(common_, first + k, count, to_);
+    word_ = common_.idx_bytes == 8
+                ? expert_word(common_, static_cast<const int64_t*>(common_.topk_idx) + first + k,
+                              count, to_)
+                : expert_word(common_, static_cast<const int32_t*>(common_.topk_idx) + first + k,
+                              count, to_);
   }
 };
 

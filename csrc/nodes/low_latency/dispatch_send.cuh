@@ -124,7 +124,7 @@ __device__ inline void send_heads(const ep_low_latency_dispatch_args& args, cons
       const int32_t first =
           j < num_expert_words ? j * kExpertsOfWord : (j - num_expert_words) * kWeightsOfWord;
       uint4 word = j < num_expert_words
-                       ? expert_word(common, at + first, num_topk - first, r)
+                       ? expert_word_at(common, at + first, num_topk - first, r)
                        : weight_word(common.weights + at + first, num_topk - first);
       if (j == 0) word.w = t;
       ptx::store_global(head + 1 + sends.tokens.before(r, t) * words + j, word);
