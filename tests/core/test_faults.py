@@ -20,6 +20,7 @@ from ep_comm import (
     EPTimeoutError,
     EPTooManyTokensError,
 )
+from ep_comm.job.meeting import meet
 
 SIZES = dict(num_experts=12, hidden=16, max_tokens_per_rank=8, num_topk=2, dtype=torch.float32)
 X = torch.ones(5, 16)
@@ -28,6 +29,7 @@ _kept: list[Buffer] = []
 
 
 def some_ranks_stay_away(rank: int, absent: tuple[int, ...], timeout_s: float) -> str | None:
+    meet(dist.group.WORLD, "begin", None, 60.0)  # or they may come too late for a buffer
     buffer = Buffer(None, EPConfig(**SIZES, timeout_s=timeout_s))
     handle = buffer.dispatch(X, TOPK).handle
     dist.barrier()
