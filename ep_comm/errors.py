@@ -225,7 +225,7 @@ class EPTimeoutError(_WithFields, RuntimeError):
         was = "There is no buffer" if self.op == "create" else "The buffer is no longer usable"
         options = ["build a new one on a group without the missing rank"]
         if self.op.startswith("low_latency"):
-            options.insert(0, "call Buffer.mask_rank on all others to go on without it")
+            options.insert(0, "call Buffer.mask_rank on all others of the host to go on without it")
         if not isinstance(self, EPLostRankError):
             options.append(f"raise {setting('timeout_s')} if the rank is only slow")
         return f"{was}; {', or '.join(options)}."

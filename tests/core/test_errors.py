@@ -35,7 +35,7 @@ def test_messages_say_what_to_do_next():
     normal = str(EPTimeoutError(op="combine", **late))
     assert f"no longer usable; {anew}, or raise" in normal and normal.endswith(slow)
     low_latency = EPTimeoutError(op="low_latency_combine", **late)
-    mask = "call Buffer.mask_rank on all others to go on without it"
+    mask = "call Buffer.mask_rank on all others of the host to go on without it"
     assert f"no longer usable; {mask}, or {anew}, or raise" in str(low_latency)
     lost = EPLostRankError(op="low_latency_combine", **late, reason="Connection reset by peer")
     assert str(lost) == (
