@@ -89,15 +89,22 @@ __device__ void list_pushes(const ep_combine_args& args, Team& team, int32_t vec
   raise(args, pushed);
 }
 
-// ---- Partial rows for copy engines
-// ---------------------------------------------------------------
+// ---- Partial rows for copy engines -------------------------------------------------------------
+
+// Whether there is nothing to be made of an operation that was given up, whose plan may have left
+// no entries. Copies push what stands there all the same.
+__device__ bool is_given_up(const ep_combine_args& args) {
+  if (!__any_sync(kFullWarp, aborted(args.peers))) return false;
+  wire::set_marks(args.peers, args.wire.mark_offset, epoch_of(args.peers) + 1);
+  return true;
+}
 
 // Lists the partial rows of a chunk of each owner's; owners rotate.
 __device__ void list_partials(const ep_combine_args& args, Team& team, int32_t num_teams,
                               int32_t vectors) {
   const ep_peers& peers = args.peers;
   const int32_t num_others = peers.num_ranks - 1, unit_rows = rows_of_unit(args);
-  if (__any_sync(kFullWarp, aborted(peers))) return;  // the plan may have left no entries
+  if (is_given_up(args)) return;
   const int32_t num_units = ceil_div(args.wire.chunk_rows, unit_rows) * num_others;
   for (int32_t unit = team.index(); unit < num_units; unit += num_teams) {
     const int32_t owner = (peers.rank + 1 + unit % num_others) % peers.num_ranks;
@@ -116,7 +123,7 @@ __device__ void list_partials(const ep_combine_args& args, Team& team, int32_t n
 // Writes the gradients of the probabilities of all owners' rows.
 __device__ void write_all_weights(const ep_combine_args& args, int32_t team, int32_t num_teams) {
   const ep_peers& peers = args.peers;
-  if (__any_sync(kFullWarp, aborted(peers))) return;
+  if (is_given_up(args)) return;
   for (int32_t i = 0; i < peers.num_ranks - 1; ++i) {
     const int32_t owner = (peers.rank + 1 + i) % peers.num_ranks;
     const int32_t rows = args.routing.num_recv[owner];
@@ -240,7 +247,8 @@ __global__ void __launch_bounds__(kMaxTeamThreads, 1)
     combine_kernel(const __grid_constant__ ep_combine_args args, const Teams teams,
                    const int32_t num_push_teams) {
   extern __shared__ __align__(16) uint8_t shared[];
-  if (blockIdx.x == 0 && threadIdx.x == 0) begin_operation(args.peers);
+  const bool has_begun = args.wire.chunk_rows != 0;  // with its gate
+  if (blockIdx.x == 0 && threadIdx.x == 0 && !has_begun) begin_operation(args.peers);
   Team team(shared, teams);
   const int32_t vectors = args.row_bytes / 16;
   const bool pushes = team.index() < num_push_teams;

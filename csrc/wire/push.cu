@@ -22,11 +22,7 @@ __global__ void __launch_bounds__(kWarpSize)
   bool fine = !aborted(peers);
   if (fine && is_peer) fine = wait_credit(peers, args.credit_offset, epoch, r);
   fine = __all_sync(kFullWarp, fine);
-  if (is_peer) {
-    uint32_t* const mark = in_memory_of<uint32_t>(peers, r, args.mark_offset) + peers.rank;
-    ptx::store_relaxed_sys(mark, static_cast<uint32_t>(fine ? epoch : epoch + 1));
-  }
-  ptx::fence_acq_rel_sys();
+  wire::set_marks(peers, args.mark_offset, fine ? epoch : epoch + 1);
   if (r == 0) *args.epoch = static_cast<uint32_t>(epoch);
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/peers.cuh"
+#include "common/warp.cuh"
 
 namespace ep::wire {
 
@@ -17,6 +18,17 @@ __host__ __device__ inline uint32_t* flags_at(const ep_peers& peers, int64_t fla
 // What flags are stamped with: outside of a graph the host's count of operations.
 __device__ inline int32_t number_of(const ep_wire& wire, int32_t epoch) {
   return wire.number != 0 ? wire.number : epoch;
+}
+
+// By a warp, before copies that follow whatever happens here: tells each peer which operation's
+// they are. The next one's: they are not to be read.
+__device__ inline void set_marks(const ep_peers& peers, int64_t mark_offset, int32_t epoch) {
+  const int32_t r = lane_id();
+  if (r < peers.num_ranks && r != peers.rank) {
+    uint32_t* const mark = in_memory_of<uint32_t>(peers, r, mark_offset) + peers.rank;
+    ptx::store_relaxed_sys(mark, static_cast<uint32_t>(epoch));
+  }
+  ptx::fence_acq_rel_sys();
 }
 
 // Called by one thread: true when what `source` flags so can be read. With `block` it waits until

@@ -155,6 +155,11 @@ def _graphs_with_delay(config: TransformerConfig, options: EPOptions) -> object:
     return options.overlap_wgrad and "moe" in _graphed(config)
 
 
+def _graphs_of_the_router_by_copies(config: TransformerConfig, options: EPOptions) -> object:
+    held = _graphed(config) & {"moe_router", "moe_preprocess"}
+    return options.copy_engines and ", ".join(sorted(held))
+
+
 def _local_graphs_of_preprocess(config: TransformerConfig, options: EPOptions) -> object:
     return config.cuda_graph_impl == "local" and "moe_preprocess" in _graphed(config)
 
@@ -279,6 +284,11 @@ BY_CONFIG = (
         "CUDA graphs of 'moe' with --ep-overlap-wgrad",
         "gradients that the graph delays would be handed over once, when it is captured",
         _graphs_with_delay,
+    ),
+    Refusal(
+        "CUDA graphs of 'moe_router' and 'moe_preprocess' with --ep-copy-engines",
+        "rows are sent before the router, and the graph would end before their dispatch",
+        _graphs_of_the_router_by_copies,
     ),
     Refusal(
         "CUDA graphs of 'moe_preprocess' with cuda_graph_impl='local'",

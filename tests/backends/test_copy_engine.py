@@ -32,7 +32,14 @@ from test_nvlink_launches import (
 )
 from virtual_ranks import run_virtual_ranks
 
-from ep_comm import Buffer, EPArgumentError, EPConfig, EPMismatchError, EPUnsupportedError
+from ep_comm import (
+    Buffer,
+    EPArgumentError,
+    EPConfig,
+    EPMismatchError,
+    EPOverflowError,
+    EPUnsupportedError,
+)
 from ep_comm._native import header
 from ep_comm.backends.base import CombineRequest, DispatchRequest
 from ep_comm.backends.nvlink import backend as nvlink
@@ -169,6 +176,38 @@ def test_rows_ahead_are_pushed_once(backend):  # noqa: F811
 
 
 @by_copy
+def test_what_follows_rows_ahead_is_an_operation_that_has_started(backend):  # noqa: F811
+    """Else an error in it would free memory that copies and kernels still use."""
+    routing = plan(backend)
+    dispatch(backend, routing)
+    backend.begin(X, None, torch.bfloat16)
+    before = backend.num_started
+    new_routing = plan(backend)
+    assert backend.num_started > before
+    dispatch(backend, new_routing)
+    backend.begin(X, None, torch.bfloat16)
+    before = backend.num_started
+    dispatch(backend, routing)
+    assert backend.num_started > before
+
+
+@by_copy
+def test_a_notice_before_a_known_dispatch_leaves_what_was_begun(backend):  # noqa: F811
+    routing = plan(backend)
+    dispatch(backend, routing)
+    backend.begin(X, None, torch.bfloat16)
+    backend.native.take()
+
+    notice = mock.patch.object(backend.memory, "check", side_effect=EPOverflowError(9, 8))
+    with notice, pytest.raises(EPOverflowError):
+        dispatch(backend, routing)
+    dispatch(backend, routing)  # once more: its rows are on their way, so the head alone is missing
+    calls = backend.native.take()
+    assert [call[0] for call in calls].count("ep_gate") == 0
+    assert [call[1].flag for call in calls if call[0] == "ep_push"] == [0]
+
+
+@by_copy
 def test_rows_ahead_follow_the_dispatch_before_wherever_it_ran(backend):  # noqa: F811
     dispatch(backend, plan(backend, asynchronous=True), asynchronous=True)
     backend.native.take()
@@ -212,12 +251,14 @@ def test_a_combine_pushes_chunks_as_they_are_added_up(backend):  # noqa: F811
     backend.combine(routing, CombineRequest(received.x, None, False))
     calls = backend.native.take()
     assert [call[0] for call in calls] == [
-        *("wait", "ep_gate", "ep_partial_sums", "wait", "ep_push", "wait", "ep_combine"),
+        *("wait", "ep_gate", "wait", "ep_partial_sums", "wait", "ep_push", "wait", "ep_combine"),
     ]
-    gate, partial, push, combine = (calls[i] for i in (1, 2, 4, 6))
+    gate, partial, push, combine = (calls[i] for i in (1, 3, 5, 7))
     assert gate[1].begins and gate[2] == push[2] == COPY_BACK
     assert partial[2] == combine[2] == CURRENT
-    assert calls[3] == ("wait", COPY_BACK, CURRENT) and calls[5] == ("wait", CURRENT, COPY_BACK)
+    assert calls[4] == ("wait", COPY_BACK, CURRENT)
+    # The first so that what partial sums mark after a fault comes behind what the gate marks.
+    assert calls[2] == calls[6] == ("wait", CURRENT, COPY_BACK)
     assert push[1].num_rows[1] == 7 and push[1].flag == 1
     assert combine[1].num_pushed == -1 and combine[1].chunk_rows == chunk_rows(200) == 64
 

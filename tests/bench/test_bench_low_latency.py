@@ -66,6 +66,7 @@ def groups(num_groups: int, topk_groups: int) -> RoutingSpec:
 
 def no_sizes(**changes) -> Settings:
     given = dict(tokens=None, hidden=None, replays=None, full=False, quick=False, topk=8)
+    given |= dict(experts=None, routing=RoutingSpec())
     return sizes(**{**given, **changes})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from threading import Barrier
 
 import emulated_nodes
@@ -142,6 +143,36 @@ def test_a_rank_that_gave_up_marks_what_its_copies_may_run_over(library):
     config = case.config(**{**BY_COPY, "timeout_s": 1})
     marks = run_emulated_ranks(library, 2, gives_up_with_copies_behind, config, case, Barrier(2))
     assert marks[1] == 3  # the second has not ended, so nobody reads for a third
+
+
+def gives_up_behind_its_gate(rank: int, buffer: Buffer, case: Case) -> str:
+    """Rank 0 hears of a fault when the gate of its combine has passed, and nothing is added up."""
+    backend = buffer._session.backend
+    x = to_torch(case.rows(rank, case.tokens[rank], salt=2))
+    out = buffer.dispatch(x, to_torch(case.topk_idx(rank)))
+    if rank == 0:
+        launch = backend.native.launch
+
+        def launch_late(name: str, *args: object) -> None:
+            if name == "ep_partial_sums":
+                while int(backend._copies.combine._epoch) == 0:  # the gate has not ended
+                    time.sleep(0.01)
+                backend.memory.abort.fill_(1)
+            launch(name, *args)
+
+        backend.native.launch = launch_late
+        buffer.combine(out.recv_x, out.handle)
+        return ""
+    with pytest.raises(EPStateError) as error:
+        buffer.combine(out.recv_x, out.handle)
+        buffer.synchronize()
+    return str(error.value)
+
+
+def test_rows_that_nobody_has_added_up_are_no_result(library):
+    case = Case(tokens=(40, 20), num_topk=3)
+    results = run_emulated_ranks(library, 2, gives_up_behind_its_gate, case.config(**BY_COPY), case)
+    assert "combine #1: rank 0 gave up, and what its copy engines sent" in results[1]
 
 
 def reads_what_may_be_overwritten(rank: int, buffer: Buffer, case: Case) -> str:

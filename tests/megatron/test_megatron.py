@@ -333,6 +333,11 @@ REFUSED = [
         "CUDA graphs of 'moe' with --ep-overlap-wgrad: gradients",
     ),
     (
+        {"cuda_graph_impl": "transformer_engine", "graphed": ["moe_router"]},
+        {"copy_engines": True},
+        "CUDA graphs of 'moe_router' and 'moe_preprocess' with --ep-copy-engines (moe_router): row",
+    ),
+    (
         {"cuda_graph_impl": "local", "graphed": ["moe_router", "moe_preprocess"]}, {},
         "CUDA graphs of 'moe_preprocess' with cuda_graph_impl='local': take",
     ),

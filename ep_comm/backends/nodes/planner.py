@@ -104,7 +104,14 @@ class NodesPlanner(Planner):
             places=places,
             memory=(arena,),
             first=FirstDispatch(
-                source, stream, num_sms, record, selects_weights, in_one, is_captured
+                source,
+                stream,
+                num_sms,
+                record,
+                selects_weights,
+                in_one,
+                is_captured,
+                overflow_stats=overflow_stats,
             ),
             wait_for_kernels=self._wait_for_kernels,
         )

@@ -26,6 +26,7 @@ class Ahead(NamedTuple):
         number: Of the operation on its buffer, from 1; None where there is nobody to send to.
         record: Address of its record.
         is_captured: In a CUDA graph.
+        stream: The caller's, to which `rows` and `scales` belong.
     """
 
     x: Tensor
@@ -36,6 +37,12 @@ class Ahead(NamedTuple):
     number: int | None
     record: int
     is_captured: bool
+    stream: int
+
+    @property
+    def memory(self) -> tuple[Tensor, ...]:
+        """What copies and kernels read."""
+        return (self.rows,) if self.scales is None else (self.rows, self.scales)
 
     @classmethod
     def of(
@@ -45,10 +52,11 @@ class Ahead(NamedTuple):
         sent: tuple[Tensor, Tensor | None],
         number: int | None,
         record: int,
+        stream: int,
     ) -> Ahead:
         """Return the one of an operation that begins now."""
         is_captured = torch.cuda.is_current_stream_capturing()
-        return cls(x, _version(x), wire_dtype, *sent, number, record, is_captured)
+        return cls(x, _version(x), wire_dtype, *sent, number, record, is_captured, stream)
 
     def is_of(self, x: Tensor) -> bool:
         """Return whether `x` is the same memory in the same shape."""

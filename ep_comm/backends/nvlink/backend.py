@@ -210,8 +210,8 @@ class NVLinkBackend:
 
     @property
     def num_started(self) -> int:
-        """The dispatches and combines that were launched."""
-        return self.recorder.num_operations
+        """The dispatches and combines that were launched, and second halves of dispatches."""
+        return self.recorder.num_operations + self._planner.num_resumed
 
     def destroy(self) -> None:
         """Wait until no rank writes here any more, and free the peer memory."""
@@ -301,6 +301,10 @@ class NVLinkBackend:
         ahead = self._planner.ahead
         if ahead is not None and not ahead.is_of(request.x):  # a backward pass, which asks nobody
             ahead.check(request.x, request.wire_dtype)
+        if routing.first is None:
+            self.memory.check()  # before anything of what was begun is given up
+        if ahead is not None:
+            self._planner.num_resumed += 1
         try:
             return self._dispatch(routing, request, ahead)
         finally:
@@ -311,11 +315,10 @@ class NVLinkBackend:
     ) -> Pending[Received]:
         x, scales, topk_weights, wire_dtype, recv_dtype, asynchronous = request
         first, routing.first = routing.first, None
-        if first is None:
-            self.memory.check()
         quantises = wire_dtype == fp8.FP8_DTYPE and scales is None and ahead is None
         if ahead is not None:
             x, scales = ahead.rows, ahead.scales
+            self._keep_for_current_stream(ahead)
         elif quantises:
             x, scales = fp8.quantize(x)
         weights = whole_weight_rows(topk_weights)
@@ -338,7 +341,8 @@ class NVLinkBackend:
                 made_weights = was_made or ahead is not None
                 self._copies.push_planned(args, routing.num_tokens, quantises, made_weights)
             received = self._planner.dispatch(args, routing, recv_dtype, first)
-        keep = (x, scales, weights, first and first.source, routing.memory)
+        of_plan = () if first is None else (first.source, first.overflow_stats)
+        keep = (x, scales, weights, *of_plan, routing.memory)
         return self._pending(received, asynchronous, keep)
 
     def _repeat(
@@ -404,7 +408,8 @@ class NVLinkBackend:
             record = self.recorder.start("dispatch", 0)
             number = self.recorder.num_operations
             self._copies.push_rows_ahead(args, num_tokens, record)
-        self._planner.ahead = Ahead.of(x, wire_dtype, (rows, scales), number, record)
+        stream = self._streams.current
+        self._planner.ahead = Ahead.of(x, wire_dtype, (rows, scales), number, record, stream)
 
     def push_alone(self, routing: NVLinkRouting, x: Tensor) -> None:
         """Push rows that nobody expands, for figures. Copy engines are the wire."""
@@ -470,14 +475,14 @@ class NVLinkBackend:
             if tensor is not None:
                 tensor.record_stream(self._streams.comm)
 
-    def _keep_for_current_stream(self, routing: NVLinkRouting) -> None:
-        """Keep the routing's memory until the current stream is done with it.
+    def _keep_for_current_stream(self, made: NVLinkRouting | Ahead) -> None:
+        """Keep the memory of what was made before until the current stream is done with it.
 
-        It belongs to the stream of its plan, where torch would use it again at once.
+        It belongs to the stream that it was made on, where torch would use it again at once.
         """
-        if self._streams.current != routing.stream:
+        if self._streams.current != made.stream:
             current = torch.cuda.current_stream(self.device)
-            for tensor in routing.memory:
+            for tensor in made.memory:
                 tensor.record_stream(current)
 
     def quiesce(self) -> int:

@@ -59,6 +59,7 @@ class Planner:
     Attributes:
         entries: Where plans leave the entries of rows whose number nobody knows yet.
         ahead: What the next dispatch has begun with, if it has.
+        num_resumed: Halves of dispatches that followed what was begun.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Planner:
     ) -> None:
         self._wire = wire
         self.ahead: Ahead | None = None
+        self.num_resumed = 0
         self._token_words = 0
         if wire is not None:
             self._token_words = token_words(config.max_tokens_per_rank, memory.num_ranks)
@@ -144,7 +146,15 @@ class Planner:
             places=places,
             memory=(arena,),
             first=FirstDispatch(
-                source, stream, num_sms, record, selects_weights, in_one, is_captured, number
+                source,
+                stream,
+                num_sms,
+                record,
+                selects_weights,
+                in_one,
+                is_captured,
+                number,
+                overflow_stats,
             ),
             wait_for_kernels=self._wait_for_kernels,
         )
@@ -172,6 +182,7 @@ class Planner:
     def _start(self, stream: int) -> tuple[int, int]:
         """Begin an operation, if its rows are not on their way; return its record and number."""
         if self.ahead is not None and self.ahead.number is not None:
+            self.num_resumed += 1
             return self.ahead.record, self.ahead.number
         record = self._recorder.start("dispatch", 0)
         if self._wire is not None:

@@ -185,6 +185,7 @@ class FirstDispatch(NamedTuple):
         in_one: Whether rows are pushed and expanded by one kernel, on the stream of the plan.
         is_captured: In a CUDA graph.
         number: Of their operation on the buffer, from 1; None is the last one.
+        overflow_stats: What the plan counts in.
     """
 
     source: Tensor
@@ -195,3 +196,4 @@ class FirstDispatch(NamedTuple):
     in_one: bool
     is_captured: bool
     number: int | None = None
+    overflow_stats: Tensor | None = None

@@ -131,7 +131,8 @@ class Streams:
         """
         device = self._device_index
         torch.cuda.current_stream(device).synchronize()
-        for stream in {self._comm_handle, *self._in_flight.streams(self._keys())}:
+        used = self._in_flight.streams(self._keys())
+        for stream in {self._comm_handle, *self._others, *used}:
             if stream == 0:  # no external one
                 torch.cuda.default_stream(device).synchronize()
             else:

@@ -305,6 +305,9 @@ class CombineWire(CopyWire):
         args.flag_offset = wire.flag_offset + 4 * _FIRST_CHUNK
         args.max_chunks, args.chunk_rows = header.EP_COPY_FLAGS, self.chunk_rows
         most = max(rows for rank, rows in enumerate(num_rows) if rank != self._rank)
+        self._streams.wait(
+            stream, self.stream
+        )  # their marks are the later ones, where they give up
         for chunk in range(-(-most // self.chunk_rows)):
             args.first_row = chunk * self.chunk_rows
             self._native.launch("ep_partial_sums", args, stream)
