@@ -30,8 +30,10 @@ int32_t launch_send(const ep_plan_args& args, const Input& input, const Scratch&
   const layout::Shape shape =
       layout::make_shape(args.routing.num_tokens, args.routing.num_topk, args.num_experts,
                          args.peers.num_ranks, args.num_send_blocks);
-  send_kernel<<<std::max(1, shape.num_blocks), kThreads, layout::count_shared_bytes(shape, false),
-                stream>>>(args, input, shape, scratch);
+  const auto send =
+      args.routing.token_bits != nullptr ? send_kernel<Input, true> : send_kernel<Input, false>;
+  send<<<std::max(1, shape.num_blocks), kThreads, layout::count_shared_bytes(shape, false),
+         stream>>>(args, input, shape, scratch);
   return check_cuda(cudaGetLastError(), "ep_plan: send_kernel");
 }
 
@@ -54,9 +56,12 @@ int32_t launch_receive(const ep_plan_args& args, Scratch scratch, cudaStream_t s
 }
 
 const Kernels kernels("plan kernels", Setup::kBesideDispatch, 0,
-                      send_kernel<layout::TopkInput<int32_t>>,
-                      send_kernel<layout::TopkInput<int64_t>>, send_kernel<layout::RoutingMapInput>,
-                      receive_kernel);
+                      send_kernel<layout::TopkInput<int32_t>, false>,
+                      send_kernel<layout::TopkInput<int64_t>, false>,
+                      send_kernel<layout::RoutingMapInput, false>,
+                      send_kernel<layout::TopkInput<int32_t>, true>,
+                      send_kernel<layout::TopkInput<int64_t>, true>,
+                      send_kernel<layout::RoutingMapInput, true>, receive_kernel);
 
 }  // namespace
 

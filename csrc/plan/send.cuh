@@ -29,7 +29,8 @@ __device__ inline void send_token_bits(const ep_plan_args& args, const layout::S
   }
 }
 
-template <typename Input>
+// kTokenBits: whether copy engines move the rows. Without it takes fewer registers.
+template <typename Input, bool kTokenBits>
 __global__ void __launch_bounds__(kThreads)
     send_kernel(const __grid_constant__ ep_plan_args args, const Input input,
                 const layout::Shape shape, const Scratch scratch) {
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
         local >= 0 && local < experts_per_rank ? local : -1;
   }
 
-  if (args.routing.token_bits != nullptr) send_token_bits(args, shape, scratch.layout);
+  if constexpr (kTokenBits) send_token_bits(args, shape, scratch.layout);
 
   if (!is_last_block(&args.counters[kSendEnd], gridDim.x)) return;
   if (threadIdx.x == 0) counters[kSendBarrier] = 0;
