@@ -1,8 +1,9 @@
-"""Ordering between streams."""
+"""Ordering between streams, and between a stream and the host."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 class EventOverlap:
@@ -45,3 +46,33 @@ class EventOverlap:
 
     def __exit__(self, *_: object) -> None:
         self.current_stream_wait()
+
+
+class HostCopy:
+    """A copy of a tensor in the host's memory, made behind what is on the current stream.
+
+    Args:
+        tensor: On a GPU or on the CPU. It may be written to again on that stream at once.
+
+    Attributes:
+        host: The copy. To be read once it `is_there`.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        on_gpu = tensor.is_cuda
+        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=on_gpu)
+        self.host.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.Event() if on_gpu else None
+        if self._event is not None:
+            self._event.record()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it is complete; waits for nothing."""
+        return self._event is None or self._event.query()
+
+    def wait(self) -> Tensor:
+        """Return it when it is complete."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self.host

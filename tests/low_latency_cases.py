@@ -7,7 +7,9 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -197,6 +199,59 @@ def run_combined_twice(
     results = as_numpy(case, given, out)
     assert_same(to_numpy(first.out), results["combined"], "the first combine")
     return results
+
+
+def run_unwaited(
+    rank: int, buffer: Buffer, case: LowLatencyCase, steps: int, device: str
+) -> list[dict[str, Any]]:
+    """Operations follow one another unwaited, of other routings. Rank 1 is late now and then."""
+    cases = [dataclasses.replace(case, seed=seed) for seed in range(steps)]
+    inputs = [Inputs.of_case(each, rank, device) for each in cases]
+    kept = []
+    for step, (each, given) in enumerate(zip(cases, inputs, strict=True)):
+        if rank == 1 and step % 3 == 1:
+            time.sleep(0.3)
+        out = dispatch(buffer, each, given)
+        if case.split:
+            out.hook()
+        back = combine(buffer, each, given, out.handle)
+        if case.split:
+            back.hook()
+        kept.append((out, back))
+    buffer.synchronize()
+    return [
+        as_numpy(each, given, out)
+        for each, given, (out, _) in zip(cases, inputs, kept, strict=True)
+    ]
+
+
+def run_ahead_of_one(
+    rank: int, buffer: Buffer, case: LowLatencyCase, device: str
+) -> list[dict[str, Any]]:
+    """Rank 1 is late to receive: what the others send next would go where the first still is."""
+    cases = [dataclasses.replace(case, seed=seed) for seed in range(3)]
+    inputs = [Inputs.of_case(each, rank, device) for each in cases]
+
+    def in_turns(send: Callable[[int], Any]) -> list[Any]:
+        sent = [send(0), send(1)]
+        if rank == 1:
+            time.sleep(1)
+        sent[0].hook()
+        sent.append(send(2))
+        for each in sent[1:]:
+            each.hook()
+        return sent
+
+    outs = in_turns(lambda i: dispatch(buffer, cases[i], inputs[i]))
+    in_turns(lambda i: combine(buffer, cases[i], inputs[i], outs[i].handle))
+    buffer.synchronize()
+    return [as_numpy(*each) for each in zip(cases, inputs, outs, strict=True)]
+
+
+def check_in_turn(case: LowLatencyCase, results: list[list[dict[str, Any]]]) -> None:
+    """Compare what each rank got of operations of `case` with seeds from 0 on."""
+    for seed, of_operation in enumerate(zip(*results, strict=True)):
+        check_results(dataclasses.replace(case, seed=seed), list(of_operation))
 
 
 def run_two_at_once(

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ep_comm.events import HostCopy
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
 from ep_comm.megatron.layer import required_moe_layers
 from ep_comm.routing.capture import RankFile, Sizes, of_map, spread, write_step
@@ -26,14 +27,12 @@ class _Taken(NamedTuple):
     Attributes:
         sizes: Of the dispatch.
         rank: This one's, among those that share the experts.
-        routing_map: bool [T, E], in host memory.
-        arrived: Says when it is there; None on a CPU.
+        routing_map: bool [T, E].
     """
 
     sizes: Sizes
     rank: int
-    routing_map: Tensor
-    arrived: torch.cuda.Event | None
+    routing_map: HostCopy
 
 
 class RoutingCapture:
@@ -107,20 +106,12 @@ class RoutingCapture:
             hidden=hidden_states.shape[-1],
             num_ranks=dist.get_world_size(group),
         )
-        host = torch.empty(routing_map.shape, dtype=torch.bool, pin_memory=routing_map.is_cuda)
-        host.copy_(routing_map, non_blocking=True)
-        arrived = None
-        if routing_map.is_cuda:
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self._taken[number] = _Taken(sizes, dist.get_rank(group), host, arrived)
+        self._taken[number] = _Taken(sizes, dist.get_rank(group), HostCopy(routing_map))
 
     def _write(self, iteration: int, taken: dict[int, _Taken]) -> None:
         topk_idx = {}
-        for number, (sizes, _, routing_map, arrived) in sorted(taken.items()):
-            if arrived is not None:
-                arrived.synchronize()
-            topk_idx[number] = of_map(routing_map.numpy(), sizes.num_topk)
+        for number, (sizes, _, routing_map) in sorted(taken.items()):
+            topk_idx[number] = of_map(routing_map.wait().numpy(), sizes.num_topk)
         first = next(iter(taken.values()))
         assert self._folder is not None  # nothing was taken without
         write_step(

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ep_comm.errors import EPExpertOverflowError
+from ep_comm.events import HostCopy
 
 _log = logging.getLogger("ep_comm")
 _DROPPED, _MOST = 0, 1  # rows of the statistics that a dispatch keeps
@@ -119,30 +120,7 @@ class ExpertOverflow:
         )
 
 
-class _Reading(NamedTuple):
-    """A copy of statistics that may still be on its way to the host."""
-
-    stats: Tensor
-    event: torch.cuda.Event | None
-
-    @classmethod
-    def start(cls, stats: Tensor) -> _Reading:
-        if not stats.is_cuda:
-            return cls(stats, None)
-        host = torch.empty(stats.shape, dtype=stats.dtype, pin_memory=True)
-        host.copy_(stats, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return cls(host, event)
-
-    def done(self) -> list[Any] | None:
-        """Return the statistics, None as long as they are not there."""
-        if self.event is not None and not self.event.query():
-            return None
-        return self.stats.tolist()
-
-
-_readings: WeakKeyDictionary[ExpertOverflow, _Reading] = WeakKeyDictionary()
+_readings: WeakKeyDictionary[ExpertOverflow, HostCopy] = WeakKeyDictionary()
 
 
 def check_overflow(model_chunks: Iterable[nn.Module]) -> None:
@@ -179,13 +157,12 @@ def _warn(overflows: list[ExpertOverflow]) -> None:
     """Warn of what the last reading has, once it is there, and begin the next one."""
     reading = _readings.get(overflows[0])
     if reading is not None:
-        stats = reading.done()
-        if stats is None:
+        if not reading.is_there:
             return
-        for each, found in zip(overflows, stats, strict=False):
+        for each, found in zip(overflows, reading.host.tolist(), strict=False):
             if (error := each.error(found)) is not None:
                 _log.warning("%s", error)
-    _readings[overflows[0]] = _Reading.start(_stacked(overflows))
+    _readings[overflows[0]] = HostCopy(_stacked(overflows))
 
 
 def _stacked(overflows: list[ExpertOverflow]) -> Tensor:

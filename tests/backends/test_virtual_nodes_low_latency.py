@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,13 +13,15 @@ from cases import wait_for_stream
 from low_latency_cases import (
     Inputs,
     LowLatencyCase,
-    as_numpy,
+    check_in_turn,
     check_results,
     combine,
     dispatch,
+    run_ahead_of_one,
     run_case,
     run_combined_twice,
     run_two_at_once,
+    run_unwaited,
 )
 from ranks import RankFailure, run_ranks
 from test_buffer import on_gpus
@@ -115,21 +116,7 @@ def test_changing_operations_of_one_buffer(delay_us):
 
 
 def unwaited(rank: int, buffer: Buffer, case: LowLatencyCase, steps: int) -> list[dict[str, Any]]:
-    """Operations follow one another unwaited, of other routings. Rank 1 is late now and then."""
-    cases = [dataclasses.replace(case, seed=seed) for seed in range(steps)]
-    inputs = [Inputs.of_case(each, rank, "cuda") for each in cases]
-    outs = []
-    for step, (each, given) in enumerate(zip(cases, inputs, strict=True)):
-        if rank == 1 and step % 3 == 1:
-            time.sleep(0.3)
-        outs.append(dispatch(buffer, each, given))
-        if case.split:
-            outs[-1].hook()
-        back = combine(buffer, each, given, outs[-1].handle)
-        if case.split:
-            back.hook()
-    buffer.synchronize()
-    return [as_numpy(*each) for each in zip(cases, inputs, outs, strict=True)]
+    return run_unwaited(rank, buffer, case, steps, "cuda")
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (2, 2), (4, 1)])
@@ -147,29 +134,11 @@ def test_operations_that_nobody_waits_for(shape, split):
     results = run_virtual_nodes(
         *shape, unwaited, case.config(), case, 5, network_us=1000, delay_us=20
     )
-    for seed, of_operation in enumerate(zip(*results, strict=True)):
-        check_results(dataclasses.replace(case, seed=seed), list(of_operation))
+    check_in_turn(case, results)
 
 
 def ahead_of_one(rank: int, buffer: Buffer, case: LowLatencyCase) -> list[dict[str, Any]]:
-    """Rank 1 is late to receive: what the others send next would go where the first still is."""
-    cases = [dataclasses.replace(case, seed=seed) for seed in range(3)]
-    inputs = [Inputs.of_case(each, rank, "cuda") for each in cases]
-
-    def in_turns(send: Callable[[int], Any]) -> list[Any]:
-        sent = [send(0), send(1)]
-        if rank == 1:
-            time.sleep(1)
-        sent[0].hook()
-        sent.append(send(2))
-        for each in sent[1:]:
-            each.hook()
-        return sent
-
-    outs = in_turns(lambda i: dispatch(buffer, cases[i], inputs[i]))
-    in_turns(lambda i: combine(buffer, cases[i], inputs[i], outs[i].handle))
-    buffer.synchronize()
-    return [as_numpy(*each) for each in zip(cases, inputs, outs, strict=True)]
+    return run_ahead_of_one(rank, buffer, case, "cuda")
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (2, 2)])
@@ -183,8 +152,7 @@ def test_who_is_ahead_does_not_write_over_what_is_read(shape, weights_with):
     )
     case = between_nodes(case, shape)
     results = run_virtual_nodes(*shape, ahead_of_one, case.config(timeout_s=20), case)
-    for seed, of_operation in enumerate(zip(*results, strict=True)):
-        check_results(dataclasses.replace(case, seed=seed), list(of_operation))
+    check_in_turn(case, results)
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (2, 2)])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,12 +12,15 @@ from low_latency_cases import (
     Inputs,
     LowLatencyCase,
     as_numpy,
+    check_in_turn,
     check_results,
     combine,
     dispatch,
+    run_ahead_of_one,
     run_case,
     run_combined_twice,
     run_two_at_once,
+    run_unwaited,
 )
 from test_low_latency import CASES, CHANGING, HARD, TWICE, TWO_AT_ONCE, changing_operations
 
@@ -109,25 +110,7 @@ def test_changing_operations_of_one_buffer(library):
 
 
 def unwaited(rank: int, buffer: Buffer, case: LowLatencyCase, steps: int) -> list[dict[str, Any]]:
-    """Operations follow one another unwaited, of other routings. Rank 1 is late now and then."""
-    cases = [dataclasses.replace(case, seed=seed) for seed in range(steps)]
-    inputs = [Inputs.of_case(each, rank, "cpu") for each in cases]
-    kept = []
-    for step, (each, given) in enumerate(zip(cases, inputs, strict=True)):
-        if rank == 1 and step % 3 == 1:
-            time.sleep(0.3)
-        out = dispatch(buffer, each, given)
-        if case.split:
-            out.hook()
-        back = combine(buffer, each, given, out.handle)
-        if case.split:
-            back.hook()
-        kept.append((out, back))
-    buffer.synchronize()
-    return [
-        as_numpy(each, given, out)
-        for each, given, (out, _) in zip(cases, inputs, kept, strict=True)
-    ]
+    return run_unwaited(rank, buffer, case, steps, "cpu")
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (2, 2), pytest.param((4, 1), marks=pytest.mark.slow)])
@@ -143,29 +126,11 @@ def test_operations_that_nobody_waits_for(library, shape, split):
         library, *shape, unwaited, case.config(**PATIENT), case, 5,
         network_us=1000, delay_us=20, unwaited=True,
     )  # fmt: skip
-    for seed, of_operation in enumerate(zip(*results, strict=True)):
-        check_results(dataclasses.replace(case, seed=seed), list(of_operation))
+    check_in_turn(case, results)
 
 
 def ahead_of_one(rank: int, buffer: Buffer, case: LowLatencyCase) -> list[dict[str, Any]]:
-    """Rank 1 is late to receive: what the others send next would go where the first still is."""
-    cases = [dataclasses.replace(case, seed=seed) for seed in range(3)]
-    inputs = [Inputs.of_case(each, rank, "cpu") for each in cases]
-
-    def in_turns(send: Callable[[int], Any]) -> list[Any]:
-        sent = [send(0), send(1)]
-        if rank == 1:
-            time.sleep(1)
-        sent[0].hook()
-        sent.append(send(2))
-        for each in sent[1:]:
-            each.hook()
-        return sent
-
-    outs = in_turns(lambda i: dispatch(buffer, cases[i], inputs[i]))
-    in_turns(lambda i: combine(buffer, cases[i], inputs[i], outs[i].handle))
-    buffer.synchronize()
-    return [as_numpy(*each) for each in zip(cases, inputs, outs, strict=True)]
+    return run_ahead_of_one(rank, buffer, case, "cpu")
 
 
 @pytest.mark.parametrize("shape", [(2, 1), pytest.param((2, 2), marks=pytest.mark.slow)])
@@ -179,8 +144,7 @@ def test_who_is_ahead_does_not_write_over_what_is_read(library, shape, weights_w
     )
     config = case.config(timeout_s=30)
     results = run_emulated_nodes(library, *shape, ahead_of_one, config, case)
-    for seed, of_operation in enumerate(zip(*results, strict=True)):
-        check_results(dataclasses.replace(case, seed=seed), list(of_operation))
+    check_in_turn(case, results)
 
 
 @pytest.mark.parametrize("shape", [(2, 1), pytest.param((2, 2), marks=pytest.mark.slow)])

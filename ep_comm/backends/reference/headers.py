@@ -49,7 +49,8 @@ def exchange_headers(
         rows_to_rank: Rows that this rank will send to each.
         num_tokens: This rank's tokens, in a plan; may differ between ranks, as rows may.
         max_rows: Most rows of a rank for another; None is ``config.max_tokens_per_rank``.
-        expected_rows: What each rank has to announce, where that is known.
+        expected_rows: What each rank has to announce, where that is known: then nothing else will
+            do, whatever the most is.
         fields: Values that must be equal on all ranks: integers, and values that have a name.
 
     Returns:
@@ -93,12 +94,14 @@ def exchange_headers(
     rows_from = tuple(header[1] for header in headers)
     max_rows = config.max_tokens_per_rank if max_rows is None else max_rows
     for r, num_rows in enumerate(rows_from):
-        if not 0 <= num_rows <= max_rows:
+        if expected_rows is not None:
+            if num_rows != expected_rows[r]:
+                raise EPMismatchError(
+                    f"rank {r} announces {num_rows} rows, and by the routing it has "
+                    f"{expected_rows[r]}"
+                )
+        elif not 0 <= num_rows <= max_rows:
             raise EPMismatchError(f"rank {r} announces {num_rows} rows of {tokens[r]} tokens")
-        if expected_rows is not None and num_rows != expected_rows[r]:
-            raise EPMismatchError(
-                f"rank {r} announces {num_rows} rows, and by the routing it has {expected_rows[r]}"
-            )
     return rows_from
 
 

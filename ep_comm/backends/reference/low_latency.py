@@ -163,7 +163,6 @@ class ReferenceLowLatency(Operations):
             record,
             routing.recv_rows,
             expected_rows=sent_rows,
-            max_rows=self.config.low_latency_tokens,
             routing_epoch=routing.epoch,
             has_weights=weights is not None,
         )

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_comm.errors import EPLostRankError, EPStateError, EPTimeoutError, EPUnsupportedError
+from ep_comm.events import HostCopy
 from ep_comm.telemetry.watch import Wait
 from ep_comm.topology import backend_by_device_type, device_types
 
@@ -139,20 +140,17 @@ class Transport:
         """Return `tensor` on the CPU; the stream has the timeout to get there."""
         if not tensor.is_cuda:
             return tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
+        copy = HostCopy(tensor)
         deadline = time.monotonic() + self.timeout_s
         self._waiting = Wait(operation.op, phase, operation.epoch, None)
         try:
-            while not done.query():
+            while not copy.is_there:
                 if time.monotonic() > deadline:
                     raise self.timeout(operation, phase, late_ranks=())
                 time.sleep(20e-6)
         finally:
             self._waiting = None
-        return host
+        return copy.host
 
     def timeout(
         self, operation: Operation, phase: str, late_ranks: tuple[int, ...]
