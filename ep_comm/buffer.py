@@ -20,6 +20,7 @@ from ep_comm.events import EventOverlap
 from ep_comm.fault_file import Identity
 from ep_comm.fp8 import FP8_DTYPE, Payload
 from ep_comm.handle import CombineOutput, DispatchHandle, DispatchOutput, checked_handle
+from ep_comm.job.blame import Blame
 from ep_comm.job.files import write_json
 from ep_comm.job.meeting import meet
 from ep_comm.job.roster import Roster
@@ -80,8 +81,9 @@ class Buffer(MaskCalls):
         backend, self.passed_over, name = make_backend(self.group, config)
         store = dist.distributed_c10d._get_default_store()
         identity = Identity.agree(store, name, self.rank, self.num_ranks)
-        self._session = Session(backend, config, identity=identity)
         self._roster = Roster(store, name, self.rank, self.num_ranks, config.timeout_s)
+        blame = Blame(self._roster.store(), self.rank, self.num_ranks)
+        self._session = Session(backend, config, identity=identity, blame=blame)
         watch(backend, self.rank, config.timeout_s)
 
     def __enter__(self) -> Buffer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 _name_of_setting: Callable[[str], str] = "EPConfig({}=...)".format
@@ -195,6 +195,8 @@ class EPTimeoutError(_WithFields, RuntimeError):
         epoch: Number of the operation among those of its kind on this buffer, from 1, as in
             `Buffer.records`.
         timeout_s: Bound that ran out, in seconds.
+        origin_ranks: Where the waiting began: for a late rank that had itself given up, the rank
+            that it had waited for. Empty where nobody was asked.
     """
 
     op: str
@@ -203,15 +205,20 @@ class EPTimeoutError(_WithFields, RuntimeError):
     late_ranks: tuple[int, ...]
     epoch: int
     timeout_s: float
+    origin_ranks: tuple[int, ...] = field(default=(), kw_only=True)
 
     def __str__(self) -> str:
-        late = (
-            f"rank {', '.join(map(str, self.late_ranks))}" if self.late_ranks else "an unknown rank"
-        )
+        late = _named(self.late_ranks) if self.late_ranks else "an unknown rank"
         return (
             f"{self.op} #{self.epoch}: rank {self.rank} waited {self.timeout_s:g} s for {late} "
-            f"(phase: {self.phase}). {self._advice}{self._where}"
+            f"(phase: {self.phase}). {self._origin}{self._advice}{self._where}"
         )
+
+    @property
+    def _origin(self) -> str:
+        if self.origin_ranks in ((), self.late_ranks):
+            return ""
+        return f"It began with {_named(self.origin_ranks)}, for which others had waited. "
 
     @property
     def _advice(self) -> str:
@@ -243,7 +250,11 @@ class EPLostRankError(EPTimeoutError):
 
     def __str__(self) -> str:
         return (
-            f"{self.op} #{self.epoch}: rank {self.rank} lost the connection to rank "
-            f"{', '.join(map(str, self.late_ranks))} (phase: {self.phase}): {self.reason}. "
-            f"{self._advice}{self._where}"
+            f"{self.op} #{self.epoch}: rank {self.rank} lost the connection to "
+            f"{_named(self.late_ranks)} (phase: {self.phase}): {self.reason}. "
+            f"{self._origin}{self._advice}{self._where}"
         )
+
+
+def _named(ranks: tuple[int, ...]) -> str:
+    return f"rank {', '.join(map(str, ranks))}"

@@ -16,8 +16,10 @@ from ep_comm.errors import (
     EPOverflowError,
     EPRoutingError,
     EPStateError,
+    EPTimeoutError,
     EPUnsupportedError,
 )
+from ep_comm.job.blame import Blame
 
 _process = os.getpid()  # to ask for it again costs each call a good part of a microsecond
 
@@ -40,6 +42,7 @@ class Session:
         config: The buffer's.
         masked: Ranks that operations go on without, ascending.
         identity: Whose operations they are; None keeps nothing of a fault.
+        blame: Where ranks say whom they have waited for; None asks nobody.
 
     Attributes:
         unusable: Why the buffer can no longer be used; None as long as it can.
@@ -52,9 +55,11 @@ class Session:
         config: EPConfig,
         masked: tuple[int, ...] = (),
         identity: fault_file.Identity | None = None,
+        blame: Blame | None = None,
     ) -> None:
         self.backend = backend
         self.identity = identity
+        self._blame = blame
         self.config = config
         self.masked = masked
         self.unusable: str | None = None
@@ -154,6 +159,8 @@ class Session:
         )
         if not is_harmless and not isinstance(error, EPOverflowError):
             backend.give_up()
+            if self._blame is not None:
+                self._find_origin(self._blame, error)
             if self.identity is not None:
                 file = fault_file.leave(self.identity, backend, error)
                 if isinstance(error, EPError):
@@ -162,6 +169,13 @@ class Session:
             self.unusable = f"an earlier operation failed: {reason}"
         if has_started or backend.has_failed:
             backend.abandon()
+
+    def _find_origin(self, blame: Blame, error: BaseException) -> None:
+        """Tell the others whom this rank has waited for, and the error whom they have."""
+        if isinstance(error, EPTimeoutError):
+            error.origin_ranks = blame.trace(error.late_ranks)
+        else:
+            blame.trace(())
 
 
 class Operation:

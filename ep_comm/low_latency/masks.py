@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ep_comm.config import is_int
 from ep_comm.errors import EPArgumentError
+from ep_comm.job.blame import Blame
 from ep_comm.job.roster import Roster
 from ep_comm.low_latency.calls import LowLatencyCalls
 from ep_comm.low_latency.handle import HooksOut
@@ -102,6 +103,7 @@ class MaskCalls(LowLatencyCalls):
             backend.restart(masked, first, self._roster.store())
             self._roster.meet(op)
         session.retire(f"{op} was called since it was made; begin anew with a dispatch")
-        self._session = Session(session.backend, self.config, masked, session.identity)
+        blame = Blame(self._roster.store(), self.rank, self.num_ranks)
+        self._session = Session(session.backend, self.config, masked, session.identity, blame)
         self._dispatches = HooksOut("low_latency_dispatch", first)
         self._combines = HooksOut("low_latency_combine", first)

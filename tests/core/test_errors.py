@@ -18,8 +18,15 @@ from ep_comm import EPLostRankError, EPOverflowError, EPTimeoutError, EPTooManyT
             op="combine", phase="rows", rank=0, late_ranks=(1, 2), epoch=3, timeout_s=2.0
         ),
         EPLostRankError(
-            op="plan", phase="rows", rank=0, late_ranks=(1,), epoch=3, timeout_s=2.0, reason="gone"
-        ),
+            op="plan",
+            phase="rows",
+            rank=0,
+            late_ranks=(1,),
+            epoch=3,
+            timeout_s=2.0,
+            reason="gone",
+            origin_ranks=(2,),
+        ),  # fmt: skip
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -42,6 +49,9 @@ def test_messages_say_what_to_do_next():
         "low_latency_combine #3: rank 0 lost the connection to rank 1 (phase: rows): Connection "
         f"reset by peer. The buffer is no longer usable; {mask}, or {anew}."
     )
+    behind = EPTimeoutError(op="combine", **late, origin_ranks=(2, 4))
+    assert "(phase: rows). It began with rank 2, 4, for which others had waited. The" in str(behind)
+    assert str(EPTimeoutError(op="combine", **late, origin_ranks=(1,))) == normal
     assert "There is no buffer; build" in str(EPTimeoutError(op="create", **late))
 
 

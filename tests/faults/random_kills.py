@@ -75,6 +75,7 @@ def live(rank: int, kill: Kill) -> tuple[dict[str, Any], float]:
             "type": type(error).__name__,
             "op": getattr(error, "op", ""),
             "late": tuple(getattr(error, "late_ranks", ())),
+            "origin": tuple(getattr(error, "origin_ranks", ())),
             "file": error.file,
         }
         return said, now - float(store.get("fault"))
@@ -119,7 +120,10 @@ def _work(rank: int, kill: Kill) -> None:
 
 
 def wrong(kill: Kill, outcomes: list[Outcome]) -> str | None:
-    """What is not as promised: it ends in time, all name the dead rank, the first nobody else."""
+    """What is not as promised: it ends in time, all name the dead rank, the first nobody else.
+
+    A rank may have got all that the dead one sent, and wait for one that has lost it.
+    """
     others = {r: found for r, found in enumerate(outcomes) if r != kill.victim}
     if outcomes[kill.victim].how != "signal 9":
         return f"the victim: {outcomes[kill.victim]}"
@@ -129,8 +133,8 @@ def wrong(kill: Kill, outcomes: list[Outcome]) -> str | None:
         said, took = found.value
         if took > kill.timeout_s + _SLACK_S:
             return f"rank {rank} took {took:.1f} s"
-        if kill.victim not in said["late"]:
-            return f"rank {rank} names {said['late']} in {said}"
+        if kill.victim not in (said["origin"] or said["late"]):
+            return f"rank {rank} names somebody else: {said}"
     first, _ = min((found.value for found in others.values()), key=lambda value: value[1])
     if first["late"] != (kill.victim,):
         return f"the first to know names {first['late']}"
