@@ -17,7 +17,7 @@ from ep_comm.backends.base import CombineRequest, DispatchRequest, PlanRequest
 from ep_comm.config import EPConfig, check_positive
 from ep_comm.errors import EPArgumentError, EPStateError
 from ep_comm.events import EventOverlap
-from ep_comm.fault_file import Identity
+from ep_comm.fault_file import Identity, run_name
 from ep_comm.fp8 import FP8_DTYPE, Payload
 from ep_comm.handle import CombineOutput, DispatchHandle, DispatchOutput, checked_handle
 from ep_comm.job.blame import Blame
@@ -78,9 +78,10 @@ class Buffer(MaskCalls):
         self.num_ranks = dist.get_world_size(self.group)
         config.check_group(self.num_ranks)
         self.num_local_experts = config.num_experts // self.num_ranks
-        backend, self.passed_over, name = make_backend(self.group, config)
         store = dist.distributed_c10d._get_default_store()
-        identity = Identity.agree(store, name, self.rank, self.num_ranks)
+        run = run_name(store)
+        backend, self.passed_over, name = make_backend(self.group, config)
+        identity = Identity(run, name, self.rank, self.num_ranks)
         self._roster = Roster(store, name, self.rank, self.num_ranks, config.timeout_s)
         blame = Blame(self._roster.store(), self.rank, self.num_ranks)
         self._session = Session(backend, config, identity=identity, blame=blame)

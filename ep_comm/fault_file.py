@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from ep_comm.backends.base import Backend
-from ep_comm.errors import EPMismatchError, EPTimeoutError
+from ep_comm.errors import EPMismatchError, EPStateError, EPTimeoutError
 from ep_comm.job.files import write_json
 from ep_comm.telemetry.explain import FORMAT
 from ep_comm.telemetry.records import OpRecord
@@ -53,18 +53,22 @@ class Identity(NamedTuple):
     rank: int
     num_ranks: int
 
-    @classmethod
-    def agree(cls, store: dist.Store, buffer: str, rank: int, num_ranks: int) -> Identity:
-        """Return that of a rank; the first one draws the job's.
 
-        Raises:
-            EPMismatchError: What the store has is no such name.
-        """
+def run_name(store: dist.Store) -> str:
+    """Return the job's name, for an `Identity`; the first rank that asks draws it.
+
+    Raises:
+        EPMismatchError: What the store has is no such name.
+        EPStateError: The store is gone.
+    """
+    try:
         said = store.compare_set("ep_comm/run", "", os.urandom(8).hex())
-        run = said.decode(errors="replace") if isinstance(said, bytes) else said
-        if not _RUN.fullmatch(run):  # it becomes part of a file's name
-            raise EPMismatchError(f"another rank says that the run's name is {run!r}")
-        return cls(run, buffer, rank, num_ranks)
+    except dist.DistError as error:
+        raise EPStateError(f"torch.distributed's store is gone: {error}") from error
+    run = said.decode(errors="replace") if isinstance(said, bytes) else said
+    if not _RUN.fullmatch(run):  # it becomes part of a file's name
+        raise EPMismatchError(f"another rank says that the run's name is {run!r}")
+    return run
 
 
 def leave(identity: Identity, backend: Backend, error: BaseException) -> Path | None:

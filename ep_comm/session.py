@@ -191,15 +191,16 @@ class Operation:
         self._in_use = in_use  # a thread may hold it more than once
 
     def __enter__(self) -> Backend:
-        # Last of all comes what __exit__ gives back: an interrupt may come between any two lines.
         backend = self._session.backend
+        recorder = backend.recorder
         self._num_started = backend.num_started
-        backend.recorder.is_backward = self._is_backward
+        # An interrupt comes in calls: nothing is called between this one and the block.
         if not self._in_use.acquire(False):
             raise EPStateError(
                 "another thread is in an operation of this buffer: one thread at a time uses it, "
                 "in the same order on every rank"
             )
+        recorder.is_backward = self._is_backward
         return backend
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:

@@ -87,6 +87,7 @@ class Begin {
 template <typename Memory>
 __device__ inline void exchange_credits(const Memory& memory, const Begin& begin,
                                         const Operation& operation) {
+  static_assert(4 * EP_MAX_PEERS <= kWarpSize);  // a lane for each rank, kind and half
   const int32_t num_ranks = memory.num_ranks(), lane = lane_id();
   const int32_t which = min(lane / num_ranks, 3), r = lane % num_ranks;
   const int32_t kind = which / 2, half = which % 2;

@@ -19,6 +19,7 @@ from ep_comm.buffer import Buffer
 from ep_comm.megatron.balance import LayerBalance
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
 from ep_comm.megatron.layer import required_moe_layers
+from ep_comm.megatron.overflow import take_all
 from ep_comm.telemetry.records import OpRecord, timed
 from ep_comm.telemetry.spans import exposed
 from ep_comm.telemetry.stats import Quantiles, longest_wait
@@ -133,14 +134,11 @@ class MoEMeter:
 
         The factor is -1 where no layer has one.
         """
-        num_dropped, needed = 0, -1.0
-        for layer in self._layers:
-            overflow = getattr(layer.token_dispatcher, "overflow", None)
-            if overflow is not None and overflow.mean_rows:
-                of_layer, most = overflow.take()
-                num_dropped += of_layer
-                needed = max(needed, most / overflow.mean_rows)
-        return num_dropped, needed
+        found = (getattr(layer.token_dispatcher, "overflow", None) for layer in self._layers)
+        taken = take_all([each for each in found if each is not None and each.mean_rows])
+        return sum(dropped for dropped, _ in taken), max(
+            (share for _, share in taken), default=-1.0
+        )
 
     def _summed_up(
         self, records: dict[Buffer, list[OpRecord]], num_dropped: int, group: dist.ProcessGroup
@@ -150,17 +148,18 @@ class MoEMeter:
         ranks = dist.get_process_group_ranks(group)
         waits_s = torch.zeros(len(ranks), dtype=torch.float64)
         for buffer, found in records.items():
-            members = dist.get_process_group_ranks(buffer.group)
-            for record in found:
-                for member, wait_s in zip(members, record.wait_s_by_rank, strict=False):
-                    waits_s[ranks.index(member)] += wait_s
-        counts_LE = torch.zeros(num_layers, num_experts, dtype=torch.float64)
+            members = map(ranks.index, dist.get_process_group_ranks(buffer.group))
+            waits = [record.wait_s_by_rank for record in found if record.wait_s_by_rank]
+            if waits:
+                waits_s[list(members)] += torch.tensor(waits, dtype=torch.float64).sum(0)
+        counts_LE = torch.zeros(num_layers, num_experts, dtype=torch.float64, device=self._device)
         for i, layer in enumerate(self._layers):
             if layer in self._tokens:
-                places = _number(layer, i) - 1, layer.local_expert_indices
-                counts_LE[places] += self._tokens[layer].cpu()
-        dropped = torch.tensor([num_dropped], dtype=torch.float64)
-        summed = torch.cat([waits_s, dropped, counts_LE.flatten()]).to(self._device)
+                experts = layer.local_expert_indices
+                of_layer = counts_LE[_number(layer, i) - 1, experts[0] : experts[-1] + 1]
+                of_layer += self._tokens[layer].to(self._device)
+        others = torch.cat([waits_s, torch.tensor([num_dropped], dtype=torch.float64)])
+        summed = torch.cat([others.to(self._device), counts_LE.flatten()])
         dist.all_reduce(summed, group=group)
         waits_s, dropped, counts = summed.cpu().split([len(ranks), 1, counts_LE.numel()])
         # The shards of an expert each receive all of its tokens.

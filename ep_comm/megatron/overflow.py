@@ -84,18 +84,15 @@ class ExpertOverflow:
         """The same; None where no dispatch has counted yet."""
         return self._stats
 
-    def take(self) -> tuple[int, int]:
-        """Return the tokens dropped, and the most that came to an expert, since the last call.
+    def take(self, stats: list[list[int]]) -> tuple[int, float]:
+        """Return the tokens dropped since the last call, and the capacity factor that keeps all.
 
-        Waits for the device.
+        Args:
+            stats: What is in `counted`.
         """
-        if self._stats is None:
-            return 0, 0
-        found = self._stats.tolist()
-        self._stats[_MOST] = 0
-        num_dropped = sum(found[_DROPPED])
+        num_dropped = sum(stats[_DROPPED])
         new, self._num_seen = (num_dropped - self._num_seen) % _WRAP, num_dropped
-        return new, self._most(found)
+        return new, self._most(stats) / self.mean_rows
 
     def _most(self, stats: list[list[int]]) -> int:
         """Return the most rows that would have been needed: together, no fewer than that."""
@@ -151,6 +148,19 @@ def check_overflow(model_chunks: Iterable[nn.Module]) -> None:
                 raise error
     if warning:
         _warn(warning)
+
+
+def take_all(overflows: list[ExpertOverflow]) -> list[tuple[int, float]]:
+    """Return `ExpertOverflow.take` of each, and have them look for new maxima from here on.
+
+    The host waits for the device once. Those that have counted nothing yet are left out.
+    """
+    counting = [each for each in overflows if each.counted is not None]
+    if not counting:
+        return []
+    stats = _stacked(counting).tolist()
+    torch._foreach_zero_([each.counted[_MOST] for each in counting if each.counted is not None])
+    return [each.take(found) for each, found in zip(counting, stats, strict=True)]
 
 
 def _warn(overflows: list[ExpertOverflow]) -> None:

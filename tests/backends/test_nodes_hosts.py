@@ -58,6 +58,9 @@ def test_who_gives_up_last_learns_what_the_others_have_done():
 
 
 class GoneStore(dist.HashStore):
+    def set(self, key, value) -> None:
+        raise dist.DistNetworkError("broken pipe")
+
     def wait(self, keys, timeout) -> None:
         raise dist.DistNetworkError("connection reset by peer")
 

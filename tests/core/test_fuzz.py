@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from ep_comm import EPConfig, EPError, EPMismatchError, EPTimeoutError, EPTooManyTokensError
 from ep_comm.backends.reference import headers
-from ep_comm.fault_file import Identity
+from ep_comm.fault_file import run_name
 from ep_comm.job.roster import Roster
 from ep_comm.telemetry.explain import FORMAT, ExplainError, read_story
 
@@ -119,7 +119,7 @@ def test_the_name_of_a_run_leads_nowhere_else(name):
     store = dist.HashStore()
     store.set("ep_comm/run", name.encode(errors="replace"))
     with pytest.raises(EPMismatchError, match="another rank says that the run's name is"):
-        Identity.agree(store, "buffer", 0, 2)
+        run_name(store)
 
 
 # ---- Files -------------------------------------------------------------------------------------

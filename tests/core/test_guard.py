@@ -96,6 +96,10 @@ def test_one_thread_at_a_time():
     with buffer._session.operation(), buffer._session.operation():  # as an op inside of a call does
         with ThreadPoolExecutor(1) as pool, pytest.raises(EPStateError, match="another thread"):
             pool.submit(buffer._session.operation().__enter__).result()
+    backward = buffer._session.operation(is_backward=True)
+    with backward as backend, ThreadPoolExecutor(1) as pool:
+        assert pool.submit(buffer._session.operation().__enter__).exception()
+        assert backend.recorder.is_backward  # what is refused leaves no trace
     with ThreadPoolExecutor(1) as pool:  # as autograd does, when the caller waits
         pool.submit(lambda: buffer._session.operation().__enter__()).result()
     assert buffer.is_usable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 
@@ -93,7 +94,8 @@ class HostsFarewell(Farewell):
 
     def say(self, frees: bool = True) -> None:
         """Tell all ranks that this one writes to nobody any more, and whether it comes to free."""
-        self._store.set(self._keys[self._rank], _COMES if frees else _KEEPS)
+        with contextlib.suppress(dist.DistError):  # `wait` then names all others
+            self._store.set(self._keys[self._rank], _COMES if frees else _KEEPS)
 
     def wait(self, timeout_s: float) -> list[int]:
         """Wait until all are known to come, and return whose fault it is where they do not.

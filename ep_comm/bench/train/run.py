@@ -32,6 +32,7 @@ from ep_comm.bench.train.results import Block, Inspection, TrainRun
 from ep_comm.bench.train.settings import TrainSettings
 from ep_comm.job.exits import UserError
 from ep_comm.megatron import MoEMeter
+from ep_comm.megatron.overflow import take_all
 from ep_comm.pretrain.config import PretrainConfig
 from ep_comm.pretrain.loop import mean_over_ranks
 from ep_comm.pretrain.model import slow_backend
@@ -199,10 +200,9 @@ def _dropped(trainer: Trainer, microbatches: int) -> float | None:
     dispatchers = [layer.token_dispatcher for layer in trainer.moe_layers()]
     overflows = [each.overflow for each in dispatchers if getattr(each, "overflow", None)]
     if overflows:
-        for overflow in overflows:
-            overflow.take()
+        take_all(overflows)
         trainer.step(microbatches)
-        num_dropped = sum(overflow.take()[0] for overflow in overflows)
+        num_dropped = sum(dropped for dropped, _ in take_all(overflows))
         tokens = microbatches * trainer.config.micro_batch_size * trainer.config.seq_length
         share = num_dropped / (tokens * config.moe_router_topk * len(overflows))
         return mean_over_ranks(torch.tensor(share, device=trainer.device))[0]
