@@ -35,5 +35,5 @@ bench group-limited --preset W1 --fp8 --num-groups 8 --topk-groups 4 --sms 0,24
 bench small-hidden --preset W2 --fp8 --sms 0,24
 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True "${run[@]}" train \
     --config configs/deepseek-v3-proxy.yaml --expert-model-parallel-size 8 \
-    --variants alltoall,deepep,deepep-overlap --microbatches 1 --out "$out/train" || failed=1
+    --variants alltoall,ep_comm,ep_comm-overlap --microbatches 1 --out "$out/train" || failed=1
 exit $failed

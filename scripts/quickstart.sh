@@ -13,7 +13,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun sets the same, but compl
 export WANDB_MODE=${WANDB_MODE:-offline}
 
 rm -rf runs/quickstart # of an earlier quickstart: the trainings are to be seen
-echo "== training configs/tiny-cpu.yaml on 2 processes with alltoall and with deepep, and comparing"
-ep-comm compare --config configs/tiny-cpu.yaml --variants alltoall,deepep \
+echo "== training configs/tiny-cpu.yaml on 2 processes with alltoall and with ep_comm, and comparing"
+ep-comm compare --config configs/tiny-cpu.yaml --variants alltoall,ep_comm \
     --out runs/quickstart --wandb-project ep_comm-quickstart --save-interval 60
 echo "== ep-comm, torchrun and wandb are in .venv: source .venv/bin/activate"
