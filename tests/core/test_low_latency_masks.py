@@ -157,6 +157,7 @@ def decode_while_one_is_stopped(rank: int, case: LowLatencyCase, victim: int) ->
     step, was_cleared = 0, False
 
     def come_back() -> None:
+        meet(dist.group.WORLD, "come back", None, 60.0)  # the others have steps to take before
         start = time.monotonic()
         buffer.clear_mask()
         assert time.monotonic() - start < 2 * TIMEOUT_S + 2
