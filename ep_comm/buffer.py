@@ -217,7 +217,7 @@ class Buffer(MaskCalls):
             rows, scales, wire_dtype, recv_dtype, self.config.hidden
         )
         session.backend.check_wire_dtype(wire, recv)
-        session.backend.check_ahead(rows, wire)
+        session.backend.check_ahead(rows, scales, wire)
         if previous_event is not None:  # what comes may copy an argument
             previous_event.current_stream_wait()
         if handle is None:
@@ -301,7 +301,7 @@ class Buffer(MaskCalls):
         same.
 
         Args:
-            x: As `dispatch` will get it: the same memory, not written to until then.
+            x: As `dispatch` will get it: the same memory, not written to until then, scales too.
             wire_dtype: As `dispatch` will get it.
 
         Raises:

@@ -332,7 +332,7 @@ class Backend(Protocol):
             EPUnsupportedError: This backend, or its wire, needs the routing.
         """
 
-    def check_ahead(self, x: Tensor, wire_dtype: torch.dtype) -> None:
+    def check_ahead(self, x: Tensor, scales: Tensor | None, wire_dtype: torch.dtype) -> None:
         """Refuse a dispatch of `x` where `begin` was called with something else.
 
         Raises:

@@ -105,9 +105,23 @@ def begins_wrongly(rank: int, buffer: Buffer, case: Case) -> None:
     with pytest.raises(EPArgumentError, match="wire_dtype is"):
         buffer.dispatch(x, topk, wire_dtype=fp8.FP8_DTYPE)
     buffer.dispatch(x, topk)
+    rows, scales = fp8.quantize(x.nan_to_num(0, 1, -1))
+    buffer.begin_dispatch((rows, scales))
+    with pytest.raises(EPArgumentError, match="the scales of x are another tensor"):
+        buffer.dispatch((rows, scales.clone()), topk)
+    buffer.dispatch((rows, scales), topk)
+    buffer.begin_dispatch((rows, scales))
+    scales *= 2
+    with pytest.raises(EPArgumentError, match="the scales of x were written to since then"):
+        buffer.dispatch((rows, scales), topk)
+
+
+def writes_to_rows_that_are_on_their_way(rank: int, buffer: Buffer, case: Case) -> None:
+    topk = to_torch(case.topk_idx(rank))
+    x = to_torch(case.rows(rank, case.tokens[rank], salt=2))
     buffer.begin_dispatch(x)
     x[0, 0] = 3
-    with pytest.raises(EPArgumentError, match="was written to since then"):
+    with pytest.raises(EPArgumentError, match="x was written to since then"):
         buffer.dispatch(x, topk)
 
 

@@ -10,19 +10,26 @@ from torch import Tensor
 from ep_comm.errors import EPArgumentError
 
 
-def _version(x: Tensor) -> int:
+def _version(x: Tensor | None) -> int:
     """Return what changes when `x` is written in place, where torch counts it."""
-    return 0 if x.is_inference() else x._version
+    return 0 if x is None or x.is_inference() else x._version
+
+
+def _is_same(x: Tensor | None, other: Tensor | None) -> bool:
+    """Return whether both are the same memory in the same shape, or there is neither."""
+    if x is None or other is None:
+        return x is other
+    return (x.data_ptr(), x.shape, x.dtype) == (other.data_ptr(), other.shape, other.dtype)
 
 
 class Ahead(NamedTuple):
     """What `Buffer.begin_dispatch` has begun, until its dispatch.
 
     Attributes:
-        x: The rows that were passed.
-        version: Of their content.
+        x, x_scales: The rows that were passed, and their scales.
+        versions: Of the content of both.
         wire_dtype: The type that travels.
-        rows, scales: What travels: `x`, or what it was quantised to.
+        rows, scales: What travels: what was passed, or what it was quantised to.
         number: Of the operation on its buffer, from 1; None where there is nobody to send to.
         record: Address of its record.
         is_captured: In a CUDA graph.
@@ -30,7 +37,8 @@ class Ahead(NamedTuple):
     """
 
     x: Tensor
-    version: int
+    x_scales: Tensor | None
+    versions: tuple[int, int]
     wire_dtype: torch.dtype
     rows: Tensor
     scales: Tensor | None
@@ -48,6 +56,7 @@ class Ahead(NamedTuple):
     def of(
         cls,
         x: Tensor,
+        x_scales: Tensor | None,
         wire_dtype: torch.dtype,
         sent: tuple[Tensor, Tensor | None],
         number: int | None,
@@ -56,24 +65,28 @@ class Ahead(NamedTuple):
     ) -> Ahead:
         """Return the one of an operation that begins now."""
         is_captured = torch.cuda.is_current_stream_capturing()
-        return cls(x, _version(x), wire_dtype, *sent, number, record, is_captured, stream)
+        versions = _version(x), _version(x_scales)
+        return cls(x, x_scales, versions, wire_dtype, *sent, number, record, is_captured, stream)
 
-    def is_of(self, x: Tensor) -> bool:
-        """Return whether `x` is the same memory in the same shape."""
-        mine = self.x
-        return (mine.data_ptr(), mine.shape, mine.dtype) == (x.data_ptr(), x.shape, x.dtype)
+    def is_of(self, x: Tensor, scales: Tensor | None) -> bool:
+        """Return whether these are the same memory in the same shape."""
+        return _is_same(self.x, x) and _is_same(self.x_scales, scales)
 
-    def check(self, x: Tensor, wire_dtype: torch.dtype) -> None:
+    def check(self, x: Tensor, scales: Tensor | None, wire_dtype: torch.dtype) -> None:
         """Refuse a dispatch that is not the one that was begun.
 
         Raises:
             EPArgumentError: Says what is different.
         """
         problem = None
-        if not self.is_of(x):
+        if not _is_same(self.x, x):
             problem = f"x is another tensor, {tuple(x.shape)} {x.dtype}"
-        elif _version(x) != self.version:
+        elif not _is_same(self.x_scales, scales):
+            problem = "the scales of x are another tensor"
+        elif _version(x) != self.versions[0]:
             problem = "x was written to since then"
+        elif _version(scales) != self.versions[1]:
+            problem = "the scales of x were written to since then"
         elif wire_dtype != self.wire_dtype:
             problem = f"wire_dtype is {wire_dtype}, and was {self.wire_dtype}"
         elif torch.cuda.is_current_stream_capturing() != self.is_captured:

@@ -299,8 +299,9 @@ class NVLinkBackend:
     def dispatch(self, routing: NVLinkRouting, request: DispatchRequest) -> Pending[Received]:
         """Launch the kernel of a cached dispatch, or let a new one follow its plan."""
         ahead = self._planner.ahead
-        if ahead is not None and not ahead.is_of(request.x):  # a backward pass, which asks nobody
-            ahead.check(request.x, request.wire_dtype)
+        if ahead is not None and not ahead.is_of(request.x, request.scales):
+            # A backward pass, which asks nobody.
+            ahead.check(request.x, request.scales, request.wire_dtype)
         if routing.first is None:
             self.memory.check()  # before anything of what was begun is given up
         if ahead is not None:
@@ -395,21 +396,21 @@ class NVLinkBackend:
                 "begin_dispatch was called before, and the dispatch of its rows has not come"
             )
         self.memory.check()
-        rows = x.detach()
+        sent = x.detach(), scales
         if wire_dtype == fp8.FP8_DTYPE and scales is None:
-            rows, scales = fp8.quantize(rows)
+            sent = fp8.quantize(sent[0])
         number, record = None, 0
         if self._copies is not None:
             args, num_tokens = self._args.dispatch, len(x)
-            describe_payload(args, rows, scales)
-            args.rows_tag = _rows_tag(args, rows)
+            describe_payload(args, *sent)
+            args.rows_tag = _rows_tag(args, sent[0])
             if num_tokens > self.config.max_tokens_per_rank:
                 num_tokens = 0  # the dispatch tells all ranks
             record = self.recorder.start("dispatch", 0)
             number = self.recorder.num_operations
             self._copies.push_rows_ahead(args, num_tokens, record)
         stream = self._streams.current
-        self._planner.ahead = Ahead.of(x, wire_dtype, (rows, scales), number, record, stream)
+        self._planner.ahead = Ahead.of(x, scales, wire_dtype, sent, number, record, stream)
 
     def push_alone(self, routing: NVLinkRouting, x: Tensor) -> None:
         """Push rows that nobody expands, for figures. Copy engines are the wire."""
@@ -421,10 +422,10 @@ class NVLinkBackend:
         args.is_planned = False
         self._copies.push_alone(args, routing.num_tokens, stream)
 
-    def check_ahead(self, x: Tensor, wire_dtype: torch.dtype) -> None:
+    def check_ahead(self, x: Tensor, scales: Tensor | None, wire_dtype: torch.dtype) -> None:
         """Refuse another dispatch than the one that was begun."""
         if self._planner.ahead is not None:
-            self._planner.ahead.check(x, wire_dtype)
+            self._planner.ahead.check(x, scales, wire_dtype)
 
     # --- combine ---------------------------------------------------------------------------------
 

@@ -167,7 +167,7 @@ class ReferenceBackend(Operations):
         """Refuse it: rows are sent by their routing."""
         raise EPUnsupportedError(NEEDS_COPY_ENGINES)
 
-    def check_ahead(self, x: Tensor, wire_dtype: torch.dtype) -> None:
+    def check_ahead(self, x: Tensor, scales: Tensor | None, wire_dtype: torch.dtype) -> None:
         """Accept any rows: none can have been begun."""
 
     # --- routing -------------------------------------------------------------------------------
