@@ -58,18 +58,19 @@ WriteValue find_write_value() {
   return is_there ? reinterpret_cast<WriteValue>(function) : nullptr;
 }
 
+WriteValue write_value() {
+  static const WriteValue found = find_write_value();
+  return found;
+}
+
 // Raises the flag at all peers by the stream itself, which fences before each.
 int32_t write_flags(const ep_push_args& args, void* stream) {
-  static const WriteValue write_value = find_write_value();
-  if (write_value == nullptr) {
-    return fail(EP_ERR_CUDA, "ep_push: the driver has no cuStreamWriteValue32");
-  }
   const ep_peers& peers = args.peers;
   const uint32_t stamp = chunk_stamp(args.number, args.tag);
   for (int32_t i = 1; i < peers.num_ranks; ++i) {
     const int32_t r = (peers.rank + i) % peers.num_ranks;
     uint32_t* const flag = wire::flags_at(peers, args.flag_offset, r, peers.rank) + args.flag;
-    const int result = write_value(stream, reinterpret_cast<uintptr_t>(flag), stamp, 0);
+    const int result = write_value()(stream, reinterpret_cast<uintptr_t>(flag), stamp, 0);
     if (result != 0) {
       return fail(EP_ERR_CUDA, "ep_push: cuStreamWriteValue32 failed with %d", result);
     }
@@ -102,6 +103,11 @@ int32_t copy_rows(const ep_push_args& args, cudaStream_t stream) {
 int32_t ep_gate(const ep_gate_args* args, void* stream) {
   gate_kernel<<<1, kWarpSize, 0, static_cast<cudaStream_t>(stream)>>>(*args);
   return ep::check_cuda(cudaGetLastError(), "ep_gate");
+}
+
+int32_t ep_check_copies(void) {
+  if (write_value() != nullptr) return EP_OK;
+  return ep::fail(EP_ERR_CUDA, "the driver has no cuStreamWriteValue32");
 }
 
 int32_t ep_push(const ep_push_args* args, void* stream) {

@@ -373,6 +373,10 @@ typedef struct ep_gate_args {
 
 EP_API int32_t ep_gate(const ep_gate_args* args, void* stream);
 
+/* EP_OK where the driver can raise flags behind copies; else EP_ERR_CUDA, and the text says what it
+ * lacks. Launches nothing. */
+EP_API int32_t ep_check_copies(void);
+
 /* Rows [first_row, first_row + chunk_rows) of those that go to each peer. The regions of the others
  * stand in the order of ranks, at each rank the next one's first. */
 typedef struct ep_push_args {

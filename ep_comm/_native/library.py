@@ -66,10 +66,14 @@ class Library:
         """
         if status == EP_OK:
             return
-        text = self._dll.ep_last_error().decode(errors="replace")
+        text = self._last_error
         if status == EP_ERR_ARGUMENT:
             raise EPArgumentError(f"{self.path.stem}: {text}")
         raise EPStateError(f"{self.path.stem}: {text} (status {status})")
+
+    @property
+    def _last_error(self) -> str:
+        return self._dll.ep_last_error().decode(errors="replace")
 
     def launch(self, function: str, args: ctypes.Structure, stream: int) -> None:
         """Call one of the functions that take a struct of arguments and a stream.
@@ -185,6 +189,10 @@ class NativeLibrary(Library):
         offsets = header.BufferOffsets()
         self.check(self._dll.ep_buffer_layout(args, ctypes.byref(offsets)))
         return offsets
+
+    def copies_reason(self) -> str | None:
+        """Return what the driver lacks for copies with flags behind them, or None."""
+        return None if self._dll.ep_check_copies() == EP_OK else self._last_error
 
     def plan(self, args: header.PlanArgs, stream: int, side_stream: int, event: int) -> None:
         """Launch a plan: its layout on `stream`, the rest on `side_stream`, behind `event`."""

@@ -25,9 +25,11 @@ from test_nvlink_launches import (
     CURRENT,
     SIDE,
     TOPK,
+    Launches,
     X,
     backend,  # noqa: F401 - a fixture
     dispatch,
+    make_backend,
     plan,
 )
 from virtual_ranks import run_virtual_ranks
@@ -40,9 +42,10 @@ from ep_comm import (
     EPOverflowError,
     EPUnsupportedError,
 )
-from ep_comm._native import header
+from ep_comm._native import NativeLibrary, header
 from ep_comm.backends.base import CombineRequest, DispatchRequest
 from ep_comm.backends.nvlink import backend as nvlink
+from ep_comm.backends.nvlink import support
 from ep_comm.backends.nvlink.wire import chunk_rows
 
 BY_COPY = dict(wire="copy-engine")
@@ -111,7 +114,34 @@ def test_rows_ahead_need_copies():
     run_ranks(1, without_copies)
 
 
+def test_drivers_without_flags_behind_copies_are_named(monkeypatch):
+    driver = mock.Mock(ep_check_copies=lambda: header.EP_ERR_CUDA, ep_last_error=lambda: b"no flag")
+    native = mock.Mock(spec=NativeLibrary, _dll=driver, _last_error="no flag")
+    native.copies_reason = lambda: NativeLibrary.copies_reason(native)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(support._native, "unusable_reason", lambda gpu: None)
+    monkeypatch.setattr(support._native, "load", lambda: native)
+    assert support.reason_here(2, CONFIG) == "no flag"
+    # One rank sends nothing, and the other wire needs no such flags.
+    assert support.reason_here(1, CONFIG) is None
+    assert support.reason_here(2, dataclasses.replace(CONFIG, wire="sm")) is None
+    driver.ep_check_copies = lambda: header.EP_OK
+    assert support.reason_here(2, CONFIG) is None
+
+
 # ---- What is launched --------------------------------------------------------------------------
+
+
+def test_the_first_copy_to_a_peer_is_made_with_the_buffer(monkeypatch):
+    """Zeros over zeros, on the stream of each kind, and no flag: nobody waits for anything yet."""
+    offsets = header.BufferOffsets(total=4096, max_chunks=4, zeros=512)
+    monkeypatch.setattr(Launches, "buffer_offsets", lambda *_: offsets)
+    calls = make_backend(CONFIG).native.take()
+    assert [(call[0], call[2]) for call in calls] == [("ep_push", COPY), ("ep_push", COPY_BACK)]
+    for _, push, _ in calls:
+        assert push.flag == -1 and push.event is None
+        assert push.source == push.target_offset == 512
+        assert push.row_bytes == 16 and list(push.num_rows[:2]) == [1, 1]
 
 
 @by_copy

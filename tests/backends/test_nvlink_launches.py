@@ -145,7 +145,9 @@ def backend(request):
         mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
         mock.patch.object(nvlink_streams, "EventOverlap", lambda *args: SimpleNamespace(args=args)),
     ):
-        yield make_backend(getattr(request, "param", CONFIG))
+        made = make_backend(getattr(request, "param", CONFIG))
+        made.native.take()
+        yield made
 
 
 def plan(backend: NVLinkBackend, capacity=None, asynchronous=False, num_sms=None, **changes):

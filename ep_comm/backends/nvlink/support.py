@@ -97,6 +97,10 @@ def reason_here(num_ranks: int, config: EPConfig) -> str | None:
     reason = _native.unusable_reason(torch.cuda.current_device())
     if reason is None and num_ranks > header.EP_MAX_PEERS:
         reason = f"{num_ranks} ranks, at most {header.EP_MAX_PEERS} of one host"
+    if reason is None and config.wire == "copy-engine" and num_ranks > 1:
+        native = _native.load()
+        assert native is not None  # or it would not be usable
+        reason = native.copies_reason()
     return reason or sizes_reason(num_ranks, config)
 
 

@@ -15,6 +15,7 @@ from ep_comm.config import EPConfig
 
 _HEAD, _FIRST_CHUNK = 0, 1
 _WORD_TOKENS = 32  # of a word of the plan's bits
+_WARM_UP_BYTES = 16  # no row is shorter
 
 
 def chunk_rows(max_tokens: int) -> int:
@@ -83,6 +84,7 @@ class CopyWire:
         self._push = header.PushArgs(peers=peers, epoch=self._epoch.data_ptr())
         self.args = (self._gate, self._push)
         self._count = 0
+        self._warm_up(offsets)
         self._events = [torch.cuda.Event() for _ in range(header.EP_COPY_CHUNKS)]
         for event in self._events:
             event.record()  # torch makes the CUDA event at the first use
@@ -110,6 +112,18 @@ class CopyWire:
         self._gate.begins = begins
         self._num_ready = 0
         self._native.launch("ep_gate", self._gate, self.stream)
+
+    def _warm_up(self, offsets: header.BufferOffsets) -> None:
+        """Copy zeros over zeros, while no kernel waits for anything.
+
+        What CUDA prepares for the first copy to a peer might wait for kernels that run.
+        """
+        push = self._push
+        push.source = (push.peers.memory[push.peers.rank] or 0) + offsets.zeros
+        push.target_offset = offsets.zeros
+        push.row_bytes = _WARM_UP_BYTES
+        push.num_rows[:] = [1] * header.EP_MAX_PEERS
+        self._copy(0, 1, -1, 0, marks=False)
 
     def restart(self) -> None:
         """Count operations anew: all flags are zero."""
