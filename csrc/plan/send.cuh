@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t experts_per_rank = args.num_experts / num_ranks;
   const int32_t epoch = epoch_of(peers);
   uint32_t* const counters = reinterpret_cast<uint32_t*>(args.counters);
-  if (blockIdx.x == 0 && threadIdx.x == 0) begin_operation(peers);
+  if (blockIdx.x == 0 && threadIdx.x == 0 && !args.is_begun) begin_operation(peers);
 
   layout::count_tokens<false>(input, shape, scratch.layout, args.routing.topk_idx, shared);
   bool may_send = !aborted(peers);

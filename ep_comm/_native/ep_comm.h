@@ -340,6 +340,7 @@ typedef struct ep_plan_args {
                               is dropped; 0: as many as come, padded to expert_alignment */
   int32_t num_send_blocks; /* of the two kernels; all of one must fit on the GPU at once */
   int32_t num_receive_blocks;
+  int32_t is_begun; /* ep_gate has begun the operation: its rows are on their way */
 } ep_plan_args;
 
 /* Bytes of scratch that ep_plan needs, the same for every input up to these sizes; -1 if they are

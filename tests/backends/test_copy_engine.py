@@ -200,9 +200,12 @@ def test_rows_ahead_are_pushed_once(backend):  # noqa: F811
     [head] = [call[1] for call in calls if call[0] == "ep_push"]
     assert head.flag == 0 and head.event is not None
     [planned] = [call[1] for call in calls if call[0] == "plan"]
-    assert planned.peers.record == gate.peers.record
+    assert planned.peers.record == gate.peers.record and planned.is_begun
     dispatch(backend, routing)  # the next one is as ever
     assert [call[0] for call in backend.native.take()].count("ep_push") == 2
+    plan(backend)
+    [planned] = [call[1] for call in backend.native.take() if call[0] == "plan"]
+    assert not planned.is_begun
 
 
 @by_copy

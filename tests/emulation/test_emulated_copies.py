@@ -87,6 +87,25 @@ def test_rows_ahead_of_their_routing(library, begins):
     run_emulated_ranks(library, 2, begins_ahead, config, case, begins, delay_us=100)
 
 
+def is_recorded(rank: int, buffer: Buffer, case: Case) -> None:
+    backend = buffer._session.backend
+    topk = to_torch(case.topk_idx(rank))
+    x = to_torch(case.rows(rank, case.tokens[rank], salt=2))
+    handle = buffer.dispatch(x, topk).handle
+    for how in (dict(topk_idx=topk), dict(handle=handle)):
+        buffer.begin_dispatch(x)
+        backend.native.synchronize(backend._copies.dispatch.stream)
+        time.sleep(0.05)
+        buffer.dispatch(x, **how)
+        record = list(buffer.records)[-1]
+        assert record.seconds > 0.05, how
+
+
+def test_a_record_begins_where_the_rows_do(library):
+    case = Case(tokens=(20, 7), num_topk=2)
+    run_emulated_ranks(library, 2, is_recorded, case.config(**BY_COPY), case)
+
+
 def begins_wrongly(rank: int, buffer: Buffer, case: Case) -> None:
     topk = to_torch(case.topk_idx(rank))
     x = to_torch(case.rows(rank, case.tokens[rank], salt=2))

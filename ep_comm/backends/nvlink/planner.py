@@ -126,7 +126,7 @@ class Planner:
             is_captured or (num_sms == available_sms and not selects_weights)
         )
         stream = streams.begin(header.EP_OP_DISPATCH, asynchronous, num_sms)
-        record, number = self._start(stream)
+        record, number, is_begun = self._start(stream)
         self._num_plans += 1
         arena = torch.empty(total, dtype=torch.int32, device=self._device)
         native = native_routing(
@@ -160,6 +160,7 @@ class Planner:
         )
         args = self._args
         args.peers.record = record
+        args.is_begun = is_begun
         args.routing = native
         args.input = source.data_ptr()
         args.ticket = 0 if capacity is not None else routing.ticket
@@ -179,15 +180,19 @@ class Planner:
             streams.wait(streams.current, stream)
         return routing
 
-    def _start(self, stream: int) -> tuple[int, int]:
-        """Begin an operation, if its rows are not on their way; return its record and number."""
+    def _start(self, stream: int) -> tuple[int, int, bool]:
+        """Begin an operation, if its rows are not on their way.
+
+        Returns:
+            Its record, its number, and whether they are.
+        """
         if self.ahead is not None and self.ahead.number is not None:
             self.num_resumed += 1
-            return self.ahead.record, self.ahead.number
+            return self.ahead.record, self.ahead.number, True
         record = self._recorder.start("dispatch", 0)
         if self._wire is not None:
             self._wire.begin(stream, record, begins=False)
-        return record, self._recorder.num_operations
+        return record, self._recorder.num_operations, False
 
     def restart(self) -> None:
         """Count plans anew: the mailbox is empty."""
