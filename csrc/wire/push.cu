@@ -12,7 +12,8 @@ namespace {
 using namespace ep;
 
 // One warp; lane r is for rank r. The copies behind it run whatever happens here, so each peer is
-// told before: their epoch, or the next one where they should not have come.
+// told before: their epoch, or the next one where they should not have come. An epoch has one gate:
+// a second one is that of a graph, which was replayed while an operation was begun and not ended.
 __global__ void __launch_bounds__(kWarpSize)
     gate_kernel(const __grid_constant__ ep_gate_args args) {
   const ep_peers& peers = args.peers;
@@ -20,10 +21,15 @@ __global__ void __launch_bounds__(kWarpSize)
   const bool is_peer = r < peers.num_ranks && r != peers.rank;
   if (args.begins && r == 0) begin_operation(peers);
   bool fine = !aborted(peers);
+  uint32_t before = 0;  // on its way while credits are looked at
+  if (r == peers.rank) before = atomicExch(args.epoch, static_cast<uint32_t>(epoch));
   if (fine && is_peer) fine = wait_credit(peers, args.credit_offset, epoch, r);
+  if (before == static_cast<uint32_t>(epoch) && fine) {
+    raise_fault(peers, EP_FAULT_UNFINISHED, EP_PHASE_CREDIT, peers.rank, 0, epoch, epoch);
+    fine = false;
+  }
   fine = __all_sync(kFullWarp, fine);
   wire::set_marks(peers, args.mark_offset, fine ? epoch : epoch + 1);
-  if (r == 0) *args.epoch = static_cast<uint32_t>(epoch);
 }
 
 // One warp, behind the copies of a chunk in a graph, where the host knows no epoch.

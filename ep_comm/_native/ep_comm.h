@@ -106,11 +106,13 @@ enum {
 
 enum {
   EP_FAULT_NONE = 0,
-  EP_FAULT_TIMEOUT = 1,    /* the peer did not arrive */
-  EP_FAULT_MISMATCH = 2,   /* the peer plans something else */
-  EP_FAULT_RESULTS = 3,    /* low latency: a third result of this rank would be out */
-  EP_FAULT_OVERWRITTEN = 4 /* the peer gave up, and its copies may have come over rows that were
-                              being read */
+  EP_FAULT_TIMEOUT = 1,     /* the peer did not arrive */
+  EP_FAULT_MISMATCH = 2,    /* the peer plans something else */
+  EP_FAULT_RESULTS = 3,     /* low latency: a third result of this rank would be out */
+  EP_FAULT_OVERWRITTEN = 4, /* the peer gave up, and its copies may have come over rows that were
+                               being read */
+  EP_FAULT_UNFINISHED = 5   /* copy engines: an operation came between what begins another one of
+                               its kind and the rest of that */
 };
 
 /* What the ranks of one plan must agree on; ep_fault.field. */
@@ -366,7 +368,9 @@ EP_API int32_t ep_mailbox_wait(const ep_mailbox* mailbox, const ep_fault* fault,
 /* What stands before the copies of an operation: waits for the credits of the one before. */
 typedef struct ep_gate_args {
   ep_peers peers;
-  uint32_t* epoch;       /* device memory: of the operation that is pushed, for ep_push */
+  uint32_t* epoch;       /* device memory, zero at first: of the operation that is pushed, for
+                            ep_push. Where it is that of this operation already, another one has
+                            begun it and is not done: EP_FAULT_UNFINISHED */
   int64_t credit_offset; /* dispatch_credits or combine_credits */
   int64_t mark_offset;   /* copy_marks, those of the operation */
   int32_t begins;        /* whether the operation begins here */

@@ -23,6 +23,7 @@ from test_dispatch_fp8 import CASE as FP8_CASE
 from test_dispatch_fp8 import check_fp8_results
 
 from ep_comm import Buffer, EPArgumentError, EPMismatchError, EPStateError, EPTimeoutError, fp8
+from ep_comm._native import header
 
 BY_COPY = dict(wire="copy-engine", timeout_s=60)
 # More than 32 tokens, so that there are several chunks; a rank without any.
@@ -147,6 +148,61 @@ def writes_to_rows_that_are_on_their_way(rank: int, buffer: Buffer, case: Case) 
 def test_rows_ahead_that_are_not_those_dispatched_are_named(library):
     case = Case(tokens=(20, 7), num_topk=2, hidden=512)
     run_emulated_ranks(library, 2, begins_wrongly, case.config(**BY_COPY), case)
+    run_emulated_ranks(
+        library, 2, writes_to_rows_that_are_on_their_way, case.config(**BY_COPY), case
+    )
+
+
+def replays_between(rank: int, buffer: Buffer, case: Case, capturing, between: bool) -> str:
+    """A graph with a cached dispatch, replayed behind `begin_dispatch`, or before it."""
+    backend = buffer._session.backend
+    x = to_torch(case.rows(rank, case.tokens[rank], salt=2)).nan_to_num(0, 1, -1)
+    out = buffer.dispatch(x, to_torch(case.topk_idx(rank)))
+    in_graph = torch.empty_like(out.recv_x)
+
+    def replay() -> None:
+        """As a graph: kernels and copies of a dispatch, of which Python knows nothing."""
+        args = header.DispatchArgs.from_buffer_copy(backend._args.dispatch)
+        args.recv_x, args.is_planned = in_graph.data_ptr(), False
+        wire = backend._copies.dispatch
+        kept = wire.native_wire.number, wire.native_wire.flag_offset, wire._push.flag_offset
+        capturing.now = True
+        backend._copies.repeat(
+            args, out.handle.routing.num_tokens, 4, backend._streams.current, False
+        )
+        capturing.now = False
+        wire.native_wire.number, wire.native_wire.flag_offset, wire._push.flag_offset = kept
+        wire._push.number = kept[0]
+        backend._streams.synchronize()
+
+    if not between:
+        replay()
+    buffer.begin_dispatch(x)
+    if between:
+        replay()
+    error = ""
+    try:
+        again = buffer.dispatch(x, handle=out.handle).recv_x
+        assert torch.equal(again, out.recv_x) and torch.equal(in_graph, out.recv_x)
+    except EPStateError as raised:
+        error = str(raised)
+    return error
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_a_graph_that_is_replayed_behind_rows_that_are_on_their_way(library, monkeypatch, between):
+    """Its rows would come over them."""
+    case = Case(tokens=(70, 40), num_topk=2)
+    capturing = threading.local()
+    monkeypatch.setattr(emulated_nodes, "is_capturing", lambda: getattr(capturing, "now", False))
+    errors = run_emulated_ranks(
+        library, 2, replays_between, case.config(**BY_COPY), case, capturing, between
+    )
+    assert [bool(error) for error in errors] == [between] * 2
+    for rank, error in enumerate(errors):
+        assert not error or error.startswith(
+            f"dispatch #2 came twice on rank {rank}: a CUDA graph with a dispatch was replayed"
+        ), error
 
 
 def marks_of(buffer: Buffer) -> torch.Tensor:

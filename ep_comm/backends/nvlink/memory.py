@@ -295,6 +295,13 @@ class PeerMemory:
                 f"meanwhile may have come over rows that rank {self.rank} was reading; its own "
                 "error says why"
             )
+        if fault.code == header.EP_FAULT_UNFINISHED:
+            return EPStateError(
+                f"{op} #{fault.expected} came twice on rank {self.rank}: a CUDA graph with a {op} "
+                "was replayed while another one of this buffer was begun and not ended. Replay "
+                "none between begin_dispatch and its dispatch, nor beside other operations of the "
+                "buffer"
+            )
         if fault.field == header.EP_FIELD_CALL:
             return EPMismatchError(
                 f"ranks disagree: rank {self.rank} and rank {peer} made different {op} "

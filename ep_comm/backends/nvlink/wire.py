@@ -128,6 +128,7 @@ class CopyWire:
     def restart(self) -> None:
         """Count operations anew: all flags are zero."""
         self._count = 0
+        self._epoch.zero_()
 
     def wait_for_chunk(self, waiting: int, chunk: int) -> None:
         """Order the stream `waiting` behind the push of a chunk, and of all before it."""
