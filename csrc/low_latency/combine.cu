@@ -61,6 +61,17 @@ __device__ inline void send_weights(const ep_low_latency_combine_args& args, con
   __syncwarp();
 }
 
+// By the last warp of all: waits for the headers. They say whether all combine the same dispatch;
+// rows tell nothing of that.
+template <typename Memory>
+__device__ inline void check_headers(const ep_low_latency_combine_args& args, const Memory& memory,
+                                     const Operation& operation) {
+  const int32_t r = lane_id();
+  if (r >= memory.num_ranks()) return;
+  args.common.peers.record->num_rows[r] = args.handle.num_rows[r];
+  if (operation.alive >> r & 1) receive_header(memory, operation, own_header(args), r, true);
+}
+
 // The rows that make up a token's partial row: lane k has the k-th, or -1, and its weight if that
 // came with the dispatch.
 struct Parts {
@@ -217,7 +228,13 @@ __device__ inline bool begin_and_send(const ep_low_latency_combine_args& args, c
     send_header(memory, *operation, own_header(args));
     if (lane_id() == 0) begin_record(common, *operation, args.handle.epochs);
   }
-  if (common.has_weights) send_weights(args, memory, *operation);
+  if (common.has_weights) {
+    send_weights(args, memory, *operation);
+    // Before anybody waits for weights of a rank that sends none: headers come without being asked
+    // for, and weights right behind them.
+    if (is_last_warp()) check_headers(args, memory, *operation);
+    __syncwarp();
+  }
 #pragma unroll 1
   while (at.t < most_tokens) {
     const Units unit = at;
@@ -314,21 +331,11 @@ __device__ inline bool receive_unit(const ep_low_latency_combine_args& args,
   return true;
 }
 
-// By the last warp of all: waits for the headers. They say whether all combine the same dispatch;
-// rows tell nothing of that.
-template <typename Memory>
-__device__ inline void check_headers(const ep_low_latency_combine_args& args, const Memory& memory,
-                                     const Operation& operation) {
-  const int32_t r = lane_id();
-  if (r >= memory.num_ranks()) return;
-  args.common.peers.record->num_rows[r] = args.handle.num_rows[r];
-  if (operation.alive >> r & 1) receive_header(memory, operation, own_header(args), r, true);
-}
-
 template <int kHidden, int kRanks>
 __device__ inline void receive(const ep_low_latency_combine_args& args,
                                const Memory<kHidden, kRanks>& memory, const Operation& operation) {
-  if (is_last_warp()) check_headers(args, memory, operation);
+  // With weights the send has checked them.
+  if (is_last_warp() && !args.common.has_weights) check_headers(args, memory, operation);
   __syncwarp();
   // The last warps first, which had the least to send.
   Units at(all_blocks(), kWarps, kWarps - 1 - threadIdx.x / kWarpSize,

@@ -239,6 +239,24 @@ def test_combines_of_different_dispatches_are_a_mismatch():
         assert "different low_latency_combine calls: handles of different dispatches" in message
 
 
+def with_weights_on_one_side(rank: int, buffer: Buffer, case: LowLatencyCase) -> str:
+    """Rank 0 has them with its handle. Rank 1 brings them, and would wait for those of rank 0."""
+    given = Inputs.of_case(case, rank, "cuda")
+    cases = [dataclasses.replace(case, weights_with=each) for each in ("dispatch", "combine")]
+    handles = [dispatch(buffer, each, given).handle for each in cases]
+    combine(buffer, cases[rank], given, handles[rank])
+    with pytest.raises(EPMismatchError) as caught:
+        buffer.synchronize()
+    return str(caught.value)
+
+
+def test_weights_that_some_ranks_alone_bring_are_a_mismatch():
+    case = on_gpus(LowLatencyCase(tokens=(7, 5)), "nvlink")
+    messages = run_virtual_ranks(2, with_weights_on_one_side, case.config(timeout_s=20), case)
+    for message in messages:
+        assert "made different low_latency_combine calls" in message
+
+
 # ---- CUDA graphs -------------------------------------------------------------------------------
 
 
