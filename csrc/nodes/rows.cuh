@@ -22,7 +22,7 @@ class Relayed {
     network::Flag flag = 0;
     if (lane_id() == 0) {
       fine = !args_.dispatch.is_planned || wait_for_plan();
-      fine = fine && open_chunk(0, true, &flag);
+      fine = fine && open_chunk(0, true, &flag) && has_entries_of(rows_in_all(flag));
     }
     num_rows_ = min(rows_in_all(__shfl_sync(kFullWarp, flag, 0)), args_.dispatch.max_tokens);
     __syncwarp();  // all lanes may read the entries that one waited for
@@ -74,6 +74,17 @@ class Relayed {
  private:
   __device__ int32_t peer() const {
     return peer_number(args_.dispatch.peers, k_, args_.dispatch.peers.rank);
+  }
+
+  // Lane 0: false, which is a fault, where the handle has entries of another number of rows than
+  // come: then it is another dispatch's, whose tag is the same by chance.
+  __device__ bool has_entries_of(int32_t num_rows) const {
+    if (args_.dispatch.is_planned) return true;
+    const int32_t entries = args_.nodes.num_relayed[k_];
+    if (num_rows == entries) return true;
+    raise_fault(args_.dispatch.peers, EP_FAULT_MISMATCH, EP_PHASE_ROWS, peer(), EP_FIELD_CALL,
+                entries, num_rows);
+    return false;
   }
 
   // Lane 0: waits for the message with the entries.

@@ -229,6 +229,7 @@ def test_a_handle_is_as_large_as_what_came(backend):
     routing = plan(backend)
     dispatch(backend, routing)
     assert routing.num_bytes == bytes_of_own_tokens(10) + 7 * ENTRY_BYTES
+    assert routing.native.last_entry == 6  # whatever comes, no kernel looks behind it
     room = 2 * backend.config.max_tokens_per_rank * ENTRY_BYTES
     assert backend._planner.entries.nbytes == room
     assert backend.buffer_bytes - backend.offsets.total >= backend._planner.entries.nbytes

@@ -17,6 +17,7 @@ from test_dispatch_fp8 import check_fp8_results, dispatch_all_ways
 from virtual_nodes import check_sums_of_two, check_wire_bytes, sums_of_few
 
 from ep_comm import Buffer, EPError, EPMismatchError, EPTimeoutError
+from ep_comm.backends.nvlink import backend as nvlink
 
 SHAPES = [(1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (4, 2), (2, 4)]
 QUICK = [(2, 2), (3, 2)]
@@ -262,6 +263,28 @@ def test_a_disagreement_crosses_nodes(library):
     case = case_of((2, 2))
     texts = run_emulated_nodes(library, 2, 2, other_alignment, case.config(timeout_s=5), case)
     assert any("rank 2 has expert_alignment=8" in text for text in texts[:2])
+
+
+def other_handle(rank: int, buffer: Buffer, case: Case) -> str:
+    """Rank 2 takes the handle of another dispatch, whose call has the same tag."""
+    x, topk = inputs(rank, case)
+    few, many = [
+        buffer.dispatch(x, torch.where(torch.arange(len(x)).view(-1, 1) < most, topk, -1)).handle
+        for most in (1, len(x))
+    ]
+    try:
+        buffer.dispatch(x, handle=many if rank == 2 else few)
+        buffer.synchronize()
+    except (EPMismatchError, EPTimeoutError) as error:
+        return str(error)
+    return ""
+
+
+def test_rows_without_entries_are_a_mismatch_where_tags_are_the_same(library, monkeypatch):
+    monkeypatch.setattr(nvlink, "_tag", lambda *call: 7)
+    case = case_of((2, 2), tokens=(40, 50, 60, 30), drop=0.0)
+    texts = run_emulated_nodes(library, 2, 2, other_handle, case.config(timeout_s=5), case)
+    assert "rank 0 and rank 2 made different dispatch calls" in texts[0]
 
 
 def other_topk(rank: int, buffer: Buffer, case: Case) -> str:

@@ -113,11 +113,21 @@ class NVLinkRouting(Routing):
     wait_for_kernels: Callable[[], None] = field(repr=False)
 
     def allocate_entries(self, num_received: int) -> None:
-        """Allocate the entries of so many rows, to be used instead of the buffer's."""
-        entries = self.arena.new_empty(num_received * entry_size(self.num_topk))
+        """Allocate the entries of so many rows, to be used instead of the buffer's.
+
+        Kernels look at no entry behind the last, not even where another rank's handle is that of
+        another dispatch, whose call has the same tag by chance: what it sends too many goes where
+        the last row does.
+        """
+        # At least one: it is what rows that should not have come find.
+        num_entries = max(1, num_received)
+        entries = self.arena.new_empty(num_entries * entry_size(self.num_topk))
+        if num_received == 0:
+            entries.fill_(-1)
         self.memory = (self.arena, entries)
         self.native = header.Routing.from_buffer_copy(self.native)
         self.native.entries = entries.data_ptr()
+        self.native.last_entry = num_entries - 1
 
     @property
     def num_bytes(self) -> int:
