@@ -17,6 +17,7 @@ from test_dispatch_fp8 import check_fp8_results, dispatch_all_ways
 from virtual_nodes import check_sums_of_two, check_wire_bytes, sums_of_few
 
 from ep_comm import Buffer, EPError, EPMismatchError, EPTimeoutError
+from ep_comm._native import header
 from ep_comm.backends.nvlink import backend as nvlink
 
 SHAPES = [(1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (4, 2), (2, 4)]
@@ -263,6 +264,31 @@ def test_a_disagreement_crosses_nodes(library):
     case = case_of((2, 2))
     texts = run_emulated_nodes(library, 2, 2, other_alignment, case.config(timeout_s=5), case)
     assert any("rank 2 has expert_alignment=8" in text for text in texts[:2])
+
+
+def blames(rank: int, buffer: Buffer, case: Case, peer: int) -> str:
+    """What a rank says of a tag that it did not expect, in a chunk of rows of a peer."""
+    memory = buffer._session.backend.memory
+    memory._fault.op, memory._fault.field = header.EP_OP_DISPATCH, header.EP_FIELD_CALL
+    memory._fault.peer, memory._fault.code = peer, header.EP_FAULT_MISMATCH
+    with pytest.raises(EPMismatchError) as error:
+        memory.check_fault()
+    memory._fault.code = header.EP_FAULT_NONE
+    return str(error.value)
+
+
+@pytest.mark.parametrize("peer", range(4))
+def test_whose_tag_it_is_is_said_with_who_relays(library, peer):
+    """Peer 2 k + l is rank l of the node k before; its rows come through rank l of this node."""
+    case = case_of((2, 2))
+    texts = run_emulated_nodes(library, 2, 2, blames, case.config(**PATIENT), case, peer)
+    names = {
+        1: "rank 1",
+        2: "rank 2",  # over the network, to this rank itself
+        3: "rank 3 (or rank 1, which relays its rows)",
+    }
+    if peer in names:
+        assert f"rank 0 and {names[peer]} made different dispatch calls" in texts[0]
 
 
 def other_handle(rank: int, buffer: Buffer, case: Case) -> str:

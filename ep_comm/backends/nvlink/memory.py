@@ -185,6 +185,11 @@ class PeerMemory:
         """Return the ranks that may be late where kernels waited for `peer`."""
         return (self._rank_of(peer),)
 
+    def _names(self, peer: int) -> str:
+        """Name those whose doing it may be where what came of `peer` is wrong."""
+        origin, *relays = self._late_ranks(peer)
+        return f"rank {origin}" + "".join(f" (or rank {r}, which relays its rows)" for r in relays)
+
     def peers(self, op: int, wire_bytes: int) -> header.Peers:
         """Return what the kernels of an operation need to know of the other ranks.
 
@@ -304,8 +309,8 @@ class PeerMemory:
             )
         if fault.field == header.EP_FIELD_CALL:
             return EPMismatchError(
-                f"ranks disagree: rank {self.rank} and rank {peer} made different {op} "
-                "calls: handles of different dispatches, a new dispatch and a cached one, or "
+                f"ranks disagree: rank {self.rank} and {self._names(fault.peer)} made different "
+                f"{op} calls: handles of different dispatches, a new dispatch and a cached one, or "
                 f"another dtype, FP8 or probabilities on one side only. {SAME_CALLS}"
             )
         if fault.code == header.EP_FAULT_MISMATCH:
