@@ -74,7 +74,8 @@ class EPConfig:
             several "nodes" (on GPUs without NVSHMEM that is refused); else "reference". "nodes" on
             one host is for tests and figures: parts of it, of `ranks_per_node` each, with NVLink
             for a network.
-        timeout_s: Bound of every wait, in seconds.
+        timeout_s: Bound of every wait, in seconds. (Between nodes, with more than 512 ranks, a
+            low-latency operation may wait for two ranks one after the other, each so long.)
         low_latency_tokens: Most tokens that a rank passes to one low-latency dispatch. None: the
             buffer has no low-latency operations (`ep_comm.low_latency`).
         wire: What moves rows between the GPUs of one host. "sm": kernels, which send each row to
