@@ -109,7 +109,7 @@ def run_emulated_hosts(
         world = _StoresWorld(FakeNvshmem(pes, rank, native), tuple(range(num_ranks)), "3.4.5", None)
         return NodesMemory.of_hosts(
             _Group(rank), Meeting("meeting", 1, []), world, offsets, ranks_per_node,
-            config.timeout_s,
+            config.timeout_s, config.low_latency_tokens is not None,
         )  # fmt: skip
 
     with ExitStack() as stack:

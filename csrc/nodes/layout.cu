@@ -99,7 +99,7 @@ int32_t ep_nodes_layout(const ep_nodes_layout_args* args, ep_nodes_offsets* offs
 
   Cut network;
   offsets->network_credits = network.take<uint64_t>(2 * far);
-  offsets->network_greetings = network.take<uint64_t>(far);
+  offsets->network_greetings = network.take<uint64_t>(ranks);
   offsets->network_plan_flags = network.take<uint64_t>(far);
   offsets->network_dispatch_flags = network.take<uint64_t>(far * EP_MAX_NETWORK_CHUNKS);
   offsets->network_combine_flags = network.take<uint64_t>(far * EP_MAX_NETWORK_CHUNKS);

@@ -681,10 +681,10 @@ typedef struct ep_nodes_offsets {
   int64_t combine_rows_half;
   /* In network memory. Of distance k everything has number k - 1. */
   int64_t network_credits;        /* uint64 [dispatch and combine, O]: of the node k after */
-  int64_t network_greetings;      /* uint64 [O]: of the node k before, as all that follows but what
-                                     is to be sent: that is for the node k after. Of the host, when
-                                     a buffer is made: 1 + rank */
-  int64_t network_plan_flags;     /* uint64 [O] */
+  int64_t network_greetings;      /* uint64 [R]: of the rank so many before this one. Of the host,
+                                     when a buffer is made: 1 + rank */
+  int64_t network_plan_flags;     /* uint64 [O]: of the node k before, as all that follows but what
+                                     is to be sent: that is for the node k after */
   int64_t network_dispatch_flags; /* uint64 [O, EP_MAX_NETWORK_CHUNKS]: stamp | rows in all */
   int64_t network_combine_flags;  /* uint64 [O, EP_MAX_NETWORK_CHUNKS]: stamp */
   int64_t network_weight_flags;   /* the same, of weights */

@@ -27,12 +27,20 @@ MIB = 2**20
 # dispatch, a combine's rows and weights, a plan, two credits, and the word at parting; and of four
 # low-latency operations the head, the chunks and the credit.
 _LOW_LATENCY_MESSAGES = 4 * (1 + EP_LOW_LATENCY_CHUNKS + 1)
-MESSAGES_TO_A_PEER = 3 * EP_MAX_NETWORK_CHUNKS + 1 + 2 + 1 + _LOW_LATENCY_MESSAGES
+_NORMAL_MESSAGES = 3 * EP_MAX_NETWORK_CHUNKS + 1 + 2 + 1
+MESSAGES_TO_A_PEER = _NORMAL_MESSAGES + _LOW_LATENCY_MESSAGES
 # Places of a queue pair that a put takes whose signal is set; a lone signal takes fewer.
 PLACES_OF_A_MESSAGE = 4
 # Half of a queue pair: with less free, NVSHMEM's device code waits for places, without a bound.
 MIN_QUEUE_DEPTH = 2 * MESSAGES_TO_A_PEER * PLACES_OF_A_MESSAGE
 _MAX_QUEUE_DEPTH = 32768
+
+
+def messages_of(has_low_latency: bool) -> int:
+    """Return the most messages that one buffer has in flight to one peer."""
+    return MESSAGES_TO_A_PEER if has_low_latency else _NORMAL_MESSAGES
+
+
 # Not ours to choose: NVSHMEM's collectives, the only thing that NCCL would serve, are not used.
 _FIXED = {"NVSHMEM_DISABLE_NCCL": "1"}
 

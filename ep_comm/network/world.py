@@ -19,7 +19,7 @@ from ep_comm import _native
 from ep_comm._native import NvshmemLibrary
 from ep_comm.errors import EPError, EPStateError, EPUnsupportedError
 from ep_comm.job.meeting import meet
-from ep_comm.network.settings import NetworkSettings
+from ep_comm.network.settings import PLACES_OF_A_MESSAGE, NetworkSettings
 
 _ONE_WORLD = "a process has one NVSHMEM world, and a Buffer between hosts needs one of its group"
 _joined: World | None = None
@@ -65,6 +65,7 @@ class World:
         self.ranks = ranks
         self.version = version
         self.settings = settings
+        self._messages: dict[int, int] = {}  # to a peer, by address of each buffer's memory
 
     @classmethod
     def of_group(
@@ -117,20 +118,34 @@ class World:
             place -= int(count)
         return None
 
-    def allocate(self, group: dist.ProcessGroup, num_bytes: int, timeout_s: float) -> Tensor:
+    def allocate(
+        self, group: dist.ProcessGroup, num_bytes: int, num_messages: int, timeout_s: float
+    ) -> Tensor:
         """Allocate memory that the network reaches, at the same address of the heap on each rank.
 
         Collective. It stays allocated until `free`, whatever becomes of the tensor.
+
+        Args:
+            group: All ranks.
+            num_bytes: The same on all of them.
+            num_messages: The most that what uses the memory has in flight to one peer.
+            timeout_s: Bound of each meeting.
 
         Returns:
             uint8 [num_bytes] on this process's GPU, all zero: on all ranks before it is returned on
             any.
 
         Raises:
+            EPUnsupportedError: A queue pair has no room for its messages beside those of other
+                memory that was not freed. On all ranks; nothing was allocated.
             EPStateError: NVSHMEM has no room for it. On all ranks, where any has none.
             EPTimeoutError: A rank did not come.
         """
-        meet(group, "allocate the network memory of a Buffer", None, timeout_s)
+        full = self._full_reason(num_messages)
+        what_for = "allocate the network memory of a Buffer"
+        for rank, text in enumerate(meet(group, what_for, full, timeout_s).answers):
+            if text is not None:
+                raise EPUnsupportedError(f"rank {rank}: {text}")
         problem, tensor = None, None
         try:
             tensor = tensor_at(self.native.allocate(num_bytes), num_bytes)
@@ -146,7 +161,27 @@ class World:
                     f"({num_bytes / 2**20:.0f} MiB) of network memory: {text}. {_heap()}"
                 )
         assert tensor is not None  # else this rank's own problem was among them
+        self._messages[tensor.data_ptr()] = num_messages
         return tensor
+
+    def _full_reason(self, num_messages: int) -> str | None:
+        """Return why a queue pair has no room for so many messages more, or None where it has.
+
+        With more in flight than places NVSHMEM's device code waits for one, without a bound. Only
+        where GPUs fill the queue: a proxy thread has one of its own. Settings of an NVSHMEM that
+        something else has initialised are not known.
+        """
+        if self.settings is None or not self.settings.ibgda:
+            return None
+        total = sum(self._messages.values()) + num_messages
+        needed, depth = 2 * total * PLACES_OF_A_MESSAGE, self.settings.queue_depth
+        if needed <= depth:
+            return None
+        return (
+            f"NVSHMEM_QP_DEPTH is {depth}, and with this Buffer {len(self._messages) + 1} in this "
+            f"process need {needed} over IBGDA: set it before the first one is made, or destroy "
+            "others before"
+        )
 
     def addresses(self, memory: Tensor, pes: Sequence[int]) -> Sequence[int]:
         """Return where kernels reach the memory at `memory` of these PEs.
@@ -167,6 +202,7 @@ class World:
 
     def free(self, tensor: Tensor) -> None:
         """Give memory back. Collective, and not bounded: only where all ranks are known to come."""
+        self._messages.pop(tensor.data_ptr(), None)
         self.native.free(tensor.data_ptr())
 
 

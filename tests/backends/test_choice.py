@@ -151,8 +151,9 @@ def test_what_a_backend_on_several_hosts_is_made_of(monkeypatch):
         made.append(("world", settings, timeout_s))
         return FakeWorld()
 
-    def of_hosts(group, meeting, world, offsets, ranks_per_node, timeout_s):
-        made.append(("memory", type(world), offsets.network_total > 0, ranks_per_node))
+    def of_hosts(group, meeting, world, offsets, ranks_per_node, timeout_s, has_low_latency):
+        has_memory = offsets.network_total > 0
+        made.append(("memory", type(world), has_memory, ranks_per_node, has_low_latency))
 
     def init(self, memory, config, nic):
         made.append(("backend", config.ranks_per_node, nic))
@@ -169,13 +170,14 @@ def test_what_a_backend_on_several_hosts_is_made_of(monkeypatch):
     settings = NetworkSettings(service_level=4)
     assert made == [
         ("world", settings, 30.0),
-        ("memory", FakeWorld, True, 2),
+        ("memory", FakeWorld, True, 2, False),
         ("backend", 2, "card 1"),
     ]
     made.clear()
     mine = NetworkSettings(ibgda=True)
-    NodesBackend.create(None, EPConfig(**SIZES, ranks_per_node=1, network=mine), None, spots)
-    assert made[0] == ("world", mine, 30.0) and made[1][3] == 1 and made[2][2] == "card 1"
+    config = EPConfig(**SIZES, ranks_per_node=1, network=mine, low_latency_tokens=4)
+    NodesBackend.create(None, config, None, spots)
+    assert made[0] == ("world", mine, 30.0) and made[1][3:] == (1, True) and made[2][2] == "card 1"
 
 
 # --- whole groups --------------------------------------------------------------------------------

@@ -120,8 +120,18 @@ def test_memory_of_a_failed_buffer_stays(fault):
     assert not texts if fault == "none" else "keeps the memory of its buffer: rank 1" in texts[0]
 
 
-def greeted(silent: bool = False, timeout_s: float = 20.0, swapped: bool = False) -> list:
-    """Four nodes of one rank; rank 2 may send nothing, and 1 and 2 may be each other's PEs."""
+def greeted(
+    silent: bool = False,
+    timeout_s: float = 20.0,
+    swapped: bool = False,
+    lost: tuple[int, int] | None = None,
+    ranks_per_node: int = 1,
+) -> list:
+    """Four ranks, on a node each or on two; with two they all greet all.
+
+    Rank 2 may send nothing, 1 and 2 may be each other's PEs, and nothing may get from one rank to
+    another.
+    """
     pes = FakePes(4)
     offsets = header.NodesOffsets(network_greetings=512)
 
@@ -130,14 +140,21 @@ def greeted(silent: bool = False, timeout_s: float = 20.0, swapped: bool = False
         memory = pes.heaps[rank][:1024]
         if silent and rank == 2:
             native.raise_flag = lambda *args: None
+        if lost is not None and rank == lost[0]:
+            arrives = native.raise_flag
+            native.raise_flag = lambda flag, value, pe, stream: (
+                pe == lost[1] or arrives(flag, value, pe, stream)
+            )
         if swapped:
             swap, send = {1: 2, 2: 1}, native.raise_flag
             native.raise_flag = lambda flag, value, pe, stream: send(
                 flag, value, swap.get(pe, pe), stream
             )
         try:
+            place = Place(rank, ranks_per_node, 4 // ranks_per_node)
             greet(
-                World(native, (0, 1, 2, 3), "3.4.5", None), Place(rank, 1, 4), memory, offsets,
+                World(native, (0, 1, 2, 3), "3.4.5", None), place,
+                place.rail[1:] if ranks_per_node == 1 else place.others, memory, offsets,
                 timeout_s, 6,
             )  # fmt: skip
         except (EPStateError, EPTimeoutError) as error:
@@ -162,6 +179,14 @@ def test_the_network_is_tried_before_it_is_used():
         "create #6: rank 3 waited 0.5 s for rank 2 (phase: a first message over the network). "
         "There is no buffer"
     )
+
+
+def test_a_way_across_rails_that_low_latency_needs_is_tried():
+    """From the second card of one host to the first of another nothing gets through."""
+    assert greeted(ranks_per_node=2) == [""] * 4
+    texts = greeted(ranks_per_node=2, lost=(1, 2), timeout_s=0.5)
+    assert [bool(text) for text in texts] == [False, False, True, False]
+    assert "rank 2 waited 0.5 s for rank 1 (phase: a first message over the network)" in texts[2]
 
 
 def test_a_world_in_another_order_is_found_out():

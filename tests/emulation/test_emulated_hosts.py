@@ -37,6 +37,18 @@ def test_operations(library, shape):
         assert greeted == {r for r in range(rank % size, num_nodes * size, size) if r != rank}
 
 
+def greets_alone(rank: int, buffer: Buffer) -> None:
+    pass
+
+
+def test_with_low_latency_all_ranks_greet_all(library):
+    config = case_of((2, 2)).config(**PATIENT, low_latency_tokens=4)
+    _, pes = run_emulated_hosts(library, 2, 2, greets_alone, config)
+    for rank in range(4):
+        greeted = {call[3] for call in pes.calls if call[:2] == ("raise_flag", rank)}
+        assert greeted == set(range(4)) - {rank}
+
+
 def one_fails(rank: int, buffer: Buffer, case: Case) -> None:
     run_case(rank, case, buffer)
     if rank == 2:

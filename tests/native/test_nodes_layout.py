@@ -48,7 +48,7 @@ def parts_of(sizes: tuple) -> tuple[dict[str, int], dict[str, int]]:
     }
     network = {
         "network_credits": 2 * 8 * far,
-        "network_greetings": 8 * far,
+        "network_greetings": 8 * ranks,
         "network_plan_flags": 8 * far,
         "network_dispatch_flags": flags,
         "network_combine_flags": flags,

@@ -13,6 +13,7 @@ from ranks import run_ranks
 
 from ep_comm import EPStateError, EPUnsupportedError, NetworkSettings, _native
 from ep_comm.network import world as world_module
+from ep_comm.network.settings import MESSAGES_TO_A_PEER, PLACES_OF_A_MESSAGE, messages_of
 from ep_comm.network.world import World, _Word, check_words
 
 HERE = _Word(None, "3.4.5")
@@ -151,7 +152,7 @@ def allocate(rank: int) -> str:
     with pytest.MonkeyPatch.context() as patch:
         use(patch, native)
         world = of(group, symmetric_size=1 << 25)
-        tensor = world.allocate(group, 1000, 10.0)
+        tensor = world.allocate(group, 1000, 120, 10.0)
         assert tensor.dtype == torch.uint8 and tensor.shape == (1000,) and not tensor.any()
         # It is the heap's, which lives on without the tensor.
         tensor[3] = 9
@@ -163,7 +164,7 @@ def allocate(rank: int) -> str:
         if rank == 1:
             native._taken = HEAP_BYTES - 100  # others have room
         with pytest.raises(EPStateError) as caught:
-            world.allocate(group, 5 << 20, 10.0)
+            world.allocate(group, 5 << 20, 120, 10.0)
     return str(caught.value)
 
 
@@ -171,3 +172,35 @@ def test_memory_of_the_heap():
     for text in run_ranks(2, allocate, fresh=True):
         assert text.startswith("rank 1: NVSHMEM has no room for 5242880 bytes (5 MiB) of network")
         assert "nvshmem_align: out of memory. NVSHMEM_SYMMETRIC_SIZE is 33554432: raise it" in text
+
+
+def messages(rank: int) -> str:
+    """Room for two buffers, one of them with low latency, on rank 0; on rank 1 one is left over."""
+    native, group = FakeNvshmem(), dist.group.WORLD
+    needed = 2 * PLACES_OF_A_MESSAGE * (messages_of(True) + messages_of(False))
+    with pytest.MonkeyPatch.context() as patch:
+        use(patch, native)
+        world = of(group, ibgda=True, queue_depth=needed)
+        first = world.allocate(group, 1000, messages_of(True), 10.0)
+        second = world.allocate(group, 1000, messages_of(False), 10.0)
+        world.free(second)
+        second = world.allocate(group, 1000, messages_of(False), 10.0)  # others' are given back
+        if rank == 0:
+            world.free(first)
+        num_calls = len(native.calls)
+        with pytest.raises(EPUnsupportedError) as caught:
+            world.allocate(group, 1000, messages_of(False), 10.0)
+        assert len(native.calls) == num_calls  # nothing was allocated, on rank 0 neither
+        # A proxy thread has a queue of its own.
+        world.settings = NetworkSettings(queue_depth=needed)
+        world.allocate(group, 1000, messages_of(True), 10.0)
+    return str(caught.value)
+
+
+def test_messages_of_all_buffers_fit_a_queue_pair():
+    assert messages_of(True) == MESSAGES_TO_A_PEER == messages_of(False) + 20
+    for text in run_ranks(2, messages, fresh=True):
+        assert text.startswith(
+            "rank 1: NVSHMEM_QP_DEPTH is 1760, and with this Buffer 3 in this process need 2560 "
+            "over IBGDA: set it before the first one is made"
+        )

@@ -109,7 +109,8 @@ class NodesBackend(NVLinkBackend):
         if world is None:
             return cls(NodesMemory.of_one_host(group, meeting, *how), config)
         hosts, rank = [spot.host for spot in spots], dist.get_rank(group)
-        memory = NodesMemory.of_hosts(group, meeting, world, *how)
+        has_low_latency = config.low_latency_tokens is not None
+        memory = NodesMemory.of_hosts(group, meeting, world, *how, has_low_latency)
         return cls(memory, config, world.nic(hosts[:rank].count(hosts[rank])))
 
     def __init__(self, memory: NodesMemory, config: EPConfig, nic: str | None = None) -> None:

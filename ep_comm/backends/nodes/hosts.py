@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -24,18 +25,21 @@ _COMES, _KEEPS = "comes", "keeps"
 def greet(
     world: World,
     place: Place,
+    whom: Sequence[int],
     memory: Tensor,
     offsets: header.NodesOffsets,
     timeout_s: float,
     number: int,
 ) -> None:
-    """Raise a flag at each rank of the rail, and wait for theirs. Collective, and bounded.
+    """Raise a flag at each rank that messages will go to, and wait for theirs.
 
-    So a network that is silent, or that leads elsewhere, is known before anything is built on it.
+    Collective, and bounded. So a network that is silent, or that leads elsewhere, is known before
+    anything is built on it.
 
     Args:
         world: How it is reached.
         place: This rank's.
+        whom: The other ranks: those of the rail, or all where there is low latency.
         memory: Its network memory, all zero on all ranks.
         offsets: Where things stand in it.
         timeout_s: Bound of the wait.
@@ -45,28 +49,31 @@ def greet(
         EPTimeoutError: Names the ranks from which nothing came.
         EPStateError: A message came from another rank than it should.
     """
-    distances = range(1, place.num_nodes)
     first = memory.data_ptr() + offsets.network_greetings
-    for k in distances:
-        world.raise_flag(first + 8 * (k - 1), 1 + place.rank, place.rail[k])
-    flags = memory[offsets.network_greetings :][: 8 * len(distances)].view(torch.int64)
-    peers = [place.rank_of(k * place.ranks_per_node + place.local_rank) for k in distances]
+    for rank in whom:
+        distance = (rank - place.rank) % place.num_ranks
+        world.raise_flag(first + 8 * distance, 1 + place.rank, rank)
+    flags = memory[offsets.network_greetings :][: 8 * place.num_ranks].view(torch.int64)
     deadline = time.monotonic() + timeout_s
-    while not all(came := flags.tolist()):
+    while True:
+        words = flags.tolist()
+        came = {rank: words[(place.rank - rank) % place.num_ranks] for rank in whom}
+        if all(came.values()):
+            break
         if time.monotonic() > deadline:
             raise EPTimeoutError(
                 op="create",
                 phase="a first message over the network",
                 rank=place.rank,
-                late_ranks=tuple(r for r, word in zip(peers, came, strict=True) if not word),
+                late_ranks=tuple(sorted(rank for rank, word in came.items() if not word)),
                 epoch=number,
                 timeout_s=timeout_s,
             )
         time.sleep(_POLL_S)
-    for peer, word in zip(peers, came, strict=True):
-        if word != 1 + peer:
+    for rank, word in came.items():
+        if word != 1 + rank:
             raise EPStateError(
-                f"rank {place.rank}: what NVSHMEM brought from rank {peer} says that it is of rank "
+                f"rank {place.rank}: what NVSHMEM brought from rank {rank} says that it is of rank "
                 f"{word - 1}: its PEs are not the ranks of the group in order"
             )
 

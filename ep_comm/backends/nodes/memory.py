@@ -17,6 +17,7 @@ from ep_comm.backends.nvlink.mapping import map_memory
 from ep_comm.backends.nvlink.memory import HOST_STRIDE, NUM_OPS, Notice, PeerMemory
 from ep_comm.config import EPConfig
 from ep_comm.job.meeting import Meeting, meet
+from ep_comm.network.settings import messages_of
 from ep_comm.network.world import World
 
 _DIRECT_OPS = (header.EP_OP_LOW_LATENCY_DISPATCH, header.EP_OP_LOW_LATENCY_COMBINE)
@@ -105,12 +106,14 @@ class NodesMemory(PeerMemory):
         offsets: header.NodesOffsets,
         ranks_per_node: int,
         timeout_s: float,
+        has_low_latency: bool,
     ) -> NodesMemory:
         """Make memory at each rank of several hosts, and try the network.
 
         Collective. All that we wait for is bounded; NVSHMEM allocates between two meetings.
 
         Raises:
+            EPUnsupportedError: The messages of this process's buffers do not fit a queue pair.
             EPStateError: A rank has no memory for it, or the network leads elsewhere.
             EPTimeoutError: Names ranks that did not come, or from which the network brings nothing.
         """
@@ -119,8 +122,10 @@ class NodesMemory(PeerMemory):
         mapped = map_memory(group, meeting, offsets.total, timeout_s, ranks_per_node)
         mapped.own.zero_()
         # When this returns, it is so everywhere.
-        network = world.allocate(group, offsets.network_total, timeout_s)
-        greet(world, place, network, offsets, timeout_s, meeting.number)
+        num_messages = messages_of(has_low_latency)
+        network = world.allocate(group, offsets.network_total, num_messages, timeout_s)
+        whom = place.others if has_low_latency else place.rail[1:]
+        greet(world, place, whom, network, offsets, timeout_s, meeting.number)
         store = dist.distributed_c10d._get_default_store()
         return cls(
             place,

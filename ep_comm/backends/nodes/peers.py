@@ -43,6 +43,11 @@ class Place(NamedTuple):
         return tuple(range(first, first + self.ranks_per_node))
 
     @property
+    def others(self) -> tuple[int, ...]:
+        """All ranks but its own, the next one first."""
+        return tuple((self.rank + i) % self.num_ranks for i in range(1, self.num_ranks))
+
+    @property
     def rail(self) -> tuple[int, ...]:
         """The ranks with its local rank: its own, then that of each node after."""
         return tuple(
