@@ -13,7 +13,7 @@
 # Steps: what each host has; messages on every rail, checked and timed; operations and backwards bit by
 # bit against an oracle; figures. The first that fails ends it. NVSHMEM_* variables count as in a job
 # (docs/network.md). Everything is in OUT (default: runs/two-nodes). PROCESSES of each host (default:
-# its GPUs), PORT (default: 29511), CASES (default: 20).
+# its GPUs), PORT (default: 29511; under SLURM of job and step), CASES (default: 20).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ ! -e .venv/bin/activate ] || source .venv/bin/activate
@@ -22,6 +22,8 @@ if [ -n "${SLURM_STEP_NODELIST:-}" ] && [ $# = 0 ]; then
     first=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
     set -- "$first" "$SLURM_NODEID"
     NODES=$SLURM_STEP_NUM_NODES
+    # As ep_comm/job/ranks.py: each step of each job has ports of its own.
+    PORT=${PORT:-$((20000 + (SLURM_JOB_ID + 3571 * SLURM_STEP_ID) % 10000))}
 fi
 if [ $# != 2 ]; then
     echo "error: bash scripts/two_nodes.sh FIRST_HOST NUMBER (0 on FIRST_HOST, 1 on the second)" >&2

@@ -9,6 +9,8 @@ from ep_comm.errors import EPArgumentError
 
 # Ports below the range that Linux hands out to connections by itself.
 _FIRST_PORT, _NUM_PORTS = 20_000, 10_000
+# From one step of a job to the next. So far away that jobs of about the same time are not hit.
+_PORTS_PER_STEP = 3_571
 
 
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -43,7 +45,9 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
                 f"{ours['WORLD_SIZE']} tasks, SLURM_PROCID {ours['RANK']}): unset {name}, or start "
                 f"as many tasks as processes are meant (srun --ntasks)"
             )
-    port = _FIRST_PORT + whole(environment, "SLURM_JOB_ID") % _NUM_PORTS
+    number = whole(environment, "SLURM_JOB_ID")
+    number += _PORTS_PER_STEP * whole(environment, "SLURM_STEP_ID", 0)
+    port = _FIRST_PORT + number % _NUM_PORTS
     return {
         **ours,
         "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_host(environment),

@@ -230,6 +230,13 @@ def test_ranks_of_srun_tasks():
     uneven = task(SLURM_STEP_TASKS_PER_NODE="3,1", MASTER_PORT="9999", RANK="3")
     assert rank_variables(uneven)["LOCAL_WORLD_SIZE"] == "1"
     assert rank_variables(uneven)["MASTER_PORT"] == "9999"
+    ports = [
+        rank_variables(task(SLURM_JOB_ID=job, SLURM_STEP_ID=step))["MASTER_PORT"]
+        for job in ("70123", "70124", "70125")
+        for step in ("0", "1", "2", "4294967290")  # the last is salloc's own step
+    ]
+    assert len(set(ports)) == 12 and ports[0] == "20123"
+    assert all(20_000 <= int(port) < 30_000 for port in ports)
     alone = task(SLURM_STEP_NUM_NODES="1", SLURM_STEP_TASKS_PER_NODE="4", SLURM_NODEID="0")
     for nodes, first in (("gpu[07-08,11],cpu1", "gpu07"), ("a-1", "a-1"), ("n[3,5]", "n3")):
         found = rank_variables(without_address(task(SLURM_STEP_NODELIST=nodes)))
