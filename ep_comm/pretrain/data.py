@@ -153,15 +153,15 @@ def _checked_corpus(config: PretrainConfig) -> tuple[Corpus, str]:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         corpus = _corpus(config, cache)
+        lengths, token_size = _read_index(corpus.prefix)
+        split = _split(lengths, config)
+        _check_tokens(corpus, token_size)
     except OSError as error:
         path = Path(error.filename or cache)  # a full disk has no name
         text = f"{path}: {error.strerror}"
         if path.is_relative_to(cache) or cache.is_relative_to(path):
             text += f"; the data cache is {cache}, --data-cache-path chooses another"
         raise UserError(text) from None
-    lengths, token_size = _read_index(corpus.prefix)
-    split = _split(lengths, config)
-    _check_tokens(corpus, token_size)
     return corpus, split
 
 
@@ -294,14 +294,31 @@ def _split(lengths: np.ndarray, config: PretrainConfig) -> str:
 
 def _check_tokens(corpus: Corpus, token_size: int) -> None:
     """Refuse tokens that the model does not know, before the ranks part ways."""
-    # Read as unsigned, a negative token is a very high one: one pass finds both kinds of mistake.
-    tokens = np.memmap(get_bin_path(corpus.prefix), dtype=f"u{token_size}", mode="r")
-    highest = int(tokens.max())
+    highest = _highest_token(corpus, token_size)
     if highest >= corpus.vocab_size:
         raise UserError(
             f"{get_bin_path(corpus.prefix)} holds token {highest}: "
             f"--vocab-size {corpus.vocab_size} is too small"
         )
+
+
+def _highest_token(corpus: Corpus, token_size: int) -> int:
+    """Return the highest token of a pair.
+
+    It is kept in the cache: a run that goes on does not read all of a file again that is as it was.
+    """
+    path = Path(get_bin_path(corpus.prefix))
+    stat = path.stat()
+    file = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{token_size}"
+    kept = corpus.cache / f"highest-{hashlib.sha256(file.encode()).hexdigest()[:16]}.txt"
+    try:
+        return int(kept.read_text())
+    except (FileNotFoundError, ValueError):
+        pass  # not read before, or cut off
+    # Read as unsigned, a negative token is a very high one: one pass finds both kinds of mistake.
+    highest = int(np.memmap(path, dtype=f"u{token_size}", mode="r").max())
+    kept.write_text(f"{highest}\n")
+    return highest
 
 
 def _read_index(prefix: str) -> tuple[np.ndarray, int]:
