@@ -102,7 +102,7 @@ class NetworkSettings:
         "With remote_transport libfabric: the provider; efa on AWS.",
     )
     queue_depth: int = variable(
-        1024,
+        4096,
         "QP_DEPTH",
         Whole(MIN_QUEUE_DEPTH, _MAX_QUEUE_DEPTH),
         "Places of a queue pair. All messages to one peer have to fit half of it.",

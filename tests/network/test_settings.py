@@ -69,7 +69,7 @@ def test_what_is_left_to_nvshmem_is_unset():
     environment = dict(GIVEN)
     NetworkSettings(service_level=1).apply(environment)
     assert "NVSHMEM_HCA_LIST" not in environment and environment["PATH"] == "/bin"
-    assert environment["NVSHMEM_IB_SL"] == "1" and environment["NVSHMEM_QP_DEPTH"] == "1024"
+    assert environment["NVSHMEM_IB_SL"] == "1" and environment["NVSHMEM_QP_DEPTH"] == "4096"
 
 
 @pytest.mark.parametrize(
