@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ep_comm._native import header
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 
 BLOCK = 128
+COLUMNWISE_ROWS = 16  # of an expert are a multiple of it, for column-wise copies
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = 448.0
 
@@ -140,6 +142,78 @@ def join_scales(scales_MB: Tensor, expert_offsets: list[int]) -> Tensor:
     for first, end in itertools.pairwise(expert_offsets):
         joined[first * blocks : end * blocks] = scales_MB[first:end].t().flatten()
     return joined
+
+
+def columnwise(
+    rows_MH: Tensor, scales: Tensor, rows_per_expert: Sequence[int], expert_offsets: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Make the copies of received rows that weight gradients read: columns, quantised anew.
+
+    They are Transformer Engine's bits for the rows' BF16 values, of all experts in one launch.
+
+    Args:
+        rows_MH: ``float8_e4m3fn`` [M, H], contiguous, as dispatch gives them in the expert layout.
+        scales: FP32 [M * H / 128], the same: see `split_scales`.
+        rows_per_expert: Rows of each group, padding included; multiples of 16.
+        expert_offsets: E_local + 1 numbers, int32 on the device of the rows: where each group
+            begins, and where the last ends (``handle.device_expert_offsets``).
+
+    Returns:
+        For each expert its bytes transposed, ``float8_e4m3fn`` [H, rows], and FP32 [ceil(rows /
+        128), H]: a scale for each 128 rows of a column, from the group's first row on.
+
+    Raises:
+        EPArgumentError: A group is no multiple of 16 rows, or there are more rows than M.
+    """
+    num_rows, hidden = rows_MH.shape
+    if any(rows % COLUMNWISE_ROWS for rows in rows_per_expert) or sum(rows_per_expert) > num_rows:
+        raise EPArgumentError(
+            f"column-wise copies need groups of a multiple of {COLUMNWISE_ROWS} rows, {num_rows} in "
+            f"all; got {list(rows_per_expert)}"
+        )
+    tiles = [-(-rows // BLOCK) for rows in rows_per_expert]
+    data = torch.empty(sum(rows_per_expert) * hidden, dtype=FP8_DTYPE, device=rows_MH.device)
+    scales_TH = torch.empty(sum(tiles), hidden, dtype=torch.float32, device=rows_MH.device)
+    copies = [
+        (of_expert.view(hidden, rows), of_blocks)
+        for of_expert, of_blocks, rows in zip(
+            data.split([rows * hidden for rows in rows_per_expert]),
+            scales_TH.split(tiles),
+            rows_per_expert,
+            strict=True,
+        )
+    ]
+    native = _native.load_for(rows_MH.device)
+    if native is None:
+        ends = list(itertools.accumulate(rows_per_expert, initial=0))
+        for (first, end), blocks, copy in zip(
+            itertools.pairwise(ends), split_scales(scales, ends, hidden), copies, strict=True
+        ):
+            _quantize_columns(dequantize(rows_MH[first:end], blocks.t(), torch.bfloat16), *copy)
+        return copies
+    args = header.ColumnwiseArgs(
+        rows=rows_MH.data_ptr(),
+        scales=scales.data_ptr(),
+        expert_offsets=expert_offsets.data_ptr(),
+        data=data.data_ptr(),
+        column_scales=scales_TH.data_ptr(),
+        num_experts=len(rows_per_expert),
+        hidden=hidden,
+        num_tiles=len(scales_TH),
+    )
+    with torch.cuda.device(rows_MH.device):
+        native.launch("ep_columnwise", args, torch.cuda.current_stream().cuda_stream)
+    return copies
+
+
+def _quantize_columns(values_MH: Tensor, data_HM: Tensor, scale_TH: Tensor) -> None:
+    """Write the columns of an expert's rows in blocks of 128 rows, the last of which may be less."""
+    for tile, block in enumerate(values_MH.split(BLOCK) if len(values_MH) else ()):
+        first, padding = tile * BLOCK, BLOCK - len(block)
+        column_blocks = torch.nn.functional.pad(block.t(), (0, padding))  # zeros change no scale
+        data, scale = quantize(column_blocks.contiguous())
+        data_HM[:, first : first + len(block)] = data[:, : len(block)]
+        scale_TH[tile] = scale[:, 0]
 
 
 def _power_of_two_scale(amax: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
 #include "common/launch.cuh"
 #include "common/vectors.cuh"
 #include "common/warp.cuh"
+#include "elementwise/blocks.cuh"
 #include "ep_comm.h"
 
 namespace {
@@ -12,9 +13,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kLanes = 16;                          // of one block of elements
 constexpr int kPerLane = ep::kScaleBlock / kLanes;  // 8: one 8-byte store
-constexpr float kFp8Max = 448.0f;
-constexpr uint32_t kExponentBits = 0x7f800000u;
-constexpr uint32_t kTwoPow127Bits = 0x7f000000u;
 
 template <typename T>
 __device__ inline void load(const T* x, float* out) {
@@ -22,13 +20,6 @@ __device__ inline void load(const T* x, float* out) {
   for (int v = 0; v < kPerLane / ep::kPerVector<T>; ++v) {
     ep::unpack<T>(reinterpret_cast<const uint4*>(x)[v], out + v * ep::kPerVector<T>);
   }
-}
-
-// min(2^floor(log2(448 / amax)), 2^127); 1 where amax is 0 or infinite.
-__device__ inline float power_of_two_scale(float amax) {
-  if (amax == 0.0f || isinf(amax)) return 1.0f;
-  const uint32_t exponent = __float_as_uint(kFp8Max / amax) & kExponentBits;
-  return __uint_as_float(min(exponent, kTwoPow127Bits));
 }
 
 // 16 lanes a block of 128 elements; blocks of neighbouring lanes are neighbours in memory.
@@ -51,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const ep_quantize_ar
     for (int offset = kLanes / 2; offset > 0; offset /= 2) {
       amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, offset));
     }
-    const float scale = power_of_two_scale(amax);
+    const float scale = ep::power_of_two_scale(amax);
     union {
       uint2 bits;
       uint16_t pairs[kPerLane / 2];

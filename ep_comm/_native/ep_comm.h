@@ -420,6 +420,22 @@ typedef struct ep_quantize_args {
 
 EP_API int32_t ep_quantize(const ep_quantize_args* args, void* stream);
 
+/* Makes the column-wise copies that weight gradients read, of all experts in one launch: columns of
+   each expert's rows in blocks of 128 rows from its first one on, quantised as above from the rows'
+   BF16 values. A tile is such a block of rows. */
+typedef struct ep_columnwise_args {
+  const uint8_t* rows; /* [M, H] grouped by expert, 16-byte aligned; H a multiple of 128 */
+  const float* scales; /* of each expert [H / 128, its rows], one expert behind the other */
+  const int32_t* expert_offsets; /* [E + 1] rows where groups begin and the last ends: times 16 */
+  uint8_t* data;                 /* of each expert [H, its rows] out, 16-byte aligned */
+  float* column_scales;          /* [num_tiles, H] out */
+  int32_t num_experts;
+  int32_t hidden;
+  int32_t num_tiles; /* sum of ceil(rows / 128) over the experts, as the host knows them */
+} ep_columnwise_args;
+
+EP_API int32_t ep_columnwise(const ep_columnwise_args* args, void* stream);
+
 /* ---- Probabilities: those of a token's selected experts out of those of all ----------------- */
 
 /* Distinct experts in a row of topk_idx, or -1 where dropped. */

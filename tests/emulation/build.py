@@ -22,6 +22,7 @@ SOURCES = (
     "dispatch/dense.cu",
     "wire/push.cu",
     "combine/combine.cu",
+    "elementwise/columnwise.cu",
     "nodes/layout.cu",
     "nodes/plan.cu",
     "nodes/dispatch.cu",

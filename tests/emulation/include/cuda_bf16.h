@@ -14,3 +14,9 @@ inline __nv_bfloat16 emulation_round(float f) {
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
   return {emulation_round(a), emulation_round(b)};
 }
+inline float __low2float(__nv_bfloat162 pair) {
+  return __uint_as_float(static_cast<uint32_t>(pair.x.bits) << 16);
+}
+inline float __high2float(__nv_bfloat162 pair) {
+  return __uint_as_float(static_cast<uint32_t>(pair.y.bits) << 16);
+}
