@@ -159,6 +159,7 @@ class Buffer(MaskCalls):
                 FP32 rows for the way; hidden must be a multiple of 128, over NVLink of 512.
             recv_dtype: Type of the received rows; None is x's own. With FP8 on the wire:
                 ``float8_e4m3fn`` gives (rows, scales) as they came, BF16 or FP32 dequantises.
+                Gradients of FP8 rows go to `DispatchOutput.recv_edge`.
             num_worst_tokens: Rows of the output, padding included. With R ranks and E experts on
                 each, R max_tokens_per_rank min(K, E) + E (`expert_alignment` - 1) rows have room
                 for all in any case; in the rank layout R max_tokens_per_rank do. The host then
@@ -275,7 +276,7 @@ class Buffer(MaskCalls):
             of_all_experts = routing_map is not None and weights is not None
             received = ops.dispatch(backend, handle, request, of_all_experts=of_all_experts)
             if allocate_on_comm_stream:
-                backend.keep_for_comm_stream((*received, routing.recv_topk_idx))
+                backend.keep_for_comm_stream((*received[:3], routing.recv_topk_idx))
         recv_x: Payload = received.x
         if recv == FP8_DTYPE:
             assert received.scales is not None
@@ -289,6 +290,7 @@ class Buffer(MaskCalls):
             ),
             handle=handle,
             event=handle.event if async_finish else EventOverlap(),
+            recv_edge=received.recv_edge,
         )
 
     @untraced

@@ -168,8 +168,8 @@ def columnwise(
     num_rows, hidden = rows_MH.shape
     if any(rows % COLUMNWISE_ROWS for rows in rows_per_expert) or sum(rows_per_expert) > num_rows:
         raise EPArgumentError(
-            f"column-wise copies need groups of a multiple of {COLUMNWISE_ROWS} rows, {num_rows} in "
-            f"all; got {list(rows_per_expert)}"
+            f"column-wise copies need groups of a multiple of {COLUMNWISE_ROWS} rows, {num_rows} "
+            f"in all; got {list(rows_per_expert)}"
         )
     tiles = [-(-rows // BLOCK) for rows in rows_per_expert]
     data = torch.empty(sum(rows_per_expert) * hidden, dtype=FP8_DTYPE, device=rows_MH.device)
@@ -207,7 +207,7 @@ def columnwise(
 
 
 def _quantize_columns(values_MH: Tensor, data_HM: Tensor, scale_TH: Tensor) -> None:
-    """Write the columns of an expert's rows in blocks of 128 rows, the last of which may be less."""
+    """Write the columns of an expert's rows, in blocks of 128 rows and a smaller last one."""
     for tile, block in enumerate(values_MH.split(BLOCK) if len(values_MH) else ()):
         first, padding = tile * BLOCK, BLOCK - len(block)
         column_blocks = torch.nn.functional.pad(block.t(), (0, padding))  # zeros change no scale

@@ -188,6 +188,10 @@ class DispatchOutput(NamedTuple):
             `num_worst_tokens`: see `DispatchHandle.device_expert_offsets`.
         handle: Pass it to `Buffer.combine`, or to `Buffer.dispatch` to repeat the routing.
         event: Completion of the operation.
+        recv_edge: What takes the gradient of FP8 rows, since autograd would make that FP8 too: BF16
+            of their shape. Pass it, beside them, to the function that computes with them, which
+            returns their gradient as its. Every element is NaN: it is not to be read. None of other
+            rows.
     """
 
     recv_x: Payload
@@ -196,6 +200,7 @@ class DispatchOutput(NamedTuple):
     num_recv_tokens_per_expert_list: list[int]
     handle: DispatchHandle
     event: EventOverlap
+    recv_edge: Tensor | None = None
 
 
 class CombineOutput(NamedTuple):

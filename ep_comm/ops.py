@@ -13,13 +13,15 @@ the handle itself: torch's way to a library op with gradients costs a call sever
 
 FP8 on the wire is straight-through: the gradient is that of an unquantised dispatch. Gradients
 travel in their own type, except where combine's `grad_wire_dtype` makes those that its backward
-dispatches FP8.
+dispatches FP8. Autograd would give an FP8 tensor its gradient in FP8: where rows are received so,
+it goes to a tensor that stands for them (`Dispatched.recv_edge`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,10 +33,10 @@ from ep_comm.backends.base import (
     CombineRequest,
     DispatchRequest,
     Pending,
-    Received,
     Result,
 )
 from ep_comm.config import ROW_DTYPES
+from ep_comm.fp8 import FP8_DTYPE
 from ep_comm.handle import DispatchHandle, handle_by_id
 from ep_comm.routing.probabilities import scatter_probabilities, select_probabilities
 from ep_comm.tracing import check_not_saved, plain_tensor
@@ -52,6 +54,21 @@ _library.define(
 )
 
 
+class Dispatched(NamedTuple):
+    """What a dispatch brought.
+
+    Attributes:
+        x, scales, topk_weights: As backends give them; what does not exist is None, or empty where
+            the op made it.
+        recv_edge: Of FP8 rows: what takes their gradient, see `ep_comm.DispatchOutput`.
+    """
+
+    x: Tensor
+    scales: Tensor | None
+    topk_weights: Tensor | None
+    recv_edge: Tensor | None = None
+
+
 def check_dispatch_not_saved(request: DispatchRequest) -> None:
     """Refuse a dispatch whose result selective checkpointing is to keep, before it has begun.
 
@@ -64,7 +81,7 @@ def check_dispatch_not_saved(request: DispatchRequest) -> None:
 
 def dispatch(
     backend: Backend, handle: DispatchHandle, request: DispatchRequest, *, of_all_experts: bool
-) -> Received:
+) -> Dispatched:
     """Send rows along the routing of `handle`, and record the gradient where one is needed.
 
     Args:
@@ -72,20 +89,20 @@ def dispatch(
         handle: The routing.
         request: Rows and probabilities.
         of_all_experts: The probabilities are [T, num_experts]: the selected ones are sent.
-
-    Returns:
-        A result that does not exist is None, or empty where the op made it.
     """
+    in_fp8 = request.recv_dtype == FP8_DTYPE
     if not _needs_grad(request.x, request.topk_weights):
         if of_all_experts:
             request = _selected(request, handle)
-        return _result(backend.dispatch(handle.routing, request), handle, request.asynchronous)
-    if _is_seen():
+        pending = backend.dispatch(handle.routing, request)
+        received = _result(pending, handle, request.asynchronous)
+        return Dispatched(*received, _edge_of(received.x) if in_fp8 else None)
+    if _is_seen() and not in_fp8:  # the op has no result for an edge
         if of_all_experts:
             request = _selected(request, handle)
-        return Received(*torch.ops.ep_comm.dispatch.default(*request, handle.id))
+        return Dispatched(*torch.ops.ep_comm.dispatch.default(*request, handle.id))
     with _named("ep_comm::dispatch"):
-        return Received(
+        return Dispatched(
             *_Dispatch.apply(
                 request.x, request.topk_weights, request, backend, handle, of_all_experts
             )
@@ -184,7 +201,7 @@ class _Dispatch(torch.autograd.Function):
         backend: Backend,
         handle: DispatchHandle,
         of_all_experts: bool,
-    ) -> Received:
+    ) -> Dispatched:
         if of_all_experts:
             request = _selected(request, handle)
         pending = backend.dispatch(handle.routing, request)
@@ -193,15 +210,35 @@ class _Dispatch(torch.autograd.Function):
         ctx.num_experts = None
         if of_all_experts and topk_weights is not None:
             ctx.num_experts = topk_weights.shape[1]
-        return received
+        if request.recv_dtype != FP8_DTYPE:
+            return Dispatched(*received)
+        ctx.mark_non_differentiable(received.x, received.scales)
+        return Dispatched(*received, _edge_of(received.x))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        grad_x, grad_weights = _grads_of_dispatch(ctx, grads[0], grads[2])
+        grad_x = grads[0] if grads[3] is None else grads[3]
+        grad_x, grad_weights = _grads_of_dispatch(ctx, grad_x, grads[2])
         if ctx.num_experts is not None and grad_weights is not None:
             grad_weights = scatter_probabilities(grad_weights, ctx.handle.topk_idx, ctx.num_experts)
         return grad_x, grad_weights, None, None, None, None
+
+
+def _edge_of(rows: Tensor) -> Tensor:
+    """Return what takes the gradient of FP8 rows: of their shape, with one element in memory.
+
+    It is no view: nothing has to be kept in step with what it would be one of.
+    """
+    nan = _nan(rows.device)
+    return torch.empty(0, dtype=nan.dtype, device=nan.device).set_(
+        nan.untyped_storage(), 0, rows.shape, (0, 0)
+    )
+
+
+@functools.cache
+def _nan(device: torch.device) -> Tensor:
+    return torch.full((1,), torch.nan, dtype=torch.bfloat16, device=device)
 
 
 def _dispatch_setup(ctx: Any, inputs: tuple, output: tuple) -> None:

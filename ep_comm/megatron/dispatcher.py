@@ -40,6 +40,7 @@ import ep_comm
 from ep_comm import Buffer, DispatchHandle, DispatchOutput, EPConfig, EPTooManyTokensError, fp8
 from ep_comm.backends.nvlink.prices import gemm_tiles
 from ep_comm.job.meeting import meet
+from ep_comm.megatron.fp8_direct import FP8Rows, attach
 from ep_comm.megatron.options import EPOptions
 from ep_comm.megatron.overflow import ExpertOverflow
 from ep_comm.megatron.wgrad import at_end_of_backward
@@ -126,6 +127,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             )
         self.buffers: list[Buffer] = []
         self.handle: DispatchHandle | None = None
+        self._fp8_rows: FP8Rows | None = None  # on their way to the experts
         self.on_dispatch: Callable[[Tensor, Tensor], None] | None = None
 
     # --- tokens ahead of their routing -----------------------------------------------------------
@@ -171,7 +173,10 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         return hidden_states, self._for_shards(probs.float()).contiguous()
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Send [T, H] and [T, E * ETP]; return expert-major rows [M, H] and probabilities [M]."""
+        """Send [T, H] and [T, E * ETP]; return expert-major rows [M, H] and probabilities [M].
+
+        With `EPOptions.fp8_direct` what is returned stands for rows in FP8.
+        """
         buffer = self._shared_buffer(hidden_states)
         if self._is_padded:
             out = self._dispatch_to_capacity(buffer, hidden_states, probs)
@@ -183,6 +188,9 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         self._note_use(self._routing_map)
         self._routing_map = None
         rows, probs_of_rows = out.recv_x, out.recv_topk_weights
+        if isinstance(rows, tuple):
+            self._fp8_rows = FP8Rows(*rows, out.handle.device_expert_offsets)
+            rows = out.recv_edge
         assert isinstance(rows, Tensor) and probs_of_rows is not None  # what was sent was so too
         self._has_backward = rows.requires_grad
         self.handle = out.handle
@@ -250,6 +258,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             routing_map=self._routing_map,
             topk_weights=probs,
             wire_dtype=self._wire_dtype,
+            recv_dtype=fp8.FP8_DTYPE if self.options.fp8_direct else None,
             during_backward=self.during_backward,
             **sizes,
         )
@@ -264,6 +273,10 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         if self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act(hidden_states)
         self._note_use(hidden_states, probs)
+        if self._fp8_rows is not None:
+            self._note_use(*self._fp8_rows)
+            attach(hidden_states, self._fp8_rows)
+            self._fp8_rows = None
         assert self.handle is not None  # the dispatch set it
         if probs.dtype != self._probs_dtype:
             probs = probs.to(self._probs_dtype)
@@ -422,6 +435,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         for name, is_on in (
             ("FP8 dispatch", options.fp8_dispatch),
             ("FP8 gradient dispatch", options.fp8_grad_dispatch),
+            ("FP8 direct", options.fp8_direct),
             ("wgrad overlap", options.overlap_wgrad),
             ("copy engines", options.copy_engines),
         ):

@@ -26,6 +26,7 @@ from torch import nn
 from ep_comm.errors import EPArgumentError, EPStateError, name_settings
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
 from ep_comm.megatron.experts import GroupedExperts
+from ep_comm.megatron.fp8_direct import feed_directly
 from ep_comm.megatron.options import EPOptions
 from ep_comm.megatron.schedule import keep_inputs
 from ep_comm.megatron.support import FSDP, check_supported
@@ -179,6 +180,8 @@ def _build(layer: MoELayer, options: EPOptions, args: tuple, kwargs: dict) -> No
     elif options.overlap_wgrad:
         arguments["submodules"] = _with_delayed_experts(arguments["submodules"])
     _original_init(layer, **arguments)
+    if options.fp8_direct:
+        feed_directly(layer.experts)
     during_backward = delay_weight_gradients(layer.experts) if options.overlap_wgrad else None
     layer.token_dispatcher = EPCommTokenDispatcher(
         layer.num_local_experts,

@@ -64,6 +64,13 @@ class EPOptions:
         help="Gradients of the experts' outputs, which the backward of combine sends to the "
         "experts, travel as FP8 E4M3 in blocks of 128. Independent of --ep-fp8-dispatch.",
     )
+    fp8_direct: bool = option(
+        False,
+        flag="--ep-fp8-direct",
+        help="With --ep-fp8-dispatch and FP8 experts of --fp8-recipe blockwise: rows go into the "
+        "experts' first GEMM as they came, neither dequantised nor quantised again. Results are "
+        "the same, bit for bit. Needs Transformer Engine 2.20. Not yet run on a GPU.",
+    )
     overlap_wgrad: bool = option(
         False,
         flag="--ep-overlap-wgrad",

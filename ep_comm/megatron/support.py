@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _EXACT_RECIPE = "blockwise"
 _FP8_CAPABILITY = (8, 9)
 _MIN_TE = "2.3"  # the first with block scaling, and with delayed gradients of grouped experts
+_MIN_TE_DIRECT = "2.20"  # whose inner interface ep_comm.megatron.fp8_direct is written for
 
 When = Callable[[Any, EPOptions], object]
 
@@ -224,13 +225,44 @@ def _blocks_with_old_te(config: TransformerConfig, options: EPOptions) -> object
     return _has_exact_recipe(config) and _old_te()
 
 
-def _old_te() -> str:
+def _direct_with_old_te(config: TransformerConfig, options: EPOptions) -> object:
+    return options.fp8_direct and _old_te(_MIN_TE_DIRECT)
+
+
+def _direct_without_its_experts(config: TransformerConfig, options: EPOptions) -> object:
+    """Return what the experts are instead of FP8 ones of Transformer Engine's."""
+    if not options.fp8_direct:
+        return False
+    if not _has_exact_recipe(config):
+        return f"--fp8-recipe {config.fp8_recipe}" if config.fp8 else "no --fp8-format"
+    if not config.moe_grouped_gemm:
+        return "no --moe-grouped-gemm"
+    return config.params_dtype != torch.bfloat16 and f"params_dtype={config.params_dtype}"
+
+
+def _direct_with_other_rows(config: TransformerConfig, options: EPOptions) -> object:
+    """Return what asks the experts' input to be something else than the rows that came."""
+    if not options.fp8_direct:
+        return False
+    if (options.expert_alignment or 0) % fp8.COLUMNWISE_ROWS:
+        return f"--ep-expert-alignment {options.expert_alignment}"
+    offloads = getattr(config, "fine_grained_activation_offloading", False)
+    if offloads and "expert_fc1" in config.offload_modules:
+        return "expert_fc1 in offload_modules"
+    names = (
+        *("first_last_layers_bf16", "moe_apply_probs_on_input", "quant_recipe", "use_kitchen"),
+        *("use_transformer_engine_op_fuser", "moe_single_grouped_weight"),
+    )
+    return ", ".join(name for name in names if getattr(config, name, None))
+
+
+def _old_te(minimum: str = _MIN_TE) -> str:
     """Return the version of a Transformer Engine that is too old; empty where there is none."""
     try:
         version = importlib.metadata.version("transformer-engine")
     except importlib.metadata.PackageNotFoundError:
         return ""
-    return f"this is {version}" if Version(version) < Version(_MIN_TE) else ""
+    return f"this is {version}" if Version(version) < Version(minimum) else ""
 
 
 def _dotted(version: Sequence[int]) -> str:
@@ -344,6 +376,26 @@ BY_CONFIG = (
         "nothing is dropped without it",
         lambda config, options: options.overflow is not None and options.capacity_factor is None,
     ),
+    Refusal(
+        "--ep-fp8-direct without --ep-fp8-dispatch",
+        "no rows arrive in FP8",
+        lambda config, options: options.fp8_direct and not options.fp8_dispatch,
+    ),
+    Refusal(
+        "--ep-fp8-direct without FP8 experts of Transformer Engine's",
+        f"take --bf16 --moe-grouped-gemm --fp8-format e4m3 --fp8-recipe {_EXACT_RECIPE}",
+        _direct_without_its_experts,
+    ),
+    Refusal(
+        "--ep-fp8-direct with what changes the experts' input, or computes some layers otherwise",
+        "leave one of them out",
+        _direct_with_other_rows,
+    ),
+    Refusal(
+        "--ep-fp8-direct with an old Transformer Engine",
+        f"it needs {_MIN_TE_DIRECT} or newer",
+        _direct_with_old_te,
+    ),
     Refusal("--moe-latent-size", when=_is_set("moe_latent_size")),
     Refusal("--fp4-format", when=_is_set("fp4")),
     Refusal("transformer_impl='inference_optimized'", when=_is_inference),
@@ -401,7 +453,12 @@ UNKNOWN_EXPERTS = Refusal(
     "Engine's linear layers",
     "nothing delays the gradients of these",
 )
+NO_DIRECT_EXPERTS = Refusal(
+    "--ep-fp8-direct with experts beside Megatron's TEGroupedMLP, or with Transformer Engine's own "
+    "grouped tensors in it",
+    "leave it out",
+)
 
-BY_MODEL = (FUSED_ACCUMULATION, UNKNOWN_EXPERTS)
+BY_MODEL = (FUSED_ACCUMULATION, UNKNOWN_EXPERTS, NO_DIRECT_EXPERTS)
 
 REFUSALS = BY_CONFIG + BY_FLAGS + BY_MODEL

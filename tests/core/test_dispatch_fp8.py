@@ -53,6 +53,7 @@ def dispatch_all_ways(rank: int, case: Case, buffer: Buffer | None = None) -> di
     grad = to_torch(case.rows(rank, handle.num_rows, salt=5), case.device)
     on_the_way.recv_x.backward(grad)
     bf16_grad = buffer.combine(grad, handle).combined_x
+    check_edge(buffer, handle, x.detach(), grad, bf16_grad)
     grad_grads, grad_record = combine_backward(buffer, handle, x.detach(), fp8.FP8_DTYPE)
     bf16_grad_grads, _ = combine_backward(buffer, handle, x.detach(), None)
     return dict(
@@ -88,6 +89,36 @@ def combine_backward(
     grad_weights = grad_weights.view(handle.topk_idx.shape)
     grads = torch.autograd.grad(out[:2], (rows, weights), (grad, grad_weights))
     return grads, list(buffer.records)[-1]
+
+
+def check_edge(
+    buffer: Buffer,
+    handle: DispatchHandle,
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    wanted: torch.Tensor,
+) -> None:
+    """Gradients of FP8 rows go in beside them, in BF16, with those of probabilities."""
+    fp8_rows = dict(handle=handle, wire_dtype=fp8.FP8_DTYPE, recv_dtype=fp8.FP8_DTYPE)
+    x = x.clone().requires_grad_()
+    probs = torch.rand(handle.topk_idx.shape, device=x.device).requires_grad_()
+    out = buffer.dispatch(x, topk_weights=probs, **fp8_rows)
+    rows, scales = out.recv_x
+    edge = out.recv_edge
+    assert edge.shape == rows.shape and edge.dtype == torch.bfloat16 and edge._base is None
+    assert edge.untyped_storage().nbytes() == 2 and edge.isnan().all()
+    assert edge.requires_grad and not rows.requires_grad and not scales.requires_grad
+    probs_grad = torch.rand(out.recv_topk_weights.shape, device=x.device)
+    got, of_probs = torch.autograd.grad(
+        (edge, out.recv_topk_weights), (x, probs), (grad, probs_grad)
+    )
+    assert got.dtype == torch.bfloat16
+    assert_same(to_numpy(got), to_numpy(wanted), "gradient of FP8 rows")
+    combined = buffer.combine(grad, handle, probs_grad).combined_topk_weights
+    assert torch.equal(of_probs, combined)
+    plain = buffer.dispatch(x.detach(), **fp8_rows)
+    assert not plain.recv_edge.requires_grad and plain.recv_edge.shape == rows.shape
+    assert buffer.dispatch(x, handle=handle, wire_dtype=fp8.FP8_DTYPE).recv_edge is None
 
 
 def scales_a_row(scales: torch.Tensor, handle: DispatchHandle, case: Case) -> torch.Tensor:
