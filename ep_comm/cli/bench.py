@@ -365,7 +365,8 @@ def train(
         str,
         typer.Option(
             help=f"What to train, out of {', '.join(VARIANTS)}. fp8: FP8 on the wire; fp8-experts: "
-            "FP8 GEMMs; fp8-all: both; overlap: weight gradients of experts beside communication; "
+            "FP8 GEMMs; fp8-all: both; fp8-direct: both, and rows go into GEMMs as they came; "
+            "overlap: weight gradients of experts beside communication; "
             "1f1b: Megatron's overlap of micro-batches; capacity: experts filled up to "
             "--moe-expert-capacity-factor, which is to be given; factor-F: rows for F times an "
             "expert's even share, and no wait for counts; device-counts-F: for a rank's, "

@@ -69,7 +69,7 @@ class EPOptions:
         flag="--ep-fp8-direct",
         help="With --ep-fp8-dispatch and FP8 experts of --fp8-recipe blockwise: rows go into the "
         "experts' first GEMM as they came, neither dequantised nor quantised again. Results are "
-        "the same, bit for bit. Needs Transformer Engine 2.20. Not yet run on a GPU.",
+        "the same, bit for bit. Needs Transformer Engine 2.20.",
     )
     overlap_wgrad: bool = option(
         False,

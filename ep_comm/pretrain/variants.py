@@ -15,6 +15,7 @@ DISPATCHER_FLAGS = ("--moe-token-dispatcher", "--moe-token-dispatcher-type")  # 
 _ALLTOALL = (DISPATCHER_FLAGS[0], STOCK)
 _EP_COMM = (DISPATCHER_FLAGS[0], NAME)
 _OVERLAP = ("--ep-overlap-wgrad",)
+_DIRECT = ("--ep-fp8-direct",)
 _OWN_OVERLAP = ("--overlap-dispatch-backward-with-experts-wgrad",)  # Megatron's
 _1F1B = ("--overlap-moe-expert-parallel-comm", "--delay-wgrad-compute")
 _CAPACITY = ("--moe-pad-expert-input-to-capacity",)  # of a factor that the run is given
@@ -32,6 +33,7 @@ FP8_WIRE = ("--ep-fp8-dispatch", "--ep-fp8-grad-dispatch")
 # the backward pass: ours beside the combine, Megatron's own beside its backward of dispatch.
 # "-factor-F" gives every expert rows for F times its even share, and waits for no counts;
 # "-device-counts-F" gives them to a rank's experts together, and torch's GEMM takes the counts.
+# "-fp8-direct" is "-fp8-all" whose experts compute with FP8 rows as they came.
 # "-1f1b" is Megatron's overlap of one micro-batch's communication with another one's computation.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "alltoall": _ALLTOALL,
@@ -43,6 +45,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "ep_comm-fp8-experts": _EP_COMM + FP8_EXPERTS,
     "ep_comm-fp8-all": _EP_COMM + FP8_EXPERTS + FP8_WIRE,
     "ep_comm-fp8-all-overlap": _EP_COMM + FP8_EXPERTS + FP8_WIRE + _OVERLAP,
+    "ep_comm-fp8-direct": _EP_COMM + FP8_EXPERTS + FP8_WIRE + _DIRECT,
+    "ep_comm-fp8-direct-overlap": _EP_COMM + FP8_EXPERTS + FP8_WIRE + _DIRECT + _OVERLAP,
     "alltoall-1f1b": _ALLTOALL + _1F1B,
     "ep_comm-1f1b": _EP_COMM + _1F1B,
     "alltoall-fp8-1f1b": _ALLTOALL + FP8_EXPERTS + _1F1B,

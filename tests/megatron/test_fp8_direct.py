@@ -143,3 +143,67 @@ def test_every_bit_is_that_of_dequantised_rows(case):
             assert torch.equal(got[name], tensor), name
     gradients = [tensor for each in direct for name, tensor in each.items() if "linear_fc1" in name]
     assert CASES[case].get("frozen") or sum(bool(each.any()) for each in gradients) > 3
+
+
+def refusals(rank: int) -> None:
+    """What would compute with something else than the rows that came says so."""
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    from ep_comm import fp8
+    from ep_comm.errors import EPStateError, EPUnsupportedError
+    from ep_comm.megatron import destroy_buffers
+    from ep_comm.megatron.fp8_direct import FP8Rows, attach, feed_directly
+
+    parallel_state(SETUP)
+    with te_stand_in.installed(), torch.no_grad():
+        with pytest.raises(EPUnsupportedError, match="beside Megatron's TEGroupedMLP.*Sequential"):
+            feed_directly(torch.nn.Sequential())
+        other = make_layer(dict(fp8_dispatch=True)).experts
+        other.linear_fc1.save_original_input = True
+        with pytest.raises(EPUnsupportedError, match=r"grouped tensors in it \(save_original"):
+            feed_directly(other)
+
+        layer = make_layer(dict(fp8_dispatch=True, fp8_direct=True))
+        linear = layer.experts.linear_fc1
+        ends = torch.tensor([0, 16, 16, 48, 48], dtype=torch.int32)
+        data, scales = fp8.quantize(torch.randn(48, HIDDEN))
+        rows = FP8Rows(data, fp8.join_scales(scales, ends.tolist()), ends)
+        edge = torch.full((48, HIDDEN), torch.nan, dtype=torch.bfloat16)
+        with pytest.raises(EPStateError, match="other rows than the dispatch has handed over"):
+            linear(edge, [16, 0, 32, 0])
+        attach(edge, rows)
+        assert linear(edge, [16, 0, 32, 0])[0].isfinite().all()
+        with pytest.raises(EPStateError, match="other rows"):  # they are taken once
+            linear(edge, [16, 0, 32, 0])
+
+        manager = te_stand_in.FP8GlobalStateManager
+        for setting, value, message in (
+            ("enabled", False, "got no FP8"),
+            ("recipe.is_block", False, "got Recipe"),
+            ("recipe.backward_override", "high_precision", "backward_override='high_precision'"),
+        ):
+            owner, _, name = setting.rpartition(".")
+            target = getattr(manager, owner) if owner else manager
+            attach(edge, rows)
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(EPStateError, match=message):
+                patch.setattr(target, name, value)
+                linear(edge, [16, 0, 32, 0])
+
+        with pytest.MonkeyPatch.context() as patch:  # a version with another way to quantise
+            patch.setattr(
+                te_stand_in,
+                "split_quantize",
+                lambda values, splits, _: [
+                    te_stand_in.Float8BlockQuantizer(1)(part) for part in values.split(splits)
+                ],
+            )
+            attach(edge, rows)
+            with pytest.raises(EPStateError, match="taken the FP8 rows of 0 experts of 4"):
+                linear(edge, [16, 0, 32, 0])
+        destroy_buffers()
+
+
+def test_other_rows_are_not_computed_with_unnoticed():
+    run_ranks(1, refusals, pool="megatron-fp8-one")
+    stop_pool("megatron-fp8-one")

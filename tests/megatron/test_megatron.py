@@ -261,6 +261,15 @@ OTHER_SCALES = (
     "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 with --ep-fp8-dispatch, --ep-fp8-grad-dispatch or "
     "--fp8-recipe blockwise: it asks"
 )
+DIRECT = {"fp8_dispatch": True, "fp8_direct": True}
+DIRECT_EXPERTS = {
+    **BLOCKWISE,
+    **{"hidden_size": 512, "moe_grouped_gemm": True, "params_dtype": torch.bfloat16},
+}
+NO_FP8_EXPERTS = "--ep-fp8-direct without FP8 experts of Transformer Engine's"
+OTHER_ROWS = (
+    "--ep-fp8-direct with what changes the experts' input, or computes some layers otherwise"
+)
 # (changes of the TransformerConfig and of the machine, our options, the message from its subject)
 REFUSED = [
     ({"moe_token_dispatcher_type": "allgather"}, {}, "set moe_token_dispatcher_type='alltoall'"),
@@ -369,6 +378,43 @@ REFUSED = [
     (
         {"no_grouped_mm": True}, {"device_counts": True, "capacity_factor": 1},
         "--ep-device-counts with a torch that has no grouped GEMM: it needs torch 2.8",
+    ),
+    (
+        {**DIRECT_EXPERTS}, {"fp8_direct": True},
+        "--ep-fp8-direct without --ep-fp8-dispatch: no rows",
+    ),
+    ({**DIRECT_EXPERTS, "fp8": None}, DIRECT, f"{NO_FP8_EXPERTS} (no --fp8-format): take --bf16"),
+    (
+        {**DIRECT_EXPERTS, "fp8_recipe": "delayed"}, DIRECT,
+        f"{NO_FP8_EXPERTS} (--fp8-recipe delayed)",
+    ),
+    (
+        {**DIRECT_EXPERTS, "moe_grouped_gemm": False}, DIRECT,
+        f"{NO_FP8_EXPERTS} (no --moe-grouped-gemm)",
+    ),
+    (
+        {**DIRECT_EXPERTS, "params_dtype": torch.float32}, DIRECT,
+        f"{NO_FP8_EXPERTS} (params_dtype=torch.float32)",
+    ),
+    (
+        {**DIRECT_EXPERTS}, {**DIRECT, "expert_alignment": 8},
+        f"{OTHER_ROWS} (--ep-expert-alignment 8): leave",
+    ),
+    (
+        {**DIRECT_EXPERTS, "first_last_layers_bf16": True}, DIRECT,
+        f"{OTHER_ROWS} (first_last_layers_bf16): leave",
+    ),
+    (
+        {
+            **DIRECT_EXPERTS,
+            **{"fine_grained_activation_offloading": True, "offload_modules": ["expert_fc1"]},
+        },
+        DIRECT,
+        f"{OTHER_ROWS} (expert_fc1 in offload_modules): leave",
+    ),
+    (
+        {**DIRECT_EXPERTS, "te": "2.19.1"}, DIRECT,
+        "--ep-fp8-direct with an old Transformer Engine (this is 2.19.1): it needs 2.20",
     ),
     ({}, {"overflow": "warn"}, "--ep-overflow without --ep-capacity-factor: nothing"),
     ({"moe_latent_size": 16}, {}, "--moe-latent-size (16)"),
@@ -1197,6 +1243,7 @@ def test_one_line_at_start_up_says_what_is_used():
         "off: nvlink backend (the group has no NCCL backend",
         "FP8 dispatch (not asked for)",
         "FP8 gradient dispatch (not asked for)",
+        "FP8 direct (not asked for)",
         "wgrad overlap (not asked for)",
     ):
         assert part in line
