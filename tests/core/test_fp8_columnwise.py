@@ -18,15 +18,15 @@ GROUPS = [(16,), (128, 0, 256), (0, 48, 144, 0, 0, 400, 16, 0), (0, 0), (16,) * 
 
 
 def received(groups: Sequence[int], hidden: int = HIDDEN, spare: int = 0) -> tuple:
-    """Rows and scales as dispatch gives them to experts, and where these begin: all magnitudes,
-    among them some that BF16 has to round, and rows of padding."""
+    """Rows and scales as dispatch gives them to experts, and where these begin: all magnitudes."""
     generator = torch.Generator().manual_seed(sum(groups))
     num_rows = sum(groups) + spare
     data = torch.randint(0, 256, (num_rows, hidden), generator=generator, dtype=torch.uint8)
     data = torch.where(data & 0x7F == 0x7F, 0x55, data)  # no NaN
     data[torch.rand(num_rows, hidden, generator=generator) < 0.2] = 0
     exponents = torch.randint(-20, 20, (num_rows, hidden // fp8.BLOCK), generator=generator)
-    exponents[3::16] = torch.randint(-127, 110, exponents[3::16].shape, generator=generator)
+    exponents[:, 0] = -127  # BF16 has to round these
+    exponents[3::16, 1:] = torch.randint(-127, 110, exponents[3::16, 1:].shape, generator=generator)
     scales = torch.ldexp(torch.ones(exponents.shape), exponents)
     data[5::16], scales[5::16] = 0, 1.0
     ends = torch.tensor([0, *itertools.accumulate(groups)], dtype=torch.int32)
