@@ -187,11 +187,12 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             self.on_dispatch(hidden_states, self._routing_map)
         self._note_use(self._routing_map)
         self._routing_map = None
-        rows, probs_of_rows = out.recv_x, out.recv_topk_weights
-        if isinstance(rows, tuple):
-            self._fp8_rows = FP8Rows(*rows, out.handle.device_expert_offsets)
-            rows = out.recv_edge
-        assert isinstance(rows, Tensor) and probs_of_rows is not None  # what was sent was so too
+        rows, probs_of_rows = out.recv_edge, out.recv_topk_weights
+        if isinstance(out.recv_x, Tensor):
+            rows = out.recv_x
+        else:
+            self._fp8_rows = FP8Rows(*out.recv_x, out.handle.device_expert_offsets)
+        assert rows is not None and probs_of_rows is not None  # as what was sent
         self._has_backward = rows.requires_grad
         self.handle = out.handle
         return rows, probs_of_rows
