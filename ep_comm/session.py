@@ -106,12 +106,13 @@ class Session:
     def operation(self, is_backward: bool = False) -> Operation:
         """Return the context of one operation, which gives the backend.
 
-        is_backward: Whether a backward pass calls it; for its record.
-
         An error in it makes the buffer unusable: after a timeout or a mismatch messages of the
         failed operation may still be on their way, and nothing could be trusted. Wrong arguments
         leave the buffer as it was, as long as no other rank waits for what they should have
         started.
+
+        Args:
+            is_backward: Whether a backward pass calls it, for the operation's record.
 
         Raises:
             EPStateError: As `check_usable`; here, not where the context is entered.

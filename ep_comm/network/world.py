@@ -184,10 +184,7 @@ class World:
         )
 
     def addresses(self, memory: Tensor, pes: Sequence[int]) -> Sequence[int]:
-        """Return where kernels reach the memory at `memory` of these PEs.
-
-        Nowhere: NVSHMEM takes this PE's own address and the other's number, which kernels know.
-        """
+        """Return no addresses: NVSHMEM's kernels need a PE's number, not its address."""
         return ()
 
     def raise_flag(self, flag: int, value: int, pe: int) -> None:

@@ -46,7 +46,7 @@ class NodesSizes(NamedTuple):
         return sum(self)
 
     def describe(self) -> str:
-        """Return it in GiB."""
+        """Return the memory of each kind in GiB, for `NodesBackend.describe`."""
         besides = self.plans + self.queue_pairs
         return (
             f"{self.nvlink / _GIB:.2f} GiB for NVLink, {self.network / _GIB:.2f} for the network, "

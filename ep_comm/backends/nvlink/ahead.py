@@ -63,7 +63,7 @@ class Ahead(NamedTuple):
         record: int,
         stream: int,
     ) -> Ahead:
-        """Return the one of an operation that begins now."""
+        """Describe rows whose dispatch begins now."""
         is_captured = torch.cuda.is_current_stream_capturing()
         versions = _version(x), _version(x_scales)
         return cls(x, x_scales, versions, wire_dtype, *sent, number, record, is_captured, stream)

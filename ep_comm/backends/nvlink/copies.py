@@ -46,7 +46,7 @@ class Copies:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that is not symmetric."""
+        """Bytes of the local buffers of a combine."""
         return self.combine.num_bytes
 
     def delay(self, up_to_ns: int) -> None:

@@ -212,5 +212,5 @@ class InFlight:
 
 @functools.cache
 def in_flight(device_index: int) -> InFlight:
-    """Return the one of a GPU."""
+    """Return the operations in flight on a GPU, which all buffers of this process share."""
     return InFlight(torch.cuda.get_device_properties(device_index).multi_processor_count)

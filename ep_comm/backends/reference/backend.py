@@ -108,7 +108,7 @@ class ReferenceBackend(Operations):
     @property
     def has_failed(self) -> bool:
         """False: the error itself says whether ranks are apart."""
-        return False  # the error itself says so
+        return False
 
     def synchronize(self) -> None:
         """Wait for the current stream, and raise an overflow that was not said yet."""

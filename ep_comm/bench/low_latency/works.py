@@ -103,7 +103,7 @@ def general_kernels(buffer: Buffer) -> Iterator[None]:
 
 
 class Work(Protocol):
-    """What is measured: a row of operations."""
+    """A sequence of operations to be timed: each of them, and all of them as one."""
 
     num_stamps: int
     whole: str  # name of all its operations in turn, of which it has `REPEATS`

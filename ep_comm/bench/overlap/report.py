@@ -55,7 +55,7 @@ def curves(prices: Iterable[Price]) -> dict[tuple[str, str], list[Price]]:
 
 
 def best_of(curve: list[Price]) -> Price:
-    """Return the one of the SM count that costs GEMMs least."""
+    """Return the price at the SM count that costs GEMMs least."""
     return curve[best([(i, median(price.lost)) for i, price in enumerate(curve)])]
 
 
