@@ -245,7 +245,7 @@ class Backend(Protocol):
 
     @classmethod
     def facts(cls, group: dist.ProcessGroup, config: EPConfig) -> object:
-        """Return what the other ranks need to know of this one to choose a backend (`job.wire`)."""
+        """Return what other ranks need to know of this one to choose a backend (`job.codec`)."""
 
     @classmethod
     def unavailable_reason(cls, facts: list, spots: list[Spot], config: EPConfig) -> str | None:

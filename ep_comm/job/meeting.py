@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from ep_comm.errors import SAME_CALLS, EPMismatchError, EPStateError, EPTimeoutError
-from ep_comm.job import wire
+from ep_comm.job import codec
 
 _LEFT = b"left"
 _POLL_S = 0.05
@@ -46,7 +46,7 @@ def meet(
     Args:
         group: Who meets.
         what_for: Must be the same on all ranks: what the meeting is about, for errors.
-        answer: Anything that `wire.dumps` takes.
+        answer: Anything that `codec.dumps` takes.
         timeout_s: Bound of the wait.
         op: What an `EPTimeoutError` calls it.
 
@@ -62,7 +62,7 @@ def meet(
     keys = [f"{name}/{r}" for r in range(len(ranks))]
     store = dist.distributed_c10d._get_default_store()
     try:
-        store.set(keys[rank], wire.dumps((what_for, answer)).decode())
+        store.set(keys[rank], codec.dumps((what_for, answer)).decode())
         values, late_ranks = values_of(store, keys, timeout_s)
         if late_ranks:
             # Whoever comes later is not to believe us there.
@@ -95,7 +95,7 @@ def meet(
 
 def _read(value: bytes, other: int, rank: int, what_for: str) -> tuple[str, Any]:
     try:
-        theirs, answer = wire.loads(value)
+        theirs, answer = codec.loads(value)
     except ValueError as error:
         raise EPMismatchError(
             f"rank {rank} ({what_for}) cannot read what rank {other} says: {error}. Every rank "

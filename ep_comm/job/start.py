@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ep_comm.errors import EPError
-from ep_comm.job import wire
+from ep_comm.job import codec
 from ep_comm.job.exits import UserError
 from ep_comm.job.ranks import job_name, rank_variables, whole
 from ep_comm.topology import backend_by_device_type
@@ -100,21 +100,21 @@ def agree(action: Callable[[], T]) -> T:
 def on_rank_0(action: Callable[[], T]) -> T:
     """Call `action` on rank 0 only and return its result on every rank; fails as `agree` does.
 
-    The result is something that `wire.dumps` takes.
+    The result is something that `codec.dumps` takes.
     """
     result = agree(lambda: action() if dist.get_rank() == 0 else None)
-    return cast(T, wire.loads(_broadcast(wire.dumps(result))))
+    return cast(T, codec.loads(_broadcast(codec.dumps(result))))
 
 
 def _all_say(word: str | None) -> list[str | None]:
     """Return what each rank says, by rank."""
-    mine = wire.dumps(word)
+    mine = codec.dumps(word)
     sizes = [torch.empty_like(_numbers([0])) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, _numbers([len(mine)]))
     longest = max(int(size) for size in sizes)
     texts = [torch.empty_like(_bytes(bytes(longest))) for _ in sizes]
     dist.all_gather(texts, _bytes(mine.ljust(longest)))  # JSON may end in spaces
-    return [wire.loads(text.cpu().numpy().tobytes()) for text in texts]
+    return [codec.loads(text.cpu().numpy().tobytes()) for text in texts]
 
 
 def _broadcast(mine: bytes) -> bytes:

@@ -19,7 +19,7 @@ _PLAIN = (type(None), bool, int, float, str)
 _PACKAGE = __package__.partition(".")[0]
 
 
-class WireError(ValueError):
+class CodecError(ValueError):
     """Bytes that `dumps` has not made, or a value that it cannot take."""
 
 
@@ -31,7 +31,7 @@ def dumps(value: object) -> bytes:
             dictionaries of them.
 
     Raises:
-        WireError: It is, or has in it, something else.
+        CodecError: It is, or has in it, something else.
     """
     return json.dumps(_encoded(value), separators=(",", ":")).encode()
 
@@ -40,14 +40,14 @@ def loads(data: bytes) -> Any:
     """Return the value that `dumps` was given.
 
     Raises:
-        WireError: Says what is wrong with the bytes.
+        CodecError: Says what is wrong with the bytes.
     """
     try:
         return _decoded(json.loads(data))
-    except WireError:
+    except CodecError:
         raise
     except (RecursionError, Exception) as error:  # whatever a record says of its fields
-        raise WireError(f"{type(error).__name__}: {error}") from error
+        raise CodecError(f"{type(error).__name__}: {error}") from error
 
 
 def _encoded(value: Any) -> Any:
@@ -91,7 +91,7 @@ def _decoded(value: Any) -> Any:
         return Path(inner)
     if kind == "dtype" and isinstance(found := getattr(torch, inner, None), torch.dtype):
         return found
-    raise WireError(f"no value of this package: {kind!r}")
+    raise CodecError(f"no value of this package: {kind!r}")
 
 
 def _record_type(text: str) -> type:
@@ -101,7 +101,7 @@ def _record_type(text: str) -> type:
     if module.partition(".")[0] == _PACKAGE:
         found = getattr(sys.modules.get(module), name, None)
     if not isinstance(found, type) or found.__module__ != module:
-        raise WireError(f"no record of this package: {text!r}")
+        raise CodecError(f"no record of this package: {text!r}")
     _field_names(found)
     return found
 
@@ -112,4 +112,4 @@ def _field_names(kind: type) -> tuple[str, ...]:
             return tuple(field.name for field in dataclasses.fields(kind) if field.init)
         if issubclass(kind, tuple) and hasattr(kind, "_fields"):
             return kind._fields
-    raise WireError(f"cannot send a {kind.__module__}.{kind.__qualname__} to other ranks")
+    raise CodecError(f"cannot send a {kind.__module__}.{kind.__qualname__} to other ranks")

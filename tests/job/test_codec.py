@@ -15,7 +15,7 @@ from ranks import run_ranks
 
 from ep_comm import EPConfig, EPMismatchError
 from ep_comm.bench.network.check import Found, Rail
-from ep_comm.job import wire
+from ep_comm.job import codec
 from ep_comm.job.exits import UserError
 from ep_comm.job.meeting import meet
 from ep_comm.job.start import agree, on_rank_0
@@ -34,7 +34,7 @@ values = st.recursive(
 @settings(max_examples=100, deadline=None)
 @given(values)
 def test_values_come_back_as_they_were(value):
-    assert wire.loads(wire.dumps(value)) == value
+    assert codec.loads(codec.dumps(value)) == value
 
 
 @pytest.mark.parametrize(
@@ -47,15 +47,17 @@ def test_values_come_back_as_they_were(value):
     ids=["config", "mixed", "records"],
 )
 def test_records_come_back_as_they_were(value):
-    again = wire.loads(wire.dumps(value))
+    again = codec.loads(codec.dumps(value))
     assert again == value and type(again) is type(value)
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.binary() | values.map(repr).map(str.encode) | values.map(wire.dumps).map(lambda b: b[1:]))
+@given(
+    st.binary() | values.map(repr).map(str.encode) | values.map(codec.dumps).map(lambda b: b[1:])
+)
 def test_no_bytes_raise_anything_else(data):
-    with contextlib.suppress(wire.WireError):
-        wire.loads(data)
+    with contextlib.suppress(codec.CodecError):
+        codec.loads(data)
 
 
 class RunsCode:
@@ -71,11 +73,11 @@ RECORD = '{"record": "%s", "fields": {}}'
     [
         (pickle.dumps(RunsCode()), "Decode"),
         ((RECORD % "os:_exit").encode(), "no record of this package: 'os:_exit'"),
-        ((RECORD % "ep_comm.job.wire:loads").encode(), "no record"),
-        ((RECORD % "ep_comm.job.wire:Path").encode(), "no record"),
+        ((RECORD % "ep_comm.job.codec:loads").encode(), "no record"),
+        ((RECORD % "ep_comm.job.codec:Path").encode(), "no record"),
         ((RECORD % "ep_comm.buffer:Buffer").encode(), "cannot send a ep_comm.buffer.Buffer"),
         ((RECORD % "ep_comm.topology:Spot").encode(), "TypeError"),
-        (wire.dumps(CONFIG).replace(b":16", b":-16"), "hidden must be a positive"),
+        (codec.dumps(CONFIG).replace(b":16", b":-16"), "hidden must be a positive"),
         (b"[" * 100_000, "Recursion"),
         (b'{"dtype": "save"}', "no value"),
     ],
@@ -83,20 +85,20 @@ RECORD = '{"record": "%s", "fields": {}}'
 )
 def test_what_is_refused(data, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(wire.WireError, match=words):
-        wire.loads(data)
+    with pytest.raises(codec.CodecError, match=words):
+        codec.loads(data)
     assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_sent():
-    with pytest.raises(wire.WireError, match="cannot send a builtins.set to other ranks"):
-        wire.dumps([{1}])
+    with pytest.raises(codec.CodecError, match="cannot send a builtins.set to other ranks"):
+        codec.dumps([{1}])
 
 
 def say_a_pickle(rank: int) -> str:
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
-            patch.setattr(wire, "dumps", lambda value: pickle.dumps(RunsCode(), protocol=0))
+            patch.setattr(codec, "dumps", lambda value: pickle.dumps(RunsCode(), protocol=0))
         with pytest.raises(EPMismatchError) as caught:
             meet(None, "make a Buffer", None, 5.0)
     assert not Path("run by pickle").exists()
