@@ -24,6 +24,7 @@ from ep_comm.job.blame import Blame
 from ep_comm.job.files import write_json
 from ep_comm.job.meeting import meet
 from ep_comm.job.roster import Roster
+from ep_comm.job.store import default_store
 from ep_comm.low_latency.masks import MaskCalls
 from ep_comm.routing.types import RowLayout
 from ep_comm.session import Session
@@ -78,8 +79,8 @@ class Buffer(MaskCalls):
         self.num_ranks = dist.get_world_size(self.group)
         config.check_group(self.num_ranks)
         self.num_local_experts = config.num_experts // self.num_ranks
-        store = dist.distributed_c10d._get_default_store()
-        run = run_name(store)
+        store = default_store()
+        run = run_name(store, self.rank)
         backend, self.passed_over, name = make_backend(self.group, config)
         identity = Identity(run, name, self.rank, self.num_ranks)
         self._roster = Roster(store, name, self.rank, self.num_ranks, config.timeout_s)

@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from ep_comm.backends.base import Backend
-from ep_comm.errors import EPMismatchError, EPStateError, EPTimeoutError
+from ep_comm.errors import EPMismatchError, EPTimeoutError
 from ep_comm.job.files import write_json
+from ep_comm.job.store import store_errors
 from ep_comm.telemetry.explain import FORMAT
 from ep_comm.telemetry.records import OpRecord
 
@@ -54,17 +55,19 @@ class Identity(NamedTuple):
     num_ranks: int
 
 
-def run_name(store: dist.Store) -> str:
+def run_name(store: dist.Store, rank: int) -> str:
     """Return the job's name, for an `Identity`; the first rank that asks draws it.
+
+    Args:
+        store: Of the job.
+        rank: This process's, for an error.
 
     Raises:
         EPMismatchError: What the store has is no such name.
         EPStateError: The store is gone.
     """
-    try:
+    with store_errors(rank, "it asked for the run's name"):
         said = store.compare_set("ep_comm/run", "", os.urandom(8).hex())
-    except dist.DistError as error:
-        raise EPStateError(f"torch.distributed's store is gone: {error}") from error
     run = said.decode(errors="replace") if isinstance(said, bytes) else said
     if not _RUN.fullmatch(run):  # it becomes part of a file's name
         raise EPMismatchError(f"another rank says that the run's name is {run!r}")

@@ -23,6 +23,7 @@ from fake_nvshmem import FakeNvshmem, FakePes, host_tensor_at
 from torch import Tensor
 
 from ep_comm import EPConfig
+from ep_comm.backends.nodes import memory as memory_module
 from ep_comm.backends.nodes.memory import NodesMemory, nodes_offsets
 from ep_comm.backends.nvlink import mapping
 from ep_comm.job.meeting import Meeting
@@ -122,7 +123,7 @@ def run_emulated_hosts(
             mock.patch.object(torch, "empty", host_empty),
             mock.patch.object(dist, "get_rank", lambda group: group.rank),
             mock.patch.object(dist, "get_world_size", lambda group: num_ranks),
-            mock.patch.object(dist.distributed_c10d, "_get_default_store", lambda: store),
+            mock.patch.object(memory_module, "default_store", lambda: store),
         ):
             stack.enter_context(patch)
         results = run_emulated_nodes(

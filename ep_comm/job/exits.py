@@ -13,6 +13,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from ep_comm.errors import EPArgumentError
+from ep_comm.job.store import default_store
 
 _EXIT_CODE = 2
 _MEETING_S = 10.0
@@ -82,7 +83,7 @@ def _all_come(error: Exception) -> bool:
     torchrun kills the others as soon as one rank ends, so they meet first: in the store, for a
     barrier could be taken for one that the others are at.
     """
-    store, num_ranks = dist.distributed_c10d._get_default_store(), dist.get_world_size()
+    store, num_ranks = default_store(), dist.get_world_size()
     is_first = dist.get_rank() == 0
     if is_first:
         _say(error)

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from ep_comm.errors import SAME_CALLS, EPMismatchError, EPStateError, EPTimeoutError
+from ep_comm.errors import SAME_CALLS, EPMismatchError, EPTimeoutError
 from ep_comm.job import codec
+from ep_comm.job.store import default_store, store_errors
 
 _LEFT = b"left"
 _POLL_S = 0.05
@@ -60,8 +61,8 @@ def meet(
     members = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
     name = f"ep_comm/{members}/{number}"
     keys = [f"{name}/{r}" for r in range(len(ranks))]
-    store = dist.distributed_c10d._get_default_store()
-    try:
+    store = default_store()
+    with store_errors(rank, f"it waited for other ranks ({what_for})"):
         store.set(keys[rank], codec.dumps((what_for, answer)).decode())
         values, late_ranks = values_of(store, keys, timeout_s)
         if late_ranks:
@@ -78,11 +79,6 @@ def meet(
         said = [_read(value, other, rank, what_for) for other, value in enumerate(values)]
         # All that are here have read what was said before.
         store.delete_key(f"ep_comm/{members}/{number - 1}/{rank}")
-    except dist.DistError as error:
-        raise EPStateError(
-            f"rank {rank} lost torch.distributed's store while it waited for other ranks "
-            f"({what_for}): {error}"
-        ) from error
     _num_held[ranks] = number
     for other, (theirs, _) in enumerate(said):
         if theirs != what_for:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch.distributed as dist
 
 from ep_comm.errors import EPMismatchError, EPStateError, EPTimeoutError
+from ep_comm.job.store import store_errors
 
 _POLL_S = 5e-3
 _MOST = 2**62  # of what ranks count
@@ -70,10 +72,8 @@ class Roster:
 
     def latest(self) -> tuple[int, ...]:
         """Return the ranks that are left out by now, whoever has agreed on it."""
-        try:
+        with self._store_errors():
             return self._state()[0].masked
-        except dist.DistError as error:
-            raise self._lost_store(error) from error
 
     def agree(self, op: str, masked: tuple[int, ...] | None, answer: int) -> list[int]:
         """Agree with all ranks that are not to be left out. Collective among these.
@@ -95,10 +95,8 @@ class Roster:
             EPMismatchError: Ranks want to leave out different ones. All is as before.
             EPStateError: The others have left this rank out; or the store is gone.
         """
-        try:
+        with self._store_errors():
             return self._agree(op, masked, answer)
-        except dist.DistError as error:
-            raise self._lost_store(error) from error
 
     def store(self) -> dist.Store:
         """Return a store of those that have agreed last, for that time alone."""
@@ -111,7 +109,7 @@ class Roster:
             EPTimeoutError: Names the ranks that did not come.
             EPStateError: The store is gone.
         """
-        try:
+        with self._store_errors():
             self._store.set(self._key(self._rank, "/ready"), "1")
             late = set(range(self._num_ranks)) - set(self.masked)
             deadline = time.monotonic() + self._timeout_s
@@ -119,8 +117,6 @@ class Roster:
                 if time.monotonic() > deadline:
                     raise self._timeout(op, "refill", late, self._timeout_s)
                 time.sleep(_POLL_S)
-        except dist.DistError as error:
-            raise self._lost_store(error) from error
 
     # --- agreeing --------------------------------------------------------------------------------
 
@@ -237,10 +233,8 @@ class Roster:
             "come back when all ranks call clear_mask"
         )
 
-    def _lost_store(self, error: Exception) -> EPStateError:
-        return EPStateError(
-            f"rank {self._rank} lost torch.distributed's store, where ranks agree on masks: {error}"
-        )
+    def _store_errors(self) -> AbstractContextManager[None]:
+        return store_errors(self._rank, "ranks agreed on masks")
 
 
 def _named(masked: tuple[int, ...] | None) -> str:

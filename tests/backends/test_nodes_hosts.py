@@ -18,6 +18,7 @@ from ep_comm.backends.nodes.hosts import HostsFarewell, greet
 from ep_comm.backends.nodes.memory import NodesMemory
 from ep_comm.backends.nodes.peers import Place
 from ep_comm.job.meeting import meet
+from ep_comm.job.store import default_store
 from ep_comm.network.world import World
 
 
@@ -76,7 +77,7 @@ def memory_of_two(rank: int, fault: str) -> tuple[bool, list[str]]:
     native = FakeNvshmem()
     world = World(native, (0, 1), "3.4.5", None)
     meeting = meet(None, "make a Buffer", None, 10.0)
-    store = dist.distributed_c10d._get_default_store()
+    store = default_store()
     memory = NodesMemory.__new__(NodesMemory)
     memory.rank, memory._timeout_s, memory._fault = rank, 2.0, header.Fault()
     memory.world, memory._is_given_up = world, False

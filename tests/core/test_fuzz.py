@@ -119,7 +119,7 @@ def test_the_name_of_a_run_leads_nowhere_else(name):
     store = dist.HashStore()
     store.set("ep_comm/run", name.encode(errors="replace"))
     with pytest.raises(EPMismatchError, match="another rank says that the run's name is"):
-        run_name(store)
+        run_name(store, 0)
 
 
 # ---- Files -------------------------------------------------------------------------------------

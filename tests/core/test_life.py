@@ -28,6 +28,7 @@ from hypothesis.stateful import (
 from ranks import run_ranks, stop_pool
 
 from ep_comm import Buffer, EPConfig, EPError
+from ep_comm.job.store import default_store
 
 POOL = "life"
 HIDDEN, MOST, EXPERTS, TOPK = 16, 6, 4, 2
@@ -132,7 +133,7 @@ class Life:
 
     def stay_away(self, seed: int) -> None:
         """Rank 1 comes when rank 0 has given up."""
-        store = dist.distributed_c10d._get_default_store()
+        store = default_store()
         key = f"gone/{self.group.group_name}/{self.buffer.records.num_operations}/{seed}"
         if self.rank == 1:
             store.wait([key], timedelta(seconds=20))

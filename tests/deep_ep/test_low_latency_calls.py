@@ -19,6 +19,7 @@ from ranks import run_ranks
 from ep_comm import EPArgumentError, EPStateError, EPTimeoutError, EPUnsupportedError
 from ep_comm.deep_ep import Buffer
 from ep_comm.deep_ep.hints import TIMEOUT_VARIABLE
+from ep_comm.job.store import default_store
 
 patience()
 Case = LowLatencyCase
@@ -190,7 +191,7 @@ def masked(rank: int) -> None:
         assert status.tolist() == [0, 0, 1]
         combined, counts = step()
         assert torch.equal(combined, x * torch.tensor([[2], [1]])) and counts.sum() == (2, 4)[rank]
-    store = dist.distributed_c10d._get_default_store()
+    store = default_store()
     store.set(f"went on without rank 2/{rank}", "")
     store.wait([f"went on without rank 2/{r}" for r in range(3)])
     buffer.low_latency_clean_mask_buffer()

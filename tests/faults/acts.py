@@ -22,6 +22,7 @@ from table import TIMEOUT_S, VICTIM, Fault
 from ep_comm import Buffer, EPConfig, EPError
 from ep_comm.backends.reference import messages
 from ep_comm.job.meeting import meet
+from ep_comm.job.store import default_store
 
 SIZES = dict(num_experts=6, hidden=512, max_tokens_per_rank=8, num_topk=2, low_latency_tokens=8)
 TOPK = torch.tensor([[0, 5], [4, 1], [2, -1], [3, 0], [1, 2]])
@@ -115,7 +116,7 @@ def play(rank: int, fault: Fault, device: str = "cpu") -> Found | str | None:
     All other ranks stay until each of them has seen what comes of it: nobody is to be named for
     having gone.
     """
-    store = dist.distributed_c10d._get_default_store()
+    store = default_store()
     others = [r for r in range(dist.get_world_size()) if r != VICTIM]
     store.set(f"pid/{rank}", str(os.getpid()))
     meet(dist.group.WORLD, "begin", None, 60.0)

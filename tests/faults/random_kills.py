@@ -29,6 +29,7 @@ from forked import Outcome, run_forked  # noqa: E402
 
 from ep_comm import Buffer, EPConfig, EPError  # noqa: E402
 from ep_comm.job.meeting import meet  # noqa: E402
+from ep_comm.job.store import default_store  # noqa: E402
 from ep_comm.telemetry.explain import read_story  # noqa: E402
 
 _LATEST_S = 0.35  # of a kill: by then several operations of each kind have run
@@ -60,7 +61,7 @@ class Kill:
 
 def live(rank: int, kill: Kill) -> tuple[dict[str, Any], float]:
     """Random operations until one fails: its error, and seconds since the kill."""
-    store = dist.distributed_c10d._get_default_store()
+    store = default_store()
     meet(dist.group.WORLD, "begin", None, 30.0)
     if rank == kill.victim:
         threading.Thread(target=_die, args=(store.clone(), kill.at_s), daemon=True).start()

@@ -17,6 +17,7 @@ from ep_comm.backends.nvlink.mapping import map_memory
 from ep_comm.backends.nvlink.memory import HOST_STRIDE, NUM_OPS, Notice, PeerMemory
 from ep_comm.config import EPConfig
 from ep_comm.job.meeting import Meeting, meet
+from ep_comm.job.store import default_store
 from ep_comm.network.settings import messages_of
 from ep_comm.network.world import World
 
@@ -126,7 +127,6 @@ class NodesMemory(PeerMemory):
         network = world.allocate(group, offsets.network_total, num_messages, timeout_s)
         whom = place.others if has_low_latency else place.rail[1:]
         greet(world, place, whom, network, offsets, timeout_s, meeting.number)
-        store = dist.distributed_c10d._get_default_store()
         return cls(
             place,
             mapped.own,
@@ -135,7 +135,7 @@ class NodesMemory(PeerMemory):
             world.addresses(network, range(num_ranks)),
             timeout_s,
             mapped.keep,
-            HostsFarewell(store, meeting.name, rank, num_ranks),
+            HostsFarewell(default_store(), meeting.name, rank, num_ranks),
             world=world,
         )
 

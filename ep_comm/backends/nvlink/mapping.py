@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ep_comm.errors import EPStateError
 from ep_comm.job.meeting import Meeting, meet
+from ep_comm.job.store import default_store
 
 
 class MappedMemory(NamedTuple):
@@ -105,7 +106,7 @@ def _mapped(tensor: Tensor, name: str, rank: int, num_ranks: int) -> Any:
         _unregister_process_group,
     )
 
-    store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+    store = dist.PrefixStore(name, default_store())
     group = dist.ProcessGroup(store, rank, num_ranks)  # torch itself does not keep it
     _register_process_group(name, group)  # type: ignore[arg-type]  # a newer torch's GroupName
     try:
