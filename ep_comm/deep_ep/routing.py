@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ep_comm import _native
 from ep_comm.errors import EPArgumentError
-from ep_comm.routing.layout import RoutingLayout, launch_layout, layout_of
+from ep_comm.routing.layout import RoutingLayout, layout_of
 
 
 def token_layout(
@@ -27,11 +26,7 @@ def token_layout(
             f"num_experts {num_experts} is not divisible by the group's {num_ranks} ranks"
         )
     source, num_topk = topk_idx.contiguous(), topk_idx.shape[1]
-    native = _native.load_for(source.device)
-    if native is None:
-        layout = layout_of(source, num_topk, num_experts, num_ranks)
-    else:
-        layout, _ = launch_layout(native, source, num_topk, num_experts, num_ranks)
+    layout = layout_of(source, num_topk, num_experts, num_ranks, wait=False)
     if ranks_per_node is None:
         return layout, None
     nodes = layout.is_token_in_rank.unflatten(1, (-1, ranks_per_node)).any(2)

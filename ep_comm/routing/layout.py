@@ -39,13 +39,12 @@ class RoutingLayout(NamedTuple):
 
 
 def layout_of(
-    source: torch.Tensor, num_topk: int, num_experts: int, num_ranks: int
+    source: torch.Tensor, num_topk: int, num_experts: int, num_ranks: int, *, wait: bool = True
 ) -> RoutingLayout:
     """Compute who is sent what.
 
     Expert e lives on rank ``e // (num_experts // num_ranks)``. The result depends on the input's
-    values only, not on device, grid size or run. On CUDA the call waits for the current stream,
-    to be able to raise on bad content.
+    values only, not on device, grid size or run.
 
     Args:
         source: Contiguous. A topk_idx, int32 or int64 [T, K], of which -1 drops an entry. Or a
@@ -53,6 +52,8 @@ def layout_of(
         num_topk: K.
         num_experts: E, a multiple of `num_ranks`.
         num_ranks: R.
+        wait: Whether the host waits for the CUDA kernels, to be able to raise on bad content. Where
+            they do not run the content is checked in any case.
 
     Raises:
         EPRoutingError: An entry is neither -1 nor an expert, a token names an expert twice, or a
@@ -60,8 +61,9 @@ def layout_of(
     """
     native = _native.load_for(source.device)
     if native is not None:
-        layout, error = launch_layout(native, source, num_topk, num_experts, num_ranks)
-        raise_if_bad(error.tolist(), source, num_topk, num_experts)
+        layout, error = _launch_layout(native, source, num_topk, num_experts, num_ranks)
+        if wait:
+            raise_if_bad(error.tolist(), source, num_topk, num_experts)
         return layout
     if source.dtype == torch.bool:
         source = _topk_of_map(source, num_topk)
@@ -161,7 +163,7 @@ INPUT_KINDS = {
 }
 
 
-def launch_layout(
+def _launch_layout(
     native: _native.NativeLibrary,
     source: torch.Tensor,
     num_topk: int,
@@ -217,7 +219,7 @@ def launch_layout(
 
 
 def raise_if_bad(error: list[int], source: torch.Tensor, num_topk: int, num_experts: int) -> None:
-    """Raise `EPRoutingError` for what `launch_layout` found, if anything."""
+    """Raise `EPRoutingError` for what the kernels found, if anything."""
     code, token, k, value = error
     if code == header.EP_ROUTING_OUT_OF_RANGE:
         # The kernel clamps the value to int32; the message should have what the caller passed.

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 
 from ep_comm import EPConfig, NetworkSettings, _native
-from ep_comm.backends.nodes.sizes import handle_bytes, nodes_sizes
+from ep_comm.backends.nodes.routing import arena_places
+from ep_comm.backends.nodes.sizes import nodes_sizes
 
 GIB, MIB = 2**30, 2**20
 # W1: 4096 tokens of hidden 7168 in BF16, top-8 of 256 experts.
@@ -23,10 +24,25 @@ def native():
     return library
 
 
+def handle_bytes(num_nodes: int, ranks: int, tokens: int, received: int, relayed: int) -> int:
+    """The index arrays of one dispatch, with the entries of what came."""
+    _, num_ints = arena_places(
+        num_tokens=tokens,
+        num_topk=W1.num_topk,
+        num_entries=received,
+        num_relay_entries=relayed,
+        max_tokens=W1.max_tokens_per_rank,
+        ranks_per_node=ranks,
+        num_nodes=num_nodes,
+        num_local_experts=W1.num_experts // (num_nodes * ranks),
+    )
+    return 4 * num_ints
+
+
 def test_eight_nodes_of_eight(native):
     """All that a GPU holds, with the handle of tokens that go to all nodes and to eight ranks."""
     sizes = nodes_sizes(native, W1, 8, 8, IBGDA)
-    handle = handle_bytes(W1, 8, 8, 4096, 8 * 4096, 7 * 4096)
+    handle = handle_bytes(8, 8, tokens=4096, received=8 * 4096, relayed=7 * 4096)
     assert sizes.network % (64 * MIB) == 0
     assert sizes.queue_pairs == 64 * 2 * 1024 * 128
     assert sizes.total + handle <= 3.5 * GIB
@@ -50,6 +66,16 @@ def test_the_formula_of_the_docs(native, shape):
     assert network <= sizes.network < network + 2 * 64 * MIB + MIB
     plans = 12 * num_nodes * ranks * tokens * topk
     assert plans <= sizes.plans < plans + 16 * MIB
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (8, 8), (32, 8)])
+def test_the_handle_of_the_docs(shape):
+    """The buffer has room for more tokens than this rank brings."""
+    num_nodes, ranks = shape
+    most, topk, tokens, received, relayed = W1.max_tokens_per_rank, W1.num_topk, 1000, 30_000, 7_000
+    want = 4 * tokens * (topk + ranks) + 12 * topk * received
+    want += 4 * num_nodes * (tokens + most) + 4 * (ranks + topk) * relayed
+    assert want <= handle_bytes(num_nodes, ranks, tokens, received, relayed) < want + MIB // 64
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (2, 8)])

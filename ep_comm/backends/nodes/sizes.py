@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from ep_comm._native import NativeLibrary
 from ep_comm.backends.nodes.memory import nodes_offsets
-from ep_comm.backends.nodes.routing import arena_places, relay_ints
 from ep_comm.backends.nvlink.routing import entry_size
 from ep_comm.config import EPConfig
 from ep_comm.network.settings import NetworkSettings
@@ -41,7 +40,7 @@ class NodesSizes(NamedTuple):
     def total(self) -> int:
         """All of it; queue pairs, and what NVSHMEM keeps, once for all buffers of a process.
 
-        Handles come beside it, see `handle_bytes`.
+        Handles come beside it, see docs/buffer.md.
         """
         return sum(self)
 
@@ -82,39 +81,3 @@ def nodes_sizes(
             queue_pairs = places * _QUEUE_PLACE_BYTES
     entries = 4 * num_ranks * tokens * entry_size(config.num_topk)
     return NodesSizes(offsets.total, network, scratch + entries, queue_pairs)
-
-
-def handle_bytes(
-    config: EPConfig,
-    num_nodes: int,
-    ranks_per_node: int,
-    num_tokens: int,
-    num_received: int,
-    num_relayed: int,
-) -> int:
-    """Return what a handle keeps: a layer and micro-batch in flight.
-
-    It follows what came, not what might have. Mostly 4 T (K + L + N) + 4 N S, 12 K a received row,
-    4 (L + K) a relayed one.
-
-    Args:
-        config: The buffer's.
-        num_nodes: The group's.
-        ranks_per_node: The group's.
-        num_tokens: T, of this rank.
-        num_received: Rows that came, one a token, of all ranks.
-        num_relayed: Of these, tokens of other nodes that the network brought to this rank.
-    """
-    num_ranks = num_nodes * ranks_per_node
-    arena = arena_places(
-        num_tokens,
-        config.num_topk,
-        0,
-        0,
-        config.max_tokens_per_rank,
-        ranks_per_node,
-        num_nodes,
-        config.num_experts // num_ranks,
-    )[1]
-    entries = num_received * entry_size(config.num_topk)
-    return 4 * (arena + entries + num_relayed * relay_ints(ranks_per_node, config.num_topk))
