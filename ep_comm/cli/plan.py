@@ -8,11 +8,16 @@ from typing import Annotated, cast
 
 import typer
 
-from ep_comm.cli.bench import (
-    NUM_GROUPS_HELP,
-    PRESET_HELP,
-    REPLAY_HELP,
-    TOPK_GROUPS_HELP,
+from ep_comm.cli.bench.common import (
+    Experts,
+    Hidden,
+    Layout,
+    NumGroups,
+    Preset,
+    Replay,
+    Tokens,
+    Topk,
+    TopkGroups,
     wide_console,
 )
 from ep_comm.plan import facts
@@ -42,16 +47,16 @@ def plan(
     sms: Annotated[
         int, typer.Option(help="SMs of an operation: 132 is all of a Hopper.")
     ] = facts.GPU_SMS,
-    preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens of each rank.")] = None,
-    hidden: Annotated[int | None, typer.Option(help="Elements of a token.")] = None,
-    experts: Annotated[int | None, typer.Option(help="Experts over all ranks.")] = None,
-    topk: Annotated[int | None, typer.Option(help="Experts of a token.")] = None,
-    num_groups: Annotated[int | None, typer.Option(help=NUM_GROUPS_HELP)] = None,
-    topk_groups: Annotated[int | None, typer.Option(help=TOPK_GROUPS_HELP)] = None,
-    replay: Annotated[Path | None, typer.Option(help=REPLAY_HELP)] = None,
+    preset: Preset = None,
+    tokens: Tokens = None,
+    hidden: Hidden = None,
+    experts: Experts = None,
+    topk: Topk = None,
+    num_groups: NumGroups = None,
+    topk_groups: TopkGroups = None,
+    replay: Replay = None,
     fp8: Annotated[bool, typer.Option("--fp8", help="FP8 dispatch; combine is BF16.")] = False,
-    layout: Annotated[str, typer.Option(help="Order of the rows: expert or rank.")] = "expert",
+    layout: Layout = "expert",
     json: Annotated[Path | None, typer.Option(help="File for all of it as JSON.")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="File for a picture of 1 node to 1024 GPUs, such as x.png.")

@@ -27,7 +27,7 @@ from ep_comm.bench.ops.routing import (
 from ep_comm.bench.ops.run import Result, Run, run
 from ep_comm.bench.ops.settings import PRESETS, Settings, Shape, parse_sms
 from ep_comm.bench.timing import Samples, Stopwatch, summarize
-from ep_comm.cli import bench
+from ep_comm.cli.bench.common import wide_console
 from ep_comm.job.exits import UserError
 
 SPECS = [
@@ -360,7 +360,7 @@ def made_up_run(limit: Limit) -> Run:
 
 
 def text_of(found: Run) -> str:
-    console = bench.wide_console(io.StringIO())
+    console = wide_console(io.StringIO())
     with console.capture() as capture:
         console.print(render(found))
     return capture.get()

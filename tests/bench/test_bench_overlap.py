@@ -30,7 +30,7 @@ from ep_comm.bench.overlap.report import (
 )
 from ep_comm.bench.overlap.run import Price, Run, run
 from ep_comm.bench.overlap.settings import ExpertShape, GemmShape, OverlapSettings
-from ep_comm.cli import bench
+from ep_comm.cli.bench.common import wide_console
 from ep_comm.errors import EPArgumentError
 from ep_comm.job.exits import UserError
 
@@ -230,7 +230,7 @@ def made_up_run(*more: Price) -> Run:
 
 
 def text_of(found: Run) -> str:
-    console = bench.wide_console(io.StringIO())
+    console = wide_console(io.StringIO())
     with console.capture() as capture:
         console.print(render(found))
     return capture.get()
