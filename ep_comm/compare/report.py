@@ -201,12 +201,8 @@ def _is_judged(document: dict[str, Any]) -> bool:
 
 def _variants(document: dict[str, Any]) -> Table:
     rows = [_row(name, each, document["noise"]) for name, each in document["variants"].items()]
-    columns = [
-        "variant", "seed", "final train loss", "final validation loss", "largest |Δ|", "at step",
-        "mean |Δ|", "mean |Δ| / noise", "final validation |Δ|", "tokens/s, median",
-        "MiB sent/step", "verdict",
-    ]  # fmt: skip
-    return Table(columns, _text(rows), "losses of the variants, and their differences")
+    cells = _text(row.values() for row in rows)
+    return Table([*rows[0]], cells, "losses of the variants, and their differences")
 
 
 def _checks(document: dict[str, Any]) -> list[Block]:
@@ -253,16 +249,24 @@ def _verdict(
     return f"not judged: needs {with_seed(needed, max(seed, 2) if needed == REFERENCE else seed)}"
 
 
-def _row(name: str, variant: dict[str, Any], noise: dict[str, Any] | None) -> list[object]:
+def _row(name: str, variant: dict[str, Any], noise: dict[str, Any] | None) -> dict[str, object]:
+    """Return a variant's cells by column."""
     found = variant["difference"] or {}
     share = found["mean"] / noise["mean"] if found and noise and noise["mean"] else None
-    return [
-        *(name, variant["seed"], number(variant["final_train_loss"], ".6f")),
-        *(number(variant["final_valid_loss"], ".6f"), number(found.get("largest"), ".2e")),
-        *(found.get("largest_step"), number(found.get("mean"), ".2e"), number(share, ".2g")),
-        *(number(found.get("final_valid"), ".2e"), number(variant["tokens_per_s"], ",.0f")),
-        *(number(variant["wire_mib"], ".2f"), variant["verdict"]),
-    ]
+    return {
+        "variant": name,
+        "seed": variant["seed"],
+        "final train loss": number(variant["final_train_loss"], ".6f"),
+        "final validation loss": number(variant["final_valid_loss"], ".6f"),
+        "largest |Δ|": number(found.get("largest"), ".2e"),
+        "at step": found.get("largest_step"),
+        "mean |Δ|": number(found.get("mean"), ".2e"),
+        "mean |Δ| / noise": number(share, ".2g"),
+        "final validation |Δ|": number(found.get("final_valid"), ".2e"),
+        "tokens/s, median": number(variant["tokens_per_s"], ",.0f"),
+        "MiB sent/step": number(variant["wire_mib"], ".2f"),
+        "verdict": variant["verdict"],
+    }
 
 
 def _explain(document: dict[str, Any]) -> str:

@@ -142,8 +142,13 @@ class NVLinkBackend:
         )
         if config.wire == "copy-engine" and self.num_ranks > 1:
             self._copies = Copies(
-                *(self.native, self._streams, self._new_stream, self._args),
-                *(self.offsets, config, self.device),
+                native=self.native,
+                streams=self._streams,
+                new_stream=self._new_stream,
+                args=self._args,
+                offsets=self.offsets,
+                config=config,
+                device=self.device,
             )
         self._planner = Planner(
             self.native,
@@ -326,8 +331,12 @@ class NVLinkBackend:
         args = self._args.dispatch
         describe_rows(args, routing, x, scales, weights, recv_dtype)
         args.tag = _tag(
-            *(routing.ticket, first is not None, fp8.NATIVE_DTYPES.get(x.dtype, -1)),
-            *(args.row_bytes, args.scale_bytes, args.weight_bytes),
+            routing.ticket,
+            first is not None,
+            fp8.NATIVE_DTYPES.get(x.dtype, -1),
+            args.row_bytes,
+            args.scale_bytes,
+            args.weight_bytes,
         )
         args.rows_tag = _rows_tag(args, x)
         if first is None:

@@ -40,9 +40,12 @@ class Copies:
         device: torch.device,
     ) -> None:
         self._streams = streams
-        how, where = (native, streams, new_stream), (offsets, config, device)
-        self.dispatch = DispatchWire(*how, args.dispatch.peers, *where)
-        self.combine = CombineWire(*how, args.combine.peers, *where)
+        self.dispatch = DispatchWire(
+            native, streams, new_stream, args.dispatch.peers, offsets, config, device
+        )
+        self.combine = CombineWire(
+            native, streams, new_stream, args.combine.peers, offsets, config, device
+        )
 
     @property
     def num_bytes(self) -> int:

@@ -114,7 +114,11 @@ class Planner:
         in_arena = 0 if capacity is None else num_entries
         num_local_experts = config.num_experts // self._num_ranks
         sizes = (
-            *(num_tokens, num_topk, in_arena, self._num_ranks, num_local_experts),
+            num_tokens,
+            num_topk,
+            in_arena,
+            self._num_ranks,
+            num_local_experts,
             self._token_words,
         )
         places, total = arena_places(*sizes)

@@ -144,8 +144,12 @@ def _cells(run: Run, result: Result) -> list[str]:
     kernel, median, *others = (
         f"{summarize(times).median:.0f}" if times else "-"
         for times in (
-            *(samples.kernel, samples.call, samples.unaligned, samples.idle),
-            *(samples.host, samples.host_idle),
+            samples.kernel,
+            samples.call,
+            samples.unaligned,
+            samples.idle,
+            samples.host,
+            samples.host_idle,
         )
     )
     sms = sms_name(result.num_sms)
