@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import shutil
@@ -23,20 +22,13 @@ from ep_comm.bench.low_latency.report import write_json as write_latencies
 from ep_comm.bench.ops.report import document, write_json
 from ep_comm.bench.overlap.report import write_json as write_prices
 from ep_comm.bench.train.report import write_report
+from ep_comm.plan.check import compare as compare_with_model
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
 
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("results", ROOT / "scripts" / "results.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["results"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-results = load_script()
+import results  # noqa: E402 - its folder has come to the path
+from results_tables.names import setting_of  # noqa: E402
 
 
 @pytest.fixture
@@ -100,7 +92,7 @@ def test_a_file_of_ep_comm_bench_overlap(checkout):
         in found
     )
     run = json.loads((checkout / "docs" / "results" / "new.json").read_text())
-    table = str(results._prices([run | {"gpus": ["NVIDIA H200"]}]))
+    table = str(results.overlap.block([run | {"gpus": ["NVIDIA H200"]}]))
     assert "dispatch, cached, rows by expert | 186 | **170** | 237 | – | 230 |" in table
     assert "NCCL alltoall dispatch | – | – | – | 404 | 230 |" in table
 
@@ -108,7 +100,7 @@ def test_a_file_of_ep_comm_bench_overlap(checkout):
 def test_latencies_stand_beside_their_floor(checkout):
     write_latencies(latencies(), checkout / "docs" / "results" / "new.json")
     run = json.loads((checkout / "docs" / "results" / "new.json").read_text())
-    lines = str(results._latency([run | {"gpus": ["NVIDIA H200"]}])).splitlines()
+    lines = str(results.low_latency.block([run | {"gpus": ["NVIDIA H200"]}])).splitlines()
     assert lines[0] == (
         "| µs, p50 (p99) | dispatch | combine | combine, own weights | both "
         "| both, general kernel | four phases | NCCL alltoall, one way | floor of both |"
@@ -177,7 +169,7 @@ def test_operations_stand_beside_every_library_of_the_run():
         a_call("Other dispatch", 24, 180),
     ]
     run = {"settings": settings, "gpus": ["NVIDIA H200"], "num_ranks": 4, "results": calls}
-    lines = str(results._operations([run])).splitlines()
+    lines = str(results.operations.block([run])).splitlines()
     assert lines[0] == (
         "| µs | links alone | ep_comm | ep_comm, 24 SMs | NCCL alltoall "
         "| NCCL alltoall ÷ ep_comm | Other | Other ÷ ep_comm |"
@@ -203,15 +195,15 @@ def test_a_file_of_nodes_bench(checkout):
     first, second = section(checkout, "dispatch-and-combine", "new").split("| case, as one node |")
     assert "| dispatch, fresh | all |" in first and "| combine | 24 |" in first
     assert second.count("| combine | all |") == 1 and "dispatch" not in second.split("\n\n")[0]
-    assert results._setting(nodes_run()) == "2 × 2 × H200, hidden 128, network of 50 GB/s"
+    assert setting_of(nodes_run()) == "2 × 2 × H200, hidden 128, network of 50 GB/s"
 
 
 def test_the_model_stands_beside_what_was_measured():
-    lines = str(results._plan([nodes_run()])).splitlines()
+    lines = str(results.plan.block([nodes_run()])).splitlines()
     assert lines[0] == "| µs: model (measured) | SMs | dispatch, fresh | combine |"
     assert len(lines) == 4
     assert lines[2].startswith("| 2 × 2 × H200, hidden 128, network of 50 GB/s | all |")
-    modelled = {(each.name, each.num_sms): each for each in results.compare(nodes_run())}
+    modelled = {(each.name, each.num_sms): each for each in compare_with_model(nodes_run())}
     found = modelled["combine", 24]
     assert f" {found.model:.0f} (140) −" in lines[3] and f"slack {found.slack:.2f} |" in lines[3]
 
@@ -220,5 +212,5 @@ def test_steps_have_the_median_and_the_worst_block(tmp_path):
     write_report(steps(), tmp_path, Console(file=io.StringIO()))
     run = json.loads((tmp_path / "bench-train.json").read_text())
     assert "| 2 layers of hidden 128, an untrained router: ep_comm | 1.10 (1.00) |" in str(
-        results._steps([run])
+        results.steps.block([run])
     )
