@@ -117,7 +117,8 @@ class Session:
         Raises:
             EPStateError: As `check_usable`; here, not where the context is entered.
         """
-        self.check_usable()
+        if self.unusable is not None or self._process != _process:
+            self.check_usable()
         return Operation(self, self._in_use, is_backward)
 
     @contextmanager

@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 
-_frame_callback: Callable[[], object] | None = None
+# What compiles the frames of this thread, or None.
+_compiler: Callable[[], object] = lambda: sys.modules.get("torch._dynamo")  # noqa: E731
 with contextlib.suppress(ImportError):  # an older torch has none
-    from torch._C._dynamo.eval_frame import get_eval_frame_callback as _frame_callback
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback as _compiler
 
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
@@ -46,7 +47,7 @@ def untraced(method: Callable[Args, Result]) -> Callable[Args, Result]:
     @functools.wraps(method)
     def call(*args: Args.args, **kwargs: Args.kwargs) -> Result:
         nonlocal disabled
-        if not _is_compiling():
+        if _compiler() is None:
             return method(*args, **kwargs)
         if disabled is None:
             disabled = torch.compiler.disable(method)
@@ -55,13 +56,6 @@ def untraced(method: Callable[Args, Result]) -> Callable[Args, Result]:
     # As disable() does: no caller is traced into it. (A function takes any attribute.)
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     return call
-
-
-def _is_compiling() -> bool:
-    """Return whether torch's compiler might look at the frames of this thread."""
-    if "torch._dynamo" not in sys.modules:
-        return False
-    return _frame_callback is None or _frame_callback() is not None
 
 
 def plain_tensor(name: str, value: object) -> Tensor:

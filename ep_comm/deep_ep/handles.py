@@ -22,10 +22,10 @@ from ep_comm.low_latency.handle import LowLatencyHandle
 class _Handle(tuple):
     """A tuple of fixed length, whose items are not there at first."""
 
-    _LENGTH: int
+    _NOTHING: tuple[None, ...]  # as many as it has items
 
     def __new__(cls, *_: object) -> _Handle:
-        return super().__new__(cls, (None,) * cls._LENGTH)
+        return super().__new__(cls, cls._NOTHING)
 
     def _made(self) -> tuple:
         raise NotImplementedError
@@ -73,7 +73,7 @@ class NormalHandle(_Handle):
         buffer: That buffer.
     """
 
-    _LENGTH = 6
+    _NOTHING = (None,) * 6
 
     def __init__(
         self, native: DispatchHandle, buffer: SizedBuffer, is_token_in_rank: Tensor | None
@@ -105,7 +105,7 @@ class LowLatencyHandleTuple(_Handle):
         buffer: That buffer.
     """
 
-    _LENGTH = 5
+    _NOTHING = (None,) * 5
 
     def __init__(self, native: LowLatencyHandle, buffer: SizedBuffer, recv_count: Tensor) -> None:
         self.native = native

@@ -82,7 +82,7 @@ class LowLatencyCalls:
             (recv_x, recv_count [E] int32, handle, event, hook or None).
         """
         buffer = self._sized(x.shape[-1], num_experts, num_max_dispatch_tokens_per_rank)
-        out = buffer.native.low_latency_dispatch(
+        recv_x, recv_count, native, event, hook = buffer.native.low_latency_dispatch(
             without_grad(x),
             topk_idx,
             num_max_dispatch_tokens_per_rank,
@@ -95,8 +95,8 @@ class LowLatencyCalls:
             cumulative_local_expert_recv_stats=cumulative_local_expert_recv_stats,
             dispatch_wait_recv_cost_stats=self._own_row(dispatch_wait_recv_cost_stats),
         )
-        handle = LowLatencyHandleTuple(out.handle, buffer, out.recv_count)
-        return out.recv_x, out.recv_count, handle, out.event, out.hook
+        handle = LowLatencyHandleTuple(native, buffer, recv_count)
+        return recv_x, recv_count, handle, event, hook
 
     def low_latency_combine(
         self,
@@ -134,7 +134,7 @@ class LowLatencyCalls:
         if use_logfmt:
             raise EPUnsupportedError("use_logfmt=True: rows travel back in BF16 only")
         kept = self._kept(handle)
-        back = kept.buffer.native.low_latency_combine(
+        combined_x, event, hook = kept.buffer.native.low_latency_combine(
             without_grad(x),
             topk_idx,
             without_grad(topk_weights),
@@ -145,7 +145,7 @@ class LowLatencyCalls:
             out=out,
             combine_wait_recv_cost_stats=self._own_row(combine_wait_recv_cost_stats),
         )
-        return back.combined_x, back.event, back.hook
+        return combined_x, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle: tuple) -> Tensor:
         """Return where the rows of a combine with ``zero_copy=True`` stand."""

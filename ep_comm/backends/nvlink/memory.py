@@ -39,6 +39,7 @@ _ROUTING_PROBLEMS = {
     header.EP_ROUTING_DUPLICATE: "a second time expert",
     header.EP_ROUTING_TOO_MANY: "one selected expert too many of",
 }
+_NO_FAULT, _NO_NOTICE = header.EP_FAULT_NONE, header.EP_NOTICE_NONE
 HOST_STRIDE = 256  # bytes between what the device writes
 _OPS = {
     header.EP_OP_DISPATCH: "dispatch",
@@ -214,7 +215,7 @@ class PeerMemory:
     @property
     def has_fault(self) -> bool:
         """Whether a kernel has given up; those after it then do too."""
-        return self._fault.code != header.EP_FAULT_NONE
+        return self._fault.code != _NO_FAULT
 
     def waits(self) -> list[Wait]:
         """Return the ranks that kernels have waited for longer than a second; from any thread.
@@ -239,7 +240,7 @@ class PeerMemory:
         Raises:
             EPTimeoutError, EPMismatchError, EPRoutingError: Names the rank.
         """
-        if self.has_fault:
+        if self._fault.code != _NO_FAULT:
             raise self._error()
 
     def check(self) -> None:
@@ -250,14 +251,14 @@ class PeerMemory:
             EPOverflowError, EPRoutingError: An earlier dispatch, which no host waited for, had it;
                 said once.
         """
-        if self.has_fault:
+        if self._fault.code != _NO_FAULT:
             raise self._error()
         if self._has_notice:
             raise self._error_of(self._take_notice())
 
     @property
     def _has_notice(self) -> bool:
-        return self._notice.code != header.EP_NOTICE_NONE
+        return self._notice.code != _NO_NOTICE
 
     def _take_notice(self) -> Notice:
         """Return what a plan has left, and make room for the next."""

@@ -178,18 +178,24 @@ class InFlight:
             return []  # as a rule: the same again, and nothing else
         last_stream, most_sms = operations.pop(key, (stream, 0))
         behind = [] if last_stream == stream else [last_stream]
-        if operations:
-            behind = sorted(behind + self._without_room(stream, last_stream, num_sms))
+        # A copy: the garbage collector may have a buffer forgotten at any moment.
+        others = list(operations.values())
+        for other_stream, _ in others:
+            if other_stream != stream:  # else they are in order already
+                behind += self._without_room(others, stream, last_stream, num_sms)
+                behind.sort()
+                break
         # A larger one before it may be what runs, as far as the host knows.
         operations[key] = (stream, max(num_sms, most_sms))
         return behind
 
-    def _without_room(self, stream: int, last_stream: int, num_sms: int) -> list[int]:
-        """Return other streams beside whose operations one of `num_sms` does not fit."""
+    def _without_room(
+        self, others: list[tuple[int, int]], stream: int, last_stream: int, num_sms: int
+    ) -> list[int]:
+        """Return the streams of `others` beside whose operations one of `num_sms` does not fit."""
         # One operation runs at a time on each stream: the largest counts.
         sms_of_stream: dict[int, int] = {}
-        # A copy: the garbage collector may have a buffer forgotten at any moment.
-        for other_stream, other_sms in reversed(list(self._operations.values())):
+        for other_stream, other_sms in reversed(others):
             if other_stream not in (stream, last_stream):
                 largest = max(other_sms, sms_of_stream.get(other_stream, 0))
                 sms_of_stream[other_stream] = largest

@@ -25,6 +25,7 @@ _MOST_PUSHING = 24
 _OVERLAPPED_SMS, _OVERLAPPED_SMS_BY_COPY = 24, 32
 
 
+@functools.cache
 def default_sms(available: int, overlapped: bool, by_copy: bool = False) -> int:
     """Return the SMs of an operation where nobody set them: all, or few beside computation."""
     few = _OVERLAPPED_SMS_BY_COPY if by_copy else _OVERLAPPED_SMS
