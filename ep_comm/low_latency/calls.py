@@ -7,7 +7,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ep_comm import checks
 from ep_comm._native.header import EP_MAX_TOPK
 from ep_comm.backends.base import (
     LowLatencyBackend,
@@ -21,12 +20,10 @@ from ep_comm.errors import EPArgumentError, EPUnsupportedError, setting
 from ep_comm.events import EventOverlap
 from ep_comm.fp8 import Payload
 from ep_comm.low_latency.arguments import (
-    check_phases,
+    Arguments,
     check_same_routing,
     check_sizes,
-    combine_weights,
-    received,
-    scale_form,
+    weights_to_bring,
 )
 from ep_comm.low_latency.handle import (
     MOST_OUT,
@@ -37,7 +34,7 @@ from ep_comm.low_latency.handle import (
     checked_handle,
 )
 from ep_comm.session import Session
-from ep_comm.tracing import plain_tensor, untraced
+from ep_comm.tracing import untraced
 
 _NOTHING = EventOverlap()  # waits for nothing
 
@@ -110,73 +107,35 @@ class LowLatencyCalls:
                 The buffer stays usable. Or it failed earlier, or was destroyed.
             EPUnsupportedError: The backend has no low-latency operations.
         """
-        session, config = self._session, self.config
-        operation, backend = session.operation(), self._made_for_low_latency()
-        form = scale_form(use_fp8, round_scale, use_ue8m0, config.hidden)
-        check_phases(async_finish, return_recv_hook)
-        check_sizes(num_max_dispatch_tokens_per_rank, num_experts, config)
-        max_tokens = num_max_dispatch_tokens_per_rank
-        x = plain_tensor("x", x)
-        checks.check_rows("x", x, None, config.hidden)
-        checks.check_dtype("x", x, torch.bfloat16)
-        session.backend.check_device("x", x)
-        num_tokens, device = x.shape[0], x.device
-        if num_tokens > max_tokens:
-            raise EPArgumentError(
-                f"x has {num_tokens} tokens, more than num_max_dispatch_tokens_per_rank "
-                f"{max_tokens}"
-            )
-        source, num_topk = checks.checked_source(topk_idx, None, x, config)
-        weights = checks.checked_weights(topk_weights, (num_tokens, num_topk), device)
-        checks.check_no_grad(x=x, topk_weights=weights)
-        recv_stats = checks.checked_counter(
-            "cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats,
-            (self.num_local_experts,), torch.int32, device,
+        session = self._session
+        operation = session.operation()
+        call = (
+            num_max_dispatch_tokens_per_rank, num_experts, use_fp8, round_scale, use_ue8m0,
+            async_finish, return_recv_hook,
         )  # fmt: skip
-        wait_stats = checks.checked_counter(
-            "dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats,
-            (self.num_ranks,), torch.int64, device,
+        given = (
+            x, topk_idx, topk_weights,
+            cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats,
         )  # fmt: skip
+        (x, source, weights, recv_stats, wait_stats), known = self._arguments.dispatch(call, given)
         self._dispatches.check_room()
 
-        blank = received(
-            self.num_local_experts, self.num_ranks * max_tokens, config.hidden, form,
-            backend.num_kept_ints(max_tokens, num_topk),
-        )  # fmt: skip
-        make = maker(x)
+        sizes, blank, make = known.sizes, known.received, maker(x)
         recv_x, recv_count = make(*blank.recv_x), make(*blank.recv_count)
         recv_scales = None if blank.recv_scales is None else make(*blank.recv_scales)
         recv_src_info = make(*blank.recv_src_info)
         request = LowLatencyDispatchRequest(
-            x=x,
-            topk_idx=source,
-            topk_weights=weights,
-            scale_form=form,
-            max_tokens=max_tokens,
-            recv_x=recv_x,
-            recv_scales=recv_scales,
-            recv_src_info=recv_src_info,
-            recv_count=recv_count,
-            recv_stats=recv_stats,
-            wait_stats=wait_stats,
-            is_split=return_recv_hook,
-            asynchronous=async_finish,
-        )
+            sizes, x, source, weights, recv_x, recv_scales, recv_src_info, recv_count,
+            recv_stats, wait_stats, return_recv_hook, async_finish,
+        )  # fmt: skip
         with operation:
-            pending = backend.dispatch(request)
+            pending = self._arguments.backend.dispatch(request)
             event = _receive_unless_split(pending, return_recv_hook, async_finish)
         hook = self._dispatches.add(session, pending, return_recv_hook)
         handle = LowLatencyHandle(
-            session=session,
-            number=self._dispatches.num_operations,
-            topk_idx=topk_idx,
-            topk_weights=topk_weights,
-            max_tokens=max_tokens,
-            shape=blank.recv_x.size,
-            ints=recv_src_info,
-            pending=pending,
-            hook=hook,
-        )
+            session, self._dispatches.num_operations, topk_idx, topk_weights, sizes,
+            recv_src_info, pending, hook,
+        )  # fmt: skip
         rows: Payload = recv_x if recv_scales is None else (recv_x, recv_scales)
         return LowLatencyDispatchOutput(rows, recv_count, handle, event, hook)
 
@@ -226,13 +185,13 @@ class LowLatencyCalls:
             Others as `low_latency_dispatch`.
         """
         session = self._session
-        operation, backend = session.operation(), self._made_for_low_latency()
-        check_phases(async_finish, return_recv_hook)
+        operation = session.operation()
         handle = checked_handle(handle, session)
-        num_tokens, device = handle.topk_idx.shape[0], handle.topk_idx.device
-        hidden = self.config.hidden
-        x = checks.checked_tensor("x", x, handle.shape, torch.bfloat16, device)
-        checks.check_address("x", x)
+        check_same_routing(topk_idx, handle)
+        weights = weights_to_bring(topk_weights, handle)
+        call = handle.sizes, async_finish, return_recv_hook
+        given = x, weights, out, combine_wait_recv_cost_stats
+        x, weights, out, wait_stats = self._arguments.combine(call, given)
         if zero_copy:
             if handle.combine_buffer is None:
                 raise EPArgumentError(
@@ -240,30 +199,16 @@ class LowLatencyCalls:
                     "get_next_low_latency_combine_buffer(handle) before"
                 )
             x = handle.combine_buffer
-        check_same_routing(topk_idx, handle)
-        weights = combine_weights(topk_weights, handle)
-        if out is not None:
-            out = checks.checked_tensor("out", out, (num_tokens, hidden), torch.bfloat16, device)
-            checks.check_address("out", out)
-        checks.check_no_grad(x=x, topk_weights=weights, out=out)
-        wait_stats = checks.checked_counter(
-            "combine_wait_recv_cost_stats", combine_wait_recv_cost_stats,
-            (self.num_ranks,), torch.int64, device,
-        )  # fmt: skip
         self._combines.check_room()
 
         if out is None:
-            out = maker(x)((num_tokens, hidden), (hidden, 1), torch.bfloat16)
+            hidden = self.config.hidden
+            out = maker(x)((handle.sizes.num_tokens, hidden), (hidden, 1), torch.bfloat16)
         request = LowLatencyCombineRequest(
-            x=x,
-            topk_weights=weights,
-            out=out,
-            wait_stats=wait_stats,
-            is_split=return_recv_hook,
-            asynchronous=async_finish,
+            x, weights, out, wait_stats, return_recv_hook, async_finish
         )
         with operation:
-            pending = backend.combine(handle.pending.result, request)
+            pending = self._arguments.backend.combine(handle.pending.result, request)
             event = _receive_unless_split(pending, return_recv_hook, async_finish)
         handle.combine_hook = hook = self._combines.add(session, pending, return_recv_hook)
         return LowLatencyCombineOutput(out, event, hook)
@@ -283,7 +228,7 @@ class LowLatencyCalls:
         handle = checked_handle(handle, session)
         if handle.combine_buffer is None:
             handle.combine_buffer = torch.empty(
-                handle.shape, dtype=torch.bfloat16, device=handle.topk_idx.device
+                handle.sizes.recv_shape, dtype=torch.bfloat16, device=handle.sizes.device
             )
         return handle.combine_buffer
 
@@ -330,6 +275,12 @@ class LowLatencyCalls:
             raise EPArgumentError(f"hidden is {self.config.hidden} in this buffer, got {hidden!r}")
 
     # --- what the calls share ------------------------------------------------------------------
+
+    @cached_property
+    def _arguments(self) -> Arguments:
+        return Arguments(
+            self._made_for_low_latency(), self._session.backend, self.config, self.num_ranks
+        )
 
     @cached_property
     def _dispatches(self) -> HooksOut:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
 
-from ep_comm.backends.base import Pending
+from ep_comm.backends.base import LowLatencySizes, Pending
 from ep_comm.errors import EPArgumentError, EPStateError
 from ep_comm.events import EventOverlap
 from ep_comm.fp8 import Payload
@@ -25,6 +24,8 @@ class Hook:
         EPStateError: It was called before, or the buffer is unusable.
         EPTimeoutError: A rank did not send within ``config.timeout_s``.
     """
+
+    __slots__ = ("_kind", "_receive", "_session", "number")
 
     def __init__(
         self, session: Session, kind: str, number: int, receive: Callable[[], object]
@@ -68,33 +69,28 @@ class HooksOut:
     def __init__(self, kind: str, num_operations: int = 0) -> None:
         self.kind = kind
         self.num_operations = num_operations
-        # Of the last operations, those not called yet among them: else `check_room` had raised.
-        self._hooks: deque[Hook] = deque(maxlen=MOST_OUT)
+        # The last one of each half of the memory, which operations take in turns.
+        self._hooks: list[Hook | None] = [None] * MOST_OUT
 
     def check_room(self) -> None:
-        """Raise `EPStateError` where there is no room for another operation; name the hook.
-
-        Operations take the memory of a buffer in turns: each uses that of the one before the last.
-        """
+        """Raise `EPStateError` where there is no room for another operation; name the hook."""
         number = self.num_operations + 1
-        for hook in self._hooks:
-            if hook.number <= number - MOST_OUT and not hook.was_called:
-                raise EPStateError(
-                    f"{self.kind} #{number}: the hook of {hook.name} was not called yet, whose "
-                    f"memory it would use: results of the last {MOST_OUT} may be out at once"
-                )
+        hook = self._hooks[number % MOST_OUT]
+        if hook is not None and not hook.was_called:
+            raise EPStateError(
+                f"{self.kind} #{number}: the hook of {hook.name} was not called yet, whose memory "
+                f"it would use: results of the last {MOST_OUT} may be out at once"
+            )
 
     def add(self, session: Session, pending: Pending, is_split: bool) -> Hook | None:
         """Count an operation that was started; return its hook where it is to have one."""
-        self.num_operations += 1
-        if not is_split:
-            return None
-        hook = Hook(session, self.kind, self.num_operations, pending.wait)
-        self._hooks.append(hook)
+        self.num_operations = number = self.num_operations + 1
+        hook = Hook(session, self.kind, number, pending.wait) if is_split else None
+        self._hooks[number % MOST_OUT] = hook
         return hook
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(eq=False)
 class LowLatencyHandle:
     """What combine needs of one low-latency dispatch, for any number of combines in turn.
 
@@ -105,8 +101,7 @@ class LowLatencyHandle:
         number: Of the dispatch among the low-latency ones of the buffer, from 1.
         topk_idx: [T, K] as it was dispatched.
         topk_weights: [T, K] FP32 that travelled with the rows; None where none did.
-        max_tokens: M, ``num_max_dispatch_tokens_per_rank`` of the dispatch.
-        shape: [E, R M, hidden] of the received rows.
+        sizes: Of the dispatch.
         ints: `recv_src_info`, and behind it what the backend keeps for the combine.
         pending: What the backend started.
         hook: That of the dispatch; None where it has none.
@@ -118,8 +113,7 @@ class LowLatencyHandle:
     number: int
     topk_idx: Tensor = field(repr=False)
     topk_weights: Tensor | None = field(repr=False)
-    max_tokens: int
-    shape: tuple[int, ...]
+    sizes: LowLatencySizes
     ints: Tensor = field(repr=False)
     pending: Pending[Any] = field(repr=False)
     hook: Hook | None = field(default=None, repr=False)
@@ -127,12 +121,17 @@ class LowLatencyHandle:
     combine_hook: Hook | None = field(default=None, repr=False)
 
     @property
+    def max_tokens(self) -> int:
+        """M, ``num_max_dispatch_tokens_per_rank`` of the dispatch."""
+        return self.sizes.max_tokens
+
+    @property
     def recv_src_info(self) -> Tensor:
         """[E, R M] int32, source rank x M + token of each received row.
 
         Unspecified behind the rows that came. Complete when the rows are.
         """
-        num_experts, num_rows, _ = self.shape
+        num_experts, num_rows, _ = self.sizes.recv_shape
         return self.ints[: num_experts * num_rows].view(num_experts, num_rows)
 
     def __copy__(self) -> LowLatencyHandle:

@@ -20,6 +20,7 @@ from ep_comm.backends.base import (
     DispatchRequest,
     LowLatencyCombineRequest,
     LowLatencyDispatchRequest,
+    LowLatencySizes,
     PlanRequest,
 )
 from ep_comm.backends.nvlink import backend as nvlink
@@ -28,6 +29,7 @@ from ep_comm.backends.nvlink.backend import NVLinkBackend
 from ep_comm.backends.nvlink.prices import Chooser, Price, PriceTable
 from ep_comm.backends.nvlink.streams import InFlight
 from ep_comm.errors import EPArgumentError, EPRoutingError, EPUnsupportedError
+from ep_comm.fp8_low_latency import ScaleForm
 from ep_comm.handle import DispatchHandle
 from ep_comm.telemetry.device import DeviceRecorder
 
@@ -121,7 +123,7 @@ def test_the_state_of_kernels_when_ranks_are_masked(monkeypatch):
     state[0, : len(ints)] = ints
     state[1:, 0] = 3  # blocks of a kernel that gave up
     assert backend.quiesce() == 6 and synchronized == [True]
-    dispatch_args = backend.low_latency.args.dispatch.common
+    dispatch_args = backend.low_latency.calls[0].common
     backend.restart((1, 3), 8, dist.HashStore())
     assert backend.memory.restart.call_args.args == (backend.offsets, (1, 3))
     words = header.LowLatencyState.from_address(dispatch_args.state)
@@ -717,12 +719,18 @@ MAX_TOKENS = 12
 NUM_PLACES = 4 * 2 * MAX_TOKENS  # local experts x ranks x tokens
 
 
+SIZES = LowLatencySizes(
+    num_tokens=10, num_topk=2, idx_bytes=8, max_tokens=MAX_TOKENS, scale_form=None,
+    recv_shape=(4, 2 * MAX_TOKENS, 512), device=X.device,
+)  # fmt: skip
+
+
 def low_latency_dispatch(backend: NVLinkBackend, **changes):
     low_latency = backend.low_latency
     num_ints = NUM_PLACES + low_latency.num_kept_ints(MAX_TOKENS, 2)
     request = LowLatencyDispatchRequest(
-        x=X, topk_idx=TOPK, topk_weights=torch.ones(10, 2), scale_form=None,
-        max_tokens=MAX_TOKENS, recv_x=torch.empty(4, 2 * MAX_TOKENS, 512, dtype=torch.bfloat16),
+        sizes=SIZES, x=X, topk_idx=TOPK, topk_weights=torch.ones(10, 2),
+        recv_x=torch.empty(SIZES.recv_shape, dtype=torch.bfloat16),
         recv_scales=None, recv_src_info=torch.empty(num_ints, dtype=torch.int32),
         recv_count=torch.empty(4, dtype=torch.int32), recv_stats=None, wait_stats=None,
         is_split=True, asynchronous=False,
@@ -733,7 +741,7 @@ def low_latency_dispatch(backend: NVLinkBackend, **changes):
 
 def low_latency_combine(backend: NVLinkBackend, routing, **changes):
     request = LowLatencyCombineRequest(
-        x=torch.empty(4, 2 * MAX_TOKENS, 512, dtype=torch.bfloat16), topk_weights=None,
+        x=torch.empty(SIZES.recv_shape, dtype=torch.bfloat16), topk_weights=None,
         out=torch.empty_like(X), wait_stats=None, is_split=True, asynchronous=False,
     )  # fmt: skip
     request = dataclasses.replace(request, **changes)
@@ -800,3 +808,39 @@ def test_what_a_dispatch_leaves_is_kept_for_the_streams_that_use_it(backend, mon
         back.wait()
         # Two tensors each: received, combined, and the sums received.
         assert record_stream.call_args_list == [mock.call(another)] * 6
+
+
+@pytest.mark.parametrize("backend", [DECODING], indirect=True)
+def test_operations_of_other_sizes_in_between_change_nothing_of_one_that_is_out(backend):
+    few = SIZES._replace(num_tokens=3, num_topk=1, idx_bytes=4, max_tokens=5)
+    few_topk = torch.zeros(3, 1, dtype=torch.int32)
+    scales = torch.empty(4, 4, 8).transpose(1, 2)
+    first, request = low_latency_dispatch(backend)
+    other = dict(sizes=few._replace(scale_form=ScaleForm.FP32), topk_idx=few_topk)
+    second, _ = low_latency_dispatch(backend, **other, topk_weights=None, recv_scales=scales)
+    first.wait()
+    second.wait()
+    for _ in range(2):  # in the place of each of them
+        low_latency_dispatch(backend, is_split=False)
+    calls = [args for _, args, _ in backend.native.take()]
+    sent, small, received, small_received, *again = calls
+    for args in (sent, received, *again):
+        common = args.common
+        assert (common.num_tokens, common.num_topk, common.idx_bytes) == (10, 2, 8)
+        assert (common.max_tokens, args.scale_stride) == (MAX_TOKENS, 0)
+        assert args.format == header.EP_LOW_LATENCY_BF16 and common.has_weights
+    for args in (small, small_received):
+        common = args.common
+        assert (common.num_tokens, common.num_topk, common.idx_bytes) == (3, 1, 4)
+        assert (common.max_tokens, args.scale_stride) == (5, 8)
+        assert args.format == header.EP_LOW_LATENCY_FP8 and not common.has_weights
+        assert common.topk_idx == few_topk.data_ptr()
+    assert received.recv_src_info == request.recv_src_info.data_ptr()
+    assert bytes(sent.handle) == bytes(received.handle) != bytes(small.handle)
+    for dispatched in (first, second, second, first):
+        low_latency_combine(backend, dispatched.result, is_split=False)
+    combined = [args for _, args, _ in backend.native.take()]
+    for args, of in zip(combined, (sent, small, small, sent), strict=True):
+        assert bytes(args.handle) == bytes(of.handle)
+        for name in ("topk_idx", "idx_bytes", "num_tokens", "num_topk", "max_tokens"):
+            assert getattr(args.common, name) == getattr(of.common, name)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from ep_comm import Buffer
 from ep_comm._native import header
-from ep_comm.backends.nvlink.low_latency import LowLatencyArgs, NVLinkLowLatency
+from ep_comm.backends.nvlink.low_latency import NVLinkLowLatency
 from ep_comm.bench.low_latency import clocks, run, works
 from ep_comm.bench.low_latency.clocks import HOST_CALLS, Times
 from ep_comm.bench.low_latency.floors import Floors, WireBytes, measure_one_way
@@ -213,14 +214,13 @@ def test_phases_stand_between_other_work():
 
 def test_the_general_kernel_is_taken_for_a_while():
     low_latency = object.__new__(NVLinkLowLatency)
-    low_latency.args = LowLatencyArgs(
-        header.LowLatencyDispatchArgs(), header.LowLatencyCombineArgs()
-    )
+    all_args = header.LowLatencyDispatchArgs(), header.LowLatencyCombineArgs()
+    low_latency.calls = tuple(SimpleNamespace(common=args.common) for args in all_args)
     buffer = mock.Mock()
     buffer._session.backend.low_latency = low_latency
 
     def taken() -> list[int]:
-        return [args.common.is_general for args in low_latency.args]
+        return [args.common.is_general for args in all_args]
 
     with pytest.raises(ZeroDivisionError), works.general_kernels(buffer):
         assert taken() == [1, 1]

@@ -6,13 +6,15 @@ of the NVLink backend.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from ep_comm._native import header
+from ep_comm.backends.base import LowLatencySizes
 from ep_comm.backends.nodes.memory import NodesMemory
-from ep_comm.backends.nvlink.low_latency import LowLatencyArgs, NVLinkLowLatency
+from ep_comm.backends.nvlink.low_latency import Call, NVLinkLowLatency
 
 _EPOCHS = 2  # of a handle: the dispatch's and the combine's
 _OPS = ("low_latency_dispatch", "low_latency_combine")
@@ -25,14 +27,14 @@ class NodesLowLatency(NVLinkLowLatency):
     _memory: NodesMemory
     _offsets: header.NodesOffsets
     _state_ints = header.EP_NODES_LOW_LATENCY_STATE_INTS
-    _function = "ep_nodes_{}"
 
-    def _make_args(self) -> dict[str, Any]:
-        # For each operation: rows of a chunk that are packed.
-        self._counters = torch.zeros(
-            len(_OPS), self._num_ranks, header.EP_LOW_LATENCY_CHUNKS,
-            dtype=torch.int32, device=self._device,
-        )  # fmt: skip
+    @cached_property
+    def _counters(self) -> Tensor:
+        """For each operation: rows of a chunk that are packed."""
+        shape = len(_OPS), self._num_ranks, header.EP_LOW_LATENCY_CHUNKS
+        return torch.zeros(shape, dtype=torch.int32, device=self._device)
+
+    def _make_calls(self) -> tuple[Call, Call]:
         dispatch = header.NodesLowLatencyDispatchArgs(
             dispatch=header.LowLatencyDispatchArgs(
                 common=self._common_args(header.EP_OP_LOW_LATENCY_DISPATCH),
@@ -46,9 +48,11 @@ class NodesLowLatency(NVLinkLowLatency):
             ),
             nodes=self._nodes_args(1),
         )
-        # Views of the parts that are the same on one host.
-        self.args = LowLatencyArgs(dispatch.dispatch, combine.combine)
-        return dict(zip(_OPS, (dispatch, combine), strict=True))
+        dispatch_op, combine_op = _OPS
+        return (
+            Call(dispatch_op, f"ep_nodes_{dispatch_op}", dispatch, dispatch.dispatch),
+            Call(combine_op, f"ep_nodes_{combine_op}", combine, combine.combine),
+        )
 
     def _nodes_args(self, kind: int) -> header.NodesLowLatency:
         """Return what kernels of dispatch, 0, or combine, 1, know of the other ranks."""
@@ -72,24 +76,19 @@ class NodesLowLatency(NVLinkLowLatency):
     @property
     def networks(self) -> list[header.Network]:
         """How the kernels reach the other ranks; to be changed in place."""
-        return [args.nodes.network for args in self._launched.values()]
-
-    @staticmethod
-    def _common_of(args: Any) -> header.LowLatency:
-        is_dispatch = isinstance(args, header.NodesLowLatencyDispatchArgs)
-        return (args.dispatch if is_dispatch else args.combine).common
+        return [call.launched.nodes.network for call in self.calls]
 
     def num_kept_ints(self, max_tokens: int, num_topk: int) -> int:
         """Return the numbers of an ``ep_low_latency_handle``, see ``ep_nodes_low_latency``."""
         entries = self._num_ranks * max_tokens * num_topk
         return _EPOCHS + self._num_ranks + max_tokens * num_topk + 2 * entries
 
-    def _kept(self, recv_src_info: int, max_tokens: int, num_topk: int) -> tuple[int, ...]:
-        num_places = self._num_ranks * max_tokens
-        epochs = recv_src_info + 4 * self._num_local_experts * num_places
+    def _kept(self, sizes: LowLatencySizes) -> tuple[int, ...]:
+        num_places = self._num_ranks * sizes.max_tokens
+        epochs = 4 * self._num_local_experts * num_places
         num_rows = epochs + 4 * _EPOCHS
         ranks = num_rows + 4 * self._num_ranks
-        rows = ranks + 4 * max_tokens * num_topk
-        weights = rows + 4 * num_places * num_topk
+        rows = ranks + 4 * sizes.max_tokens * sizes.num_topk
+        weights = rows + 4 * num_places * sizes.num_topk
         num_tokens = 0  # not used
         return epochs, num_tokens, num_rows, ranks, rows, weights

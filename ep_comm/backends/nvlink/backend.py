@@ -252,9 +252,9 @@ class NVLinkBackend:
         )
 
     def _sms(self, asynchronous: bool) -> int:
-        overlapped = asynchronous or self._overlapped
-        by_copy = self._copies is not None
-        return self._num_sms or default_sms(self._available_sms, overlapped, by_copy)
+        return self._num_sms or default_sms(
+            self._available_sms, asynchronous or self._overlapped, self._copies is not None
+        )
 
     def _sms_of(self, op: str, layout: RowLayout, num_bytes: int, asynchronous: bool) -> int:
         """Return the SMs of a dispatch or a combine, of so many tokens times bytes of a row."""
@@ -280,8 +280,8 @@ class NVLinkBackend:
             args.peers.delay_ns = up_to_ns
         if self._copies is not None:
             self._copies.delay(up_to_ns)
-        for low_latency_args in self.low_latency.args if self.low_latency else ():
-            low_latency_args.common.peers.delay_ns = up_to_ns
+        for call in self.low_latency.calls if self.low_latency else ():
+            call.peers.delay_ns = up_to_ns
 
     def synchronize(self) -> None:
         """Wait for all streams with an operation, and raise what their kernels reported."""

@@ -6,15 +6,23 @@ device (csrc/low_latency/epochs.cuh), so every form can be captured in a CUDA gr
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ep_comm._native import NativeLibrary, header
-from ep_comm.backends.base import LowLatencyCombineRequest, LowLatencyDispatchRequest, Pending
+from ep_comm.backends.base import (
+    LowLatencyCombineRequest,
+    LowLatencyDispatchRequest,
+    LowLatencySizes,
+    Pending,
+)
 from ep_comm.backends.nvlink.memory import PeerMemory
 from ep_comm.backends.nvlink.streams import Streams
 from ep_comm.config import EPConfig
@@ -28,36 +36,68 @@ _FORMATS = {
     ScaleForm.UE8M0: header.EP_LOW_LATENCY_UE8M0,
 }
 _SEND, _RECEIVE = header.EP_LOW_LATENCY_SEND, header.EP_LOW_LATENCY_RECEIVE
+_MOST_OUT = 2  # operations of a kind, see `ep_comm.backends.base.LowLatencyBackend`
 _EPOCHS = 2  # of a handle: the dispatch's and the combine's
 _BYTES_OF_PEERS = 4 * header.EP_MAX_PEERS
 # All of them use the same counts: for streams they are one kind of operation.
 _KIND = header.EP_OP_LOW_LATENCY_DISPATCH
 
 
-@dataclass(kw_only=True, slots=True, eq=False)  # frozen, a call would take 1 µs longer
+@dataclass(slots=True, eq=False)  # made by position and not frozen: a microsecond less
 class NVLinkLowLatencyRouting:
     """What a combine needs of its dispatch. Nobody changes it.
 
     Attributes:
         topk_idx: [T, K] int32 or int64 of this rank's tokens.
-        max_tokens: M of the dispatch.
-        kept: Addresses of what the dispatch left, in the order of ``ep_low_latency_handle``.
-        memory: The tensor that it stands in.
+        sizes: Of the dispatch.
+        memory: Behind ``recv_src_info`` what the dispatch leaves, see ``ep_low_latency_handle``.
         stream: The caller's at the dispatch, to which these tensors belong.
     """
 
     topk_idx: Tensor
-    max_tokens: int
-    kept: tuple[int, ...]
+    sizes: LowLatencySizes
     memory: Tensor
     stream: int
 
 
-class LowLatencyArgs(NamedTuple):
-    """The arguments of both kernels; every call fills in the rest anew."""
+class Call:
+    """The arguments of a kernel. Of each kind there are two, for the operations that may be out.
 
-    dispatch: header.LowLatencyDispatchArgs
-    combine: header.LowLatencyCombineArgs
+    Args:
+        op: Name of the operation.
+        function: Of the library.
+        launched: The structure that it takes.
+        args: What is the same on one host, in it.
+
+    Attributes:
+        common: What both kinds of operations have, in `args`.
+        handle: What a dispatch leaves for its combine, in `args`.
+        sizes: Those that stand in the arguments now.
+        kept: With them, where each field of `handle` stands behind the start of ``recv_src_info``.
+    """
+
+    def __init__(self, op: str, function: str, launched: ctypes.Structure, args: Any) -> None:
+        self.op = op
+        self.function = function
+        self.launched = launched
+        self.args = args
+        # Looked up once, which makes an object each time.
+        self.common: header.LowLatency = args.common
+        self.handle: header.LowLatencyHandle = args.handle
+        self.peers: header.Peers = self.common.peers
+        self.sizes: LowLatencySizes | None = None
+        self.kept: tuple[int, ...] = ()
+
+    def set_handle(self, recv_src_info: int) -> None:
+        """Say where the dispatch leaves what its combine needs: behind ``recv_src_info``."""
+        epochs, num_tokens, num_rows, ranks, rows, weights = self.kept
+        handle = self.handle
+        handle.epochs = recv_src_info + epochs
+        handle.num_tokens = recv_src_info + num_tokens
+        handle.num_rows = recv_src_info + num_rows
+        handle.ranks = recv_src_info + ranks
+        handle.rows = recv_src_info + rows
+        handle.weights = recv_src_info + weights
 
 
 class NVLinkLowLatency:
@@ -74,7 +114,7 @@ class NVLinkLowLatency:
         num_sms: Returns the SMs of an operation, which may be asynchronous.
 
     Attributes:
-        args: The kernels' arguments.
+        calls: The kernels' arguments.
     """
 
     def __init__(
@@ -101,39 +141,38 @@ class NVLinkLowLatency:
         # The counts, and for each kernel those of its blocks that are done.
         self._state = torch.zeros(3, self._state_ints, dtype=torch.int32, device=device)
         self._room = config.low_latency_tokens
-        self._launched = self._make_args()
+        pairs = [self._make_calls() for _ in range(_MOST_OUT)]
+        self.calls = tuple(itertools.chain(*pairs))
+        self._dispatches, self._combines = map(itertools.cycle, zip(*pairs, strict=True))
 
     _state_ints = header.EP_LOW_LATENCY_STATE_INTS
-    _function = "ep_{}"
 
-    def _make_args(self) -> dict[str, Any]:
-        """Make `args`; return what the function of each operation takes."""
+    def _make_calls(self) -> tuple[Call, Call]:
+        """Return the arguments of a dispatch and of a combine."""
         offsets = self._offsets
-        self.args = LowLatencyArgs(
-            header.LowLatencyDispatchArgs(
-                common=self._common_args(
-                    header.EP_OP_LOW_LATENCY_DISPATCH,
-                    credit_offset=offsets.low_latency_credits,
-                    row_offset=offsets.low_latency_dispatch,
-                    header_offset=offsets.low_latency_headers,
-                    entry_offset=offsets.low_latency_entries,
-                ),
-                notice=self._memory.notice_address,
+        dispatch = header.LowLatencyDispatchArgs(
+            common=self._common_args(
+                header.EP_OP_LOW_LATENCY_DISPATCH,
+                credit_offset=offsets.low_latency_credits,
+                row_offset=offsets.low_latency_dispatch,
+                header_offset=offsets.low_latency_headers,
+                entry_offset=offsets.low_latency_entries,
             ),
-            header.LowLatencyCombineArgs(
-                common=self._common_args(
-                    header.EP_OP_LOW_LATENCY_COMBINE,
-                    credit_offset=offsets.low_latency_credits,
-                    row_offset=offsets.low_latency_combine,
-                    header_offset=offsets.low_latency_headers,
-                    entry_offset=offsets.low_latency_weights,
-                )
-            ),
+            notice=self._memory.notice_address,
         )
-        return {
-            "low_latency_dispatch": self.args.dispatch,
-            "low_latency_combine": self.args.combine,
-        }
+        combine = header.LowLatencyCombineArgs(
+            common=self._common_args(
+                header.EP_OP_LOW_LATENCY_COMBINE,
+                credit_offset=offsets.low_latency_credits,
+                row_offset=offsets.low_latency_combine,
+                header_offset=offsets.low_latency_headers,
+                entry_offset=offsets.low_latency_weights,
+            )
+        )
+        return (
+            Call("low_latency_dispatch", "ep_low_latency_dispatch", dispatch, dispatch),
+            Call("low_latency_combine", "ep_low_latency_combine", combine, combine),
+        )
 
     def _common_args(self, op: int, **offsets: int) -> header.LowLatency:
         is_combine = op == header.EP_OP_LOW_LATENCY_COMBINE
@@ -155,40 +194,38 @@ class NVLinkLowLatency:
     def dispatch(self, request: LowLatencyDispatchRequest) -> Pending[NVLinkLowLatencyRouting]:
         """Launch the kernel that sends, and that which receives or its hook."""
         self._memory.check()
-        topk_idx, weights, scales = request.topk_idx, request.topk_weights, request.recv_scales
-        max_tokens, ints = request.max_tokens, request.recv_src_info
-        args = self.args.dispatch
-        self._fill(args.common, topk_idx, weights, max_tokens, request.wait_stats)
+        call, sizes, ints = next(self._dispatches), request.sizes, request.recv_src_info
+        args, scales, recv_stats = call.args, request.recv_scales, request.recv_stats
+        if call.sizes is not sizes:
+            args.format = _FORMATS[sizes.scale_form]
+            args.scale_stride = 0 if scales is None else scales.stride(2)
+            self._set_sizes(call, sizes)
         args.recv_src_info = address = ints.data_ptr()
-        kept = self._kept(address, max_tokens, topk_idx.shape[1])
-        _set_handle(args.handle, kept)
+        call.set_handle(address)
         args.x = request.x.data_ptr()
         args.recv_x = request.recv_x.data_ptr()
         args.recv_scales = None if scales is None else scales.data_ptr()
-        args.scale_stride = 0 if scales is None else scales.stride(2)
         args.recv_count = request.recv_count.data_ptr()
-        args.recv_stats = None if request.recv_stats is None else request.recv_stats.data_ptr()
-        args.format = _FORMATS[request.scale_form]
-        current = self._launch("low_latency_dispatch", args.common, request)
-        routing = NVLinkLowLatencyRouting(
-            topk_idx=topk_idx, max_tokens=max_tokens, kept=kept, memory=ints, stream=current
-        )
-        return self._pending("low_latency_dispatch", request, routing, routing)
+        args.recv_stats = None if recv_stats is None else recv_stats.data_ptr()
+        current = self._launch(call, request.topk_idx, request)
+        routing = NVLinkLowLatencyRouting(request.topk_idx, sizes, ints, current)
+        return self._pending(call, request, routing, routing)
 
     def combine(
         self, routing: NVLinkLowLatencyRouting, request: LowLatencyCombineRequest
     ) -> Pending[None]:
         """Launch the kernel that sums and sends, and that which receives or its hook."""
         self._memory.check_fault()
-        args = self.args.combine
-        weights = request.topk_weights
-        self._fill(args.common, routing.topk_idx, weights, routing.max_tokens, request.wait_stats)
-        _set_handle(args.handle, routing.kept)
+        call = next(self._combines)
+        args = call.args
+        if call.sizes is not routing.sizes:
+            self._set_sizes(call, routing.sizes)
+        call.set_handle(routing.memory.data_ptr())
         args.x = request.x.data_ptr()
         args.combined_x = request.out.data_ptr()
-        current = self._launch("low_latency_combine", args.common, request)
+        current = self._launch(call, routing.topk_idx, request)
         self._keep_for_stream(current, routing)
-        return self._pending("low_latency_combine", request, routing, None)
+        return self._pending(call, request, routing, None)
 
     @property
     def most_operations(self) -> int:
@@ -218,80 +255,71 @@ class NVLinkLowLatency:
         credits = memory[self._offsets.low_latency_credits :]
         credits[: 16 * self._num_ranks].view(torch.int32).fill_(half)
 
-    def _kept(self, recv_src_info: int, max_tokens: int, num_topk: int) -> tuple[int, ...]:
-        """Return where a dispatch leaves what its combine needs: behind its `recv_src_info`."""
-        num_places = self._num_ranks * max_tokens
-        epochs = recv_src_info + 4 * self._num_local_experts * num_places
+    def _kept(self, sizes: LowLatencySizes) -> tuple[int, ...]:
+        """Return where a dispatch leaves what its combine needs, in bytes: see `Call.kept`."""
+        num_places = self._num_ranks * sizes.max_tokens
+        epochs = 4 * self._num_local_experts * num_places
         num_tokens = epochs + 4 * _EPOCHS
         num_rows = num_tokens + _BYTES_OF_PEERS
         ranks = num_rows + _BYTES_OF_PEERS
-        rows = ranks + 4 * max_tokens
-        weights = rows + 4 * num_places * num_topk
+        rows = ranks + 4 * sizes.max_tokens
+        weights = rows + 4 * num_places * sizes.num_topk
         return epochs, num_tokens, num_rows, ranks, rows, weights
 
-    def _fill(
-        self,
-        common: header.LowLatency,
-        topk_idx: Tensor,
-        weights: Tensor | None,
-        max_tokens: int,
-        wait_stats: Tensor | None,
-    ) -> None:
-        common.topk_idx = topk_idx.data_ptr()
-        common.idx_bytes = topk_idx.element_size()
-        common.num_tokens, common.num_topk = topk_idx.shape
-        common.weights = None if weights is None else weights.data_ptr()
-        common.has_weights = weights is not None
-        common.max_tokens = max_tokens
-        common.wait_stats = None if wait_stats is None else wait_stats.data_ptr()
+    def _set_sizes(self, call: Call, sizes: LowLatencySizes) -> None:
+        """Describe the tensors of operations, as long as they are alike."""
+        common = call.common
+        common.idx_bytes = sizes.idx_bytes
+        common.num_tokens, common.num_topk = sizes.num_tokens, sizes.num_topk
+        common.max_tokens = sizes.max_tokens
+        call.sizes, call.kept = sizes, self._kept(sizes)
 
     def _launch(
         self,
-        op: str,
-        common: header.LowLatency,
+        call: Call,
+        topk_idx: Tensor,
         request: LowLatencyDispatchRequest | LowLatencyCombineRequest,
     ) -> int:
         """Launch an operation, or its send phase; return the caller's stream."""
-        asynchronous = request.asynchronous
+        common, weights, wait_stats = call.common, request.topk_weights, request.wait_stats
+        common.topk_idx = topk_idx.data_ptr()
+        common.weights = None if weights is None else weights.data_ptr()
+        common.has_weights = weights is not None
+        common.wait_stats = None if wait_stats is None else wait_stats.data_ptr()
         common.phases = _SEND if request.is_split else _SEND | _RECEIVE
+        asynchronous = request.asynchronous
         common.num_blocks = sms = self._num_sms(asynchronous)
         stream = self._streams.begin(_KIND, asynchronous, sms)
-        common.peers.record = self._recorder.start(op, 2 * self._hidden)
-        self._native.launch(self._function.format(op), self._launched[op], stream)
+        call.peers.record = self._recorder.start(call.op, 2 * self._hidden)
+        self._native.launch(call.function, call.launched, stream)
         return self._streams.current if asynchronous else stream
 
     def _pending(
         self,
-        op: str,
+        call: Call,
         request: LowLatencyDispatchRequest | LowLatencyCombineRequest,
         routing: NVLinkLowLatencyRouting,
-        result: Any,
+        result: NVLinkLowLatencyRouting | None,
     ) -> Pending[Any]:
-        """Return what `_launch` has started, which the arguments still describe."""
+        """Return what `_launch` has started."""
         if request.asynchronous:
             return Pending(result, self._streams.comm_event((request, routing)))
         if not request.is_split:
             return Pending(result)
-        launched = self._launched[op]
-        args = type(launched).from_buffer_copy(launched)
-        common = self._common_of(args)
+        return Pending(None, None, functools.partial(self._receive, call, routing, result))
 
-        def receive() -> Any:
-            """Launch the receive phase."""
-            self._memory.check_fault()
-            common.phases = _RECEIVE
-            common.num_blocks = sms = self._num_sms(False)
-            stream = self._streams.begin(_KIND, False, sms)
-            self._native.launch(self._function.format(op), args, stream)
-            self._keep_for_stream(stream, routing)
-            return result
-
-        return Pending(finish=receive)
-
-    @staticmethod
-    def _common_of(args: Any) -> header.LowLatency:
-        """Return what both operations have among the arguments of a function."""
-        return args.common
+    def _receive(
+        self, call: Call, routing: NVLinkLowLatencyRouting, result: NVLinkLowLatencyRouting | None
+    ) -> NVLinkLowLatencyRouting | None:
+        """Launch the receive phase of what `call` still describes."""
+        self._memory.check_fault()
+        common = call.common
+        common.phases = _RECEIVE
+        common.num_blocks = sms = self._num_sms(False)
+        stream = self._streams.begin(_KIND, False, sms)
+        self._native.launch(call.function, call.launched, stream)
+        self._keep_for_stream(stream, routing)
+        return result
 
     def _keep_for_stream(self, current: int, routing: NVLinkLowLatencyRouting) -> None:
         """Keep the routing's memory until `current`, the current stream, is done with it."""
@@ -299,14 +327,3 @@ class NVLinkLowLatency:
             stream = torch.cuda.current_stream(self._device)
             for tensor in (routing.memory, routing.topk_idx):
                 tensor.record_stream(stream)
-
-
-def _set_handle(handle: header.LowLatencyHandle, kept: tuple[int, ...]) -> None:
-    """Set the fields one by one: another structure to copy would cost a call 2 µs."""
-    epochs, num_tokens, num_rows, ranks, rows, weights = kept
-    handle.epochs = epochs
-    handle.num_tokens = num_tokens
-    handle.num_rows = num_rows
-    handle.ranks = ranks
-    handle.rows = rows
-    handle.weights = weights

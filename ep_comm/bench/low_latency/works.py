@@ -93,13 +93,13 @@ def general_kernels(buffer: Buffer) -> Iterator[None]:
     """Have low-latency operations of a buffer over NVLink take the kernels for any sizes."""
     low_latency = buffer._session.backend.low_latency
     assert isinstance(low_latency, NVLinkLowLatency)
-    for args in low_latency.args:
-        args.common.is_general = True
+    for call in low_latency.calls:
+        call.common.is_general = True
     try:
         yield
     finally:
-        for args in low_latency.args:
-            args.common.is_general = False
+        for call in low_latency.calls:
+            call.common.is_general = False
 
 
 class Work(Protocol):
