@@ -174,7 +174,7 @@ def test_low_latency_in_a_graph():
 
 # ---- Host time ---------------------------------------------------------------------------------
 
-MOST = 1.15  # times the native call
+MOST = 1.2  # times the native call: about 3 us more, of 20 to 30 for the shortest
 _BLOCKS, _CALLS = 15, 40
 
 
