@@ -13,7 +13,7 @@ import torch
 
 TESTS = Path(__file__).parent
 # Their modules import each other by name, also in processes of their own (`ranks`).
-FOLDERS = [TESTS, *sorted({path.parent for path in TESTS.glob("*/test_*.py")})]
+FOLDERS = [TESTS, TESTS / "support", *sorted({path.parent for path in TESTS.glob("*/test_*.py")})]
 sys.path[:0] = [str(folder) for folder in FOLDERS]
 
 from ids import id_of  # noqa: E402 - needs the path

@@ -12,16 +12,9 @@ import pytest
 import torch
 from matrix import few_of
 from megatron_model import Setup, assert_same_bits, make_config, make_model, parallel_state, train
-from ranks import run_ranks, stop_pool
+from ranks import run_ranks
 
 pytest.importorskip("megatron.core")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def megatron_processes():
-    """Megatron's many groups have threads that poll: not beside the tests of other modules."""
-    yield
-    stop_pool("megatron")
 
 
 OVERLAP = (("overlap_moe_expert_parallel_comm", True),)

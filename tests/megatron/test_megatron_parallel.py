@@ -10,16 +10,9 @@ import dataclasses
 import pytest
 from matrix import few_of
 from megatron_model import Setup, assert_close_runs, assert_same_bits, train
-from ranks import run_ranks, stop_pool
+from ranks import run_ranks
 
 pytest.importorskip("megatron.core")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def megatron_processes():
-    """Megatron's many groups have threads that poll: not beside the tests of other modules."""
-    yield
-    stop_pool("megatron")
 
 
 def split(**sizes) -> Setup:
