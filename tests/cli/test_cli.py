@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from made_up_low_latency import made_up_run as low_latency_run
 from test_bench import made_up_run
-from test_bench_low_latency import made_up_run as low_latency_run
 from typer.testing import CliRunner
 
 from ep_comm import __version__, _native

@@ -1,4 +1,4 @@
-"""ep_comm/compare/statistics.py at its bounds. Verdicts over whole runs are in test_compare.py."""
+"""ep_comm/compare/statistics.py at its bounds. Verdicts over whole runs are in test_verdicts.py."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from made_up_comparison import STEPS, losses, run_of, write_log
 
 from ep_comm.compare.statistics import (
     FIRST_STEP_TOLERANCE,
@@ -14,13 +15,14 @@ from ep_comm.compare.statistics import (
     Noise,
     _relative,
     _within_noise,
+    difference,
     read_run,
     smooth,
     standard_error,
     steps_skipped,
     window_of,
 )
-from ep_comm.pretrain.log_file import TOKENS_PER_S, TRAIN_LOSS
+from ep_comm.pretrain.log_file import LOG_FILE, TOKENS_PER_S, TRAIN_LOSS
 
 
 @pytest.mark.parametrize(
@@ -83,3 +85,41 @@ def test_errors_of_few_values():
     assert standard_error([1.0]) is None
     assert standard_error([1.0, 3.0]) == pytest.approx(1.0)
     assert _relative(1.0, 0.0) == math.inf
+
+
+def test_smoothing_is_the_mean_of_the_last_steps():
+    values = np.random.default_rng(0).normal(size=30)
+    expected = [values[max(0, i - 6) : i + 1].mean() for i in range(30)]
+    np.testing.assert_allclose(smooth(values, 7), expected, rtol=1e-12)
+
+
+def test_difference_leaves_out_the_beginning():
+    reference, run = losses(), losses()
+    run[: steps_skipped(STEPS) - window_of(STEPS) + 1] += 100  # gone from the mean when it counts
+    run[49] += 0.5
+    found = difference(run_of(run, 3.2), run_of(reference, 3.0))
+    assert found.first == pytest.approx(100 / reference[0])
+    assert found.largest == pytest.approx(0.5 / window_of(STEPS))
+    assert 50 <= found.largest_step < 50 + window_of(STEPS)
+    assert found.mean == pytest.approx(0.5 / (STEPS - steps_skipped(STEPS)))
+    assert found.final_train == pytest.approx(0, abs=1e-12)
+    assert found.final_valid == pytest.approx(0.2)
+
+
+def test_differences_of_both_signs_do_not_cancel():
+    run = losses()
+    run[30:50] += 0.1
+    run[60:90] -= 0.1
+    assert difference(run_of(run), run_of(losses())).mean == pytest.approx(5 / 75)
+
+
+def test_numbers_of_a_run(tmp_path):
+    from ep_comm.pretrain.log_file import read_log
+
+    write_log(tmp_path / "run", losses())
+    run = read_run(read_log(tmp_path / "run" / LOG_FILE), STEPS)
+    assert run.tokens_per_s == np.median(1000 + np.arange(6, STEPS + 1))
+    assert run.final_train == pytest.approx(losses()[-window_of(STEPS) :].mean())
+    assert run.final_valid == losses()[-1] + 0.5
+    with pytest.raises(ValueError, match="step 101 is missing"):
+        read_run(read_log(tmp_path / "run" / LOG_FILE), STEPS + 1)

@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_up_comparison import CURVES, begun, compare, make_config
+from made_up_low_latency import made_up_run as latencies
 from rich.console import Console
 from test_bench import LIMIT
 from test_bench import made_up_run as operations
-from test_bench_low_latency import made_up_run as latencies
 from test_bench_overlap import made_up_run as prices
 from test_bench_train import made_up_run as steps
-from test_compare import CURVES, begun, compare
-from test_compare import config as config  # a fixture
 
 from ep_comm.bench.low_latency.report import write_json as write_latencies
 from ep_comm.bench.ops.report import document, write_json
@@ -128,7 +127,8 @@ def test_a_file_of_ep_comm_bench_train(device, checkout, tmp_path):
     assert "| alltoall | 1 | 12.0 | 11.0–13.0 | – |" in found
 
 
-def test_a_file_of_ep_comm_compare(checkout, config):
+def test_a_file_of_ep_comm_compare(checkout, tmp_path):
+    config = make_config(tmp_path)
     out = begun(config, CURVES)
     assert compare(config).exit_code == 0
     shutil.copy(out / "report.json", checkout / "docs" / "results" / "new.json")

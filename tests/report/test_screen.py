@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import re
 
+import made_up_low_latency
 import pytest
 import test_bench
-import test_bench_low_latency
 import test_bench_overlap
 import test_bench_train
 from rich.console import Console, Group
@@ -23,7 +23,7 @@ from ep_comm.report.screen import make_page, write_page
 
 SHOWN = {
     "ops": lambda: render_ops(test_bench.made_up_run(test_bench.LIMIT)),
-    "low-latency": lambda: render_low_latency(test_bench_low_latency.made_up_run()),
+    "low-latency": lambda: render_low_latency(made_up_low_latency.made_up_run()),
     "overlap": lambda: render_overlap(test_bench_overlap.made_up_run()),
     "train": lambda: render_train(test_bench_train.made_up_run()),
 }
