@@ -136,7 +136,7 @@ _FAULTS, _MASKS, _RUNS = (
     "core/test_low_latency_masks.py",
     "faults/test_runs.py",
 )
-_REFUSALS, _RESUMED = "pretrain/test_example_refusals.py", "pretrain/test_example.py"
+_REFUSALS, _RESUMED = "pretrain/test_example_refusals.py", "pretrain/test_resume.py"
 
 OTHERS = [
     # ---- the library
@@ -256,7 +256,7 @@ OTHERS = [
     Other(
         "a line of the log is damaged",
         "it is told; the others are read",
-        f"{_RESUMED}::test_damaged_lines_of_a_log",
+        "pretrain/test_run_log.py::test_damaged_lines_of_a_log",
     ),
     Other(
         "SIGTERM or SIGINT, to one rank or to all",
