@@ -195,26 +195,39 @@ def test_signals_before_their_data_give_wrong_results(card, path):
     assert "the process died" not in str(error.value)
 
 
-def over_a_link_that_dies(rank: int, case: Case, cut: Path) -> tuple[float, str, tuple[int, ...]]:
+def warmed_up(rank: int, case: Case) -> tuple[Buffer, torch.Tensor, torch.Tensor]:
+    """A buffer that has been used once, and the `x` and `topk_idx` of it."""
     buffer = Buffer(None, case.config(timeout_s=TIMEOUT_S))
     topk = to_torch(case.topk_idx(rank), "cuda")
     x = to_torch(case.rows(rank, case.tokens[rank], salt=2), "cuda")
     out = buffer.dispatch(x, topk)
     buffer.combine(out.recv_x, out.handle)
     torch.cuda.synchronize()
-    dist.barrier()
-    if rank == 0:
-        cut.touch()
-    dist.barrier()
+    return buffer, x, topk
+
+
+def dispatch_until_timeout(
+    buffer: Buffer, x: torch.Tensor, topk: torch.Tensor
+) -> tuple[float, EPTimeoutError]:
+    """Dispatch again and again; after how many seconds it raised, and what."""
     begin = time.monotonic()
     with pytest.raises(EPTimeoutError) as error:
         while time.monotonic() < begin + 4 * TIMEOUT_S:
             buffer.dispatch(x, topk)
             torch.cuda.synchronize()
-    took = time.monotonic() - begin
+    return time.monotonic() - begin, error.value
+
+
+def over_a_link_that_dies(rank: int, case: Case, cut: Path) -> tuple[float, str, tuple[int, ...]]:
+    buffer, x, topk = warmed_up(rank, case)
+    dist.barrier()
+    if rank == 0:
+        cut.touch()
+    dist.barrier()
+    took, error = dispatch_until_timeout(buffer, x, topk)
     assert not buffer.is_usable
     dist.barrier()  # the other one is as far
-    return took, str(error.value), error.value.late_ranks
+    return took, str(error), error.late_ranks
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -230,25 +243,15 @@ def test_a_dead_link_is_named_in_time(card, path, tmp_path):
 def beside_a_host_that_stands_still(rank: int, case: Case) -> tuple | None:
     store = dist.distributed_c10d._get_default_store()
     store.set(f"pid/{rank}", str(os.getpid()))
-    buffer = Buffer(None, case.config(timeout_s=TIMEOUT_S))
-    topk = to_torch(case.topk_idx(rank), "cuda")
-    x = to_torch(case.rows(rank, case.tokens[rank], salt=2), "cuda")
-    out = buffer.dispatch(x, topk)
-    buffer.combine(out.recv_x, out.handle)
-    torch.cuda.synchronize()
+    buffer, x, topk = warmed_up(rank, case)
     dist.barrier()
     torch.cuda.synchronize()
     if rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
         return None
-    begin = time.monotonic()
-    with pytest.raises(EPTimeoutError) as error:
-        while time.monotonic() < begin + 4 * TIMEOUT_S:
-            buffer.dispatch(x, topk)
-            torch.cuda.synchronize()
-    took = time.monotonic() - begin
+    took, error = dispatch_until_timeout(buffer, x, topk)
     os.kill(int(store.get("pid/1")), signal.SIGCONT)
-    return took, str(error.value), error.value.late_ranks
+    return took, str(error), error.late_ranks
 
 
 @pytest.mark.parametrize("path", PATHS)
