@@ -7,6 +7,7 @@ import importlib.util
 
 import pytest
 import torch
+from megatron_cases import CLOSE, CLOSE_BF16
 from megatron_model import Setup, assert_close_runs, train
 from own_name import install
 from ranks import run_ranks, stop_pool
@@ -24,8 +25,6 @@ SETUPS = {
         config=(("recompute_granularity", "selective"), ("recompute_modules", ["moe"]))
     ),
 }
-CLOSE = dict(rtol=2e-5, atol=2e-6)
-CLOSE_BF16 = dict(rtol=5e-2, atol=5e-3)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,6 +11,7 @@ import dataclasses
 import pytest
 import torch
 from matrix import few_of
+from megatron_cases import PADDED, SHARED
 from megatron_model import Setup, assert_same_bits, make_config, make_model, parallel_state, train
 from ranks import run_ranks
 
@@ -19,10 +20,8 @@ pytest.importorskip("megatron.core")
 
 OVERLAP = (("overlap_moe_expert_parallel_comm", True),)
 DELAYED = (*OVERLAP, ("delay_wgrad_compute", True))
-SHARED = (("moe_shared_expert_intermediate_size", 40),)
 LAYERS = (("num_layers", 4),)
 MTP = (("mtp_num_layers", 1),)
-PADDED = (("moe_expert_capacity_factor", 1.0), ("moe_pad_expert_input_to_capacity", True))
 SPLIT_LAYERS = dict(pp=2, vpp=2, microbatches=4)
 
 

@@ -9,6 +9,7 @@ import dataclasses
 
 import pytest
 from matrix import few_of
+from megatron_cases import CLOSE, SHARED
 from megatron_model import Setup, assert_close_runs, assert_same_bits, train
 from ranks import run_ranks
 
@@ -21,7 +22,6 @@ def split(**sizes) -> Setup:
 
 LAYERS = (("num_layers", 4),)
 MTP = (("mtp_num_layers", 1),)
-SHARED = (("moe_shared_expert_intermediate_size", 40),)
 PADDED = (("moe_pad_expert_input_to_capacity", True),)
 RECOMPUTE_MOE = (("recompute_granularity", "selective"), ("recompute_modules", ["moe"]))
 
@@ -53,7 +53,6 @@ SPLIT = {
     "cp2_ep4": split(cp=2, ep=4),
     "tp2_cp2_etp2_ep2": split(tp=2, cp=2, etp=2, ep=2),
 }
-CLOSE = dict(rtol=2e-5, atol=2e-6)
 CLOSE_ETP = dict(rtol=1e-4, atol=1e-4)  # shards' partial sums are added in another order
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import queue
+from types import SimpleNamespace
+
 import pytest
 import torch
+from ranks import run_ranks
 
 pytest.importorskip("megatron.core")
 
@@ -75,3 +79,87 @@ def test_apexs_fusion_in_megatrons_own_layers_is_refused():
     with pytest.raises(EPUnsupportedError, match="--no-gradient-accumulation-fusion"):
         DelayedWeightGradient(linear)
     assert linear._forward_impl == forward and not hasattr(linear.weight, "skip_backward_post_hook")
+
+
+class DelayingLinear(torch.nn.Module):
+    """Hands out and keeps its gradient's memory as Transformer Engine's delaying layers do."""
+
+    fuse_wgrad_accumulation = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3, 2))
+        self.weight.skip_backward_post_hook = True
+        self.wgrad_store = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _DelayingFunction.apply(x, self.weight, self.wgrad_store)
+
+
+class _DelayingFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, store):
+        ctx.save_for_backward(weight)
+        ctx.store = store
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        ctx.store.append(torch.full_like(weight, torch.nan))  # not computed yet
+        return grad @ weight, ctx.store[-1], None
+
+
+def unfinished_gradients_are_left_alone(rank: int) -> None:
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    from ep_comm.megatron.wgrad import delay_weight_gradients
+
+    experts = torch.nn.Sequential(DelayingLinear(), torch.nn.ReLU())
+    x = torch.ones(4, 2, requires_grad=True)
+    layer = experts[0]
+    experts(x).sum().backward()
+    assert layer.weight.grad.isnan().all(), "autograd copied it"
+    delay_weight_gradients(experts)
+    addresses = set()
+    for _ in range(2):
+        layer.weight.grad = None
+        experts(x).sum().backward()
+        addresses.add(layer.weight.grad.data_ptr())
+    assert len(addresses) == 1, "autograd copied the placeholder"
+    assert addresses.isdisjoint(grad.data_ptr() for grad in layer.wgrad_store)
+    assert x.grad.eq(9).all()
+
+
+def test_autograd_copies_no_unfinished_gradients():
+    run_ranks(1, unfinished_gradients_are_left_alone, pool="megatron")
+
+
+class StoringLinear(torch.nn.Module):
+    """Keeps a queue of delayed gradients; some of Transformer Engine's raise where it is empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3, 2))
+        self.wgrad_store = SimpleNamespace(context=queue.Queue())
+
+    def backward_dw(self) -> None:
+        self.wgrad_store.context.get_nowait()
+
+
+def only_owed_gradients_are_computed(rank: int) -> None:
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    from ep_comm.megatron.wgrad import delay_weight_gradients
+
+    frozen, trained = StoringLinear(), StoringLinear()
+    compute = delay_weight_gradients(torch.nn.Sequential(frozen, trained))
+    trained.wgrad_store.context.put("operands")
+    compute()
+    assert trained.wgrad_store.context.empty()
+
+
+def test_frozen_layers_are_asked_for_no_gradient():
+    run_ranks(1, only_owed_gradients_are_computed, pool="megatron")
