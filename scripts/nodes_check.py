@@ -25,10 +25,10 @@ from ep_comm import Buffer, EPError
 from ep_comm.job.exits import UserError, user_errors_exit
 from ep_comm.job.start import has_launcher, join
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "core")]
+SUPPORT = Path(__file__).resolve().parents[1] / "tests" / "support"
+sys.path.insert(0, str(SUPPORT))
 
-from test_buffer import check_results, on_gpus, random_case, run_case  # noqa: E402
+from buffer_cases import check_results, on_gpus, random_case, run_case  # noqa: E402
 
 
 def main() -> int:

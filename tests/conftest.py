@@ -1,22 +1,15 @@
-"""Shared set-up: ids, markers that skip loudly, and the tests' own modules on the path."""
+"""Shared set-up: ids, and markers that skip loudly. The path is set in pyproject.toml."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-
-TESTS = Path(__file__).parent
-# Their modules import each other by name, also in processes of their own (`ranks`).
-FOLDERS = [TESTS, TESTS / "support", *sorted({path.parent for path in TESTS.glob("*/test_*.py")})]
-sys.path[:0] = [str(folder) for folder in FOLDERS]
-
-from ids import id_of  # noqa: E402 - needs the path
+from ids import id_of
 
 # Tests make buffers fail, and each leaves a file.
 os.environ.setdefault("EP_COMM_FAULTS", tempfile.mkdtemp(prefix="ep_comm-tests-"))

@@ -9,14 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from ep_comm import (
-    Buffer,
-    EPArgumentError,
-    EPConfig,
-    EPUnsupportedError,
-    NetworkSettings,
-    _native,
-)
+from ep_comm import Buffer, EPArgumentError, EPConfig, EPUnsupportedError, NetworkSettings, _native
 from ep_comm._native import header
 from ep_comm.backends import NodesBackend, NVLinkBackend, with_nodes
 from ep_comm.backends.nodes.memory import NodesMemory

@@ -7,18 +7,13 @@ from unittest import mock
 
 import pytest
 import torch
+from buffer_cases import CASES, check_results, on_gpus, random_case, run_case
+from capacity_cases import GRAPH_CASE, captured
 from cases import Case, to_numpy, to_torch
-from copy_engine_cases import (
-    capacity_on_buffer,
-    check_dense_bytes,
-    fp8_on_buffer,
-    run_on_buffer,
-)
+from copy_engine_cases import capacity_on_buffer, check_dense_bytes, fp8_on_buffer, run_on_buffer
+from fp8_cases import CASE as FP8_CASE
+from fp8_cases import check_fp8_results
 from ranks import run_ranks
-from test_buffer import CASES, check_results, on_gpus, random_case, run_case
-from test_capacity import GRAPH_CASE, captured
-from test_dispatch_fp8 import CASE as FP8_CASE
-from test_dispatch_fp8 import check_fp8_results
 from test_nvlink_launches import (
     COMM,
     COPIES,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from typing import Any
 
 import pytest
 import torch
+from buffer_cases import on_gpus
 from cases import wait_for_stream
 from low_latency_cases import (
     Inputs,
@@ -20,30 +20,34 @@ from low_latency_cases import (
     run_combined_twice,
     run_two_at_once,
 )
+from low_latency_suite import (
+    CASES,
+    CHANGING,
+    GRAPH,
+    HARD,
+    LARGE,
+    SMALL,
+    TWICE,
+    TWO_AT_ONCE,
+    changing_operations,
+    rank_one_stays_away,
+    replays,
+)
 from ranks import run_ranks
-from test_buffer import on_gpus
-from test_low_latency import CASES, CHANGING, HARD, TWICE, TWO_AT_ONCE, changing_operations
 from virtual_ranks import run_virtual_ranks
 
 from ep_comm import Buffer
 from ep_comm.blank import Blank, maker
-from ep_comm.errors import EPMismatchError, EPRoutingError, EPStateError, EPTimeoutError
+from ep_comm.errors import EPMismatchError, EPRoutingError, EPStateError
 
 pytestmark = pytest.mark.gpu
 EIGHT = LowLatencyCase(
     tokens=(12, 0, 7, 1, 12, 3, 9, 5), scales="fp32", hidden=384, num_topk=6, drop=0.1
 )
-GRAPH = LowLatencyCase(tokens=(9, 12), scales="ue8m0", hidden=512, num_topk=4, drop=0.1)
-LARGE = LowLatencyCase(
-    tokens=(128, 128), max_tokens=128, scales="fp32", hidden=7168, num_topk=8, experts_per_rank=18
-)
 
 
 def on_buffer(rank: int, buffer: Buffer, case: LowLatencyCase) -> dict[str, Any]:
     return run_case(rank, buffer, case, "cuda")
-
-
-SMALL = LowLatencyCase(tokens=(7, 5), scales="fp32", hidden=128, num_topk=3, max_tokens=7)
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])
@@ -158,20 +162,6 @@ def test_changing_operations_of_one_buffer(delay_us):
         check_results(case, [of_rank[number] for of_rank in results])
 
 
-def rank_one_stays_away(rank: int, buffer: Buffer, case: LowLatencyCase) -> str | None:
-    given = Inputs.of_case(case, rank, "cuda")
-    if rank == 1:
-        time.sleep(3)
-        return None
-    out = dispatch(buffer, case, given)
-    combine(buffer, case, given, out.handle)  # after the fault it touches nobody's memory
-    with pytest.raises(EPTimeoutError) as caught:
-        buffer.synchronize()
-    assert not buffer.is_usable and caught.value.late_ranks == (1,)
-    assert not out.recv_count.any()
-    return str(caught.value)
-
-
 def test_a_late_rank_is_named():
     case = on_gpus(LowLatencyCase(tokens=(7, 5)), "nvlink")
     config = case.config(timeout_s=1.0)
@@ -258,43 +248,6 @@ def test_weights_that_some_ranks_alone_bring_are_a_mismatch():
 
 
 # ---- CUDA graphs -------------------------------------------------------------------------------
-
-
-def replays(rank: int, case: LowLatencyCase, seeds: range) -> list[dict[str, Any]]:
-    """Two layers in one graph, replayed with changing routing and poisoned outputs."""
-    with torch.cuda.stream(torch.cuda.Stream()), Buffer(None, case.config()) as buffer:
-        layers = [Inputs.of_case(case, rank, "cuda") for _ in range(2)]
-        torch.cuda.current_stream().synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, stream=torch.cuda.current_stream(), capture_error_mode="relaxed"
-        ):
-            outs = [dispatch(buffer, case, given) for given in layers]
-            for out in outs[:: -1 if case.split else 1]:
-                if case.split:
-                    out.hook()
-            backs = [
-                combine(buffer, case, given, out.handle)
-                for given, out in zip(layers, outs, strict=True)
-            ]
-            for back in backs:
-                if case.split:
-                    back.hook()
-        results = []
-        for seed in seeds:
-            for given, salt in zip(layers, (0, 1000), strict=True):
-                fresh = Inputs.of_case(dataclasses.replace(case, seed=seed + salt), rank, "cuda")
-                for static, new in zip(given, fresh, strict=True):
-                    static.copy_(new)
-            for out in outs:
-                for tensor in (out.recv_x[0].view(torch.uint8), out.recv_count):
-                    tensor.fill_(77)
-            graph.replay()
-            wait_for_stream()
-            buffer.synchronize()
-            both = zip(layers, outs, strict=True)
-            results += [as_numpy(case, given, out) for given, out in both]
-        return results
 
 
 def check_replays(num_ranks: int, split: bool) -> None:

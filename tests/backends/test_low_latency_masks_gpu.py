@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from buffer_cases import on_gpus
 from cases import wait_for_stream
 from low_latency_cases import Inputs, LowLatencyCase, as_numpy, combine, dispatch
-from ranks import run_ranks
-from test_buffer import on_gpus
-from test_low_latency_masks import (
+from mask_cases import (
     FOUR,
     THREE,
     TIMEOUT_S,
@@ -25,6 +24,7 @@ from test_low_latency_masks import (
     make_buffer,
     of_step,
 )
+from ranks import run_ranks
 from virtual_ranks import run_virtual_ranks
 
 from ep_comm import Buffer, EPStateError, EPTimeoutError

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 import torch
+from buffer_cases import check_results, on_gpus, random_case, run_case
 from cases import Case
 from ranks import run_ranks
-from test_buffer import check_results, on_gpus, random_case, run_case
 from virtual_nodes import check_wire_bytes
 
 from ep_comm import Buffer, EPArgumentError, EPConfig

@@ -12,12 +12,12 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
+from buffer_cases import check_results, on_gpus, random_case, run_case
 from cases import Case
 from low_latency_cases import LowLatencyCase
 from low_latency_cases import check_results as check_low_latency_results
 from low_latency_cases import run_case as run_low_latency_case
 from ranks import run_ranks
-from test_buffer import check_results, on_gpus, random_case, run_case
 from virtual_nodes import check_wire_bytes
 
 from ep_comm import Buffer, EPConfig, EPUnsupportedError, _native

@@ -12,12 +12,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from ep_comm import (
-    EPOverflowError,
-    EPStateError,
-    EPTimeoutError,
-    EPTooManyTokensError,
-)
+from ep_comm import EPOverflowError, EPStateError, EPTimeoutError, EPTooManyTokensError
 from ep_comm._native import header
 from ep_comm.backends.nvlink import mapping
 from ep_comm.backends.nvlink.farewell import Farewell

@@ -8,18 +8,13 @@ import re
 import numpy as np
 import pytest
 import torch
+from buffer_cases import CASES, check_results, on_gpus, random_case, run_case
+from capacity_cases import exact_and_roomy, groups_of_one_size
 from cases import Case, to_torch
+from fp8_cases import CASE as FP8_CASE
+from fp8_cases import check_fp8_results, dispatch_all_ways
 from ranks import RankFailure
-from test_buffer import CASES, check_results, on_gpus, random_case, run_case
-from test_capacity import exact_and_roomy, groups_of_one_size
-from test_dispatch_fp8 import CASE as FP8_CASE
-from test_dispatch_fp8 import check_fp8_results, dispatch_all_ways
-from virtual_nodes import (
-    check_sums_of_two,
-    check_wire_bytes,
-    run_virtual_nodes,
-    sums_of_few,
-)
+from virtual_nodes import check_sums_of_two, check_wire_bytes, run_virtual_nodes, sums_of_few
 
 from ep_comm import Buffer
 

@@ -4,40 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import time
 from typing import Any
 
 import pytest
 import torch
+from buffer_cases import on_gpus
 from cases import wait_for_stream
 from low_latency_cases import (
-    Inputs,
     LowLatencyCase,
     check_in_turn,
     check_results,
-    combine,
-    dispatch,
     run_ahead_of_one,
     run_case,
     run_combined_twice,
     run_two_at_once,
     run_unwaited,
 )
+from low_latency_suite import (
+    CASES,
+    CHANGING,
+    CHUNKS,
+    GRAPH,
+    HARD,
+    LARGE,
+    SHAPES,
+    SMALL,
+    TWICE,
+    TWO_AT_ONCE,
+    changing_operations,
+    rank_one_stays_away,
+    replays,
+)
 from ranks import RankFailure, run_ranks
-from test_buffer import on_gpus
-from test_low_latency import CASES, CHANGING, HARD, TWICE, TWO_AT_ONCE, changing_operations
-from test_low_latency_gpu import GRAPH, LARGE, replays
 from virtual_nodes import run_virtual_nodes
 
-from ep_comm import Buffer, EPTimeoutError
+from ep_comm import Buffer
 
 pytestmark = pytest.mark.gpu
-
-SHAPES = {1: [(1, 1)], 2: [(2, 1)], 3: [(3, 1)], 4: [(2, 2), (4, 1)]}
-# Several chunks to a rank, of which the last has fewer rows.
-CHUNKS = LowLatencyCase(
-    tokens=(40, 33, 64, 9), max_tokens=64, hidden=640, num_topk=6, experts_per_rank=3, drop=0.1
-)
 
 
 def between_nodes(case: LowLatencyCase, shape: tuple[int, int]) -> LowLatencyCase:
@@ -53,9 +56,6 @@ def on_buffer(rank: int, buffer: Buffer, case: LowLatencyCase) -> dict[str, Any]
 def check_case(shape: tuple[int, int], case: LowLatencyCase, **how: Any) -> None:
     case = between_nodes(case, shape)
     check_results(case, run_virtual_nodes(*shape, on_buffer, case.config(), case, **how))
-
-
-SMALL = LowLatencyCase(tokens=(7, 5), scales="fp32", hidden=128, num_topk=3, max_tokens=7)
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["nodes-fused", "nodes-split"])
@@ -163,20 +163,6 @@ def test_flags_before_their_data_give_wrong_results(shape):
         check_case(shape, case, early_flags=True, network_us=5000)
     if failure.type is RankFailure:  # found on the ranks; and their process did not just die
         assert re.search(r"AssertionError|ep_comm\.errors\.EP\w+Error", str(failure.value))
-
-
-def rank_one_stays_away(rank: int, buffer: Buffer, case: LowLatencyCase) -> str | None:
-    given = Inputs.of_case(case, rank, "cuda")
-    if rank == 1:
-        time.sleep(3)
-        return None
-    out = dispatch(buffer, case, given)
-    combine(buffer, case, given, out.handle)  # after the fault it touches nobody's memory
-    with pytest.raises(EPTimeoutError) as caught:
-        buffer.synchronize()
-    assert not buffer.is_usable and caught.value.late_ranks == (1,)
-    assert not out.recv_count.any()
-    return str(caught.value)
 
 
 def test_a_late_rank_is_named():

@@ -8,10 +8,7 @@ import time
 
 import pytest
 import torch
-from cases import Case, to_numpy, to_torch, wait_for_stream
-from copy_engine_cases import check_dense_bytes
-from ranks import run_ranks
-from test_buffer import (
+from buffer_cases import (
     CASES,
     changing_config,
     changing_on_reference,
@@ -21,9 +18,12 @@ from test_buffer import (
     random_case,
     run_case,
 )
-from test_capacity import exact_and_roomy
-from test_dispatch_fp8 import CASE as FP8_CASE
-from test_dispatch_fp8 import check_fp8_results, dispatch_all_ways
+from capacity_cases import exact_and_roomy
+from cases import Case, to_numpy, to_torch, wait_for_stream
+from copy_engine_cases import check_dense_bytes
+from fp8_cases import CASE as FP8_CASE
+from fp8_cases import check_fp8_results, dispatch_all_ways
+from ranks import run_ranks
 from virtual_ranks import run_virtual_ranks, sms_of_a_rank
 
 from ep_comm import Buffer, fp8

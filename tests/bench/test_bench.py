@@ -10,12 +10,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from made_up_operations import LIMIT, SETTINGS, SLOW, made_up_run
 from ranks import run_ranks
 
 from ep_comm import Buffer, EPConfig
 from ep_comm.bench import timing
 from ep_comm.bench.ops.alltoall import AllToAll
-from ep_comm.bench.ops.probe import Limit
 from ep_comm.bench.ops.report import headline, render, write_json, write_plot
 from ep_comm.bench.ops.routing import (
     RoutingSpec,
@@ -24,7 +24,7 @@ from ep_comm.bench.ops.routing import (
     tokens_per_expert,
     tokens_per_rank,
 )
-from ep_comm.bench.ops.run import Result, Run, run
+from ep_comm.bench.ops.run import Run, run
 from ep_comm.bench.ops.settings import PRESETS, Settings, Shape, parse_sms
 from ep_comm.bench.timing import Samples, Stopwatch, summarize
 from ep_comm.cli.bench.common import wide_console
@@ -35,14 +35,6 @@ SPECS = [
     RoutingSpec(kind="group-limited", num_groups=8, topk_groups=2),
     RoutingSpec(kind="zipf", skew=1.2),
 ]
-SETTINGS = Settings(
-    shape=Shape(tokens=16, hidden=128, experts=8, topk=3),
-    routing=RoutingSpec(),
-    sms=(0, 24),
-    fp8=True,
-    layout="expert",
-    iters=3,
-)
 
 
 # ---- Routing -------------------------------------------------------------------------------------
@@ -228,9 +220,6 @@ def test_alltoall_gives_the_rows_of_the_buffer(num_ranks, num_topk):
 
 # ---- One run, on the CPU -------------------------------------------------------------------------
 
-LIMIT = Limit(gb_per_s_by_sms={16: 331.0, 32: 333.0})
-SLOW = Limit(gb_per_s_by_sms={16: 210.0, 32: 319.9})
-
 
 def a_run(rank: int, settings: Settings) -> tuple[Run, list[str]]:
     said: list[str] = []
@@ -319,44 +308,6 @@ def test_summary():
 
 
 # ---- What is written -----------------------------------------------------------------------------
-
-
-def made_up_run(limit: Limit) -> Run:
-    """100 µs at 333 GB/s are 33.3 MB."""
-
-    def result(case: str, num_sms: int | None, call_us: float, kernel: bool) -> Result:
-        return Result(
-            case=case,
-            num_sms=num_sms,
-            samples=Samples(
-                call=(call_us, call_us + 1, call_us - 1),
-                host=(40.0, 41.0, 42.0),
-                host_idle=(50.0, 51.0, 52.0),
-                idle=(call_us + 60,) * 3,
-                kernel=(call_us - 20,) * 3 if kernel else (),
-                unaligned=(call_us + 5,) * 3,
-            ),
-            wire_bytes=33.3e6,
-            floor_bytes=33.3e6,
-            logical_bytes=66_600_000,
-        )
-
-    return Run(
-        settings=SETTINGS,
-        num_ranks=4,
-        backend="nvlink (4 GPUs)",
-        buffer_bytes=2**30,
-        limit=limit,
-        rank_imbalance=1.01,
-        expert_imbalance=1.2,
-        results=(
-            result("dispatch, fresh", 0, 120, False),
-            result("combine", 0, 110, True),
-            result("dispatch, fresh", 24, 150, False),
-            result("combine", 24, 140, True),
-            result("NCCL alltoall dispatch", None, 400, False),
-        ),
-    )
 
 
 def text_of(found: Run) -> str:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_up_overlap import SETTINGS, made_up_price, made_up_run
 from ranks import run_ranks
 
 from ep_comm import Buffer
 from ep_comm.backends.nvlink import prices
 from ep_comm.backends.nvlink.prices import gemm_tiles
 from ep_comm.bench.ops.cases import buffer_cases, make_inputs
-from ep_comm.bench.ops.routing import RoutingSpec
 from ep_comm.bench.ops.settings import PRESETS, Shape
 from ep_comm.bench.overlap import check, gemms, price, settings
 from ep_comm.bench.overlap.price import Beside, Span
@@ -28,22 +28,11 @@ from ep_comm.bench.overlap.report import (
     write_plot,
     write_prices,
 )
-from ep_comm.bench.overlap.run import Price, Run, run
+from ep_comm.bench.overlap.run import Run, run
 from ep_comm.bench.overlap.settings import ExpertShape, GemmShape, OverlapSettings
 from ep_comm.cli.bench.common import wide_console
 from ep_comm.errors import EPArgumentError
 from ep_comm.job.exits import UserError
-
-SETTINGS = OverlapSettings(
-    shape=Shape(tokens=24, hidden=512, experts=8, topk=3),
-    routing=RoutingSpec(),
-    sms=(0, 16),
-    layouts=("expert", "rank"),
-    fp8=True,
-    gemms=(GemmShape(256, 512, 128),),
-    experts=None,
-    runs=3,
-)
 
 # ---- Settings ------------------------------------------------------------------------------------
 
@@ -193,40 +182,6 @@ def test_one_wrong_byte_is_found(layout):
 
 
 # ---- What is written -----------------------------------------------------------------------------
-
-
-def made_up_price(case: str, num_sms: int | None, lost: float, **others) -> Price:
-    kept = dict(
-        case=case,
-        layout="expert",
-        gemm="4096x4096x7168",
-        tiles=512,
-        num_sms=num_sms,
-        alone=(222.0, 223.0, 221.0),
-        beside=(489.0,) * 3,
-        lost=(lost - 5, lost, lost + 7),
-        serial=(230.0,) * 3,
-        num_wrong=0,
-    )
-    return Price(**{**kept, **others})
-
-
-def made_up_run(*more: Price) -> Run:
-    prices = (
-        made_up_price("dispatch, cached", 0, 186),
-        made_up_price("dispatch, cached", 64, 170),
-        made_up_price("dispatch, cached", 24, 237),
-        made_up_price("NCCL alltoall dispatch", None, 404, layout=None),
-    )
-    wanted = dataclasses.replace(SETTINGS, sms=(0, 64, 24), gemms=(GemmShape(4096, 4096, 7168),))
-    return Run(
-        settings=wanted,
-        num_ranks=2,
-        available_sms=132,
-        backend="nvlink (2 GPUs)",
-        gemm_us={"4096x4096x7168": 307.0},
-        prices=prices + more,
-    )
 
 
 def text_of(found: Run) -> str:

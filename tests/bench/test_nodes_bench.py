@@ -8,8 +8,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from made_up_operations import LIMIT, SETTINGS
 from ranks import run_ranks
-from test_bench import LIMIT, SETTINGS
 
 from ep_comm.bench import timing
 from ep_comm.bench.ops.settings import Settings

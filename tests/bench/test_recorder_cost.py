@@ -10,8 +10,8 @@ from unittest import mock
 
 import pytest
 import torch
+from made_up_operations import SETTINGS
 from ranks import run_ranks
-from test_bench import SETTINGS
 
 from ep_comm.bench import timing
 

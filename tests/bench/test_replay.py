@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from example_runs import ROOT, environment
+from made_up_operations import LIMIT
 from ranks import run_ranks
-from test_bench import LIMIT
 from typer.testing import CliRunner
 
 from ep_comm.bench import timing

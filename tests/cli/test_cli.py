@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from made_up_low_latency import made_up_run as low_latency_run
-from test_bench import made_up_run
+from made_up_operations import made_up_run
 from typer.testing import CliRunner
 
 from ep_comm import __version__, _native

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
+from html_page import MOST_BYTES, Page
 from made_up_comparison import comparison_page
-from test_page import MOST_BYTES, Page
 
 from ep_comm.report.document import to_html, to_markdown
 

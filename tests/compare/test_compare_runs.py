@@ -16,14 +16,7 @@ pytest.importorskip("megatron.core")
 pytest.importorskip("pydantic")
 pytest.importorskip("wandb")
 
-from example_runs import (  # noqa: E402
-    SMALL,
-    environment,
-    losses,
-    records,
-    train,
-    wandb_records,
-)
+from example_runs import SMALL, environment, losses, records, train, wandb_records  # noqa: E402
 
 from ep_comm.compare.plan import VARIANTS  # noqa: E402
 from ep_comm.pretrain.flags import parse_args  # noqa: E402

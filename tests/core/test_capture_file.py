@@ -13,15 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ep_comm.job.exits import UserError
-from ep_comm.routing.capture import (
-    RankFile,
-    Sizes,
-    of_map,
-    read,
-    read_file,
-    to_bytes,
-    write_step,
-)
+from ep_comm.routing.capture import RankFile, Sizes, of_map, read, read_file, to_bytes, write_step
 
 SHIPPED = Path(__file__).parents[1] / "data" / "routing-capture"
 SIZES = Sizes(num_experts=6, num_topk=3, hidden=32, num_ranks=2)

@@ -1,20 +1,14 @@
 """FP8 wire format against Transformer Engine's bits."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fp8_golden import GOLDEN, golden_input
 
 from ep_comm import fp8
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
-
-GOLDEN = np.load(Path(__file__).parents[1] / "data" / "te_block_fp8_golden.npz")
-
-
-def golden_input() -> torch.Tensor:
-    return torch.from_numpy(GOLDEN["x_bf16_bits"].copy()).view(torch.bfloat16)
 
 
 def assert_same_bits(actual: torch.Tensor, expected: np.ndarray) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import assert_same, to_numpy
+from fp8_golden import golden_input
 from ranks import run_ranks
-from test_fp8 import golden_input
 
 from ep_comm import Buffer, EPConfig, fp8
 

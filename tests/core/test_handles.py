@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from buffer_cases import check_grad_weights, check_recv_probs, on_gpus, rows_of_token
 from cases import Case, assert_same, to_numpy, to_torch
 from oracle import combine, expert_rows, rank_rows
 from ranks import run_ranks
-from test_buffer import check_grad_weights, check_recv_probs, on_gpus, rows_of_token
 from virtual_ranks import run_virtual_ranks
 
 from ep_comm import Buffer, DispatchHandle, EPConfig

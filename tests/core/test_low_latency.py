@@ -21,38 +21,12 @@ from low_latency_cases import (
     run_two_at_once,
 )
 from low_latency_oracle import from_e4m3, quantize
+from low_latency_suite import CASES, CHANGING, HARD, TWICE, TWO_AT_ONCE, Case, changing_operations
 from ranks import run_ranks
 
 from ep_comm import Buffer, EPConfig, fp8_low_latency
 from ep_comm.backends.reference.low_latency import rows_to_send, weights_to_send
 from ep_comm.fp8_low_latency import ScaleForm
-
-Case = LowLatencyCase
-CASES = [
-    Case(tokens=(7,)),
-    Case(tokens=(7, 5), weights_with="combine"),
-    Case(tokens=(0, 9), drop=0.3, weights_with="both", split=True),
-    Case(tokens=(0, 0), weights_with="combine", split=True),
-    Case(tokens=(6, 0, 11), num_topk=5, experts_per_rank=3, idx_dtype="int32", hidden=8),
-    Case(tokens=(6, 8, 11), routing="one_expert", weights_with="combine", split=True),
-    Case(tokens=(12, 1, 12), routing="last_rank", num_topk=4, hidden=136, room=32),
-    Case(tokens=(9, 8, 7, 6), num_topk=8, experts_per_rank=2, ranks_per_node=2, drop=0.1),
-    Case(tokens=(3, 3, 3, 3), drop=1.0, weights_with="combine"),
-    Case(tokens=(9, 8, 7), num_topk=9, experts_per_rank=3, cancelling=True, drop=0.1),
-    Case(tokens=(12,), num_topk=3, experts_per_rank=3, cancelling=True, weights_with="combine"),
-    Case(tokens=(12, 0, 7), scales="fp32", hidden=384, num_topk=4, drop=0.2, max_tokens=13),
-    Case(tokens=(12, 5), scales="power_of_two", hidden=128, weights_with="combine", split=True),
-    Case(tokens=(9, 10, 8, 12), scales="ue8m0", hidden=512, num_topk=4, split=True, max_tokens=14),
-    Case(tokens=(9,), scales="ue8m0", hidden=1024, routing="zipf", max_tokens=9),
-]
-_HARD = dict(tokens=(26, 26, 26, 26), max_tokens=26, hidden=1024, num_topk=6, every_value=True)
-HARD = [
-    Case(**_HARD),
-    Case(**_HARD, weights_with="combine", split=True),
-    Case(**_HARD, scales="fp32"),
-    Case(**_HARD, scales="power_of_two", split=True),
-    Case(**_HARD, scales="ue8m0"),
-]
 
 
 def on_reference(rank: int, case: LowLatencyCase) -> dict[str, Any]:
@@ -70,12 +44,6 @@ def test_every_value_and_every_kind_of_nan(case):
     rows = [every_value(r, 26, case.hidden) for r in range(case.num_ranks)]
     assert len(np.unique(rows)) == 2**16
     check_results(case, run_ranks(case.num_ranks, on_reference, case))
-
-
-TWICE = [
-    Case(tokens=(7, 5), weights_with="combine"),
-    Case(tokens=(0, 9, 4), drop=0.3, split=True),
-]
 
 
 def twice_on_reference(rank: int, case: LowLatencyCase) -> dict[str, Any]:
@@ -115,12 +83,6 @@ def test_defaults_of_torch_do_not_matter():
 
 # ---- Phases ------------------------------------------------------------------------------------
 
-_TWO = dict(split=True, num_topk=3)
-TWO_AT_ONCE = [
-    Case(tokens=(7, 0, 12), seed=1, hidden=512, scales="ue8m0", weights_with="combine", **_TWO),
-    Case(tokens=(5, 9, 3), seed=2, hidden=512, drop=0.2, max_tokens=9, **_TWO),
-]
-
 
 def two_at_once_on_reference(rank: int) -> list[dict[str, Any]]:
     with Buffer(None, TWO_AT_ONCE[0].config()) as buffer:
@@ -132,23 +94,6 @@ def test_two_results_are_out_at_once_beside_normal_operations():
     for number, case in enumerate(TWO_AT_ONCE):
         of_case = [of_rank[number] for of_rank in results]
         check_results(case, of_case, times=2 - number)  # the first one is dispatched again
-
-
-def changing_operations(rank: int, buffer: Buffer, device: str) -> list[dict[str, Any]]:
-    return [run_case(rank, buffer, case, device) for case in CHANGING]
-
-
-CHANGING = [
-    Case(
-        tokens=tuple(np.random.default_rng(seed).integers(0, 13, 2).tolist()),
-        hidden=512,
-        seed=seed,
-        scales=(None, "fp32", "power_of_two", "ue8m0")[seed % 4],
-        weights_with=("dispatch", "combine", "both")[seed % 3],
-        split=seed % 2 == 0,
-    )
-    for seed in range(12)
-]
 
 
 def changing_on_reference(rank: int) -> tuple[list[dict[str, Any]], list[str], int]:

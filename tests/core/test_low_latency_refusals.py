@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from low_latency_calls import DISPATCH, SIZES, TOPK, WEIGHTS, X, Y, raised
 from ranks import run_ranks
 
 from ep_comm import (
     Buffer,
     EPArgumentError,
     EPConfig,
-    EPError,
     EPMismatchError,
     EPRoutingError,
     EPStateError,
     EPTimeoutError,
-)
-
-SIZES = dict(num_experts=4, hidden=512, max_tokens_per_rank=4, num_topk=2, low_latency_tokens=6)
-X = torch.ones(4, 512, dtype=torch.bfloat16)
-TOPK = torch.tensor([[0, 3], [1, -1], [2, 0], [3, 1]])
-WEIGHTS = torch.ones(4, 2)
-Y = torch.ones(2, 8, 512, dtype=torch.bfloat16)
-DISPATCH = dict(
-    x=X, topk_idx=TOPK, num_max_dispatch_tokens_per_rank=4, num_experts=4, topk_weights=WEIGHTS
 )
 
 # name: (changed arguments of a good dispatch, part of the message)
@@ -88,15 +78,6 @@ BAD_COMBINE: dict[str, tuple[dict[str, Any], str]] = {
         r"combine_wait_recv_cost_stats must be \[2\], got \[3\]",
     ),
 }
-
-
-def raised(call: Callable[[], Any]) -> str:
-    """Type and message of the error of `call`, which is one of ours."""
-    try:
-        call()
-    except EPError as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was raised"
 
 
 def check_good(buffer: Buffer) -> None:

@@ -2,65 +2,59 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import deep_ep_low_latency
+import deep_ep_normal
 import pytest
-import test_low_latency_calls
-import test_normal
 import torch
 import torch.distributed as dist
+from deep_ep_gpus import (
+    EXPERTS,
+    HIDDEN,
+    ON_GPUS,
+    TOKENS,
+    TOPK,
+    check_times,
+    host_times,
+    inputs,
+    of_two,
+)
 from low_latency_cases import check_results
 from own_name import patience
 from ranks import run_ranks
-from test_buffer import on_gpus
 
 from ep_comm import EPUnsupportedError
 from ep_comm.deep_ep import Buffer, EventHandle, EventOverlap
 
 patience()
 pytestmark = pytest.mark.multi_gpu
-ON_GPUS = dict(backend="nccl", timeout_s=240)
 
 
-def of_two(cases: list) -> list:
-    return [on_gpus(case, "nvlink") for case in cases if case.num_ranks == 2]
-
-
-@pytest.mark.parametrize("case", of_two(test_normal.CASES))
+@pytest.mark.parametrize("case", of_two(deep_ep_normal.CASES))
 def test_normal_operations(case):
-    run_ranks(2, test_normal.every_way, case, **ON_GPUS)
+    run_ranks(2, deep_ep_normal.every_way, case, **ON_GPUS)
 
 
 def test_fp8_rows():
-    case = test_normal.Case(tokens=(7, 5), layout="rank", hidden=512, device="cuda")
-    run_ranks(2, test_normal.fp8_rows, case, **ON_GPUS)
+    case = deep_ep_normal.Case(tokens=(7, 5), layout="rank", hidden=512, device="cuda")
+    run_ranks(2, deep_ep_normal.fp8_rows, case, **ON_GPUS)
 
 
 def test_sizes_follow_the_calls():
-    run_ranks(2, test_normal.sizes_that_change, "cuda", **ON_GPUS)
+    run_ranks(2, deep_ep_normal.sizes_that_change, "cuda", **ON_GPUS)
 
 
 @pytest.mark.parametrize("zero_copy", [False, True])
-@pytest.mark.parametrize("case", of_two(test_low_latency_calls.CASES))
+@pytest.mark.parametrize("case", of_two(deep_ep_low_latency.CASES))
 def test_low_latency_operations(case, zero_copy):
-    results = run_ranks(2, test_low_latency_calls.every_way, case, zero_copy, **ON_GPUS)
+    results = run_ranks(2, deep_ep_low_latency.every_way, case, zero_copy, **ON_GPUS)
     check_results(case, results)
 
 
 # ---- Groups, streams, graphs -------------------------------------------------------------------
-
-HIDDEN, EXPERTS, TOPK, TOKENS = 7168, 32, 8, 128
-
-
-def inputs(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    torch.manual_seed(rank)
-    x = torch.randn(TOKENS, HIDDEN, device="cuda").bfloat16()
-    weights, topk_idx = torch.rand(TOKENS, EXPERTS, device="cuda").topk(TOPK)
-    return x, topk_idx, weights
 
 
 def of_gloo(rank: int) -> None:
@@ -175,23 +169,6 @@ def test_low_latency_in_a_graph():
 # ---- Host time ---------------------------------------------------------------------------------
 
 MOST = 1.2  # times the native call: about 3 us more, of 20 to 30 for the shortest
-_BLOCKS, _CALLS = 15, 40
-
-
-def host_times(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median over blocks of the microseconds that the host is in a call; calls take turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(_BLOCKS):
-        for name, call in calls.items():
-            torch.cuda.synchronize()
-            dist.barrier()
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(_CALLS):
-                call()
-            times[name].append(1e6 * (time.perf_counter() - start) / _CALLS)
-    torch.cuda.synchronize()
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def times_of_calls(rank: int) -> dict[str, dict[str, float]]:
@@ -239,12 +216,3 @@ def times_of_calls(rank: int) -> dict[str, dict[str, float]]:
 
 def test_host_time_is_little_more_than_the_native_calls():
     check_times(run_ranks(2, times_of_calls, **ON_GPUS)[0], "deep_ep", MOST)
-
-
-def check_times(times: dict[str, dict[str, float]], whose: str, most: float) -> None:
-    """Print what calls take natively and by `whose`, and see that none takes `most` times that."""
-    for name, of_call in times.items():
-        ratio = of_call[whose] / of_call["native"]
-        print(f"{name}: {of_call['native']:.1f} us natively, {ratio:.3f} times that")
-    slow = {name for name, each in times.items() if each[whose] > most * each["native"]}
-    assert not slow, times

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import deep_ep_elastic
 import pytest
-import test_elastic
 import torch
 import torch.distributed as dist
-from own_name import patience
-from ranks import run_ranks
-from test_deep_ep_gpu import (
+from cases import Case
+from deep_ep_gpus import (
     EXPERTS,
     HIDDEN,
     ON_GPUS,
@@ -23,6 +22,9 @@ from test_deep_ep_gpu import (
     inputs,
     of_two,
 )
+from deep_ep_normal import CASES
+from own_name import patience
+from ranks import run_ranks
 
 from ep_comm import EPUnsupportedError, fp8
 from ep_comm.deep_ep import ElasticBuffer
@@ -32,14 +34,14 @@ pytestmark = pytest.mark.multi_gpu
 MOST = 1.25  # times the native call, on the host
 
 
-@pytest.mark.parametrize("case", of_two(test_elastic.CASES))
+@pytest.mark.parametrize("case", of_two(CASES))
 def test_every_way_to_call(case):
-    run_ranks(2, test_elastic.every_way, case, **ON_GPUS)
+    run_ranks(2, deep_ep_elastic.every_way, case, **ON_GPUS)
 
 
 def test_fp8_rows():
-    case = test_elastic.Case(tokens=(70, 50), layout="rank", hidden=512, device="cuda")
-    run_ranks(2, test_elastic.fp8_rows, case, **ON_GPUS)
+    case = Case(tokens=(70, 50), layout="rank", hidden=512, device="cuda")
+    run_ranks(2, deep_ep_elastic.fp8_rows, case, **ON_GPUS)
 
 
 # ---- As vLLM and SGLang decode: in a graph ------------------------------------------------------

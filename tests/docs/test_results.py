@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from made_up_comparison import CURVES, begun, compare, make_config
 from made_up_low_latency import made_up_run as latencies
+from made_up_operations import LIMIT
+from made_up_operations import made_up_run as operations
+from made_up_overlap import made_up_run as prices
+from made_up_train import made_up_run as steps
 from rich.console import Console
-from test_bench import LIMIT
-from test_bench import made_up_run as operations
-from test_bench_overlap import made_up_run as prices
-from test_bench_train import made_up_run as steps
 
 from ep_comm.bench.low_latency.report import write_json as write_latencies
 from ep_comm.bench.ops.report import document, write_json

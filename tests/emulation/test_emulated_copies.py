@@ -10,17 +10,12 @@ from threading import Barrier
 import emulated_nodes
 import pytest
 import torch
+from buffer_cases import check_results
 from cases import Case, to_torch
-from copy_engine_cases import (
-    capacity_on_buffer,
-    check_dense_bytes,
-    fp8_on_buffer,
-    run_on_buffer,
-)
+from copy_engine_cases import capacity_on_buffer, check_dense_bytes, fp8_on_buffer, run_on_buffer
 from emulated_ranks import run_emulated_ranks
-from test_buffer import check_results
-from test_dispatch_fp8 import CASE as FP8_CASE
-from test_dispatch_fp8 import check_fp8_results
+from fp8_cases import CASE as FP8_CASE
+from fp8_cases import check_fp8_results
 
 from ep_comm import Buffer, EPArgumentError, EPMismatchError, EPStateError, EPTimeoutError, fp8
 from ep_comm._native import header

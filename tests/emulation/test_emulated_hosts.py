@@ -6,10 +6,10 @@ What is real: how memory is made, mapped and given back, who greets whom, and al
 from __future__ import annotations
 
 import pytest
+from buffer_cases import check_results, run_case
 from cases import Case
 from emulated_hosts import run_emulated_hosts
-from test_buffer import check_results, run_case
-from test_nodes import PATIENT, case_of
+from node_cases import PATIENT, case_of
 from virtual_nodes import check_wire_bytes
 
 from ep_comm import Buffer

@@ -8,12 +8,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from buffer_cases import check_results, run_case
+from capacity_cases import exact_and_roomy, groups_of_one_size
 from cases import Case, to_numpy, to_torch
 from emulated_nodes import run_emulated_nodes
-from test_buffer import check_results, run_case
-from test_capacity import exact_and_roomy, groups_of_one_size
-from test_dispatch_fp8 import CASE as FP8_CASE
-from test_dispatch_fp8 import check_fp8_results, dispatch_all_ways
+from fp8_cases import CASE as FP8_CASE
+from fp8_cases import check_fp8_results, dispatch_all_ways
+from node_cases import PATIENT, case_of
 from virtual_nodes import check_sums_of_two, check_wire_bytes, sums_of_few
 
 from ep_comm import Buffer, EPError, EPMismatchError, EPTimeoutError
@@ -22,24 +23,10 @@ from ep_comm.backends.nvlink import backend as nvlink
 
 SHAPES = [(1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (4, 2), (2, 4)]
 QUICK = [(2, 2), (3, 2)]
-PATIENT = dict(timeout_s=120)  # of a CPU that has other things to do
-TOKENS = (9, 0, 70, 30, 1, 41, 5, 8)
 
 
 def run_on_buffer(rank: int, buffer: Buffer, case: Case) -> dict:
     return run_case(rank, case, buffer)
-
-
-def case_of(shape: tuple[int, int], **changes) -> Case:
-    sizes = dict(
-        tokens=TOKENS[: shape[0] * shape[1]],
-        ranks_per_node=shape[1],
-        hidden=24,
-        num_topk=2 if shape[0] * shape[1] < 4 else 5,
-        experts_per_rank=2,
-        drop=0.1,
-    )
-    return Case(**{**sizes, **changes})
 
 
 def check_operations(library, shape: tuple[int, int], case: Case, **how) -> None:

@@ -22,18 +22,22 @@ from low_latency_cases import (
     run_two_at_once,
     run_unwaited,
 )
-from test_low_latency import CASES, CHANGING, HARD, TWICE, TWO_AT_ONCE, changing_operations
+from low_latency_suite import (
+    CASES,
+    CHANGING,
+    CHUNKS,
+    HARD,
+    SHAPES,
+    TWICE,
+    TWO_AT_ONCE,
+    changing_operations,
+)
+from node_cases import PATIENT
 
 from ep_comm import Buffer, EPError, EPMismatchError, EPRoutingError, EPTimeoutError
 from ep_comm._native import header
 from ep_comm.errors import EPStateError, EPUnsupportedError
 
-PATIENT = dict(timeout_s=120)  # of a CPU that has other things to do
-SHAPES = {1: [(1, 1)], 2: [(2, 1)], 3: [(3, 1)], 4: [(2, 2), (4, 1)]}
-# Several chunks to a rank, of which the last has fewer rows.
-CHUNKS = LowLatencyCase(
-    tokens=(40, 33, 64, 9), max_tokens=64, hidden=640, num_topk=6, experts_per_rank=3, drop=0.1
-)
 QUICK = [
     pytest.param((2, 1), dataclasses.replace(CHUNKS, tokens=(40, 64)), id="2x1"),
     pytest.param((2, 2), dataclasses.replace(CHUNKS, scales="fp32"), id="2x2-fp8"),

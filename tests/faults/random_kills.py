@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "faults"), str(TESTS.parent)]
+sys.path[:0] = [str(TESTS / "faults"), str(TESTS.parent)]
 
 from forked import Outcome, run_forked  # noqa: E402
 

@@ -14,7 +14,7 @@ from ranks import stop_pool
 def megatron_processes() -> Iterator[None]:
     """Megatron's many groups have threads that poll: not beside the tests of other modules."""
     yield
-    for pool in ("megatron", "launch", "without-megatron"):
+    for pool in ("megatron", "megatron-gpu", "launch", "without-megatron"):
         stop_pool(pool)
 
 

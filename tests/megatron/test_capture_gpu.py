@@ -1,6 +1,6 @@
 """A replay takes as long as what was captured: on GPUs, by the records of the dispatches.
 
-It prints both times: ``pytest -s``. Processes are those of `test_megatron_gpu`.
+It prints both times: ``pytest -s``. Processes are those of test_megatron_gpu.py.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_megatron_gpu as base
 import torch
+from megatron_gpu import MARKS, MODEL
 from megatron_model import BATCH, make_config, make_model, parallel_state
-from ranks import run_ranks, stop_pool
+from ranks import run_ranks
 
 from ep_comm.routing.capture import Sizes, read
 
-pytestmark = base.pytestmark
+pytestmark = MARKS
 
 STEPS, WARM_UP, LAYERS = 20, 3, 3
 TOKENS, HIDDEN, EXPERTS, TOPK = 4096, 4096, 64, 4
 MOST_APART = 0.03
 SETUP = dataclasses.replace(
-    base.MODEL,
+    MODEL,
     seq=TOKENS // BATCH,
     config=(
-        *base.MODEL.config,
+        *MODEL.config,
         ("num_layers", LAYERS),
         ("hidden_size", HIDDEN),
         ("num_attention_heads", 32),
@@ -37,12 +37,6 @@ SETUP = dataclasses.replace(
         ("moe_router_topk", TOPK),
     ),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def processes():
-    yield
-    stop_pool("megatron-gpu")
 
 
 def capture_and_replay(rank: int, num_ranks: int, folder: Path) -> dict[str, Any]:

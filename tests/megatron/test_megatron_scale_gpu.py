@@ -1,6 +1,6 @@
 """What large trainings turn on, on GPUs: capacity, Megatron's 1F1B overlap, split models.
 
-Two GPUs do for most of it. Model, tolerances and processes are those of `test_megatron_gpu`.
+Two GPUs do for most of it. Model, tolerances and processes are those of test_megatron_gpu.py.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_megatron_gpu as base
 import torch
-from megatron_model import Setup, assert_close_runs, train
-from ranks import run_ranks, stop_pool
-from test_megatron_gpu import FP8_EXPERTS, FP8_LAYER, LAYER, MODEL, layer_step
+from megatron_gpu import FP8_EXPERTS, FP8_LAYER, LAYER, MARKS, MODEL, assert_close, layer_step
+from megatron_model import BATCH, Setup, assert_close_runs, train
+from ranks import run_ranks
 
-pytestmark = base.pytestmark
+pytestmark = MARKS
 
 PADDED = (("moe_pad_expert_input_to_capacity", True),)
 OVERLAP = (("overlap_moe_expert_parallel_comm", True),)
@@ -24,12 +23,6 @@ DELAYED = (*OVERLAP, ("delay_wgrad_compute", True))
 SHARED = (("moe_shared_expert_intermediate_size", 512),)
 MTP = (("mtp_num_layers", 1),)
 FP8_WIRE = (("fp8_dispatch", True), ("fp8_grad_dispatch", True))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def processes():
-    yield
-    stop_pool("megatron-gpu")
 
 
 def run(function: Any, *args: Any, num_ranks: int = 2) -> list[dict]:
@@ -49,10 +42,10 @@ def with_config(setup: Setup, *more: tuple[str, object], **changes: Any) -> Setu
 def test_padding_to_capacity_is_alltoalls(factor):
     setup = with_config(LAYER, ("moe_expert_capacity_factor", factor), *PADDED)
     ours = run(layer_step, setup, False)
-    base.assert_close(
+    assert_close(
         ours, run(layer_step, dataclasses.replace(setup, dispatcher="alltoall"), False), 2**-6
     )
-    tokens, experts, topk = setup.seq * base.BATCH, 8, 2
+    tokens, experts, topk = setup.seq * BATCH, 8, 2
     capacity = int(np.ceil(tokens * topk / experts * factor))
     assert [result["num_rows"] for result in ours] == [2 * capacity * experts // 2] * 2
 
@@ -64,7 +57,7 @@ def test_padding_to_capacity_changes_only_the_shape_of_gemms(experts, skewed):
     dropped = with_config(setup, ("moe_expert_capacity_factor", 1.0))
     tolerance = 2**-7 if experts == "bf16" else 0.05
     filled = with_config(dropped, *PADDED)
-    base.assert_close(run(layer_step, filled, skewed), run(layer_step, dropped, skewed), tolerance)
+    assert_close(run(layer_step, filled, skewed), run(layer_step, dropped, skewed), tolerance)
 
 
 @pytest.mark.parametrize("experts", ["bf16", "fp8"])
@@ -73,9 +66,9 @@ def test_a_capacity_factor_with_room_changes_only_the_shape_of_gemms(experts):
     tolerance = 2**-7 if experts == "bf16" else 0.05
     roomy = dataclasses.replace(setup, options=(*setup.options, ("capacity_factor", 4.0)))
     ours = run(layer_step, roomy, False)
-    base.assert_close(ours, run(layer_step, setup, False), tolerance)
+    assert_close(ours, run(layer_step, setup, False), tolerance)
     # Nobody can have more than all tokens, which is four times the even share of 2 of 8 experts.
-    assert [result["num_rows"] for result in ours] == [4 * 2 * setup.seq * base.BATCH] * 2
+    assert [result["num_rows"] for result in ours] == [4 * 2 * setup.seq * BATCH] * 2
 
 
 def test_a_tight_capacity_factor_trains_and_counts():

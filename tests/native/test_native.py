@@ -8,13 +8,13 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from build_tools import build_command, fake_nvcc, output_of, tool
 from setuptools.dist import Distribution
 from setuptools.errors import CompileError
 
@@ -29,20 +29,6 @@ def fresh_loader():
     _native._load.cache_clear()
     yield
     _native._load.cache_clear()
-
-
-def tool(name: str, nvcc: Path | None = None) -> str:
-    folders = [str(nvcc.resolve().parent)] if nvcc else []
-    # Where nvidia-cuda-cuobjdump puts it, which is among the packages for tests.
-    folders += [f"{path}/nvidia/cu13/bin" for path in sys.path if Path(path).is_dir()]
-    found = shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
-    if found is None:
-        pytest.skip(f"no {name} on this machine")
-    return found
-
-
-def output_of(*command: str | Path) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 # ---- Header --------------------------------------------------------------------------------------
@@ -274,21 +260,6 @@ def test_a_gpu_without_code_does_without_the_library(monkeypatch, library):
 
 
 # ---- setup.py ------------------------------------------------------------------------------------
-
-
-def build_command(setup_module, build_lib: Path):
-    command = setup_module.BuildNative(Distribution({"ext_modules": [setup_module.LIBRARY]}))
-    command.build_lib = str(build_lib)
-    command.ensure_finalized()
-    return command
-
-
-def fake_nvcc(monkeypatch, home: Path, script: str) -> None:
-    nvcc = home / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text(f"#!/bin/sh\n{script}\n")
-    nvcc.chmod(0o755)
-    monkeypatch.setenv("CUDA_HOME", str(home))
 
 
 def test_without_nvcc_setup_says_so_and_succeeds(setup_module, monkeypatch, tmp_path, caplog):

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from build_tools import fake_nvcc, output_of, tool
 from setuptools.dist import Distribution
 from setuptools.errors import CompileError
-from test_native import fake_nvcc, output_of, tool
 
 from ep_comm import _native
 from ep_comm._native import header, nvshmem

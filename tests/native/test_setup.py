@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from build_tools import build_command, fake_nvcc
 from setuptools.errors import CompileError
-from test_native import build_command, fake_nvcc
 
 # Knows sm_90a alone, as an nvcc of CUDA 12.4 would. Leaves its arguments in `calls`, and in its
 # output what csrc/abi.cu would leave there.

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 
 import pytest
+from made_up_operations import LIMIT, made_up_run
 from rich.console import Console
-from test_bench import LIMIT, made_up_run
 
 from ep_comm.bench.ops.report import document, write_json
 from ep_comm.bench.ops.routing import RoutingSpec

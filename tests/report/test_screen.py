@@ -6,13 +6,13 @@ import io
 import re
 
 import made_up_low_latency
+import made_up_operations
+import made_up_overlap
+import made_up_train
 import pytest
-import test_bench
-import test_bench_overlap
-import test_bench_train
+from html_page import Page
 from rich.console import Console, Group
 from rich.table import Table as ScreenTable
-from test_page import Page
 
 from ep_comm.bench.low_latency.report import render as render_low_latency
 from ep_comm.bench.ops.report import render as render_ops
@@ -22,10 +22,10 @@ from ep_comm.report.document import to_html
 from ep_comm.report.screen import make_page, write_page
 
 SHOWN = {
-    "ops": lambda: render_ops(test_bench.made_up_run(test_bench.LIMIT)),
+    "ops": lambda: render_ops(made_up_operations.made_up_run(made_up_operations.LIMIT)),
     "low-latency": lambda: render_low_latency(made_up_low_latency.made_up_run()),
-    "overlap": lambda: render_overlap(test_bench_overlap.made_up_run()),
-    "train": lambda: render_train(test_bench_train.made_up_run()),
+    "overlap": lambda: render_overlap(made_up_overlap.made_up_run()),
+    "train": lambda: render_train(made_up_train.made_up_run()),
 }
 
 
@@ -51,7 +51,7 @@ def test_it_has_every_word_that_is_printed(name, tmp_path):
 
 
 def test_figures_that_do_not_count_are_said_first(tmp_path):
-    shown = render_ops(test_bench.made_up_run(test_bench.SLOW))
+    shown = render_ops(made_up_operations.made_up_run(made_up_operations.SLOW))
     write_page(shown, "Dispatch and combine", tmp_path / "bench.html")
     text = (tmp_path / "bench.html").read_text()
     (finding,) = re.findall(r'<li class="bad">(.*?)</li>', text, re.S)

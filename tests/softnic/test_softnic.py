@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from buffer_cases import CASES, check_results, on_gpus, random_case, run_case
 from cases import Case, to_torch
 from example_runs import SMALL, losses
+from fp8_cases import CASE as FP8_CASE
+from fp8_cases import check_fp8_results, dispatch_all_ways
 from softnic import build, hosts
 from softnic.hosts import Card, HostFailure, run_hosts
-from test_buffer import CASES, check_results, on_gpus, random_case, run_case
-from test_dispatch_fp8 import CASE as FP8_CASE
-from test_dispatch_fp8 import check_fp8_results, dispatch_all_ways
 from virtual_nodes import check_wire_bytes
 
 from ep_comm import Buffer, EPTimeoutError

@@ -1,12 +1,12 @@
 """Ranks of several nodes that are threads of one process and share a GPU.
 
-As tests/virtual_ranks.py, with a network between them::
+As virtual_ranks.py, with a network between them::
 
     outputs = run_virtual_nodes(2, 3, my_function, config, argument)
 
 calls ``my_function(rank, buffer, argument)`` in six threads, of two nodes of three ranks. The
 network is stores, or ep_network_carry: one block that carries messages out late and in random
-order. tests/emulated_nodes.py does the same without a GPU.
+order. emulated_nodes.py does the same without a GPU.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Cases of low-latency dispatch and combine, for any backend: run on a rank, then checked.
 
 The functions that run take a buffer and a device. They make all inputs first and read all results
-last: in between nothing waits for a GPU, so that virtual ranks (tests/virtual_ranks.py) can run
+last: in between nothing waits for a GPU, so that virtual ranks (virtual_ranks.py) can run
 them.
 """
 

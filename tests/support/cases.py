@@ -108,7 +108,7 @@ class Case:
 
 
 def before_host_waits() -> None:
-    """Replaced by tests/virtual_ranks.py, to have ranks meet."""
+    """Replaced by virtual_ranks.py, to have ranks meet."""
 
 
 def wait_for_stream() -> None:

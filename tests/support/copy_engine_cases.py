@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from buffer_cases import run_case
+from capacity_cases import exact_and_roomy
 from cases import Case
-from test_buffer import run_case
-from test_capacity import exact_and_roomy
-from test_dispatch_fp8 import dispatch_all_ways
+from fp8_cases import dispatch_all_ways
 
 from ep_comm import Buffer
 

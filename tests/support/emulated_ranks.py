@@ -1,6 +1,6 @@
 """Ranks of one host without a GPU: the NVLink backend, its kernels and copies run on the CPU.
 
-As tests/emulated_nodes.py, without a network.
+As emulated_nodes.py, without a network.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ranks of several hosts without GPUs and NVSHMEM, as tests/emulated_nodes.py has those of one.
+"""Ranks of several hosts without GPUs and NVSHMEM, as emulated_nodes.py has those of one.
 
 Their memory is made by `NodesMemory.of_hosts`, on `World`s whose NVSHMEM is a fake one: its heaps
 are memory of the process, so that kernels store into it. What processes would say to each other at
