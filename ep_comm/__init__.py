@@ -8,8 +8,7 @@ the contract, ``lint-imports`` checks it)::
 
     cli        the ep-comm command
     compare    training with different dispatchers, compared; report, the page of a run
-    bench      measurements: ops (dispatch and combine), low_latency, train (whole steps)
-    plan       a model of dispatch and combine on a cluster
+    bench      measurements of operations and whole steps; plan, a model of them on a cluster
     pretrain   the training application of examples/pretrain_moe.py
     megatron   the dispatcher for Megatron-Core, and the launcher; deep_ep, DeepEP's interface
     buffer     the public calls
