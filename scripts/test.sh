@@ -20,4 +20,5 @@ if [ "${1:-}" = --quick ]; then
 else
     scripts/slurm/local_cluster.sh install || echo "== so the tests with a real SLURM are skipped"
 fi
-exec python -m pytest "$@"
+# A process for each core; what a file's tests share stays in one.
+exec python -m pytest -n auto --dist loadgroup "$@"

@@ -14,6 +14,7 @@ from ids import id_of
 # Tests make buffers fail, and each leaves a file.
 os.environ.setdefault("EP_COMM_FAULTS", tempfile.mkdtemp(prefix="ep_comm-tests-"))
 
+COMPILE = ("emulation", "softnic")  # folders of tests that share what they have compiled
 SLURM = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 
 
@@ -25,12 +26,16 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str:
     return id_of(argname, val)
 
 
+@pytest.hookimpl(tryfirst=True)  # or pytest-xdist has looked for groups before
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     num_gpus = torch.cuda.device_count()
     # Debian puts daemons where not every user's PATH leads.
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     no_slurm = [program for program in SLURM if shutil.which(program, path=path) is None]
     for item in items:
+        # With --dist loadgroup a process has all tests of a file, and of a folder that compiles.
+        shares = item.path.parent if item.path.parent.name in COMPILE else item.path
+        item.add_marker(pytest.mark.xdist_group(shares.stem))
         if "slurm" in item.keywords and no_slurm:
             skip(item, f"needs {', '.join(no_slurm)} (scripts/slurm/local_cluster.sh install)")
         needed = 2 if "multi_gpu" in item.keywords else 1 if "gpu" in item.keywords else 0
