@@ -9,6 +9,8 @@ from fp8_cases import dispatch_all_ways
 
 from ep_comm import Buffer
 
+BY_COPY = dict(wire="copy-engine")
+
 
 def check_dense_bytes(case: Case, topk_idx: list, rank: int, got: dict) -> None:
     """All T rows go to every other rank; a combine brings back what came from each."""
