@@ -2,22 +2,12 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from fp8_golden import GOLDEN, golden_input
+from fp8_golden import GOLDEN, assert_same_bits, golden_input
 
 from ep_comm import fp8
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
-
-
-def assert_same_bits(actual: torch.Tensor, expected: np.ndarray) -> None:
-    """Bitwise equality, except that any NaN equals any NaN."""
-    unsigned = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[actual.element_size()]
-    want = torch.from_numpy(np.ascontiguousarray(expected)).view(unsigned)
-    same = actual.contiguous().view(unsigned) == want
-    both_nan = actual.float().isnan() & want.view(actual.dtype).float().isnan()
-    assert bool((same | both_nan).all()), f"{int((~(same | both_nan)).sum())} elements differ"
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

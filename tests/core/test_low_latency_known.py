@@ -7,17 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from low_latency_calls import BAD_COMBINE, BAD_DISPATCH, DISPATCH, SIZES, TOPK, WEIGHTS, Y, raised
 from ranks import run_ranks
-from test_low_latency_refusals import (
-    BAD_COMBINE,
-    BAD_DISPATCH,
-    DISPATCH,
-    SIZES,
-    TOPK,
-    WEIGHTS,
-    Y,
-    raised,
-)
 
 from ep_comm import Buffer, EPConfig
 from ep_comm.low_latency import known

@@ -1,4 +1,4 @@
-"""The floors of the package stand in three places: the contract of pyproject.toml is the one."""
+"""Who imports whom: the floors, of which pyproject.toml has the contract, and test modules."""
 
 from __future__ import annotations
 
@@ -32,3 +32,10 @@ def test_the_page_says_where_each_is():
     page = (ROOT / "docs" / "architecture.md").read_text().partition("\n## ")[0]
     named = set(re.findall(r"`ep_comm/(\w+)(?:\.py|/)`", page))
     assert named - {"__init__"} == {name for names in floors() for name in names}
+
+
+def test_no_test_module_imports_another():
+    """What several of them use stands in tests/support."""
+    importing = re.compile(r"^ *(?:from|import) test_\w+", re.M)
+    tests = sorted((ROOT / "tests").rglob("*.py"))
+    assert tests and [path.name for path in tests if importing.search(path.read_text())] == []

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from emulated_nodes import EmulatedLibrary
-from test_fp8_columnwise import GROUPS, by_hand, check_same, received
+from fp8_columnwise_cases import GROUPS, by_hand, check_same, received
 
 from ep_comm import _native, fp8
 

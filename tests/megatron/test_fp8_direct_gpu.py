@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from megatron_gpu import FP8_EXPERTS, FP8_LAYER, MODEL, differing, layer_step, with_options
 from megatron_model import Setup, train
 from packaging.version import Version
 from ranks import run_ranks, stop_pool
-from test_megatron_gpu import FP8_EXPERTS, FP8_LAYER, MODEL, differing, layer_step, with_options
 
 from ep_comm.megatron.support import _MIN_TE_DIRECT
 

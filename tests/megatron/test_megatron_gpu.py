@@ -20,9 +20,11 @@ from megatron_gpu import (
     MODEL,
     NUM_RANKS,
     assert_close,
+    differing,
     layer_step,
+    with_options,
 )
-from megatron_model import Setup, train
+from megatron_model import train
 from packaging.version import Version
 from ranks import run_ranks
 
@@ -31,20 +33,6 @@ pytestmark = MARKS
 
 def run(function: Any, *args: Any) -> list[dict]:
     return run_ranks(NUM_RANKS, function, *args, timeout_s=300, pool="megatron-gpu", backend="nccl")
-
-
-def with_options(setup: Setup, **options: Any) -> Setup:
-    return dataclasses.replace(setup, options=tuple(options.items()))
-
-
-def differing(ours: list[dict], theirs: list[dict]) -> set[str]:
-    """Names of the tensors that are not bitwise the same on every rank."""
-    return {
-        name
-        for mine, other in zip(ours, theirs, strict=True)
-        for name in mine["tensors"]
-        if not np.array_equal(mine["tensors"][name], other["tensors"][name])
-    }
 
 
 def of_linear(result: dict, linear: str) -> set[str]:

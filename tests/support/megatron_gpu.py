@@ -106,3 +106,17 @@ def assert_close(ours: list[dict], theirs: list[dict], tolerance: float) -> None
             error = np.abs(tensor - other["tensors"][name]).max()
             largest = np.abs(other["tensors"][name]).max()
             assert error <= tolerance * largest, f"{name}: {error} of {largest}"
+
+
+def with_options(setup: Setup, **options: Any) -> Setup:
+    return dataclasses.replace(setup, options=tuple(options.items()))
+
+
+def differing(ours: list[dict], theirs: list[dict]) -> set[str]:
+    """Names of the tensors that are not bitwise the same on every rank."""
+    return {
+        name
+        for mine, other in zip(ours, theirs, strict=True)
+        for name in mine["tensors"]
+        if not np.array_equal(mine["tensors"][name], other["tensors"][name])
+    }
