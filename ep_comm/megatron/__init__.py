@@ -22,12 +22,9 @@ from typing import TYPE_CHECKING, Any
 from ep_comm.megatron.options import EPOptions
 
 if TYPE_CHECKING:
+    from ep_comm.megatron.buffers import destroy_buffers, synchronize_buffers
     from ep_comm.megatron.capture import RoutingCapture
-    from ep_comm.megatron.dispatcher import (
-        EPCommTokenDispatcher,
-        destroy_buffers,
-        synchronize_buffers,
-    )
+    from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
     from ep_comm.megatron.layer import check_model, install, use_ep_comm
     from ep_comm.megatron.meter import MoEMeter
     from ep_comm.megatron.overflow import check_overflow
@@ -40,9 +37,9 @@ _LAZY = {
     "check_model": "layer",
     "check_overflow": "overflow",
     "check_weight_gradients": "wgrad",
-    "destroy_buffers": "dispatcher",
+    "destroy_buffers": "buffers",
     "install": "layer",
-    "synchronize_buffers": "dispatcher",
+    "synchronize_buffers": "buffers",
     "use_ep_comm": "layer",
 }
 

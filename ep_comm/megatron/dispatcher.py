@@ -21,14 +21,11 @@ size is known without asking anybody.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import (
     get_align_size_for_quantization,
     get_capacity,
@@ -36,44 +33,12 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
-import ep_comm
-from ep_comm import Buffer, DispatchHandle, DispatchOutput, EPConfig, EPTooManyTokensError, fp8
-from ep_comm.backends.nvlink.prices import gemm_tiles
-from ep_comm.job.meeting import meet
+from ep_comm import Buffer, DispatchHandle, DispatchOutput, EPTooManyTokensError, fp8
+from ep_comm.megatron.buffers import LayerBuffers
 from ep_comm.megatron.fp8_direct import FP8Rows, attach
 from ep_comm.megatron.options import EPOptions
 from ep_comm.megatron.overflow import ExpertOverflow
 from ep_comm.megatron.wgrad import at_end_of_backward
-
-# The buffers of each process group and configuration. All layers of a model share the last one.
-# Those before it were too small; backward passes may still go through them.
-_buffers: dict[tuple, list[Buffer]] = {}
-_GROWTH = 1.25  # at least: so that lengths that creep up leave few behind
-_MAX_DEFAULT_TIMEOUT_S = 300.0
-
-
-def synchronize_buffers() -> None:
-    """Wait on the host for all communication of the models in this process.
-
-    Call it before a checkpoint is written: it then has no results of communication that failed.
-
-    Raises:
-        EPError: As `ep_comm.Buffer.synchronize`. All that was computed since is worth nothing.
-    """
-    for buffer in chain.from_iterable(_buffers.values()):
-        buffer.synchronize()
-
-
-def destroy_buffers() -> None:
-    """Destroy the buffers of all models in this process, before their process groups. Collective.
-
-    A dispatcher that is used again makes a new one.
-    """
-    with contextlib.ExitStack() as stack:  # all of them, whatever one raises
-        for buffers in _buffers.values():
-            stack.callback(buffers.clear)
-            for buffer in buffers:
-                stack.callback(buffer.destroy)
 
 
 class EPCommTokenDispatcher(MoETokenDispatcher):
@@ -125,7 +90,9 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
                 first_expert=None if options.device_counts else rank * num_local_experts,
                 rank=rank,
             )
-        self.buffers: list[Buffer] = []
+        self._layer_buffers = LayerBuffers(
+            config, options, self.tp_ep_group, self.tp_size, says=self.is_first_replica
+        )
         self.handle: DispatchHandle | None = None
         self._fp8_rows: FP8Rows | None = None  # on their way to the experts
         self.on_dispatch: Callable[[Tensor, Tensor], None] | None = None
@@ -140,7 +107,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         if self.config.overlap_moe_expert_parallel_comm or not hidden_states.is_contiguous():
             return
         rows = hidden_states.view(-1, hidden_states.shape[-1])
-        buffer = self._shared_buffer(rows)
+        buffer = self._layer_buffers.shared(rows)
         if len(rows) <= buffer.config.max_tokens_per_rank:  # else a larger one is made first
             buffer.begin_dispatch(rows, wire_dtype=self._wire_dtype)
 
@@ -177,7 +144,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
 
         With `EPOptions.fp8_direct` what is returned stands for rows in FP8.
         """
-        buffer = self._shared_buffer(hidden_states)
+        buffer = self._layer_buffers.shared(hidden_states)
         if self._is_padded:
             out = self._dispatch_to_capacity(buffer, hidden_states, probs)
         else:
@@ -206,7 +173,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         except EPTooManyTokensError as error:  # on all ranks
             if self.options.max_tokens_per_rank is not None:
                 raise
-            larger = self._larger_buffer(hidden_states, max(error.num_tokens))
+            larger = self._layer_buffers.larger(hidden_states, max(error.num_tokens))
             return self._dispatch(larger, hidden_states, probs, **sizes)
 
     def _dispatch_to_capacity(
@@ -221,7 +188,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         if num_tokens > room:
             if self.options.max_tokens_per_rank is not None:
                 raise EPTooManyTokensError((num_tokens,) * buffer.num_ranks, room)
-            buffer = self._larger_buffer(hidden_states, num_tokens)
+            buffer = self._layer_buffers.larger(hidden_states, num_tokens)
         if self.overflow is None:
             rows = self._rows_of_megatron(num_tokens, buffer.num_ranks)
             return self._dispatch(buffer, hidden_states, probs, expert_capacity=rows)
@@ -351,6 +318,11 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
     # --- the buffer ------------------------------------------------------------------------------
 
     @property
+    def buffers(self) -> list[Buffer]:
+        """The buffers of this layer's group that are in use; see `LayerBuffers`."""
+        return self._layer_buffers.of_group
+
+    @property
     def buffer(self) -> Buffer | None:
         """The buffer that the next dispatch uses; None before the first one."""
         return self.buffers[-1] if self.buffers else None
@@ -359,115 +331,6 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
     def is_first_replica(self) -> bool:
         """Whether this rank is of the first data-parallel replica of the experts."""
         return dist.get_rank(self._expert_dp_group) == 0
-
-    def _shared_buffer(self, hidden_states: Tensor) -> Buffer:
-        """Return the buffer of this group. The first dispatch makes it, which is collective."""
-        if self.buffers and self.buffers[-1].is_usable:
-            return self.buffers[-1]
-        config, options, group = self.config, self.options, self.tp_ep_group
-        sizes = (config.num_moe_experts, hidden_states.shape[-1], config.moe_router_topk)
-        overlapped = config.overlap_moe_expert_parallel_comm
-        key = (group, *sizes, hidden_states.dtype, options, overlapped)
-        self.buffers = _buffers.setdefault(key, [])
-        if self.buffers and self.buffers[-1].is_usable:
-            return self.buffers[-1]
-        self.buffers[:] = [buffer for buffer in self.buffers if buffer.is_usable]
-        max_tokens = options.max_tokens_per_rank
-        if max_tokens is None:
-            what_for, mine = "find the most tokens of a rank", hidden_states.shape[0]
-            max_tokens = max(meet(group, what_for, mine, self._timeout_s(hidden_states)).answers)
-        return self._make_buffer(hidden_states, max(max_tokens, 1))
-
-    def _larger_buffer(self, hidden_states: Tensor, num_tokens: int) -> Buffer:
-        """Make a buffer with room for so many tokens, to use from now on. Collective."""
-        room = int(_GROWTH * self.buffers[-1].config.max_tokens_per_rank)
-        return self._make_buffer(hidden_states, max(num_tokens, room))
-
-    def _make_buffer(self, hidden_states: Tensor, max_tokens: int) -> Buffer:
-        config, group = self.config, self.tp_ep_group
-        buffer = Buffer(
-            group,
-            EPConfig(
-                num_experts=config.num_moe_experts * self.tp_size,
-                hidden=hidden_states.shape[-1],
-                max_tokens_per_rank=max_tokens,
-                num_topk=config.moe_router_topk * self.tp_size,
-                dtype=hidden_states.dtype,
-                timeout_s=self._timeout_s(hidden_states),
-                wire="copy-engine" if self.options.copy_engines else "sm",
-            ),
-        )
-        buffer.set_num_sms(self.options.num_sms)
-        buffer.set_overlapped(config.overlap_moe_expert_parallel_comm)
-        if self.options.overlap_wgrad:
-            buffer.set_gemm_tiles(self._wgrad_tiles(hidden_states.shape[-1]))
-        self.buffers.append(buffer)
-        if dist.get_rank(group) == 0 and self.is_first_replica:
-            print(self._startup_line(buffer, hidden_states), flush=True)
-        return buffer
-
-    def _wgrad_tiles(self, hidden: int) -> int:
-        """Return the size of what runs beside a backward combine: gradients of the first layers."""
-        config = self.config
-        ffn = (config.moe_ffn_hidden_size or config.ffn_hidden_size) // self.tp_size
-        return self.num_local_experts * gemm_tiles((1 + config.gated_linear_unit) * ffn, hidden)
-
-    def _timeout_s(self, hidden_states: Tensor) -> float:
-        return self.options.timeout_s or _default_timeout(self.tp_ep_group, hidden_states.device)
-
-    def _startup_line(self, buffer: Buffer, hidden_states: Tensor) -> str:
-        """Return the line that each pipeline stage prints: version, backend, sizes, what is off."""
-        config, options = self.config, self.options
-        sizes = f"EP {self.ep_size}"
-        if self.tp_size > 1:
-            sizes += f" x ETP {self.tp_size}"
-        if config.pipeline_model_parallel_size > 1:
-            stage = parallel_state.get_pipeline_model_parallel_rank()
-            sizes += f" (pipeline stage {stage} of {config.pipeline_model_parallel_size})"
-        own = str(hidden_states.dtype).removeprefix("torch.")
-        out, gradients_out = (
-            "fp8 e4m3 1x128" if in_fp8 else own
-            for in_fp8 in (options.fp8_dispatch, options.fp8_grad_dispatch)
-        )
-        if options.capacity_factor is not None:
-            whose = "a rank" if options.device_counts else "an expert"
-            sizes += f", {options.capacity_factor:g} times the even share of rows {whose}"
-        off = [f"{name} backend ({reason})" for name, reason in buffer.passed_over.items()]
-        for name, is_on in (
-            ("FP8 dispatch", options.fp8_dispatch),
-            ("FP8 gradient dispatch", options.fp8_grad_dispatch),
-            ("FP8 direct", options.fp8_direct),
-            ("wgrad overlap", options.overlap_wgrad),
-            ("copy engines", options.copy_engines),
-        ):
-            if not is_on:
-                off.append(f"{name} (not asked for)")
-        loss = buffer.overlap_loss("combine", "expert", hidden_states.shape[0])
-        if options.overlap_wgrad and loss is not None:
-            off.append(f"wgrad overlap (a combine is not run beside GEMMs: {loss})")
-        if options.num_sms is not None and buffer.passed_over:
-            off.append(f"num_sms {options.num_sms} (the backend uses no SMs of its own)")
-        return (
-            f"ep_comm {ep_comm.__version__}: {buffer.describe()}, {sizes}, "
-            f"{config.num_moe_experts} experts top-{config.moe_router_topk}, "
-            f"{buffer.config.max_tokens_per_rank} tokens of {buffer.config.hidden} a rank; "
-            f"wire {out} out, {own} back, gradients {gradients_out} out, {own} back; "
-            f"buffer {buffer.buffer_bytes} bytes; off: {', '.join(off)}"
-        )
-
-
-def _default_timeout(group: dist.ProcessGroup, device: torch.device) -> float:
-    """Return half of the group's own timeout in seconds, at most five minutes.
-
-    A rank that is late for us makes others late for NCCL, whose watchdog ends them without naming
-    it. So our bound has to run out first. Some groups do not tell theirs (a wrapper's, another
-    torch's): they are taken to have torch's defaults, which are ten minutes and more.
-    """
-    try:
-        seconds = group._get_backend(device).options._timeout.total_seconds()
-    except (AttributeError, RuntimeError):
-        return _MAX_DEFAULT_TIMEOUT_S
-    return min(seconds / 2, _MAX_DEFAULT_TIMEOUT_S)
 
 
 def _quantisation_alignment(config) -> int:

@@ -127,7 +127,7 @@ def bounds_of_waits(rank: int) -> None:
 
     ep_comm.megatron.cpu.enable()
     from ep_comm.megatron import EPOptions
-    from ep_comm.megatron.dispatcher import _default_timeout
+    from ep_comm.megatron.buffers import _default_timeout
     from ep_comm.megatron.layer import moe_layers
 
     parallel_state(Setup())

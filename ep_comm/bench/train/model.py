@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from ep_comm import Buffer
-from ep_comm.megatron.dispatcher import destroy_buffers
+from ep_comm.megatron.buffers import destroy_buffers
 from ep_comm.megatron.layer import moe_layers
 from ep_comm.pretrain.config import PretrainConfig
 from ep_comm.pretrain.data import EOD

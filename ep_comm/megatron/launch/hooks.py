@@ -17,8 +17,8 @@ import ep_comm
 from ep_comm.errors import name_settings
 from ep_comm.fault_file import FOLDER_VARIABLE
 from ep_comm.megatron.balance import COLUMNS, TABLE, LayerBalance, markdown
+from ep_comm.megatron.buffers import synchronize_buffers
 from ep_comm.megatron.capture import RoutingCapture
-from ep_comm.megatron.dispatcher import synchronize_buffers
 from ep_comm.megatron.launch.flags import tokens_per_rank
 from ep_comm.megatron.layer import check_model, complete, install
 from ep_comm.megatron.meter import MoEMeter
