@@ -44,13 +44,13 @@ def test_eight_nodes_of_eight(native):
     sizes = nodes_sizes(native, W1, 8, 8, IBGDA)
     handle = handle_bytes(8, 8, tokens=4096, received=8 * 4096, relayed=7 * 4096)
     assert sizes.network % (64 * MIB) == 0
-    assert sizes.queue_pairs == 64 * 2 * 1024 * 128
+    assert sizes.queue_pairs == 64 * 2 * 4096 * 128
     assert sizes.total + handle <= 3.5 * GIB
     assert handle < 6 * MIB
     # 512 MiB, which NVSHMEM takes by itself, would be too much.
     coarse = nodes_sizes(native, W1, 8, 8, NetworkSettings(ibgda=True, granularity=512 * MIB))
     assert coarse.total > 3.5 * GIB
-    assert sizes.describe() == "1.55 GiB for NVLink, 1.62 for the network, 0.04 besides"
+    assert sizes.describe() == "1.55 GiB for NVLink, 1.62 for the network, 0.09 besides"
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (8, 8), (32, 8)])

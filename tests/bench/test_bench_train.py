@@ -121,6 +121,7 @@ def test_options_of_the_other_benchmark_are_refused():
 def test_help():
     assert "train" in CliRunner().invoke(app, ["bench", "--help"]).output
     text = CliRunner().invoke(app, ["bench", "train", "--help"], terminal_width=300).output
+    text = "".join(text.split())  # lines end in the middle of a name, too
     for word in ("--config", "--variants", "--microbatches", "--blocks", "--out", *VARIANTS):
         assert word in text
 

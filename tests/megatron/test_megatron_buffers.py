@@ -45,7 +45,7 @@ def tokens_ahead_of_their_routing(rank: int) -> None:
 
     ep_comm.megatron.cpu.enable()
     from ep_comm import Buffer, EPConfig
-    from ep_comm.megatron import EPOptions, destroy_buffers, dispatcher
+    from ep_comm.megatron import EPOptions, buffers, destroy_buffers
     from ep_comm.megatron.layer import moe_layers
 
     parallel_state(Setup())
@@ -65,7 +65,7 @@ def tokens_ahead_of_their_routing(rank: int) -> None:
         return dispatch(self, x, **how)
 
     with (
-        mock.patch.object(dispatcher, "EPConfig", without_copies),
+        mock.patch.object(buffers, "EPConfig", without_copies),
         mock.patch.object(Buffer, "begin_dispatch", lambda self, x, **how: note("begin", x)),
         mock.patch.object(Buffer, "dispatch", noted_dispatch),
     ):

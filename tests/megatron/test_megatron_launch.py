@@ -80,6 +80,7 @@ def test_checkpoints_hold_plain_values_of_ours(ours, stock):
         "moe_token_dispatcher": "ep_comm",
         "ep_fp8_dispatch": False,
         "ep_fp8_grad_dispatch": False,
+        "ep_fp8_direct": False,
         "ep_overlap_wgrad": True,
         "ep_copy_engines": False,
         "ep_expert_alignment": None,

@@ -137,7 +137,7 @@ def bounds_of_waits(rank: int) -> None:
         model = make_model(Setup(), config, EPOptions(**options))
         _, layer = next(iter(moe_layers(model)))
         group = dist.new_group([0, 1], timeout=timedelta(seconds=seconds))
-        layer.token_dispatcher.tp_ep_group = group
+        layer.token_dispatcher._layer_buffers._group = group
         layer(torch.randn(4, 1, config.hidden_size))
         return layer.token_dispatcher.buffer.config.timeout_s
 

@@ -18,6 +18,7 @@ from ranks import run_ranks
 
 from ep_comm import Buffer, EPStateError, EPTimeoutError
 from ep_comm.job.meeting import meet
+from ep_comm.job.store import default_store
 
 TIMEOUT_S = 3.0
 THREE = LowLatencyCase(tokens=(7, 5, 9), num_topk=4, experts_per_rank=3, drop=0.1)
@@ -51,7 +52,7 @@ def decode(rank: int, buffer: Buffer, case: LowLatencyCase, step: int) -> Any:
 
 def agreed_step(rank: int, step: int, ranks: list[int], number: int) -> int:
     """The step that all of `ranks` can go on with: one of them may have ended another one."""
-    store = dist.distributed_c10d._get_default_store()
+    store = default_store()
     store.set(f"step/{number}/{rank}", str(step))
     return min(int(store.get(f"step/{number}/{r}")) for r in ranks)
 
@@ -118,8 +119,11 @@ def check_a_killed_rank(
 
 
 def decode_while_one_is_stopped(rank: int, case: LowLatencyCase, victim: int) -> Results:
-    """It is masked, finds out, and comes back; all go on from a step that rank 0 chooses."""
-    store = dist.distributed_c10d._get_default_store()
+    """It is masked, finds out, and comes back; all go on from where rank 0 is then.
+
+    The others count the steps that they take without it, so as to go to meet it after the same one.
+    """
+    store = default_store()
     store.set(f"pid/{rank}", str(os.getpid()))
     pid = int(store.get(f"pid/{victim}"))
     buffer = make_buffer(case)
@@ -127,7 +131,7 @@ def decode_while_one_is_stopped(rank: int, case: LowLatencyCase, victim: int) ->
     ones = torch.ones(2, case.hidden, dtype=torch.bfloat16, device=case.device)
     first = buffer.dispatch(ones, topk_idx)
     results: Results = {}
-    step, was_cleared = 0, False
+    step, num_without, was_cleared = 0, 0, False
 
     def come_back() -> None:
         meet(dist.group.WORLD, "come back", None, 60.0)  # the others have steps to take before
@@ -143,15 +147,20 @@ def decode_while_one_is_stopped(rank: int, case: LowLatencyCase, victim: int) ->
             os.kill(pid, signal.SIGCONT)
         if buffer.query_masked():  # so the victim is not stopped while it holds the store
             if rank == 0 and store.check(["found out"]) and not store.check(["all at"]):
-                store.set("all at", str(step + 2))
-            if not was_cleared and store.check(["all at"]) and step == int(store.get("all at")):
+                store.set("all at", str(num_without + 2))
+            is_set = not was_cleared and store.check(["all at"])
+            if is_set and num_without == int(store.get("all at")):
+                if rank == 0:
+                    store.set("go on at", str(step))
                 come_back()
                 was_cleared = True
         try:
             results[step] = decode(rank, buffer, case, step)
             step += 1
-            if buffer.query_masked() and step == NUM_STEPS - 8:
-                step -= 1  # until the victim is there
+            if buffer.query_masked():
+                num_without += 1
+                if step == NUM_STEPS - 8:
+                    step -= 1  # until the victim is there
         except EPTimeoutError as error:
             if rank == victim:
                 assert rank not in error.late_ranks and error.late_ranks
@@ -159,7 +168,7 @@ def decode_while_one_is_stopped(rank: int, case: LowLatencyCase, victim: int) ->
                 with pytest.raises(EPStateError, match=f"rank {rank} itself was masked"):
                     buffer.mask_rank(*error.late_ranks)
                 store.set("found out", "1")
-                step = int(store.get("all at"))
+                step = int(store.get("go on at"))
                 come_back()
                 was_cleared = True
                 continue
