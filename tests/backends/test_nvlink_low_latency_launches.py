@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from unittest import mock
 
 import pytest
@@ -183,3 +184,19 @@ def test_operations_of_other_sizes_in_between_change_nothing_of_one_that_is_out(
         assert bytes(args.handle) == bytes(of.handle)
         for name in ("topk_idx", "idx_bytes", "num_tokens", "num_topk", "max_tokens"):
             assert getattr(args.common, name) == getattr(of.common, name)
+
+
+@pytest.mark.parametrize("backend", [DECODING], indirect=True)
+def test_a_hook_keeps_what_it_writes_to(backend):
+    """Its caller may have kept nothing else."""
+    sent, request = low_latency_dispatch(backend)
+    written = [weakref.ref(tensor) for tensor in (request.recv_x, request.recv_count)]
+    del request
+    assert all(tensor() is not None for tensor in written)
+    routing = sent.result  # launches; from here on the stream's order counts
+    combining, request = low_latency_combine(backend, routing)
+    out = weakref.ref(request.out)
+    del request
+    assert out() is not None and not any(tensor() is not None for tensor in written)
+    combining.wait()
+    assert out() is None

@@ -306,12 +306,19 @@ class NVLinkLowLatency:
             return Pending(result, self._streams.comm_event((request, routing)))
         if not request.is_split:
             return Pending(result)
-        return Pending(None, None, functools.partial(self._receive, call, routing, result))
+        return Pending(None, None, functools.partial(self._receive, call, request, routing, result))
 
     def _receive(
-        self, call: Call, routing: NVLinkLowLatencyRouting, result: NVLinkLowLatencyRouting | None
+        self,
+        call: Call,
+        _: LowLatencyDispatchRequest | LowLatencyCombineRequest,
+        routing: NVLinkLowLatencyRouting,
+        result: NVLinkLowLatencyRouting | None,
     ) -> NVLinkLowLatencyRouting | None:
-        """Launch the receive phase of what `call` still describes."""
+        """Launch the receive phase of what `call` still describes.
+
+        The request comes along so that a hook alone keeps the tensors that this writes to.
+        """
         self._memory.check_fault()
         common = call.common
         common.phases = _RECEIVE
