@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 _GRACE_S = 0.25  # the late rank may be about to give up itself: its wait began next to this one
 _BOUND_S = 2.0  # the store may stand still, too
-_POLL_S = 0.01
 
 _log = logging.getLogger("ep_comm")
 
@@ -52,9 +51,8 @@ class Blame:
             nonlocal found
             try:
                 self._store.set(self._key(self._rank), json.dumps(late_ranks))
-                deadline = time.monotonic() + (_GRACE_S if late_ranks else 0)
-                while time.monotonic() < deadline:
-                    time.sleep(_POLL_S)
+                if late_ranks:
+                    time.sleep(_GRACE_S)
                     found = self._origins(late_ranks) or late_ranks
             except RuntimeError as error:  # DistError, or what the store at hand raises
                 _log.warning("rank %d cannot ask the store who was late: %s", self._rank, error)
