@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import multiprocessing as mp
 import multiprocessing.connection
 import os
@@ -37,6 +38,7 @@ from typing import Any, NamedTuple
 _CLONE_NEWUTS = 0x04000000
 _PR_SET_PDEATHSIG = 1
 _ENDS_WITHIN_S = 5.0
+_SHOW_STACKS = signal.SIGUSR1
 _COUNTS = ("puts", "put_bytes", "atomics", "gets", "out_of_order")
 
 
@@ -146,7 +148,7 @@ def run_hosts(
         variables: Further ones of the environment.
 
     Raises:
-        HostFailure: Says what each rank raised, and which did not answer.
+        HostFailure: Says what each rank raised, which did not answer, and where those stand.
     """
     num_ranks = num_hosts * ranks_per_host
     deadline = time.monotonic() + timeout_s
@@ -183,17 +185,23 @@ def run_hosts(
             pipes.append(mine)
         for pipe in pipes:
             pipe.send((function, args))
-        return _answers(pipes, deadline)
+        return _answers(pipes, processes, folder, deadline)
 
 
-def _answers(pipes: list[multiprocessing.connection.Connection], deadline: float) -> list[Any]:
+def _answers(
+    pipes: list[multiprocessing.connection.Connection],
+    processes: list[mp.process.BaseProcess],
+    folder: Path,
+    deadline: float,
+) -> list[Any]:
     answers: dict[int, tuple[bool, Any]] = {}
     while len(answers) < len(pipes):
         waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in answers]
         ready = mp.connection.wait(waiting, max(0.0, deadline - time.monotonic()))
         if not ready:
             late = [rank for rank in range(len(pipes)) if rank not in answers]
-            raise HostFailure("\n".join([f"ranks {late} are late", *_failures(answers)]))
+            stacks = _stacks(late, processes, folder)
+            raise HostFailure("\n".join([f"ranks {late} are late", *_failures(answers), *stacks]))
         for pipe in ready:
             rank = pipes.index(pipe)
             try:
@@ -203,6 +211,18 @@ def _answers(pipes: list[multiprocessing.connection.Connection], deadline: float
         if failures := _failures(answers):
             raise HostFailure("\n".join(failures))
     return [answers[rank][1] for rank in range(len(pipes))]
+
+
+def _stacks(
+    late: list[int], processes: list[mp.process.BaseProcess], folder: Path
+) -> Iterator[str]:
+    """Where these ranks stand."""
+    for rank in late:
+        os.kill(processes[rank].pid, _SHOW_STACKS)
+    time.sleep(1.0)
+    for rank in late:
+        path = folder / f"stacks-{rank}"
+        yield f"rank {rank}:\n{path.read_text()}" if path.exists() else f"rank {rank}: not begun"
 
 
 def _failures(answers: dict[int, tuple[bool, Any]]) -> list[str]:
@@ -224,6 +244,8 @@ def _serve(place: _Place, pipe: multiprocessing.connection.Connection) -> None:
     if _unshare() != 0:
         raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWUTS)")
     socket.sethostname(place.host)
+    stacks = open(Path(place.store).with_name(f"stacks-{place.rank}"), "w")  # noqa: SIM115
+    faulthandler.register(_SHOW_STACKS, stacks, all_threads=True)
     try:
         function, args = pipe.recv()  # imports its module, and torch with it
         _join(place)

@@ -63,7 +63,7 @@ def fails(rank: int, how: str) -> None:
     [
         ("raises", "as planned", 240),
         ("dies", "rank 1:\nthe process died", 240),
-        ("sleeps", r"ranks \[0, 1\] are late", 10),
+        ("sleeps", r"ranks \[0, 1\] are late\n(?s:.*)in fails", 10),
     ],
 )
 def test_a_failure_is_told_and_nothing_outlives_it(how, words, timeout_s):
