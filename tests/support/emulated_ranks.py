@@ -20,9 +20,9 @@ from ep_comm import EPConfig
 from ep_comm._native import header
 from ep_comm.backends.nvlink import backend as nvlink
 from ep_comm.backends.nvlink.backend import NVLinkBackend
+from ep_comm.backends.nvlink.copy_engine import token_words
 from ep_comm.backends.nvlink.farewell import Farewell
 from ep_comm.backends.nvlink.memory import PeerMemory, clear, farewell_flags
-from ep_comm.backends.nvlink.wire import token_words
 
 
 class _EmulatedBackend(Emulated, NVLinkBackend):

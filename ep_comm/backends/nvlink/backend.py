@@ -37,6 +37,7 @@ from ep_comm.backends.nvlink.copies import Copies
 from ep_comm.backends.nvlink.low_latency import NVLinkLowLatency
 from ep_comm.backends.nvlink.memory import PeerMemory, buffer_offsets
 from ep_comm.backends.nvlink.planner import Planner
+from ep_comm.backends.nvlink.resources import Resources
 from ep_comm.backends.nvlink.routing import NVLinkRouting, entry_size
 from ep_comm.backends.nvlink.rows import (
     allocate_rows,
@@ -140,16 +141,17 @@ class NVLinkBackend:
             self._scratch.data_ptr(),
             self.recorder.wire_bytes_address,
         )
+        resources = Resources(
+            self.native,
+            memory,
+            self.offsets,
+            config,
+            self.device,
+            self._streams,
+            self.recorder,
+        )
         if config.wire == "copy-engine" and self.num_ranks > 1:
-            self._copies = Copies(
-                native=self.native,
-                streams=self._streams,
-                new_stream=self._new_stream,
-                args=self._args,
-                offsets=self.offsets,
-                config=config,
-                device=self.device,
-            )
+            self._copies = Copies(resources, self._args)
         self._planner = Planner(
             self.native,
             memory,

@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
-
-from ep_comm._native import NativeLibrary, header
+from ep_comm._native import header
 from ep_comm.backends.nvlink.args import KernelArgs
-from ep_comm.backends.nvlink.streams import Streams
-from ep_comm.backends.nvlink.wire import CombineWire, DispatchWire
-from ep_comm.config import EPConfig
+from ep_comm.backends.nvlink.copy_engine import CombineCopyEngine, DispatchCopyEngine
+from ep_comm.backends.nvlink.resources import Resources
 
 
 class Copies:
     """The copies of a buffer's operations.
 
     Args:
-        native: The CUDA library.
-        streams: Those of the buffer.
-        new_stream: Makes a stream of the priority given.
+        resources: The backend's.
         args: Those of the kernels.
-        offsets: Where things stand in the memory of every rank.
-        config: The buffer's.
-        device: The GPU.
 
     Attributes:
-        dispatch, combine: The wire of each kind of operation.
+        dispatch, combine: The copy engine of each kind of operation.
     """
 
-    def __init__(
-        self,
-        native: NativeLibrary,
-        streams: Streams,
-        new_stream: Callable[[int], torch.cuda.Stream],
-        args: KernelArgs,
-        offsets: header.BufferOffsets,
-        config: EPConfig,
-        device: torch.device,
-    ) -> None:
-        self._streams = streams
-        self.dispatch = DispatchWire(
-            native, streams, new_stream, args.dispatch.peers, offsets, config, device
-        )
-        self.combine = CombineWire(
-            native, streams, new_stream, args.combine.peers, offsets, config, device
-        )
+    def __init__(self, resources: Resources, args: KernelArgs) -> None:
+        self._streams = resources.streams
+        self.dispatch = DispatchCopyEngine(resources, args.dispatch.peers)
+        self.combine = CombineCopyEngine(resources, args.combine.peers)
 
     @property
     def num_bytes(self) -> int:
@@ -99,12 +78,12 @@ class Copies:
         self.dispatch.expand(args, num_sms, stream)
 
     def push_alone(self, args: header.DispatchArgs, num_tokens: int, stream: int) -> None:
-        """Push rows that nobody expands, with gate and flags: what the wire itself costs."""
+        """Push rows that nobody expands, with gate and flags: what copies alone cost."""
         self.dispatch.begin(stream, args.peers.record, begins=True)
         self.dispatch.push(args, num_tokens, None)
         self.dispatch.end(args, stream)
 
     def sum(self, args: header.CombineArgs, received: Sequence[int] | None, stream: int) -> None:
-        """Launch a combine; see `CombineWire.combine`."""
+        """Launch a combine; see `CombineCopyEngine.combine`."""
         self.combine.begin(stream, args.peers.record, begins=True)
         self.combine.combine(args, received, stream)

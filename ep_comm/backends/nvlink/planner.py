@@ -7,6 +7,7 @@ import torch
 from ep_comm._native import NativeLibrary, header
 from ep_comm.backends.base import PlanRequest, Received
 from ep_comm.backends.nvlink.ahead import Ahead
+from ep_comm.backends.nvlink.copy_engine import DispatchCopyEngine, token_words
 from ep_comm.backends.nvlink.mailbox import Mailbox
 from ep_comm.backends.nvlink.memory import PeerMemory
 from ep_comm.backends.nvlink.routing import (
@@ -19,7 +20,6 @@ from ep_comm.backends.nvlink.routing import (
 from ep_comm.backends.nvlink.rows import allocate_experts, allocate_rows
 from ep_comm.backends.nvlink.streams import Streams
 from ep_comm.backends.nvlink.tuning import split_dispatch, split_plan
-from ep_comm.backends.nvlink.wire import DispatchWire, token_words
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPUnsupportedError
 from ep_comm.routing.layout import INPUT_KINDS
@@ -54,7 +54,7 @@ class Planner:
         streams: Where operations run.
         recorder: Gives each dispatch its record.
         args: The arguments of plans; every plan fills in the rest anew.
-        wire: What copies rows; None where kernels push them.
+        copy_engine: What copies rows; None where kernels push them.
 
     Attributes:
         entries: Where plans leave the entries of rows whose number nobody knows yet.
@@ -71,13 +71,13 @@ class Planner:
         streams: Streams,
         recorder: DeviceRecorder,
         args: header.PlanArgs,
-        wire: DispatchWire | None = None,
+        copy_engine: DispatchCopyEngine | None = None,
     ) -> None:
-        self._wire = wire
+        self._copy_engine = copy_engine
         self.ahead: Ahead | None = None
         self.num_resumed = 0
         self._token_words = 0
-        if wire is not None:
+        if copy_engine is not None:
             self._token_words = token_words(config.max_tokens_per_rank, memory.num_ranks)
         self._native = native
         self._memory = memory
@@ -175,7 +175,7 @@ class Planner:
         args.expert_capacity = expert_capacity or 0
         args.overflow = None if overflow_stats is None else overflow_stats.data_ptr()
         expand_sms = num_sms
-        if self._wire is None:
+        if self._copy_engine is None:
             _, expand_sms = split_dispatch(num_sms, self._num_ranks, layout, num_topk)
         args.num_send_blocks, args.num_receive_blocks = split_plan(num_sms, expand_sms)
         self._native.plan(args, stream, stream if in_one else streams.side, streams.event)
@@ -194,8 +194,8 @@ class Planner:
             self.num_resumed += 1
             return self.ahead.record, self.ahead.number, True
         record = self._recorder.start("dispatch", 0)
-        if self._wire is not None:
-            self._wire.begin(stream, record, begins=False)
+        if self._copy_engine is not None:
+            self._copy_engine.begin(stream, record, begins=False)
         return record, self._recorder.num_operations, False
 
     def restart(self) -> None:
@@ -240,7 +240,7 @@ class Planner:
         )
         args.num_blocks = push_blocks + expand_blocks
         args.num_push_blocks, args.num_expand_blocks = push_blocks, 0
-        if push_blocks and not first.in_one and self._wire is None:
+        if push_blocks and not first.in_one and self._copy_engine is None:
             self._native.launch("ep_dispatch", args, stream)
         if routing.capacity is None:
             routing.sizes = self._mailbox.sizes(
@@ -264,8 +264,8 @@ class Planner:
             args.routing = routing.native
         args.num_expand_blocks = expand_blocks
         expand_stream = stream if first.in_one else streams.side
-        if self._wire is not None:
-            self._wire.expand(args, first.num_sms, expand_stream)
+        if self._copy_engine is not None:
+            self._copy_engine.expand(args, first.num_sms, expand_stream)
         else:
             if not first.in_one:
                 args.num_push_blocks = 0

@@ -55,6 +55,7 @@ class Streams:
         new_stream: Callable[[int], torch.cuda.Stream],
     ) -> None:
         self._native = native
+        self._new_stream = new_stream
         self._device_index = device_index
         # The side stream's expand waits for other ranks' pushes: it must never run before one.
         self._side = new_stream(0)
@@ -65,7 +66,7 @@ class Streams:
         self.side: int = self._side.cuda_stream
         self.event: int = self._event.cuda_event
         self._comm_handle: int = self.comm.cuda_stream
-        self._others: list[int] = []
+        self._others: dict[int, torch.cuda.Stream] = {}  # torch's own: as long as this one lives
         self._in_flight = in_flight(device_index)
         for key in self._keys():
             weakref.finalize(self, self._in_flight.forget, key)
@@ -82,9 +83,11 @@ class Streams:
         """Order `waiting` behind all that is on `other` now."""
         self._native.stream_wait(waiting, other, self.event)
 
-    def join_at_end(self, stream: int) -> None:
-        """Note one more stream that operations use; each is ordered behind it when it ends."""
-        self._others.append(stream)
+    def one_more(self) -> int:
+        """Make one more stream that operations use; each is ordered behind it when it ends."""
+        stream = self._new_stream(-1)
+        self._others[stream.cuda_stream] = stream
+        return stream.cuda_stream
 
     def order_behind_last(self, op: int, waiting: int) -> None:
         """Order `waiting` behind the last operation of the kind."""

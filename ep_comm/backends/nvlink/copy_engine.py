@@ -1,17 +1,16 @@
-"""Copy engines as the wire: the gate before an operation's copies, the copies, the flags behind.
+"""Copy engines: the gate before an operation's copies, the copies, the flags behind them.
 
 csrc/PROTOCOL.md, "Copy engines", has the order of it all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from ep_comm._native import NativeLibrary, header
-from ep_comm.backends.nvlink.streams import Streams
-from ep_comm.config import EPConfig
+from ep_comm._native import header
+from ep_comm.backends.nvlink.resources import Resources
 
 _HEAD, _FIRST_CHUNK = 0, 1
 _WORD_TOKENS = 32  # of a word of the plan's bits
@@ -29,51 +28,36 @@ def token_words(max_tokens: int, num_ranks: int) -> int:
     return 2 * num_ranks * -(-max_tokens // _WORD_TOKENS)
 
 
-class CopyWire:
+class CopyEngine:
     """The copies of one kind of operation.
 
     Args:
-        native: The CUDA library.
-        streams: Those of the buffer; one more is made for the copies.
-        new_stream: Makes a stream of the priority given.
+        resources: The backend's.
         op: EP_OP_DISPATCH or EP_OP_COMBINE.
         peers: As kernels of the operation get them.
-        offsets: Where things stand in the memory of every rank.
-        config: The buffer's.
-        device: The GPU.
 
     Attributes:
+        stream: Where the copies run.
         args: Those of gate and copies, to delay in tests.
         native_wire: What the other kernels of the operation need to know; set by `begin`.
         chunk_rows: Rows of a chunk.
         num_chunks: The most of them.
     """
 
-    def __init__(
-        self,
-        native: NativeLibrary,
-        streams: Streams,
-        new_stream: Callable[[int], torch.cuda.Stream],
-        op: int,
-        peers: header.Peers,
-        offsets: header.BufferOffsets,
-        config: EPConfig,
-        device: torch.device,
-    ) -> None:
-        self._native = native
-        self._streams = streams
-        self._stream = new_stream(-1)  # torch's own: it lives as long as this does
-        self.stream: int = self._stream.cuda_stream
-        streams.join_at_end(self.stream)
-        self._max_tokens = config.max_tokens_per_rank
+    def __init__(self, resources: Resources, op: int, peers: header.Peers) -> None:
+        self._native = resources.native
+        self._streams = resources.streams
+        self.stream = resources.streams.one_more()
+        self._max_tokens = resources.config.max_tokens_per_rank
         self.chunk_rows = chunk_rows(self._max_tokens)
         self.num_chunks = -(-self._max_tokens // self.chunk_rows)
         kind = (header.EP_OP_DISPATCH, header.EP_OP_COMBINE).index(op)
         self._flag_bytes = 4 * header.EP_COPY_FLAGS * peers.num_ranks
+        offsets = resources.offsets
         self._flag_offset = offsets.copy_flags + 2 * kind * self._flag_bytes
         mark_offset = offsets.copy_marks + 4 * kind * peers.num_ranks
         self.native_wire = header.Wire(mark_offset=mark_offset, chunk_rows=self.chunk_rows)
-        self._epoch = torch.zeros(1, dtype=torch.int32, device=device)
+        self._epoch = torch.zeros(1, dtype=torch.int32, device=resources.device)
         credit_offset = offsets.dispatch_credits if kind == 0 else offsets.combine_credits
         self._gate = header.GateArgs(
             peers=peers,
@@ -146,25 +130,16 @@ class CopyWire:
         self._native.launch("ep_push", push, self.stream)
 
 
-class DispatchWire(CopyWire):
+class DispatchCopyEngine(CopyEngine):
     """The copies of dispatches: all rows of a rank, as they stand, to all others.
 
     Args:
-        native, streams, new_stream, peers, offsets, config, device: As in `CopyWire`.
+        resources, peers: As in `CopyEngine`.
     """
 
-    def __init__(
-        self,
-        native: NativeLibrary,
-        streams: Streams,
-        new_stream: Callable[[int], torch.cuda.Stream],
-        peers: header.Peers,
-        offsets: header.BufferOffsets,
-        config: EPConfig,
-        device: torch.device,
-    ) -> None:
-        op = header.EP_OP_DISPATCH
-        super().__init__(native, streams, new_stream, op, peers, offsets, config, device)
+    def __init__(self, resources: Resources, peers: header.Peers) -> None:
+        super().__init__(resources, header.EP_OP_DISPATCH, peers)
+        offsets = resources.offsets
         self._is_ahead = False
         self._region_offset = offsets.dispatch_slots
         self._push.target_stride = offsets.region_bytes
@@ -263,29 +238,20 @@ class DispatchWire(CopyWire):
         push.num_rows[:] = [num_rows] * header.EP_MAX_PEERS
 
 
-class CombineWire(CopyWire):
+class CombineCopyEngine(CopyEngine):
     """The copies of combines: partial rows of each owner's tokens, by slot.
 
     Args:
-        native, streams, new_stream, peers, offsets, config, device: As in `CopyWire`.
+        resources, peers: As in `CopyEngine`.
 
     Attributes:
         rows: Where kernels leave partial rows.
         weights: Where they leave weights.
     """
 
-    def __init__(
-        self,
-        native: NativeLibrary,
-        streams: Streams,
-        new_stream: Callable[[int], torch.cuda.Stream],
-        peers: header.Peers,
-        offsets: header.BufferOffsets,
-        config: EPConfig,
-        device: torch.device,
-    ) -> None:
-        op = header.EP_OP_COMBINE
-        super().__init__(native, streams, new_stream, op, peers, offsets, config, device)
+    def __init__(self, resources: Resources, peers: header.Peers) -> None:
+        super().__init__(resources, header.EP_OP_COMBINE, peers)
+        offsets, config, device = resources.offsets, resources.config, resources.device
         self._row_offset, self._weight_offset = offsets.combine_rows, offsets.combine_weights
         self._rank = peers.rank
         num_rows = (peers.num_ranks - 1) * self._max_tokens
@@ -320,9 +286,8 @@ class CombineWire(CopyWire):
         args.flag_offset = wire.flag_offset + 4 * _FIRST_CHUNK
         args.max_chunks, args.chunk_rows = header.EP_COPY_FLAGS, self.chunk_rows
         most = max(rows for rank, rows in enumerate(num_rows) if rank != self._rank)
-        self._streams.wait(
-            stream, self.stream
-        )  # their marks are the later ones, where they give up
+        # Their marks are the later ones, where they give up.
+        self._streams.wait(stream, self.stream)
         for chunk in range(-(-most // self.chunk_rows)):
             args.first_row = chunk * self.chunk_rows
             self._native.launch("ep_partial_sums", args, stream)
