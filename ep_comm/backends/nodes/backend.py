@@ -27,6 +27,7 @@ from ep_comm.backends.nodes.tuning import MIN_SMS, split_dispatch
 from ep_comm.backends.nvlink import prices, support
 from ep_comm.backends.nvlink.args import KernelArgs
 from ep_comm.backends.nvlink.backend import NVLinkBackend
+from ep_comm.backends.nvlink.resources import Resources
 from ep_comm.backends.nvlink.routing import NVLinkRouting
 from ep_comm.backends.nvlink.streams import Streams
 from ep_comm.config import EPConfig
@@ -163,16 +164,16 @@ class NodesBackend(NVLinkBackend):
         )
         self.low_latency: NodesLowLatency | None = None
         if config.low_latency_tokens is not None:
-            self.low_latency = NodesLowLatency(
+            resources = Resources(
                 self.native,
                 memory,
-                config,
                 self.nodes_offsets,
+                config,
                 self.device,
                 self._streams,
                 self.recorder,
-                self._sms,
             )
+            self.low_latency = NodesLowLatency(resources, self._sms)
 
     @property
     def buffer_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """Low-latency operations between nodes: messages over the network to every rank.
 
 What it does is in csrc/PROTOCOL.md, "Low latency between nodes". Calls, phases and graphs are those
-of the NVLink backend.
+of one host.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from torch import Tensor
 from ep_comm._native import header
 from ep_comm.backends.base import LowLatencySizes
 from ep_comm.backends.nodes.memory import NodesMemory
-from ep_comm.backends.nvlink.low_latency import Call, NVLinkLowLatency
+from ep_comm.backends.nvlink.low_latency import EPOCHS, Call, LowLatency
 
-_EPOCHS = 2  # of a handle: the dispatch's and the combine's
 _OPS = ("low_latency_dispatch", "low_latency_combine")
 _FLAG_BYTES = 8
 
 
-class NodesLowLatency(NVLinkLowLatency):
-    """The low-latency part of the backend between nodes; see `NVLinkLowLatency`."""
+class NodesLowLatency(LowLatency):
+    """The low-latency part of the backend between nodes; its arguments are those of `LowLatency`.
+
+    Ranks cannot be masked here.
+    """
 
     _memory: NodesMemory
     _offsets: header.NodesOffsets
@@ -81,12 +83,12 @@ class NodesLowLatency(NVLinkLowLatency):
     def num_kept_ints(self, max_tokens: int, num_topk: int) -> int:
         """Return the numbers of an ``ep_low_latency_handle``, see ``ep_nodes_low_latency``."""
         entries = self._num_ranks * max_tokens * num_topk
-        return _EPOCHS + self._num_ranks + max_tokens * num_topk + 2 * entries
+        return EPOCHS + self._num_ranks + max_tokens * num_topk + 2 * entries
 
     def _kept(self, sizes: LowLatencySizes) -> tuple[int, ...]:
         num_places = self._num_ranks * sizes.max_tokens
         epochs = 4 * self._num_local_experts * num_places
-        num_rows = epochs + 4 * _EPOCHS
+        num_rows = epochs + 4 * EPOCHS
         ranks = num_rows + 4 * self._num_ranks
         rows = ranks + 4 * sizes.max_tokens * sizes.num_topk
         weights = rows + 4 * num_places * sizes.num_topk

@@ -34,7 +34,7 @@ from ep_comm.backends.nvlink import prices, support
 from ep_comm.backends.nvlink.ahead import Ahead
 from ep_comm.backends.nvlink.args import kernel_args
 from ep_comm.backends.nvlink.copies import Copies
-from ep_comm.backends.nvlink.low_latency import NVLinkLowLatency
+from ep_comm.backends.nvlink.low_latency import LowLatency, NVLinkLowLatency
 from ep_comm.backends.nvlink.memory import PeerMemory, buffer_offsets
 from ep_comm.backends.nvlink.planner import Planner
 from ep_comm.backends.nvlink.resources import Resources
@@ -162,18 +162,9 @@ class NVLinkBackend:
             self._args.plan,
             None if self._copies is None else self._copies.dispatch,
         )
-        self.low_latency: NVLinkLowLatency | None = None
+        self.low_latency: LowLatency | None = None
         if config.low_latency_tokens is not None:
-            self.low_latency = NVLinkLowLatency(
-                self.native,
-                memory,
-                config,
-                self.offsets,
-                self.device,
-                self._streams,
-                self.recorder,
-                self._sms,
-            )
+            self.low_latency = NVLinkLowLatency(resources, self._sms)
 
     @staticmethod
     def _current_device() -> torch.device:
@@ -501,7 +492,7 @@ class NVLinkBackend:
         """Wait for the GPU, and return the highest number of a low-latency operation."""
         if torch.cuda.is_current_stream_capturing():
             raise EPUnsupportedError("ranks cannot be masked while a CUDA graph is captured")
-        assert self.low_latency is not None  # the caller has seen to it
+        assert isinstance(self.low_latency, NVLinkLowLatency)  # the caller has seen to it
         torch.cuda.synchronize()  # graphs too, whatever stream they were replayed on
         self._streams.forget()
         return self.low_latency.most_operations
@@ -511,7 +502,7 @@ class NVLinkBackend:
 
         Kernels read the mask in device memory: captured ones too, when they are replayed.
         """
-        assert self.low_latency is not None
+        assert isinstance(self.low_latency, NVLinkLowLatency)
         self.memory.restart(self.offsets, masked)
         self.low_latency.restart(masked, first)
         self._planner.restart()

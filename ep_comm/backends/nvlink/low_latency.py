@@ -16,18 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_comm._native import NativeLibrary, header
+from ep_comm._native import header
 from ep_comm.backends.base import (
     LowLatencyCombineRequest,
     LowLatencyDispatchRequest,
     LowLatencySizes,
     Pending,
 )
-from ep_comm.backends.nvlink.memory import PeerMemory
-from ep_comm.backends.nvlink.streams import Streams
-from ep_comm.config import EPConfig
+from ep_comm.backends.nvlink.resources import Resources
 from ep_comm.fp8_low_latency import ScaleForm
-from ep_comm.telemetry.device import DeviceRecorder
 
 _FORMATS = {
     None: header.EP_LOW_LATENCY_BF16,
@@ -37,7 +34,7 @@ _FORMATS = {
 }
 _SEND, _RECEIVE = header.EP_LOW_LATENCY_SEND, header.EP_LOW_LATENCY_RECEIVE
 _MOST_OUT = 2  # operations of a kind, see `ep_comm.backends.base.LowLatencyBackend`
-_EPOCHS = 2  # of a handle: the dispatch's and the combine's
+EPOCHS = 2  # of a handle: the dispatch's and the combine's
 _BYTES_OF_PEERS = 4 * header.EP_MAX_PEERS
 # All of them use the same counts: for streams they are one kind of operation.
 _KIND = header.EP_OP_LOW_LATENCY_DISPATCH
@@ -100,34 +97,23 @@ class Call:
         handle.weights = recv_src_info + weights
 
 
-class NVLinkLowLatency:
-    """The low-latency part of the NVLink backend, see `ep_comm.backends.base.LowLatencyBackend`.
+class LowLatency:
+    """Calls, phases and graphs: the same over NVLink and between nodes.
+
+    `ep_comm.backends.base.LowLatencyBackend` says what each method is for.
 
     Args:
-        native: The CUDA library.
-        memory: This rank's.
-        config: The buffer's.
-        offsets: Where things stand in the memory.
-        device: The GPU.
-        streams: Where operations run.
-        recorder: Gives each operation its record.
+        resources: The backend's.
         num_sms: Returns the SMs of an operation, which may be asynchronous.
 
     Attributes:
         calls: The kernels' arguments.
     """
 
-    def __init__(
-        self,
-        native: NativeLibrary,
-        memory: PeerMemory,
-        config: EPConfig,
-        offsets: header.BufferOffsets,
-        device: torch.device,
-        streams: Streams,
-        recorder: DeviceRecorder,
-        num_sms: Callable[[bool], int],
-    ) -> None:
+    _state_ints: int  # of the operations' counts, on the device
+
+    def __init__(self, resources: Resources, num_sms: Callable[[bool], int]) -> None:
+        native, memory, offsets, config, device, streams, recorder = resources
         self._native = native
         self._memory = memory
         self._offsets = offsets
@@ -145,34 +131,17 @@ class NVLinkLowLatency:
         self.calls = tuple(itertools.chain(*pairs))
         self._dispatches, self._combines = map(itertools.cycle, zip(*pairs, strict=True))
 
-    _state_ints = header.EP_LOW_LATENCY_STATE_INTS
-
     def _make_calls(self) -> tuple[Call, Call]:
         """Return the arguments of a dispatch and of a combine."""
-        offsets = self._offsets
-        dispatch = header.LowLatencyDispatchArgs(
-            common=self._common_args(
-                header.EP_OP_LOW_LATENCY_DISPATCH,
-                credit_offset=offsets.low_latency_credits,
-                row_offset=offsets.low_latency_dispatch,
-                header_offset=offsets.low_latency_headers,
-                entry_offset=offsets.low_latency_entries,
-            ),
-            notice=self._memory.notice_address,
-        )
-        combine = header.LowLatencyCombineArgs(
-            common=self._common_args(
-                header.EP_OP_LOW_LATENCY_COMBINE,
-                credit_offset=offsets.low_latency_credits,
-                row_offset=offsets.low_latency_combine,
-                header_offset=offsets.low_latency_headers,
-                entry_offset=offsets.low_latency_weights,
-            )
-        )
-        return (
-            Call("low_latency_dispatch", "ep_low_latency_dispatch", dispatch, dispatch),
-            Call("low_latency_combine", "ep_low_latency_combine", combine, combine),
-        )
+        raise NotImplementedError
+
+    def num_kept_ints(self, max_tokens: int, num_topk: int) -> int:
+        """Return the numbers of an ``ep_low_latency_handle``."""
+        raise NotImplementedError
+
+    def _kept(self, sizes: LowLatencySizes) -> tuple[int, ...]:
+        """Return where a dispatch leaves what its combine needs, in bytes: see `Call.kept`."""
+        raise NotImplementedError
 
     def _common_args(self, op: int, **offsets: int) -> header.LowLatency:
         is_combine = op == header.EP_OP_LOW_LATENCY_COMBINE
@@ -185,11 +154,6 @@ class NVLinkLowLatency:
             num_local_experts=self._num_local_experts,
             **offsets,
         )
-
-    def num_kept_ints(self, max_tokens: int, num_topk: int) -> int:
-        """Return the numbers of an ``ep_low_latency_handle``."""
-        entries = self._num_ranks * max_tokens * num_topk
-        return _EPOCHS + 2 * header.EP_MAX_PEERS + max_tokens + 2 * entries
 
     def dispatch(self, request: LowLatencyDispatchRequest) -> Pending[NVLinkLowLatencyRouting]:
         """Launch the kernel that sends, and that which receives or its hook."""
@@ -226,45 +190,6 @@ class NVLinkLowLatency:
         current = self._launch(call, routing.topk_idx, request)
         self._keep_for_stream(current, routing)
         return self._pending(call, request, routing, None)
-
-    @property
-    def most_operations(self) -> int:
-        """Of both kinds the higher number of an operation sent so far; waits for the GPU."""
-        state = header.LowLatencyState.from_buffer_copy(self._state[0].cpu().numpy().tobytes())
-        return max(state.sent)
-
-    def restart(self, masked: tuple[int, ...], first: int) -> None:
-        """Count on from `first`, as if all operations so far had been received everywhere.
-
-        Their memory holds the waiting pattern, and zeros. Headers and entries of before, which a
-        masked rank may still write, carry a lower epoch.
-        """
-        half = first // 2
-        halves = (half, half), (half, half)
-        state = header.LowLatencyState(
-            sent=(first, first),
-            received=halves,
-            known=(halves, halves),
-            masked=sum(1 << rank for rank in masked),
-        )
-        self._state.zero_()
-        words = torch.frombuffer(bytearray(state), dtype=torch.int32)
-        self._state[0, : len(words)].copy_(words)
-        memory = self._memory.tensor
-        assert memory is not None  # it was not destroyed
-        credits = memory[self._offsets.low_latency_credits :]
-        credits[: 16 * self._num_ranks].view(torch.int32).fill_(half)
-
-    def _kept(self, sizes: LowLatencySizes) -> tuple[int, ...]:
-        """Return where a dispatch leaves what its combine needs, in bytes: see `Call.kept`."""
-        num_places = self._num_ranks * sizes.max_tokens
-        epochs = 4 * self._num_local_experts * num_places
-        num_tokens = epochs + 4 * _EPOCHS
-        num_rows = num_tokens + _BYTES_OF_PEERS
-        ranks = num_rows + _BYTES_OF_PEERS
-        rows = ranks + 4 * sizes.max_tokens
-        weights = rows + 4 * num_places * sizes.num_topk
-        return epochs, num_tokens, num_rows, ranks, rows, weights
 
     def _set_sizes(self, call: Call, sizes: LowLatencySizes) -> None:
         """Describe the tensors of operations, as long as they are alike."""
@@ -334,3 +259,78 @@ class NVLinkLowLatency:
             stream = torch.cuda.current_stream(self._device)
             for tensor in (routing.memory, routing.topk_idx):
                 tensor.record_stream(stream)
+
+
+class NVLinkLowLatency(LowLatency):
+    """The low-latency part of the NVLink backend; its arguments are those of `LowLatency`."""
+
+    _state_ints = header.EP_LOW_LATENCY_STATE_INTS
+
+    def _make_calls(self) -> tuple[Call, Call]:
+        offsets = self._offsets
+        dispatch = header.LowLatencyDispatchArgs(
+            common=self._common_args(
+                header.EP_OP_LOW_LATENCY_DISPATCH,
+                credit_offset=offsets.low_latency_credits,
+                row_offset=offsets.low_latency_dispatch,
+                header_offset=offsets.low_latency_headers,
+                entry_offset=offsets.low_latency_entries,
+            ),
+            notice=self._memory.notice_address,
+        )
+        combine = header.LowLatencyCombineArgs(
+            common=self._common_args(
+                header.EP_OP_LOW_LATENCY_COMBINE,
+                credit_offset=offsets.low_latency_credits,
+                row_offset=offsets.low_latency_combine,
+                header_offset=offsets.low_latency_headers,
+                entry_offset=offsets.low_latency_weights,
+            )
+        )
+        return (
+            Call("low_latency_dispatch", "ep_low_latency_dispatch", dispatch, dispatch),
+            Call("low_latency_combine", "ep_low_latency_combine", combine, combine),
+        )
+
+    def num_kept_ints(self, max_tokens: int, num_topk: int) -> int:
+        """Return the numbers of an ``ep_low_latency_handle``."""
+        entries = self._num_ranks * max_tokens * num_topk
+        return EPOCHS + 2 * header.EP_MAX_PEERS + max_tokens + 2 * entries
+
+    def _kept(self, sizes: LowLatencySizes) -> tuple[int, ...]:
+        num_places = self._num_ranks * sizes.max_tokens
+        epochs = 4 * self._num_local_experts * num_places
+        num_tokens = epochs + 4 * EPOCHS
+        num_rows = num_tokens + _BYTES_OF_PEERS
+        ranks = num_rows + _BYTES_OF_PEERS
+        rows = ranks + 4 * sizes.max_tokens
+        weights = rows + 4 * num_places * sizes.num_topk
+        return epochs, num_tokens, num_rows, ranks, rows, weights
+
+    @property
+    def most_operations(self) -> int:
+        """Of both kinds the higher number of an operation sent so far; waits for the GPU."""
+        state = header.LowLatencyState.from_buffer_copy(self._state[0].cpu().numpy().tobytes())
+        return max(state.sent)
+
+    def restart(self, masked: tuple[int, ...], first: int) -> None:
+        """Count on from `first`, as if all operations so far had been received everywhere.
+
+        Their memory holds the waiting pattern, and zeros. Headers and entries of before, which a
+        masked rank may still write, carry a lower epoch.
+        """
+        half = first // 2
+        halves = (half, half), (half, half)
+        state = header.LowLatencyState(
+            sent=(first, first),
+            received=halves,
+            known=(halves, halves),
+            masked=sum(1 << rank for rank in masked),
+        )
+        self._state.zero_()
+        words = torch.frombuffer(bytearray(state), dtype=torch.int32)
+        self._state[0, : len(words)].copy_(words)
+        memory = self._memory.tensor
+        assert memory is not None  # it was not destroyed
+        credits = memory[self._offsets.low_latency_credits :]
+        credits[: 16 * self._num_ranks].view(torch.int32).fill_(half)
