@@ -62,7 +62,7 @@ def price(op: str, num_sms: int, lost_us: float) -> Price:
 
 def give_prices(backend: NVLinkBackend, *prices: Price) -> None:
     table = PriceTable(gpu="GPU", available_sms=132, source="a test", prices=prices)
-    backend._chooser = Chooser(table, backend.num_ranks)
+    backend._sms.chooser = Chooser(table, backend.num_ranks)
 
 
 def test_asynchronous_operations_take_the_sms_of_the_best_price(backend):
@@ -118,8 +118,8 @@ def test_a_backward_combine_that_does_not_pay_runs_before_the_other_work(
 def test_the_gemm_beside_is_checked_and_handed_on(backend):
     buffer = VirtualBuffer(backend, CONFIG)
     buffer.set_gemm_tiles(64)
-    assert backend._chooser.tiles == 64
+    assert backend._sms.chooser.tiles == 64
     buffer.set_gemm_tiles(None)
-    assert backend._chooser.tiles is None
+    assert backend._sms.chooser.tiles is None
     with pytest.raises(EPArgumentError, match="tiles must be a positive integer, got 0"):
         buffer.set_gemm_tiles(0)

@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from ep_comm import _native
 from ep_comm._native import NativeLibrary, header
-from ep_comm.backends.base import PlanRequest
 from ep_comm.backends.nodes.args import nodes_kernel_args
 from ep_comm.backends.nodes.low_latency import NodesLowLatency
 from ep_comm.backends.nodes.memory import NodesMemory, nodes_offsets
@@ -24,14 +23,15 @@ from ep_comm.backends.nodes.records import NodesRecorder
 from ep_comm.backends.nodes.routing import NodesRouting
 from ep_comm.backends.nodes.sizes import nodes_sizes
 from ep_comm.backends.nodes.tuning import MIN_SMS, split_dispatch
-from ep_comm.backends.nvlink import prices, support
+from ep_comm.backends.nvlink import support
 from ep_comm.backends.nvlink.args import KernelArgs
 from ep_comm.backends.nvlink.backend import NVLinkBackend
 from ep_comm.backends.nvlink.resources import Resources
 from ep_comm.backends.nvlink.routing import NVLinkRouting
+from ep_comm.backends.nvlink.sms import Sms
 from ep_comm.backends.nvlink.streams import Streams
 from ep_comm.config import EPConfig
-from ep_comm.errors import EPArgumentError, EPUnsupportedError
+from ep_comm.errors import EPUnsupportedError
 from ep_comm.job.meeting import Meeting
 from ep_comm.network.settings import NetworkSettings
 from ep_comm.network.world import World
@@ -61,6 +61,7 @@ class NodesBackend(NVLinkBackend):
     name = "nodes"
     memory: NodesMemory
     _planner: NodesPlanner
+    _fewest_sms = MIN_SMS
 
     @classmethod
     def facts(cls, group: dist.ProcessGroup, config: EPConfig) -> support.Facts:
@@ -144,10 +145,8 @@ class NodesBackend(NVLinkBackend):
             device=self.device,
         )
         properties = torch.cuda.get_device_properties(self.device)
-        self._available_sms: int = properties.multi_processor_count
-        self._num_sms: int | None = None
-        self._overlapped = False
-        self._chooser = prices.Chooser(None, self.num_ranks)  # nobody has measured
+        num_sms: int = properties.multi_processor_count
+        self._sms = Sms(num_sms, self._fewest_sms, False, None, self.num_ranks)  # nobody measured
         self._all_args = nodes_kernel_args(
             config,
             memory,
@@ -173,7 +172,7 @@ class NodesBackend(NVLinkBackend):
                 self._streams,
                 self.recorder,
             )
-            self.low_latency = NodesLowLatency(resources, self._sms)
+            self.low_latency = NodesLowLatency(resources, self._sms.of)
 
     @property
     def buffer_bytes(self) -> int:
@@ -183,21 +182,13 @@ class NodesBackend(NVLinkBackend):
     def describe(self) -> str:
         """Name nodes and network, the SMs of an operation, this rank's rail, and the memory."""
         place = self.memory.place
-        sms = self._num_sms or self._available_sms
-        text = f"{place.num_nodes} of {place.ranks_per_node} GPUs over {self._network}, {sms} SMs"
+        text = f"{place.num_nodes} of {place.ranks_per_node} GPUs over {self._network}, "
+        text += f"{self._sms.most} SMs"
         if place.num_nodes > 1:
             text += f"; rail of rank {self.rank}: {_few(sorted(place.rail))}"
         if self.memory.world is not None:
             text += f", NIC {self._nic or 'not known'}"
         return f"nodes ({text}; {self._sizes.describe()})"
-
-    def set_num_sms(self, num_sms: int | None) -> None:
-        """Limit the SMs that the kernels of later operations occupy."""
-        if num_sms is not None and not MIN_SMS <= num_sms <= self._available_sms:
-            raise EPArgumentError(
-                f"num_sms must be {MIN_SMS} to {self._available_sms}, or None, got {num_sms}"
-            )
-        self._num_sms = num_sms
 
     def throttle(self, bytes_per_s: float) -> None:
         """Let the network of this rank be no faster than that, for figures; 0 is no limit."""
@@ -217,11 +208,6 @@ class NodesBackend(NVLinkBackend):
             "ranks of a buffer between nodes cannot be masked: make a new Buffer on a group "
             "without them"
         )
-
-    def plan(self, request: PlanRequest) -> NodesRouting:
-        """Start the kernels of a plan; its counts come while the dispatch sends."""
-        self.memory.check()
-        return self._planner.plan(request, self._sms(request.asynchronous), self._available_sms)
 
     def _launch_dispatch(
         self, args: header.DispatchArgs, routing: NVLinkRouting, num_sms: int, stream: int

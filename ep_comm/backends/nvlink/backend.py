@@ -45,12 +45,12 @@ from ep_comm.backends.nvlink.rows import (
     describe_rows,
     whole_weight_rows,
 )
+from ep_comm.backends.nvlink.sms import Sms
 from ep_comm.backends.nvlink.streams import Streams
 from ep_comm.backends.nvlink.tuning import (
     COMBINE_CHUNK_BYTES,
     chunk_tokens,
     combine_chunks_per_unit,
-    default_sms,
     split_dispatch,
 )
 from ep_comm.config import EPConfig
@@ -80,6 +80,7 @@ class NVLinkBackend:
 
     name = "nvlink"
     _copies: Copies | None = None  # None: kernels push rows
+    _fewest_sms = 2
 
     @classmethod
     def facts(cls, group: dist.ProcessGroup, config: EPConfig) -> support.Facts:
@@ -127,13 +128,6 @@ class NVLinkBackend:
             dtype=torch.uint8,
             device=self.device,
         )
-        properties = torch.cuda.get_device_properties(self.device)
-        self._available_sms: int = properties.multi_processor_count
-        self._num_sms: int | None = None
-        self._overlapped = False
-        measured = prices.of_machine(properties.name, self._available_sms)
-        # Nobody has measured copy engines.
-        self._chooser = prices.Chooser(measured if config.wire == "sm" else None, self.num_ranks)
         self._args = kernel_args(
             config,
             memory,
@@ -152,6 +146,13 @@ class NVLinkBackend:
         )
         if config.wire == "copy-engine" and self.num_ranks > 1:
             self._copies = Copies(resources, self._args)
+        properties = torch.cuda.get_device_properties(self.device)
+        num_sms: int = properties.multi_processor_count
+        measured = prices.of_machine(properties.name, num_sms)
+        by_copy = self._copies is not None
+        # Nobody has measured copy engines.
+        found = measured if config.wire == "sm" else None
+        self._sms = Sms(num_sms, self._fewest_sms, by_copy, found, self.num_ranks)
         self._planner = Planner(
             self.native,
             memory,
@@ -164,7 +165,7 @@ class NVLinkBackend:
         )
         self.low_latency: LowLatency | None = None
         if config.low_latency_tokens is not None:
-            self.low_latency = NVLinkLowLatency(resources, self._sms)
+            self.low_latency = NVLinkLowLatency(resources, self._sms.of)
 
     @staticmethod
     def _current_device() -> torch.device:
@@ -184,12 +185,11 @@ class NVLinkBackend:
 
     def describe(self) -> str:
         """Name the GPUs, the SMs that an operation may occupy, and what a layer keeps."""
-        sms = self._num_sms or self._available_sms
         kept = 4 * entry_size(self.config.num_topk)
         wire = ", rows by copy engines" if self._copies else ""
         return (
-            f"nvlink ({self.num_ranks} GPUs of one host{wire}, {sms} SMs; a layer in flight keeps "
-            f"{kept} bytes a received row)"
+            f"nvlink ({self.num_ranks} GPUs of one host{wire}, {self._sms.most} SMs; a layer in "
+            f"flight keeps {kept} bytes a received row)"
         )
 
     def waits(self) -> list[Wait]:
@@ -220,42 +220,19 @@ class NVLinkBackend:
 
     def set_num_sms(self, num_sms: int | None) -> None:
         """Limit the SMs that the kernels of later operations occupy."""
-        if num_sms is not None and not 2 <= num_sms <= self._available_sms:
-            raise EPArgumentError(
-                f"num_sms must be 2 to {self._available_sms}, or None, got {num_sms}"
-            )
-        self._num_sms = num_sms
+        self._sms.limit(num_sms)
 
     def set_overlapped(self, overlapped: bool) -> None:
         """Note whether computation runs beside all later operations."""
-        self._overlapped = overlapped
+        self._sms.is_overlapped = overlapped
 
     def set_gemm_tiles(self, tiles: int | None) -> None:
         """Note the size of the GEMM that runs beside later operations."""
-        self._chooser.tiles = tiles
+        self._sms.chooser.tiles = tiles
 
     def overlap_loss(self, op: str, layout: RowLayout, num_bytes: int) -> str | None:
         """Return why an operation is not to run beside GEMMs, by the prices of this machine."""
-        choice = self._chooser.choice(op, layout, num_bytes)
-        if choice is None or choice.pays or self._num_sms is not None:
-            return None
-        return (
-            f"it would cost the GEMMs beside it {choice.lost_us:.0f} µs, and takes "
-            f"{choice.serial_us:.0f} between them"
-        )
-
-    def _sms(self, asynchronous: bool) -> int:
-        return self._num_sms or default_sms(
-            self._available_sms, asynchronous or self._overlapped, self._copies is not None
-        )
-
-    def _sms_of(self, op: str, layout: RowLayout, num_bytes: int, asynchronous: bool) -> int:
-        """Return the SMs of a dispatch or a combine, of so many tokens times bytes of a row."""
-        if self._num_sms is None and (asynchronous or self._overlapped):
-            choice = self._chooser.choice(op, layout, num_bytes)
-            if choice is not None:
-                return choice.num_sms
-        return self._sms(asynchronous)
+        return self._sms.loss(op, layout, num_bytes)
 
     def check_device(self, name: str, rows: Tensor) -> None:
         """Refuse rows that are not on the buffer's GPU."""
@@ -289,8 +266,8 @@ class NVLinkBackend:
         """Start the kernels of a plan; its counts come while the dispatch pushes."""
         self.memory.check()
         num_bytes = request.source.shape[0] * self.config.hidden * self.config.dtype.itemsize
-        num_sms = self._sms_of("dispatch", request.layout, num_bytes, request.asynchronous)
-        return self._planner.plan(request, num_sms, self._available_sms)
+        num_sms = self._sms.of_rows("dispatch", request.layout, num_bytes, request.asynchronous)
+        return self._planner.plan(request, num_sms, self._sms.available)
 
     # --- dispatch --------------------------------------------------------------------------------
 
@@ -357,7 +334,7 @@ class NVLinkBackend:
     ) -> Received:
         """Launch a dispatch whose routing is known: one kernel."""
         num_bytes = routing.num_tokens * args.row_bytes
-        sms = self._sms_of("dispatch", routing.layout, num_bytes, asynchronous)
+        sms = self._sms.of_rows("dispatch", routing.layout, num_bytes, asynchronous)
         received = allocate_rows(args, routing, self.config.hidden, recv_dtype, self.device)
         stream = self._streams.begin(header.EP_OP_DISPATCH, asynchronous, sms)
         self._keep_for_current_stream(routing)
@@ -451,7 +428,7 @@ class NVLinkBackend:
         args.dtype = fp8.NATIVE_DTYPES[x.dtype]
         args.tag = _tag(routing.ticket, args.dtype, row_bytes, weights is not None, adds_weights)
         args.chunk_rows = chunk_tokens(COMBINE_CHUNK_BYTES, row_bytes)
-        sms = self._sms_of("combine", routing.layout, num_tokens * row_bytes, asynchronous)
+        sms = self._sms.of_rows("combine", routing.layout, num_tokens * row_bytes, asynchronous)
         args.chunks_per_unit = combine_chunks_per_unit(sms, args.chunk_rows)
         args.num_blocks = sms
         stream = self._streams.begin(header.EP_OP_COMBINE, asynchronous, sms)
