@@ -22,7 +22,7 @@ from ep_comm.backends.nodes.planner import NodesPlanner
 from ep_comm.backends.nodes.records import NodesRecorder
 from ep_comm.backends.nodes.routing import NodesRouting
 from ep_comm.backends.nodes.sizes import nodes_sizes
-from ep_comm.backends.nodes.tuning import MIN_SMS, split_dispatch
+from ep_comm.backends.nodes.tuning import MIN_SMS
 from ep_comm.backends.nvlink import support
 from ep_comm.backends.nvlink.args import KernelArgs
 from ep_comm.backends.nvlink.backend import NVLinkBackend
@@ -158,20 +158,18 @@ class NodesBackend(NVLinkBackend):
         self._args = KernelArgs(
             self._all_args.plan, self._all_args.dispatch.dispatch, self._all_args.combine.combine
         )
-        self._planner = NodesPlanner(
-            self.native, memory, config, self.device, self._streams, self.recorder, self._all_args
+        resources = Resources(
+            self.native,
+            memory,
+            self.nodes_offsets,
+            config,
+            self.device,
+            self._streams,
+            self.recorder,
         )
+        self._planner = NodesPlanner(resources, self._all_args)
         self.low_latency: NodesLowLatency | None = None
         if config.low_latency_tokens is not None:
-            resources = Resources(
-                self.native,
-                memory,
-                self.nodes_offsets,
-                config,
-                self.device,
-                self._streams,
-                self.recorder,
-            )
             self.low_latency = NodesLowLatency(resources, self._sms.of)
 
     @property
@@ -208,19 +206,6 @@ class NodesBackend(NVLinkBackend):
             "ranks of a buffer between nodes cannot be masked: make a new Buffer on a group "
             "without them"
         )
-
-    def _launch_dispatch(
-        self, args: header.DispatchArgs, routing: NVLinkRouting, num_sms: int, stream: int
-    ) -> None:
-        assert isinstance(routing, NodesRouting)
-        all_args, num_nodes = self._all_args.dispatch, self.memory.place.num_nodes
-        split = split_dispatch(num_sms, num_nodes, False)
-        args.num_push_blocks, args.num_expand_blocks = split.push, split.expand
-        args.num_blocks = split.total
-        all_args.num_gather_blocks = split.gather
-        all_args.first_wave, all_args.end_wave = 0, num_nodes
-        all_args.nodes = routing.nodes
-        self.native.launch("ep_nodes_dispatch", all_args, stream)
 
     def _launch_combine(
         self, args: header.CombineArgs, routing: NVLinkRouting, has_weights: bool, stream: int

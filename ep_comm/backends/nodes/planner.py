@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from ep_comm._native import NativeLibrary, header
-from ep_comm.backends.base import PlanRequest, Received
+from ep_comm._native import header
 from ep_comm.backends.nodes.args import NodesKernelArgs
 from ep_comm.backends.nodes.mailbox import NodesMailbox
 from ep_comm.backends.nodes.memory import NodesMemory
 from ep_comm.backends.nodes.routing import NodesRouting, arena_places, native_routings
 from ep_comm.backends.nodes.tuning import split_dispatch
-from ep_comm.backends.nvlink.planner import MAX_ROWS, Planner, check_capture
+from ep_comm.backends.nvlink.planner import Planner
+from ep_comm.backends.nvlink.resources import Resources
 from ep_comm.backends.nvlink.routing import FirstDispatch, NVLinkRouting
-from ep_comm.backends.nvlink.rows import allocate_experts, allocate_rows
-from ep_comm.backends.nvlink.streams import Streams
-from ep_comm.backends.nvlink.tuning import split_plan
-from ep_comm.config import EPConfig
-from ep_comm.routing.layout import INPUT_KINDS
-from ep_comm.telemetry.device import DeviceRecorder
+from ep_comm.routing.types import RowLayout
 
 _FIRST_WAVES = 2  # that need no credit of their own operation, so they need no output either
 
@@ -26,58 +23,57 @@ _FIRST_WAVES = 2  # that need no credit of their own operation, so they need no 
 class NodesPlanner(Planner):
     """Launches plans, and the first dispatch of each while its plan and the host go on.
 
-    See `Planner`, whose arguments these are.
+    The arguments of a dispatch are those of one node, within `NodesKernelArgs.dispatch`.
+
+    Args:
+        resources: The backend's.
+        args: Those of all kernels.
     """
 
-    def __init__(
-        self,
-        native: NativeLibrary,
-        memory: NodesMemory,
-        config: EPConfig,
-        device: torch.device,
-        streams: Streams,
-        recorder: DeviceRecorder,
-        args: NodesKernelArgs,
-    ) -> None:
-        super().__init__(native, memory, config, device, streams, recorder, args.plan)
-        self._place = memory.place
+    _mailbox_type = NodesMailbox
+    _routing_type = NodesRouting
+    _mailbox: NodesMailbox
+    _memory: NodesMemory
+
+    def __init__(self, resources: Resources, args: NodesKernelArgs) -> None:
+        super().__init__(resources, args.plan)
         self._all_args = args
-        self._counts = self._mailbox = NodesMailbox(native, memory, config)
+        self._place = self._memory.place
 
-    def plan(self, request: PlanRequest, num_sms: int, available_sms: int) -> NodesRouting:
-        """Start a plan; the host does not wait for it.
+    def launch_known(
+        self, args: header.DispatchArgs, routing: NVLinkRouting, num_sms: int, stream: int
+    ) -> None:
+        """Launch a dispatch whose routing is known: one kernel sends, pushes and expands."""
+        assert isinstance(routing, NodesRouting)
+        all_args, num_nodes = self._all_args.dispatch, self._place.num_nodes
+        split = split_dispatch(num_sms, num_nodes, False)
+        args.num_push_blocks, args.num_expand_blocks = split.push, split.expand
+        args.num_blocks = split.total
+        all_args.num_gather_blocks = split.gather
+        all_args.first_wave, all_args.end_wave = 0, num_nodes
+        all_args.nodes = routing.nodes
+        self._native.launch("ep_nodes_dispatch", all_args, stream)
 
-        Raises:
-            EPUnsupportedError: A CUDA graph is captured, and the host would have to wait.
-        """
-        source, num_topk, layout, alignment, has_weights, capacity = request[:6]
-        expert_capacity, overflow_stats, asynchronous = request[6:]
-        is_captured = check_capture(capacity)
-        config, streams, place = self._config, self._streams, self._place
-        asked_tokens = source.shape[0]
-        if asked_tokens > config.max_tokens_per_rank:
-            source = source[:0]  # the kernels tell all ranks
-        num_tokens = source.shape[0]
-        num_entries = self._max_rows
-        if capacity is not None and layout == "rank":  # rows from there on share one entry
-            num_entries = min(num_entries, capacity + 1)
-        most_relayed = (place.num_nodes - 1) * config.max_tokens_per_rank
+    def _fits_beside_plan(self, has_all_sms: bool) -> bool:
+        return False
+
+    def _sms_beside_plan(self, num_sms: int, layout: RowLayout, num_topk: int) -> int:
+        return split_dispatch(num_sms, self._place.num_nodes, True).expand
+
+    def _allocate(
+        self, num_tokens: int, num_topk: int, num_entries: int, is_known: bool, expert_major: bool
+    ) -> dict[str, Any]:
+        place, max_tokens = self._place, self._config.max_tokens_per_rank
         places, total = arena_places(
             num_tokens,
             num_topk,
-            0 if capacity is None else num_entries,
-            0 if capacity is None else most_relayed,
-            config.max_tokens_per_rank,
+            num_entries if is_known else 0,
+            (place.num_nodes - 1) * max_tokens if is_known else 0,
+            max_tokens,
             place.ranks_per_node,
             place.num_nodes,
-            config.num_experts // self._num_ranks,
+            self._num_local_experts,
         )
-        selects_weights = has_weights and source.dtype == torch.bool
-        # In a graph of two branches CUDA might run first what expands, and so waits for pushes.
-        in_one = is_captured
-        stream = streams.begin(header.EP_OP_DISPATCH, asynchronous, num_sms)
-        record = self._recorder.start("dispatch", 0)
-        self._num_plans += 1
         arena = torch.empty(total, dtype=torch.int32, device=self._device)
         native, nodes = native_routings(
             arena.data_ptr(),
@@ -85,75 +81,28 @@ class NodesPlanner(Planner):
             self.entries.data_ptr(),
             num_tokens=num_tokens,
             num_topk=num_topk,
-            expert_major=layout == "expert",
+            expert_major=expert_major,
             last_entry=num_entries - 1,
         )
-        routing = NodesRouting(
-            num_tokens=num_tokens,
-            num_topk=num_topk,
-            layout=layout,
-            expert_alignment=alignment,
-            capacity=capacity,
-            expert_capacity=expert_capacity,
-            native=native,
-            nodes=nodes,
-            place=place,
-            ticket=self._num_plans,
-            stream=streams.current,
-            arena=arena,
-            places=places,
-            memory=(arena,),
-            first=FirstDispatch(
-                source,
-                stream,
-                num_sms,
-                record,
-                selects_weights,
-                in_one,
-                is_captured,
-                overflow_stats=overflow_stats,
-            ),
-            wait_for_kernels=self._wait_for_kernels,
-        )
-        args = self._all_args.plan
-        args.peers.record = record
-        args.routing, args.nodes = native, nodes
-        args.input = source.data_ptr()
-        args.ticket = 0 if capacity is not None else routing.ticket
-        args.capacity = MAX_ROWS if capacity is None else capacity
-        args.input_kind = INPUT_KINDS[source.dtype]
-        args.asked_tokens = asked_tokens
-        args.expert_alignment = alignment
-        args.expert_capacity = expert_capacity or 0
-        args.overflow = None if overflow_stats is None else overflow_stats.data_ptr()
-        split = split_dispatch(num_sms, place.num_nodes, True)
-        args.num_send_blocks, args.num_receive_blocks = split_plan(num_sms, split.expand)
-        self._native.nodes_plan(args, stream, stream if in_one else streams.side, streams.event)
-        if asynchronous and selects_weights:
-            # The caller's stream selects the probabilities by the experts that the plan finds.
-            streams.wait(streams.current, stream)
-        return routing
+        return dict(arena=arena, places=places, native=native, nodes=nodes, place=place)
 
-    def dispatch(
-        self,
-        args: header.DispatchArgs,
-        routing: NVLinkRouting,
-        recv_dtype: torch.dtype,
-        first: FirstDispatch,
-    ) -> Received:
-        """Send while the plan and the host go on; allocate and expand once the counts are known.
-
-        `args` are those of one node, within `NodesKernelArgs.dispatch`.
-
-        Raises:
-            EPTimeoutError, EPMismatchError: The plan ended with it.
-            EPRoutingError: The plan found the routing wrong; the dispatch is complete.
-        """
+    def _allocate_entries(self, routing: NVLinkRouting, num_received: int) -> None:
         assert isinstance(routing, NodesRouting)
-        streams, stream, all_args = self._streams, first.stream, self._all_args.dispatch
-        num_nodes = self._place.num_nodes
-        args.peers.record = first.record
-        args.is_planned = True
+        routing.allocate_entries(num_received)
+        routing.allocate_relay(self._mailbox.num_relayed)
+
+    def _launch_plan(self, routing: NVLinkRouting, stream: int, second_stream: int) -> None:
+        assert isinstance(routing, NodesRouting)
+        args = self._all_args.plan
+        args.nodes = routing.nodes
+        self._native.nodes_plan(args, stream, second_stream, self._streams.event)
+
+    def _launch_push(
+        self, args: header.DispatchArgs, routing: NVLinkRouting, first: FirstDispatch
+    ) -> None:
+        """Launch what sends to the network, and pushes the first waves."""
+        assert isinstance(routing, NodesRouting)
+        all_args, num_nodes = self._all_args.dispatch, self._place.num_nodes
         split = split_dispatch(first.num_sms, num_nodes, not first.in_one)
         args.num_blocks = split.total
         all_args.nodes = routing.nodes
@@ -161,35 +110,20 @@ class NodesPlanner(Planner):
         all_args.first_wave, all_args.end_wave = 0, min(num_nodes, _FIRST_WAVES)
         args.num_expand_blocks = 0
         if not first.in_one:
-            self._native.launch("ep_nodes_dispatch", all_args, stream)
-        if routing.capacity is None:
-            routing.sizes = self._counts.sizes(
-                routing.ticket,
-                self._recorder.epoch("dispatch"),
-                routing.expert_alignment,
-                streams.side,
-            )
-        self._recorder.complete(args.row_bytes + args.scale_bytes, routing.known_expert_rows)
-        received = allocate_rows(args, routing, self._config.hidden, recv_dtype, self._device)
-        if routing.layout == "rank":
-            routing.recv_topk_idx = allocate_experts(args, routing, first.source, self._device)
-        args.planned_entries = None
-        if routing.capacity is None:
-            # The kernel that expands copies them: the next plan, on the same stream, is behind it.
-            args.planned_entries = routing.native.entries
-            args.num_received = routing.sizes.num_received
-            routing.allocate_entries(args.num_received)
-            routing.allocate_relay(self._counts.num_relayed)
-            args.routing, all_args.nodes = routing.native, routing.nodes
+            self._native.launch("ep_nodes_dispatch", all_args, first.stream)
+
+    def _launch_expand(
+        self, args: header.DispatchArgs, routing: NVLinkRouting, first: FirstDispatch
+    ) -> None:
+        """Launch what expands, and pushes the later waves; in one with all before it in a graph."""
+        assert isinstance(routing, NodesRouting)
+        all_args, num_nodes = self._all_args.dispatch, self._place.num_nodes
+        split = split_dispatch(first.num_sms, num_nodes, not first.in_one)
+        all_args.nodes = routing.nodes
         args.num_expand_blocks = split.expand
-        if first.in_one:
-            all_args.end_wave = num_nodes
-            self._native.launch("ep_nodes_dispatch", all_args, stream)
-        else:
+        if not first.in_one:
             all_args.num_gather_blocks, args.num_push_blocks = 0, split.push_later
-            all_args.first_wave, all_args.end_wave = all_args.end_wave, num_nodes
-            self._native.launch("ep_nodes_dispatch", all_args, streams.side)
-            streams.wait(stream, streams.side)
-        if routing.capacity is None:
-            self._counts.raise_if_bad(first.source, routing.num_topk)
-        return received
+            all_args.first_wave = all_args.end_wave
+        all_args.end_wave = num_nodes
+        stream = first.stream if first.in_one else self._streams.side
+        self._native.launch("ep_nodes_dispatch", all_args, stream)

@@ -51,7 +51,6 @@ from ep_comm.backends.nvlink.tuning import (
     COMBINE_CHUNK_BYTES,
     chunk_tokens,
     combine_chunks_per_unit,
-    split_dispatch,
 )
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
@@ -154,12 +153,7 @@ class NVLinkBackend:
         found = measured if config.wire == "sm" else None
         self._sms = Sms(num_sms, self._fewest_sms, by_copy, found, self.num_ranks)
         self._planner = Planner(
-            self.native,
-            memory,
-            config,
-            self.device,
-            self._streams,
-            self.recorder,
+            resources,
             self._args.plan,
             None if self._copies is None else self._copies.dispatch,
         )
@@ -357,12 +351,7 @@ class NVLinkBackend:
             is_ahead = self._planner.ahead is not None
             self._copies.repeat(args, routing.num_tokens, num_sms, stream, is_ahead)
             return
-        push_blocks, expand_blocks = split_dispatch(
-            num_sms, self.num_ranks, routing.layout, routing.num_topk
-        )
-        args.num_push_blocks, args.num_expand_blocks = push_blocks, expand_blocks
-        args.num_blocks = push_blocks + expand_blocks
-        self.native.launch("ep_dispatch", args, stream)
+        self._planner.launch_known(args, routing, num_sms, stream)
 
     # --- rows ahead of their routing -------------------------------------------------------------
 

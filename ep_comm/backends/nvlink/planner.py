@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from ep_comm._native import NativeLibrary, header
+from ep_comm._native import header
 from ep_comm.backends.base import PlanRequest, Received
 from ep_comm.backends.nvlink.ahead import Ahead
 from ep_comm.backends.nvlink.copy_engine import DispatchCopyEngine, token_words
 from ep_comm.backends.nvlink.mailbox import Mailbox
-from ep_comm.backends.nvlink.memory import PeerMemory
+from ep_comm.backends.nvlink.resources import Resources
 from ep_comm.backends.nvlink.routing import (
     FirstDispatch,
     NVLinkRouting,
@@ -18,12 +20,10 @@ from ep_comm.backends.nvlink.routing import (
     native_routing,
 )
 from ep_comm.backends.nvlink.rows import allocate_experts, allocate_rows
-from ep_comm.backends.nvlink.streams import Streams
 from ep_comm.backends.nvlink.tuning import split_dispatch, split_plan
-from ep_comm.config import EPConfig
 from ep_comm.errors import EPUnsupportedError
 from ep_comm.routing.layout import INPUT_KINDS
-from ep_comm.telemetry.device import DeviceRecorder
+from ep_comm.routing.types import RowLayout
 
 MAX_ROWS = 2**31 - 1
 
@@ -47,12 +47,7 @@ class Planner:
     """Launches plans, and the first dispatch of each while its plan and the host go on.
 
     Args:
-        native: The CUDA library.
-        memory: This rank's.
-        config: The buffer's.
-        device: The GPU.
-        streams: Where operations run.
-        recorder: Gives each dispatch its record.
+        resources: The backend's.
         args: The arguments of plans; every plan fills in the rest anew.
         copy_engine: What copies rows; None where kernels push them.
 
@@ -62,17 +57,16 @@ class Planner:
         num_resumed: Halves of dispatches that followed what was begun.
     """
 
+    _mailbox_type: type[Mailbox] = Mailbox
+    _routing_type: type[NVLinkRouting] = NVLinkRouting
+
     def __init__(
         self,
-        native: NativeLibrary,
-        memory: PeerMemory,
-        config: EPConfig,
-        device: torch.device,
-        streams: Streams,
-        recorder: DeviceRecorder,
+        resources: Resources,
         args: header.PlanArgs,
         copy_engine: DispatchCopyEngine | None = None,
     ) -> None:
+        native, memory, _, config, device, streams, recorder = resources
         self._copy_engine = copy_engine
         self.ahead: Ahead | None = None
         self.num_resumed = 0
@@ -81,14 +75,15 @@ class Planner:
             self._token_words = token_words(config.max_tokens_per_rank, memory.num_ranks)
         self._native = native
         self._memory = memory
-        self._mailbox = Mailbox(native, memory, config)
+        self._mailbox = self._mailbox_type(native, memory, config)
         self._config = config
         self._device = device
         self._streams = streams
         self._recorder = recorder
         self._args = args
         self._num_ranks = memory.num_ranks
-        self._max_rows = self._num_ranks * config.max_tokens_per_rank
+        self._num_local_experts = config.num_experts // memory.num_ranks
+        self._max_rows = memory.num_ranks * config.max_tokens_per_rank
         self._num_plans = 0
         self.entries = torch.empty(
             self._max_rows * entry_size(config.num_topk), dtype=torch.int32, device=device
@@ -103,52 +98,38 @@ class Planner:
         source, num_topk, layout, alignment, has_weights, capacity = request[:6]
         expert_capacity, overflow_stats, asynchronous = request[6:]
         is_captured = check_capture(capacity)
-        config, streams = self._config, self._streams
+        streams = self._streams
         asked_tokens = source.shape[0]
-        if asked_tokens > config.max_tokens_per_rank:
+        if asked_tokens > self._config.max_tokens_per_rank:
             source = source[:0]  # the kernels tell all ranks
         num_tokens = source.shape[0]
         num_entries = self._max_rows
         if capacity is not None and layout == "rank":  # rows from there on share one entry
             num_entries = min(num_entries, capacity + 1)
-        in_arena = 0 if capacity is None else num_entries
-        num_local_experts = config.num_experts // self._num_ranks
-        sizes = (
-            num_tokens,
-            num_topk,
-            in_arena,
-            self._num_ranks,
-            num_local_experts,
-            self._token_words,
-        )
-        places, total = arena_places(*sizes)
         selects_weights = has_weights and source.dtype == torch.bool
-        # Where the host waits for nothing one kernel can push and expand, beside the plan's second
-        # one; with few SMs there is no room for both. In a graph it comes after that one: of two
-        # branches CUDA might run first what expands, and so waits for the other ranks' pushes.
-        in_one = capacity is not None and (
-            is_captured or (num_sms == available_sms and not selects_weights)
+        # In a graph what pushes and expands is one kernel, and comes after the plan's second one:
+        # of two branches CUDA might run first what expands, and so waits for the other ranks'
+        # pushes.
+        in_one = is_captured or (
+            capacity is not None
+            and not selects_weights
+            and self._fits_beside_plan(num_sms == available_sms)
         )
         stream = streams.begin(header.EP_OP_DISPATCH, asynchronous, num_sms)
-        record, number, is_begun = self._start(stream)
+        record, number = self._start(stream)
         self._num_plans += 1
-        arena = torch.empty(total, dtype=torch.int32, device=self._device)
-        native = native_routing(
-            arena.data_ptr(), *sizes, layout == "expert", num_entries - 1, self.entries.data_ptr()
-        )
-        routing = NVLinkRouting(
+        is_known = capacity is not None
+        arrays = self._allocate(num_tokens, num_topk, num_entries, is_known, layout == "expert")
+        routing = self._routing_type(
             num_tokens=num_tokens,
             num_topk=num_topk,
             layout=layout,
             expert_alignment=alignment,
             capacity=capacity,
             expert_capacity=expert_capacity,
-            native=native,
             ticket=self._num_plans,
             stream=streams.current,
-            arena=arena,
-            places=places,
-            memory=(arena,),
+            memory=(arrays["arena"],),
             first=FirstDispatch(
                 source,
                 stream,
@@ -161,11 +142,11 @@ class Planner:
                 overflow_stats,
             ),
             wait_for_kernels=self._wait_for_kernels,
+            **arrays,
         )
         args = self._args
         args.peers.record = record
-        args.is_begun = is_begun
-        args.routing = native
+        args.routing = routing.native
         args.input = source.data_ptr()
         args.ticket = 0 if capacity is not None else routing.ticket
         args.capacity = MAX_ROWS if capacity is None else capacity
@@ -174,29 +155,25 @@ class Planner:
         args.expert_alignment = alignment
         args.expert_capacity = expert_capacity or 0
         args.overflow = None if overflow_stats is None else overflow_stats.data_ptr()
-        expand_sms = num_sms
-        if self._copy_engine is None:
-            _, expand_sms = split_dispatch(num_sms, self._num_ranks, layout, num_topk)
+        expand_sms = self._sms_beside_plan(num_sms, layout, num_topk)
         args.num_send_blocks, args.num_receive_blocks = split_plan(num_sms, expand_sms)
-        self._native.plan(args, stream, stream if in_one else streams.side, streams.event)
+        self._launch_plan(routing, stream, stream if in_one else streams.side)
         if asynchronous and selects_weights:
             # The caller's stream selects the probabilities by the experts that the plan finds.
             streams.wait(streams.current, stream)
         return routing
 
-    def _start(self, stream: int) -> tuple[int, int, bool]:
-        """Begin an operation, if its rows are not on their way.
-
-        Returns:
-            Its record, its number, and whether they are.
-        """
+    def _start(self, stream: int) -> tuple[int, int]:
+        """Begin an operation, if its rows are not on their way; return its record and number."""
         if self.ahead is not None and self.ahead.number is not None:
             self.num_resumed += 1
-            return self.ahead.record, self.ahead.number, True
+            self._args.is_begun = True
+            return self.ahead.record, self.ahead.number
         record = self._recorder.start("dispatch", 0)
         if self._copy_engine is not None:
+            self._args.is_begun = False
             self._copy_engine.begin(stream, record, begins=False)
-        return record, self._recorder.num_operations, False
+        return record, self._recorder.num_operations
 
     def restart(self) -> None:
         """Count plans anew: the mailbox is empty."""
@@ -226,22 +203,16 @@ class Planner:
         recv_dtype: torch.dtype,
         first: FirstDispatch,
     ) -> Received:
-        """Push while the plan and the host go on; allocate and expand once the counts are known.
+        """Send while the plan and the host go on; allocate and expand once the counts are known.
 
         Raises:
             EPTimeoutError, EPMismatchError: The plan ended with it.
             EPRoutingError: The plan found the routing wrong; the dispatch is complete.
         """
-        streams, stream = self._streams, first.stream
+        streams = self._streams
         args.peers.record = first.record
         args.is_planned = True
-        push_blocks, expand_blocks = split_dispatch(
-            first.num_sms, self._num_ranks, routing.layout, routing.num_topk
-        )
-        args.num_blocks = push_blocks + expand_blocks
-        args.num_push_blocks, args.num_expand_blocks = push_blocks, 0
-        if push_blocks and not first.in_one and self._copy_engine is None:
-            self._native.launch("ep_dispatch", args, stream)
+        self._launch_push(args, routing, first)
         if routing.capacity is None:
             routing.sizes = self._mailbox.sizes(
                 routing.ticket,
@@ -260,18 +231,92 @@ class Planner:
             # The kernel that expands copies them: the next plan, on the same stream, is behind it.
             args.planned_entries = routing.native.entries
             args.num_received = routing.sizes.num_received
-            routing.allocate_entries(args.num_received)
+            self._allocate_entries(routing, args.num_received)
             args.routing = routing.native
-        args.num_expand_blocks = expand_blocks
-        expand_stream = stream if first.in_one else streams.side
-        if self._copy_engine is not None:
-            self._copy_engine.expand(args, first.num_sms, expand_stream)
-        else:
-            if not first.in_one:
-                args.num_push_blocks = 0
-            self._native.launch("ep_dispatch", args, expand_stream)
+        self._launch_expand(args, routing, first)
         if not first.in_one:
-            streams.wait(stream, streams.side)
+            streams.wait(first.stream, streams.side)
         if routing.capacity is None:
             self._mailbox.raise_if_bad(first.source, routing.num_topk)
         return received
+
+    # --- what is different between nodes ---------------------------------------------------------
+
+    def launch_known(
+        self, args: header.DispatchArgs, routing: NVLinkRouting, num_sms: int, stream: int
+    ) -> None:
+        """Launch a dispatch whose routing is known: one kernel pushes and expands."""
+        push_blocks, expand_blocks = split_dispatch(
+            num_sms, self._num_ranks, routing.layout, routing.num_topk
+        )
+        args.num_push_blocks, args.num_expand_blocks = push_blocks, expand_blocks
+        args.num_blocks = push_blocks + expand_blocks
+        self._native.launch("ep_dispatch", args, stream)
+
+    def _fits_beside_plan(self, has_all_sms: bool) -> bool:
+        """Return whether one kernel may push and expand beside the plan's second one.
+
+        With few SMs there is no room for both.
+        """
+        return has_all_sms
+
+    def _sms_beside_plan(self, num_sms: int, layout: RowLayout, num_topk: int) -> int:
+        """Return the SMs that a push leaves to the plan's second kernel."""
+        if self._copy_engine is not None:
+            return num_sms
+        return split_dispatch(num_sms, self._num_ranks, layout, num_topk)[1]
+
+    def _allocate(
+        self, num_tokens: int, num_topk: int, num_entries: int, is_known: bool, expert_major: bool
+    ) -> dict[str, Any]:
+        """Allocate the index arrays of a routing; return those fields of it that describe them.
+
+        The `num_entries` entries of rows are among them where their number `is_known`.
+        """
+        sizes = (
+            num_tokens,
+            num_topk,
+            num_entries if is_known else 0,
+            self._num_ranks,
+            self._num_local_experts,
+            self._token_words,
+        )
+        places, total = arena_places(*sizes)
+        arena = torch.empty(total, dtype=torch.int32, device=self._device)
+        native = native_routing(
+            arena.data_ptr(), *sizes, expert_major, num_entries - 1, self.entries.data_ptr()
+        )
+        return dict(arena=arena, places=places, native=native)
+
+    def _allocate_entries(self, routing: NVLinkRouting, num_received: int) -> None:
+        """Allocate what depends on the rows that come."""
+        routing.allocate_entries(num_received)
+
+    def _launch_plan(self, routing: NVLinkRouting, stream: int, second_stream: int) -> None:
+        """Launch the kernels of a plan, the second one on a stream of its own."""
+        self._native.plan(self._args, stream, second_stream, self._streams.event)
+
+    def _launch_push(
+        self, args: header.DispatchArgs, routing: NVLinkRouting, first: FirstDispatch
+    ) -> None:
+        """Launch what pushes rows, where it is not one with what expands them."""
+        push_blocks, expand_blocks = split_dispatch(
+            first.num_sms, self._num_ranks, routing.layout, routing.num_topk
+        )
+        args.num_blocks = push_blocks + expand_blocks
+        args.num_push_blocks, args.num_expand_blocks = push_blocks, 0
+        if push_blocks and not first.in_one and self._copy_engine is None:
+            self._native.launch("ep_dispatch", args, first.stream)
+
+    def _launch_expand(
+        self, args: header.DispatchArgs, routing: NVLinkRouting, first: FirstDispatch
+    ) -> None:
+        """Launch what moves rows to their places, and pushes them too where it is one."""
+        stream = first.stream if first.in_one else self._streams.side
+        if self._copy_engine is not None:
+            self._copy_engine.expand(args, first.num_sms, stream)
+            return
+        args.num_expand_blocks = args.num_blocks - args.num_push_blocks
+        if not first.in_one:
+            args.num_push_blocks = 0
+        self._native.launch("ep_dispatch", args, stream)

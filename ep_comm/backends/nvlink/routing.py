@@ -194,7 +194,7 @@ class FirstDispatch(NamedTuple):
         selects_weights: Whether probabilities are selected by the plan's experts in between.
         in_one: Whether rows are pushed and expanded by one kernel, on the stream of the plan.
         is_captured: In a CUDA graph.
-        number: Of their operation on the buffer, from 1; None is the last one.
+        number: Of their operation on the buffer, from 1.
         overflow_stats: What the plan counts in.
     """
 
@@ -205,5 +205,5 @@ class FirstDispatch(NamedTuple):
     selects_weights: bool
     in_one: bool
     is_captured: bool
-    number: int | None = None
-    overflow_stats: Tensor | None = None
+    number: int
+    overflow_stats: Tensor | None
