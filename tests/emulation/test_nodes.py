@@ -19,7 +19,7 @@ from virtual_nodes import check_sums_of_two, check_wire_bytes, sums_of_few
 
 from ep_comm import Buffer, EPError, EPMismatchError, EPTimeoutError
 from ep_comm._native import header
-from ep_comm.backends.nvlink import backend as nvlink
+from ep_comm.backends.nvlink import dispatches
 
 SHAPES = [(1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (4, 2), (2, 4)]
 QUICK = [(2, 2), (3, 2)]
@@ -294,7 +294,7 @@ def other_handle(rank: int, buffer: Buffer, case: Case) -> str:
 
 
 def test_rows_without_entries_are_a_mismatch_where_tags_are_the_same(library, monkeypatch):
-    monkeypatch.setattr(nvlink, "_tag", lambda *call: 7)
+    monkeypatch.setattr(dispatches, "tag", lambda *call: 7)
     case = case_of((2, 2), tokens=(40, 50, 60, 30), drop=0.0)
     texts = run_emulated_nodes(library, 2, 2, other_handle, case.config(timeout_s=5), case)
     assert "rank 0 and rank 2 made different dispatch calls" in texts[0]

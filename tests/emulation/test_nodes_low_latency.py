@@ -274,7 +274,7 @@ def after_four_thousand_million(
     state = header.NodesLowLatencyState(sent=(first, first), received=halves)
     words = torch.frombuffer(bytearray(state), dtype=torch.int32)
     backend.low_latency._state[0, : len(words)] = words
-    credits = backend.memory._network_tensor[backend.nodes_offsets.low_latency_credits :]
+    credits = backend.memory._network_tensor[backend.offsets.low_latency_credits :]
     credits[: 8 * 2 * 2 * case.num_ranks].view(torch.int64).fill_(half)
     results = []
     for _ in range(8):

@@ -117,7 +117,7 @@ class _EmulatedBackend(Emulated, NodesBackend):
 
     def __init__(self, memory: NodesMemory, config: EPConfig) -> None:
         super().__init__(memory, config)
-        self.memories.append((memory, self.nodes_offsets))
+        self.memories.append((memory, self.offsets))
 
 
 class _UnwaitedBackend(_EmulatedBackend):

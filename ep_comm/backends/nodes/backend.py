@@ -28,8 +28,6 @@ from ep_comm.backends.nvlink.args import KernelArgs
 from ep_comm.backends.nvlink.backend import NVLinkBackend
 from ep_comm.backends.nvlink.resources import Resources
 from ep_comm.backends.nvlink.routing import NVLinkRouting
-from ep_comm.backends.nvlink.sms import Sms
-from ep_comm.backends.nvlink.streams import Streams
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPUnsupportedError
 from ep_comm.job.meeting import Meeting
@@ -60,7 +58,9 @@ class NodesBackend(NVLinkBackend):
 
     name = "nodes"
     memory: NodesMemory
-    _planner: NodesPlanner
+    offsets: header.NodesOffsets
+    low_latency: NodesLowLatency | None
+    _low_latency_type = NodesLowLatency
     _fewest_sms = MIN_SMS
 
     @classmethod
@@ -116,61 +116,54 @@ class NodesBackend(NVLinkBackend):
         return cls(memory, config, world.nic(hosts[:rank].count(hosts[rank])))
 
     def __init__(self, memory: NodesMemory, config: EPConfig, nic: str | None = None) -> None:
-        self.config = config
-        self.memory = memory
-        self.rank, self.num_ranks = memory.rank, memory.num_ranks
-        self.num_local_experts = config.num_experts // self.num_ranks
-        native, world = _native.load(), memory.world
-        assert native is not None
-        native.load_kernels()  # what quantises is in this library alone
-        if world is not None:
-            # NVSHMEM's has all of the other one that is called here.
-            native = cast(NativeLibrary, world.native)
-            native.load_kernels()
-        self.native = native
-        self.device = self._current_device()
-        place = memory.place
-        self._streams = Streams(self.native, self.device.index, self._new_stream)
-        self.recorder = NodesRecorder(place, self.device, self._streams.synchronize)
-        shape = (place.num_nodes, place.ranks_per_node)
-        self.nodes_offsets = nodes_offsets(native, config, *shape)
-        self._sizes = nodes_sizes(native, config, *shape, world.settings if world else None)
-        self._network = "stores" if world is None else f"NVSHMEM {world.version}"
         self._nic = nic
-        self._scratch = torch.empty(
-            self.native.nodes_plan_scratch_bytes(
-                config.max_tokens_per_rank, config.num_experts, *shape
-            ),
-            dtype=torch.uint8,
-            device=self.device,
-        )
-        properties = torch.cuda.get_device_properties(self.device)
-        num_sms: int = properties.multi_processor_count
-        self._sms = Sms(num_sms, self._fewest_sms, False, None, self.num_ranks)  # nobody measured
-        self._all_args = nodes_kernel_args(
+        super().__init__(memory, config)
+        world, place = memory.world, memory.place
+        self._network = "stores" if world is None else f"NVSHMEM {world.version}"
+        self._sizes = nodes_sizes(
+            self.native,
             config,
-            memory,
-            self.nodes_offsets,
+            place.num_nodes,
+            place.ranks_per_node,
+            world.settings if world else None,
+        )
+
+    def _load_kernels(self) -> NativeLibrary:
+        native = super()._load_kernels()  # what quantises is in this library alone
+        if self.memory.world is not None:
+            # NVSHMEM's has all of the other one that is called here.
+            native = cast(NativeLibrary, self.memory.world.native)
+            native.load_kernels()
+        return native
+
+    def _make_recorder(self) -> NodesRecorder:
+        return NodesRecorder(self.memory.place, self.device, self._streams.synchronize)
+
+    def _find_offsets(self) -> header.NodesOffsets:
+        place = self.memory.place
+        return nodes_offsets(self.native, self.config, place.num_nodes, place.ranks_per_node)
+
+    def _scratch_bytes(self) -> int:
+        config, place = self.config, self.memory.place
+        sizes = config.max_tokens_per_rank, config.num_experts
+        return self.native.nodes_plan_scratch_bytes(*sizes, place.num_nodes, place.ranks_per_node)
+
+    def _make_args(self) -> KernelArgs:
+        """Return views of the parts that are the same on one node."""
+        self._all_args = all_args = nodes_kernel_args(
+            self.config,
+            self.memory,
+            self.offsets,
             self._scratch.data_ptr(),
             self.recorder.wire_bytes_address,
         )
-        # Views of the parts that are the same on one node.
-        self._args = KernelArgs(
-            self._all_args.plan, self._all_args.dispatch.dispatch, self._all_args.combine.combine
-        )
-        resources = Resources(
-            self.native,
-            memory,
-            self.nodes_offsets,
-            config,
-            self.device,
-            self._streams,
-            self.recorder,
-        )
-        self._planner = NodesPlanner(resources, self._all_args)
-        self.low_latency: NodesLowLatency | None = None
-        if config.low_latency_tokens is not None:
-            self.low_latency = NodesLowLatency(resources, self._sms.of)
+        return KernelArgs(all_args.plan, all_args.dispatch.dispatch, all_args.combine.combine)
+
+    def _find_prices(self, gpu: str, num_sms: int) -> None:
+        """Nobody has measured."""
+
+    def _make_planner(self, resources: Resources) -> NodesPlanner:
+        return NodesPlanner(resources, self._all_args)
 
     @property
     def buffer_bytes(self) -> int:

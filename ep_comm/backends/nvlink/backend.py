@@ -20,9 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_comm import _native, fp8
-from ep_comm._native import header
+from ep_comm._native import NativeLibrary, header
 from ep_comm.backends.base import (
-    NEEDS_COPY_ENGINES,
     Combined,
     CombineRequest,
     DispatchRequest,
@@ -31,27 +30,18 @@ from ep_comm.backends.base import (
     Received,
 )
 from ep_comm.backends.nvlink import prices, support
-from ep_comm.backends.nvlink.ahead import Ahead
-from ep_comm.backends.nvlink.args import kernel_args
+from ep_comm.backends.nvlink.args import KernelArgs, kernel_args
 from ep_comm.backends.nvlink.copies import Copies
+from ep_comm.backends.nvlink.dispatches import Dispatches
 from ep_comm.backends.nvlink.low_latency import LowLatency, NVLinkLowLatency
 from ep_comm.backends.nvlink.memory import PeerMemory, buffer_offsets
 from ep_comm.backends.nvlink.planner import Planner
 from ep_comm.backends.nvlink.resources import Resources
 from ep_comm.backends.nvlink.routing import NVLinkRouting, entry_size
-from ep_comm.backends.nvlink.rows import (
-    allocate_rows,
-    describe_payload,
-    describe_rows,
-    whole_weight_rows,
-)
+from ep_comm.backends.nvlink.rows import describe_sums
 from ep_comm.backends.nvlink.sms import Sms
 from ep_comm.backends.nvlink.streams import Streams
-from ep_comm.backends.nvlink.tuning import (
-    COMBINE_CHUNK_BYTES,
-    chunk_tokens,
-    combine_chunks_per_unit,
-)
+from ep_comm.backends.nvlink.tuning import combine_chunks_per_unit
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 from ep_comm.job.meeting import Meeting
@@ -59,16 +49,6 @@ from ep_comm.routing.types import RowLayout
 from ep_comm.telemetry.device import DeviceRecorder
 from ep_comm.telemetry.watch import Wait
 from ep_comm.topology import Spot, num_hosts
-
-
-def _tag(*call: int) -> int:
-    """Return 0 to 255, the same for the same call on every rank: chunks carry it."""
-    return hash(call) & 0xFF  # a hash of integers is the same in every process
-
-
-def _rows_tag(args: header.DispatchArgs, x: Tensor) -> int:
-    """Return the tag of rows that may travel before anything else of their call is known."""
-    return _tag(fp8.NATIVE_DTYPES.get(x.dtype, -1), args.row_bytes, args.scale_bytes)
 
 
 class NVLinkBackend:
@@ -79,7 +59,6 @@ class NVLinkBackend:
 
     name = "nvlink"
     _copies: Copies | None = None  # None: kernels push rows
-    _fewest_sms = 2
 
     @classmethod
     def facts(cls, group: dist.ProcessGroup, config: EPConfig) -> support.Facts:
@@ -110,30 +89,13 @@ class NVLinkBackend:
         self.memory = memory
         self.rank, self.num_ranks = memory.rank, memory.num_ranks
         self.num_local_experts = config.num_experts // self.num_ranks
-        native = _native.load()
-        assert native is not None  # see `unavailable_reason`
-        self.native = native
-        self.native.load_kernels()
+        self.native = self._load_kernels()
         self.device = self._current_device()
         self._streams = Streams(self.native, self.device.index, self._new_stream)
-        self.recorder = DeviceRecorder(
-            self.rank, self.num_ranks, self.device, self._streams.synchronize
-        )
-        self.offsets = buffer_offsets(self.native, config, self.num_ranks)
-        self._scratch = torch.empty(
-            self.native.plan_scratch_bytes(
-                config.max_tokens_per_rank, config.num_experts, self.num_ranks
-            ),
-            dtype=torch.uint8,
-            device=self.device,
-        )
-        self._args = kernel_args(
-            config,
-            memory,
-            self.offsets,
-            self._scratch.data_ptr(),
-            self.recorder.wire_bytes_address,
-        )
+        self.recorder = self._make_recorder()
+        self.offsets = self._find_offsets()
+        self._scratch = torch.empty(self._scratch_bytes(), dtype=torch.uint8, device=self.device)
+        self._args = self._make_args()
         resources = Resources(
             self.native,
             memory,
@@ -147,19 +109,25 @@ class NVLinkBackend:
             self._copies = Copies(resources, self._args)
         properties = torch.cuda.get_device_properties(self.device)
         num_sms: int = properties.multi_processor_count
-        measured = prices.of_machine(properties.name, num_sms)
-        by_copy = self._copies is not None
-        # Nobody has measured copy engines.
-        found = measured if config.wire == "sm" else None
-        self._sms = Sms(num_sms, self._fewest_sms, by_copy, found, self.num_ranks)
-        self._planner = Planner(
-            resources,
-            self._args.plan,
-            None if self._copies is None else self._copies.dispatch,
+        self._sms = Sms(
+            num_sms,
+            self._fewest_sms,
+            self._copies is not None,
+            self._find_prices(properties.name, num_sms),
+            self.num_ranks,
+        )
+        self._planner = self._make_planner(resources)
+        self._dispatches = Dispatches(
+            resources, self._args.dispatch, self._planner, self._sms, self._copies
         )
         self.low_latency: LowLatency | None = None
         if config.low_latency_tokens is not None:
-            self.low_latency = NVLinkLowLatency(resources, self._sms.of)
+            self.low_latency = self._low_latency_type(resources, self._sms.of)
+
+    # --- what is different between nodes, and in tests -------------------------------------------
+
+    _fewest_sms = 2
+    _low_latency_type: type[LowLatency] = NVLinkLowLatency
 
     @staticmethod
     def _current_device() -> torch.device:
@@ -168,6 +136,43 @@ class NVLinkBackend:
     @staticmethod
     def _new_stream(priority: int) -> torch.cuda.Stream:
         return torch.cuda.Stream(priority=priority)
+
+    def _load_kernels(self) -> NativeLibrary:
+        """Return the library whose kernels are launched, and load them."""
+        native = _native.load()
+        assert native is not None  # see `unavailable_reason`
+        native.load_kernels()
+        return native
+
+    def _make_recorder(self) -> DeviceRecorder:
+        return DeviceRecorder(self.rank, self.num_ranks, self.device, self._streams.synchronize)
+
+    def _find_offsets(self) -> header.BufferOffsets:
+        return buffer_offsets(self.native, self.config, self.num_ranks)
+
+    def _scratch_bytes(self) -> int:
+        config = self.config
+        sizes = config.max_tokens_per_rank, config.num_experts, self.num_ranks
+        return self.native.plan_scratch_bytes(*sizes)
+
+    def _make_args(self) -> KernelArgs:
+        return kernel_args(
+            self.config,
+            self.memory,
+            self.offsets,
+            self._scratch.data_ptr(),
+            self.recorder.wire_bytes_address,
+        )
+
+    def _find_prices(self, gpu: str, num_sms: int) -> prices.PriceTable | None:
+        measured = prices.of_machine(gpu, num_sms)
+        return measured if self.config.wire == "sm" else None  # nobody has measured copy engines
+
+    def _make_planner(self, resources: Resources) -> Planner:
+        copy_engine = None if self._copies is None else self._copies.dispatch
+        return Planner(resources, self._args.plan, copy_engine)
+
+    # --- state -----------------------------------------------------------------------------------
 
     @property
     def buffer_bytes(self) -> int:
@@ -254,7 +259,7 @@ class NVLinkBackend:
         self._streams.synchronize()
         self.memory.check()
 
-    # --- plan ------------------------------------------------------------------------------------
+    # --- operations ------------------------------------------------------------------------------
 
     def plan(self, request: PlanRequest) -> NVLinkRouting:
         """Start the kernels of a plan; its counts come while the dispatch pushes."""
@@ -263,165 +268,40 @@ class NVLinkBackend:
         num_sms = self._sms.of_rows("dispatch", request.layout, num_bytes, request.asynchronous)
         return self._planner.plan(request, num_sms, self._sms.available)
 
-    # --- dispatch --------------------------------------------------------------------------------
-
     def dispatch(self, routing: NVLinkRouting, request: DispatchRequest) -> Pending[Received]:
         """Launch the kernel of a cached dispatch, or let a new one follow its plan."""
-        ahead = self._planner.ahead
-        if ahead is not None and not ahead.is_of(request.x, request.scales):
-            # A backward pass, which asks nobody.
-            ahead.check(request.x, request.scales, request.wire_dtype)
-        if routing.first is None:
-            self.memory.check()  # before anything of what was begun is given up
-        if ahead is not None:
-            self._planner.num_resumed += 1
-        try:
-            return self._dispatch(routing, request, ahead)
-        finally:
-            self._planner.ahead = None
-
-    def _dispatch(
-        self, routing: NVLinkRouting, request: DispatchRequest, ahead: Ahead | None
-    ) -> Pending[Received]:
-        x, scales, topk_weights, wire_dtype, recv_dtype, asynchronous = request
-        first, routing.first = routing.first, None
-        quantises = wire_dtype == fp8.FP8_DTYPE and scales is None and ahead is None
-        if ahead is not None:
-            x, scales = ahead.rows, ahead.scales
-            self._keep_for_current_stream(ahead)
-        elif quantises:
-            x, scales = fp8.quantize(x)
-        weights = whole_weight_rows(topk_weights)
-        args = self._args.dispatch
-        describe_rows(args, routing, x, scales, weights, recv_dtype)
-        args.tag = _tag(
-            routing.ticket,
-            first is not None,
-            fp8.NATIVE_DTYPES.get(x.dtype, -1),
-            args.row_bytes,
-            args.scale_bytes,
-            args.weight_bytes,
-        )
-        args.rows_tag = _rows_tag(args, x)
-        if first is None:
-            received = self._repeat(args, routing, recv_dtype, asynchronous)
-        else:
-            was_made = quantises or first.selects_weights or weights is not topk_weights
-            if was_made:
-                self._planner.wait_for_input(first, asynchronous)
-            # Rows that are pushed have to be there: only an input of before the plan certainly is.
-            args.is_behind_plan = first.in_one and not (was_made or first.is_captured)
-            if self._copies is not None:
-                made_weights = was_made or ahead is not None
-                self._copies.push_planned(args, routing.num_tokens, quantises, made_weights)
-            received = self._planner.dispatch(args, routing, recv_dtype, first)
-        of_plan = () if first is None else (first.source, first.overflow_stats)
-        keep = (x, scales, weights, *of_plan, routing.memory)
-        return self._pending(received, asynchronous, keep)
-
-    def _repeat(
-        self,
-        args: header.DispatchArgs,
-        routing: NVLinkRouting,
-        recv_dtype: torch.dtype,
-        asynchronous: bool,
-    ) -> Received:
-        """Launch a dispatch whose routing is known: one kernel."""
-        num_bytes = routing.num_tokens * args.row_bytes
-        sms = self._sms.of_rows("dispatch", routing.layout, num_bytes, asynchronous)
-        received = allocate_rows(args, routing, self.config.hidden, recv_dtype, self.device)
-        stream = self._streams.begin(header.EP_OP_DISPATCH, asynchronous, sms)
-        self._keep_for_current_stream(routing)
-        num_bytes, ahead = args.row_bytes + args.scale_bytes, self._planner.ahead
-        if ahead is not None and ahead.number is not None:
-            args.peers.record = ahead.record
-            self.recorder.complete(num_bytes, routing.known_expert_rows, ahead.number)
-        else:
-            args.peers.record = self.recorder.start(
-                "dispatch", num_bytes, routing.known_expert_rows
-            )
-        args.is_planned = args.is_behind_plan = False
-        self._launch_dispatch(args, routing, sms, stream)
-        return received
-
-    def _launch_dispatch(
-        self, args: header.DispatchArgs, routing: NVLinkRouting, num_sms: int, stream: int
-    ) -> None:
-        if self._copies is not None:
-            is_ahead = self._planner.ahead is not None
-            self._copies.repeat(args, routing.num_tokens, num_sms, stream, is_ahead)
-            return
-        self._planner.launch_known(args, routing, num_sms, stream)
-
-    # --- rows ahead of their routing -------------------------------------------------------------
+        received, keep = self._dispatches.dispatch(routing, request)
+        return self._pending(received, request.asynchronous, keep)
 
     def begin(self, x: Tensor, scales: Tensor | None, wire_dtype: torch.dtype) -> None:
         """Push rows; the dispatch that follows says where they go."""
-        if self.config.wire != "copy-engine":
-            raise EPUnsupportedError(NEEDS_COPY_ENGINES)
-        if self._planner.ahead is not None:
-            raise EPArgumentError(
-                "begin_dispatch was called before, and the dispatch of its rows has not come"
-            )
-        self.memory.check()
-        sent = x.detach(), scales
-        if wire_dtype == fp8.FP8_DTYPE and scales is None:
-            sent = fp8.quantize(sent[0])
-        number, record = None, 0
-        if self._copies is not None:
-            args, num_tokens = self._args.dispatch, len(x)
-            describe_payload(args, *sent)
-            args.rows_tag = _rows_tag(args, sent[0])
-            if num_tokens > self.config.max_tokens_per_rank:
-                num_tokens = 0  # the dispatch tells all ranks
-            record = self.recorder.start("dispatch", 0)
-            number = self.recorder.num_operations
-            self._copies.push_rows_ahead(args, num_tokens, record)
-        stream = self._streams.current
-        self._planner.ahead = Ahead.of(x, scales, wire_dtype, sent, number, record, stream)
-
-    def push_alone(self, routing: NVLinkRouting, x: Tensor) -> None:
-        """Push rows that nobody expands, for figures. Copy engines are the wire."""
-        assert self._copies is not None
-        args = self._args.dispatch
-        describe_rows(args, routing, x, None, None, x.dtype)
-        stream = self._streams.begin(header.EP_OP_DISPATCH, False, 1)
-        args.peers.record = self.recorder.start("dispatch", args.row_bytes)
-        args.is_planned = False
-        self._copies.push_alone(args, routing.num_tokens, stream)
+        self._dispatches.begin(x, scales, wire_dtype)
 
     def check_ahead(self, x: Tensor, scales: Tensor | None, wire_dtype: torch.dtype) -> None:
         """Refuse another dispatch than the one that was begun."""
-        if self._planner.ahead is not None:
-            self._planner.ahead.check(x, scales, wire_dtype)
+        self._dispatches.check_ahead(x, scales, wire_dtype)
 
-    # --- combine ---------------------------------------------------------------------------------
+    def push_alone(self, routing: NVLinkRouting, x: Tensor) -> None:
+        """Push rows that nobody expands, for figures. Copy engines are the wire."""
+        self._dispatches.push_alone(routing, x)
 
     def combine(self, routing: NVLinkRouting, request: CombineRequest) -> Pending[Combined]:
         """Launch the kernel of a combine."""
         self.memory.check()
-        x, topk_weights, asynchronous, adds_weights = request
+        x, topk_weights, asynchronous, _ = request
         num_tokens, hidden = routing.num_tokens, x.shape[1]
         combined = torch.empty(num_tokens, hidden, dtype=x.dtype, device=self.device)
         weights = None
         if topk_weights is not None:
             weights = topk_weights.new_empty(*routing.token_weights_shape)
         args = self._args.combine
-        args.x = x.data_ptr()
-        args.weights = None if topk_weights is None else topk_weights.data_ptr()
-        args.routing = routing.native
-        args.combined_x = combined.data_ptr()
-        args.combined_weights = None if weights is None else weights.data_ptr()
-        args.row_bytes = row_bytes = hidden * x.element_size()
-        args.adds_weights = adds_weights
-        args.dtype = fp8.NATIVE_DTYPES[x.dtype]
-        args.tag = _tag(routing.ticket, args.dtype, row_bytes, weights is not None, adds_weights)
-        args.chunk_rows = chunk_tokens(COMBINE_CHUNK_BYTES, row_bytes)
+        describe_sums(args, routing, request, combined, weights)
+        row_bytes = args.row_bytes
         sms = self._sms.of_rows("combine", routing.layout, num_tokens * row_bytes, asynchronous)
         args.chunks_per_unit = combine_chunks_per_unit(sms, args.chunk_rows)
         args.num_blocks = sms
         stream = self._streams.begin(header.EP_OP_COMBINE, asynchronous, sms)
-        self._keep_for_current_stream(routing)
+        self._streams.keep_for_current(routing.memory, routing.stream)
         args.peers.record = self.recorder.start("combine", row_bytes)
         self._launch_combine(args, routing, weights is not None, stream)
         keep = (x, topk_weights, routing.memory)
@@ -443,16 +323,6 @@ class NVLinkBackend:
         for tensor in tensors:
             if tensor is not None:
                 tensor.record_stream(self._streams.comm)
-
-    def _keep_for_current_stream(self, made: NVLinkRouting | Ahead) -> None:
-        """Keep the memory of what was made before until the current stream is done with it.
-
-        It belongs to the stream that it was made on, where torch would use it again at once.
-        """
-        if self._streams.current != made.stream:
-            current = torch.cuda.current_stream(self.device)
-            for tensor in made.memory:
-                tensor.record_stream(current)
 
     def quiesce(self) -> int:
         """Wait for the GPU, and return the highest number of a low-latency operation."""

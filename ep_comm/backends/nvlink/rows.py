@@ -1,4 +1,4 @@
-"""The rows of an NVLink dispatch: what goes in, and where it comes out."""
+"""The rows of NVLink operations: what goes in, and where it comes out."""
 
 from __future__ import annotations
 
@@ -8,12 +8,26 @@ from torch import Tensor
 
 from ep_comm import fp8
 from ep_comm._native import header
-from ep_comm.backends.base import Received
+from ep_comm.backends.base import CombineRequest, Received
 from ep_comm.backends.nvlink.routing import NVLinkRouting
-from ep_comm.backends.nvlink.tuning import DISPATCH_CHUNK_BYTES, chunk_tokens
+from ep_comm.backends.nvlink.tuning import (
+    COMBINE_CHUNK_BYTES,
+    DISPATCH_CHUNK_BYTES,
+    chunk_tokens,
+)
 from ep_comm.routing.layout import index_dtype
 
 _RECV_KINDS = {torch.bfloat16: header.EP_RECV_BF16, torch.float32: header.EP_RECV_FP32}
+
+
+def tag(*call: int) -> int:
+    """Return 0 to 255, the same for the same call on every rank: chunks carry it."""
+    return hash(call) & 0xFF  # a hash of integers is the same in every process
+
+
+def tag_of_rows(args: header.DispatchArgs, x: Tensor) -> int:
+    """Return the tag of rows that may travel before anything else of their call is known."""
+    return tag(fp8.NATIVE_DTYPES.get(x.dtype, -1), args.row_bytes, args.scale_bytes)
 
 
 def whole_weight_rows(weights: Tensor | None) -> Tensor | None:
@@ -90,3 +104,24 @@ def allocate_experts(
     args.recv_topk_idx = experts.data_ptr()
     args.recv_idx_bytes = dtype.itemsize
     return experts
+
+
+def describe_sums(
+    args: header.CombineArgs,
+    routing: NVLinkRouting,
+    request: CombineRequest,
+    combined: Tensor,
+    weights: Tensor | None,
+) -> None:
+    """Set what a combine adds up, and where the results go."""
+    x, topk_weights, _, adds_weights = request
+    args.x = x.data_ptr()
+    args.weights = None if topk_weights is None else topk_weights.data_ptr()
+    args.routing = routing.native
+    args.combined_x = combined.data_ptr()
+    args.combined_weights = None if weights is None else weights.data_ptr()
+    args.row_bytes = row_bytes = x.shape[1] * x.element_size()
+    args.adds_weights = adds_weights
+    args.dtype = fp8.NATIVE_DTYPES[x.dtype]
+    args.tag = tag(routing.ticket, args.dtype, row_bytes, weights is not None, adds_weights)
+    args.chunk_rows = chunk_tokens(COMBINE_CHUNK_BYTES, row_bytes)

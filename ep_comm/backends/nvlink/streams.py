@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 from torch.cuda import ExternalStream
 
 from ep_comm._native import NativeLibrary, header
@@ -148,6 +149,16 @@ class Streams:
         It holds `keep`, what the kernels read, until the caller's stream has waited.
         """
         return EventOverlap(self.comm.record_event(), keep)
+
+    def keep_for_current(self, tensors: Iterable[Tensor], made_on: int) -> None:
+        """Keep memory of the stream `made_on` until the current stream is done with it.
+
+        Its own stream would else use it again at once.
+        """
+        if self.current != made_on:
+            current = torch.cuda.current_stream(self._device_index)
+            for tensor in tensors:
+                tensor.record_stream(current)
 
     def forget(self) -> None:
         """Note that none of this backend's operations runs any more."""
