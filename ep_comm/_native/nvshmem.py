@@ -154,10 +154,6 @@ class NvshmemLibrary(Library):
         self.check(self._dll.ep_nvshmem_consistent(ctypes.byref(answer)))
         return bool(answer.value)
 
-    def flush_after_waits(self, flushes: bool) -> None:
-        """For tests: say whether kernels flush, whatever the GPU is. Behind `initialize`."""
-        self.check(self._dll.ep_nvshmem_flush(flushes))
-
 
 def _cuda_version() -> str:
     """Return the CUDA version that NVSHMEM's wheel has to be of: that of torch."""

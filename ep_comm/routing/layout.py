@@ -1,4 +1,4 @@
-"""Routing layout: which token goes to which rank, and into which slot there.
+"""Routing layout: which token goes to which rank.
 
 Everything that is sent follows from it, so it is the same on every backend, bit by bit: a torch
 reference that runs anywhere, and CUDA kernels (csrc/routing/slots.cuh) where the library is built.
@@ -27,15 +27,12 @@ class RoutingLayout(NamedTuple):
             rank counts once, because it is sent once.
         num_tokens_per_expert: int32 [E]. Copies, one for each entry of ``topk_idx``.
         is_token_in_rank: bool [T, R]. Whether the token goes to the rank.
-        send_slot: int32 [T, R]. Running index of the token among those sent to the rank, ascending
-            by token; -1 where it is not sent.
     """
 
     topk_idx: torch.Tensor
     num_tokens_per_rank: torch.Tensor
     num_tokens_per_expert: torch.Tensor
     is_token_in_rank: torch.Tensor
-    send_slot: torch.Tensor
 
 
 def layout_of(
@@ -144,13 +141,11 @@ def _reference_layout(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) 
     rank = torch.where(sent, topk_idx // (num_experts // num_ranks), num_ranks).long()
     marked = torch.zeros(num_tokens, num_ranks + 1, dtype=torch.bool, device=topk_idx.device)
     is_token_in_rank = marked.scatter_(1, rank, True)[:, :num_ranks].contiguous()
-    running = is_token_in_rank.cumsum(dim=0, dtype=torch.int32)
     return RoutingLayout(
         topk_idx=topk_idx.to(torch.int32, copy=True),
         num_tokens_per_rank=is_token_in_rank.sum(dim=0, dtype=torch.int32),
         num_tokens_per_expert=torch.bincount(topk_idx[sent], minlength=num_experts).to(torch.int32),
         is_token_in_rank=is_token_in_rank,
-        send_slot=torch.where(is_token_in_rank, running - 1, -1),
     )
 
 
@@ -193,8 +188,8 @@ def _launch_layout(
         num_tokens_per_rank=empty(num_ranks),
         num_tokens_per_expert=empty(num_experts),
         is_token_in_rank=empty(num_tokens, num_ranks, dtype=torch.bool),
-        send_slot=empty(num_tokens, num_ranks),
     )
+    send_slot = empty(num_tokens, num_ranks)  # the kernels are those of plans, which need it
     error = empty(4)
     workspace = empty(workspace_bytes, dtype=torch.uint8)
     args = header.LayoutArgs(
@@ -203,7 +198,7 @@ def _launch_layout(
         num_tokens_per_rank=layout.num_tokens_per_rank.data_ptr(),
         num_tokens_per_expert=layout.num_tokens_per_expert.data_ptr(),
         is_token_in_rank=layout.is_token_in_rank.data_ptr(),
-        send_slot=layout.send_slot.data_ptr(),
+        send_slot=send_slot.data_ptr(),
         error=error.data_ptr(),
         workspace=workspace.data_ptr(),
         workspace_bytes=workspace_bytes,

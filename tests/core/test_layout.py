@@ -30,11 +30,10 @@ def routing_layout(
 def loop_layout(rows: list[list[int]], num_experts: int, num_ranks: int) -> dict[str, list]:
     """The layout of `rows` (top-k lists, -1 = dropped), as nested lists by field name."""
     per_rank, per_expert = [0] * num_ranks, [0] * num_experts
-    in_rank, slots = [], []
+    in_rank = []
     for row in rows:
         ranks = {expert * num_ranks // num_experts for expert in row if expert != -1}
         in_rank.append([r in ranks for r in range(num_ranks)])
-        slots.append([per_rank[r] if r in ranks else -1 for r in range(num_ranks)])
         for r in ranks:
             per_rank[r] += 1
         for expert in row:
@@ -45,7 +44,6 @@ def loop_layout(rows: list[list[int]], num_experts: int, num_ranks: int) -> dict
         "num_tokens_per_rank": per_rank,
         "num_tokens_per_expert": per_expert,
         "is_token_in_rank": in_rank,
-        "send_slot": slots,
     }
 
 
@@ -98,7 +96,6 @@ def assert_is(layout: RoutingLayout, expected: dict[str, list], num_topk: int) -
         "num_tokens_per_rank": (num_ranks,),
         "num_tokens_per_expert": (len(expected["num_tokens_per_expert"]),),
         "is_token_in_rank": (num_tokens, num_ranks),
-        "send_slot": (num_tokens, num_ranks),
     }
     for name, tensor in layout._asdict().items():
         assert tensor.shape == shapes[name], name
@@ -316,4 +313,4 @@ class TestKernels:
             late.copy_(source)
             layout = routing_layout(late, num_experts=256, num_ranks=4)
         stream.synchronize()
-        assert torch.equal(layout.send_slot.cpu(), expected.send_slot)
+        assert torch.equal(layout.is_token_in_rank.cpu(), expected.is_token_in_rank)
