@@ -12,7 +12,8 @@ the contract, ``lint-imports`` checks it)::
     pretrain   the training application of examples/pretrain_moe.py
     megatron   the dispatcher for Megatron-Core, and the launcher; deep_ep, DeepEP's interface
     buffer     the public calls
-    ops        torch ops with autograd; low_latency, the public calls for decoding
+    ops        torch ops with autograd; low_latency, the public calls for decoding; record_calls,
+               those for statistics
     handle     where the rows of a dispatch went, for its combine and its backward
     session    a buffer's backend, its usable state, one operation at a time
     fault_file what a rank leaves on disk when a buffer fails

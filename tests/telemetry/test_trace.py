@@ -46,7 +46,7 @@ def traced(rank: int, folder: str) -> list[tuple[str, int, bool, float]]:
     with pytest.raises(EPStateError, match="rank 0 cannot write the trace .*nowhere"):
         buffer.write_trace(Path(folder, "nowhere", "trace.json"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ep_comm.buffer.write_json", on_a_full_disk)
+        patch.setattr("ep_comm.record_calls.write_json", on_a_full_disk)
         with pytest.raises(EPStateError, match="rank 0 cannot write the trace .*File too large"):
             buffer.write_trace(Path(folder, "large.json"))
     buffer.write_trace(Path(folder, "last.json"), num_operations=1)
