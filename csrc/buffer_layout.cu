@@ -16,13 +16,7 @@ int32_t check_sizes(const ep_buffer_layout_args& args) {
     return ep::fail(EP_ERR_ARGUMENT, "num_ranks = %d is not in [1, %d]", args.num_ranks,
                     EP_MAX_PEERS);
   }
-  const int32_t status = ep::check_row_sizes(args.max_tokens, args.row_bytes, args.num_topk);
-  if (status != EP_OK) return status;
-  if (args.low_latency_tokens < 0 || args.low_latency_tokens > EP_LOW_LATENCY_MAX_TOKENS) {
-    return ep::fail(EP_ERR_ARGUMENT, "low_latency_tokens = %d is not in [0, %d]",
-                    args.low_latency_tokens, EP_LOW_LATENCY_MAX_TOKENS);
-  }
-  return EP_OK;
+  return ep::check_buffer_sizes(args);
 }
 
 }  // namespace

@@ -157,22 +157,14 @@ __global__ void __launch_bounds__(kMaxTeamThreads, 1)
 // Waits for the chunks with the partial rows of a group. Lane r waits for those of rank r.
 __device__ bool wait_for_partials(const ep_combine_args& args, const Token& token) {
   const ep_peers& peers = args.peers;
-  int32_t first = 0, last = -1;
-#pragma unroll
-  for (int32_t r = 0; r < EP_MAX_PEERS; ++r) {
-    // Slots of consecutive tokens are consecutive: every chunk in between has one of them.
-    const int32_t slot = token.slot[r];
-    const uint32_t lowest = __reduce_min_sync(kFullWarp, static_cast<uint32_t>(slot));
-    const int32_t highest = __reduce_max_sync(kFullWarp, slot);
-    if (r != lane_id() || r == peers.rank || highest < 0) continue;
-    first = static_cast<int32_t>(lowest) / args.chunk_rows;
-    last = highest / args.chunk_rows;
-  }
+  const ChunkRange chunks = chunks_of_partials(
+      token, [&](int32_t r) { return r != peers.rank; },
+      [&](int32_t slot) { return slot / args.chunk_rows; });
   const int32_t epoch = epoch_of(peers), r = lane_id();
   const uint32_t stamp = chunk_stamp(wire::number_of(args.wire, epoch), args.tag);
   const auto is_of_this_epoch = [stamp](uint32_t value) { return value >> 8 == stamp >> 8; };
   bool fine = true;
-  for (int32_t chunk = first; chunk <= last && fine; ++chunk) {
+  for (int32_t chunk = chunks.first; chunk <= chunks.last && fine; ++chunk) {
     const uint32_t* const flag = in_memory_of<uint32_t>(peers, peers.rank, args.flag_offset) +
                                  static_cast<int64_t>(r) * args.max_chunks + chunk;
     uint32_t seen;

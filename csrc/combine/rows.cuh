@@ -132,6 +132,30 @@ struct Token {
   bool exists;
 };
 
+// The chunks [first, last] of a rank's partial rows; none where `last` is less than `first`.
+struct ChunkRange {
+  int32_t first, last;
+};
+
+// Returns the chunks with the partial rows of a group: lane r has those of rank r, if pushes(r)
+// says that it pushes its rows here. chunk_of(slot): the chunk that a slot is in.
+template <typename Pushes, typename ChunkOf>
+__device__ inline ChunkRange chunks_of_partials(const Token& token, const Pushes& pushes,
+                                                const ChunkOf& chunk_of) {
+  int32_t first = 0, last = -1;
+#pragma unroll
+  for (int32_t r = 0; r < EP_MAX_PEERS; ++r) {
+    // Slots of consecutive tokens are consecutive: every chunk in between has one of them.
+    const int32_t slot = token.slot[r];
+    const uint32_t lowest = __reduce_min_sync(kFullWarp, static_cast<uint32_t>(slot));
+    const int32_t highest = __reduce_max_sync(kFullWarp, slot);
+    if (r != lane_id() || !pushes(r) || highest < 0) continue;
+    first = chunk_of(static_cast<int32_t>(lowest));
+    last = chunk_of(highest);
+  }
+  return ChunkRange{first, last};
+}
+
 // Returns the ranks of r's node as bits.
 __device__ inline uint32_t node_of(const ep_combine_args& args, int32_t r) {
   const int32_t ranks_per_node = min(args.ranks_per_node, args.peers.num_ranks);

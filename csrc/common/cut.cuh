@@ -35,18 +35,23 @@ inline int64_t longest_slot(int64_t row_bytes, int32_t num_topk) {
   return round_up<int64_t>(row_bytes + weight_bytes, dispatch::kLineBytes);
 }
 
-// Refuses rows that no buffer can hold.
-inline int32_t check_row_sizes(int64_t max_tokens, int64_t row_bytes, int32_t num_topk) {
-  if (num_topk < 1 || num_topk > EP_MAX_TOPK) {
-    return fail(EP_ERR_ARGUMENT, "num_topk = %d is not in [1, %d]", num_topk, EP_MAX_TOPK);
+// Refuses sizes that no buffer can have. Args: of ep_buffer_layout or ep_nodes_layout.
+template <typename Args>
+int32_t check_buffer_sizes(const Args& args) {
+  if (args.num_topk < 1 || args.num_topk > EP_MAX_TOPK) {
+    return fail(EP_ERR_ARGUMENT, "num_topk = %d is not in [1, %d]", args.num_topk, EP_MAX_TOPK);
   }
-  if (max_tokens < 1 || max_tokens > INT_MAX) {
+  if (args.max_tokens < 1 || args.max_tokens > INT_MAX) {
     return fail(EP_ERR_ARGUMENT, "max_tokens = %lld is not in [1, %d]",
-                static_cast<long long>(max_tokens), INT_MAX);
+                static_cast<long long>(args.max_tokens), INT_MAX);
   }
-  if (row_bytes < 16 || row_bytes > INT_MAX || row_bytes % 16 != 0) {
+  if (args.row_bytes < 16 || args.row_bytes > INT_MAX || args.row_bytes % 16 != 0) {
     return fail(EP_ERR_ARGUMENT, "row_bytes = %lld is not in [16, %d] and a multiple of 16",
-                static_cast<long long>(row_bytes), INT_MAX);
+                static_cast<long long>(args.row_bytes), INT_MAX);
+  }
+  if (args.low_latency_tokens < 0 || args.low_latency_tokens > EP_LOW_LATENCY_MAX_TOKENS) {
+    return fail(EP_ERR_ARGUMENT, "low_latency_tokens = %d is not in [0, %d]",
+                args.low_latency_tokens, EP_LOW_LATENCY_MAX_TOKENS);
   }
   return EP_OK;
 }

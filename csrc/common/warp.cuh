@@ -1,5 +1,5 @@
 // A warp's size, its mask, the place of a thread in it, and sums over its lanes. Divisions that
-// round up, and short ones.
+// round up, and short ones. A search among such sums.
 #pragma once
 
 #include <cstdint>
@@ -38,6 +38,21 @@ __device__ inline int32_t sum_before(int32_t count, int32_t* total) {
   }
   *total = __shfl_sync(kFullWarp, sum, kWarpSize - 1);
   return sum - count;
+}
+
+// Returns the group of item i: the last of num_groups groups whose first item, first[group], is i
+// or before it. first[0] is 0.
+__device__ inline int32_t group_of(int32_t i, const int32_t* first, int32_t num_groups) {
+  int32_t group = 0, end = num_groups;
+  while (end - group > 1) {
+    const int32_t middle = (group + end) / 2;
+    if (first[middle] <= i) {
+      group = middle;
+    } else {
+      end = middle;
+    }
+  }
+  return group;
 }
 
 }  // namespace ep

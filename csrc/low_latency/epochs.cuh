@@ -251,4 +251,13 @@ inline int32_t check(const ep_low_latency& common) {
   return EP_OK;
 }
 
+// The same of the places for received rows, whose numbers have kRowBits in a handle.
+inline int32_t check_places(const ep_low_latency& common, int32_t num_ranks) {
+  const int64_t places =
+      static_cast<int64_t>(common.num_local_experts) * num_ranks * common.max_tokens;
+  if (places <= EP_LOW_LATENCY_MAX_PLACES) return EP_OK;
+  return fail(EP_ERR_ARGUMENT, "%d local experts x %d ranks x %d tokens: the product is at most %d",
+              common.num_local_experts, num_ranks, common.max_tokens, EP_LOW_LATENCY_MAX_PLACES);
+}
+
 }  // namespace ep::low_latency

@@ -96,16 +96,7 @@ __device__ inline void copy_relay_entries(const ep_nodes_dispatch_args& args, in
 // A warp has read all that it reads of wave k. The last one to say so gives the credit.
 __device__ inline void end_wave(const ep_nodes_dispatch_args& args, int32_t k, int32_t wave,
                                 int32_t num_warps) {
-  bool last = false;
-  __syncwarp();
-  if (lane_id() == 0) {
-    ptx::fence_acq_rel_sys();
-    last = atomicAdd(&args.wave_counters[k], 1) == num_warps - 1;
-    if (last) args.wave_counters[k] = 0;
-    ptx::fence_acq_rel_sys();
-  }
-  __syncwarp();  // what one lane has seen, all have: they give the credits
-  if (!__shfl_sync(kFullWarp, last, 0)) return;
+  if (!is_last_arrival(&args.wave_counters[k], num_warps)) return;
   credit_wave(args.dispatch.peers, args.dispatch.credit_offset, wave, lane_id());
 }
 

@@ -15,11 +15,7 @@ using namespace ep;
 int32_t check_sizes(const ep_nodes_layout_args& args) {
   const int32_t status = nodes::check_group(args.num_nodes, args.ranks_per_node);
   if (status != EP_OK) return status;
-  if (args.low_latency_tokens < 0 || args.low_latency_tokens > EP_LOW_LATENCY_MAX_TOKENS) {
-    return fail(EP_ERR_ARGUMENT, "low_latency_tokens = %d is not in [0, %d]",
-                args.low_latency_tokens, EP_LOW_LATENCY_MAX_TOKENS);
-  }
-  return check_row_sizes(args.max_tokens, args.row_bytes, args.num_topk);
+  return check_buffer_sizes(args);
 }
 
 // Where messages of low-latency operations stand, of which there are two of each kind.

@@ -50,6 +50,21 @@ __device__ inline void credit_wave(const ep_peers& peers, int64_t credit_offset,
          static_cast<uint32_t>(wave));
 }
 
+// By a warp: adds one to a counter. True in all lanes where that makes it `all`: then they see all
+// that the others did before they added, and the counter is zero again.
+__device__ inline bool is_last_arrival(int32_t* counter, int32_t all) {
+  bool last = false;
+  __syncwarp();
+  if (lane_id() == 0) {
+    ptx::fence_acq_rel_sys();
+    last = atomicAdd(counter, 1) == all - 1;
+    if (last) *counter = 0;
+    ptx::fence_acq_rel_sys();
+  }
+  __syncwarp();  // what one lane has seen, all have: they send and give credits
+  return __shfl_sync(kFullWarp, last, 0);
+}
+
 // ---- The rail ----------------------------------------------------------------------------------
 
 __device__ inline network::Flag* own_flags(const ep_network& network, int64_t offset) {
@@ -65,6 +80,21 @@ __device__ inline bool wait_for_rail(const ep_peers& peers, const ep_network& ne
   network::Flag seen;
   return wait_flag(peers, own_flags(network, credit_offset) + k - 1, has_read, &seen,
                    EP_PHASE_CREDIT, peer_number(peers, network.num_nodes - k, peers.rank), epoch);
+}
+
+// One thread waits for the plan's message of the node k before, whose flag is one of those at
+// `flag_offset`.
+__device__ inline bool wait_for_message(const ep_peers& peers, const ep_network& network,
+                                        int64_t flag_offset, int32_t epoch, int32_t k) {
+  const auto is_there = [epoch](network::Flag value) {
+    return static_cast<int32_t>(static_cast<uint32_t>(value) - static_cast<uint32_t>(epoch)) >= 0;
+  };
+  const network::Flag* const flag = own_flags(network, flag_offset) + k - 1;
+  network::Flag seen;
+  const bool fine = wait_flag(peers, flag, is_there, &seen, EP_PHASE_PLAN,
+                              peer_number(peers, k, peers.rank), epoch);
+  if (fine) network::after_wait(flag, seen);
+  return fine;
 }
 
 // Tells the rail that this rank has read all of the operation `epoch`. All threads of a block; the

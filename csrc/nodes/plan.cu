@@ -190,22 +190,6 @@ __device__ inline int32_t rows_of(const Plan& args, const volatile int32_t* mess
   return min(max(message[0], 0), args.max_tokens);
 }
 
-// Waits for the message of the node k before. All threads of a block.
-__device__ inline bool wait_for_message(const Plan& args, int32_t epoch, int32_t k) {
-  bool fine = true;
-  if (threadIdx.x == 0) {
-    const auto is_there = [epoch](network::Flag value) {
-      return static_cast<int32_t>(static_cast<uint32_t>(value) - static_cast<uint32_t>(epoch)) >= 0;
-    };
-    const network::Flag* const flag = own_flags(args.network, args.network_flag_offset) + k - 1;
-    network::Flag seen;
-    fine = wait_flag(args.peers, flag, is_there, &seen, EP_PHASE_PLAN,
-                     peer_number(args.peers, k, args.peers.rank), epoch);
-    if (fine) network::after_wait(flag, seen);
-  }
-  return __syncthreads_and(fine);
-}
-
 // Writes the experts of the rows of the node k before into the memory of this node's ranks.
 __device__ inline void relay_experts(const Plan& args, int32_t k) {
   const ep_peers& peers = args.peers;
@@ -240,7 +224,11 @@ __global__ void __launch_bounds__(kThreads, network::kMinBlocks)
   // before.
   if (__syncthreads_or(aborted(peers))) return;
   for (int32_t k = 1; k < num_nodes; ++k) {
-    if (!wait_for_message(args, epoch, k)) return;
+    bool fine = true;
+    if (threadIdx.x == 0) {
+      fine = wait_for_message(peers, args.network, args.network_flag_offset, epoch, k);
+    }
+    if (!__syncthreads_and(fine)) return;
     relay_experts(args, k);
   }
   if (!is_last_block(&args.counters[kRelayEnd], gridDim.x)) return;
@@ -310,15 +298,6 @@ int32_t launch_send(const Plan& args, const Input& input, const NodesScratch& sc
   return check_cuda(cudaGetLastError(), "ep_nodes_plan: send_kernel");
 }
 
-int32_t launch_send(const Plan& args, const NodesScratch& scratch, cudaStream_t stream) {
-  int32_t status = EP_OK;
-  const bool is_known = layout::with_input(args.input_kind, args.input, [&](const auto& input) {
-    status = launch_send(args, input, scratch, stream);
-  });
-  if (is_known) return status;
-  return fail(EP_ERR_ARGUMENT, "input_kind = %d is not one of EP_INPUT_*", args.input_kind);
-}
-
 int32_t launch_receive(const Plan& args, NodesScratch scratch, cudaStream_t stream) {
   relay_kernel<<<args.num_receive_blocks, kThreads, 0, stream>>>(args);
   int32_t status = check_cuda(cudaGetLastError(), "ep_nodes_plan: relay_kernel");
@@ -360,22 +339,14 @@ int32_t ep_nodes_plan(const ep_nodes_plan_args* args, void* stream, void* side_s
   const Plan plan{*args};
   const int32_t num_nodes = args->network.num_nodes, num_local = args->peers.num_ranks;
   int32_t status = nodes::check_group(num_nodes, num_local);
+  if (status == EP_OK) status = plan::check_plan(*args, num_nodes * num_local);
   if (status != EP_OK) return status;
-  const int32_t num_local_experts = args->num_experts / (num_nodes * num_local);
-  if (num_local_experts < 1 || num_local_experts > EP_MAX_LOCAL_EXPERTS) {
-    return ep::fail(EP_ERR_ARGUMENT, "num_local_experts = %d is not in [1, %d]", num_local_experts,
-                    EP_MAX_LOCAL_EXPERTS);
-  }
-  for (const int32_t blocks : {args->num_send_blocks, args->num_receive_blocks}) {
-    if (blocks < 1 || blocks > plan::kMaxPlanBlocks) {
-      return ep::fail(EP_ERR_ARGUMENT, "%d blocks of a plan's kernel are not in [1, %d]", blocks,
-                      plan::kMaxPlanBlocks);
-    }
-  }
   NodesScratch scratch;
   cut_scratch(args->max_tokens, args->num_experts, num_nodes, num_local,
               reinterpret_cast<uintptr_t>(args->scratch), &scratch);
-  status = launch_send(plan, scratch, static_cast<cudaStream_t>(stream));
+  status = layout::with_input(args->input_kind, args->input, [&](const auto& input) {
+    return launch_send(plan, input, scratch, static_cast<cudaStream_t>(stream));
+  });
   if (status != EP_OK) return status;
   if (side_stream != stream) status = ep_stream_wait(side_stream, stream, event);
   if (status != EP_OK) return status;

@@ -89,16 +89,8 @@ class Relayed {
 
   // Lane 0: waits for the message with the entries.
   __device__ bool wait_for_plan() const {
-    const int32_t epoch = epoch_;
-    const auto is_there = [epoch](network::Flag value) {
-      return static_cast<int32_t>(static_cast<uint32_t>(value) - static_cast<uint32_t>(epoch)) >= 0;
-    };
-    const network::Flag* const flag = own_flags(args_.network, args_.plan_flag_offset) + k_ - 1;
-    network::Flag seen;
-    const bool fine =
-        wait_flag(args_.dispatch.peers, flag, is_there, &seen, EP_PHASE_PLAN, peer(), epoch_);
-    if (fine) network::after_wait(flag, seen);
-    return fine;
+    return wait_for_message(args_.dispatch.peers, args_.network, args_.plan_flag_offset, epoch_,
+                            k_);
   }
 
   // Lane 0: true when chunk c is there.

@@ -37,15 +37,6 @@ int32_t launch_send(const ep_plan_args& args, const Input& input, const Scratch&
   return check_cuda(cudaGetLastError(), "ep_plan: send_kernel");
 }
 
-int32_t launch_send(const ep_plan_args& args, const Scratch& scratch, cudaStream_t stream) {
-  int32_t status = EP_OK;
-  const bool is_known = layout::with_input(args.input_kind, args.input, [&](const auto& input) {
-    status = launch_send(args, input, scratch, stream);
-  });
-  if (is_known) return status;
-  return fail(EP_ERR_ARGUMENT, "input_kind = %d is not one of EP_INPUT_*", args.input_kind);
-}
-
 int32_t launch_receive(const ep_plan_args& args, Scratch scratch, cudaStream_t stream) {
   const int32_t num_local_experts = args.num_experts / args.peers.num_ranks;
   const int32_t blocks =
@@ -76,21 +67,14 @@ int64_t ep_plan_scratch_bytes(int64_t max_tokens, int32_t num_experts, int32_t n
 }
 
 int32_t ep_plan(const ep_plan_args* args, void* stream, void* side_stream, void* event) {
-  const int32_t num_local_experts = args->num_experts / args->peers.num_ranks;
-  if (num_local_experts < 1 || num_local_experts > EP_MAX_LOCAL_EXPERTS) {
-    return ep::fail(EP_ERR_ARGUMENT, "num_local_experts = %d is not in [1, %d]", num_local_experts,
-                    EP_MAX_LOCAL_EXPERTS);
-  }
-  for (const int32_t blocks : {args->num_send_blocks, args->num_receive_blocks}) {
-    if (blocks < 1 || blocks > kMaxPlanBlocks) {
-      return ep::fail(EP_ERR_ARGUMENT, "%d blocks of a plan's kernel are not in [1, %d]", blocks,
-                      kMaxPlanBlocks);
-    }
-  }
+  int32_t status = check_plan(*args, args->peers.num_ranks);
+  if (status != EP_OK) return status;
   Scratch scratch;
   cut_scratch(args->max_tokens, args->num_experts, args->peers.num_ranks,
               reinterpret_cast<uintptr_t>(args->scratch), &scratch);
-  int32_t status = launch_send(*args, scratch, static_cast<cudaStream_t>(stream));
+  status = layout::with_input(args->input_kind, args->input, [&](const auto& input) {
+    return launch_send(*args, input, scratch, static_cast<cudaStream_t>(stream));
+  });
   if (status != EP_OK) return status;
   if (side_stream != stream) status = ep_stream_wait(side_stream, stream, event);
   if (status != EP_OK) return status;

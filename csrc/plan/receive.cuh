@@ -68,20 +68,6 @@ __device__ inline int32_t prefix_of_groups(const int32_t* size, int32_t num_grou
   return total;
 }
 
-// Returns the source of received row n: the last one whose rows begin at n or before.
-__device__ inline int32_t source_of(int32_t n, const int32_t* first_of_source, int32_t num_ranks) {
-  int32_t source = 0, end = num_ranks;
-  while (end - source > 1) {
-    const int32_t middle = (source + end) / 2;
-    if (first_of_source[middle] <= n) {
-      source = middle;
-    } else {
-      end = middle;
-    }
-  }
-  return source;
-}
-
 // One block says where each expert's group stands in an output of `capacity` rows. Returns, in
 // every thread, the rows for which groups of a given size have no room.
 template <typename Args>
@@ -172,7 +158,7 @@ __device__ inline void take_in(const Args& args, const Chunks& group, int32_t nu
     const int32_t row = i / num_topk;
     const int32_t n = group.first * kChunkTokens + row;
     if (n >= num_received) break;
-    const int32_t source = source_of(n, first_of_source, num_sources(args)), k = i % num_topk;
+    const int32_t source = group_of(n, first_of_source, num_sources(args)), k = i % num_topk;
     const int32_t slot = n - first_of_source[source];
     const int32_t expert =
         staged[(static_cast<int64_t>(source) * args.max_tokens + slot) * num_topk + k];

@@ -1,8 +1,9 @@
-// How the host cuts up a plan's scratch memory and its work.
+// What the host does before a plan: it checks the sizes, and cuts up scratch memory and work.
 #pragma once
 
 #include <algorithm>
 
+#include "common/launch.cuh"
 #include "plan/plan.cuh"
 
 namespace ep::plan {
@@ -31,6 +32,24 @@ inline int64_t cut_scratch(int64_t max_tokens, int32_t num_experts, int32_t num_
   const uintptr_t workspace = next;
   return static_cast<int64_t>(workspace - base) +
          layout::cut_workspace(largest, false, workspace, &scratch->layout);
+}
+
+// Refuses what the kernels of a plan cannot do.
+template <typename Args>
+int32_t check_plan(const Args& args, int32_t num_ranks) {
+  const int32_t num_local_experts = args.num_experts / num_ranks;
+  if (num_local_experts < 1 || num_local_experts > EP_MAX_LOCAL_EXPERTS) {
+    return fail(EP_ERR_ARGUMENT, "num_local_experts = %d is not in [1, %d]", num_local_experts,
+                EP_MAX_LOCAL_EXPERTS);
+  }
+  const int32_t blocks_of_kernels[] = {args.num_send_blocks, args.num_receive_blocks};
+  for (const int32_t blocks : blocks_of_kernels) {
+    if (blocks < 1 || blocks > kMaxPlanBlocks) {
+      return fail(EP_ERR_ARGUMENT, "%d blocks of a plan's kernel are not in [1, %d]", blocks,
+                  kMaxPlanBlocks);
+    }
+  }
+  return layout::check_input_kind(args.input_kind);
 }
 
 // Divides the receive kernel's work among at most so many blocks; returns how many.

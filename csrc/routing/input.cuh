@@ -6,6 +6,7 @@
 #include <climits>
 #include <cstdint>
 
+#include "common/launch.cuh"
 #include "common/warp.cuh"
 #include "ep_comm.h"
 
@@ -135,22 +136,22 @@ struct RoutingMapInput {
 
 static_assert(EP_MAX_TOPK <= kWarpSize, "a token's lanes fill up its row of experts");
 
-// Calls call(input) with what `kind`, one of EP_INPUT_*, says that `pointer` is; false where it is
-// none of them.
+// Refuses what is none of EP_INPUT_*. Host code.
+inline int32_t check_input_kind(int32_t kind) {
+  if (kind >= EP_INPUT_TOPK_INT32 && kind <= EP_INPUT_ROUTING_MAP) return EP_OK;
+  return fail(EP_ERR_ARGUMENT, "input_kind = %d is not one of EP_INPUT_*", kind);
+}
+
+// Returns call(input), a status, with what `kind` says that `pointer` is. Host code.
 template <typename Call>
-bool with_input(int32_t kind, const void* pointer, const Call& call) {
+int32_t with_input(int32_t kind, const void* pointer, const Call& call) {
   switch (kind) {
     case EP_INPUT_TOPK_INT32:
-      call(TopkInput<int32_t>{static_cast<const int32_t*>(pointer)});
-      return true;
+      return call(TopkInput<int32_t>{static_cast<const int32_t*>(pointer)});
     case EP_INPUT_TOPK_INT64:
-      call(TopkInput<int64_t>{static_cast<const int64_t*>(pointer)});
-      return true;
-    case EP_INPUT_ROUTING_MAP:
-      call(RoutingMapInput{static_cast<const uint8_t*>(pointer)});
-      return true;
+      return call(TopkInput<int64_t>{static_cast<const int64_t*>(pointer)});
     default:
-      return false;
+      return call(RoutingMapInput{static_cast<const uint8_t*>(pointer)});
   }
 }
 

@@ -70,10 +70,11 @@ int32_t check_pointers(const ep_layout_args& args) {
 }
 
 template <typename Input>
-void launch_count(const Input& input, const Shape& shape, const Workspace& workspace,
-                  int32_t* topk_idx_out, cudaStream_t stream) {
+int32_t launch_count(const Input& input, const Shape& shape, const Workspace& workspace,
+                     int32_t* topk_idx_out, cudaStream_t stream) {
   count_kernel<<<shape.num_blocks, kThreads, count_shared_bytes(shape, true), stream>>>(
       input, shape, workspace, topk_idx_out);
+  return ep::check_cuda(cudaGetLastError(), "ep_layout: count_kernel");
 }
 
 const ep::Kernels kernels("layout kernels", ep::Setup::kPlain, 0, count_kernel<TopkInput<int32_t>>,
@@ -96,10 +97,8 @@ int32_t ep_layout(const ep_layout_args* args, void* stream_pointer) {
     return ep::fail(EP_ERR_ARGUMENT, "num_topk = %d is not in [1, %d]", args->num_topk,
                     EP_MAX_TOPK);
   }
-  if (args->input_kind < EP_INPUT_TOPK_INT32 || args->input_kind > EP_INPUT_ROUTING_MAP) {
-    return ep::fail(EP_ERR_ARGUMENT, "input_kind = %d is not one of EP_INPUT_*", args->input_kind);
-  }
-  status = check_pointers(*args);
+  status = check_input_kind(args->input_kind);
+  if (status == EP_OK) status = check_pointers(*args);
   if (status != EP_OK) return status;
 
   const Shape shape =
@@ -114,10 +113,9 @@ int32_t ep_layout(const ep_layout_args* args, void* stream_pointer) {
 
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   if (shape.num_blocks > 0) {
-    with_input(args->input_kind, args->input, [&](const auto& input) {
-      launch_count(input, shape, workspace, args->topk_idx_out, stream);
+    status = with_input(args->input_kind, args->input, [&](const auto& input) {
+      return launch_count(input, shape, workspace, args->topk_idx_out, stream);
     });
-    status = ep::check_cuda(cudaGetLastError(), "ep_layout: count_kernel");
     if (status != EP_OK) return status;
   }
   place_kernel<<<std::max(1, shape.num_blocks), kThreads, 0, stream>>>(

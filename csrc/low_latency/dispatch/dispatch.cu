@@ -52,15 +52,8 @@ int32_t ep_low_latency_dispatch(const ep_low_latency_dispatch_args* args, void* 
   const ep_low_latency& common = args->common;
   int32_t status = low_latency::check(common);
   if (status == EP_OK) status = dispatch::check_hidden(common.hidden, args->format);
+  if (status == EP_OK) status = low_latency::check_places(common, common.peers.num_ranks);
   if (status != EP_OK) return status;
-  const int64_t places =
-      static_cast<int64_t>(common.num_local_experts) * common.peers.num_ranks * common.max_tokens;
-  if (places > EP_LOW_LATENCY_MAX_PLACES) {
-    return ep::fail(EP_ERR_ARGUMENT,
-                    "%d local experts x %d ranks x %d tokens: the product is at most %d",
-                    common.num_local_experts, common.peers.num_ranks, common.max_tokens,
-                    EP_LOW_LATENCY_MAX_PLACES);
-  }
   int64_t bytes = Arrivals::bytes(common);
   const bool has_entries = bytes + Arrivals::entry_bytes(common) <= kMaxShared;
   if (has_entries) bytes += Arrivals::entry_bytes(common);

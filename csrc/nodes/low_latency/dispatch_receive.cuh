@@ -30,7 +30,7 @@ struct Arrival {
 
   __device__ Arrival(const Memory& memory, const FarOperation& operation, const int32_t* first,
                      int32_t number) {
-    const int32_t k = group_of(first, memory.num_ranks(), number);
+    const int32_t k = group_of(number, first, memory.num_ranks());
     source = memory.rank_before(k);
     place = number - first[k];
     entry = memory.head(operation.half, source) + 1 +

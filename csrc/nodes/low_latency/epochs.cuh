@@ -156,11 +156,7 @@ inline int32_t check(const ep_low_latency& common, const ep_nodes_low_latency& n
                 "%d ranks, %d on each node: at most %d, and no node may have fewer", num_ranks,
                 size, EP_MAX_NODE_RANKS);
   }
-  const int64_t places =
-      static_cast<int64_t>(common.num_local_experts) * num_ranks * common.max_tokens;
-  if (places <= EP_LOW_LATENCY_MAX_PLACES) return EP_OK;
-  return fail(EP_ERR_ARGUMENT, "%d local experts x %d ranks x %d tokens: the product is at most %d",
-              common.num_local_experts, num_ranks, common.max_tokens, EP_LOW_LATENCY_MAX_PLACES);
+  return check_places(common, num_ranks);
 }
 
 }  // namespace ep::low_latency::far

@@ -21,21 +21,6 @@ __device__ inline void add_up(int32_t* first, int32_t n, const Count& count) {
   if (lane_id() == 0) first[n] = sum;
 }
 
-// The group of item `i`, which is less than first[n].
-__device__ inline int32_t group_of(const int32_t* first, int32_t n, int32_t i) {
-  int32_t low = 0, high = n;  // first[low] <= i < first[high]
-#pragma unroll 1
-  while (high - low > 1) {
-    const int32_t middle = (low + high) / 2;
-    if (first[middle] <= i) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
 // By one warp, when its block has packed num_rows rows of a chunk and has met.
 __device__ inline void count_rows(const Memory& memory, const FarOperation& operation, int32_t k,
                                   int32_t chunk, int32_t num_rows, int32_t rows_of_chunk,
@@ -68,7 +53,7 @@ __device__ inline bool send_rows(const Memory& memory, const FarOperation& opera
   int32_t item = blockIdx.x * share;
 #pragma unroll 1
   while (item < last) {
-    const int32_t k = group_of(first, num_ranks, item), begin = item - first[k];
+    const int32_t k = group_of(item, first, num_ranks), begin = item - first[k];
     const int32_t count = first[k + 1] - first[k], chunk = begin / chunk_rows;
     const int32_t rows_of_chunk = min(chunk_rows, count - chunk * chunk_rows);
     const int32_t end = min(begin + last - item, chunk * chunk_rows + rows_of_chunk);
