@@ -59,7 +59,7 @@ NVSHMEM_LIBRARY = Extension(
     name="ep_comm._native.libep_comm_nvshmem",
     sources=[
         *("csrc/abi.cu", "csrc/host.cu", "csrc/load.cu"),
-        *(f"csrc/nodes/{name}.cu" for name in ("combine", "dispatch", "layout", "plan")),
+        *(f"csrc/nodes/{name}.cu" for name in ("combine/combine", "dispatch", "layout", "plan")),
         *(f"csrc/nodes/low_latency/{name}.cu" for name in ("combine", "dispatch")),
         *(f"csrc/nvshmem/{name}.cu" for name in ("calls", "world")),
     ],

@@ -26,7 +26,7 @@ SOURCES = (
     "nodes/layout.cu",
     "nodes/plan.cu",
     "nodes/dispatch.cu",
-    "nodes/combine.cu",
+    "nodes/combine/combine.cu",
     "nodes/low_latency/dispatch.cu",
     "nodes/low_latency/combine.cu",
     "network/adversary.cu",
