@@ -2,6 +2,7 @@
 // sends these sums, packed by the rank that owns the tokens, over the network. That adds up those
 // of all ranks. Sending and receiving are one kernel, or one each. The bits are those of one host.
 
+#include "low_latency/combine/roles.cuh"
 #include "low_latency/route.cuh"
 #include "low_latency/sums.cuh"
 #include "nodes/low_latency/pack.cuh"
@@ -12,12 +13,6 @@ using namespace ep;
 using namespace ep::low_latency;
 using namespace ep::low_latency::far;
 using Args = ep_low_latency_combine_args;
-
-__device__ inline Header own_header(const Args& args) {
-  const ep_low_latency& common = args.common;
-  return {static_cast<uint32_t>(common.num_tokens), static_cast<uint32_t>(common.has_weights != 0),
-          args.handle.epochs[0]};
-}
 
 // ---- Sending -----------------------------------------------------------------------------------
 
@@ -33,7 +28,7 @@ __device__ inline void send_heads(const Args& args, const far::Memory& memory,
     const int32_t r = memory.rank_after(k);
     if (!is_alive(common, r)) continue;
     uint4* const head = memory.head_to_write(operation.half, k);
-    const Header own = own_header(args);
+    const Header own = combine::own_header(args);
     int32_t num_rows = 0;
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i - static_cast<int32_t>(threadIdx.x) < count; i += kThreads) {
@@ -134,7 +129,7 @@ __device__ inline bool send(const Args& args, const far::Memory& memory,
   }
   if (!wait_credits(memory, operation)) return false;
   send_heads(args, memory, operation);
-  const Header own = own_header(args);
+  const Header own = combine::own_header(args);
   return send_rows(memory, operation, first, words_of_row,
                    [&](int32_t k, int32_t begin, int32_t end, uint4* to) {
                      const int32_t source = memory.rank_after(k);
@@ -206,7 +201,7 @@ __device__ inline bool receive(const Args& args, const far::Memory& memory,
   bool fine = true;
   if (blockIdx.x == gridDim.x - 1) {
     // Headers say whether all combine the same dispatch. The last block has the least to receive.
-    const Header own = own_header(args);
+    const Header own = combine::own_header(args);
 #pragma unroll 1
     for (int32_t k = threadIdx.x; k < memory.num_ranks(); k += kThreads) {
       const int32_t source = memory.rank_before(k);

@@ -1,40 +1,18 @@
-// Low-latency combine: each rank adds up a token's weighted rows of its experts, and sends one
-// partial row to the token's owner, which adds up those of the ranks. Sending and receiving are one
-// kernel, or one each.
+// Low-latency combine, sending: the weighted rows of a token's experts, added up, to its owner.
+#pragma once
 
-#include "common/launch.cuh"
+#include "low_latency/combine/roles.cuh"
 #include "low_latency/route.cuh"
-#include "low_latency/shapes.cuh"
 #include "low_latency/sums.cuh"
 
-namespace {
+namespace ep::low_latency::combine {
 
-using namespace ep;
-using namespace ep::low_latency;
-
-constexpr int kWarps = 16;
-constexpr int kThreads = kWarps * kWarpSize;
-// The last warps have the least to send: one does what nobody waits for.
-constexpr int kBookkeepingWarp = kWarps - 2;
 constexpr int kManyTokens = 64;  // with which more travels than the links take at once
 // Rows of a token's experts of which a lane has a word on its way: those of two units.
 constexpr int kStages = 2;
 constexpr int kRowsOfStage = 8;
 constexpr int kStageWords = kRowsOfStage * kWarpSize;
 constexpr int kStageBytes = kWarps * kStages * kStageWords * static_cast<int>(sizeof(uint4));
-
-// The last one to get work.
-__device__ inline bool is_last_warp() {
-  return threadIdx.x / kWarpSize == kWarps - 1 && blockIdx.x == gridDim.x - 1;
-}
-
-__device__ inline Header own_header(const ep_low_latency_combine_args& args) {
-  const ep_low_latency& common = args.common;
-  return {static_cast<uint32_t>(common.num_tokens), static_cast<uint32_t>(common.has_weights != 0),
-          args.handle.epochs[0]};
-}
-
-// ---- Sending -----------------------------------------------------------------------------------
 
 // Weights that are given to combine go to the experts' ranks first. By the last warps, which have
 // the fewest rows.
@@ -59,17 +37,6 @@ __device__ inline void send_weights(const ep_low_latency_combine_args& args, con
     ptx::store_word(memory.entry(at.to, operation.half, memory.rank(), at.t) + at.j, word);
   }
   __syncwarp();
-}
-
-// By the last warp of all: waits for the headers. They say whether all combine the same dispatch;
-// rows tell nothing of that.
-template <typename Memory>
-__device__ inline void check_headers(const ep_low_latency_combine_args& args, const Memory& memory,
-                                     const Operation& operation) {
-  const int32_t r = lane_id();
-  if (r >= memory.num_ranks()) return;
-  args.common.peers.record->num_rows[r] = args.handle.num_rows[r];
-  if (operation.alive >> r & 1) receive_header(memory, operation, own_header(args), r, true);
 }
 
 // The rows that make up a token's partial row: lane k has the k-th, or -1, and its weight if that
@@ -250,139 +217,4 @@ __device__ inline bool begin_and_send(const ep_low_latency_combine_args& args, c
   return true;
 }
 
-// ---- Receiving ---------------------------------------------------------------------------------
-
-// Ranks that token t comes back from.
-__device__ inline uint32_t ranks_of(const ep_low_latency_combine_args& args, int32_t t) {
-  return t < args.common.num_tokens ? args.handle.ranks[t] : 0;
-}
-
-// A lane's words of a unit of the partial rows, loaded, whatever they are by now.
-template <int kHidden, int kRanks>
-struct Incoming {
-  static constexpr int kMaxRanks = kRanks != 0 ? kRanks : EP_MAX_PEERS;
-
-  uint32_t ranks;  // that the token comes back from
-  uint4 words[kMaxRanks];
-
-  __device__ void load(const Memory<kHidden, kRanks>& memory, const Operation& operation,
-                       const Units& at, uint32_t ranks_of_token) {
-    ranks = at.word() < memory.hidden() / kPer ? ranks_of_token & operation.alive : 0;
-    memory.delay();
-#pragma unroll
-    for (int r = 0; r < kMaxRanks; ++r) {
-      words[r] = make_uint4(0, 0, 0, 0);
-      ptx::load_word_if(ranks >> r & 1, &words[r], slot(memory, operation, at, r));
-    }
-  }
-
-  // Waits for all that have not come at once. False after a fault.
-  __device__ bool wait(const Memory<kHidden, kRanks>& memory, const Operation& operation,
-                       const Units& at) {
-    const ep_peers& peers = memory.common.peers;
-    Wait wait;
-    int32_t missing = -1;
-    for (;;) {
-      const int32_t last = missing;
-      missing = -1;
-#pragma unroll
-      for (int r = 0; r < kMaxRanks; ++r) {
-        if (is_waiting(words[r])) missing = r;
-      }
-      if (last >= 0 && last != missing) wait.has_come(peers, last);
-      if (missing < 0) return true;
-      if (!wait.goes_on(peers, EP_PHASE_ROWS, missing, operation.epoch)) return false;
-#pragma unroll
-      for (int r = 0; r < kMaxRanks; ++r) {
-        ptx::load_word_if(is_waiting(words[r]), &words[r], slot(memory, operation, at, r));
-      }
-    }
-  }
-
-  __device__ static uint4* slot(const Memory<kHidden, kRanks>& memory, const Operation& operation,
-                                const Units& at, int32_t r) {
-    return memory.row(memory.rank(), operation.half, r, at.t) + at.word();
-  }
-};
-
-// One unit of a combined row, by a warp. False after a fault.
-template <int kHidden, int kRanks>
-__device__ inline bool receive_unit(const ep_low_latency_combine_args& args,
-                                    const Memory<kHidden, kRanks>& memory,
-                                    const Operation& operation, const Units& at,
-                                    Incoming<kHidden, kRanks>& incoming) {
-  const int32_t words_of_row = memory.hidden() / kPer;
-  const bool fine = incoming.wait(memory, operation, at);
-  if (!__all_sync(kFullWarp, fine)) return false;
-  float sums[kPer];
-#pragma unroll
-  for (int i = 0; i < kPer; ++i) sums[i] = incoming.ranks == 0 ? 0.0f : -0.0f;
-#pragma unroll
-  for (int r = 0; r < incoming.kMaxRanks; ++r) {
-    if (!(incoming.ranks >> r & 1)) continue;
-    ptx::store_word(incoming.slot(memory, operation, at, r), waiting_word());
-    add(sums, incoming.words[r]);
-  }
-  if (at.word() < words_of_row) {
-    ptx::store_global(static_cast<uint4*>(args.combined_x) +
-                          static_cast<int64_t>(at.t) * words_of_row + at.word(),
-                      pack<__nv_bfloat16>(sums));
-  }
-  return true;
-}
-
-template <int kHidden, int kRanks>
-__device__ inline void receive(const ep_low_latency_combine_args& args,
-                               const Memory<kHidden, kRanks>& memory, const Operation& operation) {
-  // With weights the send has checked them.
-  if (is_last_warp() && !args.common.has_weights) check_headers(args, memory, operation);
-  __syncwarp();
-  // The last warps first, which had the least to send.
-  Units at(all_blocks(), kWarps, kWarps - 1 - threadIdx.x / kWarpSize,
-           ceil_div<int32_t>(memory.hidden() / kPer, kWarpSize), 1);
-  Incoming<kHidden, kRanks> next;
-  next.load(memory, operation, at, ranks_of(args, at.t));
-#pragma unroll 1
-  while (at.t < args.common.num_tokens) {
-    const Units unit = at;
-    Incoming<kHidden, kRanks> incoming = next;
-    at.advance();
-    next.load(memory, operation, at, ranks_of(args, at.t));
-    if (!receive_unit(args, memory, operation, unit, incoming)) return;
-  }
-}
-
-// ---- The kernel --------------------------------------------------------------------------------
-
-template <int kHidden, int kRanks>
-__global__ void __launch_bounds__(kThreads, 1)
-    low_latency_combine_kernel(const __grid_constant__ ep_low_latency_combine_args args) {
-  extern __shared__ __align__(16) uint8_t shared[];
-  ptx::wait_for_kernel_before();
-  ptx::let_next_kernel_start();  // not before: those that wait would pile up
-  const ep_low_latency& common = args.common;
-  const Memory<kHidden, kRanks> memory(common, weight_words(common.num_topk));
-  Operation operation;
-  if (!begin_and_send(args, memory, shared, &operation)) return;
-  if (common.phases & EP_LOW_LATENCY_RECEIVE) receive(args, memory, operation);
-  low_latency::end_operation(common);
-}
-
-template <int kHidden, int kRanks>
-struct Kernel {
-  static constexpr auto* function = low_latency_combine_kernel<kHidden, kRanks>;
-};
-const Kernels kernels =
-    of_shapes<Kernel>("low-latency combine kernel", kStageBytes, CompiledShapes());
-
-}  // namespace
-
-int32_t ep_low_latency_combine(const ep_low_latency_combine_args* args, void* stream) {
-  const ep_low_latency& common = args->common;
-  const int32_t status = low_latency::check(common);
-  if (status != EP_OK) return status;
-  const int32_t bytes = common.phases & EP_LOW_LATENCY_SEND ? kStageBytes : 0;
-  const cudaError_t error = ep::launch(kernel_for<Kernel>(common, CompiledShapes()),
-                                       common.num_blocks, kThreads, bytes, stream, true, *args);
-  return ep::check_cuda(error, "ep_low_latency_combine");
-}
+}  // namespace ep::low_latency::combine
