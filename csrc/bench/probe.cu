@@ -17,7 +17,7 @@ using namespace ep;
 constexpr int kWarps = 4;
 constexpr int kStages = 3;  // of a warp
 constexpr int kRowBytes = EP_PROBE_ROW_BYTES;
-constexpr int kBarrierBytes = 128;  // keeps the stages behind it on whole lines
+constexpr int kBarrierBytes = 128;  // keeps the stages after it on whole lines
 constexpr int kSharedBytes = kBarrierBytes + kWarps * kStages * kRowBytes;
 static_assert(kWarps * kStages * sizeof(uint64_t) <= kBarrierBytes, "barriers overlap the stages");
 

@@ -91,8 +91,8 @@ __device__ void list_pushes(const ep_combine_args& args, Team& team, int32_t vec
 
 // ---- Partial rows for copy engines -------------------------------------------------------------
 
-// Whether there is nothing to be made of an operation that was given up, whose plan may have left
-// no entries. Copies push what stands there all the same.
+// True where the operation was given up: its plan may have left no entries, so no partial rows are
+// made. Copies push what stands there all the same, so peers are told not to read it.
 __device__ bool is_given_up(const ep_combine_args& args) {
   if (!__any_sync(kFullWarp, aborted(args.peers))) return false;
   wire::set_marks(args.peers, args.wire.mark_offset, epoch_of(args.peers) + 1);

@@ -21,7 +21,7 @@ __device__ inline int32_t take(int32_t* counter) {
   return __shfl_sync(kFullWarp, next, 0);
 }
 
-// Output rows of received row n in ascending order of experts, [K4]; -1 behind the last.
+// Output rows of received row n in ascending order of experts, [K4]; -1 after the last.
 __device__ inline const int4* output_rows(const ep_combine_args& args, int32_t n) {
   return reinterpret_cast<const int4*>(args.routing.entries +
                                        place_in_entries(args.routing, n, kRowsAscending));

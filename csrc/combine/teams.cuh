@@ -4,8 +4,8 @@
 // another changes from one list to the next. In a team
 //   columns     are threads that each add up some 16-byte vectors of every row. Each loads ahead
 //               what it will add itself, so nobody waits for anybody within a list.
-//   the lister  is one warp more. Meanwhile it writes the next list, waits for the rows on it, and
-//               raises the flags of the list before.
+//   the lister  is one warp more, the producer where warps are specialised. Meanwhile it writes the
+//               next list, waits for the rows on it, and raises the flags of the list before.
 // They meet once a list, at the team's barrier.
 #pragma once
 
@@ -110,7 +110,7 @@ struct Teams {
   __host__ __device__ int32_t team_threads() const { return columns + kWarpSize; }
   __host__ __device__ int32_t block_threads() const { return num_teams * team_threads(); }
   __host__ __device__ int32_t kept_bytes() const { return kWide * columns * 16; }
-  // Rows from one list to the next: behind its end rows are loaded that are not used.
+  // Rows from one list to the next: beyond its end rows are loaded that are not used.
   __host__ __device__ int32_t list_stride() const { return list_rows + kMaxAhead; }
   __host__ __device__ int32_t team_bytes() const {
     return kept_bytes() + 2 * (list_stride() * static_cast<int32_t>(kListedRowBytes) + kListBytes);
@@ -180,7 +180,7 @@ class Team {
     const int32_t room = vectors - first;
     uint32_t next = ptx::shared_address(listed), at = next;
     const uint32_t end = next + list.num_rows * kListedRowBytes;
-    // No branch here: behind one the compiler waits for all loads that are in flight.
+    // No branch here: after one the compiler waits for all loads that are in flight.
     const auto load = [&](uint4(&bits)[kWide]) {
       const uint64_t address = ptx::load_shared_u64(next + offsetof(ListedRow, row));
       const uint4* const row = reinterpret_cast<const uint4*>(address) + first;

@@ -1,5 +1,5 @@
-// How a failure gets from inside the library to ep_last_error(), and how kernels are loaded
-// (load.cu).
+// How a failure gets from inside the library to ep_last_error(), how kernels are launched, and how
+// they are loaded (load.cu).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -40,8 +40,8 @@ enum class Setup {
   kPlain,
   // Its blocks may have `shared_bytes` of dynamic shared memory.
   kShared,
-  // Its blocks leave room on their SM for a dispatch's. An SM that is set up for little shared
-  // memory could take none of those until it is idle.
+  // Its blocks leave room on their SM for a dispatch's. An SM changes its share of shared memory
+  // only when it is idle, so it must not be set up for little of it.
   kBesideDispatch
 };
 
@@ -67,7 +67,7 @@ class Kernels {
  private:
   static constexpr int kMax = 10;
   static Kernels* first_;
-  const void* kernels_[kMax];  // nullptr behind the last
+  const void* kernels_[kMax];  // nullptr after the last
   const char* what_;
   Setup setup_;
   int32_t shared_bytes_;

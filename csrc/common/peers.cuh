@@ -14,6 +14,7 @@ constexpr bool kRecords = false;
 constexpr bool kRecords = true;
 #endif
 
+// True after a fault of this rank. Read anew each time, for another thread sets it.
 __device__ inline bool aborted(const ep_peers& peers) {
   return *static_cast<volatile const int32_t*>(peers.abort) != 0;
 }
@@ -44,7 +45,7 @@ __device__ inline void begin_operation(const ep_peers& peers) {
   if (kRecords) peers.record->begin_ns = static_cast<int64_t>(ptx::global_timer_ns());
 }
 
-// A wait of one thread for a peer has ended that began at `start`.
+// Records a wait of one thread for a peer, which began at `start` and has ended.
 __device__ inline void note_wait(const ep_peers& peers, int32_t peer, uint64_t start) {
   if (!kRecords) return;
   atomicMax(reinterpret_cast<long long*>(&peers.longest_wait_ns[peer]),
@@ -79,8 +80,9 @@ constexpr int kSpinsBetweenChecks = 256;
 constexpr uint64_t kLongWaitNs = 1000000000;
 
 // The rest of a wait that has lasted for kLongWaitNs since `start`. The host is told of it
-// (ep_progress), again and again: another thread whose wait for the same peer ends clears the word.
-// Blocks that wait for one another tell nothing, for one of them waits for another rank, and tells.
+// (ep_progress), and again each second: another thread whose wait for the same peer ends clears the
+// word. Blocks that wait for one another tell nothing: the one that they wait for waits for another
+// rank, and tells.
 template <typename Flag, typename Arrived>
 __device__ inline bool wait_for_long(const ep_peers& peers, const Flag* flag,
                                      const Arrived& arrived, Flag* value, int32_t phase,
@@ -214,8 +216,8 @@ __device__ inline bool grid_barrier(const ep_peers& peers, uint32_t* count, int3
   return __syncthreads_and(fine);
 }
 
-// Called behind is_last_block. A copy of `peer` may have come over rows that this operation read,
-// where the peer has marked a later one: it gave up, and its copies run all the same.
+// Called by the last block. A peer that has marked a later epoch gave this operation up. Its copies
+// run all the same, and may have overwritten rows that this operation read: a fault.
 __device__ inline void check_mark(const ep_peers& peers, int64_t mark_offset, int32_t epoch,
                                   int32_t peer) {
   const uint32_t* const mark = in_memory_of<uint32_t>(peers, peers.rank, mark_offset) + peer;

@@ -40,7 +40,8 @@ __device__ inline void store_relaxed_sys(uint64_t* flag, uint64_t value) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
 }
 
-// Orders what other threads wrote before a later release of this one, which met them at a barrier.
+// Followed by a relaxed store it is a release, and a cumulative one: what other threads wrote
+// before they met this one at a barrier is ordered too.
 __device__ inline void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // The same between the blocks of one GPU.
@@ -109,6 +110,7 @@ __device__ inline void barrier_init(uint64_t* barrier, uint32_t arrivals) {
                : "memory");
 }
 
+// Orders barrier_init before what other threads and bulk loads do with the barrier.
 __device__ inline void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -214,7 +216,7 @@ __device__ inline void store_global(uint4* pointer, const uint4& v) {
 
 // 16 bytes that go to, or come from, another GPU as a whole: .b128 is single-copy atomic (PTX 8.3).
 // Nothing else is ordered by it. Where the condition is false nothing is loaded, and *v is what it
-// was: behind a branch around a load the compiler would wait for all that are on their way.
+// was: after a branch around a load the compiler would wait for all that are on their way.
 __device__ inline void load_word_if(bool condition, uint4* v, const uint4* pointer) {
   asm volatile(
       "{\n"

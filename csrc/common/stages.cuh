@@ -98,7 +98,7 @@ __device__ inline void wait_until_written() {
 }
 
 // Called between the acquire of a flag and bulk copies, by the thread that does both. The copies
-// are loads of what the peer wrote, or stores over what it has read. Also called behind an earlier
+// are loads of what the peer wrote, or stores over what it has read. Also called after an earlier
 // kernel's ordinary stores.
 __device__ inline void fence_for_bulk() { ptx::fence_proxy_async_global(); }
 

@@ -23,7 +23,7 @@ __device__ inline void write_zero_row(const ep_dispatch_args& args, int32_t row)
 }
 
 // Writes zeros with scale 1 into the rows between an expert's group and the next, and into those
-// behind all groups.
+// after all groups.
 __device__ inline void write_padding(const ep_dispatch_args& args, int32_t warp,
                                      int32_t num_warps) {
   const int32_t lane = lane_id(), num_scales = args.scale_bytes / 4;
@@ -107,7 +107,7 @@ struct Expansion : Placement {
     return open_flagged(flag_at, source, block, unit);
   }
 
-  // Lane 0 starts to load row j of the unit into stage i, and its entry behind it.
+  // Lane 0 starts to load row j of the unit into stage i, followed by its entry.
   __device__ void load(int32_t i, const Unit& unit, int32_t j) const {
     const ep_peers& peers = args.peers;
     int32_t slot = unit.first + j;

@@ -77,7 +77,7 @@ struct Placement {
   const bool needs_experts = args.routing.expert_major
                                  ? args.recv_scales != nullptr
                                  : args.recv_topk_idx != nullptr || args.recv_weights != nullptr;
-  // Behind a row in its stage: its output rows and, where they are asked for, its experts.
+  // In a stage a row is followed by its output rows and, where they are asked for, its experts.
   const int32_t index_bytes = args.routing.num_topk4 * 4;
   const int32_t rows_offset = bytes, experts_offset = rows_offset + index_bytes;
   const int32_t indices_bytes = needs_experts ? 2 * index_bytes : index_bytes;
@@ -112,10 +112,10 @@ struct Placement {
     return true;
   }
 
-  // Lane 0 starts to load the entry of received row n behind the row in stage i, which announces
-  // its bytes.
+  // Lane 0 starts to load the entry of received row n into stage i, after the row. Whoever loads
+  // the row announces these bytes too.
   __device__ void load_entry(int32_t i, int32_t n) const {
-    static_assert(kLocalExperts == kRowOfK + 1, "the experts stand behind the output rows");
+    static_assert(kLocalExperts == kRowOfK + 1, "the experts stand after the output rows");
     stages.load(i, rows_offset, entries + place_in_entries(args.routing, n, kRowOfK),
                 indices_bytes);
   }

@@ -11,7 +11,7 @@
 namespace ep::dispatch {
 
 // In shared memory: the flags that warps hand to the one that raises them, by warp and lane. Zero
-// is none, and no flag is.
+// is no flag: every flag has a stamp, which is not zero.
 struct LandedChunks {
   static constexpr int kDepth = 2;  // so that a warp seldom waits for its flags
   static constexpr uint64_t kNoMore = ~0ull;
@@ -39,8 +39,9 @@ __device__ inline uint64_t* flags_at(const ep_dispatch_args& args, int32_t peer)
          static_cast<int64_t>(args.peers.rank) * args.max_chunks;
 }
 
-// Raises the flags of all chunks that the block's warps push, `first_warp` and those after it of
-// `num_warps` on all blocks. Each lane serves some of their lanes. They always end, and say so.
+// By one warp: raises the flags of all chunks that the block's other warps push, `first_warp` and
+// those after it of `num_warps` in all blocks. Each lane serves some of their lanes. This ends: a
+// lane hands over all its flags, or says that it gave up.
 __device__ inline void raise_flags(const ep_dispatch_args& args, LandedChunks* landed,
                                    int32_t first_warp, int32_t warps_of_block, int32_t num_warps) {
   constexpr int kServed = ceil_div(kMaxWarps * EP_MAX_PEERS, kWarpSize);
@@ -85,6 +86,7 @@ __device__ inline void raise_flags(const ep_dispatch_args& args, LandedChunks* l
   }
 }
 
+// By one warp: pushes its chunks. `handed`: the warp's place in LandedChunks.
 __device__ inline void push(const ep_dispatch_args& args, const Stages& stages, int32_t epoch,
                             int32_t warp, int32_t num_warps, uint64_t* handed) {
   const ep_peers& peers = args.peers;

@@ -13,8 +13,8 @@ using State = ep_low_latency_state;  // what is in ep_low_latency.state
 constexpr int kStateInts = sizeof(State) / sizeof(uint32_t);
 static_assert(kStateInts == 16 && kStateInts <= EP_LOW_LATENCY_STATE_INTS);
 
-// How far a count is ahead of another one, times four. Of counts 30 bits are looked at: epochs go
-// on at 2^31 when 32 bits are full, for zero stands in words that nothing has come into.
+// How far `count` is ahead of `of`, times four: what counts is the sign. Only 30 bits are compared,
+// because epochs wrap from 2^32 - 1 to 2^31: zero stands in words that nothing has come into.
 __device__ inline int32_t ahead(uint32_t count, uint32_t of) {
   return static_cast<int32_t>((count - of) << 2);
 }
@@ -148,8 +148,8 @@ __device__ inline void begin_record(const ep_low_latency& common, const Operatio
   common.peers.record->begin_ns = static_cast<int64_t>(ptx::global_timer_ns());
 }
 
-// By a thread of each block, when that is done: the record keeps the latest. Times only grow, so
-// the memory needs no zeroing.
+// By a thread of each block, when the block is done: the record keeps the latest time. Times only
+// grow, so it needs no zeroing.
 __device__ inline void end_operation(const ep_low_latency& common) {
   if (threadIdx.x != 0 || !(common.phases & EP_LOW_LATENCY_RECEIVE)) return;
   atomicMax(reinterpret_cast<long long*>(&common.peers.record->end_ns),
@@ -166,7 +166,7 @@ __device__ inline bool wait_credits(const Memory& memory, const Operation& opera
   const auto is_behind = [&](uint32_t count) { return ahead(count, operation.before) < 0; };
   const int32_t r = lane_id();
   bool fine = true;
-  // can_begin says it of the own rank
+  // Of this rank itself can_begin has said it.
   if (r < memory.num_ranks() && r != memory.rank() && operation.alive >> r & 1) {
     const uint32_t* const theirs = memory.credit(memory.rank(), operation.kind, operation.half, r);
     Wait wait;
@@ -186,7 +186,7 @@ __device__ inline bool wait_credits(const Memory& memory, const Operation& opera
 struct Header {
   uint32_t num_tokens;  // of the rank
   uint32_t call;        // what ranks must do alike
-  uint32_t of;          // dispatch: max_tokens; combine: epoch of its dispatch
+  uint32_t of;          // dispatch: max_tokens; combine: the epoch of its dispatch
 };
 
 // By a warp: to all ranks that are alive.

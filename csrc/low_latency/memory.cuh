@@ -38,8 +38,8 @@ class Memory {
     if constexpr (kHidden == 0) ep::delay(common.peers);
   }
 
-  // The i-th rank behind this one, for i up to their number.
-  __device__ int32_t rank_behind(int32_t i) const {
+  // The i-th rank after this one, for i up to their number.
+  __device__ int32_t rank_after(int32_t i) const {
     const int32_t r = rank() + i;
     return r < num_ranks() ? r : r - num_ranks();
   }
@@ -73,8 +73,8 @@ class Memory {
   }
 };
 
-// One word of an entry: the j-th of token t, on its way to rank `to`. They are counted as [words of
-// an entry, ranks behind this one, tokens]: a thread takes one at a time.
+// One word of an entry: the j-th of token t, on its way to rank `to`. They are numbered
+// as [words of an entry, ranks after this one, tokens]: a thread takes one at a time.
 struct EntryWord {
   int32_t j, to, t;
 
@@ -83,22 +83,22 @@ struct EntryWord {
     const int32_t column = quotient(i, num_tokens);
     t = i - column * num_tokens;
     j = quotient(column, memory.num_ranks());
-    to = memory.rank_behind(column - j * memory.num_ranks() + 1);
+    to = memory.rank_after(column - j * memory.num_ranks() + 1);
   }
 };
 static_assert((EP_MAX_TOPK / kExpertsOfWord + EP_MAX_TOPK / kWeightsOfWord + 1) * EP_MAX_PEERS *
                   EP_LOW_LATENCY_MAX_TOKENS <=
               kMostToDivide);
 
-// Calls store(r) for each rank of the set, beginning behind this one, so that not all write to the
-// same.
+// Calls store(r) for each rank of the set, beginning after this one, so that ranks do not all write
+// to the same one.
 template <int kHidden, int kRanks, typename Store>
 __device__ inline void for_ranks(const Memory<kHidden, kRanks>& memory, uint32_t ranks,
                                  const Store& store) {
   constexpr int kUnroll = kRanks != 0 ? kRanks : 1;
 #pragma unroll kUnroll
   for (int32_t i = 1; i <= memory.num_ranks(); ++i) {
-    const int32_t r = memory.rank_behind(i);
+    const int32_t r = memory.rank_after(i);
     if (ranks >> r & 1) store(r);
   }
 }

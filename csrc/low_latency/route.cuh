@@ -11,10 +11,10 @@ constexpr uint32_t kNoExpert = 0xfff;
 struct Expert {
   int32_t rank = -1;     // that owns it; -1 where there is none
   int32_t local = 0;     // its number there
-  bool is_none = false;  // what was given for an expert is none, and not -1
+  bool is_none = false;  // what was given is neither an expert nor -1
 
   Expert() = default;
-  // expert: as it was given. What is none is dropped.
+  // expert: as it was given.
   __device__ Expert(const ep_low_latency& common, int32_t num_ranks, int64_t expert) {
     locate(common, num_ranks, expert);
   }
@@ -27,7 +27,7 @@ struct Expert {
     is_none = rank < 0 && expert != -1;
   }
 
-  // By the warp: whether this lane's expert stands before it already.
+  // By the warp: whether an earlier lane has the same expert.
   __device__ bool is_second() const {
     const uint32_t same = __match_any_sync(kFullWarp, rank << 16 | local);
     return rank >= 0 && same & ((1u << lane_id()) - 1);
@@ -51,14 +51,14 @@ __device__ inline int64_t expert_at(const ep_low_latency& common, int64_t i) {
                                : static_cast<const int32_t*>(common.topk_idx)[i];
 }
 
-// Lane k's expert of token t, as it was given; -1 behind the last.
+// Lane k's expert of token t, as it was given; -1 after the last.
 __device__ inline int64_t load_expert(const ep_low_latency& common, int32_t t) {
   if (lane_id() >= common.num_topk || t >= common.num_tokens) return -1;
   return expert_at(common, static_cast<int64_t>(t) * common.num_topk + lane_id());
 }
 
-// Tells the host of an expert that is none, or that a token has twice. Of several notices one whole
-// one stays: 16 bytes are written at once.
+// Tells the host of an expert that is none, or that a token has twice. Where several threads do,
+// the notice of one stays, whole: 16 bytes are written at once.
 __device__ __noinline__ inline void leave_notice(ep_notice* notice, int32_t kind, int32_t t,
                                                  int64_t expert) {
   volatile int32_t* const code = &notice->code;
@@ -93,8 +93,8 @@ __device__ inline uint4 pack_experts(const uint32_t (&e)[kExpertsOfWord]) {
                     e[5] >> 4 | e[6] << 8 | e[7] << 20, 0);
 }
 
-// That of the experts that stand at `experts`, of which the first `count` are the token's, for a
-// rank.
+// The word, for a rank, of the experts that stand at `experts`, of which the first `count` are the
+// token's.
 template <typename Idx>
 __device__ inline uint4 expert_word(const ep_low_latency& common, const Idx* experts, int32_t count,
                                     int32_t rank) {
@@ -112,7 +112,7 @@ __device__ inline uint4 expert_word(const ep_low_latency& common, const Idx* exp
   return pack_experts(local);
 }
 
-// Of the entries of topk_idx from `at` on.
+// The same, of the entries of topk_idx from `at` on.
 __device__ inline uint4 expert_word_at(const ep_low_latency& common, int64_t at, int32_t count,
                                        int32_t rank) {
   return common.idx_bytes == 8
@@ -120,7 +120,7 @@ __device__ inline uint4 expert_word_at(const ep_low_latency& common, int64_t at,
              : expert_word(common, static_cast<const int32_t*>(common.topk_idx) + at, count, rank);
 }
 
-// The i-th of them.
+// The i-th expert of a word.
 __device__ inline uint32_t expert_of_word(const uint4& word, int32_t i) {
   const bool is_first = i < 3;  // its 12 bits end in the second of three times 32 bits
   const uint64_t pair =

@@ -1,5 +1,5 @@
 // The network at its worst, for tests: messages between virtual ranks of one GPU are carried out
-// late and in random order. Of each, the flag comes behind the data; nothing else is ordered. What
+// late and in random order. Of each, the flag comes after the data; nothing else is ordered. What
 // is sent is read when the message is carried out.
 
 #include <cstddef>
@@ -14,7 +14,7 @@ using namespace ep;
 constexpr int kCarryThreads = 128;
 constexpr unsigned long long kNone = ~0ull;
 
-// Numbers that need not be good, but not the same in two runs of different seed.
+// A linear congruential generator: it need not be good, only differ from seed to seed.
 struct Random {
   uint64_t state;
   __device__ uint32_t next() {

@@ -4,7 +4,7 @@
 //   place_to_write  where to write what put() will send
 //   put             sends memory to a rank of the rail, and then raises a flag there
 //   raise_far       raises a flag alone
-//   after_wait      called behind a wait for a flag, before what it stands for is read
+//   after_wait      called after a wait for a flag, before what it stands for is read
 //
 // Only a put and its own flag are ordered (PROTOCOL.md, "What the network must do"). Nothing here
 // waits for another rank.

@@ -52,7 +52,7 @@ __device__ inline void raise_far(const ep_peers& peers, const ep_network& networ
 
 // Sends num_bytes, which may be 0, from `from` in this rank's network memory to `to` in that of the
 // node k after, and then raises the flag at `flag` there. They stand at place_to_write(). All
-// threads of the group call it, and have met behind whoever wrote them.
+// threads of the group call it, and have met after the writes.
 template <typename Group>
 __device__ inline void put(const ep_peers& peers, const ep_network& network, int32_t k,
                            int64_t from, int64_t to, int64_t num_bytes, int64_t flag, Flag value,
@@ -62,11 +62,11 @@ __device__ inline void put(const ep_peers& peers, const ep_network& network, int
     group.sync();
     return;
   }
-  // Other threads have written it, in a combine those of other blocks too, and this one is ordered
-  // behind them: they have met, or one has acquired what the others released. But it is read from
-  // outside of the GPU, by a network card. NVSHMEM promises an order with what its caller itself
-  // has written, and no more: so all of it is made visible to the whole system here, before the
-  // message is handed over. Which thread of the first warp does that is NVSHMEM's affair, and each
+  // Other threads wrote the data, in a combine those of other blocks too. Their writes happen
+  // before this: the threads have met, or one has acquired what the others released. But a network
+  // card reads the data, from outside of the GPU, and NVSHMEM promises an order only with what its
+  // caller itself has written. So all of it is made visible to the whole system here, before the
+  // message is handed over. Which thread of the first warp hands it over is NVSHMEM's affair: each
   // has the fence.
   if (group.index() < kWarpSize) {
     delay(peers);

@@ -31,8 +31,8 @@ __device__ inline void post(ep_network_queue& queue, const ep_network_message& m
   ptx::store_release_sys(reinterpret_cast<uint32_t*>(&queue.posted[place]), 1);
 }
 
-// One thread waits until a line of the given rate could have sent num_bytes, from now on and behind
-// what was sent before.
+// One thread waits until a line of the given rate could have sent num_bytes, after all that was
+// sent before.
 __device__ inline void wait_for_line(const ep_network& network, int64_t num_bytes) {
   auto* const free_at = reinterpret_cast<unsigned long long*>(network.free_at_ns);
   const auto takes = static_cast<unsigned long long>(num_bytes * 1000 / network.bytes_per_us);
@@ -44,7 +44,7 @@ __device__ inline void wait_for_line(const ep_network& network, int64_t num_byte
 
 // Sends num_bytes, which may be 0, from `from` in this rank's network memory to `to` in that of the
 // node k after, and then raises the flag at `flag` there. They stand at place_to_write(). All
-// threads of the group call it, and have met behind whoever wrote them.
+// threads of the group call it, and have met after the writes.
 template <typename Group>
 __device__ inline void put(const ep_peers& peers, const ep_network& network, int32_t k,
                            int64_t from, int64_t to, int64_t num_bytes, int64_t flag, Flag value,

@@ -56,7 +56,7 @@ struct WaveUnits : dispatch::Placement {
     return args.routing.send_slot[static_cast<int64_t>(row) * num_ranks + args.peers.rank];
   }
 
-  // Lane 0 starts to load row j of the unit into stage i, and its entry behind it.
+  // Lane 0 starts to load row j of the unit into stage i, followed by its entry.
   __device__ void load(int32_t i, const dispatch::Unit& unit, int32_t j) const {
     const ep_peers& peers = args.peers;
     int32_t slot = unit.first + j;

@@ -15,7 +15,7 @@ using ep::layout::kChunkTokens;
 using ep::layout::kThreads;
 using ep::layout::kWarps;
 
-constexpr int kRelayEnd = 4;  // ep_nodes_plan_args.counters, behind those of plan::Counter
+constexpr int kRelayEnd = 4;  // ep_nodes_plan_args.counters, after those of plan::Counter
 
 struct NodesScratch {
   plan::Scratch common;  // its layout is that by rank
@@ -25,7 +25,8 @@ struct NodesScratch {
 
 // ---- Sending -----------------------------------------------------------------------------------
 
-// True when all that the dispatch before has sent was read, here and along the rail.
+// True when all that the dispatch before has sent was read, here and along the rail. The first warp
+// waits for the ranks of this node, those after it for the rail: a thread for each.
 __device__ __noinline__ bool may_send(const Plan& args, int32_t epoch) {
   const ep_peers& peers = args.peers;
   const int32_t num_nodes = args.network.num_nodes, thread = threadIdx.x;

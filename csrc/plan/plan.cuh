@@ -9,6 +9,7 @@ namespace ep::plan {
 using layout::kChunkTokens;
 using layout::kThreads;
 
+// Blocks of a kernel wait for one another (grid_barrier), so all must be on the GPU together.
 constexpr int kMaxPlanBlocks = 64;
 constexpr int kHeaderInts = 16;  // rows sent, tokens, fields that must agree
 
@@ -16,6 +17,7 @@ constexpr int kHeaderInts = 16;  // rows sent, tokens, fields that must agree
 template <int kMaxSources>
 constexpr int kMaxGroupWords = kMaxSources > EP_MAX_PEERS ? 2048 : 4096;
 
+// Places in ep_plan_args.counters, all zero between plans.
 enum Counter { kSendBarrier, kSendEnd, kReceiveBarrier, kReceiveEnd };
 
 // Received rows are cut into chunks of 32. Each block owns a contiguous run of the chunks that

@@ -65,7 +65,7 @@ __device__ inline void leave_counts(const Receive& receive, int32_t num_experts,
   }
 }
 
-// Called behind the barrier. Adds each expert's rows in the blocks before this one to `next_row`,
+// Called after the barrier. Adds each expert's rows in the blocks before this one to `next_row`,
 // and its rows in all blocks to `tokens`.
 __device__ inline void add_up_blocks(const Receive& receive, int32_t num_experts, int32_t* next_row,
                                      int32_t* tokens) {

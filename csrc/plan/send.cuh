@@ -9,7 +9,7 @@
 namespace ep::plan {
 
 // Tells each rank which tokens of this block's chunks go there, and the slot of the first of each
-// chunk. Called behind place_tokens.
+// chunk. Called after place_tokens.
 __device__ inline void send_token_bits(const ep_plan_args& args, const layout::Shape& shape,
                                        const layout::Workspace& workspace) {
   const ep_peers& peers = args.peers;

@@ -1,5 +1,5 @@
 // Rows on copy engines: what waits before the copies of an operation, the copies themselves, and
-// the flags behind them.
+// the flags after them.
 
 #include <algorithm>
 
@@ -11,9 +11,9 @@ namespace {
 
 using namespace ep;
 
-// One warp; lane r is for rank r. The copies behind it run whatever happens here, so each peer is
-// told before: their epoch, or the next one where they should not have come. An epoch has one gate:
-// a second one is that of a graph, which was replayed while an operation was begun and not ended.
+// One warp; lane r is for rank r. The copies that follow run whatever happens here. So each peer is
+// told before which epoch they are of: the next one, if they are not to be read. An epoch has one
+// gate: a second one is that of a graph, replayed while an operation was begun and not ended.
 __global__ void __launch_bounds__(kWarpSize)
     gate_kernel(const __grid_constant__ ep_gate_args args) {
   const ep_peers& peers = args.peers;
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kWarpSize)
   wire::set_marks(peers, args.mark_offset, fine ? epoch : epoch + 1);
 }
 
-// One warp, behind the copies of a chunk in a graph, where the host knows no epoch.
+// One warp, after the copies of a chunk in a graph, where the host knows no epoch.
 __global__ void __launch_bounds__(kWarpSize)
     flag_kernel(const __grid_constant__ ep_push_args args) {
   const ep_peers& peers = args.peers;

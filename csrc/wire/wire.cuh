@@ -1,4 +1,4 @@
-// Copy engines as a wire: the flags that stand behind copies, see PROTOCOL.md, "Copy engines".
+// Copy engines as a wire: the flags that follow copies, see PROTOCOL.md, "Copy engines".
 #pragma once
 
 #include "common/peers.cuh"
@@ -20,8 +20,8 @@ __device__ inline int32_t number_of(const ep_wire& wire, int32_t epoch) {
   return wire.number != 0 ? wire.number : epoch;
 }
 
-// By a warp, before copies that follow whatever happens here: tells each peer which operation's
-// they are. The next one's: they are not to be read.
+// By a warp: tells each peer of which epoch the copies are that follow, for these run whatever
+// happens here. Where it is the next operation's epoch they are not to be read.
 __device__ inline void set_marks(const ep_peers& peers, int64_t mark_offset, int32_t epoch) {
   const int32_t r = lane_id();
   if (r < peers.num_ranks && r != peers.rank) {
@@ -31,8 +31,8 @@ __device__ inline void set_marks(const ep_peers& peers, int64_t mark_offset, int
   ptx::fence_acq_rel_sys();
 }
 
-// Called by one thread: true when what `source` flags so can be read. With `block` it waits until
-// then, and false means a fault.
+// Called by one thread: true when what this flag of `source` stands for can be read. With `block`
+// it waits until then, and false means a fault.
 __device__ inline bool has_landed(const ep_peers& peers, const ep_wire& wire, int32_t source,
                                   int32_t flag, int32_t tag, int32_t epoch, bool block) {
   const uint32_t* const word = flags_at(peers, wire.flag_offset, peers.rank, source) + flag;

@@ -39,9 +39,9 @@ __device__ inline void send_weights(const ep_low_latency_combine_args& args, con
   __syncwarp();
 }
 
-// The rows that make up a token's partial row: lane k has the k-th, or -1, and its weight if that
-// came with the dispatch.
-struct Parts {
+// The rows whose weighted sum is a token's partial row: lane k has the k-th, or -1, and its weight
+// if that came with the dispatch.
+struct Terms {
   int32_t row = -1;
   int32_t k = 0;  // which of the token's top-k it is
   float weight = 0.0f;
@@ -81,12 +81,12 @@ struct Parts {
 };
 
 // Begins to copy this lane's words of the rows into a stage, those for which there is room.
-__device__ inline void begin_copies(const uint4* x, int32_t words_of_row, const Parts& parts,
+__device__ inline void begin_copies(const uint4* x, int32_t words_of_row, const Terms& terms,
                                     int32_t word, uint4* stage) {
-  const int32_t num_rows = min(parts.num_rows(), kRowsOfStage);
+  const int32_t num_rows = min(terms.num_rows(), kRowsOfStage);
 #pragma unroll 1
   for (int32_t k = 0; k < num_rows; ++k) {
-    const int64_t row = __shfl_sync(kFullWarp, parts.row, k);
+    const int64_t row = __shfl_sync(kFullWarp, terms.row, k);
     if (word < words_of_row) {
       ptx::copy_word(stage + k * kWarpSize + lane_id(), x + row * words_of_row + word);
     }
@@ -98,10 +98,10 @@ __device__ inline void begin_copies(const uint4* x, int32_t words_of_row, const 
 template <typename Memory>
 __device__ inline bool send_unit(const ep_low_latency_combine_args& args, const Memory& memory,
                                  const Operation& operation, const Units& at, int32_t source,
-                                 Parts& parts, const uint4* stage) {
-  const int32_t num_rows = parts.num_rows();
+                                 Terms& terms, const uint4* stage) {
+  const int32_t num_rows = terms.num_rows();
   if (num_rows == 0 || !(operation.alive >> source & 1)) return true;
-  const bool fine = parts.complete(memory, operation, source, at.t);
+  const bool fine = terms.complete(memory, operation, source, at.t);
   if (!__all_sync(kFullWarp, fine)) return false;
   const int32_t words_of_row = memory.hidden() / kPer, word = at.word();
   const auto* const x = static_cast<const uint4*>(args.x) + word;
@@ -110,8 +110,8 @@ __device__ inline bool send_unit(const ep_low_latency_combine_args& args, const 
   for (int i = 0; i < kPer; ++i) sums[i] = -0.0f;
 #pragma unroll 1
   for (int32_t k = 0; k < num_rows; ++k) {
-    const int64_t row = __shfl_sync(kFullWarp, parts.row, k);
-    const float weight = __shfl_sync(kFullWarp, parts.weight, k);
+    const int64_t row = __shfl_sync(kFullWarp, terms.row, k);
+    const float weight = __shfl_sync(kFullWarp, terms.weight, k);
     if (word >= words_of_row) continue;
     uint4 bits;
     if (k < kRowsOfStage) {
@@ -130,7 +130,7 @@ __device__ inline bool send_unit(const ep_low_latency_combine_args& args, const 
   return true;
 }
 
-// The owners whose rows a block sends: those behind this rank from the `first`-th on. With many
+// The owners whose rows a block sends: those after this rank from the `first`-th on. With many
 // tokens some blocks send what travels, and the others the own rows.
 struct Share {
   Part part;
@@ -167,10 +167,10 @@ __device__ inline bool begin_and_send(const ep_low_latency_combine_args& args, c
   const Share share(memory);
   Units at(share.part, kWarps, warp, units_of_row, share.num_sources);
   const auto source_of = [&](const Units& unit) {
-    return memory.rank_behind(unit.source + share.first);
+    return memory.rank_after(unit.source + share.first);
   };
   Units ahead = at;
-  Parts next, after_next;
+  Terms next, after_next;
   int32_t most_tokens = 0, stage = 0;
   if (sends) {
     next.load(args, source_of(at), at.t);
@@ -198,21 +198,21 @@ __device__ inline bool begin_and_send(const ep_low_latency_combine_args& args, c
   if (common.has_weights) {
     send_weights(args, memory, *operation);
     // Before anybody waits for weights of a rank that sends none: headers come without being asked
-    // for, and weights right behind them.
+    // for, and weights right after them.
     if (is_last_warp()) check_headers(args, memory, *operation);
     __syncwarp();
   }
 #pragma unroll 1
   while (at.t < most_tokens) {
     const Units unit = at;
-    Parts parts = next;
+    Terms terms = next;
     const uint4* const filled = stages + stage * kStageWords;
     at = ahead, next = after_next, stage ^= 1;
     begin_copies(x, words_of_row, next, at.word(), stages + stage * kStageWords);
     ahead.advance();
     after_next.load(args, source_of(ahead), ahead.t);
     ptx::copy_wait<1>();
-    if (!send_unit(args, memory, *operation, unit, source_of(unit), parts, filled)) return false;
+    if (!send_unit(args, memory, *operation, unit, source_of(unit), terms, filled)) return false;
   }
   return true;
 }

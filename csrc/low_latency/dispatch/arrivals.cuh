@@ -1,16 +1,16 @@
 // Low-latency dispatch, receiving: which rows come, and which experts want them.
 #pragma once
 
+#include "low_latency/bitmaps.cuh"
 #include "low_latency/dispatch/roles.cuh"
-#include "low_latency/lines.cuh"
 #include "low_latency/route.cuh"
 
 namespace ep::low_latency::dispatch {
 
 constexpr int32_t kNotKnown = INT32_MAX;
 
-// What came, in shared memory of a block. Bit n = source * M + token of an expert's line: it gets
-// that row. The place of a row among its expert's is the number of bits before it.
+// What came, in shared memory of a block. Bit n = source * M + token of an expert's bitmap: it
+// gets that row. The place of a row among its expert's is the number of bits before it.
 class Arrivals {
  public:
   int32_t* num_tokens;  // [R]; kNotKnown before the header is there
@@ -18,7 +18,7 @@ class Arrivals {
   int32_t* rows;        // [kItemsAtOnce, K] of recv_x that an item becomes, or -1
 
   static __host__ __device__ int64_t bytes(const ep_low_latency& common) {
-    return 8 * EP_MAX_PEERS + row_bytes(common.num_topk) + line_bytes(common);
+    return 8 * EP_MAX_PEERS + row_bytes(common.num_topk) + bitmap_bytes(common);
   }
   static __host__ __device__ int64_t entry_bytes(const ep_low_latency& common) {
     return 16ll * common.peers.num_ranks * common.max_tokens * expert_words(common.num_topk);
@@ -28,22 +28,24 @@ class Arrivals {
       : num_tokens(reinterpret_cast<int32_t*>(shared)),
         num_rows(reinterpret_cast<int32_t*>(shared) + EP_MAX_PEERS),
         rows(num_rows + EP_MAX_PEERS),
-        lines_(shared + 8 * EP_MAX_PEERS + row_bytes(common.num_topk), places_of(common)),
-        entries_(has_entries ? lines_.end(common.num_local_experts) : nullptr) {}
+        bitmaps_(shared + 8 * EP_MAX_PEERS + row_bytes(common.num_topk), places_of(common)),
+        entries_(has_entries ? bitmaps_.end(common.num_local_experts) : nullptr) {}
 
   // By the entry warps, before they meet. `thread` is the number of one among them.
   __device__ void clear(int32_t num_local_experts, int32_t thread) const {
-    lines_.clear(num_local_experts, thread, kEntryThreads);
+    bitmaps_.clear(num_local_experts, thread, kEntryThreads);
     if (thread < EP_MAX_PEERS) {
       num_rows[thread] = 0;
       num_tokens[thread] = kNotKnown;
     }
   }
 
-  __device__ void mark(uint32_t expert, int32_t n) const { lines_.mark(expert, n); }
+  __device__ void mark(uint32_t expert, int32_t n) const { bitmaps_.set(expert, n); }
 
   // Rows of `expert` before n.
-  __device__ int32_t before(int32_t expert, int32_t n) const { return lines_.before(expert, n); }
+  __device__ int32_t count_before(int32_t expert, int32_t n) const {
+    return bitmaps_.count_before(expert, n);
+  }
 
   // While entries are waited for the number is written and read by atomics alone.
   __device__ void set_num_tokens(int32_t source, int32_t count) const {
@@ -68,8 +70,8 @@ class Arrivals {
   }
 
  private:
-  Lines lines_;     // of the experts
-  uint4* entries_;  // [R, M, words]
+  Bitmaps bitmaps_;  // of the experts
+  uint4* entries_;   // [R, M, words]
 
   static constexpr __host__ __device__ int32_t row_bytes(int32_t num_topk) {
     return kItemsAtOnce * num_topk * static_cast<int32_t>(sizeof(int32_t));
@@ -77,12 +79,12 @@ class Arrivals {
   static __host__ __device__ int32_t places_of(const ep_low_latency& common) {
     return common.peers.num_ranks * common.max_tokens;
   }
-  static __host__ __device__ int64_t line_bytes(const ep_low_latency& common) {
-    return Lines::bytes(common.num_local_experts, places_of(common));
+  static __host__ __device__ int64_t bitmap_bytes(const ep_low_latency& common) {
+    return Bitmaps::bytes(common.num_local_experts, places_of(common));
   }
 };
 
-// Tokens of the ranks, rows, lines of whole groups.
+// Tokens of the ranks, rows, bitmaps of whole groups.
 static_assert(8 * EP_MAX_PEERS + 4 * kItemsAtOnce * EP_MAX_TOPK + EP_LOW_LATENCY_MAX_PLACES / 8 +
                   16 * EP_MAX_LOCAL_EXPERTS <=
               kMaxShared);
@@ -153,15 +155,15 @@ __device__ inline bool collect(const ep_low_latency_dispatch_args& args, const M
   load(thread);
 
   bool fine = true;
-  // The last warp looks for headers first.
-  const int32_t of_warp = threadIdx.x - (kThreads - kWarpSize);
-  if (of_warp >= 0 && of_warp < memory.num_ranks()) {
+  // The last warp waits for the headers first: lane r for that of rank r.
+  const int32_t r = threadIdx.x - (kThreads - kWarpSize);
+  if (r >= 0 && r < memory.num_ranks()) {
     int32_t num_tokens = 0;
-    if (operation.alive >> of_warp & 1) {
-      num_tokens = receive_header(memory, operation, own_header(args), of_warp, blockIdx.x == 0);
+    if (operation.alive >> r & 1) {
+      num_tokens = receive_header(memory, operation, own_header(args), r, blockIdx.x == 0);
     }
     fine = num_tokens >= 0;
-    arrivals.set_num_tokens(of_warp, max(num_tokens, 0));
+    arrivals.set_num_tokens(r, max(num_tokens, 0));
   }
 #pragma unroll 1
   for (int32_t first = thread; first < num_rows; first += kAtOnce * kEntryThreads) {
@@ -211,7 +213,7 @@ __device__ inline void write_counts(const ep_low_latency_dispatch_args& args, in
 #pragma unroll 1
   for (int32_t e = (kThreads - 1 - threadIdx.x) * gridDim.x + blockIdx.x;
        e < common.num_local_experts; e += kThreads * gridDim.x) {
-    const int32_t count = arrivals.before(e, num_places);
+    const int32_t count = arrivals.count_before(e, num_places);
     args.recv_count[e] = count;
     if (args.recv_stats != nullptr) args.recv_stats[e] += count;
   }

@@ -19,8 +19,8 @@ class Entries {
         num_expert_words_ + (common.has_weights ? weight_words(common.num_topk) : 0);
     count_ = num_words * memory.num_ranks() * num_tokens;
     // Those of a warp are neighbours. Warps are on different SMs as long as there are enough.
-    const int32_t of_entries = static_cast<int32_t>(threadIdx.x) / kWarpSize - kRowWarps;
-    i_ = (of_entries * gridDim.x + blockIdx.x) * kWarpSize + lane_id();
+    const int32_t entry_warp = static_cast<int32_t>(threadIdx.x) / kWarpSize - kRowWarps;
+    i_ = (entry_warp * gridDim.x + blockIdx.x) * kWarpSize + lane_id();
     if (has_word()) make();
   }
 

@@ -21,7 +21,7 @@ __device__ inline int32_t find_row(const ep_low_latency& common, const Memory& m
                       : ptx::load_word(memory.entry(memory.rank(), operation.half, source, t) + j);
   const uint32_t expert = expert_of_word(word, lane_id() % kExpertsOfWord);
   if (expert >= static_cast<uint32_t>(common.num_local_experts)) return -1;
-  return expert * num_places + arrivals.before(expert, n);
+  return expert * num_places + arrivals.count_before(expert, n);
 }
 
 // The receiver's work of a block, cut into items: a part of a row each, so many that every SM has
@@ -68,12 +68,12 @@ template <typename Memory>
 __device__ inline void find_rows(const ep_low_latency& common, const Memory& memory,
                                  const Operation& operation, const Arrivals& arrivals,
                                  const Items& items, int32_t first) {
-  const int32_t of_entries = threadIdx.x / kWarpSize - kRowWarps;
+  const int32_t entry_warp = threadIdx.x / kWarpSize - kRowWarps;
   const int32_t count = min(items.count() - first, kItemsAtOnce);
 #pragma unroll 1
-  for (int32_t i = of_entries; i < count; i += kEntryWarps) {
+  for (int32_t i = entry_warp; i < count; i += kEntryWarps) {
     const Items::Item item = items.at(first + i);
-    const int32_t source = memory.rank_behind(item.source);
+    const int32_t source = memory.rank_after(item.source);
     int32_t row = -1;
     if (item.t < arrivals.num_tokens[source]) {
       row = find_row(common, memory, operation, arrivals, source, item.t);
@@ -92,13 +92,13 @@ __device__ inline bool keep_rows(const ep_low_latency_dispatch_args& args, const
                                  const Operation& operation, const Arrivals& arrivals,
                                  const Items& items, int32_t first) {
   const ep_low_latency& common = args.common;
-  const int32_t lane = lane_id(), of_entries = threadIdx.x / kWarpSize - kRowWarps;
+  const int32_t lane = lane_id(), entry_warp = threadIdx.x / kWarpSize - kRowWarps;
   const int32_t count = min(items.count() - first, kItemsAtOnce);
   bool fine = true;
 #pragma unroll 1
-  for (int32_t i = of_entries; i < count; i += kEntryWarps) {
+  for (int32_t i = entry_warp; i < count; i += kEntryWarps) {
     const Items::Item item = items.at(first + i);
-    const int32_t source = memory.rank_behind(item.source);
+    const int32_t source = memory.rank_after(item.source);
     if (item.first_word != 0 || item.t >= arrivals.num_tokens[source]) continue;
     const int32_t row = find_row(common, memory, operation, arrivals, source, item.t);
     const uint32_t order = row;  // none is the largest
@@ -148,7 +148,7 @@ class Receiver {
     const int32_t num_topk = args_.common.num_topk;
 #pragma unroll 1
     while (i_ < end) {
-      const int32_t t = item_.t, source = memory_.rank_behind(item_.source), at = word_;
+      const int32_t t = item_.t, source = memory_.rank_after(item_.source), at = word_;
       const bool is_in_item = at < item_.end_word;
       const int32_t* const rows = arrivals.rows + (i_ - first) * num_topk;
       uint4 word = incoming_;
@@ -205,7 +205,7 @@ class Receiver {
     word_ = item_.first_word + unit_ * kWarpSize + lane_id();
     memory_.delay();
     ptx::load_word_if(word_ < item_.end_word, &incoming_,
-                      slot(memory_.rank_behind(item_.source), item_.t) + word_);
+                      slot(memory_.rank_after(item_.source), item_.t) + word_);
   }
   __device__ void advance() {
     i_ += step_i_, unit_ += step_unit_;

@@ -7,9 +7,9 @@
 
 namespace ep::low_latency::dispatch {
 
-// A lane's part of a unit of a row, loaded: what becomes a word; and, as lane k, the token's k-th
-// expert.
-struct Source {
+// What a lane has loaded of a unit of a row: the elements of its word; and, as lane k, the token's
+// k-th expert.
+struct Input {
   uint4 bits[2];
   int64_t expert;
 
@@ -52,25 +52,25 @@ __device__ inline bool begin_and_send_rows(const ep_low_latency_dispatch_args& a
   bool has_begun = false;
   Units at(all_blocks(), kRowWarps, threadIdx.x / kWarpSize, ceil_div<int32_t>(row.data, kWarpSize),
            1);
-  Source next;
+  Input next;
   if (at.t < num_tokens) next.load(args, memory.hidden(), at);
 #pragma unroll 1
   for (;;) {
     const Units unit = at;
-    const Source source = next;
+    const Input input = next;
     at.advance();
     if (at.t < num_tokens) next.load(args, memory.hidden(), at);  // on its way meanwhile
 
     const bool is_there = unit.t < num_tokens, has_word = unit.word() < row.data;
     Route route;
-    uint4 word = source.bits[0], scales{};
+    uint4 word = input.bits[0], scales{};
     if (is_there) {
-      route.find(common, source.expert);
+      route.find(common, input.expert);
       if (is_bf16) {
         if (is_waiting(word)) word.x = 0xffff7fffu;  // eight NaN: the first becomes another
       } else {
         float scale;
-        word = quantized(source.bits, args.format != EP_LOW_LATENCY_FP8, &scale);
+        word = quantized(input.bits, args.format != EP_LOW_LATENCY_FP8, &scale);
         if (!has_word) scale = 1.0f;  // beyond the row: padding, which is no waiting pattern
         scales.x = __float_as_uint(__shfl_sync(kFullWarp, scale, 0));
         scales.y = __float_as_uint(__shfl_sync(kFullWarp, scale, 8));
@@ -98,7 +98,7 @@ __device__ inline bool begin_and_send_rows(const ep_low_latency_dispatch_args& a
       if (has_word) ptx::store_word(slot + unit.word(), word);
       if (lane_id() == 0 && !is_bf16) ptx::store_word(slot + row.data + unit.unit, scales);
     });
-    if (unit.unit == 0) tell_route(args, route, unit.t, source.expert, operation->alive);
+    if (unit.unit == 0) tell_route(args, route, unit.t, input.expert, operation->alive);
   }
   if (keeps_books) count_operation(common, begin, *operation, kThreads);
   return operation->can_begin;

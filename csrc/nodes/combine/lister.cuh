@@ -19,7 +19,7 @@ namespace ep::nodes {
 // to the ABI, which costs instructions in the library over NVSHMEM.
 namespace {
 
-// ep_combine_args.counters, behind end_operation's.
+// ep_combine_args.counters, after end_operation's.
 constexpr int kTaken = 1, kGroupsDone = EP_NODES_COMBINE_COUNTERS;
 static_assert(EP_NODES_COMBINE_WAVE_COUNTERS == EP_MAX_NETWORK_CHUNKS + 2,
               "groups of a wave and of each chunk, and a credit");
@@ -80,7 +80,7 @@ class Lister {
   // The owners' node is this far before.
   __device__ int32_t distance() const { return num_nodes_ - 1 - wave_.j; }
 
-  // Goes on to wave j, whose first item has that number. Behind the last wave there is nothing.
+  // Goes on to wave j, whose first item has that number. After the last wave there is nothing.
   __device__ void enter(int32_t j, int32_t first_item) {
     wave_ = Wave{};
     wave_.j = j;

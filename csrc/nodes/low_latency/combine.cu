@@ -16,8 +16,8 @@ using Args = ep_low_latency_combine_args;
 
 // ---- Sending -----------------------------------------------------------------------------------
 
-// The header; behind it weights that are given to combine, to the ranks that multiply with them, in
-// the order in which the dispatch has sent the rows.
+// The header, and after it the weights that are given to combine, in the order in which the
+// dispatch has sent the rows. They go to the ranks that multiply with them.
 __device__ inline void send_heads(const Args& args, const far::Memory& memory,
                                   const FarOperation& operation) {
   const ep_low_latency& common = args.common;
@@ -53,12 +53,12 @@ __device__ inline void send_heads(const Args& args, const far::Memory& memory,
   }
 }
 
-// The rows that make up a partial row: lane k has the k-th, or -1, and its weight.
-struct Parts {
+// The rows whose weighted sum is a partial row: lane k has the k-th, or -1, and its weight.
+struct Terms {
   int32_t row = -1;
   float weight = 0.0f;
 
-  __device__ Parts(const Args& args, const far::Memory& memory, const FarOperation& operation,
+  __device__ Terms(const Args& args, const far::Memory& memory, const FarOperation& operation,
                    int32_t source, int32_t place) {
     const ep_low_latency& common = args.common;
     if (lane_id() >= common.num_topk) return;
@@ -84,9 +84,9 @@ constexpr int kWordsAtOnce = 4;  // of a row, by a lane
 constexpr int kPartWords = kWordsAtOnce * kWarpSize;
 
 // Sums a part of a partial row, by a warp.
-__device__ inline void pack_part(const Args& args, int32_t words_of_row, const Parts& parts,
+__device__ inline void pack_part(const Args& args, int32_t words_of_row, const Terms& terms,
                                  int32_t part, uint4* to) {
-  const int32_t num_rows = __popc(__ballot_sync(kFullWarp, parts.row >= 0));
+  const int32_t num_rows = __popc(__ballot_sync(kFullWarp, terms.row >= 0));
   const int32_t first = part * kPartWords + lane_id();
   float sums[kWordsAtOnce][kPer];
 #pragma unroll
@@ -96,8 +96,8 @@ __device__ inline void pack_part(const Args& args, int32_t words_of_row, const P
   }
 #pragma unroll 1
   for (int32_t k = 0; k < num_rows; ++k) {
-    const int64_t row = __shfl_sync(kFullWarp, parts.row, k);
-    const float weight = __shfl_sync(kFullWarp, parts.weight, k);
+    const int64_t row = __shfl_sync(kFullWarp, terms.row, k);
+    const float weight = __shfl_sync(kFullWarp, terms.weight, k);
     const auto* const x = static_cast<const uint4*>(args.x) + row * words_of_row;
     uint4 words[kWordsAtOnce];
 #pragma unroll
@@ -140,8 +140,8 @@ __device__ inline bool send(const Args& args, const far::Memory& memory,
                      for (int32_t u = threadIdx.x / kWarpSize; u < (end - begin) * parts;
                           u += kWarps) {
                        const int32_t i = u / parts;
-                       const Parts rows(args, memory, operation, source, begin + i);
-                       pack_part(args, words_of_row, rows, u - i * parts,
+                       const Terms terms(args, memory, operation, source, begin + i);
+                       pack_part(args, words_of_row, terms, u - i * parts,
                                  to + static_cast<int64_t>(i) * words_of_row);
                      }
                      return true;

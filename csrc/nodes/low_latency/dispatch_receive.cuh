@@ -8,15 +8,15 @@ namespace ep::low_latency::far {
 
 constexpr int kPartWords = 4 * kWarpSize;  // of a row that a warp moves at once, four a lane
 
-// What came: from what row on those of the rank k before this one stand among all, and a line of
-// bits for each expert. Bit n = source * M + token: it gets that row.
+// What came: from what row on those of the rank k before this one stand among all, and a
+// bitmap for each expert. Bit n = source * M + token: it gets that row.
 struct Arrivals {
   int32_t* first;  // [R + 1]
-  Lines rows;
+  Bitmaps rows;
 
   static __host__ __device__ int64_t bytes(const ep_low_latency& common, int32_t num_ranks) {
     return Sends::first_bytes(num_ranks) +
-           Lines::bytes(common.num_local_experts, num_ranks * common.max_tokens);
+           Bitmaps::bytes(common.num_local_experts, num_ranks * common.max_tokens);
   }
   __device__ Arrivals(uint8_t* shared, const ep_low_latency& common, int32_t num_ranks)
       : first(reinterpret_cast<int32_t*>(shared)),
@@ -78,7 +78,7 @@ __device__ inline bool collect(const ep_low_latency_dispatch_args& args, const M
       for (int e = 0; e < kExpertsOfWord; ++e) {
         const uint32_t expert = expert_of_word(word, e);
         if (expert >= static_cast<uint32_t>(common.num_local_experts)) continue;  // no expert
-        arrivals.rows.mark(expert, arrival.source * common.max_tokens + t);
+        arrivals.rows.set(expert, arrival.source * common.max_tokens + t);
       }
     }
   }
@@ -101,7 +101,7 @@ __device__ inline void write_counts(const ep_low_latency_dispatch_args& args,
 #pragma unroll 1
   for (int32_t e = threadIdx.x * gridDim.x + blockIdx.x; e < args.common.num_local_experts;
        e += kThreads * gridDim.x) {
-    const int32_t count = arrivals.rows.before(e, num_places);
+    const int32_t count = arrivals.rows.count_before(e, num_places);
     args.recv_count[e] = count;
     if (args.recv_stats != nullptr) args.recv_stats[e] += count;
   }
@@ -145,7 +145,7 @@ __device__ inline bool receive_part(const ep_low_latency_dispatch_args& args, co
     ptx::load_global_if(true, &word, arrival.entry + lane / kExpertsOfWord);
     const uint32_t expert = expert_of_word(word, lane % kExpertsOfWord);
     if (expert < static_cast<uint32_t>(common.num_local_experts) && n < num_places) {
-      to = expert * num_places + arrivals.rows.before(expert, n);
+      to = expert * num_places + arrivals.rows.count_before(expert, n);
     }
   }
   if (part == 0) keep_row(args, arrival, to, n);

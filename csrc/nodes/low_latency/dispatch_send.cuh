@@ -10,14 +10,14 @@ namespace ep::low_latency::far {
 
 using dispatch::RowWords;
 
-// Which tokens of this rank go to which ranks: a line of bits for each rank, and from what row on
+// Which tokens of this rank go to which ranks: a bitmap for each rank, and from what row on
 // those to the rank k after stand among all.
 struct Sends {
   int32_t* first;  // [R + 1]
-  Lines tokens;
+  Bitmaps tokens;
 
   static __host__ __device__ int64_t bytes(int32_t num_ranks, int32_t max_tokens) {
-    return first_bytes(num_ranks) + Lines::bytes(num_ranks, max_tokens);
+    return first_bytes(num_ranks) + Bitmaps::bytes(num_ranks, max_tokens);
   }
   static __host__ __device__ int64_t first_bytes(int32_t num_ranks) {
     return round_up<int64_t>(4 * (num_ranks + 1ll), 16);
@@ -36,12 +36,12 @@ struct Sends {
     for (int32_t i = threadIdx.x; i < num_tokens * common.num_topk; i += kThreads) {
       const Expert expert(common, num_ranks, expert_at(common, i));
       if (expert.rank < 0 || !is_alive(common, expert.rank)) continue;
-      tokens.mark(expert.rank, i / common.num_topk);
+      tokens.set(expert.rank, i / common.num_topk);
     }
     __syncthreads();
     if (threadIdx.x < kWarpSize) {
       add_up(first, num_ranks,
-             [&](int32_t k) { return tokens.before(memory.rank_after(k), num_tokens); });
+             [&](int32_t k) { return tokens.count_before(memory.rank_after(k), num_tokens); });
     }
     __syncthreads();
   }
@@ -83,7 +83,7 @@ __device__ inline void keep_sends(const ep_low_latency_dispatch_args& args, cons
     const uint32_t same = __match_any_sync(kFullWarp, to);
     const bool is_first = goes && (same & ((1u << lane) - 1)) == 0;
     int32_t back = INT32_MAX;
-    if (is_first) back = to * common.max_tokens + sends.tokens.before(to, t);
+    if (is_first) back = to * common.max_tokens + sends.tokens.count_before(to, t);
     int32_t place = 0;
 #pragma unroll 1
     for (int32_t k = 0; k < num_topk; ++k) {
@@ -119,7 +119,7 @@ __device__ inline void send_heads(const ep_low_latency_dispatch_args& args, cons
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < common.num_tokens * words; i += kThreads) {
       const int32_t t = i / words, j = i - t * words;
-      if (!sends.tokens.has(r, t)) continue;
+      if (!sends.tokens.test(r, t)) continue;
       const int64_t at = static_cast<int64_t>(t) * num_topk;
       const int32_t first =
           j < num_expert_words ? j * kExpertsOfWord : (j - num_expert_words) * kWeightsOfWord;
@@ -127,7 +127,7 @@ __device__ inline void send_heads(const ep_low_latency_dispatch_args& args, cons
                        ? expert_word_at(common, at + first, num_topk - first, r)
                        : weight_word(common.weights + at + first, num_topk - first);
       if (j == 0) word.w = t;
-      ptx::store_global(head + 1 + sends.tokens.before(r, t) * words + j, word);
+      ptx::store_global(head + 1 + sends.tokens.count_before(r, t) * words + j, word);
     }
     __syncthreads();
     memory.send_head(operation.half, k, 16 * (1 + static_cast<int64_t>(count) * words),

@@ -79,9 +79,9 @@ __device__ inline int32_t wait_head(const Memory& memory, const FarOperation& op
                                     const Header& own, int32_t source) {
   const ep_peers& peers = memory.common.peers;
   const Flag* const flag = memory.head_flag(operation.half, source);
-  const auto is_it = [&](Flag value) { return value == operation.head_value(); };
+  const auto is_this_epoch = [&](Flag value) { return value == operation.head_value(); };
   Flag seen;
-  if (!wait_flag(peers, flag, is_it, &seen, EP_PHASE_PLAN, memory.peer_of(source),
+  if (!wait_flag(peers, flag, is_this_epoch, &seen, EP_PHASE_PLAN, memory.peer_of(source),
                  operation.epoch)) {
     return -1;
   }
@@ -97,7 +97,7 @@ __device__ inline int32_t wait_head(const Memory& memory, const FarOperation& op
   return -1;
 }
 
-// The same, which is told to whoever asks how long ranks were waited for.
+// The same, timed for a caller who asks how long ranks are waited for.
 __device__ inline int32_t time_head(const Memory& memory, const FarOperation& operation,
                                     const Header& own, int32_t source) {
   const uint64_t start_ns = ptx::global_timer_ns();
@@ -111,9 +111,9 @@ __device__ inline int32_t time_head(const Memory& memory, const FarOperation& op
 __device__ inline bool wait_rows(const Memory& memory, const FarOperation& operation,
                                  int32_t source, int32_t chunk) {
   const Flag* const flag = memory.row_flag(operation.half, source, chunk);
-  const auto is_it = [&](Flag value) { return value == operation.row_value(); };
+  const auto is_this_epoch = [&](Flag value) { return value == operation.row_value(); };
   Flag seen;
-  const bool fine = wait_flag(memory.common.peers, flag, is_it, &seen, EP_PHASE_ROWS,
+  const bool fine = wait_flag(memory.common.peers, flag, is_this_epoch, &seen, EP_PHASE_ROWS,
                               memory.peer_of(source), operation.epoch);
   if (fine) network::after_wait(flag, seen);
   return fine;

@@ -2,7 +2,7 @@
 // own here: what the network calls the node k after is the rank k after.
 #pragma once
 
-#include "low_latency/lines.cuh"
+#include "low_latency/bitmaps.cuh"
 #include "low_latency/memory.cuh"
 #include "network/network.cuh"
 
@@ -60,7 +60,7 @@ class Memory {
     return flags(nodes.row_flag_offset) + (half * num_ranks() + source) * EP_LOW_LATENCY_CHUNKS +
            chunk;
   }
-  // The header; behind it stand entries, or weights.
+  // The header, followed by entries or weights.
   __device__ const uint4* head(int32_t half, int32_t source) const {
     return words(nodes.head_receive_offset + place(half, source) * nodes.head_region);
   }
@@ -78,7 +78,7 @@ class Memory {
     return to_write(k, nodes.row_send_offset, nodes.row_receive_offset, nodes.row_region, half);
   }
 
-  // Sends what was written there. All threads of the group, which have met behind whoever wrote.
+  // Sends what was written there. All threads of the group, which have met after the writes.
   template <typename Group>
   __device__ void send_head(int32_t half, int32_t k, int64_t num_bytes, Flag value,
                             Group group) const {
