@@ -106,8 +106,8 @@ __device__ inline void send_weights(const ep_combine_args& args, int32_t source,
                 in_memory_of<float>(args.peers, owner, weight_offset) + of_this_rank);
 }
 
-// Adds weights up as combine does rows: from the first one on, nodes apart. Begins at -0, to which
-// the first one adds up to itself.
+// Adds up weights in the order in which combine adds rows: those of a node first, then the nodes'
+// sums. It begins at -0, because -0 + x is x for every x, -0 too.
 struct WeightSum {
   float total = -0.0f, of_node = -0.0f;
   bool is_empty = true;

@@ -18,8 +18,9 @@ __host__ __device__ constexpr Int round_up(Int a, Int b) {
   return (a + b - 1) / b * b;
 }
 
-// n / d for 0 <= n < kMostToDivide and 1 <= d, in a few instructions where a division takes thirty:
-// a half is further from the next whole number of d-ths than the product is from the true one.
+// n / d for 0 <= n < kMostToDivide and 1 <= d, in a few instructions where a division takes thirty.
+// (n + 0.5) / d is at least 0.5 / d away from every whole number, which is more than the product's
+// rounding error.
 constexpr int32_t kMostToDivide = 1 << 20;
 __device__ inline int32_t quotient(int32_t n, int32_t d) {
   const float reciprocal = __fdividef(1.0f, static_cast<float>(d));
@@ -28,7 +29,7 @@ __device__ inline int32_t quotient(int32_t n, int32_t d) {
 
 __device__ inline int32_t lane_id() { return threadIdx.x % kWarpSize; }
 
-// Sum of `count` over the lanes before this one; `total` is that over all.
+// Exclusive prefix sum: of `count` over the lanes before this one. *total: the sum over all lanes.
 __device__ inline int32_t sum_before(int32_t count, int32_t* total) {
   int32_t sum = count;
 #pragma unroll

@@ -7,7 +7,7 @@ namespace ep::low_latency {
 
 constexpr int kPer = kPerVector<__nv_bfloat16>;
 
-// Adds to a sum that begins at -0: then the first term is what it is, whatever that is.
+// Adds to a sum that begins at -0, because -0 + x is x for every x, -0 too.
 __device__ inline void add(float (&sums)[kPer], const uint4& word) {
   float values[kPer];
   unpack<__nv_bfloat16>(word, values);

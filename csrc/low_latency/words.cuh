@@ -24,8 +24,8 @@ constexpr int kSpinsBetweenChecks = 1024;
 constexpr uint64_t kGivenUp = 0;
 constexpr uint64_t kTold = 1;  // bit of the time at which a wait began: the host was told of it
 
-// Now and then in a wait that began at `start_ns`, or begins to be timed where that is 0. Returns
-// its begin; or kGivenUp, when there is no point in looking again.
+// Called now and then in a wait that began at `start_ns`; where that is 0, its time begins now.
+// Returns when it began, or kGivenUp where there is no point in looking again.
 __device__ __noinline__ inline uint64_t check_wait(const ep_peers& peers, uint64_t start_ns,
                                                    int32_t phase, int32_t peer, uint32_t epoch) {
   if (aborted(peers)) return kGivenUp;

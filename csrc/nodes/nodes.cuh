@@ -42,7 +42,8 @@ __device__ inline bool wait_for_wave(const ep_peers& peers, int64_t credit_offse
   uint32_t seen;
   return wait_flag(peers, credit, has_read, &seen, EP_PHASE_CREDIT, l, epoch - 1);
 }
-// One warp, or more threads, tell the ranks of this node that this one has read a wave.
+// Tells the ranks of this node that this one has read a wave: `thread` numbers the callers, which
+// are a warp or more.
 __device__ inline void credit_wave(const ep_peers& peers, int64_t credit_offset, int32_t wave,
                                    int32_t thread) {
   if (thread >= peers.num_ranks || aborted(peers)) return;

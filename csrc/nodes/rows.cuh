@@ -6,7 +6,8 @@
 
 namespace ep::nodes {
 
-// Rows of rank (k, own l), k > 0. All lanes of a warp call its functions, but for those of lane 0.
+// Rows of rank (k, own l), k > 0. All lanes of a warp call its functions together, except those
+// that are lane 0's.
 class Relayed {
  public:
   __device__ Relayed(const ep_nodes_dispatch_args& args, int32_t epoch, int32_t k)
@@ -76,8 +77,8 @@ class Relayed {
     return peer_number(args_.dispatch.peers, k_, args_.dispatch.peers.rank);
   }
 
-  // Lane 0: false, which is a fault, where the handle has entries of another number of rows than
-  // come: then it is another dispatch's, whose tag is the same by chance.
+  // Lane 0: false, and a fault, where the handle has entries for another number of rows than come.
+  // Then it is the handle of another dispatch, whose tag is the same by chance.
   __device__ bool has_entries_of(int32_t num_rows) const {
     if (args_.dispatch.is_planned) return true;
     const int32_t entries = args_.nodes.num_relayed[k_];

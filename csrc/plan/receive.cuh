@@ -66,7 +66,7 @@ __device__ inline int32_t prefix_of_groups(const int32_t* size, int32_t num_grou
 }
 
 // One block says where each expert's group stands in an output of `capacity` rows. Returns, in
-// every thread, the rows for which groups of a given size have no room.
+// every thread, how many rows do not fit into groups of a fixed size.
 template <typename Args>
 __device__ inline int32_t publish_groups(const Args& args, const int32_t* expert_tokens,
                                          const int32_t* first_row, int32_t end) {

@@ -8,7 +8,8 @@
 namespace ep::low_latency::combine {
 
 constexpr int kManyTokens = 64;  // with which more travels than the links take at once
-// Rows of a token's experts of which a lane has a word on its way: those of two units.
+// A warp copies the rows of its next unit into one stage while it adds up those in the other. Rows
+// for which a stage has no room are loaded when they are added.
 constexpr int kStages = 2;
 constexpr int kRowsOfStage = 8;
 constexpr int kStageWords = kRowsOfStage * kWarpSize;

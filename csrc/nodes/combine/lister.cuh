@@ -19,7 +19,8 @@ namespace ep::nodes {
 // to the ABI, which costs instructions in the library over NVSHMEM.
 namespace {
 
-// ep_combine_args.counters, after end_operation's.
+// ep_combine_args.counters, after end_operation's: items taken; then the groups done of each wave
+// [N], those of each chunk [N, EP_MAX_NETWORK_CHUNKS], and how far each wave's credit has come [N].
 constexpr int kTaken = 1, kGroupsDone = EP_NODES_COMBINE_COUNTERS;
 static_assert(EP_NODES_COMBINE_WAVE_COUNTERS == EP_MAX_NETWORK_CHUNKS + 2,
               "groups of a wave and of each chunk, and a credit");

@@ -33,8 +33,9 @@ __device__ inline void Lister::send_chunk(int32_t j, int32_t c, int32_t rows) co
 }
 
 // A group's sums have been written. The last of a chunk sends it. The last of the wave gives the
-// credit: all that the ranks of this node have sent in it, and before it, has been read. A wave
-// may be done before an earlier one: it waits for that one's credit as for a group more.
+// credit: all that the ranks of this node have sent in it, and before it, has been read. A wave may
+// be done before an earlier one. So its credit waits for two arrivals, its groups and the credit of
+// the wave before; that of wave 0 for one.
 __device__ __noinline__ inline void Lister::end_group_of(const Wave& wave, int32_t group) const {
   if (wave.j < num_nodes_ - 1) {
     const int32_t chunk_rows = args_.network_chunk_rows;

@@ -122,7 +122,7 @@ __device__ inline bool send(const Args& args, const far::Memory& memory,
   const ep_low_latency& common = args.common;
   const int32_t words_of_row = common.hidden / kPer, parts = ceil_div(words_of_row, kPartWords);
   if (threadIdx.x < kWarpSize) {
-    add_up(first, memory.num_ranks(), [&](int32_t k) {
+    prefix_sums(first, memory.num_ranks(), [&](int32_t k) {
       const int32_t r = memory.rank_after(k);
       return is_alive(common, r) ? args.handle.num_rows[r] : 0;
     });

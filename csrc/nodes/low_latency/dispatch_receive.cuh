@@ -61,7 +61,7 @@ __device__ inline bool collect(const ep_low_latency_dispatch_args& args, const M
   }
   if (!__syncthreads_and(fine)) return false;
   if (threadIdx.x < kWarpSize) {
-    add_up(arrivals.first, num_ranks, [&](int32_t k) { return arrivals.first[k]; });
+    prefix_sums(arrivals.first, num_ranks, [&](int32_t k) { return arrivals.first[k]; });
   }
   __syncthreads();
 #pragma unroll 1

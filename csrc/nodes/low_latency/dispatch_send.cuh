@@ -40,8 +40,8 @@ struct Sends {
     }
     __syncthreads();
     if (threadIdx.x < kWarpSize) {
-      add_up(first, num_ranks,
-             [&](int32_t k) { return tokens.count_before(memory.rank_after(k), num_tokens); });
+      prefix_sums(first, num_ranks,
+                  [&](int32_t k) { return tokens.count_before(memory.rank_after(k), num_tokens); });
     }
     __syncthreads();
   }

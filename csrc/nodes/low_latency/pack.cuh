@@ -6,9 +6,9 @@
 
 namespace ep::low_latency::far {
 
-// Numbers [n + 1] of the first of each of n groups, and of the end. By a warp.
+// Exclusive prefix sums, by a warp: first[i] becomes the sum of count(j) over j < i, for i up to n.
 template <typename Count>
-__device__ inline void add_up(int32_t* first, int32_t n, const Count& count) {
+__device__ inline void prefix_sums(int32_t* first, int32_t n, const Count& count) {
   int32_t sum = 0;
 #pragma unroll 1
   for (int32_t base = 0; base < n; base += kWarpSize) {
@@ -21,7 +21,8 @@ __device__ inline void add_up(int32_t* first, int32_t n, const Count& count) {
   if (lane_id() == 0) first[n] = sum;
 }
 
-// By one warp, when its block has packed num_rows rows of a chunk and has met.
+// By one warp, when its block has packed num_rows rows of a chunk and has met: counts them, and
+// sends the chunk if it is full.
 __device__ inline void count_rows(const Memory& memory, const FarOperation& operation, int32_t k,
                                   int32_t chunk, int32_t num_rows, int32_t rows_of_chunk,
                                   int32_t row_bytes) {
@@ -41,9 +42,9 @@ __device__ inline void count_rows(const Memory& memory, const FarOperation& oper
                    operation.row_value(), network::WarpGroup());
 }
 
-// By all threads of a block. first: of the rows to the rank k after, [R + 1] in shared memory.
-// pack(k, begin, end, to) has all of them write those rows [begin, end), to `to` on; false, in all
-// threads, after a fault.
+// By all threads of a block: packs and sends the block's share of all rows. first: prefix sums of
+// the rows to the ranks k after, [R + 1] in shared memory. pack(k, begin, end, to) has all threads
+// write rows [begin, end) to the rank k after, to `to` on; false, in all threads, after a fault.
 template <typename Pack>
 __device__ inline bool send_rows(const Memory& memory, const FarOperation& operation,
                                  const int32_t* first, int32_t words_of_row, const Pack& pack) {
