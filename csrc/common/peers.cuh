@@ -19,10 +19,13 @@ __device__ inline bool aborted(const ep_peers& peers) {
   return *static_cast<volatile const int32_t*>(peers.abort) != 0;
 }
 
-// Keeps the first fault of this rank, and ends all its other waits.
+constexpr int32_t kAborted = 1;
+
+// Keeps the first fault of this rank, and ends all its other waits. abort: not zero.
 __device__ inline void raise_fault(const ep_peers& peers, int32_t code, int32_t phase, int32_t peer,
-                                   int32_t field, int64_t expected, int64_t seen) {
-  if (atomicExch(peers.abort, 1) != 0) return;
+                                   int32_t field, int64_t expected, int64_t seen,
+                                   int32_t abort = kAborted) {
+  if (atomicCAS(peers.abort, 0, abort) != 0) return;
   volatile ep_fault* const fault = peers.fault;
   fault->op = peers.op;
   fault->phase = phase;

@@ -22,6 +22,12 @@ __device__ inline uint32_t epoch_after(uint32_t epoch) {
   return epoch + 1 != 0 ? epoch + 1 : 1u << 31;
 }
 
+// What `abort` holds after a mismatch of an operation. Its other blocks, which may begin later,
+// still send what they have to: else the peer would wait for the header that tells it so.
+__device__ inline int32_t mismatch_of(int32_t kind, uint32_t epoch) {
+  return static_cast<int32_t>(epoch << 1 | kind | 1u << 31);  // not kAborted
+}
+
 struct Operation {
   int32_t kind;
   uint32_t epoch;
@@ -58,7 +64,8 @@ class Begin {
     operation.has_credits = ahead(known, operation.before) >= 0;
     // Sent before it was received, or received before it was sent, it would use what is in use.
     const bool is_in_turn = ahead(received(kind(), operation.half), operation.before) == 0;
-    const bool has_failed = of(kAbortLane) != 0;
+    const int32_t abort = static_cast<int32_t>(of(kAbortLane));
+    const bool has_failed = abort != 0 && abort != mismatch_of(operation.kind, operation.epoch);
     operation.can_begin = !has_failed && is_in_turn;
     if (!has_failed && !is_in_turn && blockIdx.x == 0 && threadIdx.x == 0) {
       raise_fault(common_.peers, EP_FAULT_RESULTS, EP_PHASE_ROWS, common_.peers.rank, 0,
@@ -221,7 +228,8 @@ __device__ inline int32_t receive_header(const Memory& memory, const Operation& 
       word.x <= static_cast<uint32_t>(common.max_tokens)) {
     return static_cast<int32_t>(word.x);
   }
-  raise_fault(peers, EP_FAULT_MISMATCH, EP_PHASE_PLAN, source, EP_FIELD_CALL, own.call, word.y);
+  raise_fault(peers, EP_FAULT_MISMATCH, EP_PHASE_PLAN, source, EP_FIELD_CALL, own.call, word.y,
+              mismatch_of(operation.kind, operation.epoch));
   return -1;
 }
 

@@ -42,7 +42,12 @@ __device__ inline FarOperation begin_operation(const ep_low_latency& common, uin
   const uint32_t received = state.received[operation.kind][operation.half];
   // Sent before it was received, or received before it was sent, it would use what is in use.
   const bool is_in_turn = ahead(received, operation.before) == 0;
-  const bool has_failed = __syncthreads_or(threadIdx.x == 0 && aborted(common.peers));
+  bool has_failed = false;
+  if (threadIdx.x == 0) {
+    const int32_t abort = *static_cast<volatile const int32_t*>(common.peers.abort);
+    has_failed = abort != 0 && abort != mismatch_of(operation.kind, operation.epoch);
+  }
+  has_failed = __syncthreads_or(has_failed);
   operation.can_begin = !has_failed && is_in_turn;
   if (blockIdx.x != 0 || threadIdx.x != 0 || has_failed) return operation;
   if (!is_in_turn) {
@@ -93,7 +98,7 @@ __device__ inline int32_t wait_head(const Memory& memory, const FarOperation& op
     return static_cast<int32_t>(word.x);
   }
   raise_fault(peers, EP_FAULT_MISMATCH, EP_PHASE_PLAN, memory.peer_of(source), EP_FIELD_CALL,
-              own.call, word.y);
+              own.call, word.y, mismatch_of(operation.kind, operation.epoch));
   return -1;
 }
 

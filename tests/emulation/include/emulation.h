@@ -326,9 +326,13 @@ T atomicOr(T* p, V v) {
 }
 template <typename T, typename V>
 T atomicExch(T* p, V v) {
-  const T old = __atomic_exchange_n(p, static_cast<T>(v), __ATOMIC_SEQ_CST);
-  // Where it is a signed number a fault is raised by it.
-  if (std::is_signed_v<T> && old == 0) emulation::note_fault();
+  return __atomic_exchange_n(p, static_cast<T>(v), __ATOMIC_SEQ_CST);
+}
+// Faults alone are raised by it.
+inline int32_t atomicCAS(int32_t* p, int32_t old, int32_t value) {
+  if (__atomic_compare_exchange_n(p, &old, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+    emulation::note_fault();
+  }
   return old;
 }
 template <typename T, typename V>
