@@ -26,30 +26,62 @@ the contract, ``lint-imports`` checks it)::
     events, blank (tensors without content), errors, version, _native
 """
 
-from ep_comm.buffer import Buffer
-from ep_comm.config import EPConfig
-from ep_comm.errors import (
-    EPArgumentError,
-    EPError,
-    EPExpertOverflowError,
-    EPLostRankError,
-    EPMismatchError,
-    EPOverflowError,
-    EPRoutingError,
-    EPStateError,
-    EPTimeoutError,
-    EPTooManyTokensError,
-    EPUnsupportedError,
-)
-from ep_comm.events import EventOverlap
-from ep_comm.handle import CombineOutput, DispatchHandle, DispatchOutput
-from ep_comm.low_latency.handle import (
-    LowLatencyCombineOutput,
-    LowLatencyDispatchOutput,
-    LowLatencyHandle,
-)
-from ep_comm.network.settings import NetworkSettings
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ep_comm.version import __version__
+
+if TYPE_CHECKING:
+    from ep_comm.buffer import Buffer
+    from ep_comm.config import EPConfig
+    from ep_comm.errors import (
+        EPArgumentError,
+        EPError,
+        EPExpertOverflowError,
+        EPLostRankError,
+        EPMismatchError,
+        EPOverflowError,
+        EPRoutingError,
+        EPStateError,
+        EPTimeoutError,
+        EPTooManyTokensError,
+        EPUnsupportedError,
+    )
+    from ep_comm.events import EventOverlap
+    from ep_comm.handle import CombineOutput, DispatchHandle, DispatchOutput
+    from ep_comm.low_latency.handle import (
+        LowLatencyCombineOutput,
+        LowLatencyDispatchOutput,
+        LowLatencyHandle,
+    )
+    from ep_comm.network.settings import NetworkSettings
+
+# Imported when they are first asked for: torch takes seconds, and ``ep-comm --help`` needs it not.
+_LAZY = {
+    "Buffer": "buffer",
+    "CombineOutput": "handle",
+    "DispatchHandle": "handle",
+    "DispatchOutput": "handle",
+    "EPArgumentError": "errors",
+    "EPConfig": "config",
+    "EPError": "errors",
+    "EPExpertOverflowError": "errors",
+    "EPLostRankError": "errors",
+    "EPMismatchError": "errors",
+    "EPOverflowError": "errors",
+    "EPRoutingError": "errors",
+    "EPStateError": "errors",
+    "EPTimeoutError": "errors",
+    "EPTooManyTokensError": "errors",
+    "EPUnsupportedError": "errors",
+    "EventOverlap": "events",
+    "LowLatencyCombineOutput": "low_latency.handle",
+    "LowLatencyDispatchOutput": "low_latency.handle",
+    "LowLatencyHandle": "low_latency.handle",
+    "NetworkSettings": "network.settings",
+}
 
 __all__ = [
     "Buffer",
@@ -75,3 +107,9 @@ __all__ = [
     "NetworkSettings",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -19,19 +19,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ep_comm.megatron.options import EPOptions
-
 if TYPE_CHECKING:
     from ep_comm.megatron.buffers import destroy_buffers, synchronize_buffers
     from ep_comm.megatron.capture import RoutingCapture
     from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
     from ep_comm.megatron.layer import check_model, install, use_ep_comm
     from ep_comm.megatron.meter import MoEMeter
+    from ep_comm.megatron.options import EPOptions
     from ep_comm.megatron.overflow import check_overflow
     from ep_comm.megatron.wgrad import check_weight_gradients
 
 _LAZY = {
     "EPCommTokenDispatcher": "dispatcher",
+    "EPOptions": "options",
     "MoEMeter": "meter",
     "RoutingCapture": "capture",
     "check_model": "layer",

@@ -53,6 +53,25 @@ def test_help_names_all_commands():
     assert all(name in result.output for name in ("bench", "compare", "doctor", "plan"))
 
 
+def test_help_waits_for_no_heavy_import():
+    """Of no command: torch and what trainings need take seconds."""
+    code = """if True:
+        import sys
+        from ep_comm.cli.app import app
+        from typer.main import get_command
+        def ask(group, *names):
+            app([*names, "--help"], standalone_mode=False)
+            for name, command in getattr(group, "commands", {}).items():
+                ask(command, *names, name)
+        ask(get_command(app))
+        heavy = {"torch", "numpy", "megatron", "matplotlib", "wandb", "yaml", "jinja2"}
+        print("heavy:", sorted(heavy & sys.modules.keys()))
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.count("Usage: ") >= 12, result.stdout + result.stderr
+    assert result.stdout.endswith("heavy: []\n")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
