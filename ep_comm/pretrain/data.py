@@ -175,10 +175,12 @@ def _corpus(config: PretrainConfig, cache: Path) -> Corpus:
 
 
 def _standard_library() -> list[Path]:
-    root = Path(sysconfig.get_path("stdlib"))
-    return sorted(
-        path for path in root.rglob("*.py") if "site-packages" not in path.parts and path.is_file()
-    )
+    found = []
+    for folder, below, names in os.walk(sysconfig.get_path("stdlib")):
+        below[:] = [name for name in below if name != "site-packages"]  # may have many files
+        paths = (Path(folder, name) for name in names if name.endswith(".py"))
+        found += [path for path in paths if path.is_file()]
+    return sorted(found)
 
 
 def _text_files(data_path: list[str]) -> list[Path]:
