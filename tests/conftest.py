@@ -35,7 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         # With --dist loadgroup a process has all tests of a file, and of a folder that compiles.
         shares = item.path.parent if item.path.parent.name in COMPILE else item.path
-        item.add_marker(pytest.mark.xdist_group(shares.stem))
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(shares.stem))
         if "slurm" in item.keywords and no_slurm:
             skip(item, f"needs {', '.join(no_slurm)} (scripts/slurm/local_cluster.sh install)")
         needed = 2 if "multi_gpu" in item.keywords else 1 if "gpu" in item.keywords else 0

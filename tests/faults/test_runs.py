@@ -19,6 +19,7 @@ pytest.importorskip("pydantic")
 
 from example_runs import (  # noqa: E402
     EXAMPLES,
+    NEW,
     SMALL,
     assert_refused,
     environment,
@@ -64,9 +65,8 @@ def signalled(rank: int, flags: list[str], signum: int) -> int:
 def test_a_signal_to_one_rank_saves_and_ends_all(name, tmp_path):
     save = tmp_path / "save"
     flags = [*SMALL, "--train-iters", "50", "--save", save, "--run-dir", tmp_path / "run"]
-    codes = run_ranks(
-        2, signalled, [str(flag) for flag in flags], getattr(signal, name), fresh=True
-    )
+    words = [str(flag) for flag in flags]
+    codes = run_ranks(2, signalled, words, getattr(signal, name), **NEW)
     assert codes == [EXIT_CODE, EXIT_CODE]
     assert (save / LATEST).read_text() == "2\n"
 

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from example_runs import SMALL, TINY, assert_refused, losses, pretrain, records, torchrun, train
+from example_runs import (
+    NEW,
+    SMALL,
+    TINY,
+    assert_refused,
+    losses,
+    pretrain,
+    records,
+    torchrun,
+    train,
+)
 from ranks import run_ranks
 
 from ep_comm.routing.capture import Sizes, read
@@ -70,7 +80,7 @@ def test_few_layers_of_many_and_one_replica(tmp_path):
     folder, run_dir = tmp_path / "capture", tmp_path / "run"
     flags = [*ONE_MICRO_BATCH, "--global-batch-size", "8", "--train-iters", "2", "--num-layers", 9]
     words = [str(flag) for flag in (*flags, "--run-dir", run_dir, "--ep-capture-routing", folder)]
-    run_ranks(4, pretrain, words, fresh=True, timeout_s=240)
+    run_ranks(4, pretrain, words, timeout_s=240, **NEW)
     assert read(folder).layers == (1, 4, 6, 9)
     assert read(folder).sizes.num_ranks == 2
     assert len(list((folder / "step-00000002").iterdir())) == 2
@@ -94,7 +104,7 @@ def test_a_full_disk_costs_a_warning(tmp_path):
     folder, run_dir = tmp_path / "capture", tmp_path / "run"
     flags = [*SMALL, "--train-iters", "4", "--run-dir", run_dir, "--ep-capture-routing", folder]
     words = [str(flag) for flag in flags]
-    said = run_ranks(2, a_full_disk, words, fresh=True, timeout_s=240)
+    said = run_ranks(2, a_full_disk, words, timeout_s=240, **NEW)
     assert max(losses(run_dir)) == 4
     for of_rank in said:
         (warning,) = (line for line in of_rank.splitlines() if "captured" in line)

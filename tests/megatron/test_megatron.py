@@ -115,7 +115,7 @@ def test_install_reaches_every_layer():
     """Both ways in train the same model; `install` also sets DDP up for the overlap."""
     options = (("overlap_wgrad", True),)
     setup = Setup(options=options, through_install=True, dense_first=True)
-    installed = run_ranks(2, install_and_train, setup, fresh=True)
+    installed = run_ranks(2, install_and_train, setup, fresh=True, pool="megatron")
     spec = run(dataclasses.replace(setup, through_install=False))
     assert installed[0]["losses"] == spec[0]["losses"]
 

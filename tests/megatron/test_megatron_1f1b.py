@@ -137,4 +137,4 @@ def operations_sms(rank: int) -> None:
 
 
 def test_operations_leave_sms_to_computation():
-    run_ranks(2, operations_sms, fresh=True)
+    run_ranks(2, operations_sms, fresh=True, pool="megatron")

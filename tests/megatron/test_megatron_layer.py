@@ -118,7 +118,7 @@ def other_dispatcher_on_a_rank(rank: int) -> str | None:
 
 
 def test_a_rank_with_another_dispatcher_is_named():
-    message = run_ranks(2, other_dispatcher_on_a_rank, fresh=True)[0]
+    message = run_ranks(2, other_dispatcher_on_a_rank, fresh=True, pool="megatron")[0]
     assert "rank 0 waited 2 s for rank 1 (phase: find the most tokens of a rank)" in message
 
 

@@ -51,7 +51,7 @@ def test_overlapped_weight_gradients_where_parts_are_frozen_and_recomputed():
 
 def test_overlap_without_ddps_part_is_refused():
     with pytest.raises(RankFailure, match="delay_wgrad_compute=True"):
-        run_ranks(2, train_with_plain_ddp, fresh=True)
+        run_ranks(2, train_with_plain_ddp, fresh=True, pool="megatron")
 
 
 def train_with_plain_ddp(rank: int) -> None:

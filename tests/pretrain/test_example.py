@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 pytest.importorskip("megatron.core")
 pytest.importorskip("pydantic")
 
-from example_runs import CONFIGS, SMALL, TINY, environment, losses, records, train  # noqa: E402
+from example_runs import (  # noqa: E402
+    CONFIGS,
+    NEW,
+    SMALL,
+    TINY,
+    TINY_STEPS,
+    losses,
+    records,
+    train,
+)
 from ranks import RankFailure, run_ranks  # noqa: E402
+
+pytestmark = pytest.mark.xdist_group("tiny-cpu")  # whose runs two modules look at
 
 
 def largest_difference(a: dict[int, float], b: dict[int, float], *, steps: int) -> float:
@@ -21,14 +29,14 @@ def largest_difference(a: dict[int, float], b: dict[int, float], *, steps: int) 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "ep_comm"])
 def test_tiny_cpu_learns(tiny_runs, dispatcher):
     loss = losses(tiny_runs(dispatcher))
-    assert len(loss) == 60
-    assert loss[1] > 5 and loss[60] < 3.3
+    assert len(loss) == TINY_STEPS
+    assert loss[1] > 5 and loss[TINY_STEPS] < 3.3
 
 
 def test_ep_comm_matches_alltoall(tiny_runs):
     ours, theirs = losses(tiny_runs("ep_comm")), losses(tiny_runs("alltoall"))
     assert largest_difference(ours, theirs, steps=10) <= 1e-6
-    assert largest_difference(ours, theirs, steps=60) <= 1e-4
+    assert largest_difference(ours, theirs, steps=TINY_STEPS) <= 1e-4
 
 
 @pytest.mark.e2e
@@ -84,7 +92,7 @@ def test_a_text_of_any_size_has_training_and_validation_data(tmp_path, sizes):
         text = "".join(f"line {i} of my text\n" for i in range(size // 15))
         (tmp_path / f"{number}.txt").write_text(text[:size])
     data = ["--data-path", str(tmp_path), "--data-cache-path", str(tmp_path / "cache")]
-    ((train, valid),) = run_ranks(1, tokens_of_each_part, [*SMALL, *data], fresh=True)
+    ((train, valid),) = run_ranks(1, tokens_of_each_part, [*SMALL, *data], **NEW)
     assert valid >= 64 and train > 5 * valid
     assert train + valid > sum(sizes) - 3 * 64  # whole sequences only
 
@@ -100,26 +108,22 @@ def tokens_of_each_part(rank: int, flags: list[str]) -> tuple[int, int]:
     return tuple(sum(len(data[i]["tokens"]) for i in range(len(data))) for data in (train, valid))
 
 
+def first_tokens(rank: int, seeds: list[list[str]]) -> list[list]:
+    """Those of the first samples of training and validation, with each of these flags."""
+    from ep_comm.pretrain.data import load_datasets
+    from ep_comm.pretrain.flags import parse_args
+
+    found = []
+    for flags in seeds:
+        config = parse_args([*SMALL, "--expert-model-parallel-size", "1", *flags])
+        _, train, valid = load_datasets(config)
+        found.append([data[i]["tokens"].tolist() for data in (train, valid) for i in range(4)])
+    return found
+
+
 def test_data_seed_alone_decides_the_order_of_the_data():
-    code = """if True:
-        import torch.distributed as dist
-        from ep_comm.megatron import cpu
-        cpu.enable()
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        import sys
-        from ep_comm.pretrain.flags import parse_args
-        from ep_comm.pretrain.data import load_datasets
-        for seeds in (["--seed", "1"], ["--seed", "2"], ["--seed", "2", "--data-seed", "1"]):
-            _, train, valid = load_datasets(parse_args([*sys.argv[1:], *seeds]))
-            print(*(data[i]["tokens"].tolist() for data in (train, valid) for i in range(4)))
-    """
-    result = subprocess.run(
-        [sys.executable, "-c", code, *SMALL, "--expert-model-parallel-size", "1"],
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
-    first, second, mixed = (x for x in result.stdout.splitlines() if x.startswith("["))
+    seeds = [["--seed", "1"], ["--seed", "2"], ["--seed", "2", "--data-seed", "1"]]
+    ((first, second, mixed),) = run_ranks(1, first_tokens, seeds, **NEW)
     assert first != second and first == mixed
 
 
@@ -144,7 +148,7 @@ def options_of_the_layers(rank: int, flags: list[str]) -> tuple[float | None, in
 def test_buffers_are_sized_by_the_configuration():
     flags = [*map(str, TINY), "--micro-batch-size", "3", "--global-batch-size", "6"]
     flags += ["--seq-length", "20"]
-    assert run_ranks(1, options_of_the_layers, flags, fresh=True) == [(None, 60)]
+    assert run_ranks(1, options_of_the_layers, flags, **NEW) == [(None, 60)]
 
 
 def test_a_late_rank_is_waited_for_as_long_as_the_flag_says(tmp_path):

@@ -6,8 +6,6 @@ import contextlib
 import io
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,14 +15,12 @@ pytest.importorskip("megatron.core")
 pytest.importorskip("pydantic")
 
 from example_runs import (  # noqa: E402
+    NEW,
     SMALL,
-    assert_refused,
     contents,
-    environment,
     losses,
     pretrain,
     records,
-    torchrun,
     train,
 )
 from ranks import RankFailure, run_ranks  # noqa: E402
@@ -88,23 +84,21 @@ def test_gathering_during_the_forward_pass_changes_nothing(checkpointed):
     gathering, plain = (checkpointed(*flags) for flags in (GATHERING, DISTRIBUTED))
     assert losses(gathering.run_dir) == losses(plain.run_dir)
     assert records(gathering.run_dir, "valid") == records(plain.run_dir, "valid")
-    code = """if True:
-        import sys
-        import torch.distributed as dist
-        from ep_comm.megatron import cpu
-        cpu.enable()
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        from megatron.core.dist_checkpointing import load_plain_tensors
-        ours, theirs = map(load_plain_tensors, sys.argv[1:])
-        tensors = [name for name, value in ours.items() if hasattr(value, "dtype")]
-        assert "output_layer.weight" in tensors
-        print("differ:", [name for name in tensors if not ours[name].equal(theirs[name])])
-    """
-    folders = [str(run.checkpoints / "iter_0000003") for run in (gathering, plain)]
-    result = subprocess.run(
-        [sys.executable, "-c", code, *folders], capture_output=True, text=True, env=environment()
-    )
-    assert "differ: []" in result.stdout, result.stdout + result.stderr
+    folders = [run.checkpoints / "iter_0000003" for run in (gathering, plain)]
+    assert run_ranks(1, names_that_differ, *folders, **NEW) == [[]]
+
+
+def names_that_differ(rank: int, first: Path, second: Path) -> list[str]:
+    """Of tensors in two checkpoints."""
+    from ep_comm.megatron import cpu
+
+    cpu.enable()
+    from megatron.core.dist_checkpointing import load_plain_tensors
+
+    ours, theirs = load_plain_tensors(str(first)), load_plain_tensors(str(second))
+    tensors = [name for name, value in ours.items() if hasattr(value, "dtype")]
+    assert "output_layer.weight" in tensors
+    return [name for name in tensors if not ours[name].equal(theirs[name])]
 
 
 @pytest.mark.parametrize(
@@ -187,10 +181,9 @@ def test_checkpoint_of_another_model(checkpointed):
     run = checkpointed(*DISTRIBUTED)
     folder = run.checkpoints.parent
     before = contents(folder)
-    flags = [*run.flags, "--run-dir", run.run_dir, "--load", run.checkpoints]
-    assert_refused(
-        torchrun(*flags, "--num-experts", "4"), "another run", "num_experts is 8 there and 4 here"
-    )
+    refused = "UserError: .* another run.* num_experts is 8 there and 4 here"
+    with pytest.raises(RankFailure, match=refused):
+        train(run.run_dir, *run.flags, "--load", run.checkpoints, "--num-experts", "4")
     assert contents(folder) == before
 
 
@@ -224,7 +217,7 @@ def test_two_runs_in_one_folder(tmp_path, flag):
     held = lock(folder / ".lock", flag)
     flags = [*SMALL, "--train-iters", "1", flag, folder]
     with pytest.raises(RankFailure, match=f"{flag} {folder} is in use by process {os.getpid()} on"):
-        run_ranks(2, pretrain, [str(flag) for flag in flags], fresh=True)
+        run_ranks(2, pretrain, [str(flag) for flag in flags], **NEW)
     os.close(held)
     assert [path.name for path in folder.iterdir()] == [".lock"]
 
@@ -248,7 +241,7 @@ def test_damaged_checkpoint(checkpointed, tmp_path, damaged):
 def test_finished_run_has_nothing_to_do(checkpointed, tmp_path):
     run = checkpointed(*DISTRIBUTED)
     flags = [*run.flags, "--run-dir", str(tmp_path), "--load", str(run.checkpoints)]
-    output, _ = run_ranks(2, printed_by, flags, fresh=True)
+    output, _ = run_ranks(2, printed_by, flags, **NEW)
     assert f"resumed at step 6 from {run.checkpoints / 'iter_0000006'}\n" in output
     assert "already at step 6 of 6: nothing to do\n" in output
     assert losses(tmp_path) == {}

@@ -9,11 +9,21 @@ import pytest
 pytest.importorskip("megatron.core")
 pytest.importorskip("pydantic")
 
-from example_runs import SMALL, TINY, assert_refused, records, torchrun, wandb_records  # noqa: E402
+from example_runs import (  # noqa: E402
+    SMALL,
+    TINY,
+    TINY_STEPS,
+    assert_refused,
+    records,
+    torchrun,
+    wandb_records,
+)
 from ranks import run_ranks  # noqa: E402
 
 from ep_comm.pretrain.config import PretrainConfig  # noqa: E402
 from ep_comm.pretrain.log_file import LOG_FILE, read_log, read_whole_log  # noqa: E402
+
+pytestmark = pytest.mark.xdist_group("tiny-cpu")  # whose runs two modules look at
 
 # Measured by the rank that logs them.
 OF_EACH_RANK = ("iteration-time", "throughput", "tokens-per-second")
@@ -25,7 +35,7 @@ def test_log_has_everything(tiny_runs):
     assert {"ep_comm", "torch", "megatron-core"} <= start["versions"].keys()
     PretrainConfig(**start["config"])  # can be read back
     steps = records(tiny_runs("ep_comm"), "train")
-    assert [r["iteration"] for r in steps] == list(range(1, 61))
+    assert [r["iteration"] for r in steps] == list(range(1, TINY_STEPS + 1))
     for record in steps:
         assert record.keys() >= {
             *("lm loss", "grad-norm", "learning-rate", "iteration-time", "throughput"),
@@ -37,9 +47,12 @@ def test_log_has_everything(tiny_runs):
         }
         assert record["ep/wire-mib"] > 0
         assert record["ep/imbalance-rank"] >= 1 and record["ep/imbalance-expert"] >= 1
-    assert [r["iteration"] for r in records(tiny_runs("ep_comm"), "valid")] == [30, 60]
+    assert [r["iteration"] for r in records(tiny_runs("ep_comm"), "valid")] == [
+        TINY_STEPS // 2,
+        TINY_STEPS,
+    ]
     balance = records(tiny_runs("ep_comm"), "balance")
-    assert [r["iteration"] for r in balance] == list(range(5, 61, 5))
+    assert [r["iteration"] for r in balance] == list(range(5, TINY_STEPS + 1, 5))
     trained = {r["iteration"]: r for r in steps}
     config = PretrainConfig(**start["config"])
     tokens = config.global_batch_size * config.seq_length * config.moe_router_topk
@@ -106,7 +119,7 @@ def test_wandb_without_a_key_writes_an_offline_run(tiny_runs):
     trained, validated = records(run_dir, "train"), records(run_dir, "valid")
 
     history = {r["step"]["num"]: r["item"] for r in written["history"]}
-    assert list(history) == list(range(1, 61))
+    assert list(history) == list(range(1, TINY_STEPS + 1))
     for record in [*trained, *validated]:
         logged = history[record["iteration"]]
         assert record.keys() - {"type", "iteration"} <= logged.keys()
@@ -123,7 +136,7 @@ def test_wandb_without_a_key_writes_an_offline_run(tiny_runs):
     config = run["config"]["update"]
     assert start["config"].items() <= config.items() and config["world_size"] == 2
     # The last rank logs: rank 0 is the one that prints.
-    assert not any("step 60/60" in r["line"] for r in written["output_raw"])
+    assert not any(f"step {TINY_STEPS}/{TINY_STEPS}" in r["line"] for r in written["output_raw"])
     assert [r["exit_code"] for r in written["exit"]] == [0]
 
 

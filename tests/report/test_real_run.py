@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from example_runs import SMALL, pretrain
+from example_runs import NEW, SMALL, pretrain
 from ranks import run_ranks
 
 from ep_comm.report.findings import find_all
@@ -41,7 +41,7 @@ def a_slow_rank(rank: int, folder: str) -> None:
 
 
 def test_the_page_of_a_real_run_names_the_slow_rank(tmp_path):
-    run_ranks(RANKS, a_slow_rank, str(tmp_path), fresh=True, timeout_s=240)
+    run_ranks(RANKS, a_slow_rank, str(tmp_path), timeout_s=240, **NEW)
     run = read(tmp_path)
     assert run.is_finished and run.user is None and run.damaged == []
     (findings,) = find_all([run])

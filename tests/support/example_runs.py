@@ -27,10 +27,13 @@ from ranks import run_ranks  # noqa: E402
 from ep_comm.pretrain.log_file import LOG_FILE, read_log  # noqa: E402
 
 TINY = ["--config", str(CONFIGS / "tiny-cpu.yaml")]
+TINY_STEPS = 30  # of its 60
 # Smaller still, for tests that do not look at tiny-cpu's own losses. The decay is fixed, so that
 # runs of different length share their first steps.
 SMALL = [*TINY, "--num-layers", "1", "--seq-length", "64", "--micro-batch-size", "2"]
 SMALL += ["--global-batch-size", "8", "--lr-decay-iters", "20", "--eval-iters", "1"]
+
+NEW = dict(fresh=True, pool="training")  # of `run_ranks`: processes of a run's own, with Megatron
 
 
 def environment() -> dict[str, str]:
@@ -77,7 +80,7 @@ def torchrun(
 def train(run_dir: Path, *flags: object, processes: int = 2) -> dict[int, float]:
     """Run the example to its end, in processes of its own; returns the loss of each step."""
     words = [str(flag) for flag in (*flags, "--run-dir", run_dir)]
-    run_ranks(processes, pretrain, words, fresh=True)
+    run_ranks(processes, pretrain, words, **NEW)
     return losses(run_dir)
 
 

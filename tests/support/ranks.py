@@ -1,6 +1,6 @@
 """Groups of real processes that run a test function as the ranks of one process group.
 
-Starting a process costs two seconds of importing torch, and eight with Megatron. So processes are
+Starting a process costs two seconds of importing torch, and four with Megatron. So processes are
 forked from one that has imported the libraries, and nothing else (`_LIBRARIES`); and each group
 size is started once and then runs one function after another::
 
@@ -13,12 +13,17 @@ exception on any rank fails the call with that rank's traceback.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import functools
+import gc
+import importlib
 import multiprocessing as mp
 import multiprocessing.connection
 import multiprocessing.context
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -37,11 +42,18 @@ _LIBRARIES = [
     *("pydantic", "pytest", "rich.progress", "wandb"),
 ]
 
+# Pools whose processes have Megatron too, on the CPU. They are forked from one more process, the
+# nursery, which has called `_import_megatron` and runs `run_ranks` in our place.
+_WITH_MEGATRON = ("exposed", "megatron", "megatron-fp8", "meter", "training")
+_IMPORTS_WITHIN_S = 120.0
+
 
 def _context() -> multiprocessing.context.BaseContext:
     """Where there are GPUs each process starts anew: what libraries do to a GPU is not forked."""
     if torch.cuda.is_available():
         return mp.get_context("spawn")
+    if _import_megatron.cache_info().currsize:
+        return mp.get_context("fork")
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(_LIBRARIES)
     return context
@@ -55,7 +67,7 @@ class RankFailure(Exception):
 
 
 class RankGroup:
-    """`num_ranks` processes with a gloo or NCCL group, waiting for functions to run."""
+    """`num_ranks` processes with a gloo, an NCCL or ("") no group, waiting for functions to run."""
 
     def __init__(self, num_ranks: int, backend: str) -> None:
         context = _context()
@@ -67,6 +79,7 @@ class RankGroup:
             mine, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, num_ranks, backend, store, theirs))
             process.start()
+            theirs.close()
             self._pipes.append(mine)
             self._processes.append(process)
 
@@ -96,6 +109,8 @@ class RankGroup:
     def stop(self) -> None:
         """Idle processes end by themselves, and with them those that Megatron started in them."""
         for pipe in self._pipes:
+            with contextlib.suppress(OSError):  # that process is gone
+                pipe.send(None)  # forked processes have this end too: closing it says nothing
             pipe.close()
         end = time.monotonic() + self._ends_within_s
         for process in self._processes:
@@ -122,9 +137,18 @@ def run_ranks(
     """Run ``function(rank, *args)`` on `num_ranks` ranks; results in rank order.
 
     `fresh` uses processes of its own, for tests that damage their group. `pool` names processes
-    that only tests of that name share, for tests that change their process. With `backend` "nccl"
-    rank r has GPU r. The processes of `dying` may die: their result is None.
+    that only tests of that name share, for tests that change their process; those of
+    `_WITH_MEGATRON` have imported Megatron, fresh ones too. With `backend` "nccl" rank r has GPU r.
+    The processes of `dying` may die: their result is None.
     """
+    if _is_from_nursery(pool):
+        options = dict(timeout_s=timeout_s, fresh=fresh, pool=pool, backend=backend, dying=dying)
+        bound = num_ranks * timeout_s + _IMPORTS_WITHIN_S
+        call = functools.partial(run_ranks, num_ranks, function, *args, **options)
+        ((results, failure),) = run_ranks(1, _in_nursery, call, timeout_s=bound, backend="")
+        if failure:
+            raise RankFailure(failure)
+        return results
     if fresh:
         group = RankGroup(num_ranks, backend)
         try:
@@ -143,8 +167,35 @@ def run_ranks(
 
 def stop_pool(pool: str) -> None:
     """End the processes of `pool`; a later `run_ranks` starts new ones."""
+    if _is_from_nursery(pool):
+        if (1, "", "") in _groups:
+            run_ranks(1, _in_nursery, functools.partial(stop_pool, pool), backend="")
+        return
     for key in [key for key in _groups if key[1] == pool]:
         _groups.pop(key).stop()
+
+
+def _is_from_nursery(pool: str) -> bool:
+    is_nursery = _import_megatron.cache_info().currsize
+    return pool in _WITH_MEGATRON and not is_nursery and not torch.cuda.is_available()
+
+
+def _in_nursery(rank: int, call: Callable[[], Any]) -> tuple[Any, str]:
+    """Call it; return the result, or what ranks failed with: the nursery itself is sound."""
+    _import_megatron()
+    try:
+        return call(), ""
+    except RankFailure as failure:
+        return None, str(failure)
+
+
+@functools.cache
+def _import_megatron() -> None:
+    """What trainings import. What is missing is missed where it is used."""
+    with warnings.catch_warnings(), contextlib.suppress(ImportError):
+        warnings.simplefilter("ignore")
+        importlib.import_module("ep_comm.megatron.cpu").enable()
+        importlib.import_module("ep_comm.pretrain.loop")
 
 
 def _serve(
@@ -155,24 +206,31 @@ def _serve(
     pipe: multiprocessing.connection.Connection,
 ) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported stays: no collection has to look at it, and copy its pages
     if backend == "nccl":
         torch.cuda.set_device(rank)
-    dist.init_process_group(
-        backend,
-        store=dist.FileStore(store, num_ranks),
-        rank=rank,
-        world_size=num_ranks,
-        timeout=timedelta(seconds=DEFAULT_TIMEOUT_S),
-    )
-    while True:
-        try:
-            function, args = pipe.recv()
-        except EOFError:
-            return
+    if backend:
+        dist.init_process_group(
+            backend,
+            store=dist.FileStore(store, num_ranks),
+            rank=rank,
+            world_size=num_ranks,
+            timeout=timedelta(seconds=DEFAULT_TIMEOUT_S),
+        )
+    while (task := _next_task(pipe)) is not None:
+        function, args = task
         try:
             pipe.send((True, function(rank, *args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+    if not backend:
+        _stop_all()  # the nursery's
+
+
+def _next_task(pipe: multiprocessing.connection.Connection) -> tuple[Callable, tuple] | None:
+    with contextlib.suppress(EOFError):
+        return pipe.recv()
+    return None
 
 
 @atexit.register

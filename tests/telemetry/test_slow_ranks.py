@@ -16,7 +16,7 @@ from statistics import median
 from types import SimpleNamespace
 
 import pytest
-from example_runs import SMALL, pretrain, records
+from example_runs import NEW, SMALL, pretrain, records
 from ranks import run_ranks
 
 from ep_comm.telemetry.trace import WAITS
@@ -87,7 +87,7 @@ def a_slow_rank(rank: int, folder: str) -> dict:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("slow")
-    stats = run_ranks(RANKS, a_slow_rank, str(folder), fresh=True, timeout_s=240)[0]
+    stats = run_ranks(RANKS, a_slow_rank, str(folder), timeout_s=240, **NEW)[0]
     trace = json.loads((folder / "trace.json").read_text())
     return SimpleNamespace(
         stats=stats,
