@@ -20,6 +20,7 @@ from example_runs import (  # noqa: E402
     assert_refused,
     contents,
     environment,
+    refused,
     torchrun,
 )
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
@@ -158,8 +159,8 @@ def test_world_size_that_does_not_fit(flags, words):
 
 
 def test_processes_that_form_no_groups_of_experts(tmp_path):
-    result = torchrun(*TINY, "--run-dir", tmp_path / "run", processes=3)
-    assert_refused(result, "3 processes", "expert_model_parallel_size 2")
+    error = refused(*TINY, "--run-dir", tmp_path / "run", processes=3).error
+    assert "3 processes" in error and "expert_model_parallel_size 2" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -181,7 +182,8 @@ def test_more_processes_than_gpus(tmp_path):
 
 def test_all_ranks_stop_when_only_rank_0_can_see_why(tmp_path):
     flags = ["--data-path", tmp_path / "missing.txt", "--run-dir", tmp_path / "run"]
-    assert_refused(torchrun(*TINY, *flags), "missing.txt", "no such file")
+    error = refused(*TINY, *flags).error
+    assert "missing.txt" in error and "no such file" in error
     assert not (tmp_path / "run").exists()
 
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -96,6 +98,30 @@ def pretrain(rank: int, flags: list[str]) -> None:
     from ep_comm.pretrain.loop import pretrain as train_on_all_ranks
 
     train_on_all_ranks(parse_args(flags))
+
+
+def refused(*flags: object, processes: int = 2) -> SimpleNamespace:
+    """Run the example where it ends all ranks with one line; returns the line, and its output."""
+    results = run_ranks(processes, end_of_pretrain, [str(flag) for flag in flags], **NEW)
+    said = "".join(said for _, said, _ in results)
+    assert [code for code, _, _ in results] == [2] * processes, said
+    (error,) = re.findall(r"^error: .*$", said, flags=re.MULTILINE)
+    assert "Traceback" not in said, said
+    return SimpleNamespace(error=error, output="".join(output for _, _, output in results))
+
+
+def end_of_pretrain(rank: int, flags: list[str]) -> tuple[object, str, str]:
+    """Exit code, what it says to stderr, and to stdout."""
+    from ep_comm.job.exits import user_errors_exit
+
+    said, output = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(output):
+        try:
+            with user_errors_exit():
+                pretrain(rank, flags)
+        except SystemExit as end:
+            return end.code, said.getvalue(), output.getvalue()
+    return None, said.getvalue(), output.getvalue()
 
 
 def losses(run_dir: Path) -> dict[int, float]:
