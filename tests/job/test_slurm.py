@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 pytest.importorskip("megatron.core")
 pytest.importorskip("pydantic")
@@ -19,15 +20,19 @@ psutil = pytest.importorskip("psutil")
 
 from example_runs import (  # noqa: E402
     EXAMPLES,
+    NEW,
     ROOT,
     SMALL,
     assert_refused,
+    end_of_pretrain,
     environment,
     losses,
+    pretrain,
     torchrun,
     train,
     wait_for_step,
 )
+from ranks import run_ranks  # noqa: E402
 
 from ep_comm.errors import EPArgumentError  # noqa: E402
 from ep_comm.job.ranks import job_name, rank_variables, whole  # noqa: E402
@@ -79,30 +84,29 @@ def send_to_all(torchrun_process: subprocess.Popen, signum: int) -> None:
         process.send_signal(signum)
 
 
-# Writes half a checkpoint, then all ranks die as if by `kill -9`.
-KILLED_IN_SAVE = f"""if __name__ == "__main__":
-    import os, signal, sys
-    sys.path.insert(0, {str(EXAMPLES)!r})
-    import torch.distributed as dist
+def killed_in_save(rank: int, flags: list[str]) -> None:
+    """Train, write half a checkpoint, then all ranks die as if by `kill -9`."""
     from ep_comm.megatron import cpu
+
     cpu.enable()
     from megatron.core import dist_checkpointing
+
     save = dist_checkpointing.save
+
     def half(state, folder):
         save(state, folder)
         dist.barrier()
         largest = max(os.scandir(folder), key=lambda entry: entry.stat().st_size)
         os.truncate(largest, largest.stat().st_size // 3)
         os.kill(os.getpid(), signal.SIGKILL)
+
     dist_checkpointing.save = half
-    from pretrain_moe import main
-    main()
-"""
+    pretrain(rank, flags)
 
 
 def test_a_run_stopped_in_every_way_repeats_the_uninterrupted_one(tmp_path, uninterrupted):
     run_dir, checkpoints = tmp_path / "run", tmp_path / "checkpoints"
-    flags = [*RUN, "--run-dir", run_dir, "--save", checkpoints, "--load", checkpoints]
+    flags = [*RUN, "--save", checkpoints, "--load", checkpoints, "--run-dir", run_dir]
 
     def stop_one_rank(process: subprocess.Popen) -> None:
         wait_for_step(run_dir, 3)
@@ -137,15 +141,12 @@ def test_a_run_stopped_in_every_way_repeats_the_uninterrupted_one(tmp_path, unin
     assert second + 3 <= third == max(losses(run_dir)) < STEPS, result.output
     assert f"asked to stop: stopped after step {third} of {STEPS}" in result.output
 
-    script = tmp_path / "killed_in_save.py"
-    script.write_text(KILLED_IN_SAVE)
-    result = torchrun(*flags, "--save-interval", third + 5, script=script)
-    assert "SIGKILL" in result.output
+    words = [*map(str, flags), "--save-interval", str(third + 5)]
+    assert run_ranks(2, killed_in_save, words, dying=(0, 1), **NEW) == [None, None]
     (half_written,) = checkpoints.glob("*.tmp")
     assert half_written.name == f"iter_{third + 5:07d}.tmp"
 
-    result = torchrun(*flags)
-    assert result.code == 0, result.output
+    train(run_dir, *flags)
     assert starts(run_dir) == [0, first, second, third, third]
     assert_same_numbers(run_dir, uninterrupted)
 
@@ -169,15 +170,27 @@ def test_nothing_outlives_killed_workers(tmp_path):
     assert "SIGKILL" in result.output
 
 
-def test_a_stopped_run_without_save_says_that_nothing_is_saved(tmp_path):
-    def stop(process: subprocess.Popen) -> None:
-        wait_for_step(tmp_path, 1)
-        send_term_to_rank_1(process)
+def stopped(rank: int, flags: list[str]) -> tuple[object, str, str]:
+    """Train; rank 1 gets SIGTERM in its second step."""
+    from ep_comm.pretrain import loop
 
-    result = torchrun(*RUN, "--run-dir", tmp_path, meanwhile=stop)
-    last = max(losses(tmp_path))
-    assert last < STEPS
-    assert f"stopped after step {last} of {STEPS}; nothing is saved" in result.output
+    original, steps = loop.train_step, iter(range(1, STEPS))
+
+    def train_step(*args):
+        if next(steps) == 2 and rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args)
+
+    loop.train_step = train_step
+    return end_of_pretrain(rank, flags)
+
+
+def test_a_stopped_run_without_save_says_that_nothing_is_saved(tmp_path):
+    results = run_ranks(2, stopped, [*RUN, "--run-dir", str(tmp_path)], **NEW)
+    assert [code for code, _, _ in results] == [75, 75]
+    assert max(losses(tmp_path)) == 2
+    said = "".join(said + output for _, said, output in results)
+    assert f"stopped after step 2 of {STEPS}; nothing is saved" in said
 
 
 # ------------------------------------------------------------------------------ SLURM's environment
