@@ -12,6 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup_venv.sh megatron,wandb,test
 export OMP_NUM_THREADS=1 # several processes share the cores
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes import the same modules
 bash scripts/lint.sh
 if [ "${1:-}" = --quick ]; then
     shift

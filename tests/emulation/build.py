@@ -57,7 +57,7 @@ def build(folder: Path) -> Path:
         target.write_text(_rewrite(source.read_text()))
     (folder / "csrc" / "common" / "ptx.cuh").unlink()
     flags = [
-        "-std=c++17", "-O1", "-g", "-w", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden",
+        "-std=c++17", "-O1", "-g1", "-w", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden",
         f"-I{HERE / 'include'}", f"-I{folder / 'csrc'}", f"-I{header.PATH.parent}",
         "-DEP_CUDA_ARCHS=cpu", f"-DEP_HEADER_DIGEST={header.DIGEST}",
     ]  # fmt: skip

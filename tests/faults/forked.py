@@ -82,7 +82,7 @@ def _end() -> None:
 
 
 def _launch(pipe: multiprocessing.connection.Connection) -> None:
-    import ep_comm  # noqa: F401 - once, not in every rank
+    import ep_comm.buffer  # noqa: F401 - once, not in every rank
 
     torch.set_num_threads(1)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
