@@ -6,8 +6,6 @@ import dataclasses
 import gc
 import io
 import json
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from example_runs import ROOT, environment
+from commands import run_command
 from made_up_train import SMALL, TINY, made_up_run, settings
 from ranks import run_ranks, stop_pool
 from rich.console import Console
@@ -276,16 +274,7 @@ def test_timelines_of_any_number(tmp_path):
 
 
 def bench_train(*flags: object) -> SimpleNamespace:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", "-m", "ep_comm.cli", "bench", "train"]
-    return subprocess.run(
-        [*command, *map(str, flags)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment(),
-        cwd=ROOT,
-    )
+    return run_command("bench", "train", *flags, pool="training")
 
 
 def test_a_run_on_the_cpu(tmp_path):

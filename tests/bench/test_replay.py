@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from example_runs import ROOT, environment
+from commands import run_command
+from example_runs import ROOT
 from made_up_operations import LIMIT
 from ranks import run_ranks
 from typer.testing import CliRunner
@@ -113,12 +112,9 @@ def test_dispatch_and_combine_are_measured_with_it():
     assert found.expert_imbalance == pytest.approx(np.mean(imbalances)) and min(imbalances) > 1.3
 
 
-def command(folder: Path, *flags: object) -> subprocess.CompletedProcess:
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words += ["-m", "ep_comm.cli", "bench", "low-latency", "--backend", "reference"]
-    words += ["--replays", "10", "--out", str(folder), *map(str, flags)]
-    env = {**environment(), "COLUMNS": "200", "PATH": os.environ["PATH"]}
-    return subprocess.run(words, capture_output=True, text=True, env=env, timeout=240)
+def command(folder: Path, *flags: object) -> SimpleNamespace:
+    words = ["bench", "low-latency", "--backend", "reference", "--replays", 10, "--out", folder]
+    return run_command(*words, *flags, COLUMNS="200")
 
 
 @pytest.mark.slow

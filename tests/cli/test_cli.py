@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import run_command
 from made_up_low_latency import made_up_run as low_latency_run
 from made_up_operations import made_up_run
 from typer.testing import CliRunner
@@ -39,12 +38,6 @@ Legend:
 def no_job(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 def test_help_names_all_commands():
@@ -92,26 +85,10 @@ def test_bench_outside_of_torchrun(no_job, capfd, flags, words):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_bench_without_a_gpu_ends_every_rank_with_one_line(tmp_path):
-    environment = {
-        **os.environ,
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(free_port()),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "ep_comm.cli", "bench", "--out", str(tmp_path)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [2, 2]
-    assert "error: bench needs CUDA GPUs" in errors[0]
-    assert "Traceback" not in errors[0] + errors[1] and "error:" not in errors[1]
+    done = run_command("bench", "--out", tmp_path)
+    assert done.codes == (2, 2)
+    assert "error: bench needs CUDA GPUs" in done.stderr and done.stderr.count("error:") == 1
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("rate", "is_void"), [(331.0, False), (300.0, True)])
@@ -199,14 +176,7 @@ def test_bench_low_latency_prints_and_writes_even_wrong_results(wrong, monkeypat
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CPU ranks are for machines without GPUs")
 def test_bench_low_latency_on_cpu_ranks(tmp_path):
     flags = "--backend reference --tokens 130 --hidden 128 --topk 2 --experts 4"
-    command = f"torch.distributed.run --nproc_per_node=2 -m ep_comm.cli bench low-latency {flags}"
-    done = subprocess.run(
-        [sys.executable, "-m", *command.split(), "--out", str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_command("bench", "low-latency", *flags.split(), "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 ranks, top-2 of 4, uniform, FP8 dispatch" in done.stdout and "host, µs" in done.stdout
     document = json.loads((tmp_path / "bench-low-latency.json").read_text())

@@ -45,6 +45,7 @@ _LIBRARIES = [
 # Pools whose processes have Megatron too, on the CPU. They are forked from one more process, the
 # nursery, which has called `_import_megatron` and runs `run_ranks` in our place.
 _WITH_MEGATRON = ("exposed", "megatron", "megatron-fp8", "meter", "training")
+_NURSERY = "nursery"  # the backend of its group of one
 _IMPORTS_WITHIN_S = 120.0
 
 
@@ -67,7 +68,7 @@ class RankFailure(Exception):
 
 
 class RankGroup:
-    """`num_ranks` processes with a gloo, an NCCL or ("") no group, waiting for functions to run."""
+    """`num_ranks` processes with a gloo, an NCCL or no group, waiting for functions to run."""
 
     def __init__(self, num_ranks: int, backend: str) -> None:
         context = _context()
@@ -138,14 +139,14 @@ def run_ranks(
 
     `fresh` uses processes of its own, for tests that damage their group. `pool` names processes
     that only tests of that name share, for tests that change their process; those of
-    `_WITH_MEGATRON` have imported Megatron, fresh ones too. With `backend` "nccl" rank r has GPU r.
-    The processes of `dying` may die: their result is None.
+    `_WITH_MEGATRON` have imported Megatron, fresh ones too. With `backend` "nccl" rank r has GPU r,
+    with "" they have no group. The processes of `dying` may die: their result is None.
     """
     if _is_from_nursery(pool):
         options = dict(timeout_s=timeout_s, fresh=fresh, pool=pool, backend=backend, dying=dying)
         bound = num_ranks * timeout_s + _IMPORTS_WITHIN_S
         call = functools.partial(run_ranks, num_ranks, function, *args, **options)
-        ((results, failure),) = run_ranks(1, _in_nursery, call, timeout_s=bound, backend="")
+        ((results, failure),) = run_ranks(1, _in_nursery, call, timeout_s=bound, backend=_NURSERY)
         if failure:
             raise RankFailure(failure)
         return results
@@ -168,8 +169,8 @@ def run_ranks(
 def stop_pool(pool: str) -> None:
     """End the processes of `pool`; a later `run_ranks` starts new ones."""
     if _is_from_nursery(pool):
-        if (1, "", "") in _groups:
-            run_ranks(1, _in_nursery, functools.partial(stop_pool, pool), backend="")
+        if (1, "", _NURSERY) in _groups:
+            run_ranks(1, _in_nursery, functools.partial(stop_pool, pool), backend=_NURSERY)
         return
     for key in [key for key in _groups if key[1] == pool]:
         _groups.pop(key).stop()
@@ -209,7 +210,7 @@ def _serve(
     gc.freeze()  # what is imported stays: no collection has to look at it, and copy its pages
     if backend == "nccl":
         torch.cuda.set_device(rank)
-    if backend:
+    if backend in ("gloo", "nccl"):
         dist.init_process_group(
             backend,
             store=dist.FileStore(store, num_ranks),
@@ -223,8 +224,8 @@ def _serve(
             pipe.send((True, function(rank, *args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
-    if not backend:
-        _stop_all()  # the nursery's
+    if backend == _NURSERY:
+        _stop_all()
 
 
 def _next_task(pipe: multiprocessing.connection.Connection) -> tuple[Callable, tuple] | None:
