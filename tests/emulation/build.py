@@ -1,18 +1,23 @@
-"""Compile kernels for the CPU: ``build(folder)`` returns a library with their C interface.
+"""Compile kernels for the CPU: `built` returns a library with their C interface.
 
 The sources are csrc's own. Only what is no C++ is rewritten: launches and shared memory.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import re
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 from ep_comm._native import header
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+LIBRARY = "libep_comm_emulated.so"
 SOURCES = (
     "abi.cu",
     "load.cu",
@@ -49,6 +54,28 @@ def _rewrite(text: str) -> str:
     return text.replace("__shared__ ", "static thread_local ")
 
 
+def built() -> Path:
+    """Return the library of these sources, in the repository's ``build``; compile it once."""
+    key = hashlib.sha256()
+    for source in sorted((*(ROOT / "csrc").rglob("*"), *HERE.rglob("*"), header.PATH)):
+        if source.is_file() and source.suffix != ".pyc":
+            key.update(f"{source.relative_to(ROOT)}\0".encode() + source.read_bytes())
+    folder = ROOT / "build" / f"emulation-{key.hexdigest()[:16]}"
+    if not folder.exists():
+        for old in folder.parent.glob("emulation-*"):
+            shutil.rmtree(old)
+        folder.parent.mkdir(exist_ok=True)
+        # Compiled aside and renamed: a folder with this name is always complete.
+        with tempfile.TemporaryDirectory() as objects:
+            with tempfile.TemporaryDirectory(
+                dir=folder.parent, ignore_cleanup_errors=True
+            ) as aside:
+                shutil.copy(build(Path(objects)), aside)
+                with contextlib.suppress(OSError):  # another process was faster
+                    Path(aside).rename(folder)
+    return folder / LIBRARY
+
+
 def build(folder: Path) -> Path:
     """Compile into `folder`, and return the library."""
     for source in (ROOT / "csrc").rglob("*.cu*"):
@@ -72,7 +99,7 @@ def build(folder: Path) -> Path:
             assert pending.pop(0).wait() == 0, "g++ failed"
     for process in pending:
         assert process.wait() == 0, "g++ failed"
-    library = folder / "libep_comm_emulated.so"
+    library = folder / LIBRARY
     command = ["g++", "-shared", "-pthread", *map(str, objects), "-o", str(library)]
     subprocess.run(command, check=True)
     return library

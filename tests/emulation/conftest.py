@@ -4,9 +4,9 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    from emulation.build import build
+def library():
+    from emulation.build import built
 
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    return build(tmp_path_factory.mktemp("emulation"))
+    return built()
