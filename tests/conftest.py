@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from ids import id_of
+from shared_gpu import shared
 
 # Tests make buffers fail, and each leaves a file.
 os.environ.setdefault("EP_COMM_FAULTS", tempfile.mkdtemp(prefix="ep_comm-tests-"))
@@ -20,6 +22,19 @@ SLURM = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults-json", type=Path, help="write here what came of each fault by force")
+    parser.addoption(
+        "--share-gpu",
+        type=int,
+        metavar="N",
+        help="let one GPU pass for N (shared_gpu.py)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if num_gpus := config.getoption("--share-gpu"):
+        stack = contextlib.ExitStack()
+        stack.enter_context(shared(num_gpus, config.getoption("numprocesses", None) or 1))
+        config.add_cleanup(stack.close)
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str:

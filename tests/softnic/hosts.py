@@ -22,16 +22,16 @@ import faulthandler
 import multiprocessing as mp
 import multiprocessing.connection
 import os
-import shutil
 import signal
 import socket
-import subprocess
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from shared_gpu import has_mps, mps
 
 # Not torch: a process imports it when it has its name.
 
@@ -120,7 +120,7 @@ def missing_for(num_ranks: int, ranks_per_host: int, num_gpus: int) -> str | Non
         return None
     if ranks_per_host > 1:
         return f"needs {num_ranks} GPUs, this machine has {num_gpus}"
-    if shutil.which("nvidia-cuda-mps-control") is None:
+    if not has_mps():
         return f"needs {num_ranks} GPUs, or nvidia-cuda-mps-control to share them"
     return None
 
@@ -156,7 +156,7 @@ def run_hosts(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         sharing = {}
         if 0 < num_gpus < num_ranks:
-            sharing = stack.enter_context(_mps(folder, -(-num_ranks // num_gpus)))
+            sharing = stack.enter_context(mps(-(-num_ranks // num_gpus)))
         processes, pipes = [], []
         stack.callback(_end, processes)
         for rank in range(num_ranks):
@@ -292,24 +292,6 @@ def _gpus(place: _Place, ranks_per_host: int, num_gpus: int) -> dict[str, str]:
         return {"CUDA_VISIBLE_DEVICES": str(place.rank % num_gpus)}
     first = place.rank - place.local_rank
     return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(first, first + ranks_per_host)))}
-
-
-@contextlib.contextmanager
-def _mps(folder: Path, ranks_per_gpu: int) -> Iterator[dict[str, str]]:
-    """Run a control daemon of our own, so that kernels of several processes run side by side."""
-    environment = {
-        "CUDA_MPS_PIPE_DIRECTORY": str(folder / "mps"),
-        "CUDA_MPS_LOG_DIRECTORY": str(folder / "mps-log"),
-    }
-    for path in environment.values():
-        Path(path).mkdir()
-    control = ["nvidia-cuda-mps-control"]
-    started = {**os.environ, **environment}
-    subprocess.run([*control, "-d"], env=started, check=True, timeout=30)
-    try:
-        yield {**environment, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(100 // ranks_per_gpu)}
-    finally:
-        subprocess.run(control, input="quit -t 5\n", text=True, env=started, timeout=30)
 
 
 @contextlib.contextmanager

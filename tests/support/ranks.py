@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from shared_gpu import gpu_of
 
 DEFAULT_TIMEOUT_S = 120.0  # for what takes seconds: other programs may use the machine too
 _GLOO_ENDS_WITHIN_S = 5.0  # NCCL may wait for other ranks: its processes are not asked to end
@@ -209,7 +210,7 @@ def _serve(
     torch.set_num_threads(1)
     gc.freeze()  # what is imported stays: no collection has to look at it, and copy its pages
     if backend == "nccl":
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(gpu_of(rank))
     if backend in ("gloo", "nccl"):
         dist.init_process_group(
             backend,
