@@ -58,6 +58,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if num_gpus < needed:
             # Not always what the machine has: there are builds of torch without CUDA.
             skip(item, f"needs {needed} GPU(s), torch {torch.__version__} sees {num_gpus}")
+        if "own_gpus" in item.keywords and item.config.getoption("--share-gpu"):
+            skip(item, "needs GPUs that are not parts of one")
 
 
 def skip(item: pytest.Item, reason: str) -> None:

@@ -81,6 +81,7 @@ def test_tensors_without_content():
 
 
 @pytest.mark.multi_gpu
+@pytest.mark.own_gpus
 def test_tensors_without_content_are_where_their_like_is():
     check_made(maker(torch.ones(1, device="cuda:1"))(*STRIDED), torch.ones(1, device="cuda:1"))
 

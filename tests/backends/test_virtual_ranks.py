@@ -173,11 +173,13 @@ def test_changing_operations_of_eight_ranks(delay_us):
 
 
 @pytest.mark.multi_gpu
+@pytest.mark.own_gpus
 def test_a_thousand_changing_operations_of_eight_ranks():
     check_changing_operations(torch.cuda.device_count(), 340)
 
 
 @pytest.mark.multi_gpu
+@pytest.mark.own_gpus
 @pytest.mark.parametrize("num_ranks", [5, 6, 7, 8])
 def test_random_cases_with_links(num_ranks):
     """More ranks than GPUs, with NVLink between some of them."""

@@ -99,7 +99,8 @@ def changing_on_nvlink(
         with torch.cuda.stream(nccl_stream):
             dist.all_reduce(traffic, op=dist.ReduceOp.MAX, group=nccl_group)
 
-    sms = [2, 5, 16, 24, torch.cuda.get_device_properties(rank).multi_processor_count]
+    all_sms = torch.cuda.get_device_properties("cuda").multi_processor_count
+    sms = [*(few for few in (2, 5, 16, 24) if few < all_sms), all_sms]
     beside = reduce_beside if beside_nccl else lambda: None
     digests = changing_operations(rank, buffer, num_operations, "cuda", sms, beside)
     buffer.destroy()

@@ -214,5 +214,6 @@ def times_of_calls(rank: int) -> dict[str, dict[str, float]]:
     return times
 
 
+@pytest.mark.own_gpus
 def test_host_time_is_little_more_than_the_native_calls():
     check_times(run_ranks(2, times_of_calls, **ON_GPUS)[0], "deep_ep", MOST)

@@ -15,7 +15,12 @@ _BOUND_S = 40.0
 
 def of(over: str) -> list:
     """The faults of one transport; what is not one of its kind is part of the matrix."""
-    marks = lambda fault: () if fault.in_ci or over != "gloo" else pytest.mark.e2e  # noqa: E731
+
+    def marks(fault: Fault) -> list[pytest.MarkDecorator]:
+        if over == "gloo":
+            return [] if fault.in_ci else [pytest.mark.e2e]
+        return [pytest.mark.own_gpus] if fault.what == "breaks its GPU" else []
+
     return [
         pytest.param(each, marks=marks(each), id=str(each)) for each in FAULTS if each.over == over
     ]

@@ -124,6 +124,7 @@ def align_before_dispatch(dispatcher: Any, watch: Any) -> None:
     dispatcher.token_dispatch = token_dispatch
 
 
+@pytest.mark.own_gpus
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_a_replayed_dispatch_takes_as_long_as_the_captured_one(num_ranks, tmp_path):
     if torch.cuda.device_count() < num_ranks:

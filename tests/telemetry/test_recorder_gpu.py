@@ -94,6 +94,7 @@ def against_the_profiler(rank: int) -> tuple[float, float]:
     return statistics.median(recorded), statistics.median(kernels)
 
 
+@pytest.mark.own_gpus
 def test_records_say_what_the_profiler_says():
     for recorded, profiled in run_ranks(2, against_the_profiler, backend="nccl"):
         print(f"recorded {1e6 * recorded:.1f} us, profiled {1e6 * profiled:.1f} us")
@@ -116,6 +117,7 @@ def events_on_the_records_axis(rank: int) -> list[float]:
     return [record.began_s - begin, end - record.began_s - record.seconds]
 
 
+@pytest.mark.own_gpus
 def test_events_can_be_set_beside_records():
     for before_s, behind_s in run_ranks(2, events_on_the_records_axis, backend="nccl"):
         print(f"event {1e6 * before_s:.1f} us before, {1e6 * behind_s:.1f} us behind the record")
@@ -167,6 +169,7 @@ def beside_the_profiler(rank: int, folder: str) -> tuple[Beside, float, float]:
     return found, by_events, without
 
 
+@pytest.mark.own_gpus
 def test_what_is_exposed_by_the_profiler_and_by_events(tmp_path):
     results = run_ranks(2, beside_the_profiler, str(tmp_path), backend="nccl")
     for rank, (found, by_events, without) in enumerate(results):
