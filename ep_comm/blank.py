@@ -1,13 +1,13 @@
 """Tensors without content, at about half of the time on the host that ``torch.empty`` takes.
 
 A low-latency dispatch returns several, and they are a good part of what the call takes. They are
-not filled where ``torch.use_deterministic_algorithms`` has ``torch.empty`` do so.
+not filled where ``torch.use_deterministic_algorithms`` has ``torch.empty`` do so (`is_filled`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,15 @@ def _private() -> Make | None:
 
 
 _on_current_gpu = _private()
+
+
+def is_filled() -> bool:
+    """Return whether ``torch.empty`` fills what it gives: by a kernel on the current stream.
+
+    What another stream writes there has to come behind that kernel.
+    """
+    settings: Any = torch.utils.deterministic  # has properties that mypy does not see
+    return torch.are_deterministic_algorithms_enabled() and settings.fill_uninitialized_memory
 
 
 def maker(like: Tensor) -> Make:

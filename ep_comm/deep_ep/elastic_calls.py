@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ep_comm import Buffer as NativeBuffer
+from ep_comm.blank import is_filled
 from ep_comm.checks import checked_counter
 from ep_comm.deep_ep.behind import behind
 from ep_comm.deep_ep.elastic_handle import EPHandle
@@ -77,6 +78,10 @@ def finish(
     if not (kept.do_expand or column_major):
         return out.recv_x, event
     given = empty_scales(rows, column_major)
+    if event.event is not None and stream is not None:
+        given.record_stream(stream)  # it may be freed at any time (allocate_on_comm_stream)
+        if is_filled():
+            stream.wait_stream(torch.cuda.current_stream())
 
     def arrange() -> None:
         by_row = scales
@@ -85,6 +90,4 @@ def finish(
         given.copy_(by_row)
 
     event = behind(event, stream, arrange, rows, scales, given)
-    if event.event is not None and stream is not None:
-        given.record_stream(stream)  # it may be freed at any time (allocate_on_comm_stream)
     return (rows, given), event

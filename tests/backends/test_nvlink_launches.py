@@ -134,6 +134,39 @@ def test_rows_quantised_after_the_plan_are_waited_for(backend):
         assert calls.index(waits[-1]) < [call[0] for call in calls].index("ep_dispatch")
 
 
+@pytest.fixture
+def filled():
+    """Outputs that torch fills when it allocates them, on the current stream."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("capacity", [None, 40])
+def test_what_fills_outputs_comes_before_their_rows(backend, filled, capacity, asynchronous):
+    calls, stream = backend.native.calls, COMM if asynchronous else CURRENT
+    allocate = torch.empty
+
+    def empty(*args, **kwargs):
+        calls.append(("fill", args))
+        return allocate(*args, **kwargs)
+
+    with mock.patch.object(torch, "empty", empty):
+        dispatch(backend, plan(backend, capacity, asynchronous), asynchronous)
+    behind = {CURRENT}  # the streams that the last fill is before
+    for call in calls:
+        if call[0] == "fill":
+            behind = {CURRENT}
+        elif call[0] == "wait" and call[2] in behind:
+            behind.add(call[1])
+        elif call[0] == "plan":
+            assert call[2] in behind  # its second kernel follows the first one
+        elif call[0] == "ep_dispatch" and call[1].num_expand_blocks:
+            assert call[2] in behind
+    assert stream in behind
+
+
 def test_what_was_started_outlives_an_error(backend):
     backend.memory.mailbox.routing_error[0] = header.EP_ROUTING_OUT_OF_RANGE
     with pytest.raises(EPRoutingError):

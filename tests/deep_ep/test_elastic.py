@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import pickle
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from ranks import run_ranks
 
 from ep_comm import EPArgumentError, EPMismatchError, EPStateError, EPUnsupportedError, fp8
 from ep_comm.deep_ep import ElasticBuffer, EventOverlap
+from ep_comm.deep_ep.elastic_calls import finish
 from ep_comm.deep_ep.hints import TIMEOUT_VARIABLE
 from ep_comm.deep_ep.payload import empty_scales, scales_by_row
 
@@ -44,6 +47,27 @@ def test_scales_of_groups_by_row():
     none = torch.zeros(0, 256, dtype=torch.uint8)
     assert scales_by_row(joined[:0], torch.zeros(4, dtype=torch.int32), 0).shape[0] == 0
     assert empty_scales(none, True).shape == empty_scales(none, False).shape == (0, 2)
+
+
+@pytest.mark.parametrize("is_filled", [False, True])
+def test_scales_are_arranged_behind_what_fills_their_memory(monkeypatch, is_filled):
+    """torch fills new memory on the current stream where algorithms are to be deterministic."""
+    stream = mock.Mock()
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "current")
+    monkeypatch.setattr(torch.Tensor, "record_stream", mock.Mock())
+    rows = torch.zeros(3, 256, dtype=torch.float8_e4m3fn), torch.rand(3, 2)
+    out = mock.Mock(recv_x=rows, event=EventOverlap(mock.Mock()))
+    kept = mock.Mock(do_expand=False)
+    kept.buffer.native.comm_stream = stream
+    torch.use_deterministic_algorithms(is_filled)
+    try:
+        (_, scales), _ = finish(out, kept, None, column_major=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(scales, rows[1])
+    waits = [mock.call.wait_stream("current")] if is_filled else []
+    assert stream.method_calls == [*waits, mock.call.record_event()]
 
 
 # ---- What is said of it, and sizes --------------------------------------------------------------

@@ -21,6 +21,7 @@ from ep_comm.backends.nvlink.routing import (
 )
 from ep_comm.backends.nvlink.rows import allocate_experts, allocate_rows
 from ep_comm.backends.nvlink.tuning import split_dispatch, split_plan
+from ep_comm.blank import is_filled
 from ep_comm.errors import EPUnsupportedError
 from ep_comm.routing.layout import INPUT_KINDS
 from ep_comm.routing.types import RowLayout
@@ -115,11 +116,12 @@ class Planner:
             and not selects_weights
             and self._fits_beside_plan(num_sms == available_sms)
         )
+        is_known = capacity is not None
+        # Before the stream is ordered behind the current one, which may still fill them.
+        arrays = self._allocate(num_tokens, num_topk, num_entries, is_known, layout == "expert")
         stream = streams.begin(header.EP_OP_DISPATCH, asynchronous, num_sms)
         record, number = self._start(stream)
         self._num_plans += 1
-        is_known = capacity is not None
-        arrays = self._allocate(num_tokens, num_topk, num_entries, is_known, layout == "expert")
         routing = self._routing_type(
             num_tokens=num_tokens,
             num_topk=num_topk,
@@ -186,7 +188,7 @@ class Planner:
         self._memory.check_fault()
 
     def wait_for_input(self, first: FirstDispatch, asynchronous: bool) -> None:
-        """Order the first dispatch behind what was made since its plan.
+        """Order the first dispatch behind what the current stream was given since its plan.
 
         The plan's own streams are behind everything older.
         """
@@ -233,6 +235,8 @@ class Planner:
             args.num_received = routing.sizes.num_received
             self._allocate_entries(routing, args.num_received)
             args.routing = routing.native
+        if is_filled():
+            self.wait_for_input(first, first.stream != streams.current)
         self._launch_expand(args, routing, first)
         if not first.in_one:
             streams.wait(first.stream, streams.side)
