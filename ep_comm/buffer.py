@@ -75,7 +75,8 @@ class Buffer(MaskCalls, RecordCalls):
         self.num_local_experts = config.num_experts // self.num_ranks
         store = default_store()
         run = run_name(store, self.rank)
-        backend, self.passed_over, name = make_backend(self.group, config)
+        with torch.inference_mode(False):  # its memory is written to in any mode, to the end
+            backend, self.passed_over, name = make_backend(self.group, config)
         identity = Identity(run, name, self.rank, self.num_ranks)
         self._roster = Roster(store, name, self.rank, self.num_ranks, config.timeout_s)
         blame = Blame(self._roster.store(), self.rank, self.num_ranks)

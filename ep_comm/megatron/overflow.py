@@ -76,7 +76,8 @@ class ExpertOverflow:
         """Return int32 [2, E_local], for `ep_comm.Buffer.dispatch`; of the last one's device."""
         if self._stats is None or self._stats.device != device:
             shape = 2, self._num_local_experts
-            self._stats = torch.zeros(shape, dtype=torch.int32, device=device)
+            with torch.inference_mode(False):  # the first dispatch may be in it, later ones not
+                self._stats = torch.zeros(shape, dtype=torch.int32, device=device)
         return self._stats
 
     @property

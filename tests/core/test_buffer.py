@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
 
-from ep_comm import Buffer
+from ep_comm import Buffer, EPConfig, backends
+from ep_comm.backends.nvlink.farewell import Farewell
+from ep_comm.backends.reference.backend import ReferenceBackend
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -49,6 +52,31 @@ def test_named_cases_on_gpus(case, backend):
 @pytest.mark.parametrize("seed", range(40))
 def test_random_cases_on_gpus(seed):
     check_case(random_case(seed, (2, torch.cuda.device_count())))
+
+
+def made_in_inference_mode(rank: int) -> list[int]:
+    """What stands in memory of a buffer that was made in inference mode and destroyed outside."""
+    flags: list[torch.Tensor] = []
+
+    class Backend(ReferenceBackend):
+        @classmethod
+        def create(cls, *args: Any) -> ReferenceBackend:
+            flags.append(torch.zeros(2, dtype=torch.int32))
+            return super().create(*args)
+
+        def destroy(self) -> None:
+            Farewell(0, flags).say()  # as over NVLink
+            super().destroy()
+
+    config = EPConfig(num_experts=1, hidden=16, max_tokens_per_rank=1, num_topk=1)
+    with mock.patch.object(backends, "BACKENDS", (Backend,)), torch.inference_mode():
+        buffer = Buffer(None, config)
+    buffer.destroy()
+    return flags[0].tolist()
+
+
+def test_a_buffer_that_was_made_in_inference_mode_is_destroyed_outside():
+    assert run_ranks(1, made_in_inference_mode) == [[1, 0]]
 
 
 @st.composite

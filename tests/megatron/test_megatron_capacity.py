@@ -135,6 +135,18 @@ def overflowing(rank: int, how: str | None) -> tuple[str, list[int], int, float]
     return "\n".join(said), came, rows, share
 
 
+def test_counts_that_begin_in_inference_mode_go_on_outside():
+    from ep_comm.megatron.overflow import ExpertOverflow, take_all
+
+    overflow = ExpertOverflow(1.0, num_local_experts=2, first_expert=0, rank=0)
+    overflow.set_room(num_tokens=4, num_topk=1, num_experts=2, alignment=1)
+    with torch.inference_mode():
+        stats = overflow.stats(torch.device("cpu"))
+    stats += torch.tensor([[1, 0], [3, 1]], dtype=torch.int32)
+    assert take_all([overflow]) == [(1, 1.5)]
+    assert stats.tolist() == [[1, 0], [0, 0]]
+
+
 @pytest.mark.parametrize("how", [None, "error"])
 def test_an_overflow_is_named(how):
     all_said = run_ranks(2, overflowing, how, pool="megatron")
