@@ -1,7 +1,7 @@
 """Tensors without content, at about half of the time on the host that ``torch.empty`` takes.
 
 A low-latency dispatch returns several, and they are a good part of what the call takes. They are
-not filled where ``torch.use_deterministic_algorithms`` has ``torch.empty`` do so (`is_filled`).
+not filled where ``torch.use_deterministic_algorithms`` has ``torch.empty`` do so.
 """
 
 from __future__ import annotations
@@ -35,11 +35,23 @@ def _private() -> Make | None:
 _on_current_gpu = _private()
 
 
-def is_filled() -> bool:
-    """Return whether ``torch.empty`` fills what it gives: by a kernel on the current stream.
+def _is_allocated_in_order() -> bool:
+    """Return whether CUDA allocates torch's memory, for the current stream alone."""
+    has_cuda = torch.version.cuda is not None
+    return has_cuda and torch.cuda.get_allocator_backend() == "cudaMallocAsync"
 
-    What another stream writes there has to come behind that kernel.
+
+_in_order = _is_allocated_in_order()
+
+
+def comes_in_order() -> bool:
+    """Return whether what ``torch.empty`` gives may be written to behind the current stream only.
+
+    That fills it there, or it is only there from then on. Else it is free on the current stream
+    since the last use, and so on any stream that was ordered behind that.
     """
+    if _in_order:
+        return True
     settings: Any = torch.utils.deterministic  # has properties that mypy does not see
     return torch.are_deterministic_algorithms_enabled() and settings.fill_uninitialized_memory
 

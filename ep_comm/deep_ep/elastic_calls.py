@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ep_comm import Buffer as NativeBuffer
-from ep_comm.blank import is_filled
+from ep_comm.blank import comes_in_order
 from ep_comm.checks import checked_counter
 from ep_comm.deep_ep.behind import behind
 from ep_comm.deep_ep.elastic_handle import EPHandle
@@ -80,7 +80,7 @@ def finish(
     given = empty_scales(rows, column_major)
     if event.event is not None and stream is not None:
         given.record_stream(stream)  # it may be freed at any time (allocate_on_comm_stream)
-        if is_filled():
+        if comes_in_order():
             stream.wait_stream(torch.cuda.current_stream())
 
     def arrange() -> None:

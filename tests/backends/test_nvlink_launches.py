@@ -10,7 +10,7 @@ import torch
 from nvlink_launches import COMM, CONFIG, CURRENT, SIDE, TOPK, X, dispatch, plan
 from virtual_ranks import VirtualBuffer
 
-from ep_comm import EventOverlap
+from ep_comm import EventOverlap, blank
 from ep_comm._native import header
 from ep_comm.backends.base import CombineRequest, DispatchRequest
 from ep_comm.backends.nvlink import backend as nvlink
@@ -134,29 +134,30 @@ def test_rows_quantised_after_the_plan_are_waited_for(backend):
         assert calls.index(waits[-1]) < [call[0] for call in calls].index("ep_dispatch")
 
 
-@pytest.fixture
-def filled():
-    """Outputs that torch fills when it allocates them, on the current stream."""
-    torch.use_deterministic_algorithms(True)
+@pytest.fixture(params=["filled", "allocated"])
+def in_order(request, monkeypatch):
+    """Outputs that torch fills, or CUDA allocates, in the order of the current stream."""
+    monkeypatch.setattr(blank, "_in_order", request.param == "allocated")
+    torch.use_deterministic_algorithms(request.param == "filled")
     yield
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("capacity", [None, 40])
-def test_what_fills_outputs_comes_before_their_rows(backend, filled, capacity, asynchronous):
+def test_outputs_are_there_before_their_rows(backend, in_order, capacity, asynchronous):
     calls, stream = backend.native.calls, COMM if asynchronous else CURRENT
     allocate = torch.empty
 
     def empty(*args, **kwargs):
-        calls.append(("fill", args))
+        calls.append(("empty", args))
         return allocate(*args, **kwargs)
 
     with mock.patch.object(torch, "empty", empty):
         dispatch(backend, plan(backend, capacity, asynchronous), asynchronous)
-    behind = {CURRENT}  # the streams that the last fill is before
+    behind = {CURRENT}  # the streams that are behind the last memory
     for call in calls:
-        if call[0] == "fill":
+        if call[0] == "empty":
             behind = {CURRENT}
         elif call[0] == "wait" and call[2] in behind:
             behind.add(call[1])

@@ -21,7 +21,7 @@ from ep_comm.backends.nvlink.routing import (
 )
 from ep_comm.backends.nvlink.rows import allocate_experts, allocate_rows
 from ep_comm.backends.nvlink.tuning import split_dispatch, split_plan
-from ep_comm.blank import is_filled
+from ep_comm.blank import comes_in_order
 from ep_comm.errors import EPUnsupportedError
 from ep_comm.routing.layout import INPUT_KINDS
 from ep_comm.routing.types import RowLayout
@@ -235,7 +235,7 @@ class Planner:
             args.num_received = routing.sizes.num_received
             self._allocate_entries(routing, args.num_received)
             args.routing = routing.native
-        if is_filled():
+        if comes_in_order():
             self.wait_for_input(first, first.stream != streams.current)
         self._launch_expand(args, routing, first)
         if not first.in_one:
