@@ -16,6 +16,7 @@ handles of it may be alive: all that were left behind take less memory than the 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
@@ -143,8 +144,11 @@ class SizedBuffers:
 
     def destroy(self) -> None:
         """Free all of them. Collective."""
-        for buffer in reversed(self._all):
-            buffer.native.destroy()
+        with (
+            contextlib.ExitStack() as stack
+        ):  # all of them, the last one first, whatever one raises
+            for buffer in self._all:
+                stack.callback(buffer.native.destroy)
 
     def _grow(self, key: tuple, num_tokens: int) -> SizedBuffer:
         room = self._normal[key].room

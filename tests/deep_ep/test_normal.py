@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +15,10 @@ from deep_ep_normal import CASES, Rank, dispatch, every_way, fp8_rows, room, siz
 from own_name import patience
 from ranks import run_ranks
 
-from ep_comm import EPArgumentError, EPRoutingError
+from ep_comm import EPArgumentError, EPRoutingError, EPStateError
 from ep_comm.deep_ep import Buffer, topk_idx_t
 from ep_comm.deep_ep.hints import MAX_TOKENS_VARIABLE, TIMEOUT_VARIABLE
+from ep_comm.deep_ep.sized import SizedBuffers
 
 patience()
 
@@ -52,6 +55,24 @@ def sizes_by_hint(rank: int) -> None:
 
 def test_sizes_may_be_hinted():
     run_ranks(2, sizes_by_hint)
+
+
+def test_one_that_cannot_be_destroyed_does_not_keep_the_others():
+    done: list[str] = []
+
+    def destroy(name: str) -> None:
+        done.append(name)
+        if name == "larger":
+            raise EPStateError(name)
+
+    buffer = object.__new__(SizedBuffers)
+    buffer._all = [
+        mock.Mock(native=mock.Mock(destroy=functools.partial(destroy, name)))
+        for name in ("first", "larger", "last")
+    ]
+    with pytest.raises(EPStateError, match="larger"):
+        buffer.destroy()
+    assert done == ["last", "larger", "first"]
 
 
 def bad_routing(rank: int) -> str:
