@@ -80,6 +80,19 @@ def test_a_graph_has_no_branches(backend, num_sms, source):
     assert both[1].num_push_blocks > 0 < both[1].num_expand_blocks
 
 
+@pytest.mark.parametrize("is_captured", [True, False])
+def test_counts_of_a_captured_plan_are_those_of_the_last_replay(backend, is_captured):
+    with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: is_captured):
+        routing = plan(backend, capacity=40)
+        dispatch(backend, routing)
+    routing.wait_for_kernels = mock.Mock()
+    for tokens in (3, 5):
+        routing.array("expert_tokens").fill_(tokens)
+        expected = tokens if is_captured else 3
+        assert routing.sizes.expert_rows == (expected,) * 4
+    assert routing.wait_for_kernels.call_count == (2 if is_captured else 1)
+
+
 def test_a_cached_dispatch_and_a_combine_are_one_launch_each(backend):
     routing = plan(backend)
     received = dispatch(backend, routing).result

@@ -101,7 +101,7 @@ class Dispatches:
             if was_made:
                 self._planner.wait_for_input(first, asynchronous)
             # Rows that are pushed have to be there: only an input of before the plan certainly is.
-            args.is_behind_plan = first.in_one and not (was_made or first.is_captured)
+            args.is_behind_plan = first.in_one and not (was_made or routing.is_captured)
             if self._copies is not None:
                 made_weights = was_made or ahead is not None
                 self._copies.push_planned(args, routing.num_tokens, quantises, made_weights)

@@ -132,6 +132,7 @@ class Planner:
             ticket=self._num_plans,
             stream=streams.current,
             memory=(arrays["arena"],),
+            is_captured=is_captured,
             first=FirstDispatch(
                 source,
                 stream,
@@ -139,7 +140,6 @@ class Planner:
                 record,
                 selects_weights,
                 in_one,
-                is_captured,
                 number,
                 overflow_stats,
             ),

@@ -99,6 +99,7 @@ class NVLinkRouting(Routing):
         stream: The caller's, to which the memory of the arrays belongs.
         arena: The arrays whose size is known before the plan.
         memory: All of them, to keep alive what kernels read.
+        is_captured: The plan is in a CUDA graph: each replay of it changes the arrays.
         first: The common part of the plan and of the first dispatch; None after that one.
         wait_for_kernels: Waits until the counts are in device memory.
     """
@@ -109,8 +110,10 @@ class NVLinkRouting(Routing):
     arena: Tensor
     places: dict[str, tuple[int, int]]
     memory: tuple[Tensor, ...]
+    is_captured: bool
     first: FirstDispatch | None
     wait_for_kernels: Callable[[], None] = field(repr=False)
+    _sizes: RoutingSizes | None = field(default=None, init=False, repr=False)
 
     def allocate_entries(self, num_received: int) -> None:
         """Allocate the entries of so many rows, to be used instead of the buffer's.
@@ -147,20 +150,29 @@ class NVLinkRouting(Routing):
         shape, stride = (self.num_tokens, self.num_topk), (self.num_topk, 1)
         return self.arena.as_strided(shape, stride, first)
 
-    @cached_property
+    @property
     def sizes(self) -> RoutingSizes:
         """The counts: set by the first dispatch, if that waits for them; else read from the device.
 
-        Reading waits for the kernels.
+        Reading waits for the kernels. Those of a captured plan are read each time.
         """
+        if self._sizes is not None:
+            return self._sizes
         self.wait_for_kernels()
-        return RoutingSizes(
+        sizes = RoutingSizes(
             sent=tuple(self.array("num_sent").tolist()),
             received=tuple(self.array("num_recv").tolist()),
             expert_rows=tuple(self.array("expert_tokens").tolist()),
             alignment=self.expert_alignment,
             expert_capacity=self.expert_capacity,
         )
+        if not self.is_captured:
+            self._sizes = sizes
+        return sizes
+
+    @sizes.setter
+    def sizes(self, sizes: RoutingSizes) -> None:
+        self._sizes = sizes
 
     @property
     def known_expert_rows(self) -> tuple[int, ...]:
@@ -193,7 +205,6 @@ class FirstDispatch(NamedTuple):
         record: Address of their record.
         selects_weights: Whether probabilities are selected by the plan's experts in between.
         in_one: Whether rows are pushed and expanded by one kernel, on the stream of the plan.
-        is_captured: In a CUDA graph.
         number: Of their operation on the buffer, from 1.
         overflow_stats: What the plan counts in.
     """
@@ -204,6 +215,5 @@ class FirstDispatch(NamedTuple):
     record: int
     selects_weights: bool
     in_one: bool
-    is_captured: bool
     number: int
     overflow_stats: Tensor | None
