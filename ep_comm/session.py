@@ -159,18 +159,26 @@ class Session:
             isinstance(error, EPRoutingError)
             or (isinstance(error, (EPArgumentError, EPUnsupportedError)) and not has_started)
         )
-        if not is_harmless and not isinstance(error, EPOverflowError):
-            backend.give_up()
-            if self._blame is not None:
-                self._find_origin(self._blame, error)
-            if self.identity is not None:
-                file = fault_file.leave(self.identity, backend, error)
-                if isinstance(error, EPError):
-                    error.file = file
-            reason = str(error) if isinstance(error, EPError) else repr(error)
-            self.unusable = f"an earlier operation failed: {reason}"
-        if has_started or backend.has_failed:
-            backend.abandon()
+        try:
+            if not is_harmless and not isinstance(error, EPOverflowError):
+                self._fail(error)
+        finally:  # what takes seconds may be interrupted
+            if has_started or backend.has_failed:
+                backend.abandon()
+
+    def _fail(self, error: BaseException) -> None:
+        """Note that an operation ended with `error`; find out, and leave, what is known of it."""
+        backend = self.backend
+        self.unusable = f"an earlier operation failed: {error!r}"
+        backend.give_up()
+        if self._blame is not None:
+            self._find_origin(self._blame, error)
+        if self.identity is not None:
+            file = fault_file.leave(self.identity, backend, error)
+            if isinstance(error, EPError):
+                error.file = file
+        if isinstance(error, EPError):
+            self.unusable = f"an earlier operation failed: {error}"
 
     def _find_origin(self, blame: Blame, error: BaseException) -> None:
         """Tell the others whom this rank has waited for, and the error whom they have."""

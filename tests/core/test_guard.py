@@ -75,6 +75,16 @@ def test_what_is_left_behind_is_abandoned_even_if_that_fails():
     assert not buffer.is_usable
 
 
+def test_an_interrupt_while_others_are_asked_leaves_nothing_half_done():
+    buffer = make_buffer()
+    session, backend = buffer._session, buffer._session.backend
+    session._blame = mock.Mock(trace=mock.Mock(side_effect=KeyboardInterrupt("again")))
+    with pytest.raises(KeyboardInterrupt, match="again"), session.operation():
+        backend.num_started += 1
+        raise KeyboardInterrupt("once")
+    assert not buffer.is_usable and backend.give_up.called and backend.abandon.called
+
+
 def test_waiting_for_operations_raises_what_ended_them():
     buffer = make_buffer(has_failed=True)
     buffer._session.backend.synchronize = mock.Mock(side_effect=EPTimeoutError(**LATE))
