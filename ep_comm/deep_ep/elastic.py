@@ -278,7 +278,7 @@ class ElasticBuffer:
             kept: EPHandle = checked(handle, EPHandle, "ElasticBuffer.dispatch")
             check_repeated(
                 kept,
-                do_expand=do_expand,
+                do_expand=do_expand or None,  # False may be left out
                 num_experts=num_experts,
                 num_max_tokens_per_rank=num_max_tokens_per_rank,
                 expert_alignment=expert_alignment,

@@ -200,7 +200,7 @@ def in_layout(mine: Rank, buffer: ElasticBuffer, do_expand: bool, alignment: int
         want.check_rows(again, num_rows)
         want.check_weights(weights)
         assert (stats - 5).tolist() == [2 * count for count in want.counts]
-        assert buffer.dispatch(mine.x, handle=handle, do_expand=do_expand)[2] is None
+        assert buffer.dispatch(mine.x, handle=handle)[2] is None
 
         check_combine(mine, want, buffer, handle, len(recv_x))
 
