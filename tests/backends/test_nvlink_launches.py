@@ -13,11 +13,33 @@ from virtual_ranks import VirtualBuffer
 from ep_comm import EventOverlap, blank
 from ep_comm._native import header
 from ep_comm.backends.base import CombineRequest, DispatchRequest
+from ep_comm.backends.nodes.backend import NodesBackend
+from ep_comm.backends.nodes.memory import NodesMemory
 from ep_comm.backends.nvlink import backend as nvlink
 from ep_comm.backends.nvlink import streams as nvlink_streams
+from ep_comm.backends.nvlink.backend import NVLinkBackend
 from ep_comm.errors import EPArgumentError, EPRoutingError, EPUnsupportedError
 from ep_comm.handle import DispatchHandle
 from ep_comm.telemetry.device import DeviceRecorder
+from ep_comm.topology import Spot
+
+
+@pytest.mark.parametrize("kind", [NVLinkBackend, NodesBackend])
+def test_what_a_buffer_begins_with_is_there_for_every_stream(kind, monkeypatch):
+    calls = []
+
+    class Backend(kind):
+        def __init__(self, *_) -> None:
+            calls.append("made")  # zeros on the current stream
+
+    monkeypatch.setattr(nvlink._native, "load", mock.Mock())
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda _: 2)
+    monkeypatch.setattr(nvlink.PeerMemory, "of_group", mock.Mock())
+    monkeypatch.setattr(NodesMemory, "of_one_host", mock.Mock())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("waited"))
+    spots = [Spot("host", (0,)), Spot("host", (1,))]
+    Backend.create(None, CONFIG, None, spots)
+    assert calls == ["made", "waited"]
 
 
 def test_a_new_dispatch_pushes_while_the_host_waits(backend):

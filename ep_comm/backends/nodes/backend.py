@@ -109,11 +109,14 @@ class NodesBackend(NVLinkBackend):
         offsets = nodes_offsets(native, config, num_ranks // size, size)
         how = (offsets, size, config.timeout_s)
         if world is None:
-            return cls(NodesMemory.of_one_host(group, meeting, *how), config)
-        hosts, rank = [spot.host for spot in spots], dist.get_rank(group)
-        has_low_latency = config.low_latency_tokens is not None
-        memory = NodesMemory.of_hosts(group, meeting, world, *how, has_low_latency)
-        return cls(memory, config, world.nic(hosts[:rank].count(hosts[rank])))
+            made = cls(NodesMemory.of_one_host(group, meeting, *how), config)
+        else:
+            hosts, rank = [spot.host for spot in spots], dist.get_rank(group)
+            has_low_latency = config.low_latency_tokens is not None
+            memory = NodesMemory.of_hosts(group, meeting, world, *how, has_low_latency)
+            made = cls(memory, config, world.nic(hosts[:rank].count(hosts[rank])))
+        torch.cuda.synchronize()  # its counts are zero for operations on any stream
+        return made
 
     def __init__(self, memory: NodesMemory, config: EPConfig, nic: str | None = None) -> None:
         self._nic = nic

@@ -82,7 +82,9 @@ class NVLinkBackend:
         native = _native.load()
         assert native is not None  # or `facts` says so
         offsets = buffer_offsets(native, config, dist.get_world_size(group))
-        return cls(PeerMemory.of_group(group, meeting, offsets, config.timeout_s), config)
+        made = cls(PeerMemory.of_group(group, meeting, offsets, config.timeout_s), config)
+        torch.cuda.synchronize()  # its counts are zero for operations on any stream
+        return made
 
     def __init__(self, memory: PeerMemory, config: EPConfig) -> None:
         self.config = config
