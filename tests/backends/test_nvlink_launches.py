@@ -115,6 +115,16 @@ def test_counts_of_a_captured_plan_are_those_of_the_last_replay(backend, is_capt
     assert routing.wait_for_kernels.call_count == (2 if is_captured else 1)
 
 
+def test_counts_cannot_be_read_while_a_graph_is_captured(backend):
+    routing = plan(backend, capacity=40)
+    dispatch(backend, routing)
+    with (
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),
+        pytest.raises(EPUnsupportedError, match="cannot hold a wait of the host"),
+    ):
+        _ = routing.sizes
+
+
 def test_a_cached_dispatch_and_a_combine_are_one_launch_each(backend):
     routing = plan(backend)
     received = dispatch(backend, routing).result

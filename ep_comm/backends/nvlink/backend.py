@@ -256,8 +256,6 @@ class NVLinkBackend:
 
     def synchronize(self) -> None:
         """Wait for all streams with an operation, and raise what their kernels reported."""
-        if torch.cuda.is_current_stream_capturing():
-            raise EPUnsupportedError("a CUDA graph cannot hold a wait of the host")
         self._streams.synchronize()
         self.memory.check()
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.cuda import ExternalStream
 
 from ep_comm._native import NativeLibrary, header
+from ep_comm.errors import EPUnsupportedError
 from ep_comm.events import EventOverlap
 
 
@@ -132,7 +133,12 @@ class Streams:
         """Wait on the host for all operations that were started.
 
         Graphs of them that were replayed on the current stream are among these.
+
+        Raises:
+            EPUnsupportedError: The current stream is being captured.
         """
+        if torch.cuda.is_current_stream_capturing():
+            raise EPUnsupportedError("a CUDA graph cannot hold a wait of the host")
         device = self._device_index
         torch.cuda.current_stream(device).synchronize()
         used = self._in_flight.streams(self._keys())
