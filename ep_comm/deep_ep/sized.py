@@ -143,12 +143,10 @@ class SizedBuffers:
         return made
 
     def destroy(self) -> None:
-        """Free all of them. Collective."""
-        with (
-            contextlib.ExitStack() as stack
-        ):  # all of them, the last one first, whatever one raises
+        """Free all of them, whatever one raises. Collective."""
+        with contextlib.ExitStack() as last_first:
             for buffer in self._all:
-                stack.callback(buffer.native.destroy)
+                last_first.callback(buffer.native.destroy)
 
     def _grow(self, key: tuple, num_tokens: int) -> SizedBuffer:
         room = self._normal[key].room

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -155,7 +156,7 @@ def test_what_a_backend_on_several_hosts_is_made_of(monkeypatch):
     monkeypatch.setattr(NodesMemory, "of_hosts", of_hosts)
     monkeypatch.setattr(NodesBackend, "__init__", init)
     monkeypatch.setattr(dist, "get_rank", lambda group: 3)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", Mock())
     monkeypatch.setenv("NVSHMEM_IB_SL", "4")
     if _native.load() is None:
         pytest.skip(_native.status())

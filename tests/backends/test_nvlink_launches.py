@@ -36,7 +36,8 @@ def test_what_a_buffer_begins_with_is_there_for_every_stream(kind, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda _: 2)
     monkeypatch.setattr(nvlink.PeerMemory, "of_group", mock.Mock())
     monkeypatch.setattr(NodesMemory, "of_one_host", mock.Mock())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("waited"))
+    stream = SimpleNamespace(synchronize=lambda: calls.append("waited"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     spots = [Spot("host", (0,)), Spot("host", (1,))]
     Backend.create(None, CONFIG, None, spots)
     assert calls == ["made", "waited"]

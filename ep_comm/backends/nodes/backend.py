@@ -115,7 +115,9 @@ class NodesBackend(NVLinkBackend):
             has_low_latency = config.low_latency_tokens is not None
             memory = NodesMemory.of_hosts(group, meeting, world, *how, has_low_latency)
             made = cls(memory, config, world.nic(hosts[:rank].count(hosts[rank])))
-        torch.cuda.synchronize()  # its counts are zero for operations on any stream
+        # Its counts are zero from now on, for operations on any stream. Not the whole device:
+        # something there may wait for what the caller does next.
+        torch.cuda.current_stream().synchronize()
         return made
 
     def __init__(self, memory: NodesMemory, config: EPConfig, nic: str | None = None) -> None:

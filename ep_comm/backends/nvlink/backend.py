@@ -83,7 +83,9 @@ class NVLinkBackend:
         assert native is not None  # or `facts` says so
         offsets = buffer_offsets(native, config, dist.get_world_size(group))
         made = cls(PeerMemory.of_group(group, meeting, offsets, config.timeout_s), config)
-        torch.cuda.synchronize()  # its counts are zero for operations on any stream
+        # Its counts are zero from now on, for operations on any stream. Not the whole device:
+        # something there may wait for what the caller does next.
+        torch.cuda.current_stream().synchronize()
         return made
 
     def __init__(self, memory: PeerMemory, config: EPConfig) -> None:
