@@ -8,17 +8,23 @@ from typing import Any
 import pytest
 import torch
 from buffer_cases import on_gpus
-from cases import wait_for_stream
 from low_latency_cases import (
     Inputs,
     LowLatencyCase,
-    as_numpy,
     check_results,
-    combine,
     dispatch,
     run_case,
     run_combined_twice,
     run_two_at_once,
+)
+from low_latency_ranks import (
+    after_four_thousand_million,
+    rank_one_stays_away,
+    with_a_third_dispatch,
+    with_experts_twice,
+    with_foreign_experts,
+    with_other_handles,
+    with_weights_on_one_side,
 )
 from low_latency_suite import (
     CASES,
@@ -30,7 +36,6 @@ from low_latency_suite import (
     TWICE,
     TWO_AT_ONCE,
     changing_operations,
-    rank_one_stays_away,
     replays,
 )
 from ranks import run_ranks
@@ -38,7 +43,7 @@ from virtual_ranks import run_virtual_ranks
 
 from ep_comm import Buffer
 from ep_comm.blank import Blank, maker
-from ep_comm.errors import EPMismatchError, EPRoutingError, EPStateError
+from ep_comm.errors import EPStateError
 
 pytestmark = pytest.mark.gpu
 EIGHT = LowLatencyCase(
@@ -115,32 +120,12 @@ def test_two_results_are_out_at_once_beside_normal_operations():
         check_results(case, [of_rank[number] for of_rank in results], times=2 - number)
 
 
-def with_a_third_dispatch(rank: int, buffer: Buffer, case: LowLatencyCase) -> list[dict[str, Any]]:
-    """No kernel stands between a receive and the send that needs the credit for it."""
-    inputs = [Inputs.of_case(case, rank, "cuda") for _ in range(3)]
-    outs = [dispatch(buffer, case, given) for given in inputs[:2]]
-    outs[0].hook()
-    outs.append(dispatch(buffer, case, inputs[2]))
-    for out in outs[1:]:
-        out.hook()
-    for given, out in zip(inputs, outs, strict=True):
-        combine(buffer, case, given, out.handle).hook()
-    return [as_numpy(case, given, out) for given, out in zip(inputs, outs, strict=True)]
-
-
 def test_a_credit_waits_for_no_credit():
     case = on_gpus(LowLatencyCase(tokens=(7, 5), split=True), "nvlink")
     config = case.config(timeout_s=10)
     results = run_virtual_ranks(2, with_a_third_dispatch, config, case)
     for of_operation in zip(*results, strict=True):
         check_results(case, list(of_operation))
-
-
-def after_four_thousand_million(rank: int, buffer: Buffer, case: LowLatencyCase) -> list:
-    """As `run_case`, while the operations' numbers run out of 32 bits."""
-    buffer._session.backend.low_latency.restart((), 2**32 - 4)
-    wait_for_stream()
-    return [run_case(rank, buffer, case, "cuda") for _ in range(8)]
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])
@@ -170,41 +155,9 @@ def test_a_late_rank_is_named():
     assert message.startswith("low_latency_dispatch #1: rank 0 waited 1 s for rank 1 (phase: plan)")
 
 
-def with_foreign_experts(rank: int, buffer: Buffer, case: LowLatencyCase) -> dict[str, Any]:
-    """What is to be dropped is not -1 but other numbers that are no experts."""
-    given = Inputs.of_case(case, rank, "cuda")
-    dropped = given.topk_idx < 0
-    given.topk_idx[dropped] = torch.tensor([-7, 1 << 40, case.num_experts], device="cuda")[
-        torch.arange(int(dropped.sum()), device="cuda") % 3
-    ]
-    wait_for_stream()
-    out = dispatch(buffer, case, given)
-    combine(buffer, case, given, out.handle)
-    results = as_numpy(case, given, out)
-    message = r"token \d+, entry \d, no expert has number"
-    with pytest.raises(EPRoutingError, match=message) as caught:
-        dispatch(buffer, case, given)
-    shown = {"-7", str(2**31 - 1), str(case.num_experts)}
-    assert any(f"number {number}." in str(caught.value) for number in shown)
-    combine(buffer, case, given, dispatch(buffer, case, given).handle)  # it was said once
-    return results
-
-
 def test_what_is_no_expert_is_dropped():
     case = on_gpus(LowLatencyCase(tokens=(12, 9), num_topk=4, drop=0.4), "nvlink")
     check_results(case, run_virtual_ranks(2, with_foreign_experts, case.config(), case))
-
-
-def with_experts_twice(rank: int, buffer: Buffer, case: LowLatencyCase) -> list[int]:
-    given = Inputs.of_case(case, rank, "cuda")
-    given.topk_idx[:, 1] = given.topk_idx[:, 0]
-    wait_for_stream()
-    out = dispatch(buffer, case, given)
-    combine(buffer, case, given, out.handle)
-    wait_for_stream()
-    with pytest.raises(EPRoutingError, match=r"entry 1, a second time expert"):
-        dispatch(buffer, case, given)
-    return out.recv_count.tolist()
 
 
 def test_an_expert_twice_gets_the_row_once():
@@ -213,32 +166,11 @@ def test_an_expert_twice_gets_the_row_once():
     assert sum(map(sum, counts)) == 21
 
 
-def with_other_handles(rank: int, buffer: Buffer, case: LowLatencyCase) -> str:
-    """Ranks combine different dispatches: of the same sizes, so that only the epochs tell."""
-    given = Inputs.of_case(case, rank, "cuda")
-    handles = [dispatch(buffer, case, given).handle for _ in range(2)]
-    combine(buffer, case, given, handles[rank])
-    with pytest.raises(EPMismatchError) as caught:
-        buffer.synchronize()
-    return str(caught.value)
-
-
 def test_combines_of_different_dispatches_are_a_mismatch():
     case = on_gpus(LowLatencyCase(tokens=(7, 5)), "nvlink")
     messages = run_virtual_ranks(2, with_other_handles, case.config(timeout_s=20), case)
     for message in messages:
         assert "different low_latency_combine calls: handles of different dispatches" in message
-
-
-def with_weights_on_one_side(rank: int, buffer: Buffer, case: LowLatencyCase) -> str:
-    """Rank 0 has them with its handle. Rank 1 brings them, and would wait for those of rank 0."""
-    given = Inputs.of_case(case, rank, "cuda")
-    cases = [dataclasses.replace(case, weights_with=each) for each in ("dispatch", "combine")]
-    handles = [dispatch(buffer, each, given).handle for each in cases]
-    combine(buffer, cases[rank], given, handles[rank])
-    with pytest.raises(EPMismatchError) as caught:
-        buffer.synchronize()
-    return str(caught.value)
 
 
 def test_weights_that_some_ranks_alone_bring_are_a_mismatch():

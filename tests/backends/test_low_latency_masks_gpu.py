@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from buffer_cases import on_gpus
-from cases import wait_for_stream
 from low_latency_cases import Inputs, LowLatencyCase, as_numpy, combine, dispatch
 from mask_cases import (
     FOUR,
@@ -20,67 +19,20 @@ from mask_cases import (
     check_a_killed_rank,
     check_a_stopped_rank,
     check_steps,
-    decode,
     make_buffer,
     of_step,
+    one_rank_is_late,
+    ranks_go_one_by_one,
 )
 from ranks import run_ranks
 from virtual_ranks import run_virtual_ranks
 
-from ep_comm import Buffer, EPStateError, EPTimeoutError
+from ep_comm import EPTimeoutError
 
 pytestmark = pytest.mark.gpu
 
 
 # ---- Virtual ranks -----------------------------------------------------------------------------
-
-
-def one_rank_is_late(rank: int, buffer: Buffer, case: LowLatencyCase, late: int) -> Results:
-    """Its kernels write while those of the others run without it; then it comes back."""
-    store = buffer._roster._store
-    results = {step: decode(rank, buffer, case, step) for step in range(4)}
-
-    def wait_for(key: str) -> None:
-        store.wait([key], timedelta(seconds=30))
-
-    given = Inputs.of_case(of_step(case, 4), rank, "cuda")
-    if rank == late:
-        wait_for("the others go on")
-        out = dispatch(buffer, of_step(case, 4), given)
-        with pytest.raises(EPTimeoutError) as caught:
-            if case.split:
-                out.hook()
-            combine(buffer, case, given, out.handle)
-            buffer.synchronize()
-        assert late not in caught.value.late_ranks
-        assert buffer.query_masked() == (late,)
-        with pytest.raises(EPStateError, match=f"rank {late} itself was masked"):
-            buffer.mask_rank()
-        store.set("comes back", "1")
-    else:
-        out = dispatch(buffer, of_step(case, 4), given)
-        with pytest.raises(EPTimeoutError) as caught:
-            if case.split:
-                out.hook()
-            buffer.synchronize()
-        assert caught.value.late_ranks == (late,)
-        buffer.mask_rank(late)
-        with pytest.raises(EPStateError, match="this handle or hook can no longer be used"):
-            combine(buffer, case, given, out.handle)
-        for step in range(4, 24):
-            results[step] = decode(rank, buffer, case, step)
-            if step == 6:
-                store.set("the others go on", "1")
-        wait_for("comes back")
-    buffer.clear_mask()
-    for step in range(24, 30):
-        results[step] = decode(rank, buffer, case, step)
-    x = torch.ones(2, case.hidden, dtype=torch.bfloat16, device="cuda")
-    topk = torch.tensor([[0], [case.num_experts - 1]], device="cuda")
-    wait_for_stream()
-    sent = buffer.dispatch(x, topk)
-    assert (buffer.combine(sent.recv_x, sent.handle).combined_x == 1).all()
-    return results
 
 
 @pytest.mark.parametrize("case", [THREE, FOUR], ids=["three", "four"])
@@ -92,27 +44,6 @@ def test_a_late_rank_is_masked_and_comes_back(case, delay_us):
     )
     masks = check_steps(case, ranks, 30)
     assert masks == [()] * 4 + [(late,)] * 20 + [()] * 6
-
-
-def ranks_go_one_by_one(rank: int, buffer: Buffer, case: LowLatencyCase) -> Results:
-    """Nothing has failed: each is masked while it waits for all to come back."""
-    results: Results = {}
-    num_ranks = case.num_ranks
-    for gone in range(num_ranks):
-        if rank >= num_ranks - gone:
-            break
-        if gone:
-            buffer.mask_rank(num_ranks - gone)
-        for step in range(3 * gone, 3 * gone + 3):
-            results[step] = decode(rank, buffer, case, step)
-    store = buffer._roster._store
-    if rank == 0:
-        store.set("alone", "1")
-    store.wait(["alone"], timedelta(seconds=30))
-    buffer.clear_mask()
-    for step in range(3 * num_ranks, 3 * num_ranks + 3):
-        results[step] = decode(rank, buffer, case, step)
-    return results
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])

@@ -20,6 +20,7 @@ from low_latency_cases import (
     run_two_at_once,
     run_unwaited,
 )
+from low_latency_ranks import rank_one_stays_away
 from low_latency_suite import (
     CASES,
     CHANGING,
@@ -32,7 +33,6 @@ from low_latency_suite import (
     TWICE,
     TWO_AT_ONCE,
     changing_operations,
-    rank_one_stays_away,
     replays,
 )
 from ranks import RankFailure, run_ranks

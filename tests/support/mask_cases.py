@@ -7,13 +7,22 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from cases import wait_for_stream
 from low_latency_calls import TOPK
-from low_latency_cases import Inputs, LowLatencyCase, check_results, dispatch, run_case
+from low_latency_cases import (
+    Inputs,
+    LowLatencyCase,
+    check_results,
+    combine,
+    dispatch,
+    run_case,
+)
 from ranks import run_ranks
 
 from ep_comm import Buffer, EPStateError, EPTimeoutError
@@ -68,6 +77,75 @@ def check_steps(case: LowLatencyCase, ranks: list[Results | None], num_steps: in
         of_ranks = [results and results.get(step, (None, None))[1] for results in ranks]
         check_results(of_step(case, step), of_ranks, masked=masks[-1])
     return masks
+
+
+def one_rank_is_late(rank: int, buffer: Buffer, case: LowLatencyCase, late: int) -> Results:
+    """Its kernels write while those of the others run without it; then it comes back."""
+    store = buffer._roster._store
+    results = {step: decode(rank, buffer, case, step) for step in range(4)}
+
+    def wait_for(key: str) -> None:
+        store.wait([key], timedelta(seconds=30))
+
+    given = Inputs.of_case(of_step(case, 4), rank, case.device)
+    if rank == late:
+        wait_for("the others go on")
+        out = dispatch(buffer, of_step(case, 4), given)
+        with pytest.raises(EPTimeoutError) as caught:
+            if case.split:
+                out.hook()
+            combine(buffer, case, given, out.handle)
+            buffer.synchronize()
+        assert late not in caught.value.late_ranks
+        assert buffer.query_masked() == (late,)
+        with pytest.raises(EPStateError, match=f"rank {late} itself was masked"):
+            buffer.mask_rank()
+        store.set("comes back", "1")
+    else:
+        out = dispatch(buffer, of_step(case, 4), given)
+        with pytest.raises(EPTimeoutError) as caught:
+            if case.split:
+                out.hook()
+            buffer.synchronize()
+        assert caught.value.late_ranks == (late,)
+        buffer.mask_rank(late)
+        with pytest.raises(EPStateError, match="this handle or hook can no longer be used"):
+            combine(buffer, case, given, out.handle)
+        for step in range(4, 24):
+            results[step] = decode(rank, buffer, case, step)
+            if step == 6:
+                store.set("the others go on", "1")
+        wait_for("comes back")
+    buffer.clear_mask()
+    for step in range(24, 30):
+        results[step] = decode(rank, buffer, case, step)
+    x = torch.ones(2, case.hidden, dtype=torch.bfloat16, device=case.device)
+    topk = torch.tensor([[0], [case.num_experts - 1]], device=case.device)
+    wait_for_stream()
+    sent = buffer.dispatch(x, topk)
+    assert (buffer.combine(sent.recv_x, sent.handle).combined_x == 1).all()
+    return results
+
+
+def ranks_go_one_by_one(rank: int, buffer: Buffer, case: LowLatencyCase) -> Results:
+    """Nothing has failed: each is masked while it waits for all to come back."""
+    results: Results = {}
+    num_ranks = case.num_ranks
+    for gone in range(num_ranks):
+        if rank >= num_ranks - gone:
+            break
+        if gone:
+            buffer.mask_rank(num_ranks - gone)
+        for step in range(3 * gone, 3 * gone + 3):
+            results[step] = decode(rank, buffer, case, step)
+    store = buffer._roster._store
+    if rank == 0:
+        store.set("alone", "1")
+    store.wait(["alone"], timedelta(seconds=30))
+    buffer.clear_mask()
+    for step in range(3 * num_ranks, 3 * num_ranks + 3):
+        results[step] = decode(rank, buffer, case, step)
+    return results
 
 
 def decode_until_one_dies(rank: int, case: LowLatencyCase, victim: int, when: str) -> Results:
