@@ -33,6 +33,7 @@ emulation_switch:
 namespace emulation {
 
 thread_local Block* the_block = nullptr;
+std::atomic<bool> tears_words{false};
 
 namespace {
 
@@ -74,7 +75,7 @@ bool waits(const Coroutine& thread) {
     case Wait::kBarrier:
       return *thread.generation == thread.seen;
     case Wait::kWord:
-      return thread.last.is_same();
+      return thread.looks.are_same();
     default:
       return thread.wait == Wait::kTime;
   }
@@ -89,6 +90,21 @@ void rest(int idle) {
   }
   const int us = std::min(kStepUs * (idle - kYields), kMostUs);
   std::this_thread::sleep_for(std::chrono::microseconds(us));
+}
+
+std::atomic<int> longest_delay_us{0};
+using Time = std::chrono::steady_clock::time_point;
+
+uint64_t random_number() {
+  static thread_local uint64_t state = reinterpret_cast<uintptr_t>(&state) ^ clock64();
+  state = state * 6364136223846793005ull + 1442695040888963407ull;
+  return state >> 33;
+}
+
+// Up to the longest, at random.
+std::chrono::microseconds random_delay() {
+  const int longest = longest_delay_us;
+  return std::chrono::microseconds(longest == 0 ? 0 : random_number() % longest);
 }
 
 // Blocks that run, and what they waited for when a fault was raised.
@@ -110,12 +126,20 @@ void run_block(Block& block, int64_t shared_bytes) {
     const std::lock_guard<std::mutex> lock(blocks_mutex);
     blocks.insert(&block);
   }
+  // Few warps are late, and by much: kernels have delays of their own, which the others stand in.
+  constexpr int kOneIn = 8, kTimes = 8;
+  const Time start = std::chrono::steady_clock::now();
+  std::vector<Time> begins(block.warps.size(), start);
+  for (Time& begin : begins) {
+    if (random_number() % kOneIn == 0) begin += kTimes * random_delay();
+  }
   int idle = 0;
   while (block.live > 0) {
     bool has_work = false;
+    const Time now = std::chrono::steady_clock::now();
     const bool all_look = idle % kTurn == kTurn - 1;
     for (Coroutine& thread : block.threads) {
-      if (thread.done) continue;
+      if (thread.done || begins[thread.thread.x / kWarp] > now) continue;
       if (waits(thread)) {
         const bool has_turn = thread.wait == Wait::kTime || (thread.wait == Wait::kWord && all_look);
         if (!has_turn) continue;
@@ -138,12 +162,14 @@ void run_block(Block& block, int64_t shared_bytes) {
 
 // A line for each word that threads of a block look at, and one for those at barriers.
 void describe(const Block& block, std::string* text) {
-  std::map<std::pair<const void*, uint64_t>, int> looks;
+  std::map<std::pair<const void*, Bits>, int> looks;
   int at_barriers = 0, others = 0;
   for (const Coroutine& thread : block.threads) {
     if (thread.done) continue;
     if (thread.wait == Wait::kWord) {
-      ++looks[{thread.last.word, thread.last.seen}];
+      for (int i = 0; i < thread.looks.count; ++i) {
+        ++looks[{thread.looks.words[i].word, thread.looks.words[i].seen}];
+      }
     } else {
       ++(thread.wait == Wait::kBarrier ? at_barriers : others);
     }
@@ -155,8 +181,9 @@ void describe(const Block& block, std::string* text) {
   };
   for (const auto& [look, count] : looks) {
     char what[96];
-    std::snprintf(what, sizeof(what), "look at %p, which is %#llx", look.first,
-                  static_cast<unsigned long long>(look.second));
+    const auto low = static_cast<unsigned long long>(look.second);
+    const auto high = static_cast<unsigned long long>(look.second >> 64);  // of words of 16 bytes
+    std::snprintf(what, sizeof(what), "look at %p, which is %#llx, %#llx", look.first, low, high);
     add(count, what);
   }
   add(at_barriers, "at barriers");
@@ -277,17 +304,6 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 
 namespace {
 
-std::atomic<int> longest_delay_us{0};
-
-// Waits for up to that long.
-void delay_copy() {
-  static thread_local uint64_t random = reinterpret_cast<uintptr_t>(&random);
-  random = random * 6364136223846793005ull + 1442695040888963407ull;
-  const int longest = longest_delay_us;
-  if (longest == 0) return;
-  std::this_thread::sleep_for(std::chrono::microseconds((random >> 33) % longest));
-}
-
 int write_value(void* stream, unsigned long long address, uint32_t value, unsigned) {
   emulation::stream_of(stream).push([=] {
     __atomic_store_n(reinterpret_cast<uint32_t*>(address), value, __ATOMIC_RELEASE);
@@ -300,7 +316,7 @@ int write_value(void* stream, unsigned long long address, uint32_t value, unsign
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                             cudaStream_t stream) {
   emulation::stream_of(stream).push([=] {
-    delay_copy();
+    std::this_thread::sleep_for(emulation::random_delay());
     std::memcpy(to, from, bytes);
   });
   return cudaSuccess;
@@ -315,8 +331,12 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, 
   return cudaSuccess;
 }
 
-extern "C" __attribute__((visibility("default"))) void emulation_delay_copies(int up_to_us) {
-  longest_delay_us = up_to_us;
+extern "C" __attribute__((visibility("default"))) void emulation_delay(int up_to_us) {
+  emulation::longest_delay_us = up_to_us;
+}
+
+extern "C" __attribute__((visibility("default"))) void emulation_tear_words(bool tears) {
+  emulation::tears_words = tears;
 }
 
 extern "C" __attribute__((visibility("default"))) void emulation_synchronize(void* stream) {

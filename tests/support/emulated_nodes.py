@@ -61,9 +61,13 @@ class EmulatedLibrary(NativeLibrary):
     def synchronize(self, stream: int) -> None:
         self._dll.emulation_synchronize(stream)
 
-    def delay_copies(self, up_to_us: int) -> None:
-        """Have each copy on a stream come up to that much later, at random."""
-        self._dll.emulation_delay_copies(up_to_us)
+    def delay(self, up_to_us: int) -> None:
+        """Have each copy on a stream come up to that much later, at random; warps begin later."""
+        self._dll.emulation_delay(up_to_us)
+
+    def tear_words(self, tears: bool) -> None:
+        """Have each word of 16 bytes written in two halves, for a control."""
+        self._dll.emulation_tear_words(tears)
 
     def waits(self) -> str:
         """Return what the threads of all ranks did at the first fault since the last call."""
@@ -196,6 +200,8 @@ def emulated_cuda(library: Path) -> Iterator[EmulatedLibrary]:
             yield native
         finally:
             native.waits()  # a fault of this run is none of the next one's
+            native.delay(0)
+            native.tear_words(False)
             Emulated.kept.clear()
             nvlink_streams.in_flight.cache_clear()
 

@@ -4,8 +4,9 @@
 // they wait: at barriers, in collectives of a warp, in loops that spin. Whoever looks at a word in
 // vain is left alone until it changes, and a block sleeps when all its threads wait: so a few cores
 // run hundreds of waiting warps. A stream is a thread that runs its kernels one after the other.
-// Bulk copies are done at once. Memory is that of the CPU, so order is stronger than on a GPU: what
-// is tested is the protocol, not the fences.
+// Bulk loads are done at once, other copies where they are waited for. Words of 16 bytes are whole
+// where they are so on a GPU (looks.h). Memory is that of the CPU, so order is stronger than on a GPU:
+// what is tested is the protocol, not the fences.
 #pragma once
 
 #include <sched.h>
@@ -27,6 +28,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "looks.h"
+
 #define __global__
 #define __device__
 #define __host__
@@ -36,9 +39,6 @@
 #define __align__(n) alignas(n)
 #define __launch_bounds__(...)
 
-struct uint4 {
-  uint32_t x, y, z, w;
-};
 struct int4 {
   int32_t x, y, z, w;
 };
@@ -75,18 +75,6 @@ struct Warp {
   uint64_t values[2][kWarp];
 };
 
-// A word of memory, and what was seen there.
-struct Look {
-  const void* word = nullptr;
-  uint32_t bytes = 0;
-  uint64_t seen = 0;
-
-  bool is_same() const {
-    return bytes == 4 ? __atomic_load_n(static_cast<const uint32_t*>(word), __ATOMIC_ACQUIRE) == seen
-                      : __atomic_load_n(static_cast<const uint64_t*>(word), __ATOMIC_ACQUIRE) == seen;
-  }
-};
-
 // What a thread waits for until it gets its next turn.
 enum class Wait { kNothing, kBarrier, kWord, kTime };
 
@@ -97,8 +85,7 @@ struct Coroutine {
   Wait wait = Wait::kNothing;
   const uint64_t* generation = nullptr;  // kBarrier: until it is no longer `seen`
   uint64_t seen = 0;
-  Look last;               // kWord: until it changes
-  int in_vain = 0;         // times that it has found the same there
+  Looks looks;             // kWord: until one of them changes
   bool read_time = false;  // and has done nothing since that could be waited for
   bool done = false;
 };
@@ -135,21 +122,20 @@ inline void wait_for(const uint64_t& generation, uint64_t seen) {
   yield(Wait::kBarrier);
 }
 
-// Reads a word that others write. Whoever finds the same there again and again waits until it
-// changes, or for a turn now and then.
+// Reads a word that others write. Whoever finds the same again and again waits for a change, or for
+// a turn now and then.
 template <typename T>
 T look(const T* word) {
-  constexpr int kSpins = 3;
   Coroutine& me = *the_block->current;
   me.read_time = false;
-  T value = __atomic_load_n(word, __ATOMIC_ACQUIRE);
-  const bool is_same = me.last.word == word && me.last.seen == value;
-  me.in_vain = is_same ? me.in_vain + 1 : 0;
-  if (me.in_vain >= kSpins) {
-    yield(Wait::kWord);
-    value = __atomic_load_n(word, __ATOMIC_ACQUIRE);
-  }
-  me.last = {word, sizeof(T), value};
+  T value = load(word);
+  const Look before(word, value);
+  if (!me.looks.is_in_vain(before)) return value;
+  yield(Wait::kWord);
+  value = load(word);
+  // Other words of the wait are looked at next. Those that are no part of it are forgotten.
+  const Look now(word, value);
+  me.looks.begin(now, now.seen == before.seen);
   return value;
 }
 
@@ -163,20 +149,24 @@ inline void read_time() {
 // The first fault of a rank: keeps what all threads wait for, see emulation_waits().
 void note_fault();
 
-inline void arrive(Barrier& barrier, uint32_t expected, uint32_t vote) {
+// Counts a thread in. True where it is the last one, which opens the barrier for the others.
+inline bool count_in(Barrier& barrier, uint32_t expected, uint32_t vote) {
   barrier.votes_or |= vote != 0;
   barrier.votes_and &= vote != 0;
   barrier.count += vote != 0;
-  if (++barrier.arrived < expected) {
-    wait_for(barrier.generation, barrier.generation);
-    return;
-  }
+  if (++barrier.arrived < expected) return false;
   barrier.result_or = barrier.votes_or;
   barrier.result_and = barrier.votes_and;
   barrier.result_count = barrier.count;
   barrier.votes_or = barrier.arrived = barrier.count = 0;
   barrier.votes_and = 1;
   ++barrier.generation;
+  return true;
+}
+
+inline void arrive(Barrier& barrier, uint32_t expected, uint32_t vote) {
+  const uint64_t generation = barrier.generation;
+  if (!count_in(barrier, expected, vote)) wait_for(barrier.generation, generation);
 }
 
 inline uint32_t thread_index() { return the_block->current->thread.x; }
@@ -387,7 +377,7 @@ inline cudaError_t cudaStreamQuery(cudaStream_t) {
   std::this_thread::sleep_for(std::chrono::microseconds(100));
   return cudaErrorNotReady;
 }
-// Copies are done in their turn on the stream, late at random where a test says so. Flags of the
+// Copies are done in their turn on the stream, late at random where a test says so, as warps begin. Flags of the
 // stream itself are cuStreamWriteValue32's.
 enum cudaMemcpyKind { cudaMemcpyDeviceToDevice };
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,

@@ -64,55 +64,67 @@ inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t
   if (*barrier >> 32 == 0) ++*barrier;
 }
 
-// Stores are done where they are waited for, so that one that is waited for too late shows.
-struct BulkStore {
+// Copies of which several are on their way are done where they are waited for: one that is waited
+// for too late shows.
+struct Copy {
   void* to;
   const void* from;
   uint32_t bytes;
   uint64_t group;
 };
-struct BulkStores {
-  std::vector<BulkStore> pending;
+struct Copies {
+  std::vector<Copy> pending;
   uint64_t open = 0;  // number of the open group
-  template <typename Which>
-  void finish(const Which& which) {
+
+  void begin(void* to, const void* from, uint32_t bytes) {
+    if (bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
+      std::abort();
+    }
+    pending.push_back({to, from, bytes, open});
+  }
+  // All but the newest groups.
+  void finish(uint64_t but_newest) {
     size_t kept = 0;
-    for (const BulkStore& store : pending) {
-      if (which(store)) {
-        std::memcpy(store.to, store.from, store.bytes);
+    for (const Copy& copy : pending) {
+      if (copy.group + but_newest < open) {
+        std::memcpy(copy.to, copy.from, copy.bytes);
       } else {
-        pending[kept++] = store;
+        pending[kept++] = copy;
       }
     }
     pending.resize(kept);
   }
 };
-inline BulkStores& my_stores() {
-  static thread_local std::map<emulation::Coroutine*, BulkStores> stores;
+enum class Of { kBulkStores, kWords };
+template <Of kOf>
+Copies& my_copies() {
+  static thread_local std::map<emulation::Coroutine*, Copies> copies;
   static thread_local emulation::Block* block = nullptr;
   if (block != emulation::the_block) {
-    stores.clear();
+    copies.clear();
     block = emulation::the_block;
   }
-  return stores[emulation::the_block->current];
+  return copies[emulation::the_block->current];
 }
 inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
-  if (bytes % 16 || reinterpret_cast<uintptr_t>(shared) % 16 ||
-      reinterpret_cast<uintptr_t>(global) % 16) {
-    std::abort();
-  }
-  BulkStores& mine = my_stores();
-  mine.pending.push_back({global, shared, bytes, mine.open});
+  my_copies<Of::kBulkStores>().begin(global, shared, bytes);
 }
-inline void bulk_commit() { ++my_stores().open; }
+inline void bulk_commit() { ++my_copies<Of::kBulkStores>().open; }
 template <int kPending>
 void bulk_wait_written() {
-  BulkStores& mine = my_stores();
-  mine.finish([&](const BulkStore& store) { return store.group + kPending < mine.open; });
+  my_copies<Of::kBulkStores>().finish(kPending);
 }
 template <int kPending>
 void bulk_wait_read() {
   bulk_wait_written<kPending>();
+}
+inline void copy_word(uint4* shared, const uint4* global) {
+  my_copies<Of::kWords>().begin(shared, global, sizeof *shared);
+}
+inline void copy_commit() { ++my_copies<Of::kWords>().open; }
+template <int kPending>
+void copy_wait() {
+  my_copies<Of::kWords>().finish(kPending);
 }
 
 inline void load_global_if(bool condition, uint4* v, const uint4* pointer) {
@@ -130,17 +142,30 @@ inline uint32_t load_shared_u32(uint32_t shared) {
 }
 inline void store_global(uint4* pointer, const uint4& v) { std::memcpy(pointer, &v, 16); }
 
-// Words that arrive as a whole: of the low-latency kernels of one host, which are not run here.
-inline uint4 load_word(const uint4* pointer) { return *pointer; }
+inline uint4 load_word(const uint4* pointer) { return emulation::look(pointer); }
 inline void load_word_if(bool condition, uint4* v, const uint4* pointer) {
-  if (condition) *v = *pointer;
+  if (condition) *v = load_word(pointer);
 }
-inline void store_word(uint4* pointer, const uint4& v) { *pointer = v; }
-inline uint32_t load_global_now(const uint32_t* pointer) { return *pointer; }
-inline void named_arrive(int32_t, int32_t) { std::abort(); }
+inline void store_word(uint4* pointer, const uint4& v) {
+  if (!emulation::tears_words) return emulation::store_whole(pointer, v);
+  static thread_local uint32_t count = 0;
+  uint64_t halves[2];
+  std::memcpy(halves, &v, sizeof halves);
+  const uint32_t first = ++count % 2;
+  auto* const to = reinterpret_cast<uint64_t*>(pointer);
+  __atomic_store_n(to + first, halves[first], __ATOMIC_RELEASE);
+  emulation::yield(emulation::Wait::kNothing);
+  __atomic_store_n(to + 1 - first, halves[1 - first], __ATOMIC_RELEASE);
+}
+inline uint32_t load_global_now(const uint32_t* pointer) {
+  return __atomic_load_n(pointer, __ATOMIC_RELAXED);
+}
 
 inline void named_barrier(int32_t number, int32_t threads) {
   emulation::arrive(emulation::the_block->named[number], threads, 1);
+}
+inline void named_arrive(int32_t number, int32_t threads) {
+  emulation::count_in(emulation::the_block->named[number], threads, 1);
 }
 
 }  // namespace ep::ptx
