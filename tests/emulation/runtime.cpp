@@ -113,8 +113,9 @@ std::set<Block*> blocks;
 std::string noted;
 
 void run_block(Block& block, int64_t shared_bytes) {
-  // Whoever looks at a word gets a turn this often, for there may be a fault or a timeout.
-  constexpr int kTurn = 16;
+  // Whoever looks at a word gets a turn this often, for there may be a fault or a timeout: of rounds
+  // in which nobody had work, and of all.
+  constexpr int kTurn = 16, kTurnOfAll = 256;
   prctl(PR_SET_TIMERSLACK, 1000);
   the_block = &block;
   std::vector<uint8_t> shared(shared_bytes + 256);
@@ -133,11 +134,11 @@ void run_block(Block& block, int64_t shared_bytes) {
   for (Time& begin : begins) {
     if (random_number() % kOneIn == 0) begin += kTimes * random_delay();
   }
-  int idle = 0;
+  int idle = 0, rounds = 0;
   while (block.live > 0) {
     bool has_work = false;
     const Time now = std::chrono::steady_clock::now();
-    const bool all_look = idle % kTurn == kTurn - 1;
+    const bool all_look = idle % kTurn == kTurn - 1 || ++rounds % kTurnOfAll == 0;
     for (Coroutine& thread : block.threads) {
       if (thread.done || begins[thread.thread.x / kWarp] > now) continue;
       if (waits(thread)) {

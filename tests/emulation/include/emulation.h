@@ -165,6 +165,7 @@ inline bool count_in(Barrier& barrier, uint32_t expected, uint32_t vote) {
 }
 
 inline void arrive(Barrier& barrier, uint32_t expected, uint32_t vote) {
+  the_block->current->looks.meet();
   const uint64_t generation = barrier.generation;
   if (!count_in(barrier, expected, vote)) wait_for(barrier.generation, generation);
 }

@@ -85,6 +85,11 @@ struct Looks {
     in_vain = 0;
     has_waited = after_wait;
   }
+  // Called where the thread meets others: what they look at, it waits for too. So it goes on, but where
+  // all look at one word.
+  void meet() {
+    if (count > 1) count = in_vain = 0;
+  }
   // True where there is nothing to be seen until a word changes.
   bool is_in_vain(const Look& look) {
     const Look* const known =
