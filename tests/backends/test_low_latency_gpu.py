@@ -23,6 +23,7 @@ from low_latency_ranks import (
     with_a_third_dispatch,
     with_experts_twice,
     with_foreign_experts,
+    with_other_formats,
     with_other_handles,
     with_weights_on_one_side,
 )
@@ -171,6 +172,13 @@ def test_combines_of_different_dispatches_are_a_mismatch():
     messages = run_virtual_ranks(2, with_other_handles, case.config(timeout_s=20), case)
     for message in messages:
         assert "different low_latency_combine calls: handles of different dispatches" in message
+
+
+def test_dispatches_in_different_formats_are_a_mismatch():
+    case = on_gpus(LowLatencyCase(tokens=(7, 5), hidden=128), "nvlink")
+    messages = run_virtual_ranks(2, with_other_formats, case.config(timeout_s=20), case)
+    for message in messages:
+        assert "made different low_latency_dispatch calls" in message
 
 
 def test_weights_that_some_ranks_alone_bring_are_a_mismatch():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 from emulated_ranks import run_emulated_ranks
 from emulation.build import LOW_LATENCY, build
@@ -24,6 +25,7 @@ from low_latency_ranks import (
     with_a_third_dispatch,
     with_experts_twice,
     with_foreign_experts,
+    with_other_formats,
     with_other_handles,
     with_weights_on_one_side,
 )
@@ -42,6 +44,7 @@ from node_cases import PATIENT
 from ep_comm import Buffer, EPError
 
 TWO = LowLatencyCase(tokens=(7, 5))
+SOON = dict(timeout_s=5)
 
 
 def on_buffer(rank: int, buffer: Buffer, case: LowLatencyCase) -> dict[str, Any]:
@@ -78,6 +81,34 @@ SIZES = [
 @pytest.mark.parametrize(("sizes", "num_sms"), SIZES)
 def test_sizes(library, sizes, num_sms):
     check_case(library, LowLatencyCase(**sizes), num_sms=num_sms)
+
+
+def random_case(seed: int) -> LowLatencyCase:
+    rng = np.random.default_rng(seed)
+    most, experts_per_rank = int(rng.choice([1, 5, 33, 80])), int(rng.choice([1, 3, 8, 40]))
+    tokens = tuple(int(n) for n in rng.integers(0, most + 1, rng.integers(1, 5)))
+    num_experts = len(tokens) * experts_per_rank
+    return LowLatencyCase(
+        tokens=tokens,
+        max_tokens=most,
+        room=most + int(rng.integers(0, 3)),
+        experts_per_rank=experts_per_rank,
+        num_topk=min(num_experts, int(rng.choice([1, 2, 6, 9, 20]))),
+        hidden=int(rng.choice([512, 1024, 1536])),
+        scales=(None, None, "fp32", "power_of_two", "ue8m0")[rng.integers(5)],
+        weights_with=("dispatch", "combine", "both")[rng.integers(3)],
+        split=bool(rng.integers(2)),
+        drop=float(rng.choice([0, 0.1, 0.7])),
+        routing=("uniform", "zipf")[rng.integers(2)],
+        idx_dtype=("int64", "int32")[rng.integers(2)],
+        seed=seed,
+    )
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("seed", range(60))
+def test_random_cases(library, seed):
+    check_case(library, random_case(seed), delay_us=10 * (seed % 2), num_sms=2 + seed % 5)
 
 
 def combined_twice(rank: int, buffer: Buffer, case: LowLatencyCase) -> dict[str, Any]:
@@ -204,6 +235,15 @@ def test_combines_of_different_dispatches_are_a_mismatch(library, _):
 
 
 @pytest.mark.parametrize("_", range(5))
+def test_dispatches_in_different_formats_are_a_mismatch(library, _):
+    case = dataclasses.replace(TWO, hidden=128)
+    for message in run_emulated_ranks(
+        library, 2, with_other_formats, case.config(**SOON), case, delay_us=20
+    ):
+        assert "made different low_latency_dispatch calls" in message
+
+
+@pytest.mark.parametrize("_", range(5))
 def test_weights_that_some_ranks_alone_bring_are_a_mismatch(library, _):
     config = TWO.config(timeout_s=20)
     for message in run_emulated_ranks(library, 2, with_weights_on_one_side, config, TWO):
@@ -245,7 +285,6 @@ def test_ranks_go_one_by_one(library, split):
 # ---- Controls: what has to fail ----------------------------------------------------------------
 
 FAILS = (AssertionError, EPError, pytest.fail.Exception)  # the last: nothing was raised
-SOON = dict(timeout_s=5)
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])
@@ -269,6 +308,11 @@ def check_warps_that_are_late(library) -> None:
 def check_the_hardest(library) -> None:
     for case in HARD[:2]:
         check_results(case, run_emulated_ranks(library, 4, on_buffer, case.config(**SOON), case))
+
+
+def check_mismatches(library) -> None:
+    for _ in range(10):
+        test_dispatches_in_different_formats_are_a_mismatch(library, 0)
 
 
 def check_ahead(library) -> None:
@@ -330,6 +374,12 @@ PLANTED = {
         "if (operation.alive >> r & 1) receive_header(",
         "if (false) receive_header(",
         lambda library: test_combines_of_different_dispatches_are_a_mismatch(library, 0),
+    ),
+    "who-sees-a-mismatch-tells-nothing": (
+        "low_latency/epochs.cuh",
+        "abort != 0 && abort != mismatch_of(operation.kind, operation.epoch)",
+        "abort != 0",
+        check_mismatches,
     ),
 }
 

@@ -77,6 +77,16 @@ def with_other_handles(rank: int, buffer: Buffer, case: LowLatencyCase) -> str:
     return str(caught.value)
 
 
+def with_other_formats(rank: int, buffer: Buffer, case: LowLatencyCase) -> str:
+    """Rank 1 alone dispatches in FP8. A rank whose first block finds out has still to tell."""
+    case = dataclasses.replace(case, scales=(None, "fp32")[rank])
+    out = dispatch(buffer, case, Inputs.of_case(case, rank, case.device))
+    with pytest.raises(EPMismatchError) as caught:
+        buffer.synchronize()
+    assert not out.recv_count.any()
+    return str(caught.value)
+
+
 def with_weights_on_one_side(rank: int, buffer: Buffer, case: LowLatencyCase) -> str:
     """Rank 0 has them with its handle. Rank 1 brings them, and would wait for those of rank 0."""
     given = Inputs.of_case(case, rank, case.device)
