@@ -296,7 +296,10 @@ def other_handle(rank: int, buffer: Buffer, case: Case) -> str:
 def test_rows_without_entries_are_a_mismatch_where_tags_are_the_same(library, monkeypatch):
     monkeypatch.setattr(dispatches, "tag", lambda *call: 7)
     case = case_of((2, 2), tokens=(40, 50, 60, 30), drop=0.0)
-    texts = run_emulated_nodes(library, 2, 2, other_handle, case.config(timeout_s=5), case)
+    for _ in range(3):  # rank 2 may find out before its rows have left, and then sends none
+        texts = run_emulated_nodes(library, 2, 2, other_handle, case.config(timeout_s=5), case)
+        if "waited 5 s for rank 2" not in texts[0]:
+            break
     assert "rank 0 and rank 2 made different dispatch calls" in texts[0]
 
 
