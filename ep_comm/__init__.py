@@ -23,14 +23,14 @@ the contract, ``lint-imports`` checks it)::
     config     sizes and settings of a buffer
     network    settings of the network between nodes, and what a host has for it
     job, telemetry, topology, tracing
-    events, blank (tensors without content), errors, version, _native
+    events, blank (tensors without content), errors, lazy, version, _native
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ep_comm.lazy import lazy
 from ep_comm.version import __version__
 
 if TYPE_CHECKING:
@@ -108,12 +108,4 @@ __all__ = [
     "__version__",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy(__name__, _LAZY, __all__)

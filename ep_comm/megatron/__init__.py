@@ -16,8 +16,9 @@ for that reason nothing here imports it until it is asked for.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ep_comm.lazy import lazy
 
 if TYPE_CHECKING:
     from ep_comm.megatron.buffers import destroy_buffers, synchronize_buffers
@@ -57,12 +58,4 @@ __all__ = [
     "use_ep_comm",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy(__name__, _LAZY, __all__)
