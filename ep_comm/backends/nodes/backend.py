@@ -109,16 +109,11 @@ class NodesBackend(NVLinkBackend):
         offsets = nodes_offsets(native, config, num_ranks // size, size)
         how = (offsets, size, config.timeout_s)
         if world is None:
-            made = cls(NodesMemory.of_one_host(group, meeting, *how), config)
-        else:
-            hosts, rank = [spot.host for spot in spots], dist.get_rank(group)
-            has_low_latency = config.low_latency_tokens is not None
-            memory = NodesMemory.of_hosts(group, meeting, world, *how, has_low_latency)
-            made = cls(memory, config, world.nic(hosts[:rank].count(hosts[rank])))
-        # Its counts are zero from now on, for operations on any stream. Not the whole device:
-        # something there may wait for what the caller does next.
-        torch.cuda.current_stream().synchronize()
-        return made
+            return cls._made(NodesMemory.of_one_host(group, meeting, *how), config)
+        hosts, rank = [spot.host for spot in spots], dist.get_rank(group)
+        has_low_latency = config.low_latency_tokens is not None
+        memory = NodesMemory.of_hosts(group, meeting, world, *how, has_low_latency)
+        return cls._made(memory, config, world.nic(hosts[:rank].count(hosts[rank])))
 
     def __init__(self, memory: NodesMemory, config: EPConfig, nic: str | None = None) -> None:
         self._nic = nic

@@ -14,6 +14,7 @@ while the other one pushes. Two operations run at once where both find room (str
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,9 @@ from ep_comm.telemetry.device import DeviceRecorder
 from ep_comm.telemetry.watch import Wait
 from ep_comm.topology import Spot, num_hosts
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class NVLinkBackend:
     """The kernels of this project, between the GPUs of one host.
@@ -82,9 +86,13 @@ class NVLinkBackend:
         native = _native.load()
         assert native is not None  # or `facts` says so
         offsets = buffer_offsets(native, config, dist.get_world_size(group))
-        made = cls(PeerMemory.of_group(group, meeting, offsets, config.timeout_s), config)
-        # Its counts are zero from now on, for operations on any stream. Not the whole device:
-        # something there may wait for what the caller does next.
+        return cls._made(PeerMemory.of_group(group, meeting, offsets, config.timeout_s), config)
+
+    @classmethod
+    def _made(cls, *args: Any) -> Self:
+        """Return a new one whose counts are zero for operations on any stream."""
+        made = cls(*args)
+        # Not the whole device: something there may wait for what the caller does next.
         torch.cuda.current_stream().synchronize()
         return made
 
