@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from free_port import free_port
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -29,9 +29,7 @@ def run_example(
     """Run it as torchrun would: the ranks' exit codes and what they printed."""
     script = folder / "moe.py"
     script.write_text(source)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     job = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     job |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     processes = [

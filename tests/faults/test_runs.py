@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from example_runs import (  # noqa: E402
     train,
     wait_for_step,
 )
+from free_port import free_port
 from ranks import RankFailure, run_ranks  # noqa: E402
 
 from ep_comm.job.stop import EXIT_CODE  # noqa: E402
@@ -217,9 +217,7 @@ def tasks(port: int, step: int, flags: list[object]) -> list[subprocess.Popen]:
 
 
 def test_a_second_job_on_a_port_leaves_the_first_alone(tmp_path):
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     flags = [*SMALL, "--run-dir"]
     first = tasks(port, 0, [*flags, tmp_path / "first", "--train-iters", 150])
     with ended(first):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from free_port import free_port
 from softnic import hosts
 from softnic.hosts import HostFailure, run_hosts
 
@@ -128,9 +129,7 @@ def as_command(rank: int, silent: int | None = None, timeout_s: float = 20) -> b
 
 @pytest.fixture
 def port() -> dict[str, str]:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return {"MASTER_PORT": str(listener.getsockname()[1])}
+    return {"MASTER_PORT": str(free_port())}
 
 
 def test_the_command_finds_out_which_ranks_are_a_host(port):

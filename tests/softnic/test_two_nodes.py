@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 from pathlib import Path
 
 import pytest
+from free_port import free_port
 from softnic import hosts
 
 ROOT = Path(__file__).parents[2]
@@ -24,9 +24,7 @@ def test_it_says_how_it_is_started():
 @pytest.mark.e2e
 @pytest.mark.skipif(hosts.missing() is not None, reason=str(hosts.missing()))
 def test_both_commands_pass(tmp_path):
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     environment = {
         **os.environ,
         **dict(BACKEND="reference", PROCESSES="1", CASES="3", PORT=str(port)),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import sys
 import tempfile
 import traceback
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 from example_runs import ROOT, environment
+from free_port import free_port
 from ranks import run_ranks
 
 
@@ -25,10 +25,9 @@ def run_command(*words: object, processes: int = 2, pool: str = "", **variables:
 
     `variables` are of the environment. With `pool` "training" Megatron is imported before.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    job = dict(WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_PORT=port, **variables)
+    job = dict(
+        WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_PORT=free_port(), **variables
+    )
     results = run_ranks(
         processes, _as_rank, list(map(str, words)), job, fresh=True, pool=pool, backend=""
     )

@@ -15,13 +15,14 @@ import contextlib
 import os
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
+
+from free_port import free_port
 
 _IS_SHARED = "EP_COMM_TESTS_SHARE_GPU"
 _RANK = "EP_COMM_TESTS_RANK"  # of a script's process
@@ -96,15 +97,13 @@ def main() -> None:
         sys.path[0] = str(Path(script).parent)
         runpy.run_path(script, run_name="__main__")
         return
-    with shared(int(num_ranks)), socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        server.close()
+    with shared(int(num_ranks)):
         common = {
             "WORLD_SIZE": num_ranks,
             "LOCAL_WORLD_SIZE": "1",
             "LOCAL_RANK": "0",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(free_port()),
         }
         ranks = []
         for rank in range(int(num_ranks)):
