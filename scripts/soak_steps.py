@@ -48,7 +48,8 @@ class Step:
     def on_a_stream(self) -> Iterator[None]:
         """Run a step on the current stream or another one, on any number of SMs."""
         if self.on_gpu:
-            self.buffer.set_num_sms(int(self.own.choice([0, 4, 8, 24, 48])) or None)
+            available = torch.cuda.get_device_properties(self.device).multi_processor_count
+            self.buffer.set_num_sms(min(int(self.own.choice([0, 4, 8, 24, 48])), available) or None)
         if self._side is None or self.chance(0.5):
             yield
             return

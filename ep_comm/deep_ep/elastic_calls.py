@@ -30,6 +30,8 @@ def run_arguments(
     events: tuple[object, object], asynchronous: bool, allocate_on_comm_stream: bool
 ) -> dict[str, Any]:
     """Return how a native operation is to run that starts after these two events."""
+    if events == (None, None) and not asynchronous:
+        return {}
     first, second = (
         EventOverlap(event) if isinstance(event, torch.cuda.Event) else event for event in events
     )
@@ -58,6 +60,8 @@ def check_repeated(kept: EPHandle, **given: object) -> None:
 
 def check_stats(stats: Tensor | None, num_local_experts: int, x: Payload) -> None:
     """Refuse what tokens of experts cannot be counted in: it is [E] int32."""
+    if stats is None:
+        return
     device = (x[0] if isinstance(x, tuple) else x).device
     name = "cumulative_local_expert_recv_stats"
     checked_counter(name, stats, (num_local_experts,), torch.int32, device)

@@ -1,9 +1,8 @@
-"""`ep_comm.deep_ep` on GPUs: what tests/deep_ep checks on CPU, streams, graphs, and host time."""
+"""`ep_comm.deep_ep` on GPUs: what tests/deep_ep checks on CPU, streams, graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import deep_ep_low_latency
@@ -11,17 +10,7 @@ import deep_ep_normal
 import pytest
 import torch
 import torch.distributed as dist
-from deep_ep_gpus import (
-    EXPERTS,
-    HIDDEN,
-    ON_GPUS,
-    TOKENS,
-    TOPK,
-    check_times,
-    host_times,
-    inputs,
-    of_two,
-)
+from deep_ep_gpus import EXPERTS, HIDDEN, ON_GPUS, TOKENS, inputs, of_two
 from low_latency_cases import check_results
 from own_name import patience
 from ranks import run_ranks
@@ -164,56 +153,3 @@ def in_a_graph(rank: int) -> None:
 
 def test_low_latency_in_a_graph():
     run_ranks(2, in_a_graph, **ON_GPUS)
-
-
-# ---- Host time ---------------------------------------------------------------------------------
-
-MOST = 1.2  # times the native call: about 3 us more, of 20 to 30 for the shortest
-
-
-def times_of_calls(rank: int) -> dict[str, dict[str, float]]:
-    x, topk_idx, weights = inputs(rank)
-    buffer = Buffer(dist.group.WORLD, low_latency_mode=True)
-    layout = layout_of(buffer, topk_idx)
-    given = dict(topk_idx=topk_idx, topk_weights=weights)
-    worst = dict(num_worst_tokens=2 * TOKENS)  # the host waits for nothing
-    *_, handle, _ = buffer.dispatch(x, **given, **layout, **worst)
-    native, kept = handle.buffer.native, handle.native
-    y = torch.zeros(2 * TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16)
-    y_weights = torch.zeros(2 * TOKENS, TOPK, device="cuda")
-    recv_x, _, low, _, _ = buffer.low_latency_dispatch(x, topk_idx, TOKENS, EXPERTS, use_fp8=False)
-    low_native = low.buffer.native
-    sizes = (x, topk_idx, TOKENS, EXPERTS)
-    pairs = {
-        "dispatch": (
-            partial(native.dispatch, x, **given, layout="rank", **worst),
-            partial(buffer.dispatch, x, **given, **layout, **worst),
-        ),
-        "cached dispatch": (
-            partial(native.dispatch, x, handle=kept),
-            partial(buffer.dispatch, x, handle=handle),
-        ),
-        "combine": (
-            partial(native.combine, y, kept, y_weights, add_weights=True),
-            partial(buffer.combine, y, handle, topk_weights=y_weights),
-        ),
-        "low_latency_dispatch": (
-            partial(low_native.low_latency_dispatch, *sizes, use_fp8=True),
-            partial(buffer.low_latency_dispatch, *sizes, use_fp8=True),
-        ),
-        "low_latency_combine": (
-            partial(low_native.low_latency_combine, recv_x, topk_idx, weights, low.native),
-            partial(buffer.low_latency_combine, recv_x, topk_idx, weights, low),
-        ),
-    }
-    times = {
-        name: host_times({"native": ours, "deep_ep": theirs})
-        for name, (ours, theirs) in pairs.items()
-    }
-    buffer.destroy()
-    return times
-
-
-@pytest.mark.own_gpus
-def test_host_time_is_little_more_than_the_native_calls():
-    check_times(run_ranks(2, times_of_calls, **ON_GPUS)[0], "deep_ep", MOST)

@@ -1,9 +1,8 @@
-"""`ep_comm.deep_ep.ElasticBuffer` on GPUs: what test_elastic.py checks, graphs, host time."""
+"""`ep_comm.deep_ep.ElasticBuffer` on GPUs: what test_elastic.py checks, graphs, streams."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import deep_ep_elastic
@@ -11,17 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import Case
-from deep_ep_gpus import (
-    EXPERTS,
-    HIDDEN,
-    ON_GPUS,
-    TOKENS,
-    TOPK,
-    check_times,
-    host_times,
-    inputs,
-    of_two,
-)
+from deep_ep_gpus import EXPERTS, HIDDEN, ON_GPUS, TOKENS, TOPK, inputs, of_two
 from deep_ep_normal import CASES
 from own_name import patience
 from ranks import run_ranks
@@ -31,7 +20,6 @@ from ep_comm.deep_ep import ElasticBuffer
 
 patience()
 pytestmark = pytest.mark.multi_gpu
-MOST = 1.25  # times the native call, on the host
 
 
 @pytest.mark.parametrize("case", of_two(CASES))
@@ -118,7 +106,7 @@ def test_decode_in_a_graph(name):
     run_ranks(2, decode, name, **ON_GPUS)
 
 
-# ---- Streams and host time ----------------------------------------------------------------------
+# ---- Streams ----------------------------------------------------------------------
 
 
 def asynchronous(rank: int) -> None:
@@ -157,38 +145,3 @@ def asynchronous(rank: int) -> None:
 
 def test_asynchronous_operations():
     run_ranks(2, asynchronous, **ON_GPUS)
-
-
-def times_of_calls(rank: int) -> dict[str, dict[str, float]]:
-    x, topk_idx, weights = inputs(rank)
-    buffer = ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=TOKENS)
-    given = dict(topk_idx=topk_idx, topk_weights=weights)
-    how = dict(num_experts=EXPERTS, do_cpu_sync=False)
-    recv_x, _, _, handle, _ = buffer.dispatch(x, **given, **how)
-    native, kept = handle.buffer.native, handle.native
-    worst = dict(layout="rank", num_worst_tokens=2 * TOKENS)
-    pairs = {
-        "dispatch": (
-            partial(native.dispatch, x, **given, **worst),
-            partial(buffer.dispatch, x, **given, **how),
-        ),
-        "cached dispatch": (
-            partial(native.dispatch, x, handle=kept),
-            partial(buffer.dispatch, x, handle=handle),
-        ),
-        "combine": (
-            partial(native.combine, recv_x, kept),
-            partial(buffer.combine, recv_x, handle),
-        ),
-    }
-    times = {
-        name: host_times({"native": ours, "elastic": theirs})
-        for name, (ours, theirs) in pairs.items()
-    }
-    buffer.destroy()
-    return times
-
-
-@pytest.mark.own_gpus
-def test_host_time_is_little_more_than_the_native_calls():
-    check_times(run_ranks(2, times_of_calls, **ON_GPUS)[0], "elastic", MOST)

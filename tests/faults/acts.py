@@ -27,6 +27,8 @@ from ep_comm.job.store import default_store
 SIZES = dict(num_experts=6, hidden=512, max_tokens_per_rank=8, num_topk=2, low_latency_tokens=8)
 TOPK = torch.tensor([[0, 5], [4, 1], [2, -1], [3, 0], [1, 2]])
 STAND_STILL_S = 1.0
+# Device and backend, by transport.
+_ON = {"gloo": ("cpu", "auto"), "NVLink": ("cuda", "nvlink"), "network": ("cuda", "nodes")}
 _TELLS_S = 20.0  # for what ranks leave in the store
 At = Callable[[str], None]
 
@@ -110,7 +112,7 @@ def step(buffers: list[Buffer], at: At, given: Given, earlier: Any, device: str)
     return out
 
 
-def play(rank: int, fault: Fault, device: str = "cpu") -> Found | str | None:
+def play(rank: int, fault: Fault) -> Found | str | None:
     """Take steps, the second with the fault. The victim returns what it raised itself, if it can.
 
     All other ranks stay until each of them has seen what comes of it: nobody is to be named for
@@ -125,16 +127,14 @@ def play(rank: int, fault: Fault, device: str = "cpu") -> Found | str | None:
             waker = threading.Thread(target=_wake, args=(store, fault))
             waker.start()
             at_the_end.callback(waker.join)
-        return _see(rank, others, fault, store, device)
+        return _see(rank, others, fault, store)
 
 
-def _see(
-    rank: int, others: list[int], fault: Fault, store: dist.Store, device: str
-) -> Found | str | None:
+def _see(rank: int, others: list[int], fault: Fault, store: dist.Store) -> Found | str | None:
     is_victim = rank == VICTIM
     try:
         with contextlib.ExitStack() as buffers:
-            _take_steps(is_victim, fault, store, device, buffers)
+            _take_steps(is_victim, fault, store, buffers)
         return Found("", "", (), 0.0, 2)
     except (EPError, ValueError, MemoryError, RuntimeError) as error:
         if is_victim:
@@ -151,15 +151,10 @@ def _see(
 
 
 def _take_steps(
-    is_victim: bool,
-    fault: Fault,
-    store: dist.Store,
-    device: str,
-    stack: contextlib.ExitStack,
+    is_victim: bool, fault: Fault, store: dist.Store, stack: contextlib.ExitStack
 ) -> None:
-    config = EPConfig(
-        **SIZES, timeout_s=TIMEOUT_S, backend="nvlink" if device == "cuda" else "auto"
-    )
+    device, backend = _ON[fault.over]
+    config = EPConfig(**SIZES, timeout_s=TIMEOUT_S, backend=backend)
 
     def happens() -> None:
         if not store.check(["fault"]):  # once

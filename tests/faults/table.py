@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+TRANSPORTS = {"gloo": "over gloo", "NVLink": "over NVLink", "network": "between hosts"}
 VICTIM = 1  # rank that the fault happens to
 TIMEOUT_S = 2.0  # EPConfig(timeout_s=...) in these runs
 SLACK_S = 5.0  # an error comes within the timeout and this
@@ -41,7 +42,7 @@ class Fault:
     Attributes:
         what: What the victim does or what happens to it; a function of `acts`.
         place: Where in the step; "" where `what` says it.
-        over: "gloo" or "NVLink".
+        over: "gloo", "NVLink", or "network": between two hosts.
         error: What the other ranks raise; "" where they go on as if nothing had happened.
         in_ci: Whether every run of the tests has it, as one of its kind.
     """
@@ -113,7 +114,25 @@ def _faults(over: str) -> list[Fault]:
     ]
 
 
-FAULTS = [*_faults("gloo"), *_faults("NVLink")]
+def _faults_between_hosts() -> list[Fault]:
+    """One of each kind: a pair of hosts takes a quarter of a minute to start."""
+
+    def fault(what: str, place: str, error: str) -> Fault:
+        return Fault(what=what, place=place, over="network", error=error)
+
+    killed = ("before dispatch", "in dispatch", "before combine", "before low-latency dispatch")
+    return [
+        *(fault("is killed", place, _LATE) for place in killed),
+        fault("stands still", "before dispatch", _LATE),
+        fault("stands still for a second", "before combine", ""),
+        fault("raises in its forward", "before experts", _LATE),
+        fault("makes another Buffer", "", _DIFFERS),
+        fault("dispatches other rows", "", _DIFFERS),
+        fault("has more room in low latency", "", _DIFFERS),
+    ]
+
+
+FAULTS = [*_faults("gloo"), *_faults("NVLink"), *_faults_between_hosts()]
 
 
 @dataclass(frozen=True)
@@ -287,13 +306,13 @@ def by_force() -> list[list[str]]:
     """Return a row for each kind of fault: where it is tried, and what the others raise."""
     rows: dict[tuple[str, str], dict[str, list[str]]] = {}
     for fault in FAULTS:
-        over = rows.setdefault((fault.what, fault.error), {"gloo": [], "NVLink": []})
+        over = rows.setdefault((fault.what, fault.error), {name: [] for name in TRANSPORTS})
         over[fault.over].append(fault.place or "its next call")
     return [
         [
             what,
             f"`{error}`, rank {VICTIM}" if error else "no error; all go on",
-            *("; ".join(over[name]) or "–" for name in ("gloo", "NVLink")),
+            *("; ".join(over[name]) or "–" for name in TRANSPORTS),
         ]
         for (what, error), over in rows.items()
     ]
@@ -302,7 +321,7 @@ def by_force() -> list[list[str]]:
 def write_page(text: str) -> str:
     """Return the page with its tables as they are here."""
     tables = {
-        "force": (["rank 1", "the others", "over gloo", "over NVLink"], by_force()),
+        "force": (["rank 1", "the others", *TRANSPORTS.values()], by_force()),
         "others": (
             ["fault", "what comes of it", "test"],
             [[each.what, each.outcome, f"`{each.test}`"] for each in OTHERS],

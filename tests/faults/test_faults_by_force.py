@@ -7,9 +7,10 @@ import torch
 from acts import Found, play
 from forked import run_forked
 from ranks import run_ranks
+from softnic import build, hosts
 from table import FAULTS, VICTIM, Fault
 
-_NUM_RANKS = 3
+_NUM_RANKS, _NUM_HOSTS = 3, 2
 _BOUND_S = 40.0
 
 
@@ -48,6 +49,10 @@ def check(fault: Fault, outcomes: list[Found | str | None]) -> float:
     return max(found.seconds for found in others)
 
 
+def dying(fault: Fault) -> tuple[int, ...]:
+    return (VICTIM,) if fault.what == "is killed" else ()
+
+
 @pytest.mark.parametrize("fault", of("gloo"))
 def test_over_gloo(fault, keep):
     outcomes = run_forked(_NUM_RANKS, play, fault, timeout_s=_BOUND_S)
@@ -61,6 +66,24 @@ def test_over_gloo(fault, keep):
 @pytest.mark.parametrize("fault", of("NVLink"))
 def test_over_nvlink(fault, keep):
     num_ranks = min(_NUM_RANKS, torch.cuda.device_count())
-    dying = (VICTIM,) if fault.what == "is killed" else ()
-    outcomes = run_ranks(num_ranks, play, fault, "cuda", fresh=True, dying=dying, backend="nccl")
+    outcomes = run_ranks(num_ranks, play, fault, fresh=True, dying=dying(fault), backend="nccl")
+    keep(fault, check(fault, outcomes))
+
+
+@pytest.fixture(scope="session")
+def card(tmp_path_factory: pytest.TempPathFactory) -> hosts.Card:
+    return hosts.Card(path="proxy", libraries=build.build(tmp_path_factory.mktemp("softnic")))
+
+
+@pytest.mark.gpu
+@pytest.mark.own_gpus
+@pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+@pytest.mark.parametrize("fault", of("network"))
+def test_between_hosts(fault, card, keep):
+    num_gpus = torch.cuda.device_count()
+    if reason := hosts.missing_for(_NUM_HOSTS, 1, num_gpus):
+        pytest.skip(reason)
+    outcomes = hosts.run_hosts(
+        _NUM_HOSTS, play, fault, card=card, num_gpus=num_gpus, dying=dying(fault)
+    )
     keep(fault, check(fault, outcomes))

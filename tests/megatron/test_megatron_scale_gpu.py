@@ -168,10 +168,13 @@ def test_1f1b_repeats_itself_under_pressure():
 # ---- Split models --------------------------------------------------------------------------------
 
 ONE_STEP = dataclasses.replace(MODEL, steps=1, microbatches=4)
+# With ETP a row is the sum of two halves, which alltoall and we round at different points. In a
+# second layer nearly even experts then change places: the gradient of one was 15 % off.
+ONE_LAYER = with_config(ONE_STEP, ("num_layers", 1))
 SPLIT = {
     "tp2_ep2": (2, dataclasses.replace(ONE_STEP, tp=2)),
-    "tp2_etp2": (2, dataclasses.replace(ONE_STEP, tp=2, etp=2, ep=1)),
-    "tp2_etp2_ep2": (4, dataclasses.replace(ONE_STEP, tp=2, etp=2)),
+    "tp2_etp2": (2, dataclasses.replace(ONE_LAYER, tp=2, etp=2, ep=1)),
+    "tp2_etp2_ep2": (4, dataclasses.replace(ONE_LAYER, tp=2, etp=2)),
     "cp2_ep2": (2, dataclasses.replace(ONE_STEP, cp=2)),
     "pp2": (2, dataclasses.replace(ONE_STEP, pp=2, ep=1)),
     "vpp2_pp2_ep2": (4, with_config(ONE_STEP, ("num_layers", 4), **VIRTUAL_STAGES)),

@@ -134,6 +134,7 @@ def run_hosts(
     num_gpus: int = 0,
     timeout_s: float = 240.0,
     variables: Mapping[str, str] | None = None,
+    dying: tuple[int, ...] = (),
 ) -> list[Any]:
     """Run ``function(rank, *args)`` on processes of their own; results in rank order.
 
@@ -146,6 +147,7 @@ def run_hosts(
         num_gpus: Of this machine; 0 runs on the CPU, over gloo.
         timeout_s: Bound of all of it.
         variables: Further ones of the environment.
+        dying: Ranks whose process may die: their result is None.
 
     Raises:
         HostFailure: Says what each rank raised, which did not answer, and where those stand.
@@ -185,7 +187,7 @@ def run_hosts(
             pipes.append(mine)
         for pipe in pipes:
             pipe.send((function, args))
-        return _answers(pipes, processes, folder, deadline)
+        return _answers(pipes, processes, folder, deadline, dying)
 
 
 def _answers(
@@ -193,6 +195,7 @@ def _answers(
     processes: list[mp.process.BaseProcess],
     folder: Path,
     deadline: float,
+    dying: tuple[int, ...],
 ) -> list[Any]:
     answers: dict[int, tuple[bool, Any]] = {}
     while len(answers) < len(pipes):
@@ -207,7 +210,7 @@ def _answers(
             try:
                 answers[rank] = pipe.recv()
             except EOFError:
-                answers[rank] = (False, "the process died")
+                answers[rank] = (rank in dying, None if rank in dying else "the process died")
         if failures := _failures(answers):
             raise HostFailure("\n".join(failures))
     return [answers[rank][1] for rank in range(len(pipes))]

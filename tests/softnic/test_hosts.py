@@ -74,6 +74,16 @@ def test_a_failure_is_told_and_nothing_outlives_it(how, words, timeout_s):
     assert set(mp.active_children()) <= before
 
 
+def all_but_one_answer(rank: int) -> int:
+    if rank == 1:
+        os._exit(3)
+    return rank
+
+
+def test_one_that_is_to_die_has_no_result():
+    assert run_hosts(2, all_but_one_answer, dying=(1,)) == [0, None]
+
+
 def leaves_its_number(rank: int, folder: Path) -> None:
     (folder / f"{os.getpid()}").touch()
     time.sleep(1000)

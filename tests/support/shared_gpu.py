@@ -61,8 +61,11 @@ def shared(num_gpus: int, num_groups: int = 1) -> Iterator[None]:
     """
     import torch  # not above: hosts have their names before they import it
 
-    name_of = torch.cuda.get_device_name
-    as_seen = dict(device_count=lambda: num_gpus, get_device_name=lambda _: f"part of {name_of(0)}")
+    # Not torch's: it looks at each of the GPUs that it is told of.
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0"]
+    name = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
+    name = f"part of {name.strip()}"
+    as_seen = dict(device_count=lambda: num_gpus, get_device_name=lambda _=None: name)
     with contextlib.ExitStack() as stack:
         if _IS_SHARED not in os.environ:  # else a process above has done it
             variables = {
