@@ -53,7 +53,9 @@ class Unrecorded(DeviceRecorder):
         self.num_operations += 1
         return self._address
 
-    def complete(self, row_bytes: int, rows_of_experts: tuple[int, ...]) -> None:
+    def complete(
+        self, row_bytes: int, rows_of_experts: tuple[int, ...], number: int | None = None
+    ) -> None:
         pass
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 from unittest import mock
@@ -50,6 +51,13 @@ def test_cost_and_noise():
     cost = load_script().Cost("W1", "cached", "GPU", us)
     assert cost.as_json()["cost"] == pytest.approx(0.02)
     assert cost.as_json()["noise"] == pytest.approx(0.0)
+
+
+def test_what_notes_nothing_is_called_like_what_does():
+    kind = load_script().Unrecorded
+    for name in ("start", "complete"):
+        theirs = inspect.signature(getattr(kind.__base__, name))
+        assert inspect.signature(getattr(kind, name)) == theirs
 
 
 def test_the_library_without_records_is_built_like_the_other(tmp_path):

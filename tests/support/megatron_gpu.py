@@ -12,14 +12,14 @@ import pytest
 import torch
 from megatron_model import BATCH, Setup, make_config, make_model, parallel_state
 
-NEEDS = [
+MARKS = [
+    pytest.mark.multi_gpu,
     pytest.mark.skipif(
         importlib.util.find_spec("transformer_engine") is None
         or importlib.util.find_spec("megatron.core") is None,
         reason="needs Transformer Engine and megatron-core",
     ),
 ]
-MARKS = [pytest.mark.multi_gpu, *NEEDS]
 NUM_RANKS = 2
 HIDDEN = 1024
 MODEL = Setup(
