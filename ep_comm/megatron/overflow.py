@@ -118,7 +118,8 @@ class ExpertOverflow:
         )
 
 
-_readings: WeakKeyDictionary[ExpertOverflow, HostCopy] = WeakKeyDictionary()
+# What a layer had counted by the last reading, and the reading, which several layers share.
+_readings: WeakKeyDictionary[ExpertOverflow, tuple[Tensor, HostCopy]] = WeakKeyDictionary()
 
 
 def check_overflow(model_chunks: Iterable[nn.Module]) -> None:
@@ -166,14 +167,15 @@ def take_all(overflows: list[ExpertOverflow]) -> list[tuple[int, float]]:
 
 def _warn(overflows: list[ExpertOverflow]) -> None:
     """Warn of what the last reading has, once it is there, and begin the next one."""
-    reading = _readings.get(overflows[0])
-    if reading is not None:
-        if not reading.is_there:
-            return
-        for each, found in zip(overflows, reading.host.tolist(), strict=False):
-            if (error := each.error(found)) is not None:
-                _log.warning("%s", error)
-    _readings[overflows[0]] = HostCopy(_stacked(overflows))
+    last = [(each, *_readings[each]) for each in overflows if each in _readings]
+    if not all(reading.is_there for _, _, reading in last):
+        return
+    for each, found, _ in last:
+        if (error := each.error(found.tolist())) is not None:
+            _log.warning("%s", error)
+    reading = HostCopy(_stacked(overflows))
+    for each, found in zip(overflows, reading.host, strict=True):
+        _readings[each] = found, reading
 
 
 def _stacked(overflows: list[ExpertOverflow]) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from megatron_cases import forget_loss_scale, run
 from megatron_model import Setup, assert_same_bits, make_config, make_model, parallel_state
 from ranks import run_ranks
+from torch import nn
 
 pytest.importorskip("megatron.core")
 
@@ -145,6 +147,41 @@ def test_counts_that_begin_in_inference_mode_go_on_outside():
     stats += torch.tensor([[1, 0], [3, 1]], dtype=torch.int32)
     assert take_all([overflow]) == [(1, 1.5)]
     assert stats.tolist() == [[1, 0], [0, 0]]
+
+
+def layer_with_room(number: int) -> nn.Module:
+    """Stands for an MoE layer with two experts of two rows each, which has dispatched nothing."""
+    from ep_comm.megatron import EPOptions
+    from ep_comm.megatron.overflow import ExpertOverflow
+
+    overflow = ExpertOverflow(1.0, num_local_experts=2, first_expert=0, rank=0)
+    overflow.set_room(num_tokens=4, num_topk=1, num_experts=2, alignment=1)
+    layer = nn.Module()
+    layer.layer_number = number
+    layer.token_dispatcher = SimpleNamespace(overflow=overflow, options=EPOptions())
+    return layer
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_a_layer_that_begins_to_count_between_two_steps(late, caplog):
+    """What others had counted by then is not said of it, and of them it is said once."""
+    from ep_comm.megatron import check_overflow
+
+    layers = [layer_with_room(number) for number in (1, 2, 3)]
+    model = [nn.ModuleList(layers)]
+    cpu = torch.device("cpu")
+    for layer in layers:
+        if layer is not layers[late]:
+            stats = layer.token_dispatcher.overflow.stats(cpu)
+            stats += torch.tensor([[0, 1], [0, 3]], dtype=torch.int32)
+    check_overflow(model)
+    layers[late].token_dispatcher.overflow.stats(cpu)
+    for _ in range(3):
+        check_overflow(model)
+    full = [number for number in (1, 2, 3) if number != late + 1]
+    assert [message.split(",")[0] for message in caplog.messages] == [
+        f"layer {number}" for number in full
+    ]
 
 
 @pytest.mark.parametrize("how", [None, "error"])
