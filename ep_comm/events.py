@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def is_captured() -> bool:
+    """Return whether a CUDA graph is captured on the current stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 class EventOverlap:
     """The point on a stream where an operation is complete. Everything is a no-op on CPU.
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from ep_comm.deep_ep.kept import KeptProperty, Readable
 from ep_comm.deep_ep.sized import SizedBuffer
 from ep_comm.handle import DispatchHandle
 
 
-class EPHandle:
+class EPHandle(Readable):
     """Where the rows of a dispatch went. Pass it to combine, or to dispatch to repeat the routing.
 
     Tensors are made when they are first asked for, on the current stream, behind the operation.
-    The host waits only where it is said below. With E experts on each of R ranks:
+    Outside of the CUDA graph of a dispatch they are made anew each time, from its last replay. The
+    host waits only where it is said below. With E experts on each of R ranks:
 
     Attributes:
         native: The handle of the native buffer.
@@ -44,6 +45,7 @@ class EPHandle:
         num_sms: int,
         counts: list[int],
     ) -> None:
+        self.note_capture()
         self.native = native
         self.buffer = buffer
         self.do_expand = do_expand
@@ -71,7 +73,7 @@ class EPHandle:
     def __deepcopy__(self, _: dict) -> EPHandle:
         return self
 
-    @cached_property
+    @KeptProperty
     def topk_idx(self) -> Tensor:
         """[T, K], the experts that were dispatched to; -1 is dropped.
 
@@ -80,13 +82,13 @@ class EPHandle:
         self._wait()
         return self.native.topk_idx.to(self._topk_dtype, copy=True)
 
-    @cached_property
+    @KeptProperty
     def psum_num_recv_tokens_per_scaleup_rank(self) -> Tensor:
         """[R] int32: the rows that came from ranks 0 to r, each token once. The last is all."""
         self._wait()
         return self.native.device_tokens_per_rank.cumsum(0, dtype=torch.int32)
 
-    @cached_property
+    @KeptProperty
     def psum_num_recv_tokens_per_expert(self) -> Tensor:
         """[E] int32: with `do_expand` where the last token of each expert ends, behind it padding.
 

@@ -6,31 +6,33 @@ Most callers only pass a handle on. To read its items costs copies between GPU a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
 from itertools import accumulate
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from ep_comm.deep_ep.kept import KeptProperty, Readable
 from ep_comm.deep_ep.sized import SizedBuffer
 from ep_comm.errors import EPArgumentError
 from ep_comm.handle import DispatchHandle
 from ep_comm.low_latency.handle import LowLatencyHandle
 
 
-class _Handle(tuple):
+class _Handle(Readable, tuple):
     """A tuple of fixed length, whose items are not there at first."""
 
     _NOTHING: tuple[None, ...]  # as many as it has items
 
     def __new__(cls, *_: object) -> _Handle:
-        return super().__new__(cls, cls._NOTHING)
+        handle = super().__new__(cls, cls._NOTHING)
+        handle.note_capture()
+        return handle
 
     def _made(self) -> tuple:
         raise NotImplementedError
 
-    @cached_property
+    @KeptProperty
     def _items(self) -> tuple:
         return self._made()
 

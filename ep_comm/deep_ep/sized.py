@@ -28,6 +28,7 @@ from ep_comm._native.header import EP_MAX_TOPK
 from ep_comm.config import EPConfig, check_positive
 from ep_comm.deep_ep.hints import Hints
 from ep_comm.errors import EPArgumentError, EPTooManyTokensError, EPUnsupportedError
+from ep_comm.events import is_captured
 from ep_comm.job.meeting import meet
 
 _log = logging.getLogger("ep_comm")
@@ -185,7 +186,7 @@ class SizedBuffers:
 
 def _check_not_captured() -> None:
     """Raise `EPUnsupportedError` in a CUDA graph: to make a buffer waits for other ranks."""
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if is_captured():
         raise EPUnsupportedError(
             "the first call for these sizes makes a buffer, which no CUDA graph can hold: make one "
             "such call on all ranks before the capture, or clean_low_latency_buffer for low latency"

@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
 from ep_comm.buffer import Buffer
+from ep_comm.events import is_captured
 from ep_comm.megatron.balance import LayerBalance
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
 from ep_comm.megatron.layer import required_moe_layers
@@ -246,7 +247,7 @@ class MoEMeter:
     def _timed(self, spans: list, method: Any) -> Any:
         @functools.wraps(method)
         def run(*args: Any, **kwargs: Any) -> Any:
-            if _is_captured():
+            if is_captured():  # what a graph does at a replay nobody here can see
                 return method(*args, **kwargs)
             with timed(self._device) as span:
                 result = method(*args, **kwargs)
@@ -259,7 +260,7 @@ class MoEMeter:
         @functools.wraps(postprocess)
         def run(*args: Any, **kwargs: Any) -> Any:
             result = postprocess(*args, **kwargs)
-            if _is_captured():
+            if is_captured():
                 return result
             dispatcher = layer.token_dispatcher
             tokens = result[1]
@@ -270,11 +271,6 @@ class MoEMeter:
             return result
 
         return run
-
-
-def _is_captured() -> bool:
-    """Return whether a CUDA graph is captured: what it does at a replay nobody here can see."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _p99_s(records: Iterable[OpRecord], op: str) -> float:

@@ -1,0 +1,46 @@
+"""What handles keep of what is read of them, where CUDA graphs are captured and replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from ep_comm.events import is_captured
+
+T = TypeVar("T")
+
+
+class Readable:
+    """A handle, of which something is made when somebody reads it."""
+
+    _was_captured: bool
+
+    def note_capture(self) -> None:
+        """Note that its dispatch is called now."""
+        self._was_captured = is_captured()
+
+    @property
+    def is_read_where_made(self) -> bool:
+        """Whether dispatch and reader are both in a CUDA graph, or both in none."""
+        return is_captured() == self._was_captured
+
+
+class KeptProperty(Generic[T]):
+    """A property of a `Readable` that is made once, where that is right.
+
+    Outside of the graph of its dispatch it is made anew each time: a replay may have come in
+    between. What a graph makes of a dispatch outside of it is not kept either: it is not there
+    before the graph is replayed.
+    """
+
+    def __init__(self, make: Callable[[Any], T]) -> None:
+        self._make = make
+        self._name = make.__name__
+        self.__doc__ = make.__doc__
+
+    def __get__(self, handle: Readable, _: object = None) -> T:
+        """Return it; once it is kept nobody asks here any more."""
+        value = self._make(handle)
+        if handle.is_read_where_made:
+            handle.__dict__[self._name] = value
+        return value
