@@ -16,8 +16,9 @@ class EPHandle(Readable):
     """Where the rows of a dispatch went. Pass it to combine, or to dispatch to repeat the routing.
 
     Tensors are made when they are first asked for, on the current stream, behind the operation.
-    Outside of the CUDA graph of a dispatch they are made anew each time, from its last replay. The
-    host waits only where it is said below. With E experts on each of R ranks:
+    Outside of the CUDA graph of a dispatch they are made anew each time, from its last replay,
+    which the caller orders the current stream behind. The host waits only where it is said below.
+    With E experts on each of R ranks:
 
     Attributes:
         native: The handle of the native buffer.
@@ -48,6 +49,7 @@ class EPHandle(Readable):
         self.note_capture()
         self.native = native
         self.buffer = buffer
+        self._event = native.event.event  # the handle's own one may be of a later operation
         self.do_expand = do_expand
         self.num_experts = buffer.native.config.num_experts
         self.expert_alignment = expert_alignment
@@ -120,7 +122,9 @@ class EPHandle(Readable):
         return -(-count // self.expert_alignment) * self.expert_alignment
 
     def _wait(self) -> None:
-        """Order the current stream behind the operation; its event goes on holding its inputs."""
-        event = self.native.event.event
-        if event is not None:
-            torch.cuda.current_stream().wait_event(event)
+        """Order the current stream behind the dispatch; its event goes on holding its inputs.
+
+        CUDA has no such order between a graph and what is outside of it: that is the caller's.
+        """
+        if self._event is not None and self.is_read_where_made:
+            torch.cuda.current_stream().wait_event(self._event)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -124,3 +125,21 @@ def test_a_graph_leaves_nothing_in_a_handle_of_before(make, capture):
     assert read() is not in_graph and read() is read()
     capture.is_going_on = True
     assert read() is not in_graph
+
+
+@pytest.mark.parametrize("of_graph", [False, True])
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_the_end_of_a_dispatch_is_waited_for_where_it_was_recorded(
+    capture, monkeypatch, of_graph, in_graph
+):
+    """CUDA refuses to wait for it in a graph of a later time, and outside of its own."""
+    stream, event = mock.Mock(), mock.Mock()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    native = Native(EventOverlap(event))
+    capture.is_going_on = of_graph
+    handle = elastic(native)
+    native.event = EventOverlap(mock.Mock())  # of a combine
+    capture.is_going_on = in_graph
+    assert handle.psum_num_recv_tokens_per_expert.tolist() == [3, 3]
+    waits = [mock.call.wait_event(event)] if of_graph == in_graph else []
+    assert stream.method_calls == waits
