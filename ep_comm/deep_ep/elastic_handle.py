@@ -7,7 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ep_comm.deep_ep.kept import KeptProperty, Readable
+from ep_comm.deep_ep.kept import KeptProperty, Readable, for_reader
 from ep_comm.deep_ep.sized import SizedBuffer
 from ep_comm.handle import DispatchHandle
 
@@ -81,14 +81,12 @@ class EPHandle(Readable):
 
         The caller's own tensor with ``do_handle_copy=False``.
         """
-        self._wait()
-        return self.native.topk_idx.to(self._topk_dtype, copy=True)
+        return self._read(self.native.topk_idx).to(self._topk_dtype, copy=True)
 
     @KeptProperty
     def psum_num_recv_tokens_per_scaleup_rank(self) -> Tensor:
         """[R] int32: the rows that came from ranks 0 to r, each token once. The last is all."""
-        self._wait()
-        return self.native.device_tokens_per_rank.cumsum(0, dtype=torch.int32)
+        return self._read(self.native.device_tokens_per_rank).cumsum(0, dtype=torch.int32)
 
     @KeptProperty
     def psum_num_recv_tokens_per_expert(self) -> Tensor:
@@ -96,10 +94,9 @@ class EPHandle(Readable):
 
         Without: the running sum of counts, each rounded up to the alignment.
         """
-        self._wait()
-        counts = self.native.device_tokens_per_expert
+        counts = self._read(self.native.device_tokens_per_expert)
         if self.do_expand:
-            return self.native.device_expert_offsets[:-1] + counts
+            return self._read(self.native.device_expert_offsets)[:-1] + counts
         return self._aligned(counts).cumsum(0, dtype=torch.int32)
 
     @property
@@ -107,8 +104,7 @@ class EPHandle(Readable):
         """[E] int32, the tokens of each local expert; None without `do_expand`."""
         if not self.do_expand:
             return None
-        self._wait()
-        return self.native.device_tokens_per_expert
+        return self._read(self.native.device_tokens_per_expert)
 
     @property
     def num_recv_tokens(self) -> int:
@@ -121,10 +117,12 @@ class EPHandle(Readable):
     def _aligned(self, count):
         return -(-count // self.expert_alignment) * self.expert_alignment
 
-    def _wait(self) -> None:
-        """Order the current stream behind the dispatch; its event goes on holding its inputs.
+    def _read(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the dispatch for the current stream, which is ordered behind it.
 
-        CUDA has no such order between a graph and what is outside of it: that is the caller's.
+        The event goes on holding the inputs. CUDA has no such order between a graph and what is
+        outside of it: that is the caller's.
         """
         if self._event is not None and self.is_read_where_made:
             torch.cuda.current_stream().wait_event(self._event)
+        return for_reader(tensor)

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ep_comm.deep_ep.kept import KeptProperty, Readable
+from ep_comm.deep_ep.kept import KeptProperty, Readable, for_reader
 from ep_comm.deep_ep.sized import SizedBuffer
 from ep_comm.errors import EPArgumentError
 from ep_comm.handle import DispatchHandle
@@ -116,9 +116,9 @@ class LowLatencyHandleTuple(_Handle):
 
     def _made(self) -> tuple:
         config, most = self.buffer.native.config, self.native.max_tokens
-        src_info, num_ranks = self.native.recv_src_info, self.buffer.native.num_ranks
+        num_ranks, src_info = self.buffer.native.num_ranks, for_reader(self.native.recv_src_info)
         places = torch.arange(src_info.shape[1], device=src_info.device)
-        has_come = places < self._recv_count.unsqueeze(1)
+        has_come = places < for_reader(self._recv_count).unsqueeze(1)
         # Behind the rows that came anything may stand.
         source = torch.where(has_come, src_info // most, num_ranks)
         ranks = torch.arange(num_ranks, device=src_info.device)

@@ -5,9 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+import torch
+from torch import Tensor
+
 from ep_comm.events import is_captured
 
 T = TypeVar("T")
+
+
+def for_reader(tensor: Tensor) -> Tensor:
+    """Return a tensor of a dispatch, kept until the current stream is done with it.
+
+    Who drops the handle does not see it, and so cannot tell torch's allocator of that stream.
+    """
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return tensor
 
 
 class Readable:

@@ -1,4 +1,4 @@
-"""What is read of DeepEP's handles where a CUDA graph is captured, or was; no GPU is needed."""
+"""What is read of DeepEP's handles in CUDA graphs and on other streams; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ class Native(SimpleNamespace):
             device_tokens_per_expert=ints(3, 0),
             num_recv_tokens_per_rank=(1, 2),
             max_tokens=4,
+            device_expert_offsets=ints(0, 3, 3),
             recv_src_info=torch.zeros(2, 8, dtype=torch.int32),
+            recv_count=ints(1, 0),
         )
 
     def replay(self) -> None:
@@ -60,16 +62,16 @@ class Native(SimpleNamespace):
         self.recv_src_info += 1
 
 
-def elastic(native: Any) -> EPHandle:
+def elastic(native: Any, do_expand: bool = False) -> EPHandle:
     return EPHandle(
-        native, BUFFER, torch.zeros(3, 2), do_expand=False, do_handle_copy=True,
+        native, BUFFER, torch.zeros(3, 2), do_expand=do_expand, do_handle_copy=True,
         expert_alignment=1, num_max_tokens_per_rank=4, num_sms=0, counts=[],
     )  # fmt: skip
 
 
-def of_elastic(name: str) -> Callable[[Any], Callable[[], torch.Tensor]]:
+def of_elastic(name: str, do_expand: bool = False) -> Callable[[Any], Callable[[], torch.Tensor]]:
     def make(native: Any) -> Callable[[], torch.Tensor]:
-        handle = elastic(native)
+        handle = elastic(native, do_expand)
         return lambda: getattr(handle, name)
 
     return make
@@ -81,10 +83,11 @@ def prefix_matrix(native: Any) -> Callable[[], torch.Tensor]:
 
 
 def source_tokens(native: Any) -> Callable[[], torch.Tensor]:
-    handle = LowLatencyHandleTuple(native, BUFFER, ints(1, 0))
+    handle = LowLatencyHandleTuple(native, BUFFER, native.recv_count)
     return lambda: handle[0]
 
 
+ends_of_groups = of_elastic("psum_num_recv_tokens_per_expert", do_expand=True)
 READ = [
     of_elastic("topk_idx"),
     of_elastic("psum_num_recv_tokens_per_scaleup_rank"),
@@ -143,3 +146,41 @@ def test_the_end_of_a_dispatch_is_waited_for_where_it_was_recorded(
     assert handle.psum_num_recv_tokens_per_expert.tolist() == [3, 3]
     waits = [mock.call.wait_event(event)] if of_graph == in_graph else []
     assert stream.method_calls == waits
+
+
+# ---- On another stream --------------------------------------------------------------------------
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU, and notes the streams that its memory is kept for."""
+
+    is_cuda = True
+
+    def record_stream(self, stream: object) -> None:
+        streams[self.data_ptr()] = stream
+
+
+streams: dict[int, object] = {}
+
+
+@pytest.mark.parametrize(
+    ("make", "reads"),
+    [
+        (of_elastic("topk_idx"), ["topk_idx"]),
+        (of_elastic("psum_num_recv_tokens_per_scaleup_rank"), ["device_tokens_per_rank"]),
+        (of_elastic("psum_num_recv_tokens_per_expert"), ["device_tokens_per_expert"]),
+        (ends_of_groups, ["device_tokens_per_expert", "device_expert_offsets"]),
+        (source_tokens, ["recv_src_info", "recv_count"]),
+    ],
+    ids=["topk", "ranks", "experts", "groups", "sources"],
+)
+def test_memory_of_a_dispatch_is_kept_for_the_stream_that_reads_it(monkeypatch, make, reads):
+    """The allocator would else give it to the dispatch's own stream as soon as nobody holds it."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: "another")
+    streams.clear()
+    native = Native()
+    for name, value in vars(native).items():
+        if isinstance(value, torch.Tensor):
+            setattr(native, name, value.as_subclass(OnGpu))
+    make(native)()
+    assert streams == {getattr(native, name).data_ptr(): "another" for name in reads}
