@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from unittest import mock
 
 import pytest
 import torch
@@ -133,21 +132,60 @@ def test_the_phases_of_low_latency_operations_are_launches_of_their_own(backend)
     assert back.event.args[0] is backend._streams.comm.record_event()
 
 
-@pytest.mark.parametrize("backend", [DECODING], indirect=True)
-def test_what_a_dispatch_leaves_is_kept_for_the_streams_that_use_it(backend, monkeypatch):
+@pytest.fixture
+def kept(monkeypatch) -> set[int]:
+    """Addresses of what torch's allocator was told to keep for another stream."""
+    addresses: set[int] = set()
     another = object()
+
+    def record_stream(tensor: torch.Tensor, stream: object) -> None:
+        assert stream is another
+        addresses.add(tensor.data_ptr())
+
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: another)
-    with mock.patch.object(torch.Tensor, "record_stream") as record_stream:
-        first, second = (low_latency_dispatch(backend)[0] for _ in range(2))
-        first.wait()
-        low_latency_combine(backend, first.result)[0].wait()
-        assert not record_stream.called
-        monkeypatch.setattr(nvlink_streams, "raw_stream", lambda _: 9)
-        second.wait()
-        back, _ = low_latency_combine(backend, second.result)
-        back.wait()
-        # Two tensors each: received, combined, and the sums received.
-        assert record_stream.call_args_list == [mock.call(another)] * 6
+    monkeypatch.setattr(torch.Tensor, "record_stream", record_stream)
+    return addresses
+
+
+def addresses_of(*tensors: torch.Tensor) -> set[int]:
+    return {tensor.data_ptr() for tensor in tensors}
+
+
+@pytest.mark.parametrize("backend", [DECODING], indirect=True)
+def test_what_a_dispatch_leaves_is_kept_for_the_streams_that_use_it(backend, monkeypatch, kept):
+    sent, request = low_latency_dispatch(backend)
+    sent.wait()
+    low_latency_combine(backend, sent.result)[0].wait()
+    assert not kept
+    monkeypatch.setattr(nvlink_streams, "raw_stream", lambda _: 9)
+    back, _ = low_latency_combine(backend, sent.result)
+    left = addresses_of(request.recv_src_info, request.topk_idx)
+    assert kept == left
+    kept.clear()
+    back.wait()
+    assert kept == left
+
+
+@pytest.mark.parametrize("backend", [DECODING], indirect=True)
+def test_what_a_hook_writes_to_is_kept_for_the_stream_that_it_is_called_on(
+    backend, monkeypatch, kept
+):
+    """The caller may drop it there, and made it where the operation was called."""
+    sent, request = low_latency_dispatch(
+        backend, recv_scales=torch.empty(4, 4, 8).transpose(1, 2),
+        recv_stats=torch.zeros(4, dtype=torch.int32), wait_stats=torch.zeros(2),
+    )  # fmt: skip
+    monkeypatch.setattr(nvlink_streams, "raw_stream", lambda _: 9)
+    sent.wait()
+    assert kept >= addresses_of(
+        request.recv_x, request.recv_scales, request.recv_src_info, request.recv_count,
+        request.recv_stats, request.wait_stats,
+    )  # fmt: skip
+    combining, request = low_latency_combine(backend, sent.result, wait_stats=torch.zeros(2))
+    kept.clear()
+    monkeypatch.setattr(nvlink_streams, "raw_stream", lambda _: CURRENT)  # that of the dispatch
+    combining.wait()
+    assert kept >= addresses_of(request.out, request.wait_stats)
 
 
 @pytest.mark.parametrize("backend", [DECODING], indirect=True)

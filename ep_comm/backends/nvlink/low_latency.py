@@ -10,7 +10,7 @@ import ctypes
 import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -173,7 +173,7 @@ class LowLatency:
         args.recv_stats = None if recv_stats is None else recv_stats.data_ptr()
         current = self._launch(call, request.topk_idx, request)
         routing = NVLinkLowLatencyRouting(request.topk_idx, sizes, ints, current)
-        return self._pending(call, request, routing, routing)
+        return self._pending(call, request, routing, current, routing)
 
     def combine(
         self, routing: NVLinkLowLatencyRouting, request: LowLatencyCombineRequest
@@ -189,7 +189,7 @@ class LowLatency:
         args.combined_x = request.out.data_ptr()
         current = self._launch(call, routing.topk_idx, request)
         self._keep_for_stream(current, routing)
-        return self._pending(call, request, routing, None)
+        return self._pending(call, request, routing, current, None)
 
     def _set_sizes(self, call: Call, sizes: LowLatencySizes) -> None:
         """Describe the tensors of operations, as long as they are alike."""
@@ -224,25 +224,29 @@ class LowLatency:
         call: Call,
         request: LowLatencyDispatchRequest | LowLatencyCombineRequest,
         routing: NVLinkLowLatencyRouting,
+        current: int,
         result: NVLinkLowLatencyRouting | None,
     ) -> Pending[Any]:
-        """Return what `_launch` has started."""
+        """Return what `_launch` has started on the stream `current` of the caller's."""
         if request.asynchronous:
             return Pending(result, self._streams.comm_event((request, routing)))
         if not request.is_split:
             return Pending(result)
-        return Pending(None, None, functools.partial(self._receive, call, request, routing, result))
+        receive = functools.partial(self._receive, call, request, routing, current, result)
+        return Pending(None, None, receive)
 
     def _receive(
         self,
         call: Call,
-        _: LowLatencyDispatchRequest | LowLatencyCombineRequest,
+        request: LowLatencyDispatchRequest | LowLatencyCombineRequest,
         routing: NVLinkLowLatencyRouting,
+        sent_on: int,
         result: NVLinkLowLatencyRouting | None,
     ) -> NVLinkLowLatencyRouting | None:
         """Launch the receive phase of what `call` still describes.
 
-        The request comes along so that a hook alone keeps the tensors that this writes to.
+        The request comes along so that a hook alone keeps the tensors that this writes to. They
+        belong to the stream that it was `sent_on`.
         """
         self._memory.check_fault()
         common = call.common
@@ -250,6 +254,8 @@ class LowLatency:
         common.num_blocks = sms = self._num_sms(False)
         stream = self._streams.begin(_KIND, False, sms)
         self._native.launch(call.function, call.launched, stream)
+        if stream != sent_on:
+            self._streams.keep_for_current(_tensors_of(request), sent_on)
         self._keep_for_stream(stream, routing)
         return result
 
@@ -259,6 +265,11 @@ class LowLatency:
             stream = torch.cuda.current_stream(self._device)
             for tensor in (routing.memory, routing.topk_idx):
                 tensor.record_stream(stream)
+
+
+def _tensors_of(request: LowLatencyDispatchRequest | LowLatencyCombineRequest) -> list[Tensor]:
+    values = (getattr(request, field.name) for field in fields(request))
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 class NVLinkLowLatency(LowLatency):
