@@ -252,6 +252,34 @@ def test_rows_that_are_quantised_behind_the_plan_are_waited_for(backend, monkeyp
     assert (scales.flag, scales.row_bytes) == (-1, 16) and (head.flag, rows.flag) == (0, 1)
 
 
+@pytest.mark.parametrize("is_known", [False, True])
+@by_copy
+def test_one_rank_quantises_nothing_ahead(backend, monkeypatch, is_known):
+    """Its dispatch may run on another stream, which nothing orders behind that of `begin`."""
+    quantized: list[torch.Tensor] = []
+
+    def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        quantized.append(x)
+        return x.to(torch.float8_e4m3fn), torch.ones(10, 4)
+
+    monkeypatch.setattr(nvlink.fp8, "quantize", quantize)
+    alone = make_backend(CONFIG, num_ranks=1)
+    wire = torch.float8_e4m3fn
+    routing = plan(alone)
+    if is_known:
+        dispatch(alone, routing)
+    alone.native.take()
+    alone.begin(X, None, wire)
+    assert not quantized and not alone.native.take()
+    with pytest.raises(EPArgumentError, match="wire_dtype is torch.bfloat16, and was"):
+        alone.check_ahead(X, None, torch.bfloat16)
+    alone.dispatch(routing, DispatchRequest(X, None, None, wire, torch.bfloat16, False))
+    assert len(quantized) == 1
+    pushed = [call[1] for call in alone.native.take() if call[0] == "ep_dispatch"]
+    assert pushed and all((args.row_bytes, args.scale_bytes) == (512, 16) for args in pushed)
+    alone.check_ahead(X, None, torch.bfloat16)  # the next one is any
+
+
 @by_copy
 def test_what_comes_between_rows_and_their_dispatch_keeps_its_record(backend):
     routing = plan(backend)

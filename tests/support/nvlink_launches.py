@@ -59,16 +59,16 @@ class Launches:
         return calls
 
 
-def make_backend(config: EPConfig) -> NVLinkBackend:
+def make_backend(config: EPConfig, num_ranks: int = 2) -> NVLinkBackend:
     """By its own constructor; what that asks of CUDA is answered for a CPU."""
     mailbox = header.Mailbox()
     mailbox.num_sent_tokens[0], mailbox.num_recv_tokens[1] = 10, 7
     mailbox.num_tokens_per_expert[0] = 9
     memory = mock.Mock(
-        rank=0, num_ranks=2,
+        rank=0, num_ranks=num_ranks,
         mailbox=mailbox, mailbox_address=0, fault_address=0, notice_address=0,
         counters=torch.zeros(3, 64, dtype=torch.int32),
-        peers=lambda *_: header.Peers(num_ranks=2),
+        peers=lambda *_: header.Peers(num_ranks=num_ranks),
     )  # fmt: skip
     cpu = torch.device("cpu", 0)
     urgent, events = iter((COMM, *COPIES)), itertools.count(1)

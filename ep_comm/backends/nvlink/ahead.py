@@ -29,7 +29,7 @@ class Ahead(NamedTuple):
         x, x_scales: The rows that were passed, and their scales.
         versions: Of the content of both.
         wire_dtype: The type that travels.
-        rows, scales: What travels: what was passed, or what it was quantised to.
+        rows, scales: What travels, if anything does: what was passed, or was quantised to.
         number: Of the operation on its buffer, from 1; None where there is nobody to send to.
         record: Address of its record.
         is_captured: In a CUDA graph.

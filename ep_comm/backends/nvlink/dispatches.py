@@ -64,6 +64,8 @@ class Dispatches:
             ahead.check(request.x, request.scales, request.wire_dtype)
         if routing.first is None:
             self._memory.check()  # before anything of what was begun is given up
+        if ahead is not None and ahead.number is None:
+            ahead = None  # nothing was sent
         if ahead is not None:
             self._planner.num_resumed += 1
         try:
@@ -95,7 +97,7 @@ class Dispatches:
         )
         args.rows_tag = tag_of_rows(args, x)
         if first is None:
-            received = self._repeat(routing, recv_dtype, asynchronous)
+            received = self._repeat(routing, recv_dtype, asynchronous, ahead)
         else:
             was_made = quantises or first.selects_weights or weights is not topk_weights
             if was_made:
@@ -110,7 +112,11 @@ class Dispatches:
         return received, (x, scales, weights, *of_plan, routing.memory)
 
     def _repeat(
-        self, routing: NVLinkRouting, recv_dtype: torch.dtype, asynchronous: bool
+        self,
+        routing: NVLinkRouting,
+        recv_dtype: torch.dtype,
+        asynchronous: bool,
+        ahead: Ahead | None,
     ) -> Received:
         """Launch a dispatch whose routing is known."""
         args = self._args
@@ -119,7 +125,7 @@ class Dispatches:
         received = allocate_rows(args, routing, self._config.hidden, recv_dtype, self._device)
         stream = self._streams.begin(header.EP_OP_DISPATCH, asynchronous, sms)
         self._streams.keep_for_current(routing.memory, routing.stream)
-        num_bytes, ahead = args.row_bytes + args.scale_bytes, self._planner.ahead
+        num_bytes = args.row_bytes + args.scale_bytes
         if ahead is not None and ahead.number is not None:
             args.peers.record = ahead.record
             self._recorder.complete(num_bytes, routing.known_expert_rows, ahead.number)
@@ -146,10 +152,10 @@ class Dispatches:
             )
         self._memory.check()
         sent = x.detach(), scales
-        if wire_dtype == fp8.FP8_DTYPE and scales is None:
-            sent = fp8.quantize(sent[0])
         number, record = None, 0
-        if self._copies is not None:
+        if self._copies is not None:  # else there is nobody to send to
+            if wire_dtype == fp8.FP8_DTYPE and scales is None:
+                sent = fp8.quantize(sent[0])
             args, num_tokens = self._args, len(x)
             describe_payload(args, *sent)
             args.rows_tag = tag_of_rows(args, sent[0])
