@@ -137,6 +137,26 @@ def test_numbers_of_operations_run_over(split):
         check_results(case, list(of_operation))
 
 
+def dropped_after_a_hook(rank: int, buffer: Buffer) -> None:
+    x = torch.ones(512, 1024, device="cuda", dtype=torch.bfloat16)
+    topk_idx = torch.zeros(512, 1, device="cuda", dtype=torch.int64)
+    out = buffer.low_latency_dispatch(x, topk_idx, 512, 4, use_fp8=False, return_recv_hook=True)
+    assert isinstance(out.recv_x, torch.Tensor) and out.hook is not None
+    shape, stream = out.recv_x.shape, torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # 0.1 s
+        out.hook()
+    del out
+    others = [torch.full(shape, 7.0, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
+    torch.cuda.synchronize()
+    assert all(bool((other == 7).all()) for other in others)
+
+
+def test_memory_is_not_used_again_before_a_hook_on_another_stream_has_written_to_it():
+    case = LowLatencyCase(tokens=(512,), max_tokens=512, num_topk=1, hidden=1024)
+    run_virtual_ranks(1, dropped_after_a_hook, on_gpus(case, "nvlink").config())
+
+
 def changing(rank: int, buffer: Buffer) -> list[dict[str, Any]]:
     return changing_operations(rank, buffer, "cuda")
 
