@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ep_comm.events import HostCopy
+from ep_comm.events import HostCopy, is_captured
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
 from ep_comm.megatron.layer import required_moe_layers
 from ep_comm.routing.capture import RankFile, Sizes, of_map, spread, write_step
@@ -41,7 +41,7 @@ class RoutingCapture:
     Of the steps since it was made it takes the 1st, 2nd, 4th, 8th, and so on. Of a step it takes
     the first micro-batch; of a pipeline stage at most `MAX_LAYERS` MoE layers, spread evenly; of
     data-parallel replicas of the experts the first one. What is dispatched without gradients, as in
-    a validation, is not taken.
+    a validation, or in a CUDA graph, is not taken.
 
     A routing is copied to the host behind what is on the GPU's stream, and a thread writes it after
     the step. Where it cannot be written a warning says so, and nothing more is captured.
@@ -98,6 +98,8 @@ class RoutingCapture:
         """Begin to copy the routing of a dispatch, where it is one to take."""
         is_due = self._folder is not None and self._step & (self._step - 1) == 0
         if not is_due or number in self._taken or not torch.is_grad_enabled():
+            return
+        if is_captured():  # each replay would copy to the host, whoever has that memory by then
             return
         config, group, shards = dispatcher.config, dispatcher.tp_ep_group, dispatcher.tp_size
         sizes = Sizes(

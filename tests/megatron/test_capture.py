@@ -6,9 +6,11 @@ import contextlib
 import errno
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from example_runs import (
     NEW,
     SMALL,
@@ -84,6 +86,23 @@ def test_few_layers_of_many_and_one_replica(tmp_path):
     assert read(folder).sizes.num_ranks == 2
     assert len(list((folder / "step-00000002").iterdir())) == 2
     assert_as_logged(folder, run_dir)
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_a_graph_does_not_copy_to_the_host(in_graph, monkeypatch, tmp_path):
+    """Its replays would, into memory that was given back; and nobody may wait for its event."""
+    from ep_comm.megatron import RoutingCapture, capture
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: in_graph)
+    monkeypatch.setattr(capture.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(capture.dist, "get_rank", lambda group: 0)
+    taking = RoutingCapture([], None)
+    taking._folder = tmp_path
+    config = SimpleNamespace(num_moe_experts=4, moe_router_topk=2)
+    dispatcher = SimpleNamespace(config=config, tp_ep_group=None, tp_size=1)
+    taking._take(1, dispatcher, torch.zeros(3, 8), torch.zeros(3, 4, dtype=torch.bool))
+    assert list(taking._taken) == ([] if in_graph else [1])
 
 
 def a_full_disk(rank: int, flags: list[str]) -> str:
