@@ -72,14 +72,17 @@ class DelayedWeightGradient:
             )
         while self._saved:
             input, grad_output = self._saved.popleft()
-            wgrad = grad_output.t().matmul(input)
+            wgrad = grad_output.t().matmul(input.to(grad_output.dtype)).to(self._weight.dtype)
             self._weight.grad = wgrad if self._weight.grad is None else self._weight.grad + wgrad
             for hook in self._hooks:
                 hook()
 
 
 class _LinearWithDelayedWgrad(torch.autograd.Function):
-    """``input @ weight.t()`` whose backward puts the weight gradient's operands aside."""
+    """``input @ weight.t()`` whose backward puts the weight gradient's operands aside.
+
+    Under autocast the product has its type, and so have those of the gradients.
+    """
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, saved: deque) -> Tensor:
@@ -91,7 +94,9 @@ class _LinearWithDelayedWgrad(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         input, weight = ctx.saved_tensors
         ctx.saved.append((input, grad_output))
-        return grad_output.matmul(weight) if ctx.needs_input_grad[0] else None, None, None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        return grad_output.matmul(weight.to(grad_output.dtype)), None, None
 
 
 def delay_weight_gradients(experts: nn.Module) -> Callable[[], None]:

@@ -61,6 +61,23 @@ def test_gradients_of_microbatches_add_up(each):
     check_weight_gradients([delayed])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_gradients_are_those_without_the_delay(dtype):
+    plain, delayed = Linear().to(dtype), Linear().to(dtype)
+    delay = DelayedWeightGradient(delayed)
+    gradients = []
+    for linear in (plain, delayed):
+        input = inputs()[0].requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = linear(input)
+        assert output.dtype == torch.bfloat16
+        output.float().square().sum().backward()
+        gradients.append(input.grad)
+    delay.backward_dw()
+    assert torch.equal(*gradients) and torch.equal(delayed.weight.grad, plain.weight.grad)
+    assert delayed.weight.grad.dtype == dtype
+
+
 def test_the_next_step_begins_anew():
     plain, delayed = Linear(), Linear()
     delay = DelayedWeightGradient(delayed)
