@@ -216,7 +216,7 @@ class Buffer(MaskCalls, RecordCalls):
         session.backend.check_wire_dtype(wire, recv)
         session.backend.check_ahead(rows, scales, wire)
         if previous_event is not None:  # what comes may copy an argument
-            previous_event.current_stream_wait()
+            previous_event.order_current_stream()
         if handle is None:
             if expert_capacity is not None:
                 checks.check_expert_capacity(
@@ -374,7 +374,7 @@ class Buffer(MaskCalls, RecordCalls):
         grad_wire = checks.grad_wire_dtype(x, grad_wire_dtype)
         session.backend.check_wire_dtype(grad_wire, x.dtype)
         if previous_event is not None:
-            previous_event.current_stream_wait()
+            previous_event.order_current_stream()
 
         request = CombineRequest(x, weights, async_finish, add_weights)
         with session.operation() as backend:

@@ -42,9 +42,13 @@ class EventOverlap:
 
         Call it on the stream that the operation's inputs belong to: afterwards they may be freed.
         """
+        self.order_current_stream()
+        self.extra_tensors = None
+
+    def order_current_stream(self) -> None:
+        """Make the current stream wait, whichever it is: the inputs are kept."""
         if self.event is not None:
             torch.cuda.current_stream().wait_event(self.event)
-            self.extra_tensors = None
 
     def __enter__(self) -> EventOverlap:
         return self

@@ -224,7 +224,7 @@ class Buffer(LowLatencyCalls):
             On a GPU bad content of `topk_idx` is found by `dispatch`.
         """
         if previous_event is not None:
-            previous_event.current_stream_wait()
+            previous_event.order_current_stream()
         layout, per_node = token_layout(
             topk_idx, num_experts, self.group_size, self._ranks_per_node
         )

@@ -36,7 +36,7 @@ def run_arguments(
         EventOverlap(event) if isinstance(event, torch.cuda.Event) else event for event in events
     )
     if isinstance(second, EventOverlap):
-        second.current_stream_wait()
+        second.order_current_stream()
         second = None
     # V2 orders the communication stream behind the caller's without an event too.
     allocates = bool(allocate_on_comm_stream) and asynchronous

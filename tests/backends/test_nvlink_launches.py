@@ -306,12 +306,12 @@ def test_rows_that_are_not_on_the_buffers_gpu_are_refused(backend):
 
 def test_what_callers_say_of_an_operation_reaches_it(backend, monkeypatch):
     monkeypatch.setattr(backend, "check_device", lambda *_: None)
-    monkeypatch.setattr(
-        EventOverlap, "current_stream_wait", lambda self: backend.native.calls.append(("before",))
-    )
+    stream = SimpleNamespace(wait_event=lambda event: backend.native.calls.append((event,)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     buffer = VirtualBuffer(backend, CONFIG)
     buffer.set_num_sms(48)
-    how = dict(previous_event=EventOverlap())
+    kept = (X,)
+    how = dict(previous_event=EventOverlap("before", kept))
     out = buffer.dispatch(X, TOPK, **how)
     before, planned, *calls = backend.native.take()
     assert before == ("before",) and planned[0] == "plan"
@@ -322,6 +322,8 @@ def test_what_callers_say_of_an_operation_reaches_it(backend, monkeypatch):
     assert before == ("before",) and launch[0] == "ep_combine"
     assert launch[1].num_blocks == 48 and launch[2] == COMM
     assert combined.event is out.handle.event
+    # The event is another operation's, whose inputs may belong to another stream.
+    assert how["previous_event"].extra_tensors is kept
 
 
 def test_the_backward_combine_is_in_flight_during_other_work(backend, monkeypatch):

@@ -1,10 +1,23 @@
-"""The copy of a tensor for the host."""
+"""What streams wait for, and the copy of a tensor for the host."""
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 
-from ep_comm.events import HostCopy
+from ep_comm.events import EventOverlap, HostCopy
+
+
+def test_inputs_are_kept_until_their_own_stream_has_waited(monkeypatch):
+    stream, event, inputs = mock.Mock(), mock.Mock(), (torch.ones(1),)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    overlap = EventOverlap(event, inputs)
+    overlap.order_current_stream()
+    assert overlap.extra_tensors is inputs
+    overlap.current_stream_wait()
+    assert overlap.extra_tensors is None
+    assert stream.method_calls == [mock.call.wait_event(event)] * 2
 
 
 def test_a_copy_for_the_host_is_what_was_there():

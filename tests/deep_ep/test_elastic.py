@@ -76,7 +76,7 @@ def test_scales_are_arranged_behind_what_fills_their_memory(monkeypatch, is_fill
 class Noted(EventOverlap):
     waits = 0
 
-    def current_stream_wait(self) -> None:
+    def order_current_stream(self) -> None:
         self.waits += 1
 
 
