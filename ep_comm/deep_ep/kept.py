@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ep_comm.events import is_captured
-
-T = TypeVar("T")
 
 
 def for_reader(tensor: Tensor) -> Tensor:
@@ -38,7 +36,7 @@ class Readable:
         return is_captured() == self._was_captured
 
 
-class KeptProperty(Generic[T]):
+class KeptProperty:
     """A property of a `Readable` that is made once, where that is right.
 
     Outside of the graph of its dispatch it is made anew each time: a replay may have come in
@@ -46,13 +44,15 @@ class KeptProperty(Generic[T]):
     before the graph is replayed.
     """
 
-    def __init__(self, make: Callable[[Any], T]) -> None:
+    def __init__(self, make: Callable[[Any], object]) -> None:
         self._make = make
         self._name = make.__name__
         self.__doc__ = make.__doc__
 
-    def __get__(self, handle: Readable, _: object = None) -> T:
-        """Return it; once it is kept nobody asks here any more."""
+    def __get__(self, handle: Readable | None, _: object = None) -> Any:
+        """Return it; once it is kept nobody asks here any more. Of the class: this object."""
+        if handle is None:
+            return self
         value = self._make(handle)
         if handle.is_read_where_made:
             handle.__dict__[self._name] = value

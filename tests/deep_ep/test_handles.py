@@ -148,6 +148,10 @@ def test_the_end_of_a_dispatch_is_waited_for_where_it_was_recorded(
     assert stream.method_calls == waits
 
 
+def test_help_is_there_for_what_is_made_later():
+    assert EPHandle.topk_idx.__doc__.startswith("[T, K], the experts")
+
+
 # ---- On another stream --------------------------------------------------------------------------
 
 
