@@ -28,14 +28,20 @@ from ep_comm.job.start import has_launcher, join
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=sorted(PRESETS), help="default: W1, or the capture's")
+    parser.add_argument(
+        "--shape", choices=sorted(PRESETS), help="sizes; default: W1, or the capture's"
+    )
     parser.add_argument("--tokens", type=int, help="of a rank; default: the shape's")
-    parser.add_argument("--num-groups", type=int, help="of experts; default: uniform routing")
-    parser.add_argument("--topk-groups", type=int, help="groups of a token")
+    parser.add_argument(
+        "--num-groups", type=int, help="groups of experts; default: uniform routing"
+    )
+    parser.add_argument("--topk-groups", type=int, help="groups that a token selects from")
     parser.add_argument("--replay", type=Path, help="folder of a captured routing")
-    parser.add_argument("--layout", choices=LAYOUTS, default="expert")
-    parser.add_argument("--sms", type=int, default=0, help="of an operation; 0: all")
-    parser.add_argument("--iters", type=int, default=50)
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, default="expert", help="order of the rows; default: expert"
+    )
+    parser.add_argument("--sms", type=int, default=0, help="of an operation; default: all")
+    parser.add_argument("--iters", type=int, default=50, help="samples of each time; default: 50")
     args = parser.parse_args()
     with user_errors_exit():
         spec = RoutingSpec.of_flags(None, args.num_groups, args.topk_groups, replay=args.replay)

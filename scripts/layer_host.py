@@ -44,10 +44,14 @@ _WARMUP = 10
 def main() -> None:
     """Run the measurement, and print its table on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--variants", default="alltoall,ep_comm")
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of ep_comm.pretrain")
+    parser.add_argument(
+        "--variants",
+        default="alltoall,ep_comm",
+        help="of ep-comm bench train; default: %(default)s",
+    )
+    parser.add_argument("--rounds", type=int, default=100, help="samples of each; default: 100")
+    parser.add_argument("--json", type=Path, help="file for all samples")
     args, extra = parser.parse_known_args()
     with user_errors_exit(), contextlib.redirect_stdout(sys.stderr), needs_extra("megatron"):
         from ep_comm.bench.train.settings import make_configs, make_train_settings

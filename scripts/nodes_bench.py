@@ -36,17 +36,25 @@ from ep_comm.job.start import join
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks-per-node", type=int, default=2)
     parser.add_argument(
-        "--gb-per-s", type=float, default=0.0, help="of each rank's network; 0: all"
+        "--ranks-per-node", type=int, default=2, help="GPUs that are taken for a node; default: 2"
     )
-    parser.add_argument("--shape", choices=sorted(PRESETS), help="default: W1, or the capture's")
-    parser.add_argument("--num-groups", type=int, help="of experts; default: uniform routing")
-    parser.add_argument("--topk-groups", type=int, help="groups of a token")
+    parser.add_argument(
+        "--gb-per-s", type=float, default=0.0, help="rate of each rank's network; default: NVLink's"
+    )
+    parser.add_argument(
+        "--shape", choices=sorted(PRESETS), help="sizes; default: W1, or the capture's"
+    )
+    parser.add_argument(
+        "--num-groups", type=int, help="groups of experts; default: uniform routing"
+    )
+    parser.add_argument("--topk-groups", type=int, help="groups that a token selects from")
     parser.add_argument("--replay", type=Path, help="folder of a captured routing")
-    parser.add_argument("--layout", choices=LAYOUTS, default="expert")
-    parser.add_argument("--sms", type=int, default=0, help="of an operation; 0: all")
-    parser.add_argument("--iters", type=int, default=50)
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, default="expert", help="order of the rows; default: expert"
+    )
+    parser.add_argument("--sms", type=int, default=0, help="of an operation; default: all")
+    parser.add_argument("--iters", type=int, default=50, help="samples of each time; default: 50")
     parser.add_argument("--json", type=Path, help="file for all samples")
     args = parser.parse_args()
     with user_errors_exit():

@@ -33,8 +33,10 @@ from buffer_cases import check_results, on_gpus, random_case, run_case  # noqa: 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=20)
-    parser.add_argument("--backend", choices=("nodes", "reference"), default="nodes")
+    parser.add_argument("--cases", type=int, default=20, help="random cases; default: 20")
+    parser.add_argument(
+        "--backend", choices=("nodes", "reference"), default="nodes", help="default: nodes"
+    )
     args = parser.parse_args()
     with user_errors_exit():
         if not has_launcher():

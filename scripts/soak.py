@@ -89,16 +89,28 @@ def main() -> int:
 
 def parse_args(words: list[str] | None = None) -> Options:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--operations", type=int, default=100_000, help="of all calls")
     parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="end a call after these"
+        "--operations",
+        type=int,
+        default=100_000,
+        help="of all calls with this --state, in whole rounds; default: 100000",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="begin no round after these"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="all is drawn from it; default: 0")
     parser.add_argument("--state", type=Path, help="where to note how far it has come")
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--round-operations", type=int, default=2000, help="of one buffer")
+    parser.add_argument("--backend", default="auto", help="default: the fastest that there is")
+    parser.add_argument(
+        "--round-operations",
+        type=int,
+        default=2000,
+        help="of one buffer, which is a round; default: 2000",
+    )
     parser.add_argument("--plant", type=int, help="operation whose result gets a wrong bit")
-    parser.add_argument("--timeout-s", type=float, default=30.0)
+    parser.add_argument(
+        "--timeout-s", type=float, default=30.0, help="bound of every wait; default: 30"
+    )
     return Options(**vars(parser.parse_args(words)))
 
 

@@ -32,7 +32,9 @@ OPS_OF_A_STEP = 4  # dispatch and combine, forward and backward
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/trace"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/trace"), help="folder; default: %(default)s"
+    )
     args = parser.parse_args()
     with user_errors_exit():
         device = join()

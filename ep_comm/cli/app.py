@@ -35,6 +35,50 @@ def version(
         raise typer.Exit
 
 
+@app.command(short_help="Say what this machine has; try the network between hosts.")
+def doctor(
+    network: Annotated[
+        bool,
+        typer.Option(
+            "--network",
+            help="Send messages between hosts, check and time them. Start it on each host by "
+            "torchrun or srun, one process a GPU.",
+        ),
+    ] = False,
+    backend: Annotated[
+        str, typer.Option(help="With --network: what sends, nodes or reference.")
+    ] = "nodes",
+    ranks_per_node: Annotated[
+        int | None,
+        typer.Option(help="With --network: take so many ranks for a node, to try it out.", min=1),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(help="With --network: bound of every wait, in seconds.", min=0.1)
+    ] = 30.0,
+) -> None:
+    """Show versions, GPUs, links, settings, and which backend will be used and why.
+
+    With --network it exits with 1 if messages were wrong or missing, 2 if none could be sent.
+    """
+    if not network:
+        from ep_comm.cli.doctor import diagnose
+
+        typer.echo(diagnose())
+        return
+    import torch.distributed as dist
+
+    from ep_comm.cli.network import BACKENDS, check
+    from ep_comm.config import BackendName
+    from ep_comm.job.exits import UserError, user_errors_exit
+
+    with user_errors_exit():
+        if backend not in BACKENDS:
+            raise UserError(f"--backend {backend!r} is none of {', '.join(BACKENDS)}")
+        is_sound = check(cast(BackendName, backend), ranks_per_node, timeout)
+    dist.destroy_process_group()
+    raise typer.Exit(0 if is_sound else 1)
+
+
 app.add_typer(bench.app, name="bench", short_help="Time dispatch and combine, and trainings.")
 app.command("plan", epilog=plan.EXAMPLE, short_help="Say what a cluster would take.")(plan.plan)
 
@@ -189,56 +233,13 @@ def trace(
         tuple[float, float] | None, typer.Option(help="Draw from here to there, in ms.")
     ] = None,
 ) -> None:
-    """Say what ranks did and whom they waited for, and how much of it no matrix product hid.
+    """Say what ranks did and whom they waited for.
 
-    The last takes files of torch's profiler. docs/recorder.md says how to write these files.
+    With files of torch's profiler it also says how much of the communication no matrix product hid.
+    docs/recorder.md says how to write these files.
     """
     from ep_comm.cli import trace as command
     from ep_comm.job.exits import user_errors_exit
 
     with user_errors_exit():
         command.trace(file, profiles or [], out, picture, window_ms, Console(soft_wrap=True))
-
-
-@app.command(short_help="Say what this machine has; try the network between hosts.")
-def doctor(
-    network: Annotated[
-        bool,
-        typer.Option(
-            "--network",
-            help="Send messages between hosts, check and time them. Start it on each host by "
-            "torchrun or srun, one process a GPU.",
-        ),
-    ] = False,
-    backend: Annotated[
-        str, typer.Option(help="With --network: what sends, nodes or reference.")
-    ] = "nodes",
-    ranks_per_node: Annotated[
-        int | None,
-        typer.Option(help="With --network: take so many ranks for a node, to try it out.", min=1),
-    ] = None,
-    timeout: Annotated[
-        float, typer.Option(help="With --network: bound of every wait, in seconds.", min=0.1)
-    ] = 30.0,
-) -> None:
-    """Show versions, GPUs, links, settings, and which backend will be used and why.
-
-    With --network it exits with 1 if messages were wrong or missing, 2 if none could be sent.
-    """
-    if not network:
-        from ep_comm.cli.doctor import diagnose
-
-        typer.echo(diagnose())
-        return
-    import torch.distributed as dist
-
-    from ep_comm.cli.network import BACKENDS, check
-    from ep_comm.config import BackendName
-    from ep_comm.job.exits import UserError, user_errors_exit
-
-    with user_errors_exit():
-        if backend not in BACKENDS:
-            raise UserError(f"--backend {backend!r} is none of {', '.join(BACKENDS)}")
-        is_sound = check(cast(BackendName, backend), ranks_per_node, timeout)
-    dist.destroy_process_group()
-    raise typer.Exit(0 if is_sound else 1)

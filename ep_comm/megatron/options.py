@@ -81,9 +81,9 @@ class EPOptions:
     copy_engines: bool = option(
         False,
         flag="--ep-copy-engines",
-        help="Tokens travel by the GPUs' copy engines, which leave more SMs to GEMMs, and begin to "
-        "while the router computes. Every token goes to every rank: for two to four GPUs of one "
-        "host, and enough experts a token. Results are the same.",
+        help="Tokens travel by the GPUs' copy engines, which leave more SMs to GEMMs. They set out "
+        "while the router computes, every token to every rank: for two to four GPUs of one host, "
+        "and enough experts a token. Results are the same.",
     )
     num_sms: int | None = option(
         None,
