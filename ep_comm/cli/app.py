@@ -184,7 +184,7 @@ def watch(
         Path, typer.Argument(metavar="RUN_DIR", help="--run-dir of the run, with log.jsonl.")
     ],
 ) -> None:
-    """Show the last steps of a training run, its tails, its slowest rank, and what stands out.
+    """Show the last steps of a training run, 99th percentiles, the slowest rank, what stands out.
 
     It goes on until the last step, or Ctrl-C. Where the output is no terminal it shows them once.
     """
