@@ -49,6 +49,10 @@ MOST = 0.01  # of a dispatch
 class Unrecorded(DeviceRecorder):
     """Gives kernels an address, and notes nothing but the number of operations."""
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._address = self._ring.data_ptr()
+
     def start(self, op: str, row_bytes: int, rows_of_experts: tuple[int, ...] = ()) -> int:
         self.num_operations += 1
         return self._address
@@ -171,6 +175,26 @@ def _figures(what: str, samples: Any) -> dict[str, list[float]]:
     }
 
 
+def document(costs: list[Cost]) -> dict[str, Any]:
+    """Return what the JSON file holds: all block medians, and the table for docs/results."""
+    found = surroundings()
+    gpus = found["gpus"]
+    columns = ["dispatch", "time", "with, µs", "without, µs", "cost, %", "told apart, %"]
+    rows = []
+    for cost in costs:
+        with_us, without_us = (f"{median(cost.us[name]):.1f}" for name in (WITH, WITHOUT))
+        percent = (f"{100 * cost.ratio(name):+.1f}" for name in (WITH, AGAIN))
+        rows.append([f"{cost.preset}, {cost.call}", cost.what, with_us, without_us, *percent])
+    return {
+        "title": "What records of operations cost",
+        "source": "the same calls with and without them, in turns; last column: the same twice",
+        "machine": f"{len(gpus)} × {gpus[0]}" if gpus else "CPU",
+        **found,
+        "tables": [{"columns": columns, "rows": rows}],
+        "costs": [cost.as_json() for cost in costs],
+    }
+
+
 def show(costs: list[Cost]) -> None:
     for cost in costs:
         us = {name: median(values) for name, values in cost.us.items()}
@@ -213,8 +237,7 @@ def main() -> None:
         if dist.get_rank() == 0:
             show(costs)
             if args.json is not None:
-                document = {**surroundings(), "costs": [cost.as_json() for cost in costs]}
-                files.write_json(args.json, document)
+                files.write_json(args.json, document(costs))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -45,8 +45,8 @@ PAGES = [
     plan.PAGE,
     Page(
         "other",
-        "Runs by hand, and figures of others",
-        "No tool of this repository wrote these files.",
+        "Faults, costs, runs by hand, and figures of others",
+        "Files that bring their own tables.",
         lambda document: "tables" in document,
         lambda document: [Table(table["columns"], table["rows"]) for table in document["tables"]],
     ),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import cycle, islice
+from time import monotonic
 from typing import NamedTuple
 
 import torch
@@ -52,15 +52,18 @@ class DeviceRecorder:
     ) -> None:
         self.num_operations = 0
         self.is_backward = False
-        self._epochs: Counter[str] = Counter()
+        self._epochs: defaultdict[str, int] = defaultdict(int)
         self._rank = rank
         self._num_ranks = num_ranks
         self._synchronize = synchronize
-        self._record_bytes = record_bytes
         self._ring = torch.zeros(RING_LENGTH, record_bytes, dtype=torch.uint8, device=device)
-        self._address = self._ring.data_ptr()
         self._wire_bytes = torch.zeros((), dtype=torch.int64, device=device)
         self._started: deque[tuple] = deque(maxlen=RING_LENGTH)
+        # Looked up once, so that `start` costs an operation a quarter of a microsecond.
+        self._note = self._started.append
+        first = self._ring.data_ptr()
+        end = first + RING_LENGTH * record_bytes
+        self._next_address = cycle(range(first, end, record_bytes)).__next__
 
     @property
     def num_bytes(self) -> int:
@@ -100,13 +103,10 @@ class DeviceRecorder:
             row_bytes: Of each of its rows.
             rows_of_experts: See `OpRecord`.
         """
-        before = self.num_operations
-        self.num_operations = before + 1
+        self.num_operations = number = self.num_operations + 1
         self._epochs[op] += 1
-        self._started.append(
-            (op, before + 1, self.is_backward, time.monotonic(), row_bytes, rows_of_experts)
-        )
-        return self._address + before % RING_LENGTH * self._record_bytes
+        self._note((op, number, self.is_backward, monotonic(), row_bytes, rows_of_experts))
+        return self._next_address()
 
     def restart(self) -> None:
         """Count the operations of each kind anew, as the device does."""

@@ -1,4 +1,4 @@
-"""With torch's deterministic algorithms new memory is filled with NaN: never over rows that came."""
+"""With deterministic algorithms torch fills new memory with NaN: never over rows that came."""
 
 from __future__ import annotations
 
