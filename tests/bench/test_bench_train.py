@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from ep_comm.backends.nvlink.mailbox import Mailbox
 from ep_comm.bench.train import profile as profiling
 from ep_comm.bench.train.profile import BACKWARD, STEP, Bar, Profile, bars, summarize_trace
-from ep_comm.bench.train.report import write_report
+from ep_comm.bench.train.report import write_figures, write_report
 from ep_comm.bench.train.results import TrainRun
 from ep_comm.bench.train.timeline import draw_timelines
 from ep_comm.cli.app import app
@@ -214,10 +214,10 @@ def test_the_faster_reference_counts(theirs_ms, faster):
     run = made_up_run()
     for name, ms in (("alltoall-1f1b", theirs_ms), ("ep_comm-1f1b", 6.0)):
         like = [block for block in run.blocks if block.variant == "alltoall"]
-        blocks = tuple(
+        blocks = [
             dataclasses.replace(block, variant=name, step_ms=(ms * block.microbatches,) * 3)
             for block in like
-        )
+        ]
         run = dataclasses.replace(run, blocks=run.blocks + blocks)
     found = run.figures("ep_comm-1f1b", 2)
     assert found["reference"] == faster
@@ -227,7 +227,7 @@ def test_the_faster_reference_counts(theirs_ms, faster):
 
 def test_without_the_reference_there_are_no_ratios():
     run = made_up_run()
-    blocks = tuple(block for block in run.blocks if block.variant != "alltoall")
+    blocks = [block for block in run.blocks if block.variant != "alltoall"]
     inspections = {"ep_comm-overlap": run.inspections["ep_comm-overlap"]}
     run = TrainRun(**{**vars(run), "blocks": blocks, "inspections": inspections})
     found = run.figures("ep_comm", 1)
@@ -262,6 +262,14 @@ def test_report(device, tmp_path):
     assert len(document["blocks"]) == 12 and document["results"][0]["step_ms"]["median"] == 12
     pictures = {"steps.png"} | ({"overlap.png"} if device == "cuda" else set())
     assert {path.name for path in tmp_path.glob("*.png")} == pictures
+
+
+def test_what_an_unfinished_run_has_found_is_written(tmp_path):
+    run = made_up_run()
+    write_figures(dataclasses.replace(run, inspections={}, blocks=run.blocks[:6]), tmp_path)
+    document = json.loads((tmp_path / "bench-train.json").read_text())
+    assert document["results"][0]["step_ms"]["median"] == 12
+    assert set(document["layer_ratio"].values()) == {None}
 
 
 def test_timelines_of_any_number(tmp_path):

@@ -81,10 +81,10 @@ def made_up_run(*, device: str = "cuda") -> TrainRun:
         device=device,
         num_ranks=2,
         inspections={name: inspection(name) for name in found.variants},
-        blocks=tuple(
+        blocks=[
             block(name, count, index)
             for index in range(2)
             for name in found.order(index)
             for count in found.microbatches
-        ),
+        ],
     )

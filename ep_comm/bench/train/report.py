@@ -54,8 +54,8 @@ exposed: the part of it in which no matrix product runs"""
 
 
 def write_report(run: TrainRun, out: Path, console: Console) -> None:
-    """Write ``bench-train.json``, ``steps.png`` and ``overlap.png``, and print the tables."""
-    write_json(out / "bench-train.json", document(run))
+    """Write `write_figures`, ``steps.png`` and ``overlap.png``, and print the tables."""
+    write_figures(run, out)
     console.print(render(run))
     draw_steps(run, out / "steps.png")
     timelines = _overlap_timelines(run)
@@ -63,6 +63,11 @@ def write_report(run: TrainRun, out: Path, console: Console) -> None:
         title = f"backward of one MoE layer, rank 0 of {run.num_ranks}; {headline(run)}"
         draw_timelines(timelines, title, out / "overlap.png")
     console.print(f"written to {out}", highlight=False)
+
+
+def write_figures(run: TrainRun, out: Path) -> None:
+    """Write ``bench-train.json``, of an unfinished run too, whose blocks are complete."""
+    write_json(out / "bench-train.json", document(run))
 
 
 def headline(run: TrainRun) -> str:

@@ -58,7 +58,7 @@ class LayerTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What a variant alone, before the blocks, gave. Profiles are rank 0's, None without a GPU.
+    """What a variant alone gave. Profiles are rank 0's, None without a GPU.
 
     Attributes:
         phases_ms: Forward times of a step, summed over the MoE layers: dispatch, expert, combine
@@ -82,9 +82,9 @@ class Inspection:
     dropped: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class TrainRun:
-    """Everything that was measured. Methods take a variant, and a number of microbatches.
+    """What was measured so far. Methods take a variant, and a number of microbatches.
 
     Attributes:
         settings: What was asked for.
@@ -101,8 +101,8 @@ class TrainRun:
     vocab_size: int
     device: str
     num_ranks: int
-    inspections: dict[str, Inspection]
-    blocks: tuple[Block, ...]
+    inspections: dict[str, Inspection] = field(default_factory=dict)
+    blocks: list[Block] = field(default_factory=list)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class TrainRun:
     def layer_ratio(self, name: str) -> float | None:
         """Return the reference's time of the layer alone, both ways, over the variant's."""
         reference = reference_of(name)
-        if reference not in self.inspections:
+        if not {name, reference} <= self.inspections.keys():
             return None
         theirs, ours = (median(self.inspections[n].layer.total) for n in (reference, name))
         return theirs / ours
@@ -163,8 +163,10 @@ class TrainRun:
         (T_serial - T_overlapped) / T_combine: the median of the pairs over that of the combine
         alone at its fastest.
         """
-        layer = self.inspections[name].layer
-        return median(layer.hidden) / median(layer.combine) if layer.hidden else None
+        found = self.inspections.get(name)
+        if found is None or not found.layer.hidden:
+            return None
+        return median(found.layer.hidden) / median(found.layer.combine)
 
     def _blocks(self, name: str, count: int) -> list[Block]:
         return [b for b in self.blocks if (b.variant, b.microbatches) == (name, count)]

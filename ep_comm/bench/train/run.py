@@ -1,8 +1,8 @@
 """One run of ``ep-comm bench train``: the variants in turn, block by block.
 
-First each variant alone: kernels are compiled and loaded, and what would disturb the timed blocks
-is measured: a profile, the MoE layer alone, and the phases of the MoE layers. Then a model of every
-variant stays in memory, so that visits are short and what the machine does besides meets all alike.
+A model of every variant stays in memory, so that visits are short and what the machine does
+besides meets all alike. Then each variant alone, for what would disturb the timed blocks: a
+profile, the MoE layer alone, and the phases of the MoE layers.
 
 Imports Megatron, see `model`.
 """
@@ -38,7 +38,7 @@ from ep_comm.pretrain.loop import mean_over_ranks
 from ep_comm.pretrain.model import slow_backend
 from ep_comm.telemetry.records import timed
 
-_DISCARDED_STEPS = 5  # of the visit before the blocks, besides the warm-up
+_DISCARDED_STEPS = 5  # of a variant alone, besides the warm-up
 _LAYER_ITERS = 20
 _METER_STEPS = 5
 
@@ -49,6 +49,7 @@ def run(
     device: torch.device,
     out: Path,
     progress: Callable[[str], None],
+    save: Callable[[TrainRun], None],
 ) -> TrainRun:
     """Measure everything that `settings` asks for. Collective over the default group.
 
@@ -58,15 +59,35 @@ def run(
         device: This rank's.
         out: Folder that the traces go to.
         progress: Told what is measured next.
+        save: Given what was found, after each block and each variant alone.
     """
-    inspections: dict[str, Inspection] = {}
-    blocks: list[Block] = []
+    found = TrainRun(
+        settings=settings,
+        configs={name: config.model_dump(mode="json") for name, config in configs.items()},
+        vocab_size=vocabulary(configs[settings.variants[0]]),
+        device=device.type,
+        num_ranks=dist.get_world_size(),
+    )
+    _measure_blocks(found, configs, device, progress, save)
     for name in settings.variants:
         progress(f"{name}: profile, MoE layer alone")
         trainer = Trainer(configs[name], device)
-        inspections[name] = _inspect(trainer, settings, out / f"trace-{name}")
+        found.inspections[name] = _inspect(trainer, settings, out / f"trace-{name}")
+        save(found)
         if (left := trainer.free()) > 2**28:  # workspaces of libraries are less
             progress(f"warning: {left / 2**30:.2f} GiB are still allocated")
+    return found
+
+
+def _measure_blocks(
+    found: TrainRun,
+    configs: dict[str, PretrainConfig],
+    device: torch.device,
+    progress: Callable[[str], None],
+    save: Callable[[TrainRun], None],
+) -> None:
+    """Have models of all variants take turns."""
+    settings = found.settings
     trainers: dict[str, Trainer] = {}
     own_bytes: dict[str, int] = {}  # of each model while it rests
     for name in settings.variants:
@@ -81,19 +102,12 @@ def run(
             for microbatches in settings.microbatches:
                 for name in settings.order(block):
                     trainer, own = trainers[name], own_bytes[name]
-                    blocks.append(_measure(trainer, settings, name, microbatches, block, own))
-                    progress(_describe(blocks[-1], settings))
+                    visit = _measure(trainer, settings, name, microbatches, block, own)
+                    found.blocks.append(visit)
+                    progress(_describe(visit, settings))
+            save(found)
     for trainer in trainers.values():
         trainer.free()
-    return TrainRun(
-        settings=settings,
-        configs={name: config.model_dump(mode="json") for name, config in configs.items()},
-        vocab_size=vocabulary(configs[settings.variants[0]]),
-        device=device.type,
-        num_ranks=dist.get_world_size(),
-        inspections=inspections,
-        blocks=tuple(blocks),
-    )
 
 
 def _warm(config: PretrainConfig, settings: TrainSettings, device: torch.device) -> Trainer:
@@ -160,7 +174,7 @@ def _measure(
 
 
 def _inspect(trainer: Trainer, settings: TrainSettings, trace: Path) -> Inspection:
-    """Measure a variant alone, before the blocks."""
+    """Measure a variant alone."""
     microbatches = settings.microbatches[0]
     for _ in range(settings.warmup + _DISCARDED_STEPS):
         trainer.step(microbatches)

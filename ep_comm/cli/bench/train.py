@@ -72,11 +72,17 @@ def train(
         configs = agree(lambda: make_configs(settings, dist.get_world_size()))
         on_rank_0(lambda: out.mkdir(parents=True, exist_ok=True))
         prepare_megatron()
-        from ep_comm.bench.train.report import render, write_report
+        from ep_comm.bench.train.report import render, write_figures, write_report
+        from ep_comm.bench.train.results import TrainRun
         from ep_comm.bench.train.run import run  # imports Megatron: only now
 
         progress = Console(stderr=True, quiet=dist.get_rank() != 0, soft_wrap=True, highlight=False)
-        result = run(settings, configs, device, out, progress.print)
+
+        def save(found: TrainRun) -> None:
+            if dist.get_rank() == 0:
+                write_figures(found, out)
+
+        result = run(settings, configs, device, out, progress.print, save)
         on_rank_0(lambda: write_report(result, out, wide_console(sys.__stdout__)))
         on_rank_0(lambda: write_page(render(result), "Training steps", out / "bench-train.html"))
     dist.destroy_process_group()
