@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import Literal
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from ep_comm import checks, ops
 from ep_comm.backends import make_backend
-from ep_comm.backends.base import CombineRequest, DispatchRequest, PlanRequest
+from ep_comm.backends.base import Backend, CombineRequest, DispatchRequest, PlanRequest
 from ep_comm.config import EPConfig, check_positive
 from ep_comm.errors import EPArgumentError
 from ep_comm.events import EventOverlap
@@ -27,6 +29,20 @@ from ep_comm.routing.types import RowLayout
 from ep_comm.session import Session
 from ep_comm.telemetry.watch import watch
 from ep_comm.tracing import plain_tensor, unseen, untraced
+
+# Of buffers that were dropped and not destroyed.
+_kept: list[Backend] = []
+
+
+def _keep(backend: Backend) -> None:
+    """Keep the memory of a buffer that was dropped: other ranks, and kernels, may still use it."""
+    if backend.buffer_bytes:
+        _kept.append(backend)
+        warnings.warn(
+            "a Buffer was dropped without destroy(): its memory is kept until the process ends",
+            ResourceWarning,
+            stacklevel=2,
+        )
 
 
 class Buffer(MaskCalls, RecordCalls):
@@ -64,6 +80,8 @@ class Buffer(MaskCalls, RecordCalls):
             has waited for for 30 s is named before, by a warning of the logger "ep_comm".)
     """
 
+    _when_dropped: weakref.finalize | None = None
+
     def __init__(self, group: dist.ProcessGroup | None, config: EPConfig) -> None:
         if not isinstance(config, EPConfig):
             raise EPArgumentError(f"config must be an EPConfig, got {type(config).__name__}")
@@ -82,6 +100,8 @@ class Buffer(MaskCalls, RecordCalls):
         blame = Blame(self._roster.store(), self.rank, self.num_ranks)
         self._session = Session(backend, config, identity=identity, blame=blame)
         watch(backend, self.rank, config.timeout_s)
+        self._when_dropped = weakref.finalize(self, _keep, backend)
+        self._when_dropped.atexit = False
 
     def __enter__(self) -> Buffer:
         """Return the buffer; the end of the block destroys it."""
@@ -501,4 +521,6 @@ class Buffer(MaskCalls, RecordCalls):
         Raises:
             EPError: An operation that was still in flight ended with it.
         """
+        if self._when_dropped is not None:
+            self._when_dropped.detach()
         self._session.destroy()

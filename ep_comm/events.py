@@ -11,6 +11,22 @@ def is_captured() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+# Of operations whose event was dropped before anybody had waited for it: what they still use.
+_unwaited: list[tuple[torch.cuda.Event, tuple]] = []
+
+
+def _forget_ended() -> None:
+    if not is_captured():  # or the capture is void
+        _unwaited[:] = [kept for kept in _unwaited if not _has_ended(kept[0])]
+
+
+def _has_ended(event: torch.cuda.Event) -> bool:
+    try:
+        return event.query()
+    except RuntimeError:  # it is part of a graph, and so is the memory
+        return True
+
+
 class EventOverlap:
     """The point on a stream where an operation is complete. Everything is a no-op on CPU.
 
@@ -27,6 +43,13 @@ class EventOverlap:
     ) -> None:
         self.event = event
         self.extra_tensors = extra_tensors  # which the operation still uses
+        if _unwaited:
+            _forget_ended()
+
+    def __del__(self) -> None:
+        """Keep what the operation still uses, where nobody has waited, as after an exception."""
+        if self.event is not None and self.extra_tensors:
+            _unwaited.append((self.event, self.extra_tensors))
 
     @classmethod
     def record(cls, device: torch.device) -> EventOverlap:

@@ -310,16 +310,16 @@ def test_what_callers_say_of_an_operation_reaches_it(backend, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     buffer = VirtualBuffer(backend, CONFIG)
     buffer.set_num_sms(48)
-    kept = (X,)
-    how = dict(previous_event=EventOverlap("before", kept))
+    kept, event = (X,), mock.Mock()
+    how = dict(previous_event=EventOverlap(event, kept))
     out = buffer.dispatch(X, TOPK, **how)
     before, planned, *calls = backend.native.take()
-    assert before == ("before",) and planned[0] == "plan"
+    assert before == (event,) and planned[0] == "plan"
     push, expand = (call for call in calls if call[0] == "ep_dispatch")
     assert push[1].num_push_blocks + expand[1].num_expand_blocks == 48
     combined = buffer.combine(out.recv_x, out.handle, async_finish=True, **how)
     before, *_, launch = backend.native.take()
-    assert before == ("before",) and launch[0] == "ep_combine"
+    assert before == (event,) and launch[0] == "ep_combine"
     assert launch[1].num_blocks == 48 and launch[2] == COMM
     assert combined.event is out.handle.event
     # The event is another operation's, whose inputs may belong to another stream.

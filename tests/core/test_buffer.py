@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
+import weakref
 from typing import Any
 from unittest import mock
 
@@ -77,6 +80,35 @@ def made_in_inference_mode(rank: int) -> list[int]:
 
 def test_a_buffer_that_was_made_in_inference_mode_is_destroyed_outside():
     assert run_ranks(1, made_in_inference_mode) == [[1, 0]]
+
+
+def dropped(rank: int, num_bytes: int, is_destroyed: bool) -> tuple[list[str], bool]:
+    """The warnings, and whether the backend is still there."""
+    config = EPConfig(num_experts=1, hidden=16, max_tokens_per_rank=1, num_topk=1)
+    with (
+        mock.patch.object(ReferenceBackend, "buffer_bytes", num_bytes),
+        warnings.catch_warnings(record=True) as warned,
+    ):
+        warnings.simplefilter("always")
+        buffer = Buffer(None, config)
+        backend = weakref.ref(buffer._session.backend)
+        if is_destroyed:
+            buffer.destroy()
+        del buffer
+        gc.collect()
+    return [str(each.message) for each in warned], backend() is not None
+
+
+def test_memory_of_a_buffer_that_is_dropped_is_kept_with_a_warning():
+    warned, is_kept = run_ranks(1, dropped, 64, False)[0]
+    assert is_kept and warned == [
+        "a Buffer was dropped without destroy(): its memory is kept until the process ends"
+    ]
+
+
+@pytest.mark.parametrize(("num_bytes", "is_destroyed"), [(0, False), (64, True)])
+def test_what_has_no_memory_or_was_destroyed_is_not_kept(num_bytes, is_destroyed):
+    assert run_ranks(1, dropped, num_bytes, is_destroyed) == [([], False)]
 
 
 @st.composite

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from unittest import mock
 
+import pytest
 import torch
 
 from ep_comm.events import EventOverlap, HostCopy
@@ -18,6 +20,30 @@ def test_inputs_are_kept_until_their_own_stream_has_waited(monkeypatch):
     overlap.current_stream_wait()
     assert overlap.extra_tensors is None
     assert stream.method_calls == [mock.call.wait_event(event)] * 2
+
+
+@pytest.mark.parametrize("ends", [True, RuntimeError], ids=["ended", "captured"])
+def test_inputs_of_what_nobody_waits_for_are_kept_until_it_ends(ends):
+    inputs = torch.ones(1)
+    is_there = weakref.ref(inputs)
+    event = mock.Mock()
+    event.query.side_effect = [False, ends]
+    EventOverlap(event, (inputs,))  # dropped at once
+    del inputs
+    assert is_there() is not None
+    EventOverlap()
+    assert is_there() is not None
+    EventOverlap()
+    assert is_there() is None
+
+
+def test_what_was_waited_for_is_not_kept(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock())
+    inputs = torch.ones(1)
+    is_there = weakref.ref(inputs)
+    EventOverlap(mock.Mock(), (inputs,)).current_stream_wait()
+    del inputs
+    assert is_there() is None
 
 
 def test_a_copy_for_the_host_is_what_was_there():
