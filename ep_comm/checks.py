@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_comm import fp8
-from ep_comm.config import ROW_DTYPES, EPConfig, is_int
+from ep_comm.config import ROW_DTYPES, EPConfig
 from ep_comm.errors import EPArgumentError, EPStateError, EPTooManyTokensError
 from ep_comm.events import EventOverlap
+from ep_comm.numeric import is_int
 from ep_comm.routing.types import Routing, RowLayout
 from ep_comm.tracing import plain_tensor
 

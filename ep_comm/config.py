@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeGuard, get_args
+from typing import Literal, get_args
 
 import torch
 
 from ep_comm._native.header import EP_MAX_EXPERTS, EP_MAX_LOCAL_EXPERTS, EP_MAX_TOPK
 from ep_comm.errors import EPArgumentError
 from ep_comm.network.settings import NetworkSettings
+from ep_comm.numeric import is_int, is_number
 
 ROW_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 BackendName = Literal["auto", "nvlink", "nodes", "reference"]
@@ -20,11 +21,6 @@ Wire = Literal["sm", "copy-engine"]
 _LEAST_WANTED = 2 / 3
 _LOW_LATENCY_HIDDEN = 8  # elements of 16 bytes
 _MAX_TIMEOUT_S = 1e8  # three years; of more the nanoseconds of ten do not fit into 64 bits
-
-
-def is_int(value: object) -> TypeGuard[int]:
-    """Return whether `value` is an integer, and no bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_positive(name: str, value: object) -> None:
@@ -43,11 +39,7 @@ def check_timeout(timeout_s: object) -> None:
     Raises:
         EPArgumentError: Names what was passed.
     """
-    if (
-        not isinstance(timeout_s, (int, float))
-        or isinstance(timeout_s, bool)
-        or not 0 < timeout_s <= _MAX_TIMEOUT_S
-    ):
+    if not is_number(timeout_s) or not 0 < timeout_s <= _MAX_TIMEOUT_S:
         raise EPArgumentError(
             f"timeout_s must be a positive number of seconds, at most {_MAX_TIMEOUT_S:g}, got "
             f"{timeout_s!r}"

@@ -17,6 +17,7 @@ from torch import Tensor
 from ep_comm import _native
 from ep_comm._native import header
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
+from ep_comm.numeric import ceil_div
 
 BLOCK = 128
 COLUMNWISE_ROWS = 16  # of an expert are a multiple of it, for column-wise copies
@@ -171,7 +172,7 @@ def columnwise(
             f"column-wise copies need groups of a multiple of {COLUMNWISE_ROWS} rows, {num_rows} "
             f"in all; got {list(rows_per_expert)}"
         )
-    tiles = [-(-rows // BLOCK) for rows in rows_per_expert]
+    tiles = [ceil_div(rows, BLOCK) for rows in rows_per_expert]
     data = torch.empty(sum(rows_per_expert) * hidden, dtype=FP8_DTYPE, device=rows_MH.device)
     scales_TH = torch.empty(sum(tiles), hidden, dtype=torch.float32, device=rows_MH.device)
     copies = [

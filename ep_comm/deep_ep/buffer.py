@@ -24,6 +24,7 @@ from ep_comm.errors import EPArgumentError, EPTooManyTokensError, EPUnsupportedE
 from ep_comm.events import EventOverlap
 from ep_comm.fp8 import Payload
 from ep_comm.handle import DispatchOutput
+from ep_comm.numeric import ceil_div, round_up
 
 
 class Buffer(LowLatencyCalls):
@@ -313,7 +314,7 @@ class Buffer(LowLatencyCalls):
         out, buffer = self._dispatch(x, num_tokens_per_expert.numel(), _sms(config), how)
         counts = out.num_recv_tokens_per_expert_list
         if expert_alignment != 1:
-            counts = [-(-count // expert_alignment) * expert_alignment for count in counts]
+            counts = [round_up(count, expert_alignment) for count in counts]
         return (
             out.recv_x,
             None if topk_idx is None else out.recv_topk_idx,
@@ -331,7 +332,7 @@ class Buffer(LowLatencyCalls):
         sizes = (hidden, num_experts, dtype)
         # No host waits that could find out who has too many tokens, so there is room for as many a
         # rank as make up these rows.
-        least = -(-(how["num_worst_tokens"] or 0) // self.group_size)
+        least = ceil_div(how["num_worst_tokens"] or 0, self.group_size)
         buffer = self._buffers.normal(*sizes, num_tokens, least)
         buffer.limit_sms(num_sms)
         try:

@@ -19,7 +19,6 @@ from ep_comm.deep_ep.elastic_calls import (
     check_repeated,
     check_stats,
     finish,
-    rounded_up,
     run_arguments,
 )
 from ep_comm.deep_ep.elastic_handle import EPHandle
@@ -31,6 +30,7 @@ from ep_comm.deep_ep.utils import EventHandle
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 from ep_comm.events import EventOverlap
 from ep_comm.fp8 import Payload
+from ep_comm.numeric import round_up
 
 _SMS_OF_AN_H200 = 132
 _TWO_MIB = 2 << 20
@@ -159,7 +159,7 @@ class ElasticBuffer:
         """
         hidden_bytes = hidden * torch.bfloat16.itemsize
         num_bytes = bytes_of_rows(num_max_tokens_per_rank, hidden_bytes, dist.get_world_size(group))
-        return rounded_up(num_bytes, _TWO_MIB)
+        return round_up(num_bytes, _TWO_MIB)
 
     def get_theoretical_num_sms(
         self,
@@ -300,13 +300,13 @@ class ElasticBuffer:
                 )
             alignment, most_rows = expert_alignment or 1, None
             if do_expand and isinstance(x, tuple):
-                alignment = rounded_up(alignment, SCALE_GROUP)
+                alignment = round_up(alignment, SCALE_GROUP)
             if do_cpu_sync is not None and not do_cpu_sync:  # 0 is False too
                 most_rows = self.num_ranks * most_tokens
                 if do_expand:
                     local_experts = num_experts // self.num_ranks
                     most_rows *= min(topk_idx.shape[-1], local_experts)
-                    most_rows = rounded_up(most_rows + local_experts * (alignment - 1), alignment)
+                    most_rows = round_up(most_rows + local_experts * (alignment - 1), alignment)
             buffer = self._buffers.normal(hidden, num_experts, dtype, num_tokens, most_tokens)
             buffer.limit_sms(num_sms or None)
             out = buffer.native.dispatch(

@@ -21,11 +21,6 @@ from ep_comm.handle import DispatchOutput
 SCALE_GROUP = 4  # FP8 rows by expert: see ep_comm.checks.check_scale_groups
 
 
-def rounded_up(number: int, multiple: int) -> int:
-    """Return the next multiple."""
-    return -(-number // multiple) * multiple
-
-
 def run_arguments(
     events: tuple[object, object], asynchronous: bool, allocate_on_comm_stream: bool
 ) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ep_comm.deep_ep.kept import KeptProperty, Readable, for_reader
 from ep_comm.deep_ep.sized import SizedBuffer
 from ep_comm.handle import DispatchHandle
+from ep_comm.numeric import round_up
 
 
 class EPHandle(Readable):
@@ -115,7 +116,7 @@ class EPHandle(Readable):
         return self.native.num_recv_tokens
 
     def _aligned(self, count):
-        return -(-count // self.expert_alignment) * self.expert_alignment
+        return round_up(count, self.expert_alignment)
 
     def _read(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the dispatch for the current stream, which is ordered behind it.

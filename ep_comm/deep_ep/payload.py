@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ep_comm.errors import EPArgumentError
 from ep_comm.fp8 import BLOCK, FP8_DTYPE, Payload
+from ep_comm.numeric import round_up
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 _TMA_BYTES = 16
@@ -46,8 +47,7 @@ def empty_scales(rows: Tensor, column_major: bool) -> Tensor:
     num_rows, blocks = rows.shape[0], rows.shape[1] // BLOCK
     if not column_major:
         return rows.new_empty(num_rows, blocks, dtype=torch.float32)
-    whole = _TMA_BYTES // torch.float32.itemsize
-    stride = -(-num_rows // whole) * whole
+    stride = round_up(num_rows, _TMA_BYTES // torch.float32.itemsize)
     return rows.new_empty(blocks, stride, dtype=torch.float32).t()[:num_rows]
 
 

@@ -30,6 +30,7 @@ from ep_comm.deep_ep.hints import Hints
 from ep_comm.errors import EPArgumentError, EPTooManyTokensError, EPUnsupportedError
 from ep_comm.events import is_captured
 from ep_comm.job.meeting import meet
+from ep_comm.numeric import round_up
 
 _log = logging.getLogger("ep_comm")
 _ROUND_TO = 64  # tokens
@@ -155,7 +156,7 @@ class SizedBuffers:
         return self._make(key, max(num_tokens, 2 * room))
 
     def _make(self, key: tuple, num_tokens: int) -> SizedBuffer:
-        tokens = max(1, -(-num_tokens // _ROUND_TO)) * _ROUND_TO
+        tokens = round_up(max(1, num_tokens), _ROUND_TO)
         hidden, num_experts, dtype = key
         made = self._new(hidden, num_experts, dtype, dict(max_tokens_per_rank=tokens))
         self._normal[key] = made

@@ -11,12 +11,13 @@ from torch import Tensor
 from ep_comm import checks, fp8_low_latency
 from ep_comm.backends.base import Backend, LowLatencyBackend, LowLatencySizes
 from ep_comm.blank import Blank
-from ep_comm.config import EPConfig, is_int
+from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, setting
 from ep_comm.fp8 import FP8_DTYPE
 from ep_comm.fp8_low_latency import ScaleForm
 from ep_comm.low_latency.handle import LowLatencyHandle
 from ep_comm.low_latency.known import Known
+from ep_comm.numeric import is_int, round_up
 from ep_comm.tracing import plain_tensor
 
 # What callers pass of a dispatch and of a combine. num_max_dispatch_tokens_per_rank, num_experts,
@@ -78,7 +79,7 @@ def received(sizes: LowLatencySizes, num_kept_ints: int) -> Received:
     form, scales = sizes.scale_form, None
     if form is not None:  # column-major in the last two dimensions, for TMA
         columns = hidden // form.elements_per_scale
-        stride = -(-num_rows // _TMA_STRIDE) * _TMA_STRIDE
+        stride = round_up(num_rows, _TMA_STRIDE)
         size = (num_experts, num_rows, columns)
         scales = Blank(size, (columns * stride, 1, stride), form.dtype)
     dtype = torch.bfloat16 if form is None else FP8_DTYPE

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ep_comm.config import is_int
 from ep_comm.errors import EPArgumentError
 from ep_comm.job.blame import Blame
 from ep_comm.job.roster import Roster
 from ep_comm.low_latency.calls import LowLatencyCalls
 from ep_comm.low_latency.handle import HooksOut
+from ep_comm.numeric import is_int
 from ep_comm.session import Session
 
 

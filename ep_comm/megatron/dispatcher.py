@@ -39,6 +39,7 @@ from ep_comm.megatron.fp8_direct import FP8Rows, attach
 from ep_comm.megatron.options import EPOptions
 from ep_comm.megatron.overflow import ExpertOverflow
 from ep_comm.megatron.wgrad import at_end_of_backward
+from ep_comm.numeric import round_up
 
 
 class EPCommTokenDispatcher(MoETokenDispatcher):
@@ -73,9 +74,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         self.local_expert_indices = local_expert_indices
         self.options = options
         self.during_backward = during_backward
-        self.expert_alignment = options.expert_alignment
-        if self.expert_alignment is None:
-            self.expert_alignment = _quantisation_alignment(config)
+        self.expert_alignment = options.expert_alignment or _quantisation_alignment(config)
         # What the preprocessing leaves here. Megatron may have it in a CUDA graph, whose replays do
         # not run it: the tensor is then one of the outputs, shapes go by the number of tokens.
         self.cudagraph_attrs = ["_routing_map"]
@@ -196,7 +195,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             num_tokens=num_tokens * buffer.num_ranks,
             num_topk=self.config.moe_router_topk,
             num_experts=self.config.num_moe_experts,
-            alignment=self.expert_alignment or 1,
+            alignment=self.expert_alignment,
         )
         stats = self.overflow.stats(hidden_states.device)
         if self.options.device_counts:
@@ -215,7 +214,7 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
             num_experts=self.config.num_moe_experts,
             capacity_factor=self.config.moe_expert_capacity_factor,
         )
-        return max(rows + -rows % self.expert_alignment, 1)
+        return max(round_up(rows, self.expert_alignment), 1)
 
     def _dispatch(
         self, buffer: Buffer, hidden_states: Tensor, probs: Tensor, **sizes: Any

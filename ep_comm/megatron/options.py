@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from ep_comm.checks import check_alignment, check_num_sms
 from ep_comm.config import check_positive, check_timeout
 from ep_comm.errors import EPArgumentError
+from ep_comm.numeric import is_number
 
 
 def option(
@@ -180,7 +181,7 @@ class EPOptions:
 def _check_capacity_factor(factor: object) -> None:
     if factor is None:
         return
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor < math.inf:
+    if not is_number(factor) or not factor < math.inf:
         raise EPArgumentError(f"capacity_factor must be a number, got {factor!r}")
     if factor < 1:
         raise EPArgumentError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ep_comm.errors import EPExpertOverflowError
 from ep_comm.events import HostCopy
+from ep_comm.numeric import round_up
 
 _log = logging.getLogger("ep_comm")
 _DROPPED, _MOST = 0, 1  # rows of the statistics that a dispatch keeps
@@ -69,7 +70,7 @@ class ExpertOverflow:
             self.mean_rows *= self._num_local_experts
             most *= min(self._num_local_experts, num_topk)
         rows = min(math.ceil(self._capacity_factor * self.mean_rows), most)
-        self.rows = max(rows + -rows % alignment, 1)
+        self.rows = max(round_up(rows, alignment), 1)
         return self.rows
 
     def stats(self, device: torch.device) -> Tensor:

@@ -6,6 +6,8 @@ import dataclasses
 import re
 from typing import Any, NamedTuple
 
+from ep_comm.numeric import is_int
+
 PREFIX = "NVSHMEM_"
 
 _YES, _NO = ("1", "true", "yes", "y", "t", "on"), ("0", "false", "no", "n", "f", "off")
@@ -52,8 +54,7 @@ class Whole(Kind):
 
     def allows(self, value: object) -> bool:
         """Return whether it is one, and within the bounds."""
-        is_int = isinstance(value, int) and not isinstance(value, bool)
-        return is_int and self.low <= value <= self.high  # type: ignore[operator]  # it is an int
+        return is_int(value) and self.low <= value <= self.high
 
 
 class Size(Kind):
@@ -71,7 +72,7 @@ class Size(Kind):
 
     def allows(self, value: object) -> bool:
         """Return whether it is a positive integer."""
-        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+        return is_int(value) and value > 0
 
     def show(self, value: int) -> str:
         """Return it in the largest unit that divides it."""

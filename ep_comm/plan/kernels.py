@@ -7,6 +7,7 @@ from typing import NamedTuple
 from ep_comm._native import header
 from ep_comm.backends.nodes import tuning as nodes_tuning
 from ep_comm.backends.nvlink import tuning
+from ep_comm.numeric import ceil_div, round_up
 from ep_comm.plan.sizes import Cluster, Workload
 
 
@@ -55,5 +56,5 @@ def network_chunk_rows(tokens: int) -> int:
 
     It is `ep_nodes_offsets.network_chunk_rows`.
     """
-    least = -(-tokens // header.EP_MAX_NETWORK_CHUNKS)
-    return -(-least // tuning.MAX_CHUNK_TOKENS) * tuning.MAX_CHUNK_TOKENS
+    least = ceil_div(tokens, header.EP_MAX_NETWORK_CHUNKS)
+    return round_up(least, tuning.MAX_CHUNK_TOKENS)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from ep_comm import _native
 from ep_comm._native import header
+from ep_comm.numeric import round_up
 from ep_comm.plan.sizes import Cluster, Workload
 
 
@@ -65,7 +66,7 @@ def formula(cluster: Cluster, workload: Workload) -> Memory:
     nodes, local = cluster.num_nodes, cluster.gpus_per_node
     tokens, _, _, topk = workload.shape
     row = workload.combine_row_bytes
-    slot = -(-(row + 16 * -(-topk // 4)) // 128) * 128  # probabilities too, in whole lines
+    slot = round_up(row + 4 * round_up(topk, 4), 128)  # probabilities too, in whole lines
     halves = 1 if nodes == 1 else 2
     return Memory(
         nvlink=halves * (local - 1) * tokens * (slot + row)

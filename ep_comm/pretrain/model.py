@@ -34,6 +34,7 @@ from ep_comm.job.start import agree
 from ep_comm.megatron.layer import moe_layers
 from ep_comm.megatron.names import STOCK
 from ep_comm.megatron.options import flag_of
+from ep_comm.numeric import round_up
 from ep_comm.pretrain.config import PretrainConfig
 
 C = TypeVar("C")
@@ -115,7 +116,7 @@ def slow_backend(trainee: Trainee) -> str | None:
 
 def padded_vocab_size(vocab_size: int) -> int:
     """Return the rows of the output layer: whole tiles for its GEMM."""
-    return -(-vocab_size // 128) * 128
+    return round_up(vocab_size, 128)
 
 
 def gather_parameters(trainee: Trainee) -> None:

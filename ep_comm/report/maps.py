@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ep_comm.numeric import ceil_div
 from ep_comm.report.document import Picture
 from ep_comm.report.run import Load, Run
 from ep_comm.report.series import even_parts
@@ -180,7 +181,7 @@ def _cells(axes: Axes, colours: np.ndarray, steps: np.ndarray) -> None:
 
 
 def _names_axis(axes: Axes, what: str, names: range | list[int]) -> None:
-    every = -(-len(names) // 16)
+    every = ceil_div(len(names), 16)
     axes.set_title(what)
     axes.set_yticks(range(0, len(names), every), [str(name) for name in names[::every]])
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from ep_comm.job.exits import UserError
 from ep_comm.job.files import user_of
+from ep_comm.numeric import is_number
 from ep_comm.pretrain.log_file import BALANCE, LOG_FILE, WARNING, read_whole_log
 from ep_comm.report.series import Series
 from ep_comm.telemetry.explain import ExplainError, newest_fault, read_document, tell
@@ -157,7 +158,7 @@ class Run:
     def series(self, name: str, *, kind: str = "train", scale: float = 1.0) -> Series:
         """Return a scalar where it is on record and finite, times `scale`."""
         if (kind, name) not in self._found:
-            found = [(r["iteration"], r[name]) for r in self._of(kind) if _is_number(r.get(name))]
+            found = [(r["iteration"], r[name]) for r in self._of(kind) if _is_finite(r.get(name))]
             self._found[kind, name] = Series(
                 np.array([step for step, _ in found], dtype=np.int64),
                 np.array([value for _, value in found], dtype=np.float64),
@@ -279,9 +280,8 @@ def _fault(folder: Path) -> tuple[str, ...]:
         return (f"The files of a failure cannot be read: {error}.",)
 
 
-def _is_number(value: object) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)  # type: ignore[arg-type]  # it is a number
+def _is_finite(value: object) -> bool:
+    return is_number(value) and math.isfinite(value)
 
 
 def _of_length(tokens: list[float] | None, none: list[float]) -> list[float]:

@@ -17,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
+from ep_comm.numeric import ceil_div
+
 _NAMES = ("ink", "muted", "line", "first", "second", "dispatch", "combine", "expert", "rest")
 COLOURS = {name: f"#0000{number:02x}" for number, name in enumerate(_NAMES, 1)}
 _STYLE: dict[Any, Any] = {
@@ -65,7 +67,7 @@ def new_figure(
         num_named: Entries of its legend, for which it leaves room.
     """
     # Fixed margins: finding them by layout takes as long as all of the drawing.
-    lines = -(-num_named // _LEGEND_COLUMNS)
+    lines = ceil_div(num_named, _LEGEND_COLUMNS)
     width, legend = _WIDTH_IN[is_wide], lines and _LEGEND_IN + _LEGEND_LINE_IN * lines
     height = legend + rows * (row_height_in + _BETWEEN_IN) + _BOTTOM_IN
     figure = Figure(figsize=(width, height))

@@ -33,6 +33,7 @@ import numpy as np
 
 from ep_comm.job.exits import UserError
 from ep_comm.job.files import write_bytes
+from ep_comm.numeric import ceil_div
 
 _MAGIC = b"EPROUTE1"
 _HEADER = struct.Struct("<8s7I")
@@ -281,7 +282,7 @@ def _check_length(file: bytes, needed: int) -> None:
 
 
 def _packed_bytes(tokens: int, sizes: Sizes) -> int:
-    return -(-tokens * sizes.num_topk * sizes.num_experts.bit_length() // 8)
+    return ceil_div(tokens * sizes.num_topk * sizes.num_experts.bit_length(), 8)
 
 
 def _pack(topk_idx: np.ndarray, num_experts: int) -> bytes:

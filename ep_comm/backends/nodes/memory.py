@@ -20,6 +20,7 @@ from ep_comm.job.meeting import Meeting, meet
 from ep_comm.job.store import default_store
 from ep_comm.network.settings import messages_of
 from ep_comm.network.world import World
+from ep_comm.numeric import round_up
 
 _DIRECT_OPS = (header.EP_OP_LOW_LATENCY_DISPATCH, header.EP_OP_LOW_LATENCY_COMBINE)
 
@@ -220,7 +221,7 @@ class NodesMemory(PeerMemory):
         starts, total = [], 0
         for size in (ctypes.sizeof(header.Fault), notice_bytes, progress_bytes, 4 * mailbox_ints):
             starts.append(total)
-            total += -(-size // HOST_STRIDE) * HOST_STRIDE
+            total += round_up(size, HOST_STRIDE)
         host = torch.zeros(total, dtype=torch.uint8, device="cpu", pin_memory=True)
         addresses = [host.data_ptr() + start for start in starts]
         self.fault_address, self.notice_address = addresses[:2]

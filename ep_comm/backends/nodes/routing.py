@@ -7,7 +7,8 @@ from functools import lru_cache
 
 from ep_comm._native import header
 from ep_comm.backends.nodes.peers import Place
-from ep_comm.backends.nvlink.routing import NVLinkRouting, entry_size, whole_vectors
+from ep_comm.backends.nvlink.routing import NVLinkRouting, entry_size
+from ep_comm.numeric import round_up
 
 
 def relay_ints(ranks_per_node: int, num_topk: int) -> int:
@@ -49,7 +50,7 @@ def arena_places(
     places, total = {}, 0
     for name, count in counts.items():
         places[name] = (total, count)
-        total += -(-count // 4) * 4  # each begins on a multiple of 16 bytes
+        total += round_up(count, 4)  # each begins on a multiple of 16 bytes
     return places, total
 
 
@@ -71,7 +72,7 @@ def native_routings(
     if not places["entries"][1]:
         addresses["entries"] = entries
     nodes = header.NodesRouting(**{name: addresses.pop(name) for name in _NODES_ARRAYS})
-    num_topk4 = whole_vectors(sizes["num_topk"])
+    num_topk4 = round_up(sizes["num_topk"], 4)
     return header.Routing(**addresses, **sizes, num_topk4=num_topk4), nodes
 
 

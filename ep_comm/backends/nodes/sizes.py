@@ -9,6 +9,7 @@ from ep_comm.backends.nodes.memory import nodes_offsets
 from ep_comm.backends.nvlink.routing import entry_size
 from ep_comm.config import EPConfig
 from ep_comm.network.settings import NetworkSettings
+from ep_comm.numeric import round_up
 
 _QUEUE_PLACE_BYTES = 128  # an order and its completion, of 64 bytes each
 _GIB = 2**30
@@ -74,8 +75,7 @@ def nodes_sizes(
     scratch = native.nodes_plan_scratch_bytes(tokens, config.num_experts, num_nodes, ranks_per_node)
     network, queue_pairs = offsets.network_total, 0
     if settings is not None:
-        grain = settings.granularity
-        network = -(-network // grain) * grain + grain
+        network = round_up(network, settings.granularity) + settings.granularity
         if settings.ibgda and settings.nic_buffers == "gpumem":
             places = num_ranks * settings.queue_pairs * settings.queue_depth
             queue_pairs = places * _QUEUE_PLACE_BYTES

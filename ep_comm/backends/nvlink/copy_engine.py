@@ -11,6 +11,7 @@ import torch
 
 from ep_comm._native import header
 from ep_comm.backends.nvlink.resources import Resources
+from ep_comm.numeric import ceil_div, round_up
 
 _HEAD, _FIRST_CHUNK = 0, 1
 _WORD_TOKENS = 32  # of a word of the plan's bits
@@ -19,13 +20,12 @@ _WARM_UP_BYTES = 16  # no row is shorter
 
 def chunk_rows(max_tokens: int) -> int:
     """Return the rows of a chunk: the same on all ranks."""
-    rows = -(-max_tokens // header.EP_COPY_CHUNKS)
-    return -(-rows // _WORD_TOKENS) * _WORD_TOKENS
+    return round_up(ceil_div(max_tokens, header.EP_COPY_CHUNKS), _WORD_TOKENS)
 
 
 def token_words(max_tokens: int, num_ranks: int) -> int:
     """Return the 32-bit words that say which tokens of all ranks came."""
-    return 2 * num_ranks * -(-max_tokens // _WORD_TOKENS)
+    return 2 * num_ranks * ceil_div(max_tokens, _WORD_TOKENS)
 
 
 class CopyEngine:
@@ -50,7 +50,7 @@ class CopyEngine:
         self.stream = resources.streams.one_more()
         self._max_tokens = resources.config.max_tokens_per_rank
         self.chunk_rows = chunk_rows(self._max_tokens)
-        self.num_chunks = -(-self._max_tokens // self.chunk_rows)
+        self.num_chunks = ceil_div(self._max_tokens, self.chunk_rows)
         kind = (header.EP_OP_DISPATCH, header.EP_OP_COMBINE).index(op)
         self._flag_bytes = 4 * header.EP_COPY_FLAGS * peers.num_ranks
         offsets = resources.offsets
@@ -288,7 +288,7 @@ class CombineCopyEngine(CopyEngine):
         most = max(rows for rank, rows in enumerate(num_rows) if rank != self._rank)
         # Their marks are the later ones, where they give up.
         self._streams.wait(stream, self.stream)
-        for chunk in range(-(-most // self.chunk_rows)):
+        for chunk in range(ceil_div(most, self.chunk_rows)):
             args.first_row = chunk * self.chunk_rows
             self._native.launch("ep_partial_sums", args, stream)
             self._streams.wait(self.stream, stream)

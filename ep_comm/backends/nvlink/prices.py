@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any, get_args
 
 from ep_comm.errors import EPArgumentError
+from ep_comm.numeric import ceil_div, is_int, is_number
 from ep_comm.routing.types import RowLayout
 
 VARIABLE = "EP_COMM_PRICES"
@@ -194,7 +195,7 @@ def of_machine(gpu: str, available_sms: int) -> PriceTable | None:
 
 def gemm_tiles(m: int, n: int) -> int:
     """Return the tiles of an output [m, n]: over the GPU's SMs that is the number of waves."""
-    return -(-m // TILE_M) * -(-n // TILE_N)
+    return ceil_div(m, TILE_M) * ceil_div(n, TILE_N)
 
 
 class Chooser:
@@ -224,7 +225,8 @@ class Chooser:
     ) -> Choice | None:
         if self._table is None:
             return None
-        return self._table.choice(op, layout, self._num_ranks, 3 << num_bits >> 2, tiles)
+        middle = 3 << num_bits >> 2  # of the numbers with so many bits
+        return self._table.choice(op, layout, self._num_ranks, middle, tiles)
 
 
 def _what(price: Price) -> tuple:
@@ -249,11 +251,11 @@ def _check(price: Price, available_sms: int, where: str) -> None:
         if field.name == "layout" and value not in get_args(RowLayout):
             raise EPArgumentError(f"{where}: layout {value!r} is none of expert, rank")
         if field.name.startswith("num_") or field.name == "tiles":
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_int(value) or value < 1:
                 raise EPArgumentError(
                     f"{where}: {field.name} must be a positive integer, got {value!r}"
                 )
-        if field.name.endswith("_us") and not isinstance(value, (int, float)):
+        if field.name.endswith("_us") and not is_number(value):
             raise EPArgumentError(f"{where}: {field.name} must be a number, got {value!r}")
     if not 2 <= price.num_sms <= available_sms:
         raise EPArgumentError(f"{where}: num_sms {price.num_sms} is not in 2 to {available_sms}")

@@ -10,17 +10,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ep_comm._native import header
+from ep_comm.numeric import round_up
 from ep_comm.routing.types import Routing, RoutingSizes
-
-
-def whole_vectors(num_topk: int) -> int:
-    """Return K4: `num_topk` rounded up to rows of 16 bytes."""
-    return -(-num_topk // 4) * 4
 
 
 def entry_size(num_topk: int) -> int:
     """Return the int32 numbers that a received row's entry takes."""
-    return 3 * whole_vectors(num_topk)
+    return 3 * round_up(num_topk, 4)
 
 
 @lru_cache(maxsize=64)
@@ -49,7 +45,7 @@ def arena_places(
     places, total = {}, 0
     for name, count in counts.items():
         places[name] = (total, count)
-        total += -(-count // 4) * 4  # each begins on a multiple of 16 bytes
+        total += round_up(count, 4)  # each begins on a multiple of 16 bytes
     return places, total
 
 
@@ -80,7 +76,7 @@ def native_routing(
         **addresses,
         num_tokens=num_tokens,
         num_topk=num_topk,
-        num_topk4=whole_vectors(num_topk),
+        num_topk4=round_up(num_topk, 4),
         expert_major=expert_major,
         last_entry=last_entry,
     )

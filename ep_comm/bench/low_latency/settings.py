@@ -13,6 +13,7 @@ from ep_comm.backends.nodes.tuning import MIN_SMS
 from ep_comm.bench.ops.routing import REPLAY, RoutingSpec
 from ep_comm.fp8 import BLOCK
 from ep_comm.job.exits import UserError
+from ep_comm.numeric import round_up
 
 TOKENS = (1, 8, 32, 128, 256)
 HIDDEN = (7168,)
@@ -146,7 +147,7 @@ class Settings:
 
     def num_experts(self, num_ranks: int) -> int:
         """Return the experts, rounded up to a multiple of the ranks."""
-        return -(-self.experts // num_ranks) * num_ranks
+        return round_up(self.experts, num_ranks)
 
     @property
     def most_tokens(self) -> int:

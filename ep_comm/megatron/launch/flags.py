@@ -18,6 +18,7 @@ from ep_comm.job.ranks import whole
 from ep_comm.megatron.names import NAME, STOCK, VALUES, is_ep_comm, printed
 from ep_comm.megatron.options import OPTIONS, EPOptions, flag_of
 from ep_comm.megatron.support import check_flags
+from ep_comm.numeric import ceil_div
 
 # Rows of a rank, of newer Megatrons' own dispatchers; here each expert has its part of them.
 _RANK_CAPACITY = "moe_expert_rank_capacity_factor"
@@ -178,7 +179,7 @@ def tokens_per_rank(args: argparse.Namespace) -> int | None:
     if args.sequence_parallel:
         ranks *= args.tensor_model_parallel_size
     sequences = max(args.micro_batch_size, getattr(args, "eval_micro_batch_size", None) or 0)
-    return -(-sequences * length // ranks)
+    return ceil_div(sequences * length, ranks)
 
 
 def _check_others(args: argparse.Namespace, options: EPOptions) -> None:
