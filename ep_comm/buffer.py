@@ -238,20 +238,8 @@ class Buffer(MaskCalls, RecordCalls):
         if previous_event is not None:  # what comes may copy an argument
             previous_event.order_current_stream()
         if handle is None:
-            if expert_capacity is not None:
-                checks.check_expert_capacity(
-                    expert_capacity, layout, expert_alignment, num_worst_tokens
-                )
-                layout, expert_alignment = "expert", expert_capacity
-                num_worst_tokens = expert_capacity * self.num_local_experts
-            else:
-                layout, expert_alignment = checks.checked_layout(layout, expert_alignment)
-            checks.check_num_worst_tokens(num_worst_tokens)
-            if num_worst_tokens is None or layout == "rank":
-                checks.check_left_out(overflow_stats=overflow_stats)
-            stats_shape = 2, self.num_local_experts
-            overflow_stats = checks.checked_counter(
-                "overflow_stats", overflow_stats, stats_shape, torch.int32, rows.device
+            layout, expert_alignment, capacity = checks.checked_output(
+                layout, expert_alignment, num_worst_tokens, expert_capacity, self.num_local_experts
             )
             source, num_topk = checks.checked_source(topk_idx, routing_map, rows, self.config)
             weights_shape = tuple(source.shape)
@@ -264,9 +252,14 @@ class Buffer(MaskCalls, RecordCalls):
                 expert_alignment,
                 expert_capacity if num_worst_tokens is None else num_worst_tokens,
             )
-            checks.check_left_out(overflow_stats=overflow_stats)
-            layout, expert_alignment = routing.layout, routing.expert_alignment
+            layout, expert_alignment, capacity = routing.layout, routing.expert_alignment, None
             weights_shape = routing.token_weights_shape
+        overflow_stats = checks.checked_overflow_stats(
+            overflow_stats,
+            layout == "expert" and capacity is not None,
+            self.num_local_experts,
+            rows.device,
+        )
         checks.check_scale_groups(recv, layout, expert_alignment)
         weights = checks.checked_weights(topk_weights, weights_shape, rows.device)
         request = DispatchRequest(rows, scales, weights, wire, recv, async_finish)
@@ -280,7 +273,7 @@ class Buffer(MaskCalls, RecordCalls):
                     layout=layout,
                     expert_alignment=expert_alignment,
                     has_weights=weights is not None,
-                    capacity=num_worst_tokens,
+                    capacity=capacity,
                     expert_capacity=expert_capacity,
                     overflow_stats=overflow_stats,
                     asynchronous=async_finish,

@@ -80,14 +80,20 @@ def check_expert_capacity(
             raise EPArgumentError(f"expert_capacity says what {name} would: pass one of them")
 
 
-def check_left_out(**arguments: object) -> None:
-    """Refuse what goes with a new dispatch by expert that waits for no counts, in any other one."""
-    for name, value in arguments.items():
-        if value is not None:
-            raise EPArgumentError(
-                f"{name} needs expert_capacity or num_worst_tokens, the expert layout, and a new "
-                "routing"
-            )
+def checked_overflow_stats(
+    overflow_stats: Tensor | None, can_drop: bool, num_local_experts: int, device: torch.device
+) -> Tensor | None:
+    """Return what dropped tokens are counted in: int32 [2, E_local], or None.
+
+    It goes with a dispatch that `can_drop` some: a new one by expert that waits for no counts.
+    """
+    if overflow_stats is not None and not can_drop:
+        raise EPArgumentError(
+            "overflow_stats needs expert_capacity or num_worst_tokens, the expert layout, and a "
+            "new routing"
+        )
+    shape = 2, num_local_experts
+    return checked_optional("overflow_stats", overflow_stats, shape, torch.int32, device)
 
 
 def check_rows(name: str, x: Tensor, num_rows: int | None, hidden: int) -> None:
@@ -131,14 +137,14 @@ def checked_tensor(
     return tensor
 
 
-def checked_counter(
+def checked_optional(
     name: str,
     value: Tensor | None,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor | None:
-    """Return `value`: of that shape, type and device, to which an operation adds, or None."""
+    """Return what `checked_tensor` does, or None for a tensor that was left out."""
     return None if value is None else checked_tensor(name, value, shape, dtype, device)
 
 
@@ -251,9 +257,7 @@ def checked_weights(
     weights: Tensor | None, shape: tuple[int, ...], device: torch.device
 ) -> Tensor | None:
     """Return the probabilities, which are FP32 of that shape, contiguous, on that device."""
-    if weights is None:
-        return None
-    return checked_tensor("topk_weights", weights, shape, torch.float32, device)
+    return checked_optional("topk_weights", weights, shape, torch.float32, device)
 
 
 def check_add_weights(layout: RowLayout, x: Tensor, weights: Tensor | None) -> None:
@@ -282,6 +286,27 @@ def checked_layout(layout: RowLayout | None, expert_alignment: int | None) -> tu
     expert_alignment = DEFAULT_ALIGNMENT if expert_alignment is None else expert_alignment
     check_alignment(expert_alignment)
     return layout, 1 if layout == "rank" else expert_alignment  # nothing is padded there
+
+
+def checked_output(
+    layout: RowLayout | None,
+    expert_alignment: int | None,
+    num_worst_tokens: int | None,
+    expert_capacity: int | None,
+    num_local_experts: int,
+) -> tuple[RowLayout, int, int | None]:
+    """Return layout, alignment and number of rows of what a new dispatch gives.
+
+    The number is None where as many rows come as come.
+    """
+    if expert_capacity is None:
+        layout, expert_alignment = checked_layout(layout, expert_alignment)
+    else:
+        check_expert_capacity(expert_capacity, layout, expert_alignment, num_worst_tokens)
+        layout, expert_alignment = "expert", expert_capacity
+        num_worst_tokens = expert_capacity * num_local_experts
+    check_num_worst_tokens(num_worst_tokens)
+    return layout, expert_alignment, num_worst_tokens
 
 
 def checked_source(
@@ -337,8 +362,8 @@ def check_scale_groups(recv_dtype: torch.dtype, layout: RowLayout, expert_alignm
     """Refuse FP8 rows in groups whose scales have no place: no multiple of 4 rows."""
     if recv_dtype == fp8.FP8_DTYPE and layout == "expert" and expert_alignment % 4:
         raise EPArgumentError(
-            "FP8 rows with scales in the expert layout need expert_alignment to be a multiple "
-            f"of 4, got {expert_alignment}"
+            "FP8 rows with scales in the expert layout need expert_alignment, or expert_capacity, "
+            f"to be a multiple of 4, got {expert_alignment}"
         )
 
 

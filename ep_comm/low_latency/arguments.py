@@ -201,11 +201,11 @@ class Arguments:
         source, num_topk = checks.checked_source(topk_idx, None, x, config)
         weights = checks.checked_weights(topk_weights, (num_tokens, num_topk), device)
         checks.check_no_grad(x=x, topk_weights=weights)
-        recv_stats = checks.checked_counter(
+        recv_stats = checks.checked_optional(
             "cumulative_local_expert_recv_stats", recv_stats,
             (self._num_local_experts,), torch.int32, device,
         )  # fmt: skip
-        wait_stats = checks.checked_counter(
+        wait_stats = checks.checked_optional(
             "dispatch_wait_recv_cost_stats", wait_stats, (self._num_ranks,), torch.int64, device
         )
         recv_shape = self._num_local_experts, self._num_ranks * max_tokens, config.hidden
@@ -229,7 +229,7 @@ class Arguments:
             out = checks.checked_tensor("out", out, shape, torch.bfloat16, device)
             checks.check_address("out", out)
         checks.check_no_grad(x=x, topk_weights=weights, out=out)
-        wait_stats = checks.checked_counter(
+        wait_stats = checks.checked_optional(
             "combine_wait_recv_cost_stats", wait_stats, (self._num_ranks,), torch.int64, device
         )
         return x, weights, out, wait_stats

@@ -104,6 +104,10 @@ BAD_FP8 = {
         "x requires grad, so the received rows must have its dtype",
     ),
     "alignment": (dict(x=(FP8, SCALES), expert_alignment=6), "multiple of 4, got 6"),
+    "group": (
+        dict(x=(FP8, SCALES), expert_capacity=6),
+        "or expert_capacity, to be a multiple of 4, got 6",
+    ),
 }
 
 
