@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from ep_comm._native import header
 from ep_comm.backends.nodes.memory import NodesMemory
+from ep_comm.backends.nvlink.args import common_fields
 from ep_comm.config import EPConfig
 
 
@@ -33,41 +34,18 @@ def nodes_kernel_args(
         scratch: Address of the plan's scratch memory.
         wire_bytes: Where kernels count what they send, see `PeerMemory.peers`.
     """
-    dispatch_peers = memory.peers(header.EP_OP_DISPATCH, wire_bytes)
-    sizes = dict(
-        max_tokens=config.max_tokens_per_rank,
-        max_chunks=offsets.max_chunks,
-        num_local_experts=config.num_experts // memory.num_ranks,
-    )
+    common = common_fields(config, memory, offsets, scratch, wire_bytes)
     plan = header.NodesPlanArgs(
-        peers=dispatch_peers,
+        **common.plan,
         network=memory.network,
-        scratch=scratch,
-        mailbox=memory.mailbox_address,
-        notice=memory.notice_address,
-        counters=memory.counters[2].data_ptr(),
-        flag_offset=offsets.plan_flags,
-        credit_offset=offsets.dispatch_credits,
-        header_offset=offsets.plan_headers,
-        idx_offset=offsets.plan_idx,
         network_credit_offset=offsets.network_credits,
         network_flag_offset=offsets.network_plan_flags,
         network_send_offset=offsets.plan_to_send,
         network_receive_offset=offsets.plan_received,
         network_region=offsets.plan_region,
-        num_experts=config.num_experts,
-        max_tokens=config.max_tokens_per_rank,
-        hidden=config.hidden,
     )
     dispatch = header.NodesDispatchArgs(
-        dispatch=header.DispatchArgs(
-            peers=dispatch_peers,
-            counter=memory.counters[0].data_ptr(),
-            flag_offset=offsets.dispatch_flags,
-            credit_offset=offsets.dispatch_credits,
-            slot_offset=offsets.dispatch_slots,
-            **sizes,
-        ),
+        dispatch=header.DispatchArgs(**common.dispatch),
         network=memory.network,
         wave_counters=memory.wave_counters.data_ptr(),
         slot_half=offsets.dispatch_slots_half,
@@ -84,15 +62,9 @@ def nodes_kernel_args(
     num_nodes = memory.place.num_nodes
     combine = header.NodesCombineArgs(
         combine=header.CombineArgs(
-            peers=memory.peers(header.EP_OP_COMBINE, wire_bytes),
+            **common.combine,
             counters=memory.combine_counters.data_ptr(),
-            flag_offset=offsets.combine_flags,
-            credit_offset=offsets.combine_credits,
-            row_offset=offsets.combine_rows,
-            weight_offset=offsets.combine_weights,
-            zero_offset=offsets.zeros,
             ranks_per_node=memory.place.ranks_per_node,
-            **sizes,
         ),
         network=memory.network,
         row_half=offsets.combine_rows_half,

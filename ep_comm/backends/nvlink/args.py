@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ep_comm._native import header
 from ep_comm.backends.nvlink.memory import PeerMemory
@@ -16,6 +16,14 @@ class KernelArgs(NamedTuple):
     plan: header.PlanArgs
     dispatch: header.DispatchArgs
     combine: header.CombineArgs
+
+
+class CommonFields(NamedTuple):
+    """Fields of each kernel's arguments that are found alike on one node and on several."""
+
+    plan: dict[str, Any]
+    dispatch: dict[str, Any]
+    combine: dict[str, Any]
 
 
 def kernel_args(
@@ -34,14 +42,36 @@ def kernel_args(
         scratch: Address of the plan's scratch memory.
         wire_bytes: Where kernels count what they send, see `PeerMemory.peers`.
     """
+    common = common_fields(config, memory, offsets, scratch, wire_bytes)
+    return KernelArgs(
+        plan=header.PlanArgs(**common.plan, token_bits_offset=offsets.plan_token_bits),
+        dispatch=header.DispatchArgs(**common.dispatch, region_bytes=offsets.region_bytes),
+        combine=header.CombineArgs(
+            **common.combine,
+            counters=memory.counters[1].data_ptr(),
+            ranks_per_node=config.ranks_per_node or memory.num_ranks,
+            push_percent=COMBINE_PUSH_PERCENT,
+            num_pushed=-1,
+        ),
+    )
+
+
+def common_fields(
+    config: EPConfig,
+    memory: PeerMemory,
+    offsets: header.BufferOffsets | header.NodesOffsets,
+    scratch: int,
+    wire_bytes: int,
+) -> CommonFields:
+    """Return what `kernel_args` and those between nodes begin with; its arguments are theirs."""
     dispatch_peers = memory.peers(header.EP_OP_DISPATCH, wire_bytes)
     sizes = dict(
         max_tokens=config.max_tokens_per_rank,
         max_chunks=offsets.max_chunks,
         num_local_experts=config.num_experts // memory.num_ranks,
     )
-    return KernelArgs(
-        plan=header.PlanArgs(
+    return CommonFields(
+        plan=dict(
             peers=dispatch_peers,
             scratch=scratch,
             mailbox=memory.mailbox_address,
@@ -51,31 +81,25 @@ def kernel_args(
             credit_offset=offsets.dispatch_credits,
             header_offset=offsets.plan_headers,
             idx_offset=offsets.plan_idx,
-            token_bits_offset=offsets.plan_token_bits,
             num_experts=config.num_experts,
             max_tokens=config.max_tokens_per_rank,
             hidden=config.hidden,
         ),
-        dispatch=header.DispatchArgs(
+        dispatch=dict(
             peers=dispatch_peers,
             counter=memory.counters[0].data_ptr(),
             flag_offset=offsets.dispatch_flags,
             credit_offset=offsets.dispatch_credits,
             slot_offset=offsets.dispatch_slots,
-            region_bytes=offsets.region_bytes,
             **sizes,
         ),
-        combine=header.CombineArgs(
+        combine=dict(
             peers=memory.peers(header.EP_OP_COMBINE, wire_bytes),
-            counters=memory.counters[1].data_ptr(),
             flag_offset=offsets.combine_flags,
             credit_offset=offsets.combine_credits,
             row_offset=offsets.combine_rows,
             weight_offset=offsets.combine_weights,
             zero_offset=offsets.zeros,
-            ranks_per_node=config.ranks_per_node or memory.num_ranks,
-            push_percent=COMBINE_PUSH_PERCENT,
-            num_pushed=-1,
             **sizes,
         ),
     )
