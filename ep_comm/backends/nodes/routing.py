@@ -7,7 +7,14 @@ from functools import lru_cache
 
 from ep_comm._native import header
 from ep_comm.backends.nodes.peers import Place
-from ep_comm.backends.nvlink.routing import NVLinkRouting, entry_size
+from ep_comm.backends.nvlink.routing import (
+    NVLinkRouting,
+    Places,
+    array_addresses,
+    entry_size,
+    index_counts,
+    place_arrays,
+)
 from ep_comm.numeric import round_up
 
 
@@ -26,39 +33,30 @@ def arena_places(
     ranks_per_node: int,
     num_nodes: int,
     num_local_experts: int,
-) -> tuple[dict[str, tuple[int, int]], int]:
-    """Return (first int32, count) of each index array of one routing, and their total."""
-    num_ranks = ranks_per_node * num_nodes
-    counts = {
-        "topk_idx": num_tokens * num_topk,
-        "send_slot": num_tokens * ranks_per_node,
-        "entries": num_entries * entry_size(num_topk),
-        "num_sent": num_ranks,
-        "num_recv": num_ranks,
-        "first_of_source": num_ranks,
-        "source_tokens": num_ranks,
-        "expert_tokens": num_local_experts,
-        "expert_first_row": num_local_experts + 1,
-        "node_slot": num_tokens * num_nodes,
-        "node_tokens": max_tokens * num_nodes,
-        "num_to_node": num_nodes,
-        "num_relayed": num_nodes,
-        "relay_first": num_nodes,
-        "num_pushed": ranks_per_node,
-        "relay": num_relay_entries * relay_ints(ranks_per_node, num_topk),
-    }
-    places, total = {}, 0
-    for name, count in counts.items():
-        places[name] = (total, count)
-        total += round_up(count, 4)  # each begins on a multiple of 16 bytes
-    return places, total
+) -> tuple[Places, int]:
+    """Return where each index array of one routing stands, and the int32 of all."""
+    return place_arrays(
+        index_counts(ranks_per_node * num_nodes, num_local_experts)
+        | {
+            "topk_idx": num_tokens * num_topk,
+            "send_slot": num_tokens * ranks_per_node,
+            "entries": num_entries * entry_size(num_topk),
+            "node_slot": num_tokens * num_nodes,
+            "node_tokens": max_tokens * num_nodes,
+            "num_to_node": num_nodes,
+            "num_relayed": num_nodes,
+            "relay_first": num_nodes,
+            "num_pushed": ranks_per_node,
+            "relay": num_relay_entries * relay_ints(ranks_per_node, num_topk),
+        }
+    )
 
 
 _NODES_ARRAYS = tuple(name for name, _ in header.NodesRouting._fields_)
 
 
 def native_routings(
-    arena: int, places: dict[str, tuple[int, int]], entries: int, **sizes: int
+    arena: int, places: Places, entries: int, **sizes: int
 ) -> tuple[header.Routing, header.NodesRouting]:
     """Return the index arrays in the allocation at address `arena`, for kernels.
 
@@ -68,9 +66,7 @@ def native_routings(
         entries: Address of the received rows' entries, where they are not in it.
         sizes: Fields of ``ep_routing`` that are no arrays.
     """
-    addresses = {name: arena + 4 * first for name, (first, _) in places.items()}
-    if not places["entries"][1]:
-        addresses["entries"] = entries
+    addresses = array_addresses(arena, places, entries)
     nodes = header.NodesRouting(**{name: addresses.pop(name) for name in _NODES_ARRAYS})
     num_topk4 = round_up(sizes["num_topk"], 4)
     return header.Routing(**addresses, **sizes, num_topk4=num_topk4), nodes

@@ -288,7 +288,7 @@ class Planner:
         places, total = arena_places(*sizes)
         arena = torch.empty(total, dtype=torch.int32, device=self._device)
         native = native_routing(
-            arena.data_ptr(), *sizes, expert_major, num_entries - 1, self.entries.data_ptr()
+            arena.data_ptr(), sizes, self.entries.data_ptr(), num_entries - 1, expert_major
         )
         return dict(arena=arena, places=places, native=native)
 

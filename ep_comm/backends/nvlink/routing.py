@@ -13,6 +13,8 @@ from ep_comm._native import header
 from ep_comm.numeric import round_up
 from ep_comm.routing.types import Routing, RoutingSizes
 
+Places = dict[str, tuple[int, int]]  # first int32 and number of them, by the array's name
+
 
 def entry_size(num_topk: int) -> int:
     """Return the int32 numbers that a received row's entry takes."""
@@ -27,12 +29,21 @@ def arena_places(
     num_ranks: int,
     num_local_experts: int,
     num_token_words: int,
-) -> tuple[dict[str, tuple[int, int]], int]:
-    """Return (first int32, count) of each index array of one routing, and their total."""
-    counts = {
+) -> tuple[Places, int]:
+    """Return where each index array of one routing stands, and the int32 of all."""
+    counts = index_counts(num_ranks, num_local_experts) | {
         "topk_idx": num_tokens * num_topk,
         "send_slot": num_tokens * num_ranks,
         "entries": num_entries * entry_size(num_topk),
+    }
+    if num_token_words:  # else rows travel by slot
+        counts["token_bits"] = num_token_words
+    return place_arrays(counts)
+
+
+def index_counts(num_ranks: int, num_local_experts: int) -> dict[str, int]:
+    """Return the int32 of the arrays that every routing has, whatever its tokens."""
+    return {
         "num_sent": num_ranks,
         "num_recv": num_ranks,
         "first_of_source": num_ranks,
@@ -40,8 +51,10 @@ def arena_places(
         "expert_tokens": num_local_experts,
         "expert_first_row": num_local_experts + 1,
     }
-    if num_token_words:  # else rows travel by slot
-        counts["token_bits"] = num_token_words
+
+
+def place_arrays(counts: dict[str, int]) -> tuple[Places, int]:
+    """Return where arrays of so many int32 stand in one allocation, and its int32."""
     places, total = {}, 0
     for name, count in counts.items():
         places[name] = (total, count)
@@ -49,31 +62,29 @@ def arena_places(
     return places, total
 
 
+def array_addresses(arena: int, places: Places, entries: int) -> dict[str, int]:
+    """Return the address of each array in the allocation at address `arena`.
+
+    Where that has no entries of rows, they are at address `entries`.
+    """
+    addresses = {name: arena + 4 * first for name, (first, _) in places.items()}
+    if not places["entries"][1]:
+        addresses["entries"] = entries
+    return addresses
+
+
 @lru_cache(maxsize=1024)
 def native_routing(
-    arena: int,
-    num_tokens: int,
-    num_topk: int,
-    num_entries: int,
-    num_ranks: int,
-    num_local_experts: int,
-    num_token_words: int,
-    expert_major: bool,
-    last_entry: int,
-    entries: int,
+    arena: int, sizes: tuple[int, ...], entries: int, last_entry: int, expert_major: bool
 ) -> header.Routing:
     """Return the index arrays in the allocation at address `arena`, for kernels; never change it.
 
-    Where that has no entries, they are at address `entries`. torch gives the same addresses again
-    and again, and to fill one in costs 4 µs.
+    Their `sizes` are the arguments of `arena_places`. torch gives the same addresses again and
+    again, and to fill one in costs 4 µs.
     """
-    sizes = (num_tokens, num_topk, num_entries, num_ranks, num_local_experts, num_token_words)
-    places, _ = arena_places(*sizes)
-    addresses = {name: arena + 4 * first for name, (first, _) in places.items()}
-    if not num_entries:
-        addresses["entries"] = entries
+    num_tokens, num_topk, *_ = sizes
     return header.Routing(
-        **addresses,
+        **array_addresses(arena, arena_places(*sizes)[0], entries),
         num_tokens=num_tokens,
         num_topk=num_topk,
         num_topk4=round_up(num_topk, 4),
@@ -104,7 +115,7 @@ class NVLinkRouting(Routing):
     ticket: int
     stream: int
     arena: Tensor
-    places: dict[str, tuple[int, int]]
+    places: Places
     memory: tuple[Tensor, ...]
     is_captured: bool
     first: FirstDispatch | None
