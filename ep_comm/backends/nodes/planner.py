@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ep_comm._native import header
+from ep_comm.backends.base import PlanRequest
 from ep_comm.backends.nodes.args import NodesKernelArgs
 from ep_comm.backends.nodes.mailbox import NodesMailbox
 from ep_comm.backends.nodes.memory import NodesMemory
@@ -60,19 +61,18 @@ class NodesPlanner(Planner):
     def _sms_beside_plan(self, num_sms: int, layout: RowLayout, num_topk: int) -> int:
         return split_dispatch(num_sms, self._place.num_nodes, True).expand
 
-    def _allocate(
-        self, num_tokens: int, num_topk: int, num_entries: int, is_known: bool, expert_major: bool
-    ) -> dict[str, Any]:
+    def _allocate(self, request: PlanRequest, num_tokens: int) -> dict[str, Any]:
         place, max_tokens = self._place, self._config.max_tokens_per_rank
+        num_entries, is_known = self._num_entries(request), request.capacity is not None
         places, total = arena_places(
-            num_tokens,
-            num_topk,
-            num_entries if is_known else 0,
-            (place.num_nodes - 1) * max_tokens if is_known else 0,
-            max_tokens,
-            place.ranks_per_node,
-            place.num_nodes,
-            self._num_local_experts,
+            num_tokens=num_tokens,
+            num_topk=request.num_topk,
+            num_entries=num_entries if is_known else 0,
+            num_relay_entries=(place.num_nodes - 1) * max_tokens if is_known else 0,
+            max_tokens=max_tokens,
+            ranks_per_node=place.ranks_per_node,
+            num_nodes=place.num_nodes,
+            num_local_experts=self._num_local_experts,
         )
         arena = torch.empty(total, dtype=torch.int32, device=self._device)
         native, nodes = native_routings(
@@ -80,8 +80,8 @@ class NodesPlanner(Planner):
             places,
             self.entries.data_ptr(),
             num_tokens=num_tokens,
-            num_topk=num_topk,
-            expert_major=expert_major,
+            num_topk=request.num_topk,
+            expert_major=request.layout == "expert",
             last_entry=num_entries - 1,
         )
         return dict(arena=arena, places=places, native=native, nodes=nodes, place=place)

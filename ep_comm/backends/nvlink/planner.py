@@ -67,27 +67,27 @@ class Planner:
         args: header.PlanArgs,
         copy_engine: DispatchCopyEngine | None = None,
     ) -> None:
-        native, memory, _, config, device, streams, recorder = resources
+        memory, config = resources.memory, resources.config
         self._copy_engine = copy_engine
         self.ahead: Ahead | None = None
         self.num_resumed = 0
         self._token_words = 0
         if copy_engine is not None:
             self._token_words = token_words(config.max_tokens_per_rank, memory.num_ranks)
-        self._native = native
+        self._native = resources.native
         self._memory = memory
-        self._mailbox = self._mailbox_type(native, memory, config)
+        self._mailbox = self._mailbox_type(resources.native, memory, config)
         self._config = config
-        self._device = device
-        self._streams = streams
-        self._recorder = recorder
+        self._device = resources.device
+        self._streams = resources.streams
+        self._recorder = resources.recorder
         self._args = args
         self._num_ranks = memory.num_ranks
         self._num_local_experts = config.num_experts // memory.num_ranks
         self._max_rows = memory.num_ranks * config.max_tokens_per_rank
         self._num_plans = 0
         self.entries = torch.empty(
-            self._max_rows * entry_size(config.num_topk), dtype=torch.int32, device=device
+            self._max_rows * entry_size(config.num_topk), dtype=torch.int32, device=self._device
         )
 
     def plan(self, request: PlanRequest, num_sms: int, available_sms: int) -> NVLinkRouting:
@@ -96,74 +96,73 @@ class Planner:
         Raises:
             EPUnsupportedError: A CUDA graph is captured, and the host would have to wait.
         """
-        source, num_topk, layout, alignment, has_weights, capacity = request[:6]
-        expert_capacity, overflow_stats, asynchronous = request[6:]
-        is_captured = check_capture(capacity)
-        streams = self._streams
-        asked_tokens = source.shape[0]
-        if asked_tokens > self._config.max_tokens_per_rank:
+        is_captured = check_capture(request.capacity)
+        source, streams = request.source, self._streams
+        if len(source) > self._config.max_tokens_per_rank:
             source = source[:0]  # the kernels tell all ranks
-        num_tokens = source.shape[0]
-        num_entries = self._max_rows
-        if capacity is not None and layout == "rank":  # rows from there on share one entry
-            num_entries = min(num_entries, capacity + 1)
-        selects_weights = has_weights and source.dtype == torch.bool
+        selects_weights = request.has_weights and source.dtype == torch.bool
         # In a graph what pushes and expands is one kernel, and comes after the plan's second one:
         # of two branches CUDA might run first what expands, and so waits for the other ranks'
         # pushes.
         in_one = is_captured or (
-            capacity is not None
+            request.capacity is not None
             and not selects_weights
             and self._fits_beside_plan(num_sms == available_sms)
         )
-        is_known = capacity is not None
         # Before the stream is ordered behind the current one, which may still fill them.
-        arrays = self._allocate(num_tokens, num_topk, num_entries, is_known, layout == "expert")
-        stream = streams.begin(header.EP_OP_DISPATCH, asynchronous, num_sms)
+        arrays = self._allocate(request, len(source))
+        stream = streams.begin(header.EP_OP_DISPATCH, request.asynchronous, num_sms)
         record, number = self._start(stream)
         self._num_plans += 1
+        first = FirstDispatch(
+            source=source,
+            stream=stream,
+            num_sms=num_sms,
+            record=record,
+            selects_weights=selects_weights,
+            in_one=in_one,
+            number=number,
+            overflow_stats=request.overflow_stats,
+        )
         routing = self._routing_type(
-            num_tokens=num_tokens,
-            num_topk=num_topk,
-            layout=layout,
-            expert_alignment=alignment,
-            capacity=capacity,
-            expert_capacity=expert_capacity,
+            num_tokens=len(source),
+            num_topk=request.num_topk,
+            layout=request.layout,
+            expert_alignment=request.expert_alignment,
+            capacity=request.capacity,
+            expert_capacity=request.expert_capacity,
             ticket=self._num_plans,
             stream=streams.current,
             memory=(arrays["arena"],),
             is_captured=is_captured,
-            first=FirstDispatch(
-                source,
-                stream,
-                num_sms,
-                record,
-                selects_weights,
-                in_one,
-                number,
-                overflow_stats,
-            ),
+            first=first,
             wait_for_kernels=self._wait_for_kernels,
             **arrays,
         )
-        args = self._args
-        args.peers.record = record
-        args.routing = routing.native
-        args.input = source.data_ptr()
-        args.ticket = 0 if capacity is not None else routing.ticket
-        args.capacity = MAX_ROWS if capacity is None else capacity
-        args.input_kind = INPUT_KINDS[source.dtype]
-        args.asked_tokens = asked_tokens
-        args.expert_alignment = alignment
-        args.expert_capacity = expert_capacity or 0
-        args.overflow = None if overflow_stats is None else overflow_stats.data_ptr()
-        expand_sms = self._sms_beside_plan(num_sms, layout, num_topk)
-        args.num_send_blocks, args.num_receive_blocks = split_plan(num_sms, expand_sms)
+        self._describe_plan(request, routing, first)
         self._launch_plan(routing, stream, stream if in_one else streams.side)
-        if asynchronous and selects_weights:
+        if request.asynchronous and selects_weights:
             # The caller's stream selects the probabilities by the experts that the plan finds.
             streams.wait(streams.current, stream)
         return routing
+
+    def _describe_plan(
+        self, request: PlanRequest, routing: NVLinkRouting, first: FirstDispatch
+    ) -> None:
+        """Set the arguments of a plan's kernels."""
+        args, stats = self._args, request.overflow_stats
+        args.peers.record = first.record
+        args.routing = routing.native
+        args.input = first.source.data_ptr()
+        args.ticket = 0 if request.capacity is not None else routing.ticket
+        args.capacity = MAX_ROWS if request.capacity is None else request.capacity
+        args.input_kind = INPUT_KINDS[request.source.dtype]
+        args.asked_tokens = len(request.source)
+        args.expert_alignment = request.expert_alignment
+        args.expert_capacity = request.expert_capacity or 0
+        args.overflow = None if stats is None else stats.data_ptr()
+        expand_sms = self._sms_beside_plan(first.num_sms, request.layout, request.num_topk)
+        args.num_send_blocks, args.num_receive_blocks = split_plan(first.num_sms, expand_sms)
 
     def _start(self, stream: int) -> tuple[int, int]:
         """Begin an operation, if its rows are not on their way; return its record and number."""
@@ -270,17 +269,22 @@ class Planner:
             return num_sms
         return split_dispatch(num_sms, self._num_ranks, layout, num_topk)[1]
 
-    def _allocate(
-        self, num_tokens: int, num_topk: int, num_entries: int, is_known: bool, expert_major: bool
-    ) -> dict[str, Any]:
+    def _num_entries(self, request: PlanRequest) -> int:
+        """Return the received rows that there are entries for."""
+        if request.capacity is None or request.layout == "expert":
+            return self._max_rows
+        return min(self._max_rows, request.capacity + 1)  # rows from there on share one entry
+
+    def _allocate(self, request: PlanRequest, num_tokens: int) -> dict[str, Any]:
         """Allocate the index arrays of a routing; return those fields of it that describe them.
 
-        The `num_entries` entries of rows are among them where their number `is_known`.
+        The entries of rows are among them where the request has a capacity.
         """
+        num_entries = self._num_entries(request)
         sizes = (
             num_tokens,
-            num_topk,
-            num_entries if is_known else 0,
+            request.num_topk,
+            0 if request.capacity is None else num_entries,
             self._num_ranks,
             self._num_local_experts,
             self._token_words,
@@ -288,7 +292,11 @@ class Planner:
         places, total = arena_places(*sizes)
         arena = torch.empty(total, dtype=torch.int32, device=self._device)
         native = native_routing(
-            arena.data_ptr(), sizes, self.entries.data_ptr(), num_entries - 1, expert_major
+            arena.data_ptr(),
+            sizes,
+            self.entries.data_ptr(),
+            last_entry=num_entries - 1,
+            expert_major=request.layout == "expert",
         )
         return dict(arena=arena, places=places, native=native)
 
