@@ -8,7 +8,6 @@ one copy of a token per destination rank, and one partial sum back.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 
 import torch
@@ -31,6 +30,7 @@ from ep_comm.backends.reference.operations import Operations
 from ep_comm.backends.reference.routing import ReferenceRouting
 from ep_comm.backends.reference.rows import (
     collapse_weights,
+    count_drops,
     expand,
     expert_rows,
     fit,
@@ -114,7 +114,7 @@ class ReferenceBackend(Operations):
         """Wait for the current stream, and raise an overflow that was not said yet."""
         if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
-        self._say_overflow()
+        self._raise_overflow()
 
     def keep_for_comm_stream(self, tensors: Iterable[Tensor | None]) -> None:
         """Do nothing: all runs on the current stream."""
@@ -174,7 +174,7 @@ class ReferenceBackend(Operations):
 
     def plan(self, request: PlanRequest) -> ReferenceRouting:
         """Find the layout of this rank's tokens, and send each peer the experts of its rows."""
-        self._say_overflow()
+        self._raise_overflow()
         num_ranks, num_topk = self.transport.num_ranks, request.num_topk
         sent = layout_of(request.source, num_topk, self.config.num_experts, num_ranks)
         topk_idx = sent.topk_idx
@@ -204,7 +204,7 @@ class ReferenceBackend(Operations):
         self._check_received(recv_topk_idx)
 
         alignment, capacity = request.expert_alignment, request.capacity
-        expert_capacity, stats = request.expert_capacity, request.overflow_stats
+        expert_capacity = request.expert_capacity
         came, expert_row_NK = expert_rows(
             recv_topk_idx, self.num_local_experts, alignment, expert_capacity
         )
@@ -212,15 +212,9 @@ class ReferenceBackend(Operations):
         if expert_capacity is not None:
             counts = tuple(min(tokens, expert_capacity) for tokens in came)
         sizes = RoutingSizes(rows_to_rank, recv_rows, counts, alignment, expert_capacity)
-        if stats is not None:
-            ends = itertools.accumulate(sizes.padded_expert_rows, initial=0)
-            rooms = [max(0, (capacity or 0) - first) for first in ends]
-            if expert_capacity is not None:
-                rooms = [expert_capacity] * len(came)
-            dropped = [max(0, tokens - room) for tokens, room in zip(came, rooms, strict=False)]
-            stats[0] += stats.new_tensor(dropped)
-            torch.maximum(stats[1], stats.new_tensor(came), out=stats[1])
         if capacity is not None:
+            if request.overflow_stats is not None:
+                count_drops(request.overflow_stats, came, sizes, capacity)
             expert_row_NK = torch.where(expert_row_NK < capacity, expert_row_NK, -1)
             recv_topk_idx = fit(recv_topk_idx, capacity, -1)
         record.rows_to_rank = rows_to_rank
@@ -240,14 +234,14 @@ class ReferenceBackend(Operations):
             sent_tokens=sent_tokens,
             expert_row_NK=expert_row_NK,
             num_dropped=sum(came) - sum(counts),
-            is_counted=stats is not None,
+            is_counted=request.overflow_stats is not None,
         )
 
     # --- dispatch ------------------------------------------------------------------------------
 
     def dispatch(self, routing: ReferenceRouting, request: DispatchRequest) -> Pending[Received]:
         """Send rows and probabilities; `Pending` has what is done once they came."""
-        self._say_overflow()
+        self._raise_overflow()
         x, scales, topk_weights, wire_dtype, recv_dtype, _ = request
         recv_rows, num_received = routing.sizes.received, routing.sizes.num_received
         record = self.recorder.start("dispatch", x.device)
@@ -299,7 +293,7 @@ class ReferenceBackend(Operations):
 
     def combine(self, routing: ReferenceRouting, request: CombineRequest) -> Pending[Combined]:
         """Add up this rank's rows of each token, and send the partial sums back."""
-        self._say_overflow()
+        self._raise_overflow()
         x, topk_weights, _, adds_weights = request
         recv_rows, num_received = routing.sizes.received, routing.sizes.num_received
         record = self.recorder.start("combine", x.device)
@@ -379,7 +373,7 @@ class ReferenceBackend(Operations):
         if capacity is not None and needed > capacity and not routing.is_counted:
             self._overflow = EPOverflowError(num_rows=needed, capacity=capacity)
 
-    def _say_overflow(self) -> None:
+    def _raise_overflow(self) -> None:
         overflow, self._overflow = self._overflow, None
         if overflow is not None:
             raise overflow

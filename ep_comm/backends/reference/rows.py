@@ -5,6 +5,7 @@ This is where the numerics of every backend are written down (docs/architecture.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from ep_comm import fp8
 from ep_comm.backends.base import Received
 from ep_comm.backends.reference.routing import ReferenceRouting
+from ep_comm.routing.types import RoutingSizes
 
 
 def to_bytes(rows: Tensor) -> Tensor:
@@ -59,6 +61,25 @@ def expert_rows(
     local = recv_topk_idx >= 0
     expert_row_NK = torch.where(local, row_NE.gather(1, recv_topk_idx.clamp(min=0).long()), -1)
     return tuple(counts.tolist()), expert_row_NK
+
+
+def count_drops(stats: Tensor, came: tuple[int, ...], sizes: RoutingSizes, capacity: int) -> None:
+    """Count the tokens for which a dispatch of `capacity` rows has no room.
+
+    Args:
+        stats: int32 [2, E_local], see `ep_comm.Buffer.dispatch`.
+        came: Tokens that came to each expert.
+        sizes: Of the routing.
+        capacity: Rows of the output.
+    """
+    if sizes.expert_capacity is not None:
+        rooms = [sizes.expert_capacity] * len(came)
+    else:
+        first_rows = itertools.accumulate(sizes.padded_expert_rows, initial=0)
+        rooms = [max(0, capacity - first) for first in first_rows]
+    dropped = [max(0, tokens - room) for tokens, room in zip(came, rooms, strict=False)]
+    stats[0] += stats.new_tensor(dropped)
+    torch.maximum(stats[1], stats.new_tensor(came), out=stats[1])
 
 
 def fit(rows: Tensor, num_rows: int, value: float = 0) -> Tensor:
