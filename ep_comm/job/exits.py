@@ -73,7 +73,7 @@ def exit_together(error: Exception) -> NoReturn:
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
             # If the first rank has spoken, torchrun ends us meanwhile; srun lets us speak too.
             time.sleep(_MEETING_S)
-        _say(error)
+        _print(error)
     sys.exit(_EXIT_CODE)
 
 
@@ -86,7 +86,7 @@ def _all_come(error: Exception) -> bool:
     store, num_ranks = default_store(), dist.get_world_size()
     is_first = dist.get_rank() == 0
     if is_first:
-        _say(error)
+        _print(error)
     try:
         store.add(_TOLD, int(is_first))
         store.add(_COME, 1)
@@ -96,11 +96,11 @@ def _all_come(error: Exception) -> bool:
             if is_first:  # where it holds the store it has to leave last
                 _reaches(store, _GONE, num_ranks)
         elif store.add(_TOLD, 1) == 1:
-            _say(error)
+            _print(error)
         return all_come
     except dist.DistError:  # rank 0 has left without this
         if not is_first:
-            _say(error)
+            _print(error)
         return False
 
 
@@ -113,7 +113,7 @@ def _reaches(store: dist.Store, key: str, count: int) -> bool:
     return True
 
 
-def _say(error: Exception) -> None:
+def _print(error: Exception) -> None:
     # Megatron appends the modules that it was building, outermost last.
     text = re.sub(r"( when instantiating \w+)+$", "", str(error))
     print(f"error: {text}", file=sys.stderr, flush=True)

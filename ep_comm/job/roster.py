@@ -125,7 +125,7 @@ class Roster:
         if self._rank in state.masked and wanted != ():
             raise self._left_out()
         self._number = state.number + 1
-        self._say(wanted, answer)
+        self._post(wanted, answer)
         everyone = set(range(self._num_ranks))
         expected = everyone - set(state.masked if wanted is None else wanted)
         bound_s = 2 * self._timeout_s
@@ -142,7 +142,7 @@ class Roster:
                 text = json.dumps([self._number, sorted(everyone - here)])
                 self._store.compare_set(self._state_key, raw, text)  # or another rank was first
             elif is_over:
-                self._say(wanted, None)
+                self._post(wanted, None)
                 if disagrees:
                     raise self._mismatch(op, wanted, *disagrees[0])
                 raise self._timeout(op, "meeting", expected - here, bound_s)
@@ -167,7 +167,7 @@ class Roster:
             raise self._unreadable(text)
         return _State(number, masked), text
 
-    def _say(self, masked: tuple[int, ...] | None, answer: int | None) -> None:
+    def _post(self, masked: tuple[int, ...] | None, answer: int | None) -> None:
         self._store.set(self._key(self._rank), json.dumps([masked, answer]))
 
     def _word(self, rank: int) -> _Word | None:

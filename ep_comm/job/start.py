@@ -91,7 +91,7 @@ def agree(action: Callable[[], T]) -> T:
         result = action()
     except (UserError, EPError, OSError) as e:
         error = str(e)
-    for message in _all_say(error):
+    for message in _all_gather(error):
         if message is not None:
             raise UserError(message)
     return cast(T, result)
@@ -106,8 +106,8 @@ def on_rank_0(action: Callable[[], T]) -> T:
     return cast(T, codec.loads(_broadcast(codec.dumps(result))))
 
 
-def _all_say(word: str | None) -> list[str | None]:
-    """Return what each rank says, by rank."""
+def _all_gather(word: str | None) -> list[str | None]:
+    """Return the word of each rank, by rank."""
     mine = codec.dumps(word)
     sizes = [torch.empty_like(_numbers([0])) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, _numbers([len(mine)]))
@@ -118,7 +118,7 @@ def _all_say(word: str | None) -> list[str | None]:
 
 
 def _broadcast(mine: bytes) -> bytes:
-    """Return what rank 0 says."""
+    """Return the bytes of rank 0."""
     size = _numbers([len(mine)])
     dist.broadcast(size, 0)
     text = _bytes(mine if dist.get_rank() == 0 else bytes(int(size)))

@@ -111,7 +111,7 @@ def lines(name: str, panels: Sequence[Panel], runs: Sequence[Run], caption: str)
     every = np.concatenate([panel.of(run).steps for panel in panels for run in runs])
     rows[-1].set_xlim(every.min(), max(every.max(), every.min() + 1))
     columns, cells = _table(panels, runs)
-    said = "; ".join(_say(panel, run, several) for panel in panels for run in runs)
+    said = "; ".join(_in_words(panel, run, several) for panel in panels for run in runs)
     return Picture(to_svg(figure, name, f"Lines over the steps. {said}."), caption, columns, cells)
 
 
@@ -209,7 +209,7 @@ def _mean_between(series: Series, begin: int, end: int) -> float | None:
     return float(series.values[first:last].mean()) if last > first else None
 
 
-def _say(panel: Panel, run: Run, is_named: bool) -> str:
+def _in_words(panel: Panel, run: Run, is_named: bool) -> str:
     series = panel.of(run)
     name = f"{panel.title}{f' of {run.name}' if is_named else ''}"
     if not series:
