@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -19,12 +19,28 @@ from ep_comm.fp8 import Payload
 from ep_comm.routing.types import Routing, RowLayout
 from ep_comm.session import Session
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 _next_id = itertools.count(1)
 _handles: weakref.WeakValueDictionary[int, DispatchHandle] = weakref.WeakValueDictionary()
 
 
+class Handle:
+    """What a dispatch leaves for its combine: there is one, in the process that made it."""
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: dict) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} belongs to its process and cannot be pickled")
+
+
 @dataclass(kw_only=True, eq=False)
-class DispatchHandle:
+class DispatchHandle(Handle):
     """Where every row of one dispatch went. Made by `Buffer.dispatch`; read-only.
 
     Attributes:
@@ -38,15 +54,6 @@ class DispatchHandle:
     routing: Routing = field(repr=False)
     during_backward: Callable[[], None] | None = field(default=None, repr=False)
     event: EventOverlap = field(default_factory=EventOverlap, repr=False)
-
-    def __copy__(self) -> DispatchHandle:
-        return self  # there is one of each dispatch, and nothing in it changes
-
-    def __deepcopy__(self, _: dict) -> DispatchHandle:
-        return self
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a DispatchHandle belongs to its process and cannot be pickled")
 
     @cached_property
     def id(self) -> int:

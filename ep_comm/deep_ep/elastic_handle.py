@@ -67,15 +67,6 @@ class EPHandle(Readable):
             "then by token, and which tokens they are copies of is not sent along"
         )
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a handle belongs to its process and cannot be pickled")
-
-    def __copy__(self) -> EPHandle:
-        return self  # there is one of each dispatch
-
-    def __deepcopy__(self, _: dict) -> EPHandle:
-        return self
-
     @KeptProperty
     def topk_idx(self) -> Tensor:
         """[T, K], the experts that were dispatched to; -1 is dropped.

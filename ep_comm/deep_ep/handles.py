@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import accumulate
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,15 +50,6 @@ class _Handle(Readable, tuple):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of an ep_comm buffer>"
-
-    def __copy__(self) -> _Handle:
-        return self  # there is one of each dispatch
-
-    def __deepcopy__(self, _: dict) -> _Handle:
-        return self
-
-    def __reduce_ex__(self, _: object) -> NoReturn:
-        raise TypeError("a handle belongs to its process and cannot be pickled")
 
 
 class NormalHandle(_Handle):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ep_comm.events import is_captured
+from ep_comm.handle import Handle
 
 
 def for_reader(tensor: Tensor) -> Tensor:
@@ -21,7 +22,7 @@ def for_reader(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class Readable:
+class Readable(Handle):
     """A handle, of which something is made when somebody reads it."""
 
     _was_captured: bool

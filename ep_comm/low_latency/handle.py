@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from ep_comm.backends.base import LowLatencySizes, Pending
 from ep_comm.errors import EPArgumentError, EPStateError
 from ep_comm.events import EventOverlap
 from ep_comm.fp8 import Payload
+from ep_comm.handle import Handle
 from ep_comm.session import Session
 
 MOST_OUT = 2  # results of a kind: staging memory has two halves
@@ -91,7 +92,7 @@ class HooksOut:
 
 
 @dataclass(eq=False)
-class LowLatencyHandle:
+class LowLatencyHandle(Handle):
     """What combine needs of one low-latency dispatch, for any number of combines in turn.
 
     T tokens of this rank, M = `max_tokens`, R ranks, E experts on each.
@@ -133,15 +134,6 @@ class LowLatencyHandle:
         """
         num_experts, num_rows, _ = self.sizes.recv_shape
         return self.ints[: num_experts * num_rows].view(num_experts, num_rows)
-
-    def __copy__(self) -> LowLatencyHandle:
-        return self  # there is one of each dispatch
-
-    def __deepcopy__(self, _: dict) -> LowLatencyHandle:
-        return self
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a LowLatencyHandle belongs to its process and cannot be pickled")
 
 
 def checked_handle(handle: object, session: Session) -> LowLatencyHandle:
