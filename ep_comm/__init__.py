@@ -23,7 +23,7 @@ the contract, ``lint-imports`` checks it)::
     config     sizes and settings of a buffer
     network    settings of the network between nodes, and what a host has for it
     job, telemetry, topology, tracing
-    events, blank (tensors without content), errors, lazy, numeric (rounding), version, _native
+    events, blank (tensors without content), errors, lazy, markdown, numeric, version, _native
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Tables of reports: on the screen, and as Markdown."""
+"""Tables of reports on the screen, and their cells."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from rich.table import Table
 
@@ -23,18 +23,6 @@ def screen_table(title: str, columns: Iterable[str], title_style: str = "bold") 
     return table
 
 
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Return the lines of a table: names in the first column, numbers in all others.
-
-    Args:
-        columns: Their names.
-        rows: A cell is shown as `str` has it, and None as a dash.
-    """
-    separator = ["---", *["---:"] * (len(columns) - 1)]
-    lines = [[_escaped(cell) for cell in cells] for cells in (columns, separator, *rows)]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
-
-
 def number(value: float | None, form: str) -> str | None:
     """Return a number as `format` has it; None of None."""
     return None if value is None else format(value, form)
@@ -48,7 +36,3 @@ def sms_name(num_sms: int | None) -> str:
 def case_with_sms(case: str, num_sms: int | None) -> str:
     """Return an operation with its SM count, as progress is told."""
     return case if num_sms is None else f"{case}, {sms_name(num_sms)} SMs"
-
-
-def _escaped(cell: object) -> str:
-    return "–" if cell is None else str(cell).replace("|", "\\|")

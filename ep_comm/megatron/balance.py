@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from ep_comm.markdown import table
 from ep_comm.telemetry.stats import max_over_mean
 
 TABLE = "ep/balance"  # what logs call it
@@ -77,8 +78,7 @@ def markdown(layers: Iterable[LayerBalance]) -> str:
         ]
         for each in layers
     ]
-    lines = [list(COLUMNS), ["---:"] * len(COLUMNS), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"{line}\n" for line in table(COLUMNS, rows, of_numbers=True))
 
 
 def _largest(counts: Sequence[int]) -> int:

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from ep_comm.bench.tables import markdown_table
+from ep_comm import markdown
 from ep_comm.version import __version__
 
 Cells = list[list[str]]
@@ -229,7 +229,7 @@ def _markdown(block: Block) -> list[str]:
         case Code(text):
             return ["```bash", text, "```", ""]
         case Table(columns, rows):
-            return [*markdown_table(list(columns), rows), ""]
+            return [*markdown.table(columns, rows, of_numbers=True), ""]
         case Folded(_, blocks):
             return [line for each in blocks for line in _markdown(each)]
         case Beside(columns):

@@ -1,16 +1,14 @@
 """What the scalars of a training run mean, and what to do when one of them is high.
 
 One source: the table of docs/recorder.md is made from it, and ``ep-comm report`` says the same.
-``python -m ep_comm.telemetry.advice docs/recorder.md`` puts the table into the page, between the
-comments ``<!-- table: scalars -->`` and ``<!-- end -->``.
+``python -m ep_comm.telemetry.advice docs/recorder.md`` puts the table into the page.
 """
 
 from __future__ import annotations
 
-import re
-import sys
-from pathlib import Path
 from typing import NamedTuple
+
+from ep_comm import markdown
 
 HIGH_WAIT_SHARE = 0.2
 LATE_RANK = (
@@ -101,24 +99,14 @@ DROPPED = Scalar(
 SCALARS = (TIMES, EXPERTS, TAILS, WAIT_SHARE, SLOWEST, EXPOSED, IMBALANCE, WIRE, DROPPED)
 
 
-def scalars_table() -> str:
+def scalars_table() -> list[str]:
     """Return a line for each scalar."""
     header = ("scalar", "unit", "meaning", "when it is high")
     rows = [(", ".join(f"`{name}`" for name in each.names), *each[1:]) for each in SCALARS]
-    lines = [header, ("---",) * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown.table(header, rows)
 
 
-def with_table(page: str) -> str:
-    """Return the text of a page with its table made anew."""
-    return re.sub(
-        r"(?<=<!-- table: scalars -->\n).*?(?=<!-- end -->)",
-        lambda _: scalars_table(),
-        page,
-        flags=re.DOTALL,
-    )
-
+TABLES = {"scalars": scalars_table}
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    path.write_text(with_table(path.read_text()))
+    markdown.renew_page(TABLES)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from ep_comm.bench.tables import markdown_table
+from ep_comm import markdown
 
 Document = dict[str, Any]
 Cell = str | float | None
@@ -28,7 +28,7 @@ class Table:
             if i == 0 or any(row[i] is not None for row in self.rows)
         ]
         columns, *rows = [[line[i] for i in kept] for line in (self.columns, *self.rows)]
-        return "\n".join(markdown_table([str(name) for name in columns], rows))
+        return "\n".join(markdown.table([str(name) for name in columns], rows, of_numbers=True))
 
 
 @dataclass(frozen=True)

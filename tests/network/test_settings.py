@@ -9,6 +9,7 @@ import pytest
 
 from ep_comm import EPArgumentError, EPConfig, NetworkSettings
 from ep_comm._native.header import EP_LOW_LATENCY_CHUNKS, EP_MAX_NETWORK_CHUNKS
+from ep_comm.markdown import with_tables
 from ep_comm.network import settings, tables
 
 GIVEN = {
@@ -161,4 +162,4 @@ def test_a_buffer_takes_them():
 def test_the_page_has_the_current_table():
     """If not: python -m ep_comm.network.tables docs/network.md."""
     page = (Path(__file__).parents[2] / "docs" / "network.md").read_text()
-    assert tables.settings_table() in page and tables.with_table(page) == page
+    assert "<!-- table: settings -->" in page and with_tables(page, tables.TABLES) == page

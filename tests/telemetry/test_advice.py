@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ep_comm.telemetry import advice
+from ep_comm.markdown import with_tables
+from ep_comm.telemetry.advice import TABLES
 
 PAGE = Path(__file__).parents[2] / "docs" / "recorder.md"
 
@@ -12,9 +13,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "recorder.md"
 def test_the_page_has_the_current_table():
     """If not: python -m ep_comm.telemetry.advice docs/recorder.md."""
     page = PAGE.read_text()
-    assert advice.scalars_table() in page and advice.with_table(page) == page
+    assert "<!-- table: scalars -->" in page and with_tables(page, TABLES) == page
 
 
 def test_an_old_table_is_replaced():
     page = PAGE.read_text()
-    assert advice.with_table(page.replace("payload that left a rank", "weather")) == page
+    assert with_tables(page.replace("payload that left a rank", "weather"), TABLES) == page
