@@ -85,12 +85,9 @@ def network_sections() -> list[tuple[str, list[str]]]:
 
 def nvshmem_status() -> str:
     """Return whether kernels can use NVSHMEM here, or why not."""
-    unusable_reason = getattr(_native, "nvshmem_unusable_reason", None)
-    if unusable_reason is None:
-        return "not built into this ep_comm"
     installed = {name: package_version(name) for name in _NVSHMEM_WHEELS}
     wheels = [f"{name} {found}" for name, found in installed.items() if found != NOT_INSTALLED]
-    return f"{unusable_reason() or 'usable'} ({', '.join(wheels) or 'no wheel'})"
+    return f"{_native.nvshmem_unusable_reason() or 'usable'} ({', '.join(wheels) or 'no wheel'})"
 
 
 def backend_choice(num_gpus: int) -> str:

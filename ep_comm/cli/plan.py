@@ -8,7 +8,7 @@ from typing import Annotated, cast
 
 import typer
 
-from ep_comm.cli.bench.common import (
+from ep_comm.cli.common import (
     Experts,
     Hidden,
     Layout,
@@ -18,6 +18,7 @@ from ep_comm.cli.bench.common import (
     Tokens,
     Topk,
     TopkGroups,
+    given_flags,
     wide_console,
 )
 from ep_comm.plan import facts
@@ -87,7 +88,9 @@ def plan(
     console = wide_console()
     with user_errors_exit():
         if check is not None:
-            _refuse_others(context)
+            for flag in given_flags(context):
+                if flag != "--check":
+                    raise UserError(f"{flag} has no effect with --check")
             console.print(comparison.render(comparison.read(check), check.name))
             return
         cluster = Cluster(
@@ -118,12 +121,3 @@ def plan(
                     write(path)
                 except (OSError, ValueError) as error:  # of a suffix that matplotlib does not know
                     raise UserError(f"{path} cannot be written: {error}") from None
-
-
-def _refuse_others(context: typer.Context) -> None:
-    from ep_comm.job.exits import UserError
-
-    for name in context.params:
-        source = context.get_parameter_source(name)
-        if name != "check" and source is not None and source.name == "COMMANDLINE":
-            raise UserError(f"--{name.replace('_', '-')} has no effect with --check")

@@ -27,7 +27,7 @@ from ep_comm.bench.ops.routing import (
 from ep_comm.bench.ops.run import Run, run
 from ep_comm.bench.ops.settings import PRESETS, Settings, Shape, parse_sms
 from ep_comm.bench.timing import Samples, Stopwatch, summarize
-from ep_comm.cli.bench.common import wide_console
+from ep_comm.cli.common import wide_console
 from ep_comm.job.exits import UserError
 
 SPECS = [

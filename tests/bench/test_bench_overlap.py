@@ -30,7 +30,7 @@ from ep_comm.bench.overlap.report import (
 )
 from ep_comm.bench.overlap.run import Run, run
 from ep_comm.bench.overlap.settings import ExpertShape, GemmShape, OverlapSettings
-from ep_comm.cli.bench.common import wide_console
+from ep_comm.cli.common import wide_console
 from ep_comm.errors import EPArgumentError
 from ep_comm.job.exits import UserError
 

@@ -108,9 +108,7 @@ def test_doctor_shows_all_of_it(monkeypatch, host):
     ports = tuple(ETHERNET._replace(card=f"mlx5_{i}") for i in range(12))
     monkeypatch.setattr(doctor, "find_host", lambda: host._replace(ports=ports))
     monkeypatch.setenv("NVSHMEM_IB_SL", "5")
-    monkeypatch.setattr(
-        doctor._native, "nvshmem_unusable_reason", lambda: "no wheel", raising=False
-    )
+    monkeypatch.setattr(doctor._native, "nvshmem_unusable_reason", lambda: "no wheel")
     monkeypatch.setattr(doctor, "package_version", lambda name: f"{name[-2:]}.0")
     text = doctor.diagnose()
     assert "no wheel (nvidia-nvshmem-cu13 13.0, nvidia-nvshmem-cu12 12.0)" in text

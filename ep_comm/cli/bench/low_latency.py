@@ -8,10 +8,11 @@ from typing import Annotated, cast
 import typer
 from rich.console import Console
 
-from ep_comm.cli.bench.common import (
+from ep_comm.cli.common import (
     NumGroups,
     Replay,
     TopkGroups,
+    leave,
     start,
     wide_console,
 )
@@ -114,7 +115,4 @@ def low_latency(
             console.print(f"written to {out}", highlight=False)
 
         on_rank_0(report)
-    dist.barrier()
-    dist.destroy_process_group()
-    if result.num_wrong:
-        raise typer.Exit(1)
+    leave(result.num_wrong)

@@ -8,7 +8,7 @@ from typing import Annotated, cast
 import typer
 from rich.console import Console
 
-from ep_comm.cli.bench.common import (
+from ep_comm.cli.common import (
     Experts,
     Fp8Too,
     Hidden,
@@ -19,6 +19,8 @@ from ep_comm.cli.bench.common import (
     Tokens,
     Topk,
     TopkGroups,
+    given_flags,
+    leave,
     start,
     wide_console,
 )
@@ -59,12 +61,8 @@ def bench(
     says what operations cost the GEMMs beside them, and train times whole training steps.
     """
     if context.invoked_subcommand is not None:
-        for name in context.params:
-            source = context.get_parameter_source(name)
-            if source is not None and source.name == "COMMANDLINE":
-                raise typer.BadParameter(
-                    f"--{name.replace('_', '-')} before {context.invoked_subcommand} has no effect"
-                )
+        for flag in given_flags(context):
+            raise typer.BadParameter(f"{flag} before {context.invoked_subcommand} has no effect")
         return
     # Imported here, so that --help and doctor need not wait for it.
     import torch
@@ -108,5 +106,4 @@ def bench(
             console.print(f"written to {out}", highlight=False)
 
         on_rank_0(report)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ep_comm.cli.bench.common import (
+from ep_comm.cli.common import (
     Experts,
     Fp8Too,
     Hidden,
@@ -18,6 +18,7 @@ from ep_comm.cli.bench.common import (
     Tokens,
     Topk,
     TopkGroups,
+    leave,
     start,
     wide_console,
 )
@@ -127,7 +128,4 @@ def overlap(
             console.print(f"written to {out}", highlight=False)
 
         on_rank_0(report)
-    dist.barrier()
-    dist.destroy_process_group()
-    if result.num_wrong:
-        raise typer.Exit(1)
+    leave(result.num_wrong)

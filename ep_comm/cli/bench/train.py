@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ep_comm.cli.bench.common import wide_console
+from ep_comm.cli.common import wide_console
 from ep_comm.pretrain.variants import VARIANTS
 
 

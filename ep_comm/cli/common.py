@@ -1,4 +1,4 @@
-"""What several commands share: options, how a job starts, a console for wide tables."""
+"""What several commands share: options, how a job starts and ends, a console for wide tables."""
 
 from __future__ import annotations
 
@@ -70,6 +70,26 @@ def start(command: str, *, num_processes: int, needs_gpus: bool = True) -> torch
             f"{command} needs CUDA GPUs, and torch sees none (ep-comm doctor says more)"
         )
     return device
+
+
+def leave(num_wrong: int = 0) -> None:
+    """Leave the job, when all ranks are done; exit with 1 where results were wrong."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    dist.destroy_process_group()
+    if num_wrong:
+        raise typer.Exit(1)
+
+
+def given_flags(context: typer.Context) -> list[str]:
+    """Return the parameters of a command that its user has given, as flags."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return [
+        f"--{name.replace('_', '-')}"
+        for name, source in sources.items()
+        if source is not None and source.name == "COMMANDLINE"
+    ]
 
 
 def wide_console(file: IO[str] | None = None) -> Console:
