@@ -12,7 +12,6 @@ from ep_comm.bench.low_latency.settings import (
     QUICK_TOKENS,
     TOKENS,
     Settings,
-    parse_numbers,
     sizes,
 )
 from ep_comm.bench.ops.routing import RoutingSpec
@@ -100,9 +99,3 @@ def test_what_a_job_cannot_measure_is_named(changes, num_ranks, sms, message):
         return
     with pytest.raises(UserError, match=message):
         settings.check_job(num_ranks, sms)
-
-
-def test_numbers_are_a_list():
-    assert parse_numbers("--tokens", "1,8,1") == (1, 8)
-    with pytest.raises(UserError, match="--tokens '1;8' must be comma-separated"):
-        parse_numbers("--tokens", "1;8")

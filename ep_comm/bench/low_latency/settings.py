@@ -222,11 +222,3 @@ def sizes(
         routing=routing,
         **others,
     )
-
-
-def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
-    """Return the numbers of a comma-separated list, each once, in the order given."""
-    try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise UserError(f"{flag} {text!r} must be comma-separated numbers, such as 8,128") from None

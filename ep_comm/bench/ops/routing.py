@@ -217,11 +217,6 @@ def make_routing(
     return topk_idx, topk_scores.softmax(dim=1)
 
 
-def imbalance(counts: Tensor) -> float:
-    """Return largest over mean; 1 is even."""
-    return float(counts.max() / counts.double().mean())
-
-
 def tokens_per_expert(topk_idx_TK: Tensor, num_experts: int) -> Tensor:
     """Return [E] int64: tokens that select each expert."""
     return torch.bincount(topk_idx_TK.flatten(), minlength=num_experts)

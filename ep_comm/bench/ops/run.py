@@ -21,11 +21,12 @@ from ep_comm.bench.ops.cases import (
     make_inputs,
 )
 from ep_comm.bench.ops.probe import Limit, measure_limit
-from ep_comm.bench.ops.routing import imbalance, tokens_per_expert, tokens_per_rank
+from ep_comm.bench.ops.routing import tokens_per_expert, tokens_per_rank
 from ep_comm.bench.ops.settings import Settings
 from ep_comm.bench.tables import case_with_sms
 from ep_comm.bench.timing import Samples, Stopwatch
 from ep_comm.telemetry.records import Records
+from ep_comm.telemetry.stats import max_over_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,5 +182,5 @@ def imbalances(
         ):
             counts = counts.to(device)
             dist.all_reduce(counts)
-            found.append(imbalance(counts))
+            found.append(max_over_mean(counts.tolist()))
     return mean(of_ranks), mean(of_experts)

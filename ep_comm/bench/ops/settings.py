@@ -129,11 +129,9 @@ def with_flags(shape: Shape, **sizes: int | None) -> Shape:
     return shape._replace(**given)
 
 
-def parse_sms(text: str) -> tuple[int, ...]:
-    """SM counts of a comma-separated list, each once, in the order given."""
+def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
+    """Return the numbers of a comma-separated list, each once, in the order given."""
     try:
         return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
-        raise UserError(
-            f"--sms {text!r} must be comma-separated numbers, such as 0,24,16"
-        ) from None
+        raise UserError(f"{flag} {text!r} must be comma-separated numbers, such as 8,128") from None

@@ -70,8 +70,9 @@ def low_latency(
 
     from ep_comm.bench.low_latency.report import render, write_json, write_plot
     from ep_comm.bench.low_latency.run import Run, run
-    from ep_comm.bench.low_latency.settings import BackendName, parse_numbers, sizes
+    from ep_comm.bench.low_latency.settings import BackendName, sizes
     from ep_comm.bench.ops.routing import RoutingSpec
+    from ep_comm.bench.ops.settings import parse_numbers
     from ep_comm.job.exits import user_errors_exit
     from ep_comm.job.start import on_rank_0
     from ep_comm.report.screen import write_page

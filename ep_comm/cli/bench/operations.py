@@ -71,7 +71,7 @@ def bench(
     from ep_comm.bench.ops.report import render, write_json, write_plot
     from ep_comm.bench.ops.routing import RoutingSpec
     from ep_comm.bench.ops.run import run
-    from ep_comm.bench.ops.settings import Settings, parse_sms, shape_of_flags
+    from ep_comm.bench.ops.settings import Settings, parse_numbers, shape_of_flags
     from ep_comm.handle import RowLayout
     from ep_comm.job.exits import user_errors_exit
     from ep_comm.job.start import on_rank_0
@@ -83,7 +83,7 @@ def bench(
         settings = Settings(
             shape=shape_of_flags(preset, spec, **sizes),
             routing=spec,
-            sms=parse_sms(sms),
+            sms=parse_numbers("--sms", sms),
             fp8=fp8,
             layout=cast(RowLayout, layout),  # check() refuses others
             iters=iters,

@@ -73,7 +73,7 @@ def overlap(
 
     from ep_comm.backends.nvlink import prices
     from ep_comm.bench.ops.routing import RoutingSpec
-    from ep_comm.bench.ops.settings import parse_sms, shape_of_flags, with_flags
+    from ep_comm.bench.ops.settings import parse_numbers, shape_of_flags, with_flags
     from ep_comm.bench.overlap.report import render, write_json, write_plot, write_prices
     from ep_comm.bench.overlap.run import run
     from ep_comm.bench.overlap.settings import (
@@ -97,7 +97,7 @@ def overlap(
         settings = OverlapSettings(
             shape=shape,
             routing=spec,
-            sms=parse_sms(sms),
+            sms=parse_numbers("--sms", sms),
             layouts=parse_layouts(layouts),
             fp8=fp8,
             gemms=parse_gemms(gemm),
