@@ -6,13 +6,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from ep_comm.telemetry.records import Records, timed
+from ep_comm.telemetry.records import Records, TimedSpan, timed
 
 UNALIGNED_CALLS = 20
 _UNALIGNED_REPEATS = 5
@@ -135,7 +134,8 @@ class Stopwatch:
 
     def _sample(
         self, call: Callable[[int], object], i: int, align: Callable[[], None]
-    ) -> tuple[Any, float]:  # what `timed` yields, and µs of the host
+    ) -> tuple[TimedSpan, float]:
+        """Return the span of one call, and its µs on the host."""
         align()
         with timed(self.device) as span:
             begin = time.perf_counter()

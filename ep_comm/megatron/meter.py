@@ -21,7 +21,7 @@ from ep_comm.megatron.balance import LayerBalance
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
 from ep_comm.megatron.layer import required_moe_layers
 from ep_comm.megatron.overflow import take_all
-from ep_comm.telemetry.records import OpRecord, timed
+from ep_comm.telemetry.records import OpRecord, TimedSpan, timed
 from ep_comm.telemetry.spans import exposed
 from ep_comm.telemetry.stats import Quantiles, longest_wait
 
@@ -66,8 +66,8 @@ class MoEMeter:
         self._layers = [layer for _, layer in required_moe_layers(model_chunks)]
         self._device = next(model_chunks[0].parameters()).device
         self.balance: tuple[LayerBalance, ...] = ()
-        self._spans: dict[str, list] = {"dispatch": [], "combine": [], "expert": []}
-        self._beside: list = []  # spans of work that we run beside an operation
+        self._spans: dict[str, list[TimedSpan]] = {"dispatch": [], "combine": [], "expert": []}
+        self._beside: list[TimedSpan] = []  # work that we run beside an operation
         self._tokens: dict[MoELayer, Tensor] = {}
         self._counts_shape: tuple[int, int] | None = None  # layers and experts of the whole model
         self._wire_bytes = 0
@@ -244,7 +244,7 @@ class MoEMeter:
             dispatcher.during_backward = self._timed(self._beside, dispatcher.during_backward)
         dispatcher.dispatch_postprocess = self._counting(layer, dispatcher.dispatch_postprocess)
 
-    def _timed(self, spans: list, method: Any) -> Any:
+    def _timed(self, spans: list[TimedSpan], method: Any) -> Any:
         @functools.wraps(method)
         def run(*args: Any, **kwargs: Any) -> Any:
             if is_captured():  # what a graph does at a replay nobody here can see

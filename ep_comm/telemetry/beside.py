@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from ep_comm.telemetry.profiles import Event, Profile, ProfileError, gemms, kind_of, span_of
+from ep_comm.telemetry.profiles import Event, Profile, ProfileError, gemms, kernel_kind, span_of
 from ep_comm.telemetry.spans import Span, covered, exposed
 
 _PIDS_OF_RANK = 1000  # more processes and GPUs than a trace of one rank has
@@ -178,7 +178,7 @@ def _combines(events: Iterable[Event]) -> list[Span]:
             span_of(event)
             for event in events
             if event.get("cat") == "kernel"
-            and kind_of(event["name"]) == "combine"
+            and kernel_kind(event["name"]) == "combine"
             and "low_latency" not in event["name"]
         ]
     return [span_of(event) for event in events if event["name"] == "ep_comm::combine"]

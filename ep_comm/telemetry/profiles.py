@@ -62,7 +62,7 @@ class Profile(NamedTuple):
         return [event for event in self.document["traceEvents"] if event.get("ph") == "X"]
 
 
-def kind_of(kernel: str) -> str:
+def kernel_kind(kernel: str) -> str:
     """Return what a kernel does, by its name: one of `KINDS`."""
     name = kernel.lower()
     return next(kind for kind, parts in _KINDS if any(part in name for part in parts))
@@ -102,7 +102,7 @@ def gemms(events: Iterable[Event]) -> list[Span]:
     events = list(events)
     kernels = [event for event in events if event.get("cat") == "kernel"]
     if kernels:
-        return [span_of(event) for event in kernels if kind_of(event["name"]) == _GEMM]
+        return [span_of(event) for event in kernels if kernel_kind(event["name"]) == _GEMM]
     return [
         span_of(event)
         for event in events
@@ -119,5 +119,5 @@ def communication(events: Iterable[Event]) -> list[Span]:
         span_of(event)
         for event in events
         if event.get("cat") == "kernel"
-        and (kind_of(event["name"]) in _OURS or _ALLTOALL in event["name"].lower())
+        and (kernel_kind(event["name"]) in _OURS or _ALLTOALL in event["name"].lower())
     ]

@@ -91,7 +91,7 @@ class OpRecord:
     is_backward: bool = False
     called_s: float = math.nan
     began_s: float = math.nan
-    span: _Span | Interval | None = field(default=None, repr=False)
+    span: TimedSpan | Interval | None = field(default=None, repr=False)
 
     @property
     def wire_bytes(self) -> int:
@@ -110,8 +110,8 @@ class OpRecord:
         return max(range(len(waits)), key=waits.__getitem__) if any(waits) else None
 
 
-class _Span:
-    """Time between two points: on the stream for CUDA, on the host for CPU."""
+class TimedSpan:
+    """Time between two points: on the current stream of a GPU, on the host for a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -125,11 +125,12 @@ class _Span:
         return event
 
     def stop(self) -> None:
+        """Set the second point: now."""
         self._end = self._mark()
 
     @property
     def seconds(self) -> float:
-        """Waits for the end where that is on a stream."""
+        """Its length; waits for the end where that is on a stream."""
         if isinstance(self._start, torch.cuda.Event):
             assert isinstance(self._end, torch.cuda.Event)
             self._end.synchronize()
@@ -207,20 +208,20 @@ class Recorder:
             is_backward=self.is_backward,
             called_s=(now := time.monotonic()),
             began_s=now if device.type == "cpu" else math.nan,
-            span=_Span(device),
+            span=TimedSpan(device),
         )
 
     def finish(self, record: OpRecord) -> None:
         """Close `record`, once its result is complete or enqueued on the current stream."""
-        assert isinstance(record.span, _Span)  # `start` made it
+        assert isinstance(record.span, TimedSpan)  # `start` made it
         record.span.stop()
         self.wire_bytes += record.wire_bytes
         self._ring.append(record)
 
 
 @contextmanager
-def timed(device: torch.device) -> Iterator[_Span]:
-    """Time a block of code by the same clock as operation records: ``span.seconds`` afterwards."""
-    span = _Span(device)
+def timed(device: torch.device) -> Iterator[TimedSpan]:
+    """Time a block of code by the clock of operation records: read its `seconds` afterwards."""
+    span = TimedSpan(device)
     yield span
     span.stop()

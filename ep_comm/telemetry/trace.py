@@ -31,7 +31,7 @@ class RankTrace(NamedTuple):
         host: Its host's name.
         unix_s: Seconds that the host's wall clock is ahead of its `time.monotonic`.
         clock_error_s: By how much begins may be wrong, against the host's clock.
-        operations: See `_Span`.
+        operations: See `TracedOperation`.
     """
 
     rank: int
@@ -39,10 +39,10 @@ class RankTrace(NamedTuple):
     host: str
     unix_s: float
     clock_error_s: float
-    operations: list[_Span]
+    operations: list[TracedOperation]
 
 
-class _Span(NamedTuple):
+class TracedOperation(NamedTuple):
     """An operation; begin by the host's `time.monotonic`."""
 
     begin_s: float
@@ -64,7 +64,7 @@ def rank_trace(
         job_rank: In the job; None: `rank`.
     """
     spans = [
-        _Span(
+        TracedOperation(
             _begin_s(record) - clock.ahead_s,
             record.seconds,
             f"{record.op} #{record.epoch}",

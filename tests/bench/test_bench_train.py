@@ -28,7 +28,7 @@ from ep_comm.bench.train.timeline import draw_timelines
 from ep_comm.cli.app import app
 from ep_comm.job.exits import UserError
 from ep_comm.pretrain.variants import VARIANTS, reference_of, references_of, serial_of
-from ep_comm.telemetry.profiles import kind_of
+from ep_comm.telemetry.profiles import kernel_kind
 
 # ---- Settings ------------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ def test_timeline_of_a_trace():
         (7, 10, 80),
         (7, 20, 5),
     ]
-    assert [kind_of(bar.name) for bar in found] == ["combine", "GEMM", "other"]
+    assert [kernel_kind(bar.name) for bar in found] == ["combine", "GEMM", "other"]
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available", "ignore:Warning. Profiler clears")

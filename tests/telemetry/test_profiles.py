@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from ep_comm import Buffer, EPConfig
 from ep_comm.cli.app import app
 from ep_comm.telemetry.beside import beside, merge
-from ep_comm.telemetry.profiles import ProfileError, kind_of, read_profile
+from ep_comm.telemetry.profiles import ProfileError, kernel_kind, read_profile
 from ep_comm.telemetry.spans import covered, exposed
 from ep_comm.telemetry.trace import FORMAT, WAITS, read_trace
 
@@ -35,12 +35,14 @@ def test_lengths_of_unions():
 
 def test_kinds_of_kernels():
     gemm, attention = "cutlass::gemm::kernel::GemmUniversal", "flash::FlashAttnFwdSm90"
-    assert kind_of(f"void cutlass::device_kernel<{gemm}<...>>") == "GEMM"
-    assert kind_of(f"void cutlass::device_kernel<flash::enable_sm90<{attention}<...>>>") == "other"
-    assert kind_of("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NTN") == "GEMM"
-    assert kind_of("dispatch_kernel(ep_dispatch_args, Ring)") == "dispatch"
-    assert kind_of("ncclDevKernel_SendRecv(...)") == "NCCL"
-    assert kind_of("at::native::vectorized_elementwise_kernel") == "other"
+    assert kernel_kind(f"void cutlass::device_kernel<{gemm}<...>>") == "GEMM"
+    assert (
+        kernel_kind(f"void cutlass::device_kernel<flash::enable_sm90<{attention}<...>>>") == "other"
+    )
+    assert kernel_kind("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NTN") == "GEMM"
+    assert kernel_kind("dispatch_kernel(ep_dispatch_args, Ring)") == "dispatch"
+    assert kernel_kind("ncclDevKernel_SendRecv(...)") == "NCCL"
+    assert kernel_kind("at::native::vectorized_elementwise_kernel") == "other"
 
 
 def profiled(rank: int, folder: str) -> list[float]:

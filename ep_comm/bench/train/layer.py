@@ -13,7 +13,7 @@ from ep_comm.bench.timing import Stopwatch
 from ep_comm.bench.train.model import Trainer
 from ep_comm.bench.train.profile import BACKWARD, FORWARD, named
 from ep_comm.bench.train.results import LayerTimes
-from ep_comm.telemetry.records import timed
+from ep_comm.telemetry.records import TimedSpan, timed
 
 _WARMUP = 5
 
@@ -74,7 +74,7 @@ class LayerAlone:
                 hidden=self._hidden(watch, 2 * iters),
             )
 
-    def _timed(self, watch: Stopwatch) -> tuple:
+    def _timed(self, watch: Stopwatch) -> tuple[TimedSpan, TimedSpan]:
         watch.align()
         with timed(watch.device) as forward:
             output = self.forward()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ep_comm.bench.train.profile import Bar
-from ep_comm.telemetry.profiles import KINDS, kind_of
+from ep_comm.telemetry.profiles import KINDS, kernel_kind
 
 _COLOURS = dict(
     zip(KINDS, ("tab:red", "tab:orange", "tab:purple", "tab:blue", "tab:gray"), strict=True)
@@ -33,7 +33,7 @@ def draw_timelines(timelines: Mapping[str, Sequence[Bar]], title: str, path: Pat
                 spans = [
                     (bar.start_us / 1e3, bar.duration_us / 1e3)
                     for bar in timeline
-                    if bar.stream == stream and kind_of(bar.name) == kind
+                    if bar.stream == stream and kernel_kind(bar.name) == kind
                 ]
                 axes.broken_barh(spans, (row - 0.4, 0.8), facecolors=colour)
         axes.set_yticks(range(len(streams)), [f"stream {stream}" for stream in streams])
