@@ -28,22 +28,12 @@ class _Member(NamedTuple):
     facts: dict[str, object]
 
 
-class Made(NamedTuple):
-    """A backend for a buffer.
-
-    Attributes:
-        backend: The one that `config` asks for, or the fastest that works.
-        passed_over: Why each faster one for as many hosts was not taken, by name.
-        name: The buffer's, the same on all ranks and of no other one.
-    """
-
-    backend: Backend
-    passed_over: dict[str, str]
-    name: str
-
-
-def make_backend(group: dist.ProcessGroup, config: EPConfig) -> Made:
+def make_backend(group: dist.ProcessGroup, config: EPConfig) -> tuple[Backend, dict[str, str], str]:
     """Build the backend that `config` asks for on `group`. Collective, and bounded.
+
+    Returns:
+        The backend; why each faster one for as many hosts was not taken, by name; and the buffer's
+        name, the same on all ranks and of no other one.
 
     Raises:
         EPArgumentError: The backend asked for is not available, or the hosts of a group of GPUs
@@ -71,7 +61,7 @@ def make_backend(group: dist.ProcessGroup, config: EPConfig) -> Made:
         facts = [member.facts[backend.name] for member in meeting.answers]
         reason = backend.unavailable_reason(facts, spots, config)
         if reason is None:
-            return Made(backend.create(group, config, meeting, spots), passed_over, meeting.name)
+            return backend.create(group, config, meeting, spots), passed_over, meeting.name
         passed_over[backend.name] = reason
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
     what = "no backend" if config.wire == "sm" else f"no backend with wire={config.wire!r}"
