@@ -13,7 +13,12 @@ from torch import Tensor
 
 from ep_comm import checks, ops
 from ep_comm.backends import make_backend
-from ep_comm.backends.base import Backend, CombineRequest, DispatchRequest, PlanRequest
+from ep_comm.backends.base import Backend
+from ep_comm.backends.requests import (
+    CombineRequest,
+    DispatchRequest,
+    PlanRequest,
+)
 from ep_comm.config import EPConfig, check_positive
 from ep_comm.errors import EPArgumentError
 from ep_comm.events import EventOverlap

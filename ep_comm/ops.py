@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ep_comm.backends.base import (
-    Backend,
+from ep_comm.backends.base import Backend
+from ep_comm.backends.requests import (
     Combined,
     CombineRequest,
     DispatchRequest,

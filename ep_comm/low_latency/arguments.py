@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ep_comm import checks, fp8_low_latency
-from ep_comm.backends.base import Backend, LowLatencyBackend, LowLatencySizes
+from ep_comm.backends.base import Backend, LowLatencyBackend
+from ep_comm.backends.requests import LowLatencySizes
 from ep_comm.blank import Blank
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, setting

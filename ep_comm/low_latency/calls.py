@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ep_comm._native.header import EP_MAX_TOPK
-from ep_comm.backends.base import (
-    LowLatencyBackend,
+from ep_comm.backends.base import LowLatencyBackend
+from ep_comm.backends.requests import (
     LowLatencyCombineRequest,
     LowLatencyDispatchRequest,
     Pending,

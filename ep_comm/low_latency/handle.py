@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ep_comm.backends.base import LowLatencySizes, Pending
+from ep_comm.backends.requests import LowLatencySizes, Pending
 from ep_comm.errors import EPArgumentError, EPStateError
 from ep_comm.events import EventOverlap
 from ep_comm.fp8 import Payload

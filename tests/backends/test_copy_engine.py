@@ -31,10 +31,10 @@ from ep_comm import (
     EPUnsupportedError,
 )
 from ep_comm._native import NativeLibrary, header
-from ep_comm.backends.base import CombineRequest, DispatchRequest
 from ep_comm.backends.nvlink import backend as nvlink
 from ep_comm.backends.nvlink import support
 from ep_comm.backends.nvlink.copy_engine import chunk_rows
+from ep_comm.backends.requests import CombineRequest, DispatchRequest
 
 CONFIG = EPConfig(num_experts=8, hidden=512, max_tokens_per_rank=200, num_topk=2, **BY_COPY)
 by_copy = pytest.mark.parametrize("backend", [CONFIG], ids=["copies"], indirect=True)

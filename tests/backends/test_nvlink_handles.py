@@ -12,9 +12,9 @@ from nvlink_launches import CONFIG, TOPK, dispatch, plan
 from virtual_ranks import VirtualBuffer
 
 from ep_comm._native import header
-from ep_comm.backends.base import CombineRequest
 from ep_comm.backends.nvlink import streams as nvlink_streams
 from ep_comm.backends.nvlink.backend import NVLinkBackend
+from ep_comm.backends.requests import CombineRequest
 from ep_comm.handle import DispatchHandle
 
 

@@ -12,12 +12,12 @@ from virtual_ranks import VirtualBuffer
 
 from ep_comm import EventOverlap, blank
 from ep_comm._native import header
-from ep_comm.backends.base import CombineRequest, DispatchRequest
 from ep_comm.backends.nodes.backend import NodesBackend
 from ep_comm.backends.nodes.memory import NodesMemory
 from ep_comm.backends.nvlink import backend as nvlink
 from ep_comm.backends.nvlink import streams as nvlink_streams
 from ep_comm.backends.nvlink.backend import NVLinkBackend
+from ep_comm.backends.requests import CombineRequest, DispatchRequest
 from ep_comm.errors import EPArgumentError, EPRoutingError, EPUnsupportedError
 from ep_comm.handle import DispatchHandle
 from ep_comm.telemetry.device import DeviceRecorder

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from nvlink_launches import CONFIG, CURRENT, TOPK, X, make_backend
 
 from ep_comm._native import header
-from ep_comm.backends.base import (
+from ep_comm.backends.nvlink import streams as nvlink_streams
+from ep_comm.backends.nvlink.backend import NVLinkBackend
+from ep_comm.backends.requests import (
     LowLatencyCombineRequest,
     LowLatencyDispatchRequest,
     LowLatencySizes,
 )
-from ep_comm.backends.nvlink import streams as nvlink_streams
-from ep_comm.backends.nvlink.backend import NVLinkBackend
 from ep_comm.errors import EPUnsupportedError
 from ep_comm.fp8_low_latency import ScaleForm
 

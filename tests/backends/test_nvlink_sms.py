@@ -10,9 +10,9 @@ import torch
 from nvlink_launches import COMM, CONFIG, CURRENT, SIDE, TOPK, X, dispatch, plan
 from virtual_ranks import VirtualBuffer
 
-from ep_comm.backends.base import CombineRequest
 from ep_comm.backends.nvlink.backend import NVLinkBackend
 from ep_comm.backends.nvlink.prices import Chooser, Price, PriceTable
+from ep_comm.backends.requests import CombineRequest
 from ep_comm.errors import EPArgumentError
 
 

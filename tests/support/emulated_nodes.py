@@ -24,10 +24,10 @@ from virtual_nodes import all_ranks
 
 from ep_comm import EPConfig, _native
 from ep_comm._native import NativeLibrary, header
-from ep_comm.backends.base import Pending, PlanRequest
 from ep_comm.backends.nodes.backend import NodesBackend
 from ep_comm.backends.nodes.memory import NodesMemory
 from ep_comm.backends.nvlink import streams as nvlink_streams
+from ep_comm.backends.requests import Pending, PlanRequest
 
 NUM_SMS = 1024  # all ranks have room for all operations
 

@@ -10,11 +10,11 @@ import torch
 
 from ep_comm import EPConfig
 from ep_comm._native import header
-from ep_comm.backends.base import DispatchRequest, PlanRequest
 from ep_comm.backends.nvlink import backend as nvlink
 from ep_comm.backends.nvlink import streams as nvlink_streams
 from ep_comm.backends.nvlink.backend import NVLinkBackend
 from ep_comm.backends.nvlink.streams import InFlight
+from ep_comm.backends.requests import DispatchRequest, PlanRequest
 
 CURRENT, SIDE, COMM = 5, 6, 7
 COPIES = 8, 9  # of dispatches, of combines

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ep_comm._native import header
-from ep_comm.backends.base import LowLatencySizes
 from ep_comm.backends.nodes.memory import NodesMemory
 from ep_comm.backends.nvlink.low_latency import EPOCHS, Call, LowLatency
+from ep_comm.backends.requests import LowLatencySizes
 
 _OPS = ("low_latency_dispatch", "low_latency_combine")
 _FLAG_BYTES = 8

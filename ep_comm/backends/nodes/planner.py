@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from ep_comm._native import header
-from ep_comm.backends.base import PlanRequest
 from ep_comm.backends.nodes.args import NodesKernelArgs
 from ep_comm.backends.nodes.mailbox import NodesMailbox
 from ep_comm.backends.nodes.memory import NodesMemory
@@ -16,6 +15,7 @@ from ep_comm.backends.nodes.tuning import split_dispatch
 from ep_comm.backends.nvlink.planner import Planner
 from ep_comm.backends.nvlink.resources import Resources
 from ep_comm.backends.nvlink.routing import FirstDispatch, NVLinkRouting
+from ep_comm.backends.requests import PlanRequest
 from ep_comm.routing.types import RowLayout
 
 _FIRST_WAVES = 2  # that need no credit of their own operation, so they need no output either

@@ -22,14 +22,6 @@ from torch import Tensor
 
 from ep_comm import _native, fp8
 from ep_comm._native import NativeLibrary, header
-from ep_comm.backends.base import (
-    Combined,
-    CombineRequest,
-    DispatchRequest,
-    Pending,
-    PlanRequest,
-    Received,
-)
 from ep_comm.backends.nvlink import prices, support
 from ep_comm.backends.nvlink.args import KernelArgs, kernel_args
 from ep_comm.backends.nvlink.copies import Copies
@@ -43,6 +35,14 @@ from ep_comm.backends.nvlink.rows import describe_sums
 from ep_comm.backends.nvlink.sms import Sms
 from ep_comm.backends.nvlink.streams import Streams
 from ep_comm.backends.nvlink.tuning import combine_chunks_per_unit
+from ep_comm.backends.requests import (
+    Combined,
+    CombineRequest,
+    DispatchRequest,
+    Pending,
+    PlanRequest,
+    Received,
+)
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 from ep_comm.job.meeting import Meeting

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ep_comm import fp8
 from ep_comm._native import header
-from ep_comm.backends.base import NEEDS_COPY_ENGINES, DispatchRequest, Received
+from ep_comm.backends.base import NEEDS_COPY_ENGINES
 from ep_comm.backends.nvlink.ahead import Ahead
 from ep_comm.backends.nvlink.copies import Copies
 from ep_comm.backends.nvlink.planner import Planner
@@ -22,6 +22,7 @@ from ep_comm.backends.nvlink.rows import (
     whole_weight_rows,
 )
 from ep_comm.backends.nvlink.sms import Sms
+from ep_comm.backends.requests import DispatchRequest, Received
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 
 

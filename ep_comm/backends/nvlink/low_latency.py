@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from ep_comm._native import header
-from ep_comm.backends.base import (
+from ep_comm.backends.nvlink.resources import Resources
+from ep_comm.backends.requests import (
     LowLatencyCombineRequest,
     LowLatencyDispatchRequest,
     LowLatencySizes,
     Pending,
 )
-from ep_comm.backends.nvlink.resources import Resources
 from ep_comm.fp8_low_latency import ScaleForm
 
 _FORMATS = {

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from ep_comm._native import header
-from ep_comm.backends.base import PlanRequest, Received
 from ep_comm.backends.nvlink.ahead import Ahead
 from ep_comm.backends.nvlink.copy_engine import DispatchCopyEngine, token_words
 from ep_comm.backends.nvlink.mailbox import Mailbox
@@ -21,6 +20,7 @@ from ep_comm.backends.nvlink.routing import (
 )
 from ep_comm.backends.nvlink.rows import allocate_experts, allocate_rows
 from ep_comm.backends.nvlink.tuning import split_dispatch, split_plan
+from ep_comm.backends.requests import PlanRequest, Received
 from ep_comm.blank import comes_in_order
 from ep_comm.errors import EPUnsupportedError
 from ep_comm.routing.layout import INPUT_KINDS

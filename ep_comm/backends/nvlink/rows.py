@@ -8,13 +8,13 @@ from torch import Tensor
 
 from ep_comm import fp8
 from ep_comm._native import header
-from ep_comm.backends.base import CombineRequest, Received
 from ep_comm.backends.nvlink.routing import NVLinkRouting
 from ep_comm.backends.nvlink.tuning import (
     COMBINE_CHUNK_BYTES,
     DISPATCH_CHUNK_BYTES,
     chunk_tokens,
 )
+from ep_comm.backends.requests import CombineRequest, Received
 from ep_comm.routing.layout import index_dtype
 
 _RECV_KINDS = {torch.bfloat16: header.EP_RECV_BF16, torch.float32: header.EP_RECV_FP32}

@@ -15,15 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_comm import fp8
-from ep_comm.backends.base import (
-    NEEDS_COPY_ENGINES,
-    Combined,
-    CombineRequest,
-    DispatchRequest,
-    Pending,
-    PlanRequest,
-    Received,
-)
+from ep_comm.backends.base import NEEDS_COPY_ENGINES
 from ep_comm.backends.reference.low_latency import ReferenceLowLatency
 from ep_comm.backends.reference.messages import Transport
 from ep_comm.backends.reference.operations import Operations
@@ -39,6 +31,14 @@ from ep_comm.backends.reference.rows import (
     sum_in_order,
     to_bytes,
     unpack,
+)
+from ep_comm.backends.requests import (
+    Combined,
+    CombineRequest,
+    DispatchRequest,
+    Pending,
+    PlanRequest,
+    Received,
 )
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPOverflowError, EPUnsupportedError

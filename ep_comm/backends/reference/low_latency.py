@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ep_comm import fp8_low_latency
-from ep_comm.backends.base import (
+from ep_comm.backends.reference.operations import Operations
+from ep_comm.backends.reference.rows import sum_in_order, to_bytes
+from ep_comm.backends.requests import (
     LowLatencyCombineRequest,
     LowLatencyDispatchRequest,
     Pending,
 )
-from ep_comm.backends.reference.operations import Operations
-from ep_comm.backends.reference.rows import sum_in_order, to_bytes
 from ep_comm.fp8_low_latency import ScaleForm
 from ep_comm.routing.layout import layout_of
 
@@ -82,7 +82,7 @@ class ReferenceLowLatency(Operations):
 
     def dispatch(self, request: LowLatencyDispatchRequest) -> Pending[LowLatencyRouting]:
         """Exchange headers, and send experts, rows and weights."""
-        x, form, weights = request.x, request.scale_form, request.topk_weights
+        x, form, weights = request.x, request.sizes.scale_form, request.topk_weights
         num_topk = request.topk_idx.shape[1]
         num_ranks = self.transport.num_ranks
         sent = layout_of(request.topk_idx, num_topk, self.config.num_experts, num_ranks)
@@ -95,8 +95,8 @@ class ReferenceLowLatency(Operations):
         recv_rows = self._exchange_headers(
             record,
             tuple(len(tokens) for tokens in sent_tokens),
-            max_rows=request.max_tokens,
-            max_tokens=request.max_tokens,
+            max_rows=request.sizes.max_tokens,
+            max_tokens=request.sizes.max_tokens,
             num_topk=num_topk,
             has_weights=weights is not None,
             scale_form=form,
@@ -220,7 +220,7 @@ class ReferenceLowLatency(Operations):
         rows, experts = hits_NE.nonzero(as_tuple=True)
         places = place_NE[rows, experts]
 
-        hidden, form = request.x.shape[1], request.scale_form
+        hidden, form = request.x.shape[1], request.sizes.scale_form
         row_bytes = hidden * request.recv_x.element_size()
         request.recv_x.view(torch.uint8)[experts, places] = recv[rows, :row_bytes]
         if request.recv_scales is not None:
@@ -230,7 +230,7 @@ class ReferenceLowLatency(Operations):
         ranks = torch.arange(len(recv_rows), dtype=torch.int32, device="cpu").repeat_interleave(
             torch.tensor(recv_rows, device="cpu")
         )
-        src_info = ranks.to(device) * request.max_tokens + recv_meta[:, 0]
+        src_info = ranks.to(device) * request.sizes.max_tokens + recv_meta[:, 0]
         recv_src_info = request.recv_src_info.view(self.num_local_experts, -1)
         recv_src_info[experts, places] = src_info[rows]
         request.recv_count.copy_(hits_NE.sum(0))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ep_comm import fp8
-from ep_comm.backends.base import Received
 from ep_comm.backends.reference.routing import ReferenceRouting
+from ep_comm.backends.requests import Received
 from ep_comm.routing.types import RoutingSizes
 
 
