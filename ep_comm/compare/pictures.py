@@ -14,10 +14,12 @@ from ep_comm.report.document import Cells, Picture
 from ep_comm.report.series import Series, even_parts
 from ep_comm.report.svg import (
     COLOURS,
+    MOST_POINTS,
+    MOST_ROWS,
     add_legend,
-    integer_ticks,
     log_scale,
     new_figure,
+    steps_axis,
     styled,
     to_svg,
 )
@@ -31,8 +33,6 @@ _STYLES: dict[str, dict[str, Any]] = {
 }
 _NOISE: dict[str, Any] = {"color": COLOURS["muted"], "linestyle": "-", "linewidth": 1.4}
 _RESOLUTION = 1e-7  # of a loss in FP32: a logarithmic axis goes no further, equal losses are 0
-_MOST_POINTS = 300  # of a line
-_MOST_ROWS = 40  # of the table behind a picture
 
 Shown = Callable[[np.ndarray], np.ndarray]
 
@@ -96,7 +96,7 @@ def differences(runs: Mapping[str, Run], window: int) -> Picture:
 def _draw(axes: Axes, name: str, label: str, raw: np.ndarray, smoothed: np.ndarray) -> None:
     """Draw a line, and what it is the mean of as a band."""
     steps = np.arange(1, len(raw) + 1)
-    line, band = (Series(steps, values).binned(_MOST_POINTS) for values in (smoothed, raw))
+    line, band = (Series(steps, values).binned(MOST_POINTS) for values in (smoothed, raw))
     style = _style(name)
     axes.fill_between(
         band.steps, band.low, band.high, color=style["color"], alpha=0.18, linewidth=0.5
@@ -126,14 +126,13 @@ def _scale_to(differences: list[np.ndarray], skipped: int, axes: Axes) -> None:
 
 def _finish(axes: Axes) -> None:
     axes.margins(x=0.01)
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(integer_ticks())
+    steps_axis(axes)
 
 
 def _table(lines: Mapping[str, np.ndarray], form: str) -> tuple[list[str], Cells]:
     """Return the last value of each line in parts of the steps."""
     length = max(len(values) for values in lines.values())
-    ends = [part.stop for part in even_parts(length, _MOST_ROWS)]
+    ends = [part.stop for part in even_parts(length, MOST_ROWS)]
     rows = [[str(end), *(format(values[end - 1], form) for values in lines.values())]
             for end in ends]  # fmt: skip
     return ["step", *lines], rows

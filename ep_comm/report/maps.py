@@ -14,11 +14,18 @@ from ep_comm.numeric import ceil_div
 from ep_comm.report.document import Picture
 from ep_comm.report.run import Load, Run
 from ep_comm.report.series import even_parts
-from ep_comm.report.svg import COLOURS, integer_ticks, new_figure, styled, to_svg
+from ep_comm.report.svg import (
+    COLOURS,
+    MOST_ROWS,
+    integer_ticks,
+    new_figure,
+    steps_axis,
+    styled,
+    to_svg,
+)
 
 _HOT, _COLD = (0.85, 0.33, 0.1), (0.12, 0.47, 0.71)
 _MOST_COLUMNS = 240
-_MOST_ROWS = 40
 _MOST_EXPERTS = 16  # of a layer, in tables
 _FULL_WAIT = 0.5  # of operations' time at which a cell has its full colour
 _FULL = 4.0  # tokens over the mean, likewise
@@ -57,7 +64,7 @@ def slowest_ranks(name: str, run: Run, *, is_wide: bool) -> Picture | None:
             f"{counts[rank] / len(slowest.steps):.1%}",
             f"{waits.values[slowest.values == rank].mean():.1%}" if counts[rank] else "",
         ]
-        for rank in order[:_MOST_ROWS]
+        for rank in order[:MOST_ROWS]
     ]
     columns = ["rank", "steps in which it was waited for most", "of all", "wait share then, mean"]
     caption = (
@@ -176,8 +183,7 @@ def _cells(axes: Axes, colours: np.ndarray, steps: np.ndarray) -> None:
     extent = (first, last, len(colours) - 0.5, -0.5)
     axes.imshow(colours, aspect="auto", interpolation="none", extent=extent)
     axes.grid(False)
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(integer_ticks())
+    steps_axis(axes)
 
 
 def _names_axis(axes: Axes, what: str, names: range | list[int]) -> None:

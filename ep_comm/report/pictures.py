@@ -15,16 +15,16 @@ from ep_comm.report.run import Run
 from ep_comm.report.series import Series
 from ep_comm.report.svg import (
     COLOURS,
+    MOST_POINTS,
+    MOST_ROWS,
     add_legend,
-    integer_ticks,
     log_scale,
     new_figure,
+    steps_axis,
     styled,
     to_svg,
 )
 
-_MOST_POINTS = 300  # of a line
-_MOST_ROWS = 40  # of the table behind a picture
 _WIDE_RANGE = 20  # a logarithmic axis from this ratio of largest and median on
 RUN_COLOURS = ("first", "second")
 _DASHES = ("-", (0, (4, 1.5)))
@@ -107,7 +107,7 @@ def lines(name: str, panels: Sequence[Panel], runs: Sequence[Run], caption: str)
         found = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in rows]
         named = {text: line for each in found for line, text in each}
         add_legend(figure, named.values(), named)
-    _steps_axis(rows[-1])
+    steps_axis(rows[-1])
     every = np.concatenate([panel.of(run).steps for panel in panels for run in runs])
     rows[-1].set_xlim(every.min(), max(every.max(), every.min() + 1))
     columns, cells = _table(panels, runs)
@@ -124,7 +124,7 @@ def split(name: str, run: Run, *, is_wide: bool) -> Picture | None:
         return None
     known = sum(part.values for part in parts.values())
     parts["rest"] = Series(step.steps, np.maximum(step.values - known, 0.0))
-    binned = {op: part.binned(_MOST_POINTS) for op, part in parts.items()}
+    binned = {op: part.binned(MOST_POINTS) for op, part in parts.items()}
     figure, (axes,) = new_figure(1, row_height_in=2.0, is_wide=is_wide, num_named=len(binned))
     labels = {"expert": "experts", "rest": "the rest"}
     axes.stackplot(
@@ -134,12 +134,12 @@ def split(name: str, run: Run, *, is_wide: bool) -> Picture | None:
         colors=[COLOURS[op] for op in binned],
         linewidth=0,
     )
-    highest = np.percentile(step.binned(_MOST_POINTS).mean, 99)
+    highest = np.percentile(step.binned(MOST_POINTS).mean, 99)
     axes.set_ylim(0, 1.15 * float(highest))  # a few steps may be far longer
     axes.set_xlim(step.steps[0], max(step.steps[-1], step.steps[0] + 1))
     axes.set_title("ms")
     add_legend(figure, *axes.get_legend_handles_labels())
-    _steps_axis(axes)
+    steps_axis(axes)
     medians = {op: part.median for op, part in parts.items()}
     total = step.median
     said = ", ".join(
@@ -149,8 +149,8 @@ def split(name: str, run: Run, *, is_wide: bool) -> Picture | None:
     rows = [
         [str(last), *(f"{value:.4g}" for value in values)]
         for last, *values in zip(
-            parts["rest"].binned(_MOST_ROWS).steps,
-            *(part.binned(_MOST_ROWS).mean for part in parts.values()),
+            parts["rest"].binned(MOST_ROWS).steps,
+            *(part.binned(MOST_ROWS).mean for part in parts.values()),
             strict=True,
         )
     ]
@@ -163,7 +163,7 @@ def _draw_line(axes: Axes, panel: Panel, run: Run, number: int) -> None:
     series, colour = panel.of(run), COLOURS[RUN_COLOURS[number]]
     if not series:
         return
-    bins = series.binned(_MOST_POINTS)
+    bins = series.binned(MOST_POINTS)
     if len(bins.steps) < len(series.steps):
         axes.fill_between(bins.steps, bins.low, bins.high, color=colour, alpha=0.22, linewidth=0)
     marker = "." if len(bins.steps) == 1 else None
@@ -176,7 +176,7 @@ def _draw_line(axes: Axes, panel: Panel, run: Run, number: int) -> None:
         marker=marker,
         label=run.name,
     )
-    dots = panel.dots(run).binned(_MOST_ROWS) if panel.dots else None
+    dots = panel.dots(run).binned(MOST_ROWS) if panel.dots else None
     if dots is not None and len(dots.steps):
         axes.plot(dots.steps, dots.mean, "os"[number], color=colour, markersize=4)
 
@@ -191,7 +191,7 @@ def _table(panels: Sequence[Panel], runs: Sequence[Run]) -> tuple[list[str], Cel
         title = "validation loss" if i >= len(panels) * len(runs) else panel.title.split(" (")[0]
         columns.append(f"{title}, {run.name}" if several else title)
     last = max(int(series.steps[-1]) for _, _, series in every if series)
-    ends = np.unique(np.linspace(0, last, min(_MOST_ROWS, last) + 1).round().astype(int))
+    ends = np.unique(np.linspace(0, last, min(MOST_ROWS, last) + 1).round().astype(int))
     rows = []
     for begin, end in zip(ends[:-1], ends[1:], strict=True):
         means = [_mean_between(series, begin, end) for _, _, series in every]
@@ -224,8 +224,3 @@ def _in_words(panel: Panel, run: Run, is_named: bool) -> str:
 def _shown(values: np.ndarray) -> np.ndarray:
     """Return values that an area can be drawn of: a single one twice."""
     return np.repeat(values, 2) if len(values) == 1 else values
-
-
-def _steps_axis(axes: Axes) -> None:
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(integer_ticks())

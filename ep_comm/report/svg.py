@@ -50,6 +50,8 @@ _LEFT_IN, _RIGHT_IN, _BOTTOM_IN = 0.7, 0.25, 0.45
 _BETWEEN_IN = 0.3  # above each row
 _LEGEND_IN, _LEGEND_LINE_IN = 0.1, 0.2  # above all of them, and more for each line of names
 _LEGEND_COLUMNS = 4
+MOST_POINTS = 300  # of a line
+MOST_ROWS = 40  # of the table behind a picture
 
 styled = matplotlib.rc_context(_STYLE)
 """Decorates the functions that draw; `new_figure` and `to_svg` are for them."""
@@ -116,6 +118,12 @@ def log_scale(axes: Axes, linear_below: float | None = None) -> None:
 def integer_ticks() -> MaxNLocator:
     """Return what places the ticks of an axis of steps or experts: at round whole numbers."""
     return MaxNLocator(integer=True, steps=[1, 2, 5, 10])
+
+
+def steps_axis(axes: Axes) -> None:
+    """Make the horizontal axis one of steps."""
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(integer_ticks())
 
 
 def to_svg(figure: Figure, name: str, label: str) -> str:
