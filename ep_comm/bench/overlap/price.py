@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -72,9 +73,9 @@ def serial_price(together: float, gemms_alone: float, num_operations: int) -> fl
     return (together - gemms_alone) / num_operations
 
 
-def gemms_of_run(gemm_us: float, window_us: float, least: int = 8) -> int:
-    """Return how many GEMMs take about `window_us`."""
-    return max(least, round(window_us / gemm_us))
+def gemms_of_run(gemm_us: float, window_us: float) -> int:
+    """Return how many GEMMs take about `window_us`; at least 8."""
+    return max(8, round(window_us / gemm_us))
 
 
 def operations_of_run(alone_us: float, gemms_us: float) -> int:
@@ -83,7 +84,7 @@ def operations_of_run(alone_us: float, gemms_us: float) -> int:
     An operation takes longer there, and so do the GEMMs: neither by much more than a half of what
     both would take one after the other. Those behind the last GEMM are not counted.
     """
-    return max(4, -int(-1.5 * gemms_us // alone_us))
+    return max(4, math.ceil(1.5 * gemms_us / alone_us))
 
 
 def best(prices: Sequence[tuple[int, float]]) -> int:

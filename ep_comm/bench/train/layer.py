@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from megatron.core.fp8_utils import get_fp8_context
@@ -94,7 +92,7 @@ class LayerAlone:
         if weight_gradients is None:
             return ()
 
-        def timed_backward(*, overlapped: bool):
+        def timed_backward(*, overlapped: bool) -> TimedSpan:
             dispatcher.during_backward = weight_gradients if overlapped else None
             output = self.forward()
             watch.align()
@@ -104,7 +102,7 @@ class LayerAlone:
                     weight_gradients()
             return span
 
-        spans: dict[bool, list[Any]] = {False: [], True: []}
+        spans: dict[bool, list[TimedSpan]] = {False: [], True: []}
         try:
             for pair in range(pairs):
                 for overlapped in (False, True) if pair % 2 else (True, False):
