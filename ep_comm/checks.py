@@ -49,16 +49,6 @@ def check_num_sms(num_sms: object) -> None:
         raise EPArgumentError(f"num_sms must be at least 2, or None, got {num_sms!r}")
 
 
-def check_num_worst_tokens(num_worst_tokens: object) -> None:
-    """Refuse what is neither None nor a number of rows that an int32 can count."""
-    if num_worst_tokens is None:
-        return
-    if not is_int(num_worst_tokens) or not 0 < num_worst_tokens < 2**31:
-        raise EPArgumentError(
-            f"num_worst_tokens must be a positive number of rows, or None, got {num_worst_tokens!r}"
-        )
-
-
 def check_expert_capacity(
     expert_capacity: object,
     layout: RowLayout | None,
@@ -278,16 +268,6 @@ def check_alignment(expert_alignment: object) -> None:
         )
 
 
-def checked_layout(layout: RowLayout | None, expert_alignment: int | None) -> tuple[RowLayout, int]:
-    """Return layout and alignment of a new dispatch, defaults filled in."""
-    layout = "expert" if layout is None else layout
-    if layout not in get_args(RowLayout):
-        raise EPArgumentError(f"layout must be 'rank' or 'expert', got {layout!r}")
-    expert_alignment = DEFAULT_ALIGNMENT if expert_alignment is None else expert_alignment
-    check_alignment(expert_alignment)
-    return layout, 1 if layout == "rank" else expert_alignment  # nothing is padded there
-
-
 def checked_output(
     layout: RowLayout | None,
     expert_alignment: int | None,
@@ -299,13 +279,24 @@ def checked_output(
 
     The number is None where as many rows come as come.
     """
-    if expert_capacity is None:
-        layout, expert_alignment = checked_layout(layout, expert_alignment)
-    else:
+    if expert_capacity is not None:
         check_expert_capacity(expert_capacity, layout, expert_alignment, num_worst_tokens)
         layout, expert_alignment = "expert", expert_capacity
         num_worst_tokens = expert_capacity * num_local_experts
-    check_num_worst_tokens(num_worst_tokens)
+    else:
+        layout = "expert" if layout is None else layout
+        if layout not in get_args(RowLayout):
+            raise EPArgumentError(f"layout must be 'rank' or 'expert', got {layout!r}")
+        expert_alignment = DEFAULT_ALIGNMENT if expert_alignment is None else expert_alignment
+        check_alignment(expert_alignment)
+        if layout == "rank":
+            expert_alignment = 1  # nothing is padded there
+    if num_worst_tokens is not None:
+        if not is_int(num_worst_tokens) or not 0 < num_worst_tokens < 2**31:  # an int32 counts them
+            raise EPArgumentError(
+                "num_worst_tokens must be a positive number of rows, or None, got "
+                f"{num_worst_tokens!r}"
+            )
     return layout, expert_alignment, num_worst_tokens
 
 
