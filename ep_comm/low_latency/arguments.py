@@ -59,18 +59,8 @@ class Received(NamedTuple):
     recv_count: Blank
 
 
-@functools.lru_cache(_MOST_SIZES)
-def sizes_of(
-    num_tokens: int,
-    num_topk: int,
-    idx_bytes: int,
-    max_tokens: int,
-    form: ScaleForm | None,
-    recv_shape: tuple[int, ...],
-    device: torch.device,
-) -> LowLatencySizes:
-    """Return the one object for these sizes."""
-    return LowLatencySizes(num_tokens, num_topk, idx_bytes, max_tokens, form, recv_shape, device)
+sizes_of = functools.lru_cache(_MOST_SIZES)(LowLatencySizes)
+"""Returns the one object for these sizes."""
 
 
 @functools.lru_cache(_MOST_SIZES)
