@@ -17,8 +17,8 @@ from ep_comm.bench.low_latency import clocks, run, works
 from ep_comm.bench.low_latency.clocks import HOST_CALLS, Times
 from ep_comm.bench.low_latency.floors import WireBytes
 from ep_comm.bench.low_latency.inputs import make_inputs
+from ep_comm.bench.low_latency.settings import Point, Settings
 from ep_comm.bench.low_latency.works import BUSY_NS, REPEATS, Dispatches, Pairs, SplitPairs
-from ep_comm.bench.ops.routing import RoutingSpec
 from ep_comm.bench.timing import Stopwatch
 
 
@@ -131,22 +131,17 @@ def test_weights_of_their_own_are_a_hop_more():
 
 def test_tokens_of_low_latency_keep_to_their_groups():
     """Each rank is a group: no token goes to two ranks."""
-    for given in make_inputs(
-        rank=0, num_ranks=3, num_experts=12, topk=3, routing=groups(3, 1),
-        hidden=128, tokens=20, room=20, fp8=False, device=torch.device("cpu"),
-    ):  # fmt: skip
+    settings = Settings(topk=3, experts=12, routing=groups(3, 1), fp8=False)
+    point = Point(hidden=128, tokens=20, room=20, num_sms=0)
+    for given in make_inputs(settings, point, 0, 3, torch.device("cpu")):
         assert all(len(set(token)) == 1 for token in (given.topk_idx // 4).tolist())
         assert given.copies_to_rank.sum(dim=1).max() <= 20
 
 
 def test_inputs_say_who_sends_what():
-    of_ranks = [
-        make_inputs(
-            rank=rank, num_ranks=2, num_experts=4, topk=1, routing=RoutingSpec(),
-            hidden=128, tokens=6, room=9, fp8=True, device=torch.device("cpu"),
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    settings = Settings(topk=1, experts=4, fp8=True)
+    point = Point(hidden=128, tokens=6, room=9, num_sms=0)
+    of_ranks = [make_inputs(settings, point, rank, 2, torch.device("cpu")) for rank in range(2)]
     for first, second in zip(*of_ranks, strict=True):
         assert torch.equal(first.copies_to_rank, second.copies_to_rank)
         goes = first.topk_idx.flatten() // 2  # rank 0's tokens, to which rank

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from ep_comm.bench import timing
 from ep_comm.bench.low_latency.inputs import make_inputs as make_low_latency_inputs
-from ep_comm.bench.low_latency.settings import sizes
+from ep_comm.bench.low_latency.settings import Point, sizes
+from ep_comm.bench.low_latency.settings import Settings as LowLatencySettings
 from ep_comm.bench.ops.cases import make_inputs
 from ep_comm.bench.ops.report import headline
 from ep_comm.bench.ops.routing import NUM_SETS, RoutingSpec, routing_of
@@ -78,10 +79,9 @@ def test_of_more_tokens_than_asked_for_those_spread_evenly_are_taken():
 
 
 def test_low_latency_replays_each_rank():
-    sets = make_low_latency_inputs(
-        rank=1, num_ranks=2, num_experts=8, topk=2, routing=SPEC, hidden=128, tokens=1024,
-        room=1024, fp8=False, device=torch.device("cpu"),
-    )  # fmt: skip
+    settings = LowLatencySettings(topk=2, experts=8, routing=SPEC, fp8=False)
+    point = Point(hidden=128, tokens=1024, room=1024, num_sms=0)
+    sets = make_low_latency_inputs(settings, point, 1, 2, torch.device("cpu"))
     assert len(sets) == NUM_SETS
     for i, inputs in enumerate(sets):
         captured = CAPTURED.topk_idx[LAYER_OF_SET[i]]

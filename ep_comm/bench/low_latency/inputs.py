@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ep_comm import fp8_low_latency
-from ep_comm.bench.ops.routing import NUM_SETS, RoutingSpec, routing_of
+from ep_comm.bench.low_latency.settings import Point, Settings
+from ep_comm.bench.ops.routing import NUM_SETS, routing_of
 from ep_comm.fp8_low_latency import ScaleForm
 
 
@@ -51,17 +52,7 @@ class InputSet:
 
 
 def make_inputs(
-    *,
-    rank: int,
-    num_ranks: int,
-    num_experts: int,
-    topk: int,
-    routing: RoutingSpec,
-    hidden: int,
-    tokens: int,
-    room: int,
-    fp8: bool,
-    device: torch.device,
+    settings: Settings, point: Point, rank: int, num_ranks: int, device: torch.device
 ) -> list[InputSet]:
     """Draw `NUM_SETS` sets, each with rows and routing of its own.
 
@@ -69,28 +60,21 @@ def make_inputs(
     there from before is always another set's, and a result made of it is wrong.
 
     Args:
+        settings: Of the run.
+        point: The size.
         rank: This rank.
         num_ranks: R.
-        num_experts: Over all ranks.
-        topk: K.
-        routing: Which experts the tokens select.
-        hidden: H.
-        tokens: T.
-        room: M.
-        fp8: Whether rows travel as FP8.
         device: Where the tensors are.
     """
     sets = []
+    tokens, room, hidden = point.tokens, point.room, point.hidden
+    num_experts = settings.num_experts(num_ranks)
     per_rank = num_experts // num_ranks
     for i in range(NUM_SETS):
+        drawn = [_draw(settings, point, r, num_ranks, i) for r in range(num_ranks)]
         topk_idx_RTK, weights_RTK, x_RTH = (
-            torch.stack(parts).to(device)
-            for parts in zip(
-                *(_draw(routing, r, i, i * num_ranks + r, tokens, num_experts, topk, hidden)
-                  for r in range(num_ranks)),
-                strict=True,
-            )
-        )  # fmt: skip
+            torch.stack(parts).to(device) for parts in zip(*drawn, strict=True)
+        )
         owner_RTK = topk_idx_RTK // per_rank
         goes_RTR = torch.zeros(num_ranks, tokens, num_ranks, dtype=torch.int64, device=device)
         goes_RTR.scatter_(2, owner_RTK, 1)
@@ -108,7 +92,7 @@ def make_inputs(
 
         rows = x_RTH.flatten(0, 1)
         sent, scales = rows, None
-        if fp8:
+        if settings.fp8:
             sent, scales_of_rows = fp8_low_latency.quantize(rows, ScaleForm.FP32)
             scales = scales_of_rows[tokens_N]
         y = torch.empty(per_rank, num_ranks * room, hidden, dtype=torch.bfloat16, device=device)
@@ -135,20 +119,22 @@ def make_inputs(
 
 
 def _draw(
-    routing: RoutingSpec,
-    rank: int,
-    number: int,
-    seed: int,
-    tokens: int,
-    num_experts: int,
-    topk: int,
-    hidden: int,
+    settings: Settings, point: Point, rank: int, num_ranks: int, number: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a rank's experts [T, K], their weights [T, K] and its rows [T, H], of one set."""
+    seed = number * num_ranks + rank
     topk_idx, weights = routing_of(
-        routing, tokens, num_experts, topk, rank=rank, number=number, seed=seed
+        settings.routing,
+        point.tokens,
+        settings.num_experts(num_ranks),
+        settings.topk,
+        rank=rank,
+        number=number,
+        seed=seed,
     )
     generator = torch.Generator().manual_seed(seed)
-    return topk_idx, weights, torch.randn(tokens, hidden, generator=generator).bfloat16()
+    x = torch.randn(point.tokens, point.hidden, generator=generator).bfloat16()
+    return topk_idx, weights, x
 
 
 def expert_output(rows: Tensor, experts: Tensor) -> Tensor:

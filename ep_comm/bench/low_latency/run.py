@@ -159,18 +159,7 @@ def _measure_point(
     found: Run, point: Point, buffer: Buffer, watch: Stopwatch, progress: Callable[[str], None]
 ) -> None:
     settings = found.settings
-    inputs = make_inputs(
-        rank=dist.get_rank(),
-        num_ranks=found.num_ranks,
-        num_experts=found.num_experts,
-        topk=settings.topk,
-        routing=settings.routing,
-        hidden=point.hidden,
-        tokens=point.tokens,
-        room=point.room,
-        fp8=settings.fp8,
-        device=watch.device,
-    )
+    inputs = make_inputs(settings, point, dist.get_rank(), found.num_ranks, watch.device)
     calls = Calls(buffer, inputs, point, settings.fp8)
     wire = WireBytes.of_inputs(inputs, point.hidden, settings.fp8)
     floors = _floors_of(wire, found.floors)
