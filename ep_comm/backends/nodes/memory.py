@@ -14,7 +14,13 @@ from ep_comm.backends.nodes.hosts import HostsFarewell, greet
 from ep_comm.backends.nodes.peers import Place
 from ep_comm.backends.nvlink.farewell import Farewell
 from ep_comm.backends.nvlink.mapping import map_memory
-from ep_comm.backends.nvlink.memory import HOST_STRIDE, NUM_OPS, Notice, PeerMemory
+from ep_comm.backends.nvlink.memory import (
+    HOST_STRIDE,
+    NUM_OPS,
+    Notice,
+    PeerMemory,
+    farewell_flags,
+)
 from ep_comm.config import EPConfig
 from ep_comm.job.meeting import Meeting, meet
 from ep_comm.job.store import default_store
@@ -85,9 +91,7 @@ class NodesMemory(PeerMemory):
         # It is so everywhere before anybody writes a flag.
         torch.cuda.synchronize()
         meet(group, "use the memory of a Buffer", None, timeout_s)
-        flags_of = [
-            each[offsets.farewells :][: 4 * num_ranks].view(torch.int32) for each in mapped.of_rank
-        ]
+        flags_of = [farewell_flags(each, offsets, num_ranks) for each in mapped.of_rank]
         return cls(
             place,
             mapped.own,

@@ -80,7 +80,9 @@ def clear(memory: Tensor, offsets: header.BufferOffsets) -> None:
     memory[offsets.low_latency_dispatch : offsets.total] = 0xFF
 
 
-def farewell_flags(memory: Tensor, offsets: header.BufferOffsets, num_ranks: int) -> Tensor:
+def farewell_flags(
+    memory: Tensor, offsets: header.BufferOffsets | header.NodesOffsets, num_ranks: int
+) -> Tensor:
     """Return the [R] int32 in a rank's memory for its `Farewell`."""
     return memory[offsets.farewells :][: 4 * num_ranks].view(torch.int32)
 
