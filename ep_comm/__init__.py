@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     )
     from ep_comm.network.settings import NetworkSettings
 
-# Imported when they are first asked for: torch takes seconds, and ``ep-comm --help`` needs it not.
+# Imported when they are first asked for: torch takes seconds, and ``ep-comm --help`` does without.
 _LAZY = {
     "Buffer": "buffer",
     "CombineOutput": "handle",

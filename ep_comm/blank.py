@@ -47,8 +47,8 @@ _in_order = _is_allocated_in_order()
 def comes_in_order() -> bool:
     """Return whether what ``torch.empty`` gives may be written to behind the current stream only.
 
-    That fills it there, or it is only there from then on. Else it is free on the current stream
-    since the last use, and so on any stream that was ordered behind that.
+    It may where torch fills it, or CUDA allocates it, on that stream. Otherwise the memory has been
+    free there since its last use: a stream that is ordered behind that may write to it too.
     """
     if _in_order:
         return True

@@ -277,7 +277,7 @@ def checked_output(
 ) -> tuple[RowLayout, int, int | None]:
     """Return layout, alignment and number of rows of what a new dispatch gives.
 
-    The number is None where as many rows come as come.
+    The number is None where the host is to wait for it.
     """
     if expert_capacity is not None:
         check_expert_capacity(expert_capacity, layout, expert_alignment, num_worst_tokens)

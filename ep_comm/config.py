@@ -16,8 +16,8 @@ ROW_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 BackendName = Literal["auto", "nvlink", "nodes", "reference"]
 Wire = Literal["sm", "copy-engine"]
 
-# Of all rows that copy engines push, those that an expert has to want at least, if experts are
-# chosen evenly: with fewer SMs, which push these alone, are the better wire.
+# Copy engines push every row to every rank. Where an expert wants fewer of them than this share,
+# experts being chosen evenly, kernels are the better wire: they push wanted rows alone.
 _LEAST_WANTED = 2 / 3
 _LOW_LATENCY_HIDDEN = 8  # elements of 16 bytes
 _MAX_TIMEOUT_S = 1e8  # three years; of more the nanoseconds of ten do not fit into 64 bits

@@ -5,11 +5,12 @@
     ep_comm::combine(x, topk_weights?, grad_wire_dtype, asynchronous, handle)
         -> (combined_x, combined_topk_weights)
 
-Optional results that do not exist come back as empty tensors. `Buffer` is the way to call them,
-through `dispatch` and `combine` below: it checks arguments and holds the handle, which the ops know
-by its id. These call the ops only where one of torch's dispatch modes is to see them, such as
-selective checkpointing. Else they record the same gradients by functions of autograd's, which take
-the handle itself: torch's way to a library op with gradients costs a call several times as much.
+Optional results that do not exist come back as empty tensors, and a handle travels as its id.
+
+`Buffer` checks arguments, and calls `dispatch` and `combine` below. Gradients are recorded in one
+of two ways, with the same result. As a rule a function of autograd does it, which takes the handle
+itself. The library op does it where one of torch's dispatch modes is to see the call, as selective
+checkpointing is: torch's way to such an op costs a call several times as much.
 
 FP8 on the wire is straight-through: the gradient is that of an unquantised dispatch. Gradients
 travel in their own type, except where combine's `grad_wire_dtype` makes those that its backward

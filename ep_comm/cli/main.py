@@ -27,4 +27,4 @@ def _bare(arguments: list[str], *, missing: str | None) -> None:
 
         print(diagnose())
     else:
-        sys.exit(f"error: {missing} is missing: pip install 'ep_comm[cli]'; doctor needs it not")
+        sys.exit(f"error: {missing} is missing: pip install 'ep_comm[cli]'; doctor does without")

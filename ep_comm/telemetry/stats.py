@@ -14,8 +14,8 @@ from ep_comm.telemetry.records import OpRecord
 
 # A rank counts as waited for in an operation where that was more than this part of its time.
 _NOTICEABLE = 0.1
-# Who is slow now: of the operations that had to wait, it was the reason of at least this part since
-# then, and one of them was among the last so many. Mostly the first one of a step has to wait.
+# A rank is slow now where, from some operation on, at least this part of those that had to wait
+# waited for it, and one of the last so many did. Mostly the first one of a step alone has to wait.
 _MOST = 0.5
 _RECENT = 64
 _LEAST = 0.1  # of a typical wait for it; shorter ones do not count
