@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
@@ -131,12 +131,7 @@ class PriceTable:
         other.check_machine(self.gpu, self.available_sms, "the table to be renewed")
         new = {_what(price) for price in other.prices}
         kept = tuple(price for price in self.prices if _what(price) not in new)
-        return PriceTable(
-            gpu=self.gpu,
-            available_sms=self.available_sms,
-            source=other.source,
-            prices=kept + other.prices,
-        )
+        return replace(other, prices=kept + other.prices)  # the machine is the same
 
     def check_machine(self, gpu: str, available_sms: int, what: str) -> None:
         """Refuse a table of another machine than `what`'s.
