@@ -128,7 +128,6 @@ class EPOptions:
         "run needs a folder of its own, which all ranks can write to.",
         unset="nothing is written",
     )
-
     capacity_factor: float | None = option(
         None,
         flag="--ep-capacity-factor",

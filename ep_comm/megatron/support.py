@@ -38,10 +38,6 @@ _MIN_TE_DIRECT = "2.20"  # whose inner interface ep_comm.megatron.fp8_direct is 
 When = Callable[[Any, EPOptions], object]
 
 
-def _never(settings: Any, options: EPOptions) -> object:
-    return False
-
-
 @dataclass(frozen=True)
 class Refusal:
     """One thing that does not work with our dispatcher.
@@ -55,7 +51,7 @@ class Refusal:
 
     what: str
     why: str = ""
-    when: When = _never
+    when: When = lambda settings, options: False
 
     def check(self, settings: Any, options: EPOptions) -> None:
         """Raise `EPUnsupportedError` where the settings ask for it."""
