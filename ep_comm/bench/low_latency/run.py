@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -188,10 +188,7 @@ def _measure_point(
             found.results.append(
                 Result(
                     operation=name,
-                    hidden=point.hidden,
-                    tokens=point.tokens,
-                    room=point.room,
-                    num_sms=point.num_sms,
+                    **asdict(point),
                     graph=times,
                     eager=None if eager is None else eager.times[name],
                     kernel=replayed.kernels.get(name),
@@ -230,10 +227,7 @@ def _on_the_host(work: Work, point: Point, watch: Stopwatch) -> list[Result]:
     return [
         Result(
             operation=work.whole,
-            hidden=point.hidden,
-            tokens=point.tokens,
-            room=point.room,
-            num_sms=point.num_sms,
+            **asdict(point),
             graph=None,
             eager=Times.of(watch.slowest(samples_us)),
             wrong=work.wrong(),
