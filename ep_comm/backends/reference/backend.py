@@ -30,6 +30,7 @@ from ep_comm.backends.reference.rows import (
     sum_expert_rows,
     sum_in_order,
     to_bytes,
+    tokens_to_ranks,
     unpack,
 )
 from ep_comm.backends.requests import (
@@ -179,9 +180,7 @@ class ReferenceBackend(Operations):
         sent = layout_of(request.source, num_topk, self.config.num_experts, num_ranks)
         topk_idx = sent.topk_idx
         record = self.recorder.start("plan", topk_idx.device)
-        sent_tokens = tuple(
-            sent.is_token_in_rank[:, r].nonzero(as_tuple=True)[0] for r in range(num_ranks)
-        )
+        sent_tokens = tokens_to_ranks(sent.is_token_in_rank)
         rows_to_rank = tuple(len(tokens) for tokens in sent_tokens)
         recv_rows = self._exchange_headers(
             record,
@@ -193,12 +192,8 @@ class ReferenceBackend(Operations):
             expert_alignment=request.expert_alignment,
         )
 
-        owner_TK = self._owner(topk_idx)
         local_TK = topk_idx % self.num_local_experts  # of dropped entries: never selected
-        send = [
-            torch.where(owner_TK[tokens] == r, local_TK[tokens], -1).to(torch.int32)
-            for r, tokens in enumerate(sent_tokens)
-        ]
+        send = self._for_owners(local_TK, topk_idx, sent_tokens, -1)
         recv_topk_idx = topk_idx.new_empty(sum(recv_rows), num_topk)
         self._send_rows(record, send, recv_topk_idx, recv_rows, "routing").wait()
         self._check_received(recv_topk_idx)
@@ -264,11 +259,9 @@ class ReferenceBackend(Operations):
 
         recv_weights = None
         if topk_weights is not None:
-            owner_TK = self._owner(routing.topk_idx)
-            send_weights = [
-                torch.where(owner_TK[tokens] == r, topk_weights[tokens], 0.0)
-                for r, tokens in enumerate(routing.sent_tokens)
-            ]
+            send_weights = self._for_owners(
+                topk_weights, routing.topk_idx, routing.sent_tokens, 0.0
+            )
             recv_weights = topk_weights.new_empty(num_received, routing.num_topk)
             exchanges.append(
                 self._send_rows(record, send_weights, recv_weights, recv_rows, "weights")

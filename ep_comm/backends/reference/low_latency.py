@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ep_comm import fp8_low_latency
 from ep_comm.backends.reference.operations import Operations
-from ep_comm.backends.reference.rows import sum_in_order, to_bytes
+from ep_comm.backends.reference.rows import sum_in_order, to_bytes, tokens_to_ranks
 from ep_comm.backends.requests import (
     LowLatencyCombineRequest,
     LowLatencyDispatchRequest,
@@ -88,9 +88,7 @@ class ReferenceLowLatency(Operations):
         sent = layout_of(request.topk_idx, num_topk, self.config.num_experts, num_ranks)
         topk_idx, is_token_in_rank = sent.topk_idx, sent.is_token_in_rank
         is_token_in_rank[:, list(self.transport.masked)] = False
-        sent_tokens = tuple(
-            is_token_in_rank[:, r].nonzero(as_tuple=True)[0] for r in range(num_ranks)
-        )
+        sent_tokens = tokens_to_ranks(is_token_in_rank)
         record = self.recorder.start("low_latency_dispatch", x.device)
         recv_rows = self._exchange_headers(
             record,
@@ -112,13 +110,12 @@ class ReferenceLowLatency(Operations):
         self._record_payload(record, send)
         recv = rows.new_empty(num_received, rows.shape[1])
 
-        token_column = torch.arange(len(x), dtype=torch.int32, device=x.device).unsqueeze(1)
         # For each row its token, and its experts on the rank that it goes to.
         local_TK = topk_idx % self.num_local_experts  # of dropped entries: never selected
-        owner_TK = self._owner(topk_idx)
+        experts = self._for_owners(local_TK, topk_idx, sent_tokens, -1)
         send_meta = [
-            torch.cat([token_column, torch.where(owner_TK == r, local_TK, -1)], dim=1)[tokens]
-            for r, tokens in enumerate(sent_tokens)
+            torch.cat([tokens.int().unsqueeze(1), of_rank], dim=1)
+            for tokens, of_rank in zip(sent_tokens, experts, strict=True)
         ]
         recv_meta = topk_idx.new_empty(num_received, 1 + num_topk)
         exchanges = [
@@ -128,7 +125,7 @@ class ReferenceLowLatency(Operations):
         recv_weights = None
         if weights is not None:
             recv_weights = weights.new_empty(num_received, num_topk)
-            send_weights = self._weights_for(weights, topk_idx, sent_tokens)
+            send_weights = self._for_owners(weights_to_send(weights), topk_idx, sent_tokens, 0.0)
             exchanges.append(
                 self._send_rows(record, send_weights, recv_weights, recv_rows, "weights")
             )
@@ -170,7 +167,9 @@ class ReferenceLowLatency(Operations):
         weights_NK = routing.weights_NK
         if weights is not None:
             weights_NK = weights.new_empty(sum(routing.recv_rows), weights.shape[1])
-            send_weights = self._weights_for(weights, routing.topk_idx, routing.sent_tokens)
+            send_weights = self._for_owners(
+                weights_to_send(weights), routing.topk_idx, routing.sent_tokens, 0.0
+            )
             waits.append(
                 self._send_rows(
                     record, send_weights, weights_NK, routing.recv_rows, "weights"
@@ -191,15 +190,6 @@ class ReferenceLowLatency(Operations):
             self.recorder.finish(record)
 
         return Pending(finish=finish)
-
-    def _weights_for(
-        self, weights: Tensor, topk_idx: Tensor, sent_tokens: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """Return what each rank gets: [n_r, K], 0 where another rank has the expert."""
-        weights, owner_TK = weights_to_send(weights), self._owner(topk_idx)
-        return [
-            torch.where(owner_TK == r, weights, 0.0)[tokens] for r, tokens in enumerate(sent_tokens)
-        ]
 
     def _write_received(
         self,

@@ -39,6 +39,23 @@ class Operations:
         """Return the rank that owns each selected expert; -1 for dropped entries."""
         return torch.div(topk_idx, self.num_local_experts, rounding_mode="floor")
 
+    def _for_owners(
+        self, entries_TK: Tensor, topk_idx: Tensor, sent_tokens: Sequence[Tensor], other: float
+    ) -> list[Tensor]:
+        """Return for each rank r its entries [n_r, K]: those whose experts it owns, else `other`.
+
+        Args:
+            entries_TK: [T, K], one for each selected expert.
+            topk_idx: [T, K].
+            sent_tokens: For each rank r the tokens [n_r] int64 that go there.
+            other: Stands for entries of other ranks.
+        """
+        owner_TK = self._owner(topk_idx)
+        return [
+            torch.where(owner_TK[tokens] == r, entries_TK[tokens], other)
+            for r, tokens in enumerate(sent_tokens)
+        ]
+
     def _send_rows(
         self,
         record: OpRecord,

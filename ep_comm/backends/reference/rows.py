@@ -24,6 +24,11 @@ def to_bytes(rows: Tensor) -> Tensor:
     return rows.view(torch.uint8)
 
 
+def tokens_to_ranks(is_token_in_rank: Tensor) -> tuple[Tensor, ...]:
+    """Return for each rank r the tokens [n_r] int64 that go there, ascending, out of [T, R]."""
+    return tuple(goes_T.nonzero(as_tuple=True)[0] for goes_T in is_token_in_rank.unbind(1))
+
+
 def unpack(rows: Tensor, hidden: int, wire_dtype: torch.dtype, recv_dtype: torch.dtype) -> Received:
     """Turn bytes off the wire into rows of `recv_dtype`."""
     if wire_dtype != fp8.FP8_DTYPE:
