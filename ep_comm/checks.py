@@ -49,27 +49,6 @@ def check_num_sms(num_sms: object) -> None:
         raise EPArgumentError(f"num_sms must be at least 2, or None, got {num_sms!r}")
 
 
-def check_expert_capacity(
-    expert_capacity: object,
-    layout: RowLayout | None,
-    expert_alignment: int | None,
-    num_worst_tokens: int | None,
-) -> None:
-    """Refuse what is no number of rows for a group, and what it stands for beside it."""
-    if not is_int(expert_capacity) or expert_capacity < 1:
-        raise EPArgumentError(
-            f"expert_capacity must be a positive number of rows, or None, got {expert_capacity!r}"
-        )
-    if layout == "rank":
-        raise EPArgumentError("expert_capacity is for the expert layout, not for 'rank'")
-    for name, value in (
-        ("expert_alignment", expert_alignment),
-        ("num_worst_tokens", num_worst_tokens),
-    ):
-        if value is not None:
-            raise EPArgumentError(f"expert_capacity says what {name} would: pass one of them")
-
-
 def checked_overflow_stats(
     overflow_stats: Tensor | None, can_drop: bool, num_local_experts: int, device: torch.device
 ) -> Tensor | None:
@@ -280,7 +259,19 @@ def checked_output(
     The number is None where the host is to wait for it.
     """
     if expert_capacity is not None:
-        check_expert_capacity(expert_capacity, layout, expert_alignment, num_worst_tokens)
+        if not is_int(expert_capacity) or expert_capacity < 1:
+            raise EPArgumentError(
+                "expert_capacity must be a positive number of rows, or None, got "
+                f"{expert_capacity!r}"
+            )
+        if layout == "rank":
+            raise EPArgumentError("expert_capacity is for the expert layout, not for 'rank'")
+        for name, value in (
+            ("expert_alignment", expert_alignment),
+            ("num_worst_tokens", num_worst_tokens),
+        ):
+            if value is not None:
+                raise EPArgumentError(f"expert_capacity says what {name} would: pass one of them")
         layout, expert_alignment = "expert", expert_capacity
         num_worst_tokens = expert_capacity * num_local_experts
     else:

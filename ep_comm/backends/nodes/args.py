@@ -25,15 +25,7 @@ def nodes_kernel_args(
     scratch: int,
     wire_bytes: int,
 ) -> NodesKernelArgs:
-    """Return the arguments of one buffer.
-
-    Args:
-        config: The buffer's.
-        memory: This rank's.
-        offsets: Where things stand in it.
-        scratch: Address of the plan's scratch memory.
-        wire_bytes: Where kernels count what they send, see `PeerMemory.peers`.
-    """
+    """Return the arguments of one buffer; takes what `kernel_args` does."""
     common = common_fields(config, memory, offsets, scratch, wire_bytes)
     plan = header.NodesPlanArgs(
         **common.plan,
