@@ -326,6 +326,20 @@ def test_what_callers_say_of_an_operation_reaches_it(backend, monkeypatch):
     assert how["previous_event"].extra_tensors is kept
 
 
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+@pytest.mark.parametrize("alignment", [1, 16])
+def test_rows_that_are_allocated_are_those_of_the_sizes(backend, layout, alignment):
+    mailbox = backend.memory.mailbox
+    mailbox.num_recv_tokens[:2] = 3, 14
+    mailbox.num_tokens_per_expert[:4] = 9, 0, 16, 1
+    routing = plan(backend, layout=layout, expert_alignment=alignment)
+    received = dispatch(backend, routing).result
+    *_, joined = (call for call in backend.native.take() if call[0] == "ep_dispatch")
+    rows = {"rank": 17, "expert": 26 if alignment == 1 else 48}[layout]
+    assert len(received.x) == routing.num_rows == joined[1].num_rows == rows
+    assert routing.sizes.num_rows(layout) == rows and joined[1].num_received == 17
+
+
 def test_the_backward_combine_is_in_flight_during_other_work(backend, monkeypatch):
     monkeypatch.setattr(backend, "check_device", lambda *_: None)
     buffer = VirtualBuffer(backend, CONFIG)

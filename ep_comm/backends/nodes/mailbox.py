@@ -7,7 +7,6 @@ from torch import Tensor
 from ep_comm._native import header
 from ep_comm.backends.nodes.memory import NodesMemory
 from ep_comm.backends.nvlink.mailbox import Mailbox
-from ep_comm.routing.types import RoutingSizes
 
 
 class NodesMailbox(Mailbox):
@@ -15,20 +14,19 @@ class NodesMailbox(Mailbox):
 
     _memory: NodesMemory
 
-    def _counts(self, first: int, count: int) -> tuple[int, ...]:
+    def _counts(self, first: int, count: int) -> list[int]:
         start = header.EP_NODES_MAILBOX_COUNTS + first
-        return tuple(self._memory.counts[start : start + count])
+        return self._memory.counts[start : start + count]
 
-    def sizes(self, ticket: int, epoch: int, alignment: int, stream: int) -> RoutingSizes:
-        """Wait for the counts of a plan, as `Mailbox.sizes` does."""
-        self._wait(ticket, epoch, stream)
-        ranks, nodes = self._memory.num_ranks, self._memory.place.num_nodes
-        return RoutingSizes(
-            sent=self._counts(ranks, ranks),
-            received=self._counts(2 * ranks, ranks),
-            expert_rows=self._counts(3 * ranks + nodes, self._num_local_experts),
-            alignment=alignment,
-        )
+    def _sent(self) -> list[int]:
+        return self._counts(self._memory.num_ranks, self._memory.num_ranks)
+
+    def _received(self) -> list[int]:
+        return self._counts(2 * self._memory.num_ranks, self._memory.num_ranks)
+
+    def _expert_rows(self) -> list[int]:
+        first = 3 * self._memory.num_ranks + self._memory.place.num_nodes
+        return self._counts(first, self._num_local_experts)
 
     @property
     def num_relayed(self) -> int:

@@ -29,28 +29,17 @@ class Mailbox:
         self._config = config
         self._num_local_experts = config.num_experts // memory.num_ranks
 
-    def sizes(self, ticket: int, epoch: int, alignment: int, stream: int) -> RoutingSizes:
-        """Wait for the counts of the plan with that `ticket`.
+    def wait(self, ticket: int, epoch: int, stream: int) -> None:
+        """Wait for the counts of the plan with that `ticket`: all else here is of that one.
 
         Args:
             ticket: Number of the plan on its buffer, which its counts carry.
             epoch: Number of its dispatch, for the message.
-            alignment: Rows that its expert groups are padded to a multiple of.
             stream: Where it runs, to see where CUDA itself has failed.
 
         Raises:
             EPTimeoutError, EPMismatchError: The plan ended with it.
         """
-        self._wait(ticket, epoch, stream)
-        content, num_ranks = self._memory.mailbox, self._memory.num_ranks
-        return RoutingSizes(
-            sent=tuple(content.num_sent_tokens[:num_ranks]),
-            received=tuple(content.num_recv_tokens[:num_ranks]),
-            expert_rows=tuple(content.num_tokens_per_expert[: self._num_local_experts]),
-            alignment=alignment,
-        )
-
-    def _wait(self, ticket: int, epoch: int, stream: int) -> None:
         memory = self._memory
         arrived = self._native.mailbox_wait(
             memory.mailbox_address,
@@ -63,6 +52,36 @@ class Mailbox:
         memory.check_fault()
         if not arrived:
             raise memory.timeout("dispatch", "plan", (), epoch)
+
+    def num_rows(self, alignment: int | None) -> int:
+        """Return the rows that come, or with an `alignment` those of all groups, padded to it.
+
+        It is what the GPU waits for, so it takes no longer than it must.
+        """
+        if alignment is None:
+            return sum(self._received())
+        rows = self._expert_rows()
+        if alignment == 1:
+            return sum(rows)
+        return sum([-(-count // alignment) for count in rows]) * alignment  # as ceil_div, at once
+
+    def sizes(self, alignment: int) -> RoutingSizes:
+        """Return the counts, of groups that are padded to a multiple of `alignment`."""
+        return RoutingSizes(
+            sent=tuple(self._sent()),
+            received=tuple(self._received()),
+            expert_rows=tuple(self._expert_rows()),
+            alignment=alignment,
+        )
+
+    def _sent(self) -> list[int]:
+        return self._memory.mailbox.num_sent_tokens[: self._memory.num_ranks]
+
+    def _received(self) -> list[int]:
+        return self._memory.mailbox.num_recv_tokens[: self._memory.num_ranks]
+
+    def _expert_rows(self) -> list[int]:
+        return self._memory.mailbox.num_tokens_per_expert[: self._num_local_experts]
 
     def raise_if_bad(self, source: Tensor, num_topk: int) -> None:
         """Raise what the plan of `source`, whose counts have come, found wrong with its routing.

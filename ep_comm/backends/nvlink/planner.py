@@ -214,16 +214,13 @@ class Planner:
         args.peers.record = first.record
         args.is_planned = True
         self._launch_push(args, routing, first)
+        alignment = routing.expert_alignment
         if routing.capacity is None:
-            routing.sizes = self._mailbox.sizes(
-                routing.ticket,
-                self._recorder.epoch("dispatch"),
-                routing.expert_alignment,
-                streams.side,
-            )
-        self._recorder.complete(
-            args.row_bytes + args.scale_bytes, routing.known_expert_rows, first.number
-        )
+            # From here to the launch the GPU may be waiting: what can come after that does.
+            self._mailbox.wait(routing.ticket, self._recorder.epoch("dispatch"), streams.side)
+            num_received = self._mailbox.num_rows(None)
+            by_expert = routing.layout == "expert"
+            routing.num_rows = self._mailbox.num_rows(alignment) if by_expert else num_received
         received = allocate_rows(args, routing, self._config.hidden, recv_dtype, self._device)
         if routing.layout == "rank":
             routing.recv_topk_idx = allocate_experts(args, routing, first.source, self._device)
@@ -231,14 +228,19 @@ class Planner:
         if routing.capacity is None:
             # The kernel that expands copies them: the next plan, on the same stream, is behind it.
             args.planned_entries = routing.native.entries
-            args.num_received = routing.sizes.num_received
-            self._allocate_entries(routing, args.num_received)
+            args.num_received = num_received
+            self._allocate_entries(routing, num_received)
             args.routing = routing.native
         if comes_in_order():
             self.wait_for_input(first, first.stream != streams.current)
         self._launch_expand(args, routing, first)
         if not first.in_one:
             streams.wait(first.stream, streams.side)
+        if routing.capacity is None:
+            routing.sizes = self._mailbox.sizes(alignment)
+        self._recorder.complete(
+            args.row_bytes + args.scale_bytes, routing.known_expert_rows, first.number
+        )
         if routing.capacity is None:
             self._mailbox.raise_if_bad(first.source, routing.num_topk)
         return received
