@@ -27,6 +27,8 @@ class Pending(Generic[Result]):
         finish: The rest of the host's work, which gives the result; None where there is none.
     """
 
+    __slots__ = ("_finish", "_result", "event")
+
     def __init__(
         self,
         result: Result | None = None,
@@ -47,7 +49,8 @@ class Pending(Generic[Result]):
     def wait(self) -> Result:
         """Return the result, complete on the current stream."""
         result = self.result
-        self.event.current_stream_wait()
+        if self.event is not _DONE:
+            self.event.current_stream_wait()
         return result
 
 
