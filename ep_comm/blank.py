@@ -1,7 +1,7 @@
 """Tensors without content, at about half of the time on the host that ``torch.empty`` takes.
 
-A low-latency dispatch returns several, and they are a good part of what the call takes. They are
-not filled where ``torch.use_deterministic_algorithms`` has ``torch.empty`` do so.
+An operation makes several, and they are a good part of what the call takes. They are not filled
+where ``torch.use_deterministic_algorithms`` has ``torch.empty`` do so.
 """
 
 from __future__ import annotations
@@ -56,10 +56,9 @@ def comes_in_order() -> bool:
     return torch.are_deterministic_algorithms_enabled() and settings.fill_uninitialized_memory
 
 
-def maker(like: Tensor) -> Make:
-    """Return what makes a tensor where `like` is, of the size, strides and type of a `Blank`."""
-    if _on_current_gpu is not None and like.is_cuda:
-        if like.get_device() == torch._C._cuda_getDevice():
+def maker(device: torch.device) -> Make:
+    """Return what makes a tensor on `device`, of the size, strides and type of a `Blank`."""
+    if _on_current_gpu is not None and device.type == "cuda":
+        if device.index == torch._C._cuda_getDevice():
             return _on_current_gpu
-    device = like.device
     return lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=device)

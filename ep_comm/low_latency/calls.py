@@ -120,7 +120,7 @@ class LowLatencyCalls:
         (x, source, weights, recv_stats, wait_stats), known = self._arguments.dispatch(call, given)
         self._dispatches.check_room()
 
-        sizes, blank, make = known.sizes, known.received, maker(x)
+        sizes, blank, make = known.sizes, known.received, maker(known.sizes.device)
         recv_x, recv_count = make(*blank.recv_x), make(*blank.recv_count)
         recv_scales = None if blank.recv_scales is None else make(*blank.recv_scales)
         recv_src_info = make(*blank.recv_src_info)
@@ -202,8 +202,8 @@ class LowLatencyCalls:
         self._combines.check_room()
 
         if out is None:
-            hidden = self.config.hidden
-            out = maker(x)((handle.sizes.num_tokens, hidden), (hidden, 1), torch.bfloat16)
+            hidden, sizes = self.config.hidden, handle.sizes
+            out = maker(sizes.device)((sizes.num_tokens, hidden), (hidden, 1), torch.bfloat16)
         request = LowLatencyCombineRequest(
             x, weights, out, wait_stats, return_recv_hook, async_finish
         )

@@ -16,6 +16,7 @@ from ep_comm.backends.nvlink.planner import Planner
 from ep_comm.backends.nvlink.resources import Resources
 from ep_comm.backends.nvlink.routing import FirstDispatch, NVLinkRouting
 from ep_comm.backends.requests import PlanRequest
+from ep_comm.blank import maker
 from ep_comm.routing.types import RowLayout
 
 _FIRST_WAVES = 2  # that need no credit of their own operation, so they need no output either
@@ -74,7 +75,7 @@ class NodesPlanner(Planner):
             num_nodes=place.num_nodes,
             num_local_experts=self._num_local_experts,
         )
-        arena = torch.empty(total, dtype=torch.int32, device=self._device)
+        arena = maker(self._device)((total,), (1,), torch.int32)
         native, nodes = native_routings(
             arena.data_ptr(),
             places,

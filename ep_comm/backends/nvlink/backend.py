@@ -43,6 +43,7 @@ from ep_comm.backends.requests import (
     PlanRequest,
     Received,
 )
+from ep_comm.blank import maker
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 from ep_comm.job.meeting import Meeting
@@ -300,10 +301,11 @@ class NVLinkBackend:
         self.memory.check()
         x, topk_weights, asynchronous, _ = request
         num_tokens, hidden = routing.num_tokens, x.shape[1]
-        combined = torch.empty(num_tokens, hidden, dtype=x.dtype, device=self.device)
+        make = maker(self.device)
+        combined = make((num_tokens, hidden), (hidden, 1), x.dtype)
         weights = None
         if topk_weights is not None:
-            weights = topk_weights.new_empty(*routing.token_weights_shape)
+            weights = make((num_tokens, routing.num_topk), (routing.num_topk, 1), torch.float32)
         args = self._args.combine
         describe_sums(args, routing, request, combined, weights)
         row_bytes = args.row_bytes

@@ -21,7 +21,7 @@ from ep_comm.backends.nvlink.routing import (
 from ep_comm.backends.nvlink.rows import allocate_experts, allocate_rows
 from ep_comm.backends.nvlink.tuning import split_dispatch, split_plan
 from ep_comm.backends.requests import PlanRequest, Received
-from ep_comm.blank import comes_in_order
+from ep_comm.blank import comes_in_order, maker
 from ep_comm.errors import EPUnsupportedError
 from ep_comm.routing.layout import INPUT_KINDS
 from ep_comm.routing.types import RowLayout
@@ -292,7 +292,7 @@ class Planner:
             self._token_words,
         )
         places, total = arena_places(*sizes)
-        arena = torch.empty(total, dtype=torch.int32, device=self._device)
+        arena = maker(self._device)((total,), (1,), torch.int32)
         native = native_routing(
             arena.data_ptr(),
             sizes,

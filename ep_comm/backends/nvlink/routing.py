@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ep_comm._native import header
+from ep_comm.blank import maker
 from ep_comm.numeric import round_up
 from ep_comm.routing.types import Routing, RoutingSizes
 
@@ -131,7 +132,8 @@ class NVLinkRouting(Routing):
         """
         # At least one: it is what rows that should not have come find.
         num_entries = max(1, num_received)
-        entries = self.arena.new_empty(num_entries * entry_size(self.num_topk))
+        size = num_entries * entry_size(self.num_topk)
+        entries = maker(self.arena.device)((size,), (1,), self.arena.dtype)
         if num_received == 0:
             entries.fill_(-1)
         self.memory = (self.arena, entries)

@@ -15,6 +15,7 @@ from ep_comm.backends.nvlink.tuning import (
     chunk_tokens,
 )
 from ep_comm.backends.requests import CombineRequest, Received
+from ep_comm.blank import maker
 from ep_comm.routing.layout import index_dtype
 
 _RECV_KINDS = {torch.bfloat16: header.EP_RECV_BF16, torch.float32: header.EP_RECV_FP32}
@@ -75,16 +76,21 @@ def allocate_rows(
     device: torch.device,
 ) -> Received:
     """Allocate the outputs, whose number of rows is known."""
-    num_rows = routing.num_rows
-    # Sizes one by one: as a tuple they cost an allocation 1.5 µs more.
-    x = torch.empty(num_rows, hidden, dtype=recv_dtype, device=device)
+    num_rows, make = routing.num_rows, maker(device)
+    by_expert = routing.layout == "expert"
+    x = make((num_rows, hidden), (hidden, 1), recv_dtype)
     scales = weights = None
     if recv_dtype == fp8.FP8_DTYPE:
         blocks = hidden // fp8.BLOCK
-        shape = (num_rows * blocks,) if routing.layout == "expert" else (num_rows, blocks)
-        scales = x.new_empty(*shape, dtype=torch.float32)
+        if by_expert:
+            scales = make((num_rows * blocks,), (1,), torch.float32)
+        else:
+            scales = make((num_rows, blocks), (blocks, 1), torch.float32)
     if args.weight_bytes:
-        weights = x.new_empty(*routing.row_weights_shape, dtype=torch.float32)
+        if by_expert:
+            weights = make((num_rows,), (1,), torch.float32)
+        else:
+            weights = make((num_rows, routing.num_topk), (routing.num_topk, 1), torch.float32)
     args.num_rows = num_rows
     args.recv_x = x.data_ptr()
     args.recv_scales = None if scales is None else scales.data_ptr()
@@ -99,8 +105,8 @@ def allocate_experts(
 
     Their type is that of the experts in `source`.
     """
-    dtype = index_dtype(source)
-    experts = torch.empty(routing.num_rows, routing.num_topk, dtype=dtype, device=device)
+    dtype, num_topk = index_dtype(source), routing.num_topk
+    experts = maker(device)((routing.num_rows, num_topk), (num_topk, 1), dtype)
     args.recv_topk_idx = experts.data_ptr()
     args.recv_idx_bytes = dtype.itemsize
     return experts
