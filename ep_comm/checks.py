@@ -19,6 +19,7 @@ from ep_comm.tracing import plain_tensor
 
 DEFAULT_ALIGNMENT = 16  # what Transformer Engine's FP8 GEMMs need
 _MAX_ALIGNMENT = 4096
+_LAYOUTS = get_args(RowLayout)
 _ONE_ROUTING = "pass exactly one of topk_idx, routing_map and handle"
 
 
@@ -276,7 +277,7 @@ def checked_output(
         num_worst_tokens = expert_capacity * num_local_experts
     else:
         layout = "expert" if layout is None else layout
-        if layout not in get_args(RowLayout):
+        if layout not in _LAYOUTS:
             raise EPArgumentError(f"layout must be 'rank' or 'expert', got {layout!r}")
         expert_alignment = DEFAULT_ALIGNMENT if expert_alignment is None else expert_alignment
         check_alignment(expert_alignment)

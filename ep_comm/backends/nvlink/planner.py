@@ -98,8 +98,9 @@ class Planner:
         """
         is_captured = check_capture(request.capacity)
         source, streams = request.source, self._streams
-        if len(source) > self._config.max_tokens_per_rank:
-            source = source[:0]  # the kernels tell all ranks
+        num_tokens = source.shape[0]  # of torch's len() most is Python
+        if num_tokens > self._config.max_tokens_per_rank:
+            source, num_tokens = source[:0], 0  # the kernels tell all ranks
         selects_weights = request.has_weights and source.dtype == torch.bool
         # In a graph what pushes and expands is one kernel, and comes after the plan's second one:
         # of two branches CUDA might run first what expands, and so waits for the other ranks'
@@ -110,7 +111,7 @@ class Planner:
             and self._fits_beside_plan(num_sms == available_sms)
         )
         # Before the stream is ordered behind the current one, which may still fill them.
-        arrays = self._allocate(request, len(source))
+        arrays = self._allocate(request, num_tokens)
         stream = streams.begin(header.EP_OP_DISPATCH, request.asynchronous, num_sms)
         record, number = self._start(stream)
         self._num_plans += 1
@@ -125,7 +126,7 @@ class Planner:
             overflow_stats=request.overflow_stats,
         )
         routing = self._routing_type(
-            num_tokens=len(source),
+            num_tokens=num_tokens,
             num_topk=request.num_topk,
             layout=request.layout,
             expert_alignment=request.expert_alignment,
@@ -157,7 +158,7 @@ class Planner:
         args.ticket = 0 if request.capacity is not None else routing.ticket
         args.capacity = MAX_ROWS if request.capacity is None else request.capacity
         args.input_kind = INPUT_KINDS[request.source.dtype]
-        args.asked_tokens = len(request.source)
+        args.asked_tokens = request.source.shape[0]
         args.expert_alignment = request.expert_alignment
         args.expert_capacity = request.expert_capacity or 0
         args.overflow = None if stats is None else stats.data_ptr()
