@@ -12,6 +12,15 @@ int64_t now_ns() {
   return static_cast<int64_t>(time.tv_sec) * 1000000000 + time.tv_nsec;
 }
 
+void add_up(ep_mailbox_args* args) {
+  args->num_received = args->num_expert_rows = 0;
+  for (int r = 0; r < args->num_ranks; ++r) args->num_received += args->received[r];
+  const int64_t alignment = args->alignment;
+  for (int e = 0; e < args->num_experts; ++e) {
+    args->num_expert_rows += (args->expert_rows[e] + alignment - 1) / alignment * alignment;
+  }
+}
+
 }  // namespace
 
 int32_t ep_stream_wait(void* waiting, void* other, void* event) {
@@ -29,15 +38,17 @@ int32_t ep_event_wait(void* waiting, void* event) {
       "ep_event_wait");
 }
 
-int32_t ep_mailbox_wait(const ep_mailbox* mailbox, const ep_fault* fault, int32_t ticket,
-                        int64_t timeout_ns, void* stream) {
+int32_t ep_mailbox_wait(ep_mailbox_args* args) {
   constexpr int kSpinsBetweenChecks = 4096;
-  const int64_t deadline = now_ns() + timeout_ns;
+  const int64_t deadline = now_ns() + args->timeout_ns;
   for (int spins = 1;; ++spins) {
-    if (__atomic_load_n(&mailbox->ticket, __ATOMIC_ACQUIRE) == ticket) return 1;
-    if (__atomic_load_n(&fault->code, __ATOMIC_ACQUIRE) != EP_FAULT_NONE) return 2;
+    if (__atomic_load_n(args->mailbox, __ATOMIC_ACQUIRE) == args->ticket) {
+      add_up(args);
+      return 1;
+    }
+    if (__atomic_load_n(&args->fault->code, __ATOMIC_ACQUIRE) != EP_FAULT_NONE) return 2;
     if (spins % kSpinsBetweenChecks != 0) continue;
-    const cudaError_t error = cudaStreamQuery(static_cast<cudaStream_t>(stream));
+    const cudaError_t error = cudaStreamQuery(static_cast<cudaStream_t>(args->stream));
     if (error != cudaSuccess && error != cudaErrorNotReady) {
       ep::check_cuda(error, "ep_mailbox_wait");
       return 3;

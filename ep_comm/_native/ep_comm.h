@@ -358,10 +358,27 @@ EP_API int32_t ep_plan(const ep_plan_args* args, void* stream, void* side_stream
 /* `waiting` goes on when all that is on `other` now is done; `event` is a cudaEvent_t to use. */
 EP_API int32_t ep_stream_wait(void* waiting, void* other, void* event);
 
-/* Waits on the host for `mailbox->ticket`, at most timeout_ns. Returns 1 when it has come, 0 after
- * the timeout, 2 if `fault` was set, 3 if `stream` reports a CUDA error (see ep_last_error). */
-EP_API int32_t ep_mailbox_wait(const ep_mailbox* mailbox, const ep_fault* fault, int32_t ticket,
-                               int64_t timeout_ns, void* stream);
+/* A wait of the host for a plan, and the sums of its counts that outputs are allocated by: while it
+ * adds them up the GPU may have nothing to do. */
+typedef struct ep_mailbox_args {
+  const int32_t* mailbox; /* of ep_plan_args or ep_nodes_plan_args: the ticket stands first */
+  const ep_fault* fault;
+  const int32_t* received;    /* in the mailbox, [num_ranks] rows from each rank */
+  const int32_t* expert_rows; /* in the mailbox, [num_experts] rows of each group */
+  void* stream;
+  int64_t timeout_ns;
+  int64_t num_received;    /* set: of all ranks */
+  int64_t num_expert_rows; /* set: of all groups, each rounded up to the alignment */
+  int32_t ticket;
+  int32_t num_ranks;
+  int32_t num_experts;
+  int32_t alignment;
+} ep_mailbox_args;
+
+/* Waits on the host for the ticket, at most timeout_ns. Returns 1 when it has come and the sums are
+ * set, 0 after the timeout, 2 if `fault` was set, 3 if `stream` reports a CUDA error (see
+ * ep_last_error). */
+EP_API int32_t ep_mailbox_wait(ep_mailbox_args* args);
 
 /* ---- Copy engines: rows without SMs --------------------------------------------------------- */
 

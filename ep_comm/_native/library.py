@@ -132,10 +132,8 @@ class Library:
         """Order the stream `waiting` behind what a ``cudaEvent_t`` was recorded behind."""
         self.check(self._dll.ep_event_wait(waiting, event))
 
-    def mailbox_wait(
-        self, mailbox: int, fault: int, epoch: int, timeout_s: float, stream: int
-    ) -> bool:
-        """Wait on the host for a plan's counts; the GIL is free meanwhile.
+    def mailbox_wait(self, args: header.MailboxArgs) -> bool:
+        """Wait on the host for a plan's counts, and add them up; the GIL is free meanwhile.
 
         Returns:
             False after the timeout, or where a kernel reported a fault.
@@ -143,7 +141,7 @@ class Library:
         Raises:
             EPStateError: The stream has a CUDA error.
         """
-        answer = self._dll.ep_mailbox_wait(mailbox, fault, epoch, int(timeout_s * 1e9), stream)
+        answer = self._dll.ep_mailbox_wait(args)
         if answer == _MAILBOX_CUDA_ERROR:
             self.check(header.EP_ERR_CUDA)
         return answer == _MAILBOX_ARRIVED

@@ -198,6 +198,40 @@ def test_reports_cuda_failures(library):
 # ---- Loader --------------------------------------------------------------------------------------
 
 
+def mailbox_args(mailbox: header.Mailbox, fault: header.Fault, **changes) -> header.MailboxArgs:
+    """Of plan 3 on two ranks, with three local experts."""
+    address = ctypes.addressof(mailbox)
+    mailbox.ticket = 3
+    mailbox.num_recv_tokens[:3] = 5, 2**30, 99
+    mailbox.num_tokens_per_expert[:4] = 2**30, 0, 17, 99
+    how = dict(ticket=3, num_ranks=2, num_experts=3, alignment=16, timeout_ns=0)
+    return header.MailboxArgs(
+        mailbox=address,
+        fault=ctypes.addressof(fault),
+        received=address + header.Mailbox.num_recv_tokens.offset,
+        expert_rows=address + header.Mailbox.num_tokens_per_expert.offset,
+        **{**how, **changes},
+    )
+
+
+@pytest.mark.parametrize(("alignment", "padded"), [(1, 17), (16, 32), (4096, 4096)])
+def test_counts_that_have_come_are_added_up(library, alignment, padded):
+    mailbox, fault = header.Mailbox(), header.Fault()
+    args = mailbox_args(mailbox, fault, alignment=alignment)
+    assert library.mailbox_wait(args)
+    assert (args.num_received, args.num_expert_rows) == (2**30 + 5, 2**30 + padded)
+
+
+@pytest.mark.parametrize(("ticket", "code"), [(3, 0), (4, header.EP_FAULT_TIMEOUT)])
+def test_a_wait_for_counts_ends_with_a_fault(library, ticket, code):
+    """And does not look for one where the counts are there."""
+    mailbox, fault = header.Mailbox(), header.Fault()
+    args = mailbox_args(mailbox, fault, ticket=ticket, timeout_ns=10**12)
+    fault.code = header.EP_FAULT_TIMEOUT
+    assert library.mailbox_wait(args) == (code == 0)
+    assert (args.num_received == 0) == (code != 0)
+
+
 def test_missing_library_is_no_surprise(monkeypatch, fresh_loader, tmp_path, recwarn):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(_native, "LIBRARY_PATH", tmp_path / "libep_comm.so")

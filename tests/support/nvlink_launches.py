@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from types import SimpleNamespace
 from unittest import mock
@@ -41,8 +42,12 @@ class Launches:
     def event_wait(self, waiting, event) -> None:
         self.calls.append(("event", waiting, event))
 
-    def mailbox_wait(self, *_) -> bool:
+    def mailbox_wait(self, args: header.MailboxArgs) -> bool:
         self.calls.append(("mailbox",))
+        counts = header.Mailbox.from_address(args.mailbox)
+        args.num_received = sum(counts.num_recv_tokens)
+        groups = counts.num_tokens_per_expert
+        args.num_expert_rows = sum(-(-rows // args.alignment) * args.alignment for rows in groups)
         return True
 
     def load_kernels(self) -> None:
@@ -66,7 +71,8 @@ def make_backend(config: EPConfig, num_ranks: int = 2) -> NVLinkBackend:
     mailbox.num_tokens_per_expert[0] = 9
     memory = mock.Mock(
         rank=0, num_ranks=num_ranks,
-        mailbox=mailbox, mailbox_address=0, fault_address=0, notice_address=0,
+        mailbox=mailbox, mailbox_address=ctypes.addressof(mailbox),
+        fault_address=0, notice_address=0,
         counters=torch.zeros(3, 64, dtype=torch.int32),
         peers=lambda *_: header.Peers(num_ranks=num_ranks),
     )  # fmt: skip

@@ -18,6 +18,10 @@ class NodesMailbox(Mailbox):
         start = header.EP_NODES_MAILBOX_COUNTS + first
         return self._memory.counts[start : start + count]
 
+    def _places(self) -> tuple[int, int]:
+        first, ranks = 4 * header.EP_NODES_MAILBOX_COUNTS, 4 * self._memory.num_ranks
+        return first + 2 * ranks, first + 3 * ranks + 4 * self._memory.place.num_nodes
+
     def _sent(self) -> list[int]:
         return self._counts(self._memory.num_ranks, self._memory.num_ranks)
 

@@ -16,7 +16,7 @@ from ep_comm.backends.nvlink.planner import Planner
 from ep_comm.backends.nvlink.resources import Resources
 from ep_comm.backends.nvlink.routing import FirstDispatch, NVLinkRouting
 from ep_comm.backends.requests import PlanRequest
-from ep_comm.blank import maker
+from ep_comm.blank import Make, maker
 from ep_comm.routing.types import RowLayout
 
 _FIRST_WAVES = 2  # that need no credit of their own operation, so they need no output either
@@ -87,9 +87,9 @@ class NodesPlanner(Planner):
         )
         return dict(arena=arena, places=places, native=native, nodes=nodes, place=place)
 
-    def _allocate_entries(self, routing: NVLinkRouting, num_received: int) -> None:
+    def _allocate_entries(self, routing: NVLinkRouting, num_received: int, make: Make) -> None:
         assert isinstance(routing, NodesRouting)
-        routing.allocate_entries(num_received)
+        routing.allocate_entries(num_received, make)
         routing.allocate_relay(self._mailbox.num_relayed)
 
     def _launch_plan(self, routing: NVLinkRouting, stream: int, second_stream: int) -> None:

@@ -23,6 +23,7 @@ from ep_comm.backends.nvlink.rows import (
 )
 from ep_comm.backends.nvlink.sms import Sms
 from ep_comm.backends.requests import DispatchRequest, Received
+from ep_comm.blank import maker
 from ep_comm.errors import EPArgumentError, EPUnsupportedError
 
 
@@ -123,7 +124,8 @@ class Dispatches:
         args = self._args
         num_bytes = routing.num_tokens * args.row_bytes
         sms = self._sms.of_rows("dispatch", routing.layout, num_bytes, asynchronous)
-        received = allocate_rows(args, routing, self._config.hidden, recv_dtype, self._device)
+        make = maker(self._device)
+        received = allocate_rows(args, routing, self._config.hidden, recv_dtype, make)
         stream = self._streams.begin(header.EP_OP_DISPATCH, asynchronous, sms)
         self._streams.keep_for_current(routing.memory, routing.stream)
         num_bytes = args.row_bytes + args.scale_bytes

@@ -28,42 +28,44 @@ class Mailbox:
         self._memory = memory
         self._config = config
         self._num_local_experts = config.num_experts // memory.num_ranks
+        received, expert_rows = self._places()
+        self._args = header.MailboxArgs(
+            mailbox=memory.mailbox_address,
+            fault=memory.fault_address,
+            received=memory.mailbox_address + received,
+            expert_rows=memory.mailbox_address + expert_rows,
+            # The kernels' own bound names the late rank; it begins when they start.
+            timeout_ns=int(10 * config.timeout_s * 1e9),
+            num_ranks=memory.num_ranks,
+            num_experts=self._num_local_experts,
+        )
 
-    def wait(self, ticket: int, epoch: int, stream: int) -> None:
+    def wait(self, ticket: int, epoch: int, alignment: int, stream: int) -> tuple[int, int]:
         """Wait for the counts of the plan with that `ticket`: all else here is of that one.
 
         Args:
             ticket: Number of the plan on its buffer, which its counts carry.
             epoch: Number of its dispatch, for the message.
+            alignment: Rows that its expert groups are padded to a multiple of.
             stream: Where it runs, to see where CUDA itself has failed.
+
+        Returns:
+            Rows that come, and those of all groups with their padding.
 
         Raises:
             EPTimeoutError, EPMismatchError: The plan ended with it.
         """
-        memory = self._memory
-        arrived = self._native.mailbox_wait(
-            memory.mailbox_address,
-            memory.fault_address,
-            ticket,
-            # The kernels' own bound names the late rank; it begins when they start.
-            10 * self._config.timeout_s,
-            stream,
-        )
+        memory, args = self._memory, self._args
+        args.ticket, args.alignment, args.stream = ticket, alignment, stream
+        arrived = self._native.mailbox_wait(args)
         memory.check_fault()
         if not arrived:
             raise memory.timeout("dispatch", "plan", (), epoch)
+        return args.num_received, args.num_expert_rows
 
-    def num_rows(self, alignment: int | None) -> int:
-        """Return the rows that come, or with an `alignment` those of all groups, padded to it.
-
-        It is what the GPU waits for, so it takes no longer than it must.
-        """
-        if alignment is None:
-            return sum(self._received())
-        rows = self._expert_rows()
-        if alignment == 1:
-            return sum(rows)
-        return sum([-(-count // alignment) for count in rows]) * alignment  # as ceil_div, at once
+    def _places(self) -> tuple[int, int]:
+        """Return where the counts of ranks and of experts begin, in bytes."""
+        return header.Mailbox.num_recv_tokens.offset, header.Mailbox.num_tokens_per_expert.offset
 
     def sizes(self, alignment: int) -> RoutingSizes:
         """Return the counts, of groups that are padded to a multiple of `alignment`."""

@@ -21,7 +21,7 @@ from ep_comm.backends.nvlink.routing import (
 from ep_comm.backends.nvlink.rows import allocate_experts, allocate_rows
 from ep_comm.backends.nvlink.tuning import split_dispatch, split_plan
 from ep_comm.backends.requests import PlanRequest, Received
-from ep_comm.blank import comes_in_order, maker
+from ep_comm.blank import Make, comes_in_order, maker
 from ep_comm.errors import EPUnsupportedError
 from ep_comm.routing.layout import INPUT_KINDS
 from ep_comm.routing.types import RowLayout
@@ -215,24 +215,24 @@ class Planner:
         args.peers.record = first.record
         args.is_planned = True
         self._launch_push(args, routing, first)
-        alignment = routing.expert_alignment
-        if routing.capacity is None:
-            # From here to the launch the GPU may be waiting: what can come after that does.
-            self._mailbox.wait(routing.ticket, self._recorder.epoch("dispatch"), streams.side)
-            num_received = self._mailbox.num_rows(None)
-            by_expert = routing.layout == "expert"
-            routing.num_rows = self._mailbox.num_rows(alignment) if by_expert else num_received
-        received = allocate_rows(args, routing, self._config.hidden, recv_dtype, self._device)
-        if routing.layout == "rank":
-            routing.recv_topk_idx = allocate_experts(args, routing, first.source, self._device)
+        epoch, alignment = self._recorder.epoch("dispatch"), routing.expert_alignment
+        fills, make = comes_in_order(), maker(self._device)
         args.planned_entries = None
         if routing.capacity is None:
             # The kernel that expands copies them: the next plan, on the same stream, is behind it.
             args.planned_entries = routing.native.entries
-            args.num_received = num_received
-            self._allocate_entries(routing, num_received)
+            routing.copy_native()
+            # From the end of this wait to the launch the GPU may have nothing to do. So what can be
+            # done before is done before, and what can wait comes after.
+            rows = self._mailbox.wait(routing.ticket, epoch, alignment, streams.side)
+            args.num_received, routing.num_rows = rows[0], rows[routing.layout == "expert"]
+        received = allocate_rows(args, routing, self._config.hidden, recv_dtype, make)
+        if routing.layout == "rank":
+            routing.recv_topk_idx = allocate_experts(args, routing, first.source, make)
+        if routing.capacity is None:
+            self._allocate_entries(routing, args.num_received, make)
             args.routing = routing.native
-        if comes_in_order():
+        if fills:
             self.wait_for_input(first, first.stream != streams.current)
         self._launch_expand(args, routing, first)
         if not first.in_one:
@@ -303,9 +303,9 @@ class Planner:
         )
         return dict(arena=arena, places=places, native=native)
 
-    def _allocate_entries(self, routing: NVLinkRouting, num_received: int) -> None:
+    def _allocate_entries(self, routing: NVLinkRouting, num_received: int, make: Make) -> None:
         """Allocate what depends on the rows that come."""
-        routing.allocate_entries(num_received)
+        routing.allocate_entries(num_received, make)
 
     def _launch_plan(self, routing: NVLinkRouting, stream: int, second_stream: int) -> None:
         """Launch the kernels of a plan, the second one on a stream of its own."""

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ep_comm._native import header
-from ep_comm.blank import maker
+from ep_comm.blank import Make
 from ep_comm.numeric import round_up
 from ep_comm.routing.types import Routing, RoutingSizes
 
@@ -123,7 +124,11 @@ class NVLinkRouting(Routing):
     wait_for_kernels: Callable[[], None] = field(repr=False)
     _sizes: RoutingSizes | None = field(default=None, init=False, repr=False)
 
-    def allocate_entries(self, num_received: int) -> None:
+    def copy_native(self) -> None:
+        """Have a description of the arrays of its own, for `allocate_entries`."""
+        self.native = header.Routing.from_buffer_copy(self.native)
+
+    def allocate_entries(self, num_received: int, make: Make) -> None:
         """Allocate the entries of so many rows, to be used instead of the buffer's.
 
         Kernels look at no entry behind the last, not even where another rank's handle is that of
@@ -133,11 +138,10 @@ class NVLinkRouting(Routing):
         # At least one: it is what rows that should not have come find.
         num_entries = max(1, num_received)
         size = num_entries * entry_size(self.num_topk)
-        entries = maker(self.arena.device)((size,), (1,), self.arena.dtype)
+        entries = make((size,), (1,), torch.int32)
         if num_received == 0:
             entries.fill_(-1)
         self.memory = (self.arena, entries)
-        self.native = header.Routing.from_buffer_copy(self.native)
         self.native.entries = entries.data_ptr()
         self.native.last_entry = num_entries - 1
 

@@ -15,7 +15,7 @@ from ep_comm.backends.nvlink.tuning import (
     chunk_tokens,
 )
 from ep_comm.backends.requests import CombineRequest, Received
-from ep_comm.blank import maker
+from ep_comm.blank import Make
 from ep_comm.routing.layout import index_dtype
 
 _RECV_KINDS = {torch.bfloat16: header.EP_RECV_BF16, torch.float32: header.EP_RECV_FP32}
@@ -73,11 +73,10 @@ def allocate_rows(
     routing: NVLinkRouting,
     hidden: int,
     recv_dtype: torch.dtype,
-    device: torch.device,
+    make: Make,
 ) -> Received:
-    """Allocate the outputs, whose number of rows is known."""
-    num_rows, make = routing.num_rows, maker(device)
-    by_expert = routing.layout == "expert"
+    """Allocate the outputs, whose number of rows is known, with what `blank.maker` gives."""
+    num_rows, by_expert = routing.num_rows, routing.layout == "expert"
     x = make((num_rows, hidden), (hidden, 1), recv_dtype)
     scales = weights = None
     if recv_dtype == fp8.FP8_DTYPE:
@@ -99,14 +98,14 @@ def allocate_rows(
 
 
 def allocate_experts(
-    args: header.DispatchArgs, routing: NVLinkRouting, source: Tensor, device: torch.device
+    args: header.DispatchArgs, routing: NVLinkRouting, source: Tensor, make: Make
 ) -> Tensor:
     """Allocate the rows' local experts [N, K], which a first dispatch of the rank layout fills.
 
     Their type is that of the experts in `source`.
     """
     dtype, num_topk = index_dtype(source), routing.num_topk
-    experts = maker(device)((routing.num_rows, num_topk), (num_topk, 1), dtype)
+    experts = make((routing.num_rows, num_topk), (num_topk, 1), dtype)
     args.recv_topk_idx = experts.data_ptr()
     args.recv_idx_bytes = dtype.itemsize
     return experts
