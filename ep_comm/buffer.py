@@ -270,25 +270,35 @@ class Buffer(MaskCalls, RecordCalls):
         request = DispatchRequest(rows, scales, weights, wire, recv, async_finish)
         ops.check_dispatch_not_saved(request)
 
-        with session.operation() as backend:
-            if handle is None:
-                plan = PlanRequest(
-                    source=source,
-                    num_topk=num_topk,
-                    layout=layout,
-                    expert_alignment=expert_alignment,
-                    has_weights=weights is not None,
-                    capacity=capacity,
-                    expert_capacity=expert_capacity,
-                    overflow_stats=overflow_stats,
-                    asynchronous=async_finish,
-                )
+        plan = None
+        if handle is None:
+            plan = PlanRequest(
+                source=source,
+                num_topk=num_topk,
+                layout=layout,
+                expert_alignment=expert_alignment,
+                has_weights=weights is not None,
+                capacity=capacity,
+                expert_capacity=expert_capacity,
+                overflow_stats=overflow_stats,
+                asynchronous=async_finish,
+            )
+
+        def begin() -> DispatchHandle:
+            """Plan, if the routing is new, right before the rows are sent: these wait for it."""
+            nonlocal handle
+            if plan is not None:
                 with unseen():
-                    routing = backend.plan(plan)
-                handle = DispatchHandle(session=session, routing=routing)
+                    handle = DispatchHandle(session=session, routing=backend.plan(plan))
+            assert handle is not None  # the caller's, or that
             handle.during_backward = during_backward
+            return handle
+
+        with session.operation() as backend:
             of_all_experts = routing_map is not None and weights is not None
-            received = ops.dispatch(backend, handle, request, of_all_experts=of_all_experts)
+            received = ops.dispatch(backend, begin, request, of_all_experts=of_all_experts)
+            assert handle is not None
+            routing = handle.routing
             if allocate_on_comm_stream:
                 backend.keep_for_comm_stream((*received[:3], routing.recv_topk_idx))
         recv_x: Payload = received.x

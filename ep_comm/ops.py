@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -81,31 +82,37 @@ def check_dispatch_not_saved(request: DispatchRequest) -> None:
 
 
 def dispatch(
-    backend: Backend, handle: DispatchHandle, request: DispatchRequest, *, of_all_experts: bool
+    backend: Backend,
+    begin: Callable[[], DispatchHandle],
+    request: DispatchRequest,
+    *,
+    of_all_experts: bool,
 ) -> Dispatched:
-    """Send rows along the routing of `handle`, and record the gradient where one is needed.
+    """Send rows along the routing of a handle, and record the gradient where one is needed.
 
     Args:
         backend: Moves them.
-        handle: The routing.
+        begin: Gives the handle. Called once, when all that autograd has to do before is done.
         request: Rows and probabilities.
         of_all_experts: The probabilities are [T, num_experts]: the selected ones are sent.
     """
     in_fp8 = request.recv_dtype == FP8_DTYPE
     if not _needs_grad(request.x, request.topk_weights):
+        handle = begin()
         if of_all_experts:
             request = _selected(request, handle)
         pending = backend.dispatch(handle.routing, request)
         received = _result(pending, handle, request.asynchronous)
         return Dispatched(*received, _edge_of(received.x) if in_fp8 else None)
     if _is_seen() and not in_fp8:  # the op has no result for an edge
+        handle = begin()
         if of_all_experts:
             request = _selected(request, handle)
         return Dispatched(*torch.ops.ep_comm.dispatch.default(*request, handle.id))
     with _named("ep_comm::dispatch"):
         return Dispatched(
             *_Dispatch.apply(
-                request.x, request.topk_weights, request, backend, handle, of_all_experts
+                request.x, request.topk_weights, request, backend, begin, of_all_experts
             )
         )
 
@@ -200,9 +207,10 @@ class _Dispatch(torch.autograd.Function):
         topk_weights: Tensor | None,
         request: DispatchRequest,
         backend: Backend,
-        handle: DispatchHandle,
+        begin: Callable[[], DispatchHandle],
         of_all_experts: bool,
     ) -> Dispatched:
+        handle = begin()
         if of_all_experts:
             request = _selected(request, handle)
         pending = backend.dispatch(handle.routing, request)
