@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import deque
+
 import torch
 from torch import Tensor
 
@@ -12,12 +15,17 @@ def is_captured() -> bool:
 
 
 # Of operations whose event was dropped before anybody had waited for it: what they still use.
-_unwaited: list[tuple[torch.cuda.Event, tuple]] = []
+_unwaited: deque[tuple[torch.cuda.Event, tuple]] = deque()
 
 
 def _forget_ended() -> None:
-    if not is_captured():  # or the capture is void
-        _unwaited[:] = [kept for kept in _unwaited if not _has_ended(kept[0])]
+    if is_captured():  # or the capture is void
+        return
+    with contextlib.suppress(IndexError):  # another thread has taken the last one
+        for _ in range(len(_unwaited)):
+            kept = _unwaited.popleft()
+            if not _has_ended(kept[0]):
+                _unwaited.append(kept)
 
 
 def _has_ended(event: torch.cuda.Event) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from unittest import mock
 
@@ -35,6 +36,32 @@ def test_inputs_of_what_nobody_waits_for_are_kept_until_it_ends(ends):
     assert is_there() is not None
     EventOverlap()
     assert is_there() is None
+
+
+def test_what_is_kept_stays_so_where_two_threads_look_at_once():
+    ended, others = mock.Mock(), [mock.Mock() for _ in range(3)]
+    inputs = [torch.ones(1) for _ in others]
+    are_there = [weakref.ref(each) for each in inputs]
+
+    def another_thread_looks() -> bool:
+        ended.query.side_effect = [True]
+        thread = threading.Thread(target=EventOverlap)
+        thread.start()
+        thread.join()
+        return True
+
+    for event in (ended, *others):
+        event.query.return_value = False
+    EventOverlap(ended, (torch.ones(1),))
+    for event in others:
+        EventOverlap(event, (inputs.pop(),))
+    ended.query.side_effect = another_thread_looks
+    EventOverlap()
+    assert all(each() is not None for each in are_there)
+    for event in others:
+        event.query.return_value = True
+    EventOverlap()
+    assert all(each() is None for each in are_there)
 
 
 def test_what_was_waited_for_is_not_kept(monkeypatch):
