@@ -46,11 +46,14 @@ class EventOverlap:
             independent_work()
     """
 
+    event: torch.cuda.Event | None = None
+    extra_tensors: tuple | None = None  # which the operation still uses
+
     def __init__(
         self, event: torch.cuda.Event | None = None, extra_tensors: tuple | None = None
     ) -> None:
         self.event = event
-        self.extra_tensors = extra_tensors  # which the operation still uses
+        self.extra_tensors = extra_tensors
         if _unwaited:
             _forget_ended()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import threading
 import weakref
 from unittest import mock
@@ -62,6 +64,15 @@ def test_what_is_kept_stays_so_where_two_threads_look_at_once():
         event.query.return_value = True
     EventOverlap()
     assert all(each() is None for each in are_there)
+
+
+def test_one_that_could_not_be_made_says_nothing_when_it_goes(monkeypatch):
+    said: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    with pytest.raises(TypeError):
+        EventOverlap(None, None, None)
+    gc.collect()
+    assert not said
 
 
 def test_what_was_waited_for_is_not_kept(monkeypatch):
