@@ -529,6 +529,6 @@ class Buffer(MaskCalls, RecordCalls):
         Raises:
             EPError: An operation that was still in flight ended with it.
         """
+        self._session.destroy()
         if self._when_dropped is not None:
             self._when_dropped.detach()
-        self._session.destroy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import warnings
 import weakref
@@ -82,7 +83,7 @@ def test_a_buffer_that_was_made_in_inference_mode_is_destroyed_outside():
     assert run_ranks(1, made_in_inference_mode) == [[1, 0]]
 
 
-def dropped(rank: int, num_bytes: int, is_destroyed: bool) -> tuple[list[str], bool]:
+def dropped(rank: int, num_bytes: int, destroyed: str) -> tuple[list[str], bool]:
     """The warnings, and whether the backend is still there."""
     config = EPConfig(num_experts=1, hidden=16, max_tokens_per_rank=1, num_topk=1)
     with (
@@ -92,23 +93,30 @@ def dropped(rank: int, num_bytes: int, is_destroyed: bool) -> tuple[list[str], b
         warnings.simplefilter("always")
         buffer = Buffer(None, config)
         backend = weakref.ref(buffer._session.backend)
-        if is_destroyed:
+        if destroyed == "interrupted":
+            with (
+                mock.patch.object(ReferenceBackend, "destroy", side_effect=KeyboardInterrupt),
+                contextlib.suppress(KeyboardInterrupt),
+            ):
+                buffer.destroy()
+        elif destroyed == "yes":
             buffer.destroy()
         del buffer
         gc.collect()
     return [str(each.message) for each in warned], backend() is not None
 
 
-def test_memory_of_a_buffer_that_is_dropped_is_kept_with_a_warning():
-    warned, is_kept = run_ranks(1, dropped, 64, False)[0]
+@pytest.mark.parametrize("destroyed", ["no", "interrupted"])
+def test_memory_of_a_buffer_that_is_dropped_is_kept_with_a_warning(destroyed):
+    warned, is_kept = run_ranks(1, dropped, 64, destroyed)[0]
     assert is_kept and warned == [
         "a Buffer was dropped without destroy(): its memory is kept until the process ends"
     ]
 
 
-@pytest.mark.parametrize(("num_bytes", "is_destroyed"), [(0, False), (64, True)])
-def test_what_has_no_memory_or_was_destroyed_is_not_kept(num_bytes, is_destroyed):
-    assert run_ranks(1, dropped, num_bytes, is_destroyed) == [([], False)]
+@pytest.mark.parametrize(("num_bytes", "destroyed"), [(0, "no"), (64, "yes")])
+def test_what_has_no_memory_or_was_destroyed_is_not_kept(num_bytes, destroyed):
+    assert run_ranks(1, dropped, num_bytes, destroyed) == [([], False)]
 
 
 @st.composite
