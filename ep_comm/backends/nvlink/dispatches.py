@@ -129,7 +129,7 @@ class Dispatches:
         stream = self._streams.begin(header.EP_OP_DISPATCH, asynchronous, sms)
         self._streams.keep_for_current(routing.memory, routing.stream)
         num_bytes = args.row_bytes + args.scale_bytes
-        if ahead is not None and ahead.number is not None:
+        if ahead is not None:
             args.peers.record = ahead.record
             self._recorder.complete(num_bytes, routing.known_expert_rows, ahead.number)
         else:
