@@ -25,12 +25,21 @@ def test_inputs_are_kept_until_their_own_stream_has_waited(monkeypatch):
     assert stream.method_calls == [mock.call.wait_event(event)] * 2
 
 
-@pytest.mark.parametrize("ends", [True, RuntimeError], ids=["ended", "captured"])
-def test_inputs_of_what_nobody_waits_for_are_kept_until_it_ends(ends):
+def captured() -> bool:
+    raise RuntimeError("operation not permitted on an event last recorded in a capturing stream")
+
+
+def captured_elsewhere() -> bool:
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize("ended", [lambda: True, captured], ids=["ended", "captured"])
+@pytest.mark.parametrize("not_yet", [lambda: False, captured_elsewhere], ids=["runs", "refused"])
+def test_inputs_of_what_nobody_waits_for_are_kept_until_it_ends(not_yet, ended):
     inputs = torch.ones(1)
     is_there = weakref.ref(inputs)
-    event = mock.Mock()
-    event.query.side_effect = [False, ends]
+    answers = iter([not_yet, ended])
+    event = mock.Mock(query=lambda: next(answers)())
     EventOverlap(event, (inputs,))  # dropped at once
     del inputs
     assert is_there() is not None

@@ -221,7 +221,6 @@ class Planner:
         if routing.capacity is None:
             # The kernel that expands copies them: the next plan, on the same stream, is behind it.
             args.planned_entries = routing.native.entries
-            routing.copy_native()
             # From the end of this wait to the launch the GPU may have nothing to do. So what can be
             # done before is done before, and what can wait comes after.
             rows = self._mailbox.wait(routing.ticket, epoch, alignment, streams.side)
@@ -301,6 +300,8 @@ class Planner:
             last_entry=num_entries - 1,
             expert_major=request.layout == "expert",
         )
+        if request.capacity is None:  # it is to have entries of its own
+            native = header.Routing.from_buffer_copy(native)
         return dict(arena=arena, places=places, native=native)
 
     def _allocate_entries(self, routing: NVLinkRouting, num_received: int, make: Make) -> None:

@@ -124,12 +124,10 @@ class NVLinkRouting(Routing):
     wait_for_kernels: Callable[[], None] = field(repr=False)
     _sizes: RoutingSizes | None = field(default=None, init=False, repr=False)
 
-    def copy_native(self) -> None:
-        """Have a description of the arrays of its own, for `allocate_entries`."""
-        self.native = header.Routing.from_buffer_copy(self.native)
-
     def allocate_entries(self, num_received: int, make: Make) -> None:
         """Allocate the entries of so many rows, to be used instead of the buffer's.
+
+        `native` is this routing's alone: it has no capacity.
 
         Kernels look at no entry behind the last, not even where another rank's handle is that of
         another dispatch, whose call has the same tag by chance: what it sends too many goes where

@@ -88,6 +88,11 @@ def _measure_blocks(
 ) -> None:
     """Have models of all variants take turns."""
     settings = found.settings
+    for name in settings.variants:  # or the first one's memory would hold workspaces of libraries
+        progress(f"{name}: first step")
+        trainer = Trainer(configs[name], device)
+        trainer.step(settings.microbatches[0])
+        trainer.free()
     trainers: dict[str, Trainer] = {}
     own_bytes: dict[str, int] = {}  # of each model while it rests
     for name in settings.variants:

@@ -79,8 +79,7 @@ def train(
         progress = Console(stderr=True, quiet=dist.get_rank() != 0, soft_wrap=True, highlight=False)
 
         def save(found: TrainRun) -> None:
-            if dist.get_rank() == 0:
-                write_figures(found, out)
+            on_rank_0(lambda: write_figures(found, out))
 
         result = run(settings, configs, device, out, progress.print, save)
         on_rank_0(lambda: write_report(result, out, wide_console(sys.__stdout__)))
