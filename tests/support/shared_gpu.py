@@ -6,7 +6,8 @@
 Each rank has a part of the SMs, and takes the GPU for one of its own. Processes map each other's
 memory as those of several GPUs do, by the same handles. NCCL takes them for hosts, and goes through
 sockets. So results, errors and what becomes of a killed rank are those of several GPUs. Times say
-nothing, and an error of the GPU ends all ranks.
+nothing, and an error of the GPU ends all ranks. MPS keeps no SM for a rank: blocks that wait for one
+another may stand still where ranks take all of their parts at once, as in `scripts/soak.py`.
 """
 
 from __future__ import annotations

@@ -223,8 +223,11 @@ class Planner:
             args.planned_entries = routing.native.entries
             # From the end of this wait to the launch the GPU may have nothing to do. So what can be
             # done before is done before, and what can wait comes after.
-            rows = self._mailbox.wait(routing.ticket, epoch, alignment, streams.side)
-            args.num_received, routing.num_rows = rows[0], rows[routing.layout == "expert"]
+            num_received, num_expert_rows = self._mailbox.wait(
+                routing.ticket, epoch, alignment, streams.side
+            )
+            args.num_received = num_received
+            routing.num_rows = num_expert_rows if routing.layout == "expert" else num_received
         received = allocate_rows(args, routing, self._config.hidden, recv_dtype, make)
         if routing.layout == "rank":
             routing.recv_topk_idx = allocate_experts(args, routing, first.source, make)
