@@ -1,13 +1,13 @@
 """Ranks with a GPU each where there is only one: they share it, under MPS.
 
     python -m pytest -m multi_gpu --share-gpu 2                         # what needs two GPUs
-    python tests/support/shared_gpu.py 2 scripts/soak.py --seconds 60   # a script of two ranks
+    python tests/support/shared_gpu.py 2 examples/decode_moe.py         # a script of two ranks
 
 Each rank has a part of the SMs, and takes the GPU for one of its own. Processes map each other's
 memory as those of several GPUs do, by the same handles. NCCL takes them for hosts, and goes through
 sockets. So results, errors and what becomes of a killed rank are those of several GPUs. Times say
-nothing, and an error of the GPU ends all ranks. MPS keeps no SM for a rank: blocks that wait for one
-another may stand still where ranks take all of their parts at once, as in `scripts/soak.py`.
+nothing, and an error of the GPU ends all ranks. MPS keeps no SM for a rank: blocks that wait for
+one another may stand still where ranks take all of their parts at once, as in `scripts/soak.py`.
 """
 
 from __future__ import annotations
