@@ -97,7 +97,8 @@ class Dispatches:
             args.scale_bytes,
             args.weight_bytes,
         )
-        args.rows_tag = tag_of_rows(args, x)
+        if self._copies is not None:
+            args.rows_tag = tag_of_rows(args, x)
         if first is None:
             received = self._repeat(routing, recv_dtype, asynchronous, ahead)
         else:
