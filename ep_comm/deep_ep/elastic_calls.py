@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ep_comm import Buffer as NativeBuffer
 from ep_comm.blank import comes_in_order
-from ep_comm.checks import checked_optional
+from ep_comm.checks import checked_tensor
 from ep_comm.deep_ep.behind import behind
 from ep_comm.deep_ep.elastic_handle import EPHandle
 from ep_comm.deep_ep.payload import empty_scales, scales_by_row
@@ -59,7 +59,7 @@ def check_stats(stats: Tensor | None, num_local_experts: int, x: Payload) -> Non
         return
     device = (x[0] if isinstance(x, tuple) else x).device
     name = "cumulative_local_expert_recv_stats"
-    checked_optional(name, stats, (num_local_experts,), torch.int32, device)
+    checked_tensor(name, stats, (num_local_experts,), torch.int32, device)
 
 
 def finish(

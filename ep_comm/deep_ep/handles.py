@@ -15,7 +15,6 @@ from torch import Tensor
 from ep_comm.deep_ep.kept import KeptProperty, Readable, for_reader
 from ep_comm.deep_ep.sized import SizedBuffer
 from ep_comm.errors import EPArgumentError
-from ep_comm.events import is_captured
 from ep_comm.handle import DispatchHandle
 from ep_comm.low_latency.handle import LowLatencyHandle
 
@@ -27,7 +26,7 @@ class _Handle(Readable, tuple):
 
     def __new__(cls, *_: object) -> _Handle:
         handle = tuple.__new__(cls, cls._NOTHING)
-        handle._was_captured = is_captured()
+        handle.note_capture()
         return handle
 
     def _made(self) -> tuple:

@@ -92,3 +92,8 @@ def test_unknown_names_are_found():
         "nowhere.py"
     ]
     assert unknown_names("`scripts/` has `pretrain_gpt.py`, docs/results/*.json") == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_which_package_registry_is_used_is_up_to_the_reader(page):
+    assert "index-url" not in (ROOT / page).read_text()

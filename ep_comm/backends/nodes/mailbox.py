@@ -19,18 +19,25 @@ class NodesMailbox(Mailbox):
         return self._memory.counts[start : start + count]
 
     def _places(self) -> tuple[int, int]:
-        first, ranks = 4 * header.EP_NODES_MAILBOX_COUNTS, 4 * self._memory.num_ranks
-        return first + 2 * ranks, first + 3 * ranks + 4 * self._memory.place.num_nodes
+        start = header.EP_NODES_MAILBOX_COUNTS
+        return 4 * (start + self._first_received), 4 * (start + self._first_expert)
+
+    @property
+    def _first_received(self) -> int:
+        return 2 * self._memory.num_ranks
+
+    @property
+    def _first_expert(self) -> int:
+        return 3 * self._memory.num_ranks + self._memory.place.num_nodes
 
     def _sent(self) -> list[int]:
         return self._counts(self._memory.num_ranks, self._memory.num_ranks)
 
     def _received(self) -> list[int]:
-        return self._counts(2 * self._memory.num_ranks, self._memory.num_ranks)
+        return self._counts(self._first_received, self._memory.num_ranks)
 
     def _expert_rows(self) -> list[int]:
-        first = 3 * self._memory.num_ranks + self._memory.place.num_nodes
-        return self._counts(first, self._num_local_experts)
+        return self._counts(self._first_expert, self._num_local_experts)
 
     @property
     def num_relayed(self) -> int:
