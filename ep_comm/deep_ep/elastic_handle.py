@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ep_comm.deep_ep.kept import KeptProperty, Readable, for_reader
 from ep_comm.deep_ep.sized import SizedBuffer
+from ep_comm.events import is_captured
 from ep_comm.handle import DispatchHandle
 from ep_comm.numeric import round_up
 
@@ -47,7 +48,7 @@ class EPHandle(Readable):
         num_sms: int,
         counts: list[int],
     ) -> None:
-        self.note_capture()
+        self.was_captured = is_captured()
         self.native = native
         self.buffer = buffer
         self._event = native.event.event  # the handle's own one may be of a later operation

@@ -15,6 +15,7 @@ from torch import Tensor
 from ep_comm.deep_ep.kept import KeptProperty, Readable, for_reader
 from ep_comm.deep_ep.sized import SizedBuffer
 from ep_comm.errors import EPArgumentError
+from ep_comm.events import is_captured
 from ep_comm.handle import DispatchHandle
 from ep_comm.low_latency.handle import LowLatencyHandle
 
@@ -26,7 +27,7 @@ class _Handle(Readable, tuple):
 
     def __new__(cls, *_: object) -> _Handle:
         handle = tuple.__new__(cls, cls._NOTHING)
-        handle.note_capture()
+        handle.was_captured = is_captured()
         return handle
 
     def _made(self) -> tuple:

@@ -23,18 +23,18 @@ def for_reader(tensor: Tensor) -> Tensor:
 
 
 class Readable(Handle):
-    """A handle, of which something is made when somebody reads it."""
+    """A handle, of which something is made when somebody reads it.
 
-    _was_captured: bool
+    Attributes:
+        was_captured: Whether its dispatch was called while a CUDA graph was captured.
+    """
 
-    def note_capture(self) -> None:
-        """Note that its dispatch is called now."""
-        self._was_captured = is_captured()
+    was_captured: bool
 
     @property
     def is_read_where_made(self) -> bool:
         """Whether dispatch and reader are both in a CUDA graph, or both in none."""
-        return is_captured() == self._was_captured
+        return is_captured() == self.was_captured
 
 
 class KeptProperty:

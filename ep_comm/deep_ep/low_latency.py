@@ -14,6 +14,7 @@ from ep_comm.deep_ep.sized import SizedBuffer, SizedBuffers
 from ep_comm.errors import EPArgumentError, EPStateError, EPUnsupportedError
 from ep_comm.events import EventOverlap
 from ep_comm.fp8 import Payload
+from ep_comm.tracing import untraced
 
 
 class LowLatencyCalls:
@@ -47,6 +48,7 @@ class LowLatencyCalls:
         """
         self._sized(hidden, num_experts, num_max_dispatch_tokens_per_rank)
 
+    @untraced
     def low_latency_dispatch(
         self,
         x: Tensor,
@@ -81,20 +83,16 @@ class LowLatencyCalls:
         Returns:
             (recv_x, recv_count [E] int32, handle, event, hook or None).
         """
-        buffer = self._sized(x.shape[-1], num_experts, num_max_dispatch_tokens_per_rank)
-        recv_x, recv_count, native, event, hook = buffer.native.low_latency_dispatch(
-            without_grad(x),
-            topk_idx,
-            num_max_dispatch_tokens_per_rank,
-            num_experts,
-            use_fp8=use_fp8,
-            round_scale=round_scale,
-            use_ue8m0=use_ue8m0,
-            async_finish=async_finish,
-            return_recv_hook=return_recv_hook,
-            cumulative_local_expert_recv_stats=cumulative_local_expert_recv_stats,
-            dispatch_wait_recv_cost_stats=self._own_row(dispatch_wait_recv_cost_stats),
-        )
+        buffer = self._sized(x.size(-1), num_experts, num_max_dispatch_tokens_per_rank)
+        call = (
+            num_max_dispatch_tokens_per_rank, num_experts, use_fp8, round_scale, use_ue8m0,
+            async_finish, return_recv_hook,
+        )  # fmt: skip
+        given = (
+            without_grad(x), topk_idx, None,
+            cumulative_local_expert_recv_stats, self._own_row(dispatch_wait_recv_cost_stats),
+        )  # fmt: skip
+        recv_x, recv_count, native, event, hook = buffer.native.dispatch_untraced(call, given)
         handle = LowLatencyHandleTuple(native, buffer, recv_count)
         return recv_x, recv_count, handle, event, hook
 

@@ -21,6 +21,8 @@ from ep_comm.events import EventOverlap
 from ep_comm.fp8 import Payload
 from ep_comm.low_latency.arguments import (
     Arguments,
+    DispatchCall,
+    DispatchTensors,
     check_same_routing,
     check_sizes,
     weights_to_bring,
@@ -107,8 +109,6 @@ class LowLatencyCalls:
                 The buffer stays usable. Or it failed earlier, or was destroyed.
             EPUnsupportedError: The backend has no low-latency operations.
         """
-        session = self._session
-        operation = session.operation()
         call = (
             num_max_dispatch_tokens_per_rank, num_experts, use_fp8, round_scale, use_ue8m0,
             async_finish, return_recv_hook,
@@ -117,6 +117,16 @@ class LowLatencyCalls:
             x, topk_idx, topk_weights,
             cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats,
         )  # fmt: skip
+        return self.dispatch_untraced(call, given)
+
+    def dispatch_untraced(
+        self, call: DispatchCall, given: DispatchTensors
+    ) -> LowLatencyDispatchOutput:
+        """`low_latency_dispatch` for callers that torch does not trace, which spares them time."""
+        session = self._session
+        operation = session.operation()
+        x, topk_idx, topk_weights, _, _ = given
+        *_, async_finish, return_recv_hook = call
         (x, source, weights, recv_stats, wait_stats), known = self._arguments.dispatch(call, given)
         self._dispatches.check_room()
 
