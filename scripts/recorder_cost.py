@@ -8,7 +8,8 @@ them (``-DEP_WITHOUT_RECORDS``), and its host code with one that notes nothing::
 
 Three buffers take turns, block by block: with records, without, and with records once more. The
 last says what the same thing differs by. On a GPU "graph" is a dispatch in a CUDA graph of 20: the
-kernels alone.
+kernels alone. "host" is how long rank 0's host is in a call, with a known routing and many calls
+in a row: then it waits for nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import contextlib
 import importlib.util
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "build" / "recorder_cost" / "libep_comm.so"
 WITH, WITHOUT, AGAIN = "with", "without", "with again"
 OPS_OF_A_GRAPH = 20
+HOST_TURNS, HOST_CALLS = 10, 20  # of a block; calls in a row
 MOST = 0.01  # of a dispatch
 
 
@@ -65,7 +68,7 @@ class Unrecorded(DeviceRecorder):
 
 @dataclass(frozen=True)
 class Cost:
-    """One figure of one call: its block medians in µs, by `WITH`, `WITHOUT` and `AGAIN`."""
+    """One figure of one call: what each turn took in µs, by `WITH`, `WITHOUT` and `AGAIN`."""
 
     preset: str
     call: str
@@ -73,7 +76,7 @@ class Cost:
     us: dict[str, list[float]]
 
     def ratio(self, name: str) -> float:
-        """Return the median over blocks of a buffer's time over that without records."""
+        """Return the median over turns of a buffer's time over that without records, less one."""
         other = WITHOUT if name == WITH else WITH
         return median(a / b for a, b in zip(self.us[name], self.us[other], strict=True)) - 1
 
@@ -127,14 +130,19 @@ def measure(
             for i in range(2 * NUM_SETS):
                 call(i)
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
+
+    def note(what: str, figure: str, name: str, us: float) -> None:
+        found.setdefault((what, figure), {}).setdefault(name, []).append(us)
+
     for block in range(blocks):
         names = (WITH, WITHOUT, AGAIN) if block % 2 else (AGAIN, WITHOUT, WITH)
         for what in calls[WITH]:
             for name in names:
-                samples = watch.measure(calls[name][what])
-                for figure, values in _figures(what, samples).items():
-                    of_call = found.setdefault((what, figure), {})
-                    of_call.setdefault(name, []).append(median(values))
+                us = median(watch.measure(calls[name][what]).call)
+                note(what, "GPU", name, us / (OPS_OF_A_GRAPH if what == "graph" else 1))
+        for _ in range(HOST_TURNS):
+            for name in names:
+                note("cached", "host", name, _host_us(calls[name]["cached"], device))
     del calls
     for buffer in buffers.values():
         buffer.destroy()
@@ -165,18 +173,17 @@ def calls_of(
     return found
 
 
-def _figures(what: str, samples: Any) -> dict[str, list[float]]:
-    if what == "graph":
-        return {"GPU": [us / OPS_OF_A_GRAPH for us in samples.call]}
-    return {
-        "GPU": list(samples.call),
-        "host": list(samples.host),
-        "host, from idle": list(samples.host_idle),
-    }
+def _host_us(call: Callable[[int], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for i in range(HOST_CALLS):
+        call(i)
+    return 1e6 * (time.perf_counter() - start) / HOST_CALLS
 
 
 def document(costs: list[Cost]) -> dict[str, Any]:
-    """Return what the JSON file holds: all block medians, and the table for docs/results."""
+    """Return what the JSON file holds: the times of all turns, and the table for docs/results."""
     found = surroundings()
     gpus = found["gpus"]
     columns = ["dispatch", "time", "with, µs", "without, µs", "cost, %", "told apart, %"]
@@ -212,7 +219,7 @@ def main() -> None:
     parser.add_argument("--library", type=Path, default=LIBRARY, help="the one without records")
     parser.add_argument("--blocks", type=int, default=20, help="turns of each buffer")
     parser.add_argument("--iters", type=int, default=20, help="samples of a block")
-    parser.add_argument("--json", type=Path, help="file for all block medians")
+    parser.add_argument("--json", type=Path, help="file for the times of all turns")
     args = parser.parse_args()
     with user_errors_exit():
         if args.build:

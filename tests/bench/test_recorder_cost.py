@@ -39,11 +39,13 @@ def costs(rank: int) -> list[dict]:
 
 def test_three_buffers_take_turns():
     found = run_ranks(2, costs)[0]
-    names = [(each["call"], each["what"]) for each in found]
-    assert len(names) == len(set(names)) == 6 and ("cached", "host") in names
+    turns = {(each["call"], each["what"]): len(each["us"]["with"]) for each in found}
+    per_block = load_script().HOST_TURNS
+    assert turns == {("fresh", "GPU"): 2, ("cached", "GPU"): 2, ("cached", "host"): 2 * per_block}
     for each in found:
         assert each["us"].keys() == {"with", "without", "with again"}
-        assert all(len(us) == 2 and min(us) > 0 for us in each["us"].values())
+        num_turns = turns[each["call"], each["what"]]
+        assert all(len(us) == num_turns and min(us) > 0 for us in each["us"].values())
 
 
 def test_cost_and_noise():
