@@ -158,7 +158,11 @@ def run_hosts(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         sharing = {}
         if 0 < num_gpus < num_ranks:
-            sharing = stack.enter_context(mps(-(-num_ranks // num_gpus)))
+            percent = 100 // -(-num_ranks // num_gpus)
+            sharing = {
+                **stack.enter_context(mps()),
+                "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(percent),
+            }
         processes, pipes = [], []
         stack.callback(_end, processes)
         for rank in range(num_ranks):

@@ -3,11 +3,12 @@
     python -m pytest -m multi_gpu --share-gpu 2                         # what needs two GPUs
     python tests/support/shared_gpu.py 2 examples/decode_moe.py         # a script of two ranks
 
-Each rank has a part of the SMs, and takes the GPU for one of its own. Processes map each other's
+Each rank takes the GPU for one of its own, with its part of the SMs. MPS would give it such a part
+too, but may give two ranks the same one: then blocks that wait for one another stand still. So here
+our kernels only take as many SMs in all as there are, and each finds room. Processes map each other's
 memory as those of several GPUs do, by the same handles. NCCL takes them for hosts, and goes through
 sockets. So results, errors and what becomes of a killed rank are those of several GPUs. Times say
-nothing, and an error of the GPU ends all ranks. MPS keeps no SM for a rank: blocks that wait for
-one another may stand still where ranks take all of their parts at once, as in `scripts/soak.py`.
+nothing, and an error of the GPU ends all ranks.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 from free_port import free_port
 
-_IS_SHARED = "EP_COMM_TESTS_SHARE_GPU"
+_NUM_PARTS = "EP_COMM_TESTS_SHARE_GPU"
 _RANK = "EP_COMM_TESTS_RANK"  # of a script's process
+_SMS_OF_NCCL = 12
 
 
 @contextlib.contextmanager
-def mps(num_processes: int) -> Iterator[dict[str, str]]:
-    """Run a control daemon of our own; yield the variables of each of `num_processes`."""
+def mps() -> Iterator[dict[str, str]]:
+    """Run a control daemon of our own; yield the variables of its processes."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         environment = {
             "CUDA_MPS_PIPE_DIRECTORY": str(Path(folder) / "mps"),
@@ -43,7 +47,7 @@ def mps(num_processes: int) -> Iterator[dict[str, str]]:
         started = {**os.environ, **environment}
         subprocess.run([*control, "-d"], env=started, check=True, timeout=30)
         try:
-            yield {**environment, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(100 // num_processes)}
+            yield environment
         finally:
             subprocess.run(control, input="quit -t 5\n", text=True, env=started, timeout=30)
 
@@ -68,10 +72,10 @@ def shared(num_gpus: int, num_groups: int = 1) -> Iterator[None]:
     name = f"part of {name.strip()}"
     as_seen = dict(device_count=lambda: num_gpus, get_device_name=lambda _=None: name)
     with contextlib.ExitStack() as stack:
-        if _IS_SHARED not in os.environ:  # else a process above has done it
+        if _NUM_PARTS not in os.environ:  # else a process above has done it
             variables = {
-                **stack.enter_context(mps(num_gpus * num_groups)),
-                _IS_SHARED: "1",
+                **stack.enter_context(mps()),
+                _NUM_PARTS: str(num_gpus * num_groups),
                 "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
                 "NCCL_SOCKET_IFNAME": "lo",
                 "NCCL_IB_DISABLE": "1",
@@ -83,14 +87,31 @@ def shared(num_gpus: int, num_groups: int = 1) -> Iterator[None]:
 
 def gpu_of(rank: int) -> int:
     """Return the number of a rank's GPU. Called in its process, before NCCL is used."""
-    if _IS_SHARED not in os.environ:
+    if _NUM_PARTS not in os.environ:
         return rank
     from ep_comm.backends.nvlink import support
 
     os.environ["NCCL_HOSTID"] = f"rank-{rank}"
     uuid = support.gpu_id(0)
     support.gpu_id = lambda _: f"{uuid}, that of rank {rank}"
+    take_part(int(os.environ[_NUM_PARTS]))
     return 0
+
+
+def take_part(num_parts: int) -> None:
+    """Have this process find a GPU with one of so many parts of the SMs; NCCL has some too."""
+    import torch
+
+    properties_of = torch.cuda.get_device_properties
+
+    def part_of(device: Any = None) -> SimpleNamespace:
+        whole = properties_of(device)
+        names = [name for name in dir(whole) if not name.startswith("_")]
+        part = SimpleNamespace(**{name: getattr(whole, name) for name in names})
+        part.multi_processor_count = (whole.multi_processor_count - _SMS_OF_NCCL) // num_parts
+        return part
+
+    torch.cuda.get_device_properties = part_of
 
 
 def main() -> None:
