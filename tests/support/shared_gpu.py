@@ -4,8 +4,8 @@
     python tests/support/shared_gpu.py 2 examples/decode_moe.py         # a script of two ranks
 
 Each rank takes the GPU for one of its own, with its part of the SMs. MPS would give it such a part
-too, but may give two ranks the same one: then blocks that wait for one another stand still. So here
-our kernels only take as many SMs in all as there are, and each finds room. Processes map each other's
+too, but may give two ranks the same one: then blocks that wait for one another stand still. So our
+kernels only take as many SMs in all as there are, and each finds room. Processes map each other's
 memory as those of several GPUs do, by the same handles. NCCL takes them for hosts, and goes through
 sockets. So results, errors and what becomes of a killed rank are those of several GPUs. Times say
 nothing, and an error of the GPU ends all ranks.
