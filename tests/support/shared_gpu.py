@@ -108,7 +108,8 @@ def take_part(num_parts: int) -> None:
         whole = properties_of(device)
         names = [name for name in dir(whole) if not name.startswith("_")]
         part = SimpleNamespace(**{name: getattr(whole, name) for name in names})
-        part.multi_processor_count = (whole.multi_processor_count - _SMS_OF_NCCL) // num_parts
+        # Twice, because a kernel may begin while the one before it still holds its SMs.
+        part.multi_processor_count = (whole.multi_processor_count - _SMS_OF_NCCL) // (2 * num_parts)
         return part
 
     torch.cuda.get_device_properties = part_of
