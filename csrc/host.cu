@@ -1,16 +1,9 @@
 // What the host orders and waits for. No kernel is here, so every library can have it.
 
-#include <ctime>
-
+#include "common/calls.cuh"
 #include "common/launch.cuh"
 
 namespace {
-
-int64_t now_ns() {
-  timespec time;
-  clock_gettime(CLOCK_MONOTONIC, &time);
-  return static_cast<int64_t>(time.tv_sec) * 1000000000 + time.tv_nsec;
-}
 
 void add_up(ep_mailbox_args* args) {
   args->num_received = args->num_expert_rows = 0;
@@ -40,7 +33,7 @@ int32_t ep_event_wait(void* waiting, void* event) {
 
 int32_t ep_mailbox_wait(ep_mailbox_args* args) {
   constexpr int kSpinsBetweenChecks = 4096;
-  const int64_t deadline = now_ns() + args->timeout_ns;
+  const int64_t deadline = ep::host_now_ns() + args->timeout_ns;
   for (int spins = 1;; ++spins) {
     if (__atomic_load_n(args->mailbox, __ATOMIC_ACQUIRE) == args->ticket) {
       add_up(args);
@@ -53,6 +46,6 @@ int32_t ep_mailbox_wait(ep_mailbox_args* args) {
       ep::check_cuda(error, "ep_mailbox_wait");
       return 3;
     }
-    if (now_ns() > deadline) return 0;
+    if (ep::host_now_ns() > deadline) return 0;
   }
 }

@@ -16,6 +16,7 @@
 #include <algorithm>
 
 #include "combine/rows.cuh"
+#include "common/calls.cuh"
 #include "common/launch.cuh"
 #include "common/peers.cuh"
 #include "common/warp.cuh"
@@ -296,6 +297,7 @@ int32_t ep_combine(const ep_combine_args* args, void* stream) {
   const int32_t push_teams = by_copy ? 0 : std::max(1, all_teams * args->push_percent / 100);
   const bool one_node = args->ranks_per_node >= args->peers.num_ranks;
   const Kernel combine = kKernels[args->dtype][one_node];
+  if (!by_copy) ep::note_call(args->peers, args->row_bytes);  // else ep_gate begins it
   combine<<<args->num_blocks, teams.block_threads(), teams.shared_bytes(),
             static_cast<cudaStream_t>(stream)>>>(*args, teams, push_teams);
   return ep::check_cuda(cudaGetLastError(), "ep_combine");

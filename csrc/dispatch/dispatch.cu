@@ -2,6 +2,7 @@
 // where the experts want them. One kernel with two kinds of blocks, which may also be launched
 // apart: those that push (dispatch/push.cuh) and those that expand (dispatch/expand.cuh).
 
+#include "common/calls.cuh"
 #include "common/launch.cuh"
 #include "dispatch/expand.cuh"
 #include "dispatch/push.cuh"
@@ -47,6 +48,7 @@ int32_t ep_dispatch(const ep_dispatch_args* args, void* stream) {
   if (status != EP_OK) return status;
   const int32_t blocks = args->num_push_blocks + args->num_expand_blocks;
   if (blocks < 1) return ep::fail(EP_ERR_ARGUMENT, "no blocks to launch");
+  if (!args->is_planned) ep::note_call(args->peers, args->row_bytes + args->scale_bytes);
   const cudaError_t error =
       ep::launch(dispatch_kernel, blocks, (ring.num_warps + 1) * kWarpSize, ring.shared_bytes(),
                  stream, args->is_behind_plan, *args, ring);

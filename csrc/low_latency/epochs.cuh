@@ -4,6 +4,7 @@
 
 #include <cstddef>
 
+#include "common/calls.cuh"
 #include "common/launch.cuh"
 #include "low_latency/memory.cuh"
 
@@ -257,6 +258,11 @@ inline int32_t check(const ep_low_latency& common) {
     return fail(EP_ERR_ARGUMENT, "hidden = %d is not a multiple of 8", common.hidden);
   }
   return EP_OK;
+}
+
+// Notes a call of an operation, whose rows are BF16 ones; a second phase is no other call.
+inline void note_call(const ep_low_latency& common) {
+  if (common.phases & EP_LOW_LATENCY_SEND) ep::note_call(common.peers, 2 * common.hidden);
 }
 
 // The same of the places for received rows, whose numbers have kRowBits in a handle.

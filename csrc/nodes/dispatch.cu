@@ -3,6 +3,7 @@
 // (nodes/gather.cuh), those that push waves to the ranks of this node (nodes/push.cuh), and those
 // that expand them (nodes/expand.cuh).
 
+#include "common/calls.cuh"
 #include "common/launch.cuh"
 #include "dispatch/ring.cuh"
 #include "nodes/end.cuh"
@@ -60,6 +61,8 @@ int32_t ep_nodes_dispatch(const ep_nodes_dispatch_args* args, void* stream) {
   const int32_t blocks =
       args->num_gather_blocks + args->dispatch.num_push_blocks + args->dispatch.num_expand_blocks;
   if (blocks < 1) return ep::fail(EP_ERR_ARGUMENT, "no blocks to launch");
+  const ep_dispatch_args& local = args->dispatch;
+  if (!local.is_planned) ep::note_call(local.peers, local.row_bytes + local.scale_bytes);
   dispatch_kernel<<<blocks, ring.num_warps * kWarpSize, ring.shared_bytes(),
                     static_cast<cudaStream_t>(stream)>>>(*args, ring);
   return ep::check_cuda(cudaGetLastError(), "ep_nodes_dispatch");

@@ -2,6 +2,7 @@
 // and to the rail, what the rail sent is relayed to the ranks of this node, and all of it is
 // received as on one node (plan/receive.cuh).
 
+#include "common/calls.cuh"
 #include "common/launch.cuh"
 #include "nodes/plan.cuh"
 #include "plan/receive.cuh"
@@ -345,6 +346,7 @@ int32_t ep_nodes_plan(const ep_nodes_plan_args* args, void* stream, void* side_s
   NodesScratch scratch;
   cut_scratch(args->max_tokens, args->num_experts, num_nodes, num_local,
               reinterpret_cast<uintptr_t>(args->scratch), &scratch);
+  note_call(args->peers, 0);
   status = layout::with_input(args->input_kind, args->input, [&](const auto& input) {
     return launch_send(plan, input, scratch, static_cast<cudaStream_t>(stream));
   });

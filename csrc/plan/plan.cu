@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "common/calls.cuh"
 #include "common/launch.cuh"
 #include "plan/receive.cuh"
 #include "plan/scratch.cuh"
@@ -72,6 +73,7 @@ int32_t ep_plan(const ep_plan_args* args, void* stream, void* side_stream, void*
   Scratch scratch;
   cut_scratch(args->max_tokens, args->num_experts, args->peers.num_ranks,
               reinterpret_cast<uintptr_t>(args->scratch), &scratch);
+  if (!args->is_begun) ep::note_call(args->peers, 0);
   status = layout::with_input(args->input_kind, args->input, [&](const auto& input) {
     return launch_send(*args, input, scratch, static_cast<cudaStream_t>(stream));
   });

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "common/calls.cuh"
 #include "common/launch.cuh"
 #include "common/warp.cuh"
 #include "wire/wire.cuh"
@@ -107,6 +108,7 @@ int32_t copy_rows(const ep_push_args& args, cudaStream_t stream) {
 }  // namespace
 
 int32_t ep_gate(const ep_gate_args* args, void* stream) {
+  if (args->begins) ep::note_call(args->peers, 0);
   gate_kernel<<<1, kWarpSize, 0, static_cast<cudaStream_t>(stream)>>>(*args);
   return ep::check_cuda(cudaGetLastError(), "ep_gate");
 }

@@ -169,6 +169,12 @@ typedef struct ep_record {
                                             received from it */
 } ep_record;
 
+/* What the host notes of an operation when it launches the kernel that begins it; host memory. */
+typedef struct ep_call {
+  int64_t called_ns; /* of CLOCK_MONOTONIC */
+  int32_t row_bytes; /* a row with its scales; 0 where that is not known yet */
+} ep_call;
+
 /* Whom a kernel talks to. */
 typedef struct ep_peers {
   uint8_t* memory[EP_MAX_PEERS]; /* each rank's symmetric memory, as mapped here */
@@ -179,6 +185,7 @@ typedef struct ep_peers {
                                     that a captured graph counts on when it is replayed */
   int64_t* longest_wait_ns;      /* device memory [R], zero between operations */
   ep_record* record;             /* of this operation */
+  int64_t call_offset;           /* its ep_call is so many bytes from there; 0: there is none */
   int64_t* wire_bytes;           /* device memory: rows and scales sent so far, in bytes */
   int64_t timeout_ns;            /* bound of every wait */
   int64_t delay_ns;              /* for tests: every wait and every signal comes up to this

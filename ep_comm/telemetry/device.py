@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections import defaultdict, deque
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import cycle, islice
-from time import monotonic
 from typing import NamedTuple
 
 import torch
@@ -21,11 +19,20 @@ from ep_comm.telemetry.records import RING_LENGTH, Interval, OpRecord
 _RECORD_BYTES = ctypes.sizeof(header.Record)
 
 
-class _Started(NamedTuple):
-    """What the host knows of an operation; see `OpRecord`.
+class RecordPlaces(NamedTuple):
+    """Where what operations do is written.
 
-    It is kept as a plain tuple: to make one of these costs a call more than all the rest.
+    Attributes:
+        wire_bytes: Address at which kernels add up the bytes that they send.
+        call_offset: From an operation's record to what the library notes of its call.
     """
+
+    wire_bytes: int
+    call_offset: int
+
+
+class _Started(NamedTuple):
+    """What the host knows of an operation; see `OpRecord`."""
 
     op: str
     place: int
@@ -40,6 +47,16 @@ class DeviceRecorder:
 
     See `ep_comm.telemetry.records.Records`, whose interface this is. A captured operation has the
     numbers of its graph's last replay. Reading waits for the operations.
+
+    The host's part costs each operation, so it only writes: an object that is thousands of
+    operations old is in no cache any more, and to free it would take longer than all the rest. Who
+    launches kernels notes the time, see ``csrc/common/calls.cuh``.
+
+    Attributes:
+        num_operations: How many were started.
+        num_dispatches: Those among them that were dispatches, since `restart`. The host knows of no
+            replays.
+        is_backward: Whether what starts next is part of a backward pass.
     """
 
     def __init__(
@@ -51,19 +68,20 @@ class DeviceRecorder:
         record_bytes: int = _RECORD_BYTES,
     ) -> None:
         self.num_operations = 0
+        self.num_dispatches = 0
         self.is_backward = False
-        self._epochs: defaultdict[str, int] = defaultdict(int)
         self._rank = rank
         self._num_ranks = num_ranks
         self._synchronize = synchronize
+        self._record_bytes = record_bytes
         self._ring = torch.zeros(RING_LENGTH, record_bytes, dtype=torch.uint8, device=device)
         self._wire_bytes = torch.zeros((), dtype=torch.int64, device=device)
-        self._started: deque[tuple] = deque(maxlen=RING_LENGTH)
-        # Looked up once, so that `start` costs an operation a quarter of a microsecond.
-        self._note = self._started.append
-        first = self._ring.data_ptr()
-        end = first + RING_LENGTH * record_bytes
-        self._next_address = cycle(range(first, end, record_bytes)).__next__
+        self._address = self._ring.data_ptr()
+        # As far apart as the records, so that there is one offset from any of these.
+        self._calls = bytearray(RING_LENGTH * record_bytes)
+        self._ops = [""] * RING_LENGTH
+        self._are_backward = bytearray(RING_LENGTH)
+        self._rows_of_experts: list[tuple[int, ...]] = [()] * RING_LENGTH
 
     @property
     def num_bytes(self) -> int:
@@ -82,9 +100,10 @@ class DeviceRecorder:
         return self._ring.view(torch.int64)[:, begin : end + 1]
 
     @property
-    def wire_bytes_address(self) -> int:
-        """Where kernels add up `wire_bytes`, in device memory."""
-        return self._wire_bytes.data_ptr()
+    def places(self) -> RecordPlaces:
+        """For kernels and who launches them."""
+        calls = ctypes.addressof(ctypes.c_char.from_buffer(self._calls))
+        return RecordPlaces(self._wire_bytes.data_ptr(), calls - self._address)
 
     @property
     def wire_bytes(self) -> int:
@@ -95,37 +114,47 @@ class DeviceRecorder:
         self._synchronize()
         return int(self._wire_bytes)
 
-    def start(self, op: str, row_bytes: int, rows_of_experts: tuple[int, ...] = ()) -> int:
+    def start(self, op: str, rows_of_experts: tuple[int, ...] = ()) -> int:
         """Return the address of the next operation's record.
 
         Args:
             op: Its kind.
-            row_bytes: Of each of its rows.
             rows_of_experts: See `OpRecord`.
         """
-        self.num_operations = number = self.num_operations + 1
-        self._epochs[op] += 1
-        self._note((op, number, self.is_backward, monotonic(), row_bytes, rows_of_experts))
-        return self._next_address()
+        slot = self.num_operations % RING_LENGTH
+        self.num_operations += 1
+        if op == "dispatch":
+            self.num_dispatches += 1
+        self._ops[slot] = op
+        self._are_backward[slot] = self.is_backward
+        self._rows_of_experts[slot] = rows_of_experts
+        return self._address + slot * self._record_bytes
 
     def restart(self) -> None:
-        """Count the operations of each kind anew, as the device does."""
-        self._epochs.clear()
-
-    def epoch(self, op: str) -> int:
-        """Return the number of the last operation of that kind; the host knows of no replays."""
-        return self._epochs[op]
+        """Count dispatches anew, as the device does."""
+        self.num_dispatches = 0
 
     def complete(
-        self, row_bytes: int, rows_of_experts: tuple[int, ...], number: int | None = None
+        self,
+        row_bytes: int,
+        rows_of_experts: tuple[int, ...] = (),
+        number: int | None = None,
     ) -> None:
-        """Say of an operation what was not known when it started; see `start`.
+        """Say of an operation what was not known when it was launched.
 
-        `number` counts the buffer's operations from 1; None is the last one.
+        Args:
+            row_bytes: Of each of its rows, with its scales.
+            rows_of_experts: See `OpRecord`.
+            number: Counts the buffer's operations from 1; None is the last one.
         """
-        place = -1 if number is None else number - self.num_operations - 1
-        if -place <= len(self._started):  # else later ones have taken its place
-            self._started[place] = (*self._started[place][:4], row_bytes, rows_of_experts)
+        place = self.num_operations if number is None else number
+        if place > self.num_operations - RING_LENGTH:  # else a later one stands there
+            self._rows_of_experts[(place - 1) % RING_LENGTH] = rows_of_experts
+            self._call(place).row_bytes = row_bytes
+
+    def _call(self, place: int) -> header.Call:
+        offset = (place - 1) % RING_LENGTH * self._record_bytes
+        return header.Call.from_buffer(self._calls, offset)
 
     def clock(self) -> Clock:
         """Compare the GPU's clock with the host's; waits for the GPU."""
@@ -144,10 +173,8 @@ class DeviceRecorder:
 
     def since(self, num_operations: int) -> list[OpRecord]:
         """Return the records of the operations after the first `num_operations`, oldest first."""
-        # Places follow one another: those asked for are the last ones, of many.
-        num_before = len(self._started) - max(0, self.num_operations - num_operations)
-        new = islice(self._started, max(0, num_before), None)
-        started = list(map(_Started._make, new))
+        oldest = max(num_operations, self.num_operations - RING_LENGTH, 0)
+        started = [self._started(place) for place in range(oldest + 1, self.num_operations + 1)]
         if not started:
             return []
         self._synchronize()
@@ -156,6 +183,17 @@ class DeviceRecorder:
         return [
             self._record(entry, row.tobytes()) for entry, row in zip(started, rows, strict=True)
         ]
+
+    def _started(self, place: int) -> _Started:
+        slot, call = (place - 1) % RING_LENGTH, self._call(place)
+        return _Started(
+            op=self._ops[slot],
+            place=place,
+            is_backward=bool(self._are_backward[slot]),
+            called_s=call.called_ns / 1e9 if call.called_ns else math.nan,
+            row_bytes=call.row_bytes,
+            rows_of_experts=self._rows_of_experts[slot],
+        )
 
     def _record(self, started: _Started, raw: bytes) -> OpRecord:
         op, place, is_backward, called_s, row_bytes, rows_of_experts = started

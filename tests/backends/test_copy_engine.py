@@ -287,8 +287,9 @@ def test_what_comes_between_rows_and_their_dispatch_keeps_its_record(backend):
     backend.begin(X, None, torch.bfloat16)
     backend.combine(routing, CombineRequest(received.x, None, False))
     dispatch(backend, routing)
-    started = [(entry[0], entry[1], entry[4]) for entry in backend.recorder._started]
-    assert started == [("dispatch", 1, 1024), ("dispatch", 2, 1024), ("combine", 3, 1024)]
+    started = [backend.recorder._started(place) for place in (1, 2, 3)]
+    assert [each.op for each in started] == ["dispatch", "dispatch", "combine"]
+    assert [each.row_bytes for each in started] == [1024, 1024, 1024]
 
 
 @by_copy

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 from types import SimpleNamespace
 from unittest import mock
 
@@ -247,9 +249,11 @@ def test_inside_a_graph_only_what_it_holds_is_waited_for(backend):
 
 def test_records_are_what_the_kernels_wrote():
     recorder = DeviceRecorder(1, 3, torch.device("cpu"), lambda: None)
-    recorder.start("dispatch", 0)
-    recorder.complete(100, (4, 9))
-    recorder.start("combine", 7)
+    first, second = recorder.start("dispatch"), recorder.start("combine")
+    recorder.complete(100, (4, 9), 1)
+    note = header.Call.from_address(second + recorder.places.call_offset)
+    note.called_ns, note.row_bytes = 2_500_000_000, 7  # as the library does
+    assert second - first == ctypes.sizeof(header.Record)
     written = header.Record(epoch=1, begin_ns=1_000, end_ns=4_000)
     written.num_rows[:3] = 5, 6, 2
     written.longest_wait_ns[:3] = 0, 900, 2_000
@@ -262,6 +266,7 @@ def test_records_are_what_the_kernels_wrote():
     assert dispatch_record.wire_bytes_to_rank == (500, 0, 200)
     assert dispatch_record.wait_s_by_rank == (0.0, 0.0, 2e-6)
     assert dispatch_record.slowest_rank == 2 and dispatch_record.seconds == pytest.approx(3e-6)
+    assert math.isnan(dispatch_record.called_s) and combine_record.called_s == 2.5
     assert combine_record.wire_bytes == 0 and recorder.since(1)[0].op == "combine"
     assert recorder.since(2) == []
 

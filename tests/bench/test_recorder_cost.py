@@ -78,6 +78,7 @@ def test_the_kernels_know_that_name():
 
 def test_what_notes_nothing_gives_kernels_a_record():
     recorder = load_script().Unrecorded(0, 2, torch.device("cpu"), lambda: None)
-    assert recorder.start("dispatch", 10) == recorder.start("combine", 10) == recorder._address
+    assert recorder.start("dispatch", (3,)) == recorder.start("combine") == recorder._address
     recorder.complete(10, (1,))
-    assert recorder.num_operations == 2 and list(recorder) == []
+    assert (recorder.num_operations, recorder.num_dispatches) == (2, 1)
+    assert not any(recorder._rows_of_experts) and not any(recorder._ops)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from buffer_cases import calls_noted
 from emulated_ranks import run_emulated_ranks
 from emulation.build import LOW_LATENCY, build
 from low_latency_cases import (
@@ -48,8 +49,9 @@ SOON = dict(timeout_s=5)
 
 
 def on_buffer(rank: int, buffer: Buffer, case: LowLatencyCase) -> dict[str, Any]:
-    results = run_case(rank, buffer, case, "cpu")
-    buffer.synchronize()
+    with calls_noted(buffer):
+        results = run_case(rank, buffer, case, "cpu")
+        buffer.synchronize()
     return results
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from buffer_cases import calls_noted
 from emulated_nodes import run_emulated_nodes
 from low_latency_cases import (
     Inputs,
@@ -48,8 +49,9 @@ QUICK = [
 
 
 def on_buffer(rank: int, buffer: Buffer, case: LowLatencyCase) -> dict[str, Any]:
-    results = run_case(rank, buffer, case, "cpu")
-    buffer.synchronize()
+    with calls_noted(buffer):
+        results = run_case(rank, buffer, case, "cpu")
+        buffer.synchronize()
     return results
 
 

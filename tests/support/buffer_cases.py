@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -43,6 +46,21 @@ def run_case(
 ) -> dict[str, np.ndarray | list[int] | int]:
     """Everything that one rank gets from one routing, forward and backward."""
     buffer = buffer or Buffer(None, case.config())
+    with calls_noted(buffer):
+        return _run_case(rank, case, buffer)
+
+
+@contextlib.contextmanager
+def calls_noted(buffer: Buffer) -> Iterator[None]:
+    """The records of operations in here say when they were called."""
+    before, start = buffer.records.num_operations, time.monotonic()
+    yield
+    called_s = [record.called_s for record in buffer.records.since(before)]
+    times = [start, *called_s, time.monotonic()]
+    assert called_s and all(a <= b for a, b in itertools.pairwise(times)), times
+
+
+def _run_case(rank: int, case: Case, buffer: Buffer) -> dict[str, np.ndarray | list[int] | int]:
     device = case.device
     topk = to_torch(case.topk_idx(rank), device).to(getattr(torch, case.idx_dtype))
     x = to_torch(case.rows(rank, case.tokens[rank], salt=2), device).requires_grad_()

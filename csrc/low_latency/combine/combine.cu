@@ -41,6 +41,7 @@ int32_t ep_low_latency_combine(const ep_low_latency_combine_args* args, void* st
   const int32_t status = low_latency::check(common);
   if (status != EP_OK) return status;
   const int32_t bytes = common.phases & EP_LOW_LATENCY_SEND ? kStageBytes : 0;
+  low_latency::note_call(common);
   const cudaError_t error = ep::launch(kernel_for<Kernel>(common, CompiledShapes()),
                                        common.num_blocks, kThreads, bytes, stream, true, *args);
   return ep::check_cuda(error, "ep_low_latency_combine");

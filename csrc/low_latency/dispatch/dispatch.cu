@@ -57,6 +57,7 @@ int32_t ep_low_latency_dispatch(const ep_low_latency_dispatch_args* args, void* 
   int64_t bytes = Arrivals::bytes(common);
   const bool has_entries = bytes + Arrivals::entry_bytes(common) <= kMaxShared;
   if (has_entries) bytes += Arrivals::entry_bytes(common);
+  low_latency::note_call(common);
   const cudaError_t error =
       ep::launch(kernel_for<Kernel>(common, CompiledShapes()), common.num_blocks, kThreads, bytes,
                  stream, true, *args, has_entries);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "common/calls.cuh"
 #include "common/launch.cuh"
 #include "nodes/combine/groups.cuh"
 #include "nodes/combine/lister.cuh"
@@ -66,6 +67,7 @@ int32_t ep_nodes_combine(const ep_nodes_combine_args* args, void* stream) {
   const int32_t list_rows = std::max(local.chunk_rows * local.chunks_per_unit * num_topk4,
                                      kGroupTokens * (num_topk4 + local.peers.num_ranks + others));
   const Teams teams = Teams::of_rows(local.row_bytes, list_rows);
+  note_call(local.peers, local.row_bytes);
   kKernels[local.dtype]<<<local.num_blocks, teams.block_threads(), teams.shared_bytes(),
                           static_cast<cudaStream_t>(stream)>>>(*args, teams);
   return ep::check_cuda(cudaGetLastError(), "ep_nodes_combine");

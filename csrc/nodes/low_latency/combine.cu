@@ -246,6 +246,7 @@ int32_t ep_nodes_low_latency_combine(const ep_nodes_low_latency_combine_args* ar
   const int32_t status = far::check(common, args->nodes);
   if (status != EP_OK) return status;
   const int64_t bytes = 4 * (args->nodes.network.num_nodes + 1ll);
+  low_latency::note_call(common);
   low_latency_combine_kernel<<<common.num_blocks, far::kThreads, bytes,
                                static_cast<cudaStream_t>(stream)>>>(*args);
   return ep::check_cuda(cudaGetLastError(), "ep_nodes_low_latency_combine");

@@ -50,6 +50,7 @@ int32_t ep_nodes_low_latency_dispatch(const ep_nodes_low_latency_dispatch_args* 
     return ep::fail(EP_ERR_ARGUMENT, "%d local experts, %d ranks, %d tokens: too many for an SM",
                     common.num_local_experts, num_ranks, common.max_tokens);
   }
+  low_latency::note_call(common);
   low_latency_dispatch_kernel<<<common.num_blocks, far::kThreads, bytes,
                                 static_cast<cudaStream_t>(stream)>>>(*args);
   return ep::check_cuda(cudaGetLastError(), "ep_nodes_low_latency_dispatch");

@@ -8,6 +8,7 @@ from ep_comm._native import header
 from ep_comm.backends.nodes.memory import NodesMemory
 from ep_comm.backends.nvlink.args import common_fields
 from ep_comm.config import EPConfig
+from ep_comm.telemetry.device import RecordPlaces
 
 
 class NodesKernelArgs(NamedTuple):
@@ -23,10 +24,10 @@ def nodes_kernel_args(
     memory: NodesMemory,
     offsets: header.NodesOffsets,
     scratch: int,
-    wire_bytes: int,
+    records: RecordPlaces,
 ) -> NodesKernelArgs:
     """Return the arguments of one buffer; takes what `kernel_args` does."""
-    common = common_fields(config, memory, offsets, scratch, wire_bytes)
+    common = common_fields(config, memory, offsets, scratch, records)
     plan = header.NodesPlanArgs(
         **common.plan,
         network=memory.network,

@@ -8,6 +8,7 @@ from ep_comm._native import header
 from ep_comm.backends.nvlink.memory import PeerMemory
 from ep_comm.backends.nvlink.tuning import COMBINE_PUSH_PERCENT
 from ep_comm.config import EPConfig
+from ep_comm.telemetry.device import RecordPlaces
 
 
 class KernelArgs(NamedTuple):
@@ -31,7 +32,7 @@ def kernel_args(
     memory: PeerMemory,
     offsets: header.BufferOffsets,
     scratch: int,
-    wire_bytes: int,
+    records: RecordPlaces,
 ) -> KernelArgs:
     """Return the arguments of one buffer.
 
@@ -40,9 +41,9 @@ def kernel_args(
         memory: This rank's.
         offsets: Where things stand in it.
         scratch: Address of the plan's scratch memory.
-        wire_bytes: Where kernels count what they send, see `PeerMemory.peers`.
+        records: Where what kernels do is written.
     """
-    common = common_fields(config, memory, offsets, scratch, wire_bytes)
+    common = common_fields(config, memory, offsets, scratch, records)
     return KernelArgs(
         plan=header.PlanArgs(**common.plan, token_bits_offset=offsets.plan_token_bits),
         dispatch=header.DispatchArgs(**common.dispatch, region_bytes=offsets.region_bytes),
@@ -61,10 +62,10 @@ def common_fields(
     memory: PeerMemory,
     offsets: header.BufferOffsets | header.NodesOffsets,
     scratch: int,
-    wire_bytes: int,
+    records: RecordPlaces,
 ) -> CommonFields:
     """Return what `kernel_args` and those between nodes begin with; its arguments are theirs."""
-    dispatch_peers = memory.peers(header.EP_OP_DISPATCH, wire_bytes)
+    dispatch_peers = memory.peers(header.EP_OP_DISPATCH, records)
     sizes = dict(
         max_tokens=config.max_tokens_per_rank,
         max_chunks=offsets.max_chunks,
@@ -94,7 +95,7 @@ def common_fields(
             **sizes,
         ),
         combine=dict(
-            peers=memory.peers(header.EP_OP_COMBINE, wire_bytes),
+            peers=memory.peers(header.EP_OP_COMBINE, records),
             flag_offset=offsets.combine_flags,
             credit_offset=offsets.combine_credits,
             row_offset=offsets.combine_rows,

@@ -174,7 +174,7 @@ class NVLinkBackend:
             self.memory,
             self.offsets,
             self._scratch.data_ptr(),
-            self.recorder.wire_bytes_address,
+            self.recorder.places,
         )
 
     def _find_prices(self, gpu: str, num_sms: int) -> prices.PriceTable | None:
@@ -314,7 +314,7 @@ class NVLinkBackend:
         args.num_blocks = sms
         stream = self._streams.begin(header.EP_OP_COMBINE, asynchronous, sms)
         self._streams.keep_for_current(routing.memory, routing.stream)
-        args.peers.record = self.recorder.start("combine", row_bytes)
+        args.peers.record = self.recorder.start("combine")
         self._launch_combine(args, routing, weights is not None, stream)
         keep = (x, topk_weights, routing.memory)
         return self._pending(Combined(combined, weights), asynchronous, keep)
@@ -327,6 +327,7 @@ class NVLinkBackend:
             return
         received = None if routing.capacity is not None else routing.sizes.received
         self._copies.sum(args, received, stream)
+        self.recorder.complete(args.row_bytes)
 
     # --- order ------------------------------------------------------------------------------------
 

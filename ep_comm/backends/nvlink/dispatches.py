@@ -129,19 +129,18 @@ class Dispatches:
         received = allocate_rows(args, routing, self._config.hidden, recv_dtype, make)
         stream = self._streams.begin(header.EP_OP_DISPATCH, asynchronous, sms)
         self._streams.keep_for_current(routing.memory, routing.stream)
-        num_bytes = args.row_bytes + args.scale_bytes
-        if ahead is not None:
-            args.peers.record = ahead.record
-            self._recorder.complete(num_bytes, routing.known_expert_rows, ahead.number)
+        expert_rows = routing.known_expert_rows
+        if ahead is None:
+            args.peers.record = self._recorder.start("dispatch", expert_rows)
         else:
-            args.peers.record = self._recorder.start(
-                "dispatch", num_bytes, routing.known_expert_rows
-            )
+            args.peers.record = ahead.record
         args.is_planned = args.is_behind_plan = False
         if self._copies is None:
             self._planner.launch_known(args, routing, sms, stream)
         else:
             self._copies.repeat(args, routing.num_tokens, sms, stream, ahead is not None)
+            number = None if ahead is None else ahead.number
+            self._recorder.complete(args.row_bytes + args.scale_bytes, expert_rows, number)
         return received
 
     # --- rows ahead of their routing -------------------------------------------------------------
@@ -165,7 +164,7 @@ class Dispatches:
             args.rows_tag = tag_of_rows(args, sent[0])
             if num_tokens > self._config.max_tokens_per_rank:
                 num_tokens = 0  # the dispatch tells all ranks
-            record = self._recorder.start("dispatch", 0)
+            record = self._recorder.start("dispatch")
             number = self._recorder.num_operations
             self._copies.push_rows_ahead(args, num_tokens, record)
         stream = self._streams.current
@@ -182,6 +181,7 @@ class Dispatches:
         args = self._args
         describe_rows(args, routing, x, None, None, x.dtype)
         stream = self._streams.begin(header.EP_OP_DISPATCH, False, 1)
-        args.peers.record = self._recorder.start("dispatch", args.row_bytes)
+        args.peers.record = self._recorder.start("dispatch")
         args.is_planned = False
         self._copies.push_alone(args, routing.num_tokens, stream)
+        self._recorder.complete(args.row_bytes)

@@ -146,7 +146,7 @@ class LowLatency:
     def _common_args(self, op: int, **offsets: int) -> header.LowLatency:
         is_combine = op == header.EP_OP_LOW_LATENCY_COMBINE
         return header.LowLatency(
-            peers=self._memory.peers(op, self._recorder.wire_bytes_address),
+            peers=self._memory.peers(op, self._recorder.places),
             state=self._state[0].data_ptr(),
             finished=self._state[1 + is_combine].data_ptr(),
             room=self._room,
@@ -215,7 +215,7 @@ class LowLatency:
         asynchronous = request.asynchronous
         common.num_blocks = sms = self._num_sms(asynchronous)
         stream = self._streams.begin(_KIND, asynchronous, sms)
-        call.peers.record = self._recorder.start(call.op, 2 * self._hidden)
+        call.peers.record = self._recorder.start(call.op)
         self._native.launch(call.function, call.launched, stream)
         return self._streams.current if asynchronous else stream
 

@@ -27,6 +27,7 @@ from ep_comm.errors import (
     EPTooManyTokensError,
 )
 from ep_comm.job.meeting import Meeting, meet
+from ep_comm.telemetry.device import RecordPlaces
 from ep_comm.telemetry.watch import Wait
 
 _PHASES = {
@@ -193,12 +194,12 @@ class PeerMemory:
         origin, *relays = self._late_ranks(peer)
         return f"rank {origin}" + "".join(f" (or rank {r}, which relays its rows)" for r in relays)
 
-    def peers(self, op: int, wire_bytes: int) -> header.Peers:
+    def peers(self, op: int, records: RecordPlaces) -> header.Peers:
         """Return what the kernels of an operation need to know of the other ranks.
 
         Args:
             op: EP_OP_*.
-            wire_bytes: Address at which they count the bytes that they send.
+            records: Where what they do is written.
         """
         return header.Peers(
             memory=self._addresses,
@@ -207,7 +208,8 @@ class PeerMemory:
             abort=self.abort.data_ptr(),
             epoch=self._epochs[op].data_ptr(),
             longest_wait_ns=self._waits[op].data_ptr(),
-            wire_bytes=wire_bytes,
+            wire_bytes=records.wire_bytes,
+            call_offset=records.call_offset,
             timeout_ns=int(self._timeout_s * 1e9),
             op=op,
             rank=self._local_rank,

@@ -171,7 +171,7 @@ class Planner:
             self.num_resumed += 1
             self._args.is_begun = True
             return self.ahead.record, self.ahead.number
-        record = self._recorder.start("dispatch", 0)
+        record = self._recorder.start("dispatch")
         if self._copy_engine is not None:
             self._args.is_begun = False
             self._copy_engine.begin(stream, record, begins=False)
@@ -215,7 +215,7 @@ class Planner:
         args.peers.record = first.record
         args.is_planned = True
         self._launch_push(args, routing, first)
-        epoch, alignment = self._recorder.epoch("dispatch"), routing.expert_alignment
+        epoch, alignment = self._recorder.num_dispatches, routing.expert_alignment
         fills, make = comes_in_order(), maker(self._device)
         args.planned_entries = None
         if routing.capacity is None:
