@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -135,14 +136,15 @@ def measure(
     def note(what: str, figure: str, name: str, us: float) -> None:
         found.setdefault((what, figure), {}).setdefault(name, []).append(us)
 
-    for block in range(blocks):
-        names = (WITH, WITHOUT, AGAIN) if block % 2 else (AGAIN, WITHOUT, WITH)
+    # Every order: what a buffer's calls leave in caches meets each of the others alike.
+    orders = itertools.cycle(itertools.permutations(calls))
+    for _ in range(blocks):
         for what in calls[WITH]:
-            for name in names:
+            for name in next(orders):
                 us = median(watch.measure(calls[name][what]).call)
                 note(what, "GPU", name, us / (OPS_OF_A_GRAPH if what == "graph" else 1))
         for _ in range(HOST_TURNS):
-            for name in names:
+            for name in next(orders):
                 note("cached", "host", name, _host_us(calls[name]["cached"], device))
     del calls
     for buffer in buffers.values():

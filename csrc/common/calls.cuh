@@ -1,5 +1,5 @@
-// What the host notes of an operation: when it was called. Done here and not in Python, where it would
-// take a hundredth of a call.
+// What the host notes of an operation: when it was called. Done here and not in Python, where it
+// would take a hundredth of a call.
 #pragma once
 
 #include <ctime>

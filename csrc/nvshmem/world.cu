@@ -71,7 +71,7 @@ int32_t reads_in_order(int32_t* in_order) {
 
 int32_t flush_after_wait(int32_t flushes) {
   return check_cuda(cudaMemcpyToSymbol(network::flushes_after_wait, &flushes, sizeof(flushes)),
-                    "ep_nvshmem_flush");
+                    "cudaMemcpyToSymbol(flushes_after_wait)");
 }
 
 // Initialises NVSHMEM, or, where it is up, tells it of the device state in this library: each
@@ -202,5 +202,3 @@ int32_t ep_nvshmem_raise(uint8_t* flag, int64_t value, int32_t pe, void* stream)
 }
 
 int32_t ep_nvshmem_consistent(int32_t* is_consistent) { return reads_in_order(is_consistent); }
-
-int32_t ep_nvshmem_flush(int32_t flushes) { return flush_after_wait(flushes != 0); }

@@ -19,9 +19,8 @@ __global__ void __launch_bounds__(kThreads)
 
 __global__ void __launch_bounds__(kThreads)
     place_kernel(Shape shape, Workspace workspace, int32_t* num_tokens_per_rank,
-                 int32_t* num_tokens_per_expert, uint8_t* is_token_in_rank, int32_t* send_slot,
-                 int32_t* error) {
-  place_tokens(shape, workspace, num_tokens_per_rank, is_token_in_rank, send_slot);
+                 int32_t* num_tokens_per_expert, uint8_t* is_token_in_rank, int32_t* error) {
+  place_tokens(shape, workspace, num_tokens_per_rank, is_token_in_rank, nullptr);
   sum_expert_counts(shape, workspace.expert_count, num_tokens_per_expert);
   if (blockIdx.x == 0) pick_first_error(shape, workspace.first_error, error);
 }
@@ -54,7 +53,6 @@ int32_t check_pointers(const ep_layout_args& args) {
       {"num_tokens_per_rank", args.num_tokens_per_rank, true},
       {"num_tokens_per_expert", args.num_tokens_per_expert, true},
       {"is_token_in_rank", args.is_token_in_rank, any_token},
-      {"send_slot", args.send_slot, any_token},
       {"error", args.error, true},
       {"workspace", args.workspace, any_token},
   };
@@ -120,6 +118,6 @@ int32_t ep_layout(const ep_layout_args* args, void* stream_pointer) {
   }
   place_kernel<<<std::max(1, shape.num_blocks), kThreads, 0, stream>>>(
       shape, workspace, args->num_tokens_per_rank, args->num_tokens_per_expert,
-      args->is_token_in_rank, args->send_slot, args->error);
+      args->is_token_in_rank, args->error);
   return ep::check_cuda(cudaGetLastError(), "ep_layout: place_kernel");
 }

@@ -203,8 +203,9 @@ __device__ inline void pick_first_error(const Shape& shape, const int4* first_er
   }
 }
 
-// Writes the slots of the block's tokens. The last block also writes the number of tokens of each
-// rank. is_token_in_rank may be NULL.
+// Writes the slots of the block's tokens: for each rank the index among the tokens that go there,
+// or -1. The last block also writes the number of tokens of each rank. is_token_in_rank and
+// send_slot may be NULL.
 __device__ inline void place_tokens(const Shape& shape, const Workspace& workspace,
                                     int32_t* num_tokens_per_rank, uint8_t* is_token_in_rank,
                                     int32_t* send_slot) {
@@ -229,7 +230,9 @@ __device__ inline void place_tokens(const Shape& shape, const Workspace& workspa
       const uint32_t tokens = chunk_tokens[r];
       const bool sent = (tokens >> t & 1) != 0;
       if (is_token_in_rank != nullptr) is_token_in_rank[first_entry + i] = sent;
-      send_slot[first_entry + i] = sent ? next_slot[r] + __popc(tokens & ((1u << t) - 1)) : -1;
+      if (send_slot != nullptr) {
+        send_slot[first_entry + i] = sent ? next_slot[r] + __popc(tokens & ((1u << t) - 1)) : -1;
+      }
     }
     __syncthreads();
     for (int32_t r = threadIdx.x; r < num_ranks; r += kThreads) {

@@ -71,7 +71,6 @@ typedef struct ep_layout_args {
   int32_t* num_tokens_per_rank;   /* [R]    tokens (not copies) sent to each rank */
   int32_t* num_tokens_per_expert; /* [E]    copies sent to each expert */
   uint8_t* is_token_in_rank;      /* [T, R] 1 where the token goes to the rank, else 0 */
-  int32_t* send_slot;             /* [T, R] index among the tokens that go to the rank; or -1 */
   int32_t* error;                 /* [4]    code, token, k (or column), value; code 0 = fine */
   void* workspace;                /* 16-byte aligned; contents need no preparation */
   int64_t workspace_bytes;        /* at least ep_layout_workspace_bytes() */
@@ -300,7 +299,7 @@ enum { EP_NOTICE_NONE = 0, EP_NOTICE_ROUTING = 1, EP_NOTICE_OVERFLOW = 2, EP_NOT
  * for none of them. */
 typedef struct ep_routing {
   int32_t* topk_idx;         /* [T, K] of this rank's own tokens: global experts or -1 */
-  int32_t* send_slot;        /* [T, R] */
+  int32_t* send_slot;        /* [T, R] index among the tokens that go to the rank; or -1 */
   int32_t* entries;          /* of the received rows, but at most last_entry + 1 */
   int32_t* num_sent;         /* [R] rows to each rank */
   int32_t* num_recv;         /* [R] rows from each rank */
@@ -1039,10 +1038,6 @@ EP_NVSHMEM_API int32_t ep_nvshmem_raise(uint8_t* flag, int64_t value, int32_t pe
  * RDMA writes ordering: owner or better). Where it is 0 the kernels have NVSHMEM flush these writes
  * after each wait for data; it does so only where its proxy thread sends, not over IBGDA. */
 EP_NVSHMEM_API int32_t ep_nvshmem_consistent(int32_t* is_consistent);
-
-/* For tests: has kernels flush (1) or not (0) whatever the GPU is, from the next launch on until
- * ep_nvshmem_init. */
-EP_NVSHMEM_API int32_t ep_nvshmem_flush(int32_t flushes);
 
 /* ---- Probe: what the links carry ------------------------------------------------------------ */
 

@@ -189,7 +189,6 @@ def _launch_layout(
         num_tokens_per_expert=empty(num_experts),
         is_token_in_rank=empty(num_tokens, num_ranks, dtype=torch.bool),
     )
-    send_slot = empty(num_tokens, num_ranks)  # the kernels are those of plans, which need it
     error = empty(4)
     workspace = empty(workspace_bytes, dtype=torch.uint8)
     args = header.LayoutArgs(
@@ -198,7 +197,6 @@ def _launch_layout(
         num_tokens_per_rank=layout.num_tokens_per_rank.data_ptr(),
         num_tokens_per_expert=layout.num_tokens_per_expert.data_ptr(),
         is_token_in_rank=layout.is_token_in_rank.data_ptr(),
-        send_slot=send_slot.data_ptr(),
         error=error.data_ptr(),
         workspace=workspace.data_ptr(),
         workspace_bytes=workspace_bytes,
