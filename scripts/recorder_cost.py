@@ -62,7 +62,7 @@ class Unrecorded(DeviceRecorder):
     def complete(
         self,
         row_bytes: int,
-        rows_of_experts: tuple[int, ...] = (),
+        rows_of_experts: tuple[int, ...],
         number: int | None = None,
     ) -> None:
         pass
@@ -137,14 +137,14 @@ def measure(
         found.setdefault((what, figure), {}).setdefault(name, []).append(us)
 
     # Every order: what a buffer's calls leave in caches meets each of the others alike.
-    orders = itertools.cycle(itertools.permutations(calls))
-    for _ in range(blocks):
+    orders = list(itertools.permutations(calls))
+    for block in range(blocks):
         for what in calls[WITH]:
-            for name in next(orders):
+            for name in orders[block % len(orders)]:
                 us = median(watch.measure(calls[name][what]).call)
                 note(what, "GPU", name, us / (OPS_OF_A_GRAPH if what == "graph" else 1))
-        for _ in range(HOST_TURNS):
-            for name in next(orders):
+        for turn in range(HOST_TURNS):
+            for name in orders[(block + turn) % len(orders)]:
                 note("cached", "host", name, _host_us(calls[name]["cached"], device))
     del calls
     for buffer in buffers.values():

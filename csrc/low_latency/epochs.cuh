@@ -234,6 +234,12 @@ __device__ inline int32_t receive_header(const Memory& memory, const Operation& 
   return -1;
 }
 
+// Notes a call of an operation; a second phase is no other call. A combine's rows are BF16 ones. Of
+// a dispatch nobody asks how long they are.
+inline void note_call(const ep_low_latency& common) {
+  if (common.phases & EP_LOW_LATENCY_SEND) ep::note_call(common.peers, 2 * common.hidden);
+}
+
 // EP_OK, or EP_ERR_ARGUMENT with a text: what the host can see of an operation's arguments.
 inline int32_t check(const ep_low_latency& common) {
   const struct {
@@ -258,11 +264,6 @@ inline int32_t check(const ep_low_latency& common) {
     return fail(EP_ERR_ARGUMENT, "hidden = %d is not a multiple of 8", common.hidden);
   }
   return EP_OK;
-}
-
-// Notes a call of an operation, whose rows are BF16 ones; a second phase is no other call.
-inline void note_call(const ep_low_latency& common) {
-  if (common.phases & EP_LOW_LATENCY_SEND) ep::note_call(common.peers, 2 * common.hidden);
 }
 
 // The same of the places for received rows, whose numbers have kRowBits in a handle.

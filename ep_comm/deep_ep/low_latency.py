@@ -92,7 +92,7 @@ class LowLatencyCalls:
             without_grad(x), topk_idx, None,
             cumulative_local_expert_recv_stats, self._own_row(dispatch_wait_recv_cost_stats),
         )  # fmt: skip
-        recv_x, recv_count, native, event, hook = buffer.native.dispatch_untraced(call, given)
+        recv_x, recv_count, native, event, hook = buffer.native._low_latency_dispatch(call, given)
         handle = LowLatencyHandleTuple(native, buffer, recv_count)
         return recv_x, recv_count, handle, event, hook
 

@@ -117,12 +117,12 @@ class LowLatencyCalls:
             x, topk_idx, topk_weights,
             cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats,
         )  # fmt: skip
-        return self.dispatch_untraced(call, given)
+        return self._low_latency_dispatch(call, given)
 
-    def dispatch_untraced(
+    def _low_latency_dispatch(
         self, call: DispatchCall, given: DispatchTensors
     ) -> LowLatencyDispatchOutput:
-        """`low_latency_dispatch` for callers that torch does not trace, which spares them time."""
+        """Do it, of arguments in two tuples; only for callers that are `untraced` themselves."""
         session = self._session
         operation = session.operation()
         x, topk_idx, topk_weights, _, _ = given

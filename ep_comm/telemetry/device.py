@@ -1,4 +1,4 @@
-"""Records of NVLink operations: written by kernels, read when somebody asks."""
+"""Records of NVLink operations: written by kernels and what launches them, read on request."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ep_comm.telemetry.records import RING_LENGTH, Interval, OpRecord
 _RECORD_BYTES = ctypes.sizeof(header.Record)
 
 
-class RecordPlaces(NamedTuple):
-    """Where what operations do is written.
+class RecordAddresses(NamedTuple):
+    """Addresses that kernels, and what launches them, write records to.
 
     Attributes:
         wire_bytes: Address at which kernels add up the bytes that they send.
@@ -49,8 +49,9 @@ class DeviceRecorder:
     numbers of its graph's last replay. Reading waits for the operations.
 
     The host's part costs each operation, so it only writes: an object that is thousands of
-    operations old is in no cache any more, and to free it would take longer than all the rest. Who
-    launches kernels notes the time, see ``csrc/common/calls.cuh``.
+    operations old is in no cache any more, and to free it takes longer than all the rest. (The
+    counts of a new dispatch are such an object.) The library notes the time of a call when it
+    launches a kernel, see ``csrc/common/calls.cuh``.
 
     Attributes:
         num_operations: How many were started.
@@ -100,10 +101,10 @@ class DeviceRecorder:
         return self._ring.view(torch.int64)[:, begin : end + 1]
 
     @property
-    def places(self) -> RecordPlaces:
-        """For kernels and who launches them."""
+    def addresses(self) -> RecordAddresses:
+        """For kernels, and for what launches them."""
         calls = ctypes.addressof(ctypes.c_char.from_buffer(self._calls))
-        return RecordPlaces(self._wire_bytes.data_ptr(), calls - self._address)
+        return RecordAddresses(self._wire_bytes.data_ptr(), calls - self._address)
 
     @property
     def wire_bytes(self) -> int:
@@ -137,10 +138,12 @@ class DeviceRecorder:
     def complete(
         self,
         row_bytes: int,
-        rows_of_experts: tuple[int, ...] = (),
+        rows_of_experts: tuple[int, ...],
         number: int | None = None,
     ) -> None:
-        """Say of an operation what was not known when it was launched.
+        """Say of an operation what was not known when its first kernel was launched.
+
+        Called after that launch, which notes other row bytes.
 
         Args:
             row_bytes: Of each of its rows, with its scales.
@@ -174,7 +177,7 @@ class DeviceRecorder:
     def since(self, num_operations: int) -> list[OpRecord]:
         """Return the records of the operations after the first `num_operations`, oldest first."""
         oldest = max(num_operations, self.num_operations - RING_LENGTH, 0)
-        started = [self._started(place) for place in range(oldest + 1, self.num_operations + 1)]
+        started = list(self._started(oldest))
         if not started:
             return []
         self._synchronize()
@@ -184,16 +187,23 @@ class DeviceRecorder:
             self._record(entry, row.tobytes()) for entry, row in zip(started, rows, strict=True)
         ]
 
-    def _started(self, place: int) -> _Started:
-        slot, call = (place - 1) % RING_LENGTH, self._call(place)
-        return _Started(
-            op=self._ops[slot],
-            place=place,
-            is_backward=bool(self._are_backward[slot]),
-            called_s=call.called_ns / 1e9 if call.called_ns else math.nan,
-            row_bytes=call.row_bytes,
-            rows_of_experts=self._rows_of_experts[slot],
-        )
+    def _started(self, oldest: int) -> Iterator[_Started]:
+        """Yield what the host knows of the operations after the first `oldest`."""
+        has_one_before = oldest > self.num_operations - RING_LENGTH and oldest > 0
+        before_ns = self._call(oldest).called_ns if has_one_before else 0
+        for place in range(oldest + 1, self.num_operations + 1):
+            slot, call = (place - 1) % RING_LENGTH, self._call(place)
+            # Where a launch was refused an older operation's is still there.
+            is_noted = call.called_ns > before_ns
+            before_ns = max(before_ns, call.called_ns)
+            yield _Started(
+                op=self._ops[slot],
+                place=place,
+                is_backward=bool(self._are_backward[slot]),
+                called_s=call.called_ns / 1e9 if is_noted else math.nan,
+                row_bytes=call.row_bytes,
+                rows_of_experts=self._rows_of_experts[slot],
+            )
 
     def _record(self, started: _Started, raw: bytes) -> OpRecord:
         op, place, is_backward, called_s, row_bytes, rows_of_experts = started

@@ -96,6 +96,6 @@ PAGE = Page(
     "dispatch-and-combine",
     "Dispatch and combine: `ep-comm bench`",
     "Times in µs. [The guide](../performance.md#what-the-columns-are) explains the columns.",
-    lambda document: "limit" in document,
+    lambda document: "limit" in document and "prices" not in document,
     _tables,
 )

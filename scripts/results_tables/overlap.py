@@ -10,11 +10,14 @@ from results_tables.tables import Cell, Document, Page, Table
 
 
 def _tables(document: Document) -> list[Table]:
-    columns = "case; rows by; GEMM; SMs; alone; beside; lost; min–max; serial; wrong".split("; ")
+    names = ("alone", "links", "beside", "lost")
+    if "limit" not in document:  # of an earlier version
+        names = ("alone", "beside", "lost")
+    columns = ["case", "rows by", "GEMM", "SMs", *names, "min–max", "serial", "wrong"]
     rows: list[list[Cell]] = []
     for price in document["prices"]:
         lost = price["samples_us"]["lost"]
-        times = (price[f"{name}_us"] for name in ("alone", "beside", "lost"))
+        times = (price[f"{name}_us"] for name in names)
         rows.append(
             [
                 price["case"],

@@ -287,7 +287,7 @@ def test_what_comes_between_rows_and_their_dispatch_keeps_its_record(backend):
     backend.begin(X, None, torch.bfloat16)
     backend.combine(routing, CombineRequest(received.x, None, False))
     dispatch(backend, routing)
-    started = [backend.recorder._started(place) for place in (1, 2, 3)]
+    started = [*backend.recorder._started(0)]
     assert [each.op for each in started] == ["dispatch", "dispatch", "combine"]
     assert [each.row_bytes for each in started] == [1024, 1024, 1024]
 

@@ -23,6 +23,7 @@ from ep_comm.backends.requests import CombineRequest, DispatchRequest
 from ep_comm.errors import EPArgumentError, EPRoutingError, EPUnsupportedError
 from ep_comm.handle import DispatchHandle
 from ep_comm.telemetry.device import DeviceRecorder
+from ep_comm.telemetry.records import RING_LENGTH
 from ep_comm.topology import Spot
 
 
@@ -251,7 +252,7 @@ def test_records_are_what_the_kernels_wrote():
     recorder = DeviceRecorder(1, 3, torch.device("cpu"), lambda: None)
     first, second = recorder.start("dispatch"), recorder.start("combine")
     recorder.complete(100, (4, 9), 1)
-    note = header.Call.from_address(second + recorder.places.call_offset)
+    note = header.Call.from_address(second + recorder.addresses.call_offset)
     note.called_ns, note.row_bytes = 2_500_000_000, 7  # as the library does
     assert second - first == ctypes.sizeof(header.Record)
     written = header.Record(epoch=1, begin_ns=1_000, end_ns=4_000)
@@ -269,6 +270,20 @@ def test_records_are_what_the_kernels_wrote():
     assert math.isnan(dispatch_record.called_s) and combine_record.called_s == 2.5
     assert combine_record.wire_bytes == 0 and recorder.since(1)[0].op == "combine"
     assert recorder.since(2) == []
+
+
+def test_of_a_launch_that_was_refused_no_older_call_is_told():
+    recorder = DeviceRecorder(0, 2, torch.device("cpu"), lambda: None)
+    offset = recorder.addresses.call_offset
+    for number in range(1, RING_LENGTH + 1):
+        header.Call.from_address(recorder.start("combine") + offset).called_ns = number * 10**9
+    recorder.start("dispatch")  # where the first one stood
+    before, refused = recorder.since(RING_LENGTH - 1)
+    assert (before.op, before.called_s) == ("combine", RING_LENGTH)
+    assert refused.op == "dispatch" and math.isnan(refused.called_s)
+    (alone,) = recorder.since(RING_LENGTH)
+    assert math.isnan(alone.called_s)
+    assert [record.called_s for record in recorder][:2] == [2.0, 3.0]
 
 
 def test_after_an_error_or_the_end_nothing_is_left_behind(backend):

@@ -19,7 +19,7 @@ from ep_comm.backends.nvlink.farewell import Farewell
 from ep_comm.backends.nvlink.mapping import allocated_by_all
 from ep_comm.backends.nvlink.memory import PeerMemory
 from ep_comm.job.meeting import meet
-from ep_comm.telemetry.device import RecordPlaces
+from ep_comm.telemetry.device import RecordAddresses
 from ep_comm.telemetry.watch import Wait
 
 
@@ -113,7 +113,7 @@ def test_each_kind_of_operation_has_its_words(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     memory = PeerMemory(1, zeros(1), [1, 2], 2.0, None, Farewell(1, []))
     for op, name in ((header.EP_OP_DISPATCH, "dispatch"), (header.EP_OP_COMBINE, "combine")):
-        words = (ctypes.c_int64 * 2).from_address(memory.peers(op, RecordPlaces(0, 0)).progress)
+        words = (ctypes.c_int64 * 2).from_address(memory.peers(op, RecordAddresses(0, 0)).progress)
         words[0] = header.EP_PHASE_ROWS << 32 | 5  # as a kernel would
         assert memory.waits() == [Wait(name, "rows", 5, 0)]
         words[0] = 0

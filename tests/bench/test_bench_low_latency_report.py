@@ -33,7 +33,7 @@ def cells_of(text: str, begin: str) -> list[str]:
 
 def test_table():
     text = text_of(made_up_run())
-    assert "340 GB/s, one way 0.70 µs" in text and "VOID" not in text
+    assert "limit 340 GB/s, one way 0.70 µs" in text and "VOID" not in text
     assert cells_of(text, "dispatch + combine ") == [
         *("dispatch + combine", "40.0", "60.0", "120.0", "1.50", "39.0", "-", "4.0", "10.0"),
         *("41.0", "60.0", "120.0", "0"),

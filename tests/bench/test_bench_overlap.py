@@ -16,12 +16,14 @@ from ep_comm import Buffer
 from ep_comm.backends.nvlink import prices
 from ep_comm.backends.nvlink.prices import gemm_tiles
 from ep_comm.bench.ops.cases import buffer_cases, make_inputs
+from ep_comm.bench.ops.probe import Limit
 from ep_comm.bench.ops.settings import PRESETS, Shape
 from ep_comm.bench.overlap import check, gemms, price, settings
 from ep_comm.bench.overlap.price import Beside, Span
 from ep_comm.bench.overlap.report import (
     best_of,
     curves,
+    document,
     render,
     title,
     write_json,
@@ -201,12 +203,18 @@ def test_the_best_sm_count_is_marked():
     ]
     case = "dispatch, cached, expert-major"
     assert rows == [
-        [case, "all", "222", "489", "186", "181", "193", "230", "yes", "0"],
-        [case, "64*", "222", "489", "170", "165", "177", "230", "yes", "0"],
-        [case, "24", "222", "489", "237", "232", "244", "230", "no", "0"],
-        ["NCCL alltoall dispatch", "-", "222", "489", "404", "399", "411", "230", "no", "0"],
+        [case, "all", "222", "159", "489", "186", "181", "193", "230", "yes", "0"],
+        [case, "64*", "222", "159", "489", "170", "165", "177", "230", "yes", "0"],
+        [case, "24", "222", "159", "489", "237", "232", "244", "230", "no", "0"],
+        ["NCCL alltoall dispatch", "-", "222", "159", "489", "404", "399", "411", "230", "no", "0"],
     ]
-    assert "WRONG" not in text and "…" not in text
+    assert "WRONG" not in text and "VOID" not in text and "…" not in text
+
+
+def test_slow_links_void_a_run():
+    slow = dataclasses.replace(made_up_run(), limit=Limit(gb_per_s_by_sms={16: 90.0, 32: 92.0}))
+    assert "VOID: the links carried 92.0 GB/s, below the 320 that a run needs" in text_of(slow)
+    assert document(slow)["void"] and not document(made_up_run())["void"]
 
 
 def test_wrong_results_are_said_in_red():
@@ -224,12 +232,14 @@ def test_curves_are_of_one_gemm_and_layout():
 
 def test_json_and_picture(tmp_path):
     write_json(made_up_run(), tmp_path / "bench-overlap.json")
-    document = json.loads((tmp_path / "bench-overlap.json").read_text())
-    assert {"date", "command", "commit", "versions", "gpus"} <= document.keys()
-    assert document["settings"]["gemms"] == [{"m": 4096, "n": 4096, "k": 7168}]
-    assert [each["is_best"] for each in document["prices"]] == [False, True, False, True]
-    assert [each["pays"] for each in document["prices"]] == [True, True, False, False]
-    assert document["prices"][0]["samples_us"]["lost"] == [181, 186, 193]
+    written = json.loads((tmp_path / "bench-overlap.json").read_text())
+    assert {"date", "command", "commit", "versions", "gpus"} <= written.keys()
+    assert written["settings"]["gemms"] == [{"m": 4096, "n": 4096, "k": 7168}]
+    assert [each["is_best"] for each in written["prices"]] == [False, True, False, True]
+    assert [each["pays"] for each in written["prices"]] == [True, True, False, False]
+    assert written["prices"][0]["samples_us"]["lost"] == [181, 186, 193]
+    assert written["limit"]["gb_per_s"] == 370 and written["limit"]["required_gb_per_s"] == 320
+    assert written["prices"][0]["links_us"] == pytest.approx(58.7e6 / 370e3)
     write_plot(made_up_run(), tmp_path / "bench-overlap.png")
     assert (tmp_path / "bench-overlap.png").read_bytes().startswith(b"\x89PNG")
 
@@ -273,9 +283,9 @@ def test_run_on_gpus(wire):
     ours = [each for each in found.prices if each.num_sms is not None]
     others = 2 + (wire == "copy-engine")  # copies without the rest of a dispatch
     assert len(ours) == 2 * 5 * 2 and len(found.prices) == len(ours) + others
-    assert len(said) == 1 + len(found.prices)
+    assert len(said) == 2 + 1 + len(found.prices)  # the limit, and the GEMM
     assert found.num_wrong == 0
     for each in found.prices:
-        assert min(each.alone) > 0 and min(each.beside) > 0
+        assert min(each.alone) > 0 and min(each.beside) > 0 and each.wire_bytes > 0
         assert len(each.lost) == len(each.serial) == 3
     assert found.gemm_us["256x512x128"] > 0

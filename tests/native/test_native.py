@@ -140,7 +140,7 @@ def test_refuses_bad_arguments_before_any_launch(library):
     assert "input is NULL" in refusal()
     pointers = [name for name, kind in header.LayoutArgs._fields_ if kind is ctypes.c_void_p]
     given = dict.fromkeys(pointers, 16)
-    assert "send_slot is NULL" in refusal(**given | {"send_slot": 0})
+    assert "is_token_in_rank is NULL" in refusal(**given | {"is_token_in_rank": 0})
     assert "workspace is not aligned to 16 bytes" in refusal(**given | {"workspace": 8})
     assert "workspace has 0 bytes, " in refusal(**given)
     with pytest.raises(EPArgumentError, match="num_experts = 7 "):

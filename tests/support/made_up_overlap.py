@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from ep_comm.bench.ops.probe import Limit
 from ep_comm.bench.ops.routing import RoutingSpec
 from ep_comm.bench.ops.settings import Shape
 from ep_comm.bench.overlap.run import Price, Run
@@ -32,6 +33,7 @@ def made_up_price(case: str, num_sms: int | None, lost: float, **others) -> Pric
         beside=(489.0,) * 3,
         lost=(lost - 5, lost, lost + 7),
         serial=(230.0,) * 3,
+        wire_bytes=58.7e6,
         num_wrong=0,
     )
     return Price(**{**kept, **others})
@@ -49,6 +51,7 @@ def made_up_run(*more: Price) -> Run:
         settings=wanted,
         num_ranks=2,
         available_sms=132,
+        limit=Limit(gb_per_s_by_sms={16: 355.0, 32: 370.0}),
         backend="nvlink (2 GPUs)",
         gemm_us={"4096x4096x7168": 307.0},
         prices=prices + more,

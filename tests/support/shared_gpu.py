@@ -4,11 +4,11 @@
     python tests/support/shared_gpu.py 2 examples/decode_moe.py         # a script of two ranks
 
 Each rank takes the GPU for one of its own, with its part of the SMs. MPS would give it such a part
-too, but may give two ranks the same one: then blocks that wait for one another stand still. So our
-kernels only take as many SMs in all as there are, and each finds room. Processes map each other's
-memory as those of several GPUs do, by the same handles. NCCL takes them for hosts, and goes through
-sockets. So results, errors and what becomes of a killed rank are those of several GPUs. Times say
-nothing, and an error of the GPU ends all ranks.
+too, but may give two ranks the same one: then blocks that wait for one another stand still. So the
+kernels of all ranks together take half of the SMs, and each finds room, even beside one that still
+holds its own. Processes map each other's memory as those of several GPUs do, by the same handles.
+NCCL takes them for hosts, and goes through sockets. So results, errors and what becomes of a killed
+rank are those of several GPUs. Times say nothing, and an error of the GPU ends all ranks.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def gpu_of(rank: int) -> int:
 
 
 def take_part(num_parts: int) -> None:
-    """Have this process find a GPU with one of so many parts of the SMs; NCCL has some too."""
+    """Have this process find a GPU with half of one of so many parts of the SMs; NCCL has some."""
     import torch
 
     properties_of = torch.cuda.get_device_properties

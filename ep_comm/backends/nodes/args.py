@@ -8,7 +8,7 @@ from ep_comm._native import header
 from ep_comm.backends.nodes.memory import NodesMemory
 from ep_comm.backends.nvlink.args import common_fields
 from ep_comm.config import EPConfig
-from ep_comm.telemetry.device import RecordPlaces
+from ep_comm.telemetry.device import RecordAddresses
 
 
 class NodesKernelArgs(NamedTuple):
@@ -24,7 +24,7 @@ def nodes_kernel_args(
     memory: NodesMemory,
     offsets: header.NodesOffsets,
     scratch: int,
-    records: RecordPlaces,
+    records: RecordAddresses,
 ) -> NodesKernelArgs:
     """Return the arguments of one buffer; takes what `kernel_args` does."""
     common = common_fields(config, memory, offsets, scratch, records)

@@ -155,7 +155,7 @@ class NodesBackend(NVLinkBackend):
             self.memory,
             self.offsets,
             self._scratch.data_ptr(),
-            self.recorder.places,
+            self.recorder.addresses,
         )
         return KernelArgs(all_args.plan, all_args.dispatch.dispatch, all_args.combine.combine)
 

@@ -8,7 +8,7 @@ from ep_comm._native import header
 from ep_comm.backends.nvlink.memory import PeerMemory
 from ep_comm.backends.nvlink.tuning import COMBINE_PUSH_PERCENT
 from ep_comm.config import EPConfig
-from ep_comm.telemetry.device import RecordPlaces
+from ep_comm.telemetry.device import RecordAddresses
 
 
 class KernelArgs(NamedTuple):
@@ -32,7 +32,7 @@ def kernel_args(
     memory: PeerMemory,
     offsets: header.BufferOffsets,
     scratch: int,
-    records: RecordPlaces,
+    records: RecordAddresses,
 ) -> KernelArgs:
     """Return the arguments of one buffer.
 
@@ -41,7 +41,7 @@ def kernel_args(
         memory: This rank's.
         offsets: Where things stand in it.
         scratch: Address of the plan's scratch memory.
-        records: Where what kernels do is written.
+        records: Where kernels write records.
     """
     common = common_fields(config, memory, offsets, scratch, records)
     return KernelArgs(
@@ -62,7 +62,7 @@ def common_fields(
     memory: PeerMemory,
     offsets: header.BufferOffsets | header.NodesOffsets,
     scratch: int,
-    records: RecordPlaces,
+    records: RecordAddresses,
 ) -> CommonFields:
     """Return what `kernel_args` and those between nodes begin with; its arguments are theirs."""
     dispatch_peers = memory.peers(header.EP_OP_DISPATCH, records)

@@ -174,7 +174,7 @@ class NVLinkBackend:
             self.memory,
             self.offsets,
             self._scratch.data_ptr(),
-            self.recorder.places,
+            self.recorder.addresses,
         )
 
     def _find_prices(self, gpu: str, num_sms: int) -> prices.PriceTable | None:
@@ -327,7 +327,7 @@ class NVLinkBackend:
             return
         received = None if routing.capacity is not None else routing.sizes.received
         self._copies.sum(args, received, stream)
-        self.recorder.complete(args.row_bytes)
+        self.recorder.complete(args.row_bytes, ())
 
     # --- order ------------------------------------------------------------------------------------
 

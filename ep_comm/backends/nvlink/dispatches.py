@@ -184,4 +184,4 @@ class Dispatches:
         args.peers.record = self._recorder.start("dispatch")
         args.is_planned = False
         self._copies.push_alone(args, routing.num_tokens, stream)
-        self._recorder.complete(args.row_bytes)
+        self._recorder.complete(args.row_bytes, ())

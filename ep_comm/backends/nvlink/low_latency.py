@@ -146,7 +146,7 @@ class LowLatency:
     def _common_args(self, op: int, **offsets: int) -> header.LowLatency:
         is_combine = op == header.EP_OP_LOW_LATENCY_COMBINE
         return header.LowLatency(
-            peers=self._memory.peers(op, self._recorder.places),
+            peers=self._memory.peers(op, self._recorder.addresses),
             state=self._state[0].data_ptr(),
             finished=self._state[1 + is_combine].data_ptr(),
             room=self._room,

@@ -27,7 +27,7 @@ from ep_comm.errors import (
     EPTooManyTokensError,
 )
 from ep_comm.job.meeting import Meeting, meet
-from ep_comm.telemetry.device import RecordPlaces
+from ep_comm.telemetry.device import RecordAddresses
 from ep_comm.telemetry.watch import Wait
 
 _PHASES = {
@@ -194,12 +194,12 @@ class PeerMemory:
         origin, *relays = self._late_ranks(peer)
         return f"rank {origin}" + "".join(f" (or rank {r}, which relays its rows)" for r in relays)
 
-    def peers(self, op: int, records: RecordPlaces) -> header.Peers:
+    def peers(self, op: int, records: RecordAddresses) -> header.Peers:
         """Return what the kernels of an operation need to know of the other ranks.
 
         Args:
             op: EP_OP_*.
-            records: Where what they do is written.
+            records: Where they write records.
         """
         return header.Peers(
             memory=self._addresses,

@@ -15,7 +15,6 @@ from ep_comm.bench.low_latency.clocks import HOST_CALLS, Times
 from ep_comm.bench.low_latency.run import Result, Run
 from ep_comm.bench.low_latency.settings import Point
 from ep_comm.bench.low_latency.works import BUSY_NS, REPEATS
-from ep_comm.bench.ops.probe import REQUIRED_GB_PER_S
 from ep_comm.bench.tables import number, screen_table
 from ep_comm.job import files
 from ep_comm.job.environment import surroundings
@@ -49,13 +48,8 @@ def headline(run: Run) -> str:
     )
     if run.floors is None:
         return f"{text}; CPU ranks, {run.backend}"
-    rate = run.floors.limit.gb_per_s
-    if is_void(run):
-        return (
-            f"{text}; VOID: the links carried {rate:.1f} GB/s, below the {REQUIRED_GB_PER_S:.0f} "
-            "that a run needs"
-        )
-    return f"{text}; {rate:.0f} GB/s, one way {run.floors.one_way_us:.2f} µs"
+    one_way = "" if is_void(run) else f", one way {run.floors.one_way_us:.2f} µs"
+    return f"{text}; {run.floors.limit.describe()}{one_way}"
 
 
 def is_void(run: Run) -> bool:
@@ -79,13 +73,7 @@ def write_json(run: Run, path: Path) -> None:
     """Write everything: settings, surroundings, floors, and every figure in µs."""
     floors: dict[str, Any] = {}
     if run.floors is not None:
-        limit = run.floors.limit
-        floors = {
-            "one_way_us": run.floors.one_way_us,
-            "gb_per_s": limit.gb_per_s,
-            "required_gb_per_s": REQUIRED_GB_PER_S,
-            "gb_per_s_by_sms": limit.gb_per_s_by_sms,
-        }
+        floors = {"one_way_us": run.floors.one_way_us, **run.floors.limit.document()}
     document = {
         "headline": headline(run),
         "void": is_void(run),

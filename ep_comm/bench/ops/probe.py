@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,23 @@ class Limit:
     def is_void(self) -> bool:
         """Whether something held the links up, so that no figure of the run counts."""
         return self.gb_per_s < REQUIRED_GB_PER_S
+
+    def describe(self) -> str:
+        """Return it for a headline; of a void run, that it is void and why."""
+        if not self.is_void:
+            return f"limit {self.gb_per_s:.0f} GB/s"
+        return (
+            f"VOID: the links carried {self.gb_per_s:.1f} GB/s, below the "
+            f"{REQUIRED_GB_PER_S:.0f} that a run needs"
+        )
+
+    def document(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return {
+            "gb_per_s": self.gb_per_s,
+            "required_gb_per_s": REQUIRED_GB_PER_S,
+            "gb_per_s_by_sms": self.gb_per_s_by_sms,
+        }
 
     def floor_us(self, wire_bytes: float) -> float:
         """Return the least time in which that many bytes leave a GPU, in µs."""

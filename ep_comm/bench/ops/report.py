@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from ep_comm.bench.ops.probe import REQUIRED_GB_PER_S
 from ep_comm.bench.ops.run import Result, Run
 from ep_comm.bench.tables import screen_table, sms_name
 from ep_comm.bench.timing import UNALIGNED_CALLS, summarize
@@ -28,15 +27,10 @@ x limit: call against the time in which the limit carries one copy of a row a ra
 def headline(run: Run) -> str:
     """Return sizes and limit; of a void run, that it is void and why."""
     shape, settings = run.settings.shape, run.settings
-    limit = f"limit {run.limit.gb_per_s:.0f} GB/s"
-    if run.limit.is_void:
-        limit = (
-            f"VOID: the links carried {run.limit.gb_per_s:.1f} GB/s, below the "
-            f"{REQUIRED_GB_PER_S:.0f} that a run needs"
-        )
     return (
         f"{run.num_ranks} ranks, {shape.tokens} tokens x {shape.hidden}, top-{shape.topk} of "
-        f"{shape.experts}, {settings.routing.describe()}, {settings.layout}-major; {limit}"
+        f"{shape.experts}, {settings.routing.describe()}, {settings.layout}-major; "
+        f"{run.limit.describe()}"
     )
 
 
@@ -82,11 +76,7 @@ def document(run: Run) -> dict[str, Any]:
         "settings": {**asdict(run.settings), "shape": run.settings.shape._asdict()},
         "backend": run.backend,
         "buffer_bytes": run.buffer_bytes,
-        "limit": {
-            "gb_per_s": run.limit.gb_per_s,
-            "required_gb_per_s": REQUIRED_GB_PER_S,
-            "gb_per_s_by_sms": run.limit.gb_per_s_by_sms,
-        },
+        "limit": run.limit.document(),
         "imbalance": {"rank": run.rank_imbalance, "expert": run.expert_imbalance},
         "results": [
             {

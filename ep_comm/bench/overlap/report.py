@@ -23,6 +23,7 @@ _OPS = {"dispatch, cached": "dispatch", "combine": "combine"}
 _NOTES = """\
 times in µs of one operation, the slowest rank's median. alone: one of several back to back; beside:
 the same while GEMMs run on another stream
+links: what these need for its bytes, as they were measured in this run
 lost: GEMM time with operations beside less that without, over the operations that ran meanwhile
 serial: what the operation takes between GEMMs on their own stream, with all SMs
 *: the SM count that costs GEMMs least. pays: they lose less than the serial time
@@ -30,12 +31,12 @@ wrong: rows on all ranks that were not bit for bit what plain torch gives; NCCL'
 
 
 def headline(run: Run) -> str:
-    """Return the sizes."""
+    """Return sizes and limit; of a void run, that it is void and why."""
     shape, settings = run.settings.shape, run.settings
     wire = "" if settings.wire == "sm" else ", rows by copy engines"
     return (
         f"{run.num_ranks} ranks, {shape.tokens} tokens x {shape.hidden}, top-{shape.topk} of "
-        f"{shape.experts}, {settings.routing.describe()}{wire}"
+        f"{shape.experts}, {settings.routing.describe()}{wire}; {run.limit.describe()}"
     )
 
 
@@ -61,8 +62,20 @@ def best_of(curve: list[Price]) -> Price:
 
 def render(run: Run) -> Group:
     """Return what rank 0 prints."""
-    parts: list[Any] = [Text(headline(run), style="bold")]
-    columns = ("case", "SMs", "alone", "beside", "lost", "min", "max", "serial", "pays", "wrong")
+    parts: list[Any] = [Text(headline(run), style="bold red" if run.limit.is_void else "bold")]
+    columns = (
+        "case",
+        "SMs",
+        "alone",
+        "links",
+        "beside",
+        "lost",
+        "min",
+        "max",
+        "serial",
+        "pays",
+        "wrong",
+    )
     for gemm in run.gemm_us:
         table = screen_table(title(run, gemm), columns)
         for (of, name), curve in curves(run.prices).items():
@@ -71,7 +84,7 @@ def render(run: Run) -> Group:
             least = best_of(curve)
             for price in curve:
                 is_best = price is least and len(curve) > 1
-                table.add_row(name, *_cells(price, is_best), style="bold" if is_best else None)
+                table.add_row(name, *_cells(run, price, is_best), style="bold" if is_best else None)
         parts.append(table)
     if run.num_wrong:
         parts.append(Text(f"WRONG RESULTS: {run.num_wrong} rows", style="bold red"))
@@ -92,6 +105,8 @@ def document(run: Run) -> dict[str, Any]:
         **surroundings(),
         "num_ranks": run.num_ranks,
         "available_sms": run.available_sms,
+        "limit": run.limit.document(),
+        "void": run.limit.is_void,
         "settings": settings,
         "backend": run.backend,
         "gemm_us": run.gemm_us,
@@ -104,6 +119,7 @@ def document(run: Run) -> dict[str, Any]:
                 "tiles": price.tiles,
                 "num_sms": price.num_sms,
                 "alone_us": median(price.alone),
+                "links_us": run.limit.floor_us(price.wire_bytes),
                 "beside_us": median(price.beside),
                 "lost_us": median(price.lost),
                 "serial_us": median(price.serial),
@@ -165,7 +181,7 @@ def write_plot(run: Run, path: Path) -> None:
 
     names = list(run.gemm_us)
     figure = Figure(figsize=(9, 5.5 * len(names)), layout="constrained")
-    figure.suptitle(headline(run), fontsize=10)
+    figure.suptitle(headline(run), fontsize=10, color="red" if run.limit.is_void else "black")
     counts = sorted({count or run.available_sms for count in run.settings.sms})
     for axes, gemm in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
         for (of, name), curve in curves(run.prices).items():
@@ -195,12 +211,13 @@ def _point(run: Run, price: Price) -> tuple[int, float]:
     return price.num_sms or run.available_sms, median(price.lost)
 
 
-def _cells(price: Price, is_best: bool) -> list[str]:
+def _cells(run: Run, price: Price, is_best: bool) -> list[str]:
     sms = sms_name(price.num_sms)
     lost = median(price.lost)
     return [
         f"{sms}*" if is_best else sms,
         f"{median(price.alone):.0f}",
+        f"{run.limit.floor_us(price.wire_bytes):.0f}",
         f"{median(price.beside):.0f}",
         f"{lost:.0f}",
         f"{min(price.lost):.0f}",

@@ -22,6 +22,8 @@ from ep_comm.bench.ops.cases import (
     buffer_cases,
     make_inputs,
 )
+from ep_comm.bench.ops.probe import Limit, measure_limit
+from ep_comm.bench.ops.run import warm_up
 from ep_comm.bench.overlap import gemms
 from ep_comm.bench.overlap.check import Expected, check, expected
 from ep_comm.bench.overlap.measure import Bench, Call
@@ -53,6 +55,7 @@ class Price:
         beside: The same with GEMMs beside them; a sample a run.
         lost: GEMM time that one operation took; a sample a run.
         serial: The operation between GEMMs on their stream, with all SMs.
+        wire_bytes: Payload and scales that cross the busiest link: most of any rank, in or out.
         num_wrong: Rows over all ranks that were not what they must be.
     """
 
@@ -65,6 +68,7 @@ class Price:
     beside: tuple[float, ...]
     lost: tuple[float, ...]
     serial: tuple[float, ...]
+    wire_bytes: float
     num_wrong: int
 
     @property
@@ -86,6 +90,7 @@ class Run:
         settings: What was measured.
         num_ranks: Ranks, one GPU each.
         available_sms: Of a GPU.
+        limit: What the links carried.
         backend: Description of the buffer's backend.
         gemm_us: Time of one of each GEMM alone.
         prices: In the order measured.
@@ -94,6 +99,7 @@ class Run:
     settings: OverlapSettings
     num_ranks: int
     available_sms: int
+    limit: Limit
     backend: str
     gemm_us: dict[str, float]
     prices: tuple[Price, ...]
@@ -115,6 +121,7 @@ class _Operation:
         beside: Launches it to run beside other work.
         serial: Launches it on the current stream.
         set_sms: Sets how many SMs it takes; None is all.
+        wire_bytes: As in `Price`.
         sets: Its inputs, and what they must give; empty where that is not checked.
     """
 
@@ -124,6 +131,7 @@ class _Operation:
     beside: Call
     serial: Call
     set_sms: Callable[[int | None], None]
+    wire_bytes: float
     sets: tuple[tuple[InputSet, Expected], ...]
 
 
@@ -140,13 +148,16 @@ def run(settings: OverlapSettings, device: torch.device, progress: Callable[[str
     available_sms = torch.cuda.get_device_properties(device).multi_processor_count
     buffer = Buffer(None, settings.config(device))
     watch = Stopwatch(device, settings.runs)
+    progress("limit of the links")
+    limit = measure_limit(watch)
+    progress(f"limit of the links: {limit.gb_per_s:.0f} GB/s")
     prices: list[Price] = []
     gemm_us: dict[str, float] = {}
     for gemm in _gemms(settings, buffer, inputs, device):
         progress(gemm.name)
         bench = Bench(watch, gemm)
         (gemm_us[gemm.name],) = watch.slowest([bench.gemms_alone() / bench.num_gemms])
-        for operation in _operations(settings, buffer, inputs, available_sms):
+        for operation in _operations(settings, buffer, inputs, device, available_sms):
             prices += _prices(operation, bench, gemm, watch, settings.runs, progress)
     backend = buffer.describe()
     buffer.destroy()
@@ -154,6 +165,7 @@ def run(settings: OverlapSettings, device: torch.device, progress: Callable[[str
         settings=settings,
         num_ranks=dist.get_world_size(),
         available_sms=available_sms,
+        limit=limit,
         backend=backend,
         gemm_us=gemm_us,
         prices=tuple(prices),
@@ -171,7 +183,11 @@ def _gemms(
 
 
 def _operations(
-    settings: OverlapSettings, buffer: Buffer, inputs: list[InputSet], available_sms: int
+    settings: OverlapSettings,
+    buffer: Buffer,
+    inputs: list[InputSet],
+    device: torch.device,
+    available_sms: int,
 ) -> Iterator[_Operation]:
     """Yield what is measured, one layout's outputs in memory at a time."""
 
@@ -202,6 +218,7 @@ def _operations(
                     beside=asynchronous(case),
                     serial=case.call,
                     set_sms=set_sms,
+                    wire_bytes=warm_up(case, device),
                     sets=tuple(sets),
                 )
     if settings.wire == "copy-engine":
@@ -217,6 +234,7 @@ def _operations(
             beside=case.call,
             serial=case.call,
             set_sms=lambda _: None,
+            wire_bytes=warm_up(case, device),
             sets=(),
         )
 
@@ -241,6 +259,7 @@ def _copies_alone(buffer: Buffer, inputs: list[InputSet]) -> _Operation:
         beside=call,
         serial=call,
         set_sms=lambda _: None,
+        wire_bytes=(dist.get_world_size() - 1) * inputs[0].x.nbytes,
         sets=(),
     )
 
@@ -300,5 +319,6 @@ def _one_price(operation: _Operation, bench: Bench, watch: Stopwatch, runs: int)
         beside=watch.slowest(beside),
         lost=watch.slowest(lost),
         serial=(),
+        wire_bytes=operation.wire_bytes,
         num_wrong=num_wrong,
     )
