@@ -19,7 +19,6 @@ import contextlib
 import importlib.util
 import itertools
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +144,12 @@ def measure(
                 note(what, "GPU", name, us / (OPS_OF_A_GRAPH if what == "graph" else 1))
         for turn in range(HOST_TURNS):
             for name in orders[(block + turn) % len(orders)]:
-                note("cached", "host", name, _host_us(calls[name]["cached"], device))
+                note(
+                    "cached",
+                    "host",
+                    name,
+                    watch.host_back_to_back(calls[name]["cached"], HOST_CALLS),
+                )
     del calls
     for buffer in buffers.values():
         buffer.destroy()
@@ -174,15 +178,6 @@ def calls_of(
                 cached(i)
         found["graph"] = lambda _: graph.replay()
     return found
-
-
-def _host_us(call: Callable[[int], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    for i in range(HOST_CALLS):
-        call(i)
-    return 1e6 * (time.perf_counter() - start) / HOST_CALLS
 
 
 def document(costs: list[Cost]) -> dict[str, Any]:

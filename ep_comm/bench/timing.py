@@ -107,6 +107,17 @@ class Stopwatch:
                 call(i)
         return 1e6 * span.seconds / count
 
+    def host_back_to_back(self, call: Callable[[int], object], count: int) -> float:
+        """Return the µs that this rank's host is in one of `count` calls with nothing between them.
+
+        The GPU is idle before. No other rank is waited for.
+        """
+        self._synchronize()
+        start = time.perf_counter()
+        for i in range(count):
+            call(i)
+        return 1e6 * (time.perf_counter() - start) / count
+
     def slowest(self, samples_us: list[float]) -> tuple[float, ...]:
         """Return each sample as the rank took for which it was longest."""
         samples = torch.tensor(samples_us, dtype=torch.float64, device=self.device)

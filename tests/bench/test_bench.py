@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import time
 from unittest import mock
 
 import pytest
@@ -296,6 +297,19 @@ def host_times(rank: int) -> tuple[float, ...]:
 
 def test_the_slowest_host_is_the_one_with_the_largest_median():
     assert run_ranks(2, host_times) == [(4.0, 3.0, 5.0)] * 2
+
+
+def test_the_host_is_timed_over_calls_in_a_row():
+    called: list[int] = []
+
+    def call(i: int) -> None:
+        called.append(i)
+        time.sleep(0.002)
+
+    watch, start = Stopwatch(torch.device("cpu"), iters=1), time.perf_counter()
+    us = watch.host_back_to_back(call, 3)
+    assert called == [0, 1, 2]
+    assert 2_000 <= us <= 1e6 * (time.perf_counter() - start) / 3  # of one of them
 
 
 def test_all_ranks_have_the_slowest_times():

@@ -7,7 +7,6 @@ One rank will do: the host's work does not depend on how many there are. It prin
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from deep_ep_gpus import EXPERTS, HIDDEN, ON_GPUS, TOKENS, TOPK, inputs
 from own_name import patience
 from ranks import run_ranks
 
+from ep_comm.bench.timing import Stopwatch
 from ep_comm.deep_ep import Buffer, ElasticBuffer
 
 patience()
@@ -104,28 +104,25 @@ def host_times(
     meets a few blocks of each.
     """
     pairs = pairs_of(rank)
+    watch = Stopwatch(torch.device("cuda"), iters=1)
+
+    def in_block(call: Callable[[], Any]) -> float:
+        return watch.host_back_to_back(lambda _: call(), _CALLS)
+
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in pairs}
     for block in range(_BLOCKS):
         for name, (native, theirs) in pairs.items():
             # Either is first in every other block: what that leaves in caches helps the second.
             if block % 2:
-                native_us, theirs_us = _block(native), _block(theirs)
+                native_us, theirs_us = in_block(native), in_block(theirs)
             else:
-                theirs_us, native_us = _block(theirs), _block(native)
+                theirs_us, native_us = in_block(theirs), in_block(native)
             times[name].append((native_us, theirs_us))
     torch.cuda.synchronize()
     return {
         name: (statistics.median(n for n, _ in both), statistics.median(t / n for n, t in both))
         for name, both in times.items()
     }
-
-
-def _block(call: Callable[[], Any]) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(_CALLS):
-        call()
-    return 1e6 * (time.perf_counter() - start) / _CALLS
 
 
 @pytest.mark.parametrize(
