@@ -1,7 +1,7 @@
 """Ranks with a GPU each where there is only one: they share it, under MPS.
 
     python -m pytest -m multi_gpu --share-gpu 2                         # what needs two GPUs
-    python tests/support/shared_gpu.py 2 examples/decode_moe.py         # a script of two ranks
+    python tests/support/shared_gpu.py 2 scripts/soak.py --seconds 60   # a script of two ranks
 
 Each rank takes the GPU for one of its own, with its part of the SMs. MPS would give it such a part
 too, but may give two ranks the same one: then blocks that wait for one another stand still. So the
