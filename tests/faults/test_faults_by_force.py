@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from acts import Found, play
 from forked import run_forked
 from ranks import run_ranks
+from shared_gpu import in_turns
 from softnic import build, hosts
 from table import FAULTS, VICTIM, Fault
 
@@ -18,9 +21,7 @@ def of(over: str) -> list:
     """The faults of one transport; what is not one of its kind is part of the matrix."""
 
     def marks(fault: Fault) -> list[pytest.MarkDecorator]:
-        if over == "gloo":
-            return [] if fault.in_ci else [pytest.mark.e2e]
-        return [pytest.mark.own_gpus] if fault.what == "breaks its GPU" else []
+        return [pytest.mark.e2e] if over == "gloo" and not fault.in_ci else []
 
     return [
         pytest.param(each, marks=marks(each), id=str(each)) for each in FAULTS if each.over == over
@@ -66,7 +67,9 @@ def test_over_gloo(fault, keep):
 @pytest.mark.parametrize("fault", of("NVLink"))
 def test_over_nvlink(fault, keep):
     num_ranks = min(_NUM_RANKS, torch.cuda.device_count())
-    outcomes = run_ranks(num_ranks, play, fault, fresh=True, dying=dying(fault), backend="nccl")
+    # Under MPS an error of the GPU would end all ranks.
+    with in_turns() if fault.what == "breaks its GPU" else contextlib.nullcontext():
+        outcomes = run_ranks(num_ranks, play, fault, fresh=True, dying=dying(fault), backend="nccl")
     keep(fault, check(fault, outcomes))
 
 

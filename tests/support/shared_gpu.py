@@ -8,7 +8,8 @@ too, but may give two ranks the same one: then blocks that wait for one another 
 kernels of all ranks together take half of the SMs, and each finds room, even beside one that still
 holds its own. Processes map each other's memory as those of several GPUs do, by the same handles.
 NCCL takes them for hosts, and goes through sockets. So results, errors and what becomes of a killed
-rank are those of several GPUs. Times say nothing, and an error of the GPU ends all ranks.
+rank are those of several GPUs. Times say nothing, and an error of the GPU ends all ranks, but for
+those that take turns (`in_turns`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from unittest import mock
 from free_port import free_port
 
 _NUM_PARTS = "EP_COMM_TESTS_SHARE_GPU"
+_MPS = "CUDA_MPS_PIPE_DIRECTORY"
 _RANK = "EP_COMM_TESTS_RANK"  # of a script's process
 _SMS_OF_NCCL = 12
 
@@ -38,7 +40,7 @@ def mps() -> Iterator[dict[str, str]]:
     """Run a control daemon of our own; yield the variables of its processes."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         environment = {
-            "CUDA_MPS_PIPE_DIRECTORY": str(Path(folder) / "mps"),
+            _MPS: str(Path(folder) / "mps"),
             "CUDA_MPS_LOG_DIRECTORY": str(Path(folder) / "mps-log"),
         }
         for path in environment.values():
@@ -82,6 +84,17 @@ def shared(num_gpus: int, num_groups: int = 1) -> Iterator[None]:
             }
             stack.enter_context(mock.patch.dict(os.environ, variables))
         stack.enter_context(mock.patch.multiple(torch.cuda, **as_seen))
+        yield
+
+
+@contextlib.contextmanager
+def in_turns() -> Iterator[None]:
+    """Have processes that are started in here share the GPU without MPS, one after the other.
+
+    That is slow, and an error of the GPU ends only the process that has made it.
+    """
+    with mock.patch.dict(os.environ):
+        os.environ.pop(_MPS, None)
         yield
 
 
