@@ -229,6 +229,19 @@ __device__ inline void check_mark(const ep_peers& peers, int64_t mark_offset, in
   raise_fault(peers, EP_FAULT_OVERWRITTEN, EP_PHASE_ROWS, peer, 0, epoch, seen);
 }
 
+// Records what went to a rank, and the longest wait for it. Called by one thread.
+__device__ inline void record_peer(const ep_peers& peers, int32_t r, int32_t num_rows,
+                                   int32_t row_bytes) {
+  const int64_t wait_ns = peers.longest_wait_ns[r];  // here, to be on its way with the rows
+  peers.record->num_rows[r] = num_rows;
+  if (r != peers.rank) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(peers.wire_bytes),
+              static_cast<unsigned long long>(num_rows) * row_bytes);
+  }
+  peers.record->longest_wait_ns[r] = wait_ns;
+  peers.longest_wait_ns[r] = 0;
+}
+
 // Called by all of an operation's blocks. The last one tells every rank that this one has read what
 // it sent, writes the record, and counts the operation. rows_to: [R] rows that were sent, of
 // row_bytes each; where num_rows is not negative, as many to each of the others. True in the last
@@ -251,16 +264,11 @@ __device__ inline bool end_operation(const ep_peers& peers, int32_t* counter, in
   if (r < peers.num_ranks) {
     signal(peers, in_memory_of<uint32_t>(peers, r, credit_offset) + peers.rank,
            static_cast<uint32_t>(epoch));
-    if (kRecords) {
-      const int32_t rows = num_rows >= 0 && r != peers.rank ? num_rows : rows_to[r];
-      peers.record->num_rows[r] = rows;
-      if (r != peers.rank) {
-        atomicAdd(reinterpret_cast<unsigned long long*>(peers.wire_bytes),
-                  static_cast<unsigned long long>(rows) * row_bytes);
-      }
-      peers.record->longest_wait_ns[r] = peers.longest_wait_ns[r];
-      peers.longest_wait_ns[r] = 0;
-    }
+  }
+  // By the last threads meanwhile: the first ones wait for their fence.
+  const int32_t to = blockDim.x - 1 - threadIdx.x;
+  if (kRecords && to < peers.num_ranks) {
+    record_peer(peers, to, num_rows >= 0 && to != peers.rank ? num_rows : rows_to[to], row_bytes);
   }
   if (r == 0) {
     if (kRecords) {

@@ -29,6 +29,20 @@ __device__ inline int32_t quotient(int32_t n, int32_t d) {
 
 __device__ inline int32_t lane_id() { return threadIdx.x % kWarpSize; }
 
+// By each warp at the start of a short kernel: has its parameters loaded, a word of each line. They
+// are in no cache then, and each line that is met later is a wait of its own.
+// unused: a word of shared memory for each warp.
+template <typename Args>
+__device__ inline void load_parameters(const Args& args, uint32_t* unused) {
+  constexpr int kWordsOfLine = 16, kWords = sizeof(Args) / sizeof(uint32_t);
+  if (lane_id() != 0) return;
+  volatile uint32_t* const to = unused + threadIdx.x / kWarpSize;  // or the loads would be left out
+#pragma unroll
+  for (int i = 0; i < kWords; i += kWordsOfLine) {
+    *to = reinterpret_cast<const uint32_t*>(&args)[i];
+  }
+}
+
 // Exclusive prefix sum: of `count` over the lanes before this one. *total: the sum over all lanes.
 __device__ inline int32_t sum_before(int32_t count, int32_t* total) {
   int32_t sum = count;

@@ -19,7 +19,10 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * kWarpSize)
   __shared__ LandedChunks landed;
   const int32_t warp = threadIdx.x / kWarpSize, num_warps = ring.num_warps;
   const int32_t block = blockIdx.x, epoch = epoch_of(args.peers);
-  if (block == 0 && threadIdx.x == 0 && !args.is_planned) begin_operation(args.peers);
+  // By the warp that moves no rows.
+  if (block == 0 && threadIdx.x == num_warps * kWarpSize && !args.is_planned) {
+    begin_operation(args.peers);
+  }
   if (block < args.num_push_blocks) {
     landed.clear();
     const int32_t first_warp = block * num_warps, all_warps = args.num_push_blocks * num_warps;

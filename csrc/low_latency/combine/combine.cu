@@ -17,6 +17,8 @@ template <int kHidden, int kRanks>
 __global__ void __launch_bounds__(kThreads, 1)
     low_latency_combine_kernel(const __grid_constant__ ep_low_latency_combine_args args) {
   extern __shared__ __align__(16) uint8_t shared[];
+  __shared__ uint32_t unused[kWarps];
+  load_parameters(args, unused);
   ptx::wait_for_kernel_before();
   ptx::let_next_kernel_start();  // not before: those that wait would pile up
   const ep_low_latency& common = args.common;

@@ -31,13 +31,16 @@ class Arrivals {
         bitmaps_(shared + 8 * EP_MAX_PEERS + row_bytes(common.num_topk), places_of(common)),
         entries_(has_entries ? bitmaps_.end(common.num_local_experts) : nullptr) {}
 
-  // By the entry warps, before they meet. `thread` is the number of one among them.
-  __device__ void clear(int32_t num_local_experts, int32_t thread) const {
+  // By the entry warps, who need it: the others get there behind a later barrier.
+  __device__ void clear(int32_t num_local_experts) const {
+    const int32_t thread = static_cast<int32_t>(threadIdx.x) - kRowWarps * kWarpSize;
+    if (thread < 0) return;
     bitmaps_.clear(num_local_experts, thread, kEntryThreads);
     if (thread < EP_MAX_PEERS) {
       num_rows[thread] = 0;
       num_tokens[thread] = kNotKnown;
     }
+    ptx::named_barrier(kEntryBarrier, kEntryThreads);
   }
 
   __device__ void mark(uint32_t expert, int32_t n) const { bitmaps_.set(expert, n); }

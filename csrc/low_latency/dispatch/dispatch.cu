@@ -18,14 +18,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     low_latency_dispatch_kernel(const __grid_constant__ ep_low_latency_dispatch_args args,
                                 bool has_entries) {
   extern __shared__ __align__(16) uint8_t shared[];
+  __shared__ uint32_t unused[kWarps];
+  const ep_low_latency& common = args.common;
+  const Arrivals arrivals(shared, common, has_entries);
+  // What needs nothing of the kernel before is done while that one ends.
+  if (common.phases & EP_LOW_LATENCY_RECEIVE) arrivals.clear(common.num_local_experts);
+  load_parameters(args, unused);
   ptx::wait_for_kernel_before();
   ptx::let_next_kernel_start();  // not before: those that wait would pile up
-  const ep_low_latency& common = args.common;
   const Begin begin(common, args.handle.epochs);
   const Memory<kHidden, kRanks> memory(
       common, expert_words(common.num_topk) + weight_words(common.num_topk));
   const RowWords row(memory.hidden(), args.format);
-  const Arrivals arrivals(shared, common, has_entries);
   Operation operation;
   bool is_fine;
   if (threadIdx.x < kRowWarps * kWarpSize) {

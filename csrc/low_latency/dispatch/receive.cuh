@@ -137,7 +137,7 @@ class Receiver {
       *i = quotient(n, items.units_of_item());
       *unit = n - *i * items.units_of_item();
     };
-    split(is_entry_warp ? kRowWarps + warp : warp, &i_, &unit_);
+    split(is_entry_warp ? 2 * kRowWarps + kWarps - 1 - warp : warp, &i_, &unit_);
     split(is_entry_warp ? kUnitsOfTurn : kRowWarps, &step_i_, &step_unit_);
     split(is_entry_warp ? kUnitsOfTurn : kUnitsOfTurn - kRowWarps, &next_step_i_, &next_step_unit_);
     load();
@@ -165,19 +165,7 @@ class Receiver {
       }
       if (!__all_sync(kFullWarp, fine)) return false;
       if (has_word) ptx::store_word(from, waiting_word());
-#pragma unroll 1
-      for (int32_t k = 0; k < num_experts; ++k) {
-        if (!has_word) break;
-        const int32_t row = rows[k];
-        if (at < row_.data) {
-          auto* const out = static_cast<uint4*>(args_.recv_x);
-          ptx::store_global(out + static_cast<int64_t>(row) * row_.data + at, word);
-        } else {
-          store_scales(args_, memory_.hidden(),
-                       args_.common.peers.num_ranks * args_.common.max_tokens, row, at - row_.data,
-                       word);
-        }
-      }
+      store(to, num_experts, has_word, at, word);
     }
     return true;
   }
@@ -189,12 +177,35 @@ class Receiver {
   const RowWords& row_;
   const Items& items_;
   // Units are dealt out in turns: two to each row warp, and then one to each entry warp, which has
-  // other work to do. So the steps from one unit of a warp to its next take turns.
+  // other work to do. So the steps from one unit of a warp to its next take turns. The last entry
+  // warps come first: they have the fewest rows to keep.
   static constexpr int kUnitsOfTurn = 2 * kRowWarps + kEntryWarps;
   int32_t i_, unit_, step_i_, step_unit_, next_step_i_, next_step_unit_;
   Items::Item item_;
   int32_t word_;
   uint4 incoming_;  // whatever is there by now
+
+  // Stores this lane's word of a row, the `at`-th, if it has one, for each of the rows that lanes
+  // have.
+  __device__ void store(int32_t to, int32_t num_rows, bool has_word, int32_t at,
+                        const uint4& word) const {
+    const bool is_data = has_word && at < row_.data, is_scales = has_word && !is_data;
+    if (__any_sync(kFullWarp, is_data)) {
+      auto* const out = static_cast<uint4*>(args_.recv_x) + at;
+#pragma unroll 1
+      for (int32_t k = 0; k < num_rows; ++k) {
+        const int64_t row = __shfl_sync(kFullWarp, to, k);
+        if (is_data) ptx::store_global(out + row * row_.data, word);
+      }
+    }
+    if (!__any_sync(kFullWarp, is_scales)) return;
+    const ScaleRow own(to, memory_.num_ranks() * args_.common.max_tokens);
+#pragma unroll 1
+    for (int32_t k = 0; k < num_rows; ++k) {
+      const ScaleRow row = own.of_lane(k);
+      if (is_scales) store_scales(args_, memory_.hidden(), row, at - row_.data, word);
+    }
+  }
 
   __device__ uint4* slot(int32_t source, int32_t t) const {
     return memory_.row(memory_.rank(), operation_.half, source, t);
@@ -229,8 +240,6 @@ __device__ inline void receive(const ep_low_latency_dispatch_args& args, const M
   Items items(memory.num_ranks(), common.num_tokens, common.max_tokens, row.all);
   Receiver<Memory> receiver(args, memory, operation, row, items);
   if (is_entry_warp) {
-    arrivals.clear(common.num_local_experts, threadIdx.x - kRowWarps * kWarpSize);
-    ptx::named_barrier(kEntryBarrier, kEntryThreads);
     if (is_fine) is_fine = collect(args, memory, operation, arrivals);
     __syncwarp();
     ptx::named_barrier(kEntryBarrier, kEntryThreads);

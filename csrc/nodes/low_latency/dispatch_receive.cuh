@@ -163,10 +163,12 @@ __device__ inline bool receive_part(const ep_low_latency_dispatch_args& args, co
     const int32_t at = first + q * kWarpSize;
     ptx::load_global_if(at < row.all, &words[q], from + at);
   }
+  const dispatch::ScaleRow own(to, num_places);
   uint32_t lanes = __ballot_sync(kFullWarp, to >= 0);
 #pragma unroll 1
   for (; lanes != 0; lanes &= lanes - 1) {
-    const int32_t out = __shfl_sync(kFullWarp, to, __ffs(lanes) - 1);
+    const int32_t k = __ffs(lanes) - 1, out = __shfl_sync(kFullWarp, to, k);
+    const dispatch::ScaleRow scale_row = own.of_lane(k);
     auto* const rows = static_cast<uint4*>(args.recv_x) + static_cast<int64_t>(out) * row.data;
 #pragma unroll
     for (int q = 0; q < kAtOnce; ++q) {
@@ -174,7 +176,7 @@ __device__ inline bool receive_part(const ep_low_latency_dispatch_args& args, co
       if (at < row.data) {
         ptx::store_global(rows + at, words[q]);
       } else if (at < row.all) {
-        dispatch::store_scales(args, common.hidden, num_places, out, at - row.data, words[q]);
+        dispatch::store_scales(args, common.hidden, scale_row, at - row.data, words[q]);
       }
     }
   }
