@@ -58,6 +58,7 @@ FREE_KEYS = ({each.key for each in OPTIONS} - {"ep_capacity_factor", "ep_device_
     overlap_moe_expert_parallel_comm delay_wgrad_compute
     manual_gc manual_gc_interval
     recompute_granularity recompute_modules overlap_grad_reduce overlap_param_gather
+    cuda_graph_modules
     eval_interval eval_iters save save_interval keep_checkpoints load load_despite run_dir
     log_interval
     wandb_project wandb_exp_name wandb_entity wandb_save_dir data_cache_path
@@ -70,16 +71,34 @@ _METADATA = {
     "chained_optim_avoid_prefix": True,
 }
 
+
+def _tracker_states() -> dict[str, torch.Tensor]:
+    """Return the states of Megatron's tracker. The one for CUDA graphs keeps generators."""
+    states = tensor_parallel.get_cuda_rng_tracker().get_states()
+    return {
+        name: state.get_state() if isinstance(state, torch.Generator) else state
+        for name, state in states.items()
+    }
+
+
+def _set_tracker_states(states: dict[str, torch.Tensor]) -> None:
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    mine = dict(tracker.get_states())
+    for name, state in states.items():
+        if isinstance(mine.get(name), torch.Generator):
+            mine[name].set_state(state)
+        else:
+            mine[name] = state
+    tracker.set_states(mine)
+
+
 # How the state of each random generator is read and set.
 _RANDOM_STATES: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
     "python": (random.getstate, random.setstate),
     "numpy": (np.random.get_state, np.random.set_state),
     "torch": (torch.get_rng_state, torch.set_rng_state),
     "cuda": (torch.cuda.get_rng_state, torch.cuda.set_rng_state),
-    "megatron": (
-        lambda: tensor_parallel.get_cuda_rng_tracker().get_states(),
-        lambda states: tensor_parallel.get_cuda_rng_tracker().set_states(states),
-    ),
+    "megatron": (_tracker_states, _set_tracker_states),
 }
 
 

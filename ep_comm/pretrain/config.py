@@ -160,6 +160,9 @@ class Training(_Group):
     )
     use_distributed_optimizer: bool = _key(False, "share the optimizer state between ranks")
     overlap_grad_reduce: bool = _key(False, "reduce gradients during the backward pass")
+    cuda_graph_modules: list[Literal["attn", "moe_router", "moe_preprocess", "moe"]] = _key(
+        [], "parts of a layer to capture in CUDA graphs after the first steps; needs TE"
+    )
     overlap_param_gather: bool = _key(False, "gather updated weights during the forward pass")
     recompute_granularity: Literal["full", "selective"] | None = _key(
         None, "recompute activations in the backward pass: whole layers, or recompute_modules"
@@ -297,6 +300,11 @@ class PretrainConfig(
                 is_padded_alltoall and self.moe_router_fusion,
                 "moe_router_padding_for_fp8 with moe_token_dispatcher alltoall fails in the "
                 "backward of moe_router_fusion: turn that off (--no-moe-router-fusion)",
+            ),
+            (
+                self.cuda_graph_modules and self.overlap_param_gather,
+                "cuda_graph_modules does not go with overlap_param_gather: graphs would read "
+                "weights that are still to come",
             ),
             (self.min_lr > self.lr, f"min_lr {self.min_lr} is more than lr {self.lr}"),
             (

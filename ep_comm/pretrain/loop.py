@@ -148,6 +148,7 @@ def train_step(
     trainee: Trainee, batches: Batches, config: PretrainConfig, num_microbatches: int
 ) -> tuple[torch.Tensor, float]:
     """Take one optimizer step; return this rank's loss, and the gradient norm before clipping."""
+    trainee.graphs.before_step()
     trainee.model.zero_grad_buffer()
     trainee.optimizer.zero_grad()
     loss = _forward_backward(trainee, batches, config, num_microbatches, forward_only=False)

@@ -36,6 +36,7 @@ from ep_comm.megatron.names import STOCK
 from ep_comm.megatron.options import flag_of
 from ep_comm.numeric import round_up
 from ep_comm.pretrain.config import PretrainConfig
+from ep_comm.pretrain.graphs import LayerGraphs, graph_settings
 
 C = TypeVar("C")
 
@@ -43,6 +44,7 @@ NEEDS_TRANSFORMER_ENGINE = (
     *("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion"),
     *("fp8_format", "fp8_param_gather", "moe_router_padding_for_fp8"),
     *("gradient_accumulation_fusion", "delay_wgrad_compute"),
+    "cuda_graph_modules",
 )
 
 
@@ -54,6 +56,7 @@ class Trainee:
     model: DistributedDataParallel
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    graphs: LayerGraphs
 
 
 def build(config: PretrainConfig, vocab_size: int, device: torch.device) -> Trainee:
@@ -69,7 +72,9 @@ def build(config: PretrainConfig, vocab_size: int, device: torch.device) -> Trai
             expert_model_parallel_size=config.expert_model_parallel_size
         )
     torch.manual_seed(config.seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(
+        config.seed, te_rng_tracker=bool(config.cuda_graph_modules), force_reset_rng=True
+    )
 
     transformer_config = agree(lambda: _transformer_config(config))
     spec = agree(lambda: _layer_spec(config))
@@ -93,6 +98,7 @@ def build(config: PretrainConfig, vocab_size: int, device: torch.device) -> Trai
         model=model,
         optimizer=optimizer,
         scheduler=_scheduler(config, optimizer),
+        graphs=LayerGraphs(config, model, optimizer),
     )
 
 
@@ -175,6 +181,7 @@ def _transformer_config(config: PretrainConfig) -> TransformerConfig:
             apply_rope_fusion=fused,
             # Megatron would ask for Apex on behalf of its own layers: see fuse_accumulation.
             gradient_accumulation_fusion=False,
+            **graph_settings(config),
         )
     except (AssertionError, ValueError) as error:
         raise UserError(f"megatron-core refuses the configuration: {error}") from None

@@ -19,6 +19,8 @@ def join() -> torch.device:
     there are when the process first uses its GPU.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # With torch's expandable segments NCCL may not register what a graph uses; Megatron insists.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     return start.join()
 
 

@@ -20,6 +20,8 @@ _OWN_OVERLAP = ("--overlap-dispatch-backward-with-experts-wgrad",)  # Megatron's
 _1F1B = ("--overlap-moe-expert-parallel-comm", "--delay-wgrad-compute")
 _CAPACITY = ("--moe-pad-expert-input-to-capacity",)  # of a factor that the run is given
 _FACTOR = "--ep-capacity-factor"
+_COUNTS = (_FACTOR, "2", "--ep-device-counts")
+_GRAPHS = ("--cuda-graph-modules", "attn", "moe_router", "moe_preprocess")
 # FP8 experts as Megatron recommends them for Hopper.
 FP8_EXPERTS = (
     *("--fp8-format", "e4m3", "--fp8-recipe", "blockwise"),
@@ -34,6 +36,7 @@ FP8_WIRE = ("--ep-fp8-dispatch", "--ep-fp8-grad-dispatch")
 # "-factor-F" gives every expert rows for F times its even share, and waits for no counts;
 # "-device-counts-F" gives them to a rank's experts together, and torch's GEMM takes the counts.
 # "-fp8-direct" is "-fp8-all" whose experts compute with FP8 rows as they came.
+# "-graphs" has all that precedes the dispatch in CUDA graphs.
 # "-1f1b" is Megatron's overlap of one micro-batch's communication with another one's computation.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "alltoall": _ALLTOALL,
@@ -55,8 +58,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "ep_comm-capacity": _EP_COMM + _CAPACITY,
     "ep_comm-factor-1.25": (*_EP_COMM, _FACTOR, "1.25"),
     "ep_comm-factor-2": (*_EP_COMM, _FACTOR, "2"),
-    "ep_comm-device-counts-2": (*_EP_COMM, _FACTOR, "2", "--ep-device-counts"),
+    "ep_comm-device-counts-2": _EP_COMM + _COUNTS,
     "ep_comm-fp8-all-factor-2": (*_EP_COMM, *FP8_EXPERTS, *FP8_WIRE, _FACTOR, "2"),
+    "alltoall-graphs": _ALLTOALL + _GRAPHS,
+    "ep_comm-graphs": _EP_COMM + _GRAPHS,
+    "ep_comm-device-counts-2-graphs": _EP_COMM + _COUNTS + _GRAPHS,
 }
 
 

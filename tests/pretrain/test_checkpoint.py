@@ -117,3 +117,21 @@ def test_metadata_of_torch_passes(tmp_path):
     state = {"w": torch.ones(2, 3, dtype=torch.bfloat16), "n": {"a": 1, "b": torch.ones(1)}}
     torch.distributed.checkpoint.save(state, checkpoint_id=tmp_path, no_dist=True)
     check_metadata(tmp_path)
+
+
+def test_a_tracker_of_generators_is_saved_as_tensors(monkeypatch):
+    """CUDA graphs need generators; a checkpoint of theirs is one of a run without graphs."""
+    generator = torch.Generator().manual_seed(7)
+    states = {"graphed": generator, "plain": torch.get_rng_state()}
+
+    class Tracker:
+        get_states = staticmethod(lambda: states)
+        set_states = staticmethod(lambda given: states.update(given))
+
+    monkeypatch.setattr(checkpoint.tensor_parallel, "get_cuda_rng_tracker", Tracker)
+    saved = checkpoint._tracker_states()
+    first = torch.rand(3, generator=generator)
+    checkpoint._set_tracker_states(saved)
+    assert all(isinstance(state, torch.Tensor) for state in saved.values())
+    assert states["graphed"] is generator
+    assert torch.equal(torch.rand(3, generator=generator), first)

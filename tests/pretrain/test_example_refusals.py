@@ -52,6 +52,12 @@ MEGATRONS_OVERLAP = "--overlap-dispatch-backward-with-experts-wgrad"
             ["moe_shared_expert_overlap needs moe_shared_expert_intermediate_size"],
         ),
         (["--overlap-param-gather"], ["overlap_param_gather needs use_distributed_optimizer"]),
+        (
+            ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+            + ["--cuda-graph-modules", "attn"],
+            ["cuda_graph_modules does not go with overlap_param_gather"],
+        ),
+        (["--cuda-graph-modules", "router"], ["cuda_graph_modules", "moe_router", "router"]),
         (["--manual-gc-interval", "5"], ["manual_gc_interval needs manual_gc"]),
         (["--recompute-modules", "moe"], ["recompute_modules needs recompute_granularity"]),
         (

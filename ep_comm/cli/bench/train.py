@@ -26,7 +26,8 @@ def train(
             "1f1b: Megatron's overlap of micro-batches; capacity: experts filled up to "
             "--moe-expert-capacity-factor, which is to be given; factor-F: rows for F times an "
             "expert's even share, and no wait for counts; device-counts-F: for a rank's, "
-            "whose GEMM takes them from the device."
+            "whose GEMM takes them from the device; graphs: what precedes the dispatch in CUDA "
+            "graphs."
         ),
     ] = "alltoall,ep_comm,ep_comm-overlap",
     microbatches: Annotated[str, typer.Option(help="Of an optimizer step.")] = "1,8",

@@ -1,0 +1,73 @@
+"""Parts of a layer in CUDA graphs, which spare the host their launches; by Megatron's helper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import num_microbatches_calculator
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from ep_comm.pretrain.config import PretrainConfig
+
+WARMUP_STEPS = 3  # Megatron's default: buffers are made in them
+
+
+def graph_settings(config: PretrainConfig) -> dict[str, Any]:
+    """Return what `TransformerConfig` is told of graphs."""
+    if not config.cuda_graph_modules:
+        return {}
+    is_new = hasattr(TransformerConfig, "cuda_graph_modules")  # megatron-core 0.18
+    key = "cuda_graph_modules" if is_new else "cuda_graph_scope"
+    return {
+        key: list(config.cuda_graph_modules),
+        "cuda_graph_impl": "transformer_engine",
+        "cuda_graph_warmup_steps": WARMUP_STEPS,
+        "use_te_rng_tracker": True,
+    }
+
+
+class LayerGraphs:
+    """Captures what `config.cuda_graph_modules` names, when a few steps have been taken without.
+
+    Args:
+        config: Of the training.
+        model: Whose layers these are.
+        optimizer: Of that model; its gradients are zeroed after a capture.
+    """
+
+    def __init__(
+        self, config: PretrainConfig, model: DistributedDataParallel, optimizer: MegatronOptimizer
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._optimizer = optimizer
+        self._num_steps = 0
+
+    def before_step(self) -> None:
+        """Capture, where this is the time for it. Collective."""
+        self._num_steps += 1
+        if self._config.cuda_graph_modules and self._num_steps == WARMUP_STEPS + 1:
+            self._capture()
+
+    def _capture(self) -> None:
+        config, num_ranks = self._config, dist.get_world_size()
+        helper = TECudaGraphHelper(
+            model=[self._model],
+            config=self._model.config,
+            seq_length=config.seq_length,
+            micro_batch_size=config.micro_batch_size,
+            optimizers=[self._optimizer],
+        )
+        # It asks how many micro-batches a step has, to choose its own warm-up.
+        num_microbatches_calculator.init_num_microbatches_calculator(
+            dist.get_rank(), None, config.micro_batch_size * num_ranks, config.micro_batch_size,
+            num_ranks,
+        )  # fmt: skip
+        try:
+            helper.create_cudagraphs()
+        finally:
+            num_microbatches_calculator.unset_num_microbatches_calculator()
