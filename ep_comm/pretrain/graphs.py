@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import num_microbatches_calculator
 from megatron.core.distributed import DistributedDataParallel
@@ -28,6 +31,22 @@ def graph_settings(config: PretrainConfig) -> dict[str, Any]:
         "cuda_graph_warmup_steps": WARMUP_STEPS,
         "use_te_rng_tracker": True,
     }
+
+
+@contextlib.contextmanager
+def hooks_for_graphs(config: PretrainConfig) -> Iterator[None]:
+    """Have the gradients' hooks, which are made in here, run on a stream that a graph may wait for.
+
+    They run on the stream on which they were made, and the default one is none of these.
+    """
+    if not config.cuda_graph_modules:
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 class LayerGraphs:

@@ -36,7 +36,7 @@ from ep_comm.megatron.names import STOCK
 from ep_comm.megatron.options import flag_of
 from ep_comm.numeric import round_up
 from ep_comm.pretrain.config import PretrainConfig
-from ep_comm.pretrain.graphs import LayerGraphs, graph_settings
+from ep_comm.pretrain.graphs import LayerGraphs, graph_settings, hooks_for_graphs
 
 C = TypeVar("C")
 
@@ -252,20 +252,18 @@ def _gpt_model(
         fuse_accumulation(model)
     if config.bf16:
         model = Float16Module(transformer_config, model)
-    model = DistributedDataParallel(
-        transformer_config,
-        _configuration(
-            DistributedDataParallelConfig,
-            config,
-            grad_reduce_in_fp32=True,
-            # Without it DDP takes the experts' gradients when backward has gone through them, which
-            # is before any of the overlaps has computed them.
-            delay_wgrad_compute=config.overlap_dispatch_backward_with_experts_wgrad
-            or config.delay_wgrad_compute
-            or config.ep_options.overlap_wgrad,
-        ),
-        model,
+    ddp_config = _configuration(
+        DistributedDataParallelConfig,
+        config,
+        grad_reduce_in_fp32=True,
+        # Without it DDP takes the experts' gradients when backward has gone through them, which is
+        # before any of the overlaps has computed them.
+        delay_wgrad_compute=config.overlap_dispatch_backward_with_experts_wgrad
+        or config.delay_wgrad_compute
+        or config.ep_options.overlap_wgrad,
     )
+    with hooks_for_graphs(config):
+        model = DistributedDataParallel(transformer_config, ddp_config, model)
     if config.uses_ep_comm:
         ep_megatron.check_model([model])
     return model
