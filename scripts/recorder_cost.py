@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 from ep_comm import Buffer, _native
+from ep_comm._native import header
 from ep_comm.bench.ops.cases import NUM_SETS, InputSet, make_inputs
 from ep_comm.bench.ops.routing import RoutingSpec
 from ep_comm.bench.ops.settings import PRESETS, Settings
@@ -52,17 +53,14 @@ MOST = 0.01  # of a dispatch
 class Unrecorded(DeviceRecorder):
     """Gives kernels an address, and notes nothing but the number of operations."""
 
-    def start(self, op: str, rows_of_experts: tuple[int, ...] = ()) -> int:
+    def start(self, op: int, rows_of_experts: bytes = b"") -> int:
         self.num_operations += 1
-        if op == "dispatch":
+        if op == header.EP_OP_DISPATCH:
             self.num_dispatches += 1
         return self._address
 
     def complete(
-        self,
-        row_bytes: int,
-        rows_of_experts: tuple[int, ...],
-        number: int | None = None,
+        self, row_bytes: int, rows_of_experts: bytes = b"", number: int | None = None
     ) -> None:
         pass
 

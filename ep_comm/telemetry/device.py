@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -17,6 +18,18 @@ from ep_comm.telemetry.clocks import Clock, Origin, gpu_origin, read_gpu_clock
 from ep_comm.telemetry.records import RING_LENGTH, Interval, OpRecord
 
 _RECORD_BYTES = ctypes.sizeof(header.Record)
+OP_NAMES = {
+    header.EP_OP_DISPATCH: "dispatch",
+    header.EP_OP_COMBINE: "combine",
+    header.EP_OP_LOW_LATENCY_DISPATCH: "low_latency_dispatch",
+    header.EP_OP_LOW_LATENCY_COMBINE: "low_latency_combine",
+}
+_DISPATCH = header.EP_OP_DISPATCH
+
+
+def packed_rows(rows_of_experts: tuple[int, ...]) -> bytes:
+    """Return counts in one piece of memory, as a recorder keeps them."""
+    return struct.pack(f"{len(rows_of_experts)}i", *rows_of_experts)
 
 
 class RecordAddresses(NamedTuple):
@@ -48,10 +61,10 @@ class DeviceRecorder:
     See `ep_comm.telemetry.records.Records`, whose interface this is. A captured operation has the
     numbers of its graph's last replay. Reading waits for the operations.
 
-    The host's part costs each operation, so it only writes: an object that is thousands of
-    operations old is in no cache any more, and to free it takes longer than all the rest. (The
-    counts of a new dispatch are such an object.) The library notes the time of a call when it
-    launches a kernel, see ``csrc/common/calls.cuh``.
+    The host's part costs each operation, so it is a few stores. An object that is thousands of
+    operations old is in no cache any more, and to free it takes longer than all the rest: so the
+    counts of a new dispatch are one, not one for each expert. The library notes the time of a call
+    when it launches a kernel, see ``csrc/common/calls.cuh``.
 
     Attributes:
         num_operations: How many were started.
@@ -80,9 +93,18 @@ class DeviceRecorder:
         self._address = self._ring.data_ptr()
         # As far apart as the records, so that there is one offset from any of these.
         self._calls = bytearray(RING_LENGTH * record_bytes)
-        self._ops = [""] * RING_LENGTH
-        self._are_backward = bytearray(RING_LENGTH)
-        self._rows_of_experts: list[tuple[int, ...]] = [()] * RING_LENGTH
+        self._called_ns = self._noted("called_ns")
+        self._row_bytes = self._noted("row_bytes")
+        # EP_OP_*, negative where it is of a backward. Of what a list can hold small numbers are
+        # written fastest: Python has one object for each.
+        self._ops = [0] * RING_LENGTH
+        self._rows_of_experts = [b""] * RING_LENGTH  # of dispatches; what others have is older
+
+    def _noted(self, name: str) -> memoryview:
+        """Return a field of all calls. To write to one of it makes no object."""
+        field = getattr(header.Call, name)
+        numbers = memoryview(self._calls).cast("q" if field.size == 8 else "i")
+        return numbers[field.offset // field.size :: self._record_bytes // field.size]
 
     @property
     def num_bytes(self) -> int:
@@ -115,20 +137,19 @@ class DeviceRecorder:
         self._synchronize()
         return int(self._wire_bytes)
 
-    def start(self, op: str, rows_of_experts: tuple[int, ...] = ()) -> int:
+    def start(self, op: int, rows_of_experts: bytes = b"") -> int:
         """Return the address of the next operation's record.
 
         Args:
-            op: Its kind.
-            rows_of_experts: See `OpRecord`.
+            op: Its kind, EP_OP_*.
+            rows_of_experts: Of a dispatch, by `packed_rows`; see `OpRecord`.
         """
         slot = self.num_operations % RING_LENGTH
         self.num_operations += 1
-        if op == "dispatch":
+        self._ops[slot] = -op if self.is_backward else op
+        if op == _DISPATCH:
             self.num_dispatches += 1
-        self._ops[slot] = op
-        self._are_backward[slot] = self.is_backward
-        self._rows_of_experts[slot] = rows_of_experts
+            self._rows_of_experts[slot] = rows_of_experts
         return self._address + slot * self._record_bytes
 
     def restart(self) -> None:
@@ -136,10 +157,7 @@ class DeviceRecorder:
         self.num_dispatches = 0
 
     def complete(
-        self,
-        row_bytes: int,
-        rows_of_experts: tuple[int, ...],
-        number: int | None = None,
+        self, row_bytes: int, rows_of_experts: bytes = b"", number: int | None = None
     ) -> None:
         """Say of an operation what was not known when its first kernel was launched.
 
@@ -147,17 +165,14 @@ class DeviceRecorder:
 
         Args:
             row_bytes: Of each of its rows, with its scales.
-            rows_of_experts: See `OpRecord`.
+            rows_of_experts: As in `start`.
             number: Counts the buffer's operations from 1; None is the last one.
         """
         place = self.num_operations if number is None else number
         if place > self.num_operations - RING_LENGTH:  # else a later one stands there
-            self._rows_of_experts[(place - 1) % RING_LENGTH] = rows_of_experts
-            self._call(place).row_bytes = row_bytes
-
-    def _call(self, place: int) -> header.Call:
-        offset = (place - 1) % RING_LENGTH * self._record_bytes
-        return header.Call.from_buffer(self._calls, offset)
+            slot = (place - 1) % RING_LENGTH
+            self._rows_of_experts[slot] = rows_of_experts
+            self._row_bytes[slot] = row_bytes
 
     def clock(self) -> Clock:
         """Compare the GPU's clock with the host's; waits for the GPU."""
@@ -190,19 +205,21 @@ class DeviceRecorder:
     def _started(self, oldest: int) -> Iterator[_Started]:
         """Yield what the host knows of the operations after the first `oldest`."""
         has_one_before = oldest > self.num_operations - RING_LENGTH and oldest > 0
-        before_ns = self._call(oldest).called_ns if has_one_before else 0
+        before_ns = self._called_ns[(oldest - 1) % RING_LENGTH] if has_one_before else 0
         for place in range(oldest + 1, self.num_operations + 1):
-            slot, call = (place - 1) % RING_LENGTH, self._call(place)
+            slot = (place - 1) % RING_LENGTH
+            called_ns, op = self._called_ns[slot], self._ops[slot]
             # Where a launch was refused an older operation's is still there.
-            is_noted = call.called_ns > before_ns
-            before_ns = max(before_ns, call.called_ns)
+            is_noted = called_ns > before_ns
+            before_ns = max(before_ns, called_ns)
+            rows = self._rows_of_experts[slot] if abs(op) == _DISPATCH else b""
             yield _Started(
-                op=self._ops[slot],
+                op=OP_NAMES[abs(op)],
                 place=place,
-                is_backward=bool(self._are_backward[slot]),
-                called_s=call.called_ns / 1e9 if is_noted else math.nan,
-                row_bytes=call.row_bytes,
-                rows_of_experts=self._rows_of_experts[slot],
+                is_backward=op < 0,
+                called_s=called_ns / 1e9 if is_noted else math.nan,
+                row_bytes=self._row_bytes[slot],
+                rows_of_experts=tuple(memoryview(rows).cast("i")),
             )
 
     def _record(self, started: _Started, raw: bytes) -> OpRecord:

@@ -22,7 +22,7 @@ from ep_comm.backends.nvlink.backend import NVLinkBackend
 from ep_comm.backends.requests import CombineRequest, DispatchRequest
 from ep_comm.errors import EPArgumentError, EPRoutingError, EPUnsupportedError
 from ep_comm.handle import DispatchHandle
-from ep_comm.telemetry.device import DeviceRecorder
+from ep_comm.telemetry.device import DeviceRecorder, packed_rows
 from ep_comm.telemetry.records import RING_LENGTH
 from ep_comm.topology import Spot
 
@@ -250,8 +250,8 @@ def test_inside_a_graph_only_what_it_holds_is_waited_for(backend):
 
 def test_records_are_what_the_kernels_wrote():
     recorder = DeviceRecorder(1, 3, torch.device("cpu"), lambda: None)
-    first, second = recorder.start("dispatch"), recorder.start("combine")
-    recorder.complete(100, (4, 9), 1)
+    first, second = recorder.start(header.EP_OP_DISPATCH), recorder.start(header.EP_OP_COMBINE)
+    recorder.complete(100, packed_rows((4, 9)), 1)
     note = header.Call.from_address(second + recorder.addresses.call_offset)
     note.called_ns, note.row_bytes = 2_500_000_000, 7  # as the library does
     assert second - first == ctypes.sizeof(header.Record)
@@ -276,14 +276,40 @@ def test_of_a_launch_that_was_refused_no_older_call_is_told():
     recorder = DeviceRecorder(0, 2, torch.device("cpu"), lambda: None)
     offset = recorder.addresses.call_offset
     for number in range(1, RING_LENGTH + 1):
-        header.Call.from_address(recorder.start("combine") + offset).called_ns = number * 10**9
-    recorder.start("dispatch")  # where the first one stood
+        call = header.Call.from_address(recorder.start(header.EP_OP_COMBINE) + offset)
+        call.called_ns = number * 10**9
+    recorder.start(header.EP_OP_DISPATCH)  # where the first one stood
     before, refused = recorder.since(RING_LENGTH - 1)
     assert (before.op, before.called_s) == ("combine", RING_LENGTH)
     assert refused.op == "dispatch" and math.isnan(refused.called_s)
     (alone,) = recorder.since(RING_LENGTH)
     assert math.isnan(alone.called_s)
     assert [record.called_s for record in recorder][:2] == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("is_backward", [False, True])
+def test_a_record_tells_nothing_of_the_one_that_stood_there(is_backward):
+    recorder = DeviceRecorder(0, 2, torch.device("cpu"), lambda: None)
+    kinds = {
+        header.EP_OP_DISPATCH: "dispatch",
+        header.EP_OP_COMBINE: "combine",
+        header.EP_OP_LOW_LATENCY_DISPATCH: "low_latency_dispatch",
+        header.EP_OP_LOW_LATENCY_COMBINE: "low_latency_combine",
+    }
+    recorder.is_backward = not is_backward
+    for _ in range(RING_LENGTH):
+        recorder.start(header.EP_OP_DISPATCH, packed_rows((1, 2)))
+    recorder.is_backward = is_backward
+    for op in kinds:
+        recorder.start(op)
+    recorder.start(header.EP_OP_DISPATCH, packed_rows((3, 0)))
+    recorder.complete(10, packed_rows((5, 6)), 1)  # so late that another one stands there
+    found = recorder.since(RING_LENGTH)
+    assert [record.op for record in found] == [*kinds.values(), "dispatch"]
+    assert {record.is_backward for record in found} == {is_backward}
+    assert [record.rows_of_experts for record in found] == [(), (), (), (), (3, 0)]
+    before = recorder.since(RING_LENGTH - 1)[0]
+    assert before.is_backward is not is_backward and before.rows_of_experts == (1, 2)
 
 
 def test_after_an_error_or_the_end_nothing_is_left_behind(backend):

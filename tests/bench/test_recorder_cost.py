@@ -14,6 +14,7 @@ import torch
 from made_up_operations import SETTINGS
 from ranks import run_ranks
 
+from ep_comm._native import header
 from ep_comm.bench import timing
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "recorder_cost.py"
@@ -78,7 +79,8 @@ def test_the_kernels_know_that_name():
 
 def test_what_notes_nothing_gives_kernels_a_record():
     recorder = load_script().Unrecorded(0, 2, torch.device("cpu"), lambda: None)
-    assert recorder.start("dispatch", (3,)) == recorder.start("combine") == recorder._address
-    recorder.complete(10, (1,))
+    addresses = recorder.start(header.EP_OP_DISPATCH, b"3"), recorder.start(header.EP_OP_COMBINE)
+    assert addresses == (recorder._address,) * 2
+    recorder.complete(10, b"1")
     assert (recorder.num_operations, recorder.num_dispatches) == (2, 1)
     assert not any(recorder._rows_of_experts) and not any(recorder._ops)

@@ -16,7 +16,7 @@ from ep_comm.backends.nodes.memory import NodesMemory
 from ep_comm.backends.nvlink.low_latency import EPOCHS, Call, LowLatency
 from ep_comm.backends.requests import LowLatencySizes
 
-_OPS = ("low_latency_dispatch", "low_latency_combine")
+_OPS = (header.EP_OP_LOW_LATENCY_DISPATCH, header.EP_OP_LOW_LATENCY_COMBINE)
 _FLAG_BYTES = 8
 
 
@@ -52,8 +52,8 @@ class NodesLowLatency(LowLatency):
         )
         dispatch_op, combine_op = _OPS
         return (
-            Call(dispatch_op, f"ep_nodes_{dispatch_op}", dispatch, dispatch.dispatch),
-            Call(combine_op, f"ep_nodes_{combine_op}", combine, combine.combine),
+            Call(dispatch_op, "ep_nodes_low_latency_dispatch", dispatch, dispatch.dispatch),
+            Call(combine_op, "ep_nodes_low_latency_combine", combine, combine.combine),
         )
 
     def _nodes_args(self, kind: int) -> header.NodesLowLatency:

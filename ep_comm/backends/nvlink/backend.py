@@ -314,7 +314,7 @@ class NVLinkBackend:
         args.num_blocks = sms
         stream = self._streams.begin(header.EP_OP_COMBINE, asynchronous, sms)
         self._streams.keep_for_current(routing.memory, routing.stream)
-        args.peers.record = self.recorder.start("combine")
+        args.peers.record = self.recorder.start(header.EP_OP_COMBINE)
         self._launch_combine(args, routing, weights is not None, stream)
         keep = (x, topk_weights, routing.memory)
         return self._pending(Combined(combined, weights), asynchronous, keep)
@@ -327,7 +327,7 @@ class NVLinkBackend:
             return
         received = None if routing.capacity is not None else routing.sizes.received
         self._copies.sum(args, received, stream)
-        self.recorder.complete(args.row_bytes, ())
+        self.recorder.complete(args.row_bytes)
 
     # --- order ------------------------------------------------------------------------------------
 

@@ -131,7 +131,7 @@ class Dispatches:
         self._streams.keep_for_current(routing.memory, routing.stream)
         expert_rows = routing.known_expert_rows
         if ahead is None:
-            args.peers.record = self._recorder.start("dispatch", expert_rows)
+            args.peers.record = self._recorder.start(header.EP_OP_DISPATCH, expert_rows)
         else:
             args.peers.record = ahead.record
         args.is_planned = args.is_behind_plan = False
@@ -164,7 +164,7 @@ class Dispatches:
             args.rows_tag = tag_of_rows(args, sent[0])
             if num_tokens > self._config.max_tokens_per_rank:
                 num_tokens = 0  # the dispatch tells all ranks
-            record = self._recorder.start("dispatch")
+            record = self._recorder.start(header.EP_OP_DISPATCH)
             number = self._recorder.num_operations
             self._copies.push_rows_ahead(args, num_tokens, record)
         stream = self._streams.current
@@ -181,7 +181,7 @@ class Dispatches:
         args = self._args
         describe_rows(args, routing, x, None, None, x.dtype)
         stream = self._streams.begin(header.EP_OP_DISPATCH, False, 1)
-        args.peers.record = self._recorder.start("dispatch")
+        args.peers.record = self._recorder.start(header.EP_OP_DISPATCH)
         args.is_planned = False
         self._copies.push_alone(args, routing.num_tokens, stream)
-        self._recorder.complete(args.row_bytes, ())
+        self._recorder.complete(args.row_bytes)

@@ -61,7 +61,7 @@ class Call:
     """The arguments of a kernel. Of each kind there are two, for the operations that may be out.
 
     Args:
-        op: Name of the operation.
+        op: EP_OP_*.
         function: Of the library.
         launched: The structure that it takes.
         args: What is the same on one host, in it.
@@ -73,7 +73,7 @@ class Call:
         kept: With them, where each field of `handle` stands behind the start of ``recv_src_info``.
     """
 
-    def __init__(self, op: str, function: str, launched: ctypes.Structure, args: Any) -> None:
+    def __init__(self, op: int, function: str, launched: ctypes.Structure, args: Any) -> None:
         self.op = op
         self.function = function
         self.launched = launched
@@ -299,8 +299,8 @@ class NVLinkLowLatency(LowLatency):
             )
         )
         return (
-            Call("low_latency_dispatch", "ep_low_latency_dispatch", dispatch, dispatch),
-            Call("low_latency_combine", "ep_low_latency_combine", combine, combine),
+            Call(header.EP_OP_LOW_LATENCY_DISPATCH, "ep_low_latency_dispatch", dispatch, dispatch),
+            Call(header.EP_OP_LOW_LATENCY_COMBINE, "ep_low_latency_combine", combine, combine),
         )
 
     def num_kept_ints(self, max_tokens: int, num_topk: int) -> int:

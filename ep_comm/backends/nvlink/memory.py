@@ -27,7 +27,7 @@ from ep_comm.errors import (
     EPTooManyTokensError,
 )
 from ep_comm.job.meeting import Meeting, meet
-from ep_comm.telemetry.device import RecordAddresses
+from ep_comm.telemetry.device import OP_NAMES, RecordAddresses
 from ep_comm.telemetry.watch import Wait
 
 _PHASES = {
@@ -42,13 +42,7 @@ _ROUTING_PROBLEMS = {
 }
 _NO_FAULT, _NO_NOTICE = header.EP_FAULT_NONE, header.EP_NOTICE_NONE
 HOST_STRIDE = 256  # bytes between what the device writes
-_OPS = {
-    header.EP_OP_DISPATCH: "dispatch",
-    header.EP_OP_COMBINE: "combine",
-    header.EP_OP_LOW_LATENCY_DISPATCH: "low_latency_dispatch",
-    header.EP_OP_LOW_LATENCY_COMBINE: "low_latency_combine",
-}
-NUM_OPS = 1 + max(_OPS)
+NUM_OPS = 1 + max(OP_NAMES)
 # In the order of EP_FIELD_*.
 _FIELDS = ("num_topk", "hidden", "num_experts", "expert-major layout", "expert_alignment")
 
@@ -179,7 +173,7 @@ class PeerMemory:
 
     def _progress_of(self, op: int) -> int:
         """Return where kernels say whom they wait for."""
-        return self._progress_address + getattr(header.Progress, _OPS[op]).offset
+        return self._progress_address + getattr(header.Progress, OP_NAMES[op]).offset
 
     def _rank_of(self, peer: int) -> int:
         """Return the rank that kernels call `peer`."""
@@ -229,14 +223,14 @@ class PeerMemory:
         if self.has_fault:
             return []
         return [
-            Wait(_OPS[op], *_phase_and_epoch(word >> 32, word & 0xFFFFFFFF), self._rank_of(peer))
-            for op in _OPS
+            Wait(name, *_phase_and_epoch(word >> 32, word & 0xFFFFFFFF), self._rank_of(peer))
+            for op, name in OP_NAMES.items()
             for peer, word in enumerate(self._progress_words(op))
             if word
         ]
 
     def _progress_words(self, op: int) -> Iterable[int]:
-        return getattr(self._progress, _OPS[op])
+        return getattr(self._progress, OP_NAMES[op])
 
     def check_fault(self) -> None:
         """Raise what a kernel reported, if one did.
@@ -293,7 +287,7 @@ class PeerMemory:
 
     def _error(self) -> EPError:
         fault = self._fault
-        op, peer = _OPS[fault.op], self._rank_of(fault.peer)
+        op, peer = OP_NAMES[fault.op], self._rank_of(fault.peer)
         if fault.code == header.EP_FAULT_RESULTS:
             return EPStateError(
                 f"{op} #{fault.expected}: a third result would be out, or one is received twice: "

@@ -171,7 +171,7 @@ class Planner:
             self.num_resumed += 1
             self._args.is_begun = True
             return self.ahead.record, self.ahead.number
-        record = self._recorder.start("dispatch")
+        record = self._recorder.start(header.EP_OP_DISPATCH)
         if self._copy_engine is not None:
             self._args.is_begun = False
             self._copy_engine.begin(stream, record, begins=False)

@@ -14,6 +14,7 @@ from ep_comm._native import header
 from ep_comm.blank import Make
 from ep_comm.numeric import round_up
 from ep_comm.routing.types import Routing, RoutingSizes
+from ep_comm.telemetry.device import packed_rows
 
 Places = dict[str, tuple[int, int]]  # first int32 and number of them, by the array's name
 
@@ -185,10 +186,10 @@ class NVLinkRouting(Routing):
     def sizes(self, sizes: RoutingSizes) -> None:
         self._sizes = sizes
 
-    @property
-    def known_expert_rows(self) -> tuple[int, ...]:
-        """Rows of each expert; none with a capacity: to ask would be to wait for the GPU."""
-        return self.sizes.expert_rows if self.capacity is None else ()
+    @cached_property
+    def known_expert_rows(self) -> bytes:
+        """Rows of each expert, for records; none with a capacity: it would wait for the GPU."""
+        return packed_rows(self.sizes.expert_rows) if self.capacity is None else b""
 
     @property
     def device_tokens_per_rank(self) -> Tensor:
