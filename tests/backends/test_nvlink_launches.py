@@ -141,6 +141,9 @@ def test_a_cached_dispatch_and_a_combine_are_one_launch_each(backend):
     assert combine[0] == "ep_combine"
     assert combine[1].num_blocks == 132
     assert combine[1].peers.record > cached[1].peers.record > 0  # records of their own
+    started = [(each.op, each.rows_of_experts) for each in backend.recorder._started(0)]
+    of_dispatch = "dispatch", (9, 0, 0, 0)
+    assert started == [of_dispatch, of_dispatch, ("combine", ())]
 
 
 def test_an_asynchronous_plan_with_probabilities_of_a_map_is_waited_for(backend):

@@ -111,6 +111,8 @@ def test_what_a_dispatch_leaves_stands_behind_the_sources_of_its_rows(backend):
     assert function == "ep_low_latency_combine"
     assert bytes(combined.handle) == bytes(args.handle)
     assert combined.common.topk_idx == TOPK.data_ptr()
+    ops = [each.op for each in backend.recorder._started(0)]
+    assert ops == ["low_latency_dispatch"] * 2 + ["low_latency_combine"]
 
 
 @pytest.mark.parametrize("backend", [DECODING], indirect=True)
