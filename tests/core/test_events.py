@@ -11,7 +11,8 @@ from unittest import mock
 import pytest
 import torch
 
-from ep_comm.events import EventOverlap, HostCopy
+from ep_comm import events
+from ep_comm.events import EventOverlap, HostCopy, is_captured
 
 
 def test_inputs_are_kept_until_their_own_stream_has_waited(monkeypatch):
@@ -23,6 +24,19 @@ def test_inputs_are_kept_until_their_own_stream_has_waited(monkeypatch):
     overlap.current_stream_wait()
     assert overlap.extra_tensors is None
     assert stream.method_calls == [mock.call.wait_event(event)] * 2
+
+
+@pytest.mark.parametrize(("stream", "asked"), [(0, 0), (7, 1)], ids=["default", "another"])
+def test_cuda_is_not_asked_whether_the_default_stream_is_captured(stream, asked, monkeypatch):
+    """While another thread captures on a stream of its own the question would void that graph."""
+    ask = mock.Mock(return_value=True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", ask)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 3, raising=False)
+    monkeypatch.setattr(events, "raw_stream", {3: stream}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert not is_captured() and not ask.called
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert is_captured() == bool(asked) and ask.call_count == asked
 
 
 def captured() -> bool:

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
+from ep_comm import events
 from ep_comm.deep_ep import EPHandle
 from ep_comm.deep_ep.handles import LowLatencyHandleTuple, NormalHandle
 from ep_comm.events import EventOverlap
@@ -26,6 +27,7 @@ def capture(monkeypatch) -> Capture:
     now = Capture()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now.is_going_on)
+    monkeypatch.setattr(events, "_is_default_stream", lambda: False)
     return now
 
 

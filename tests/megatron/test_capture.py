@@ -23,6 +23,7 @@ from example_runs import (
 )
 from ranks import run_ranks
 
+from ep_comm import events
 from ep_comm.routing.capture import Sizes, read
 
 pytest.importorskip("megatron.core")
@@ -95,6 +96,7 @@ def test_a_graph_does_not_copy_to_the_host(in_graph, monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: in_graph)
+    monkeypatch.setattr(events, "_is_default_stream", lambda: False)
     monkeypatch.setattr(capture.dist, "get_world_size", lambda group: 2)
     monkeypatch.setattr(capture.dist, "get_rank", lambda group: 0)
     taking = RoutingCapture([], None)
