@@ -11,13 +11,11 @@ from ep_comm.handle import CombineOutput
 
 
 def checked_bias(bias: object, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
-    """Return the tensors of a bias: none, one, or a pair of them, each of that shape.
+    """Return the tensors of a bias: one, or a pair of them, each of that shape.
 
     Raises:
         EPArgumentError: It is something else.
     """
-    if bias is None:
-        return ()
     tensors: tuple = bias if isinstance(bias, tuple) and len(bias) == 2 else (bias,)
     for tensor in tensors:
         if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.device != device:

@@ -371,7 +371,9 @@ class Buffer(LowLatencyCalls):
             (combined_x [T, hidden], combined_topk_weights [T, K] or None, event).
         """
         kept: NormalHandle = checked(handle, NormalHandle, "dispatch")
-        biases = checked_bias(bias, (kept.native.num_tokens, x.shape[-1]), x.device)
+        biases: tuple[Tensor, ...] = ()
+        if bias is not None:
+            biases = checked_bias(bias, (kept.native.num_tokens, x.shape[-1]), x.device)
         kept.buffer.limit_sms(_sms(config))
         out = kept.buffer.native.combine(
             without_grad(x),

@@ -269,28 +269,26 @@ class ElasticBuffer:
         """
         x, weights = payload(x), without_grad(topk_weights)
         how = run_arguments(
-            (previous_event, previous_event_before_epilogue),
+            previous_event,
+            previous_event_before_epilogue,
             bool(async_with_compute_stream),
             allocate_on_comm_stream,
         )
         counted = cumulative_local_expert_recv_stats
         if handle is not None:
             kept: EPHandle = checked(handle, EPHandle, "ElasticBuffer.dispatch")
-            check_repeated(
-                kept,
-                do_expand=do_expand or None,  # False may be left out
-                num_experts=num_experts,
-                num_max_tokens_per_rank=num_max_tokens_per_rank,
-                expert_alignment=expert_alignment,
-            )
-            check_stats(counted, kept.num_experts // self.num_ranks, x)
+            expands = do_expand or None  # False may be left out
+            check_repeated(kept, (expands, num_experts, num_max_tokens_per_rank, expert_alignment))
+            if counted is not None:
+                check_stats(counted, kept.num_experts // self.num_ranks, x)
             kept.buffer.limit_sms(num_sms or None)
             native = kept.buffer.native
             out = native.dispatch(x, topk_idx, weights, handle=kept.native, **how)
         else:
             if topk_idx is None or num_experts is None:
                 raise EPArgumentError("pass a handle, or topk_idx and num_experts")
-            check_stats(counted, num_experts // self.num_ranks, x)
+            if counted is not None:
+                check_stats(counted, num_experts // self.num_ranks, x)
             num_tokens, hidden, dtype = sizes_of(x)
             most_tokens = num_max_tokens_per_rank or self.num_max_tokens_per_rank
             check_positive("num_max_tokens_per_rank", most_tokens)
@@ -329,7 +327,9 @@ class ElasticBuffer:
                 num_sms=num_sms,
                 counts=out.num_recv_tokens_per_expert_list,
             )
-        recv_x, event = finish(out, kept, counted, use_tma_aligned_col_major_sf)
+        recv_x, event = out.recv_x, out.event
+        if counted is not None or isinstance(recv_x, tuple):
+            recv_x, event = finish(out, kept, counted, use_tma_aligned_col_major_sf)
         return recv_x, out.recv_topk_idx, out.recv_topk_weights, kept, event
 
     def combine(
@@ -364,14 +364,17 @@ class ElasticBuffer:
             (combined_x [T, hidden], combined_topk_weights [T, K] or None, event).
         """
         kept: EPHandle = checked(handle, EPHandle, "ElasticBuffer.dispatch")
-        biases = checked_bias(bias, (kept.native.num_tokens, x.shape[-1]), x.device)
+        biases: tuple[Tensor, ...] = ()
+        if bias is not None:
+            biases = checked_bias(bias, (kept.native.num_tokens, x.shape[-1]), x.device)
         kept.buffer.limit_sms(num_sms or kept.num_sms or None)
         out = kept.buffer.native.combine(
             without_grad(x),
             kept.native,
             without_grad(topk_weights),
             **run_arguments(
-                (previous_event, previous_event_before_epilogue),
+                previous_event,
+                previous_event_before_epilogue,
                 bool(async_with_compute_stream),
                 allocate_on_comm_stream,
             ),

@@ -18,17 +18,20 @@ from ep_comm.events import EventOverlap
 from ep_comm.fp8 import Payload
 from ep_comm.handle import DispatchOutput
 
+_REPEATED = ("do_expand", "num_experts", "num_max_tokens_per_rank", "expert_alignment")
+_LEFT_OUT = (None,) * len(_REPEATED)
 SCALE_GROUP = 4  # FP8 rows by expert: see ep_comm.checks.check_scale_groups
 
 
 def run_arguments(
-    events: tuple[object, object], asynchronous: bool, allocate_on_comm_stream: bool
+    before: object, before_epilogue: object, asynchronous: bool, allocate_on_comm_stream: bool
 ) -> dict[str, Any]:
     """Return how a native operation is to run that starts after these two events."""
-    if events == (None, None) and not asynchronous:
+    if before is None and before_epilogue is None and not asynchronous:
         return {}
     first, second = (
-        EventOverlap(event) if isinstance(event, torch.cuda.Event) else event for event in events
+        EventOverlap(event) if isinstance(event, torch.cuda.Event) else event
+        for event in (before, before_epilogue)
     )
     if isinstance(second, EventOverlap):
         second.order_current_stream()
@@ -44,19 +47,24 @@ def run_arguments(
     )
 
 
-def check_repeated(kept: EPHandle, **given: object) -> None:
-    """Refuse what is passed along with a handle and is not so in it."""
-    for name, value in given.items():
+def check_repeated(kept: EPHandle, given: tuple[object, ...]) -> None:
+    """Refuse what is passed along with a handle and is not so in it.
+
+    Args:
+        kept: The handle.
+        given: In the order of `_REPEATED`; None where it was left out.
+    """
+    if given == _LEFT_OUT:  # as a rule
+        return
+    for name, value in zip(_REPEATED, given, strict=True):
         if value is not None and value != getattr(kept, name):
             raise EPArgumentError(
                 f"{name} is that of the handle, {getattr(kept, name)}, got {value!r}"
             )
 
 
-def check_stats(stats: Tensor | None, num_local_experts: int, x: Payload) -> None:
+def check_stats(stats: Tensor, num_local_experts: int, x: Payload) -> None:
     """Refuse what tokens of experts cannot be counted in: it is [E] int32."""
-    if stats is None:
-        return
     device = (x[0] if isinstance(x, tuple) else x).device
     name = "cumulative_local_expert_recv_stats"
     checked_tensor(name, stats, (num_local_experts,), torch.int32, device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,19 +16,40 @@ from ep_comm.deep_ep.kept import KeptProperty, Readable, for_reader
 from ep_comm.deep_ep.sized import SizedBuffer
 from ep_comm.errors import EPArgumentError
 from ep_comm.events import is_captured
-from ep_comm.handle import DispatchHandle
-from ep_comm.low_latency.handle import LowLatencyHandle
+
+
+class _MadeOf(NamedTuple):
+    """What a handle has in a tuple's places: to set attributes takes a dispatch half a µs more.
+
+    Attributes:
+        native: The handle of the native buffer.
+        buffer: That buffer.
+        tensor: What else is needed.
+        was_captured: See `Readable`.
+    """
+
+    native: Any
+    buffer: SizedBuffer
+    tensor: Any
+    was_captured: bool
 
 
 class _Handle(Readable, tuple):
-    """A tuple of fixed length, whose items are not there at first."""
+    """A tuple of fixed length, whose items are not there at first.
 
-    _NOTHING: tuple[None, ...]  # as many as it has items
+    Attributes:
+        native, buffer: See `_MadeOf`.
+    """
 
-    def __new__(cls, *_: object) -> _Handle:
-        handle = tuple.__new__(cls, cls._NOTHING)
-        handle.was_captured = is_captured()
-        return handle
+    _NOTHING: tuple[None, ...]  # behind `_MadeOf`, for the length
+    # These read a place of any tuple.
+    native: Any = _MadeOf.native
+    buffer: SizedBuffer = _MadeOf.buffer
+    _tensor: Any = _MadeOf.tensor
+    was_captured: bool = _MadeOf.was_captured
+
+    def __new__(cls, native: Any, buffer: SizedBuffer, tensor: Tensor | None) -> _Handle:
+        return tuple.__new__(cls, (native, buffer, tensor, is_captured()) + cls._NOTHING)
 
     def _made(self) -> tuple:
         raise NotImplementedError
@@ -62,19 +83,13 @@ class NormalHandle(_Handle):
     first only the own column is known: entry r of it counts the rows that ranks 0 to r sent here.
     The other entries are -1.
 
-    Attributes:
-        native: The handle of the native buffer.
+    Args:
+        native: The handle of the native buffer, a `DispatchHandle`.
         buffer: That buffer.
+        tensor: ``is_token_in_rank``.
     """
 
-    _NOTHING = (None,) * 6
-
-    def __init__(
-        self, native: DispatchHandle, buffer: SizedBuffer, is_token_in_rank: Tensor | None
-    ) -> None:
-        self.native = native
-        self.buffer = buffer
-        self._is_token_in_rank = is_token_in_rank
+    _NOTHING = (None,) * 2
 
     def _made(self) -> tuple:
         received = list(accumulate(self.native.num_recv_tokens_per_rank))
@@ -82,7 +97,7 @@ class NormalHandle(_Handle):
         matrix = torch.full((num_ranks, num_ranks), -1, dtype=torch.int32, device="cpu")
         matrix[:, rank] = torch.tensor(received, dtype=torch.int32, device="cpu")
         matrix = matrix.to(self.native.topk_idx.device)
-        return matrix, None, None, None, self._is_token_in_rank, None
+        return matrix, None, None, None, self._tensor, None
 
 
 class LowLatencyHandleTuple(_Handle):
@@ -94,23 +109,19 @@ class LowLatencyHandleTuple(_Handle):
     each expert and rank, the first row from there, times 2^32, plus their number. Look at them when
     the rows have come.
 
-    Attributes:
-        native: The handle of the native buffer.
+    Args:
+        native: The handle of the native buffer, a `LowLatencyHandle`.
         buffer: That buffer.
+        tensor: ``recv_count``.
     """
 
-    _NOTHING = (None,) * 5
-
-    def __init__(self, native: LowLatencyHandle, buffer: SizedBuffer, recv_count: Tensor) -> None:
-        self.native = native
-        self.buffer = buffer
-        self._recv_count = recv_count
+    _NOTHING = (None,)
 
     def _made(self) -> tuple:
         config, most = self.buffer.native.config, self.native.max_tokens
         num_ranks, src_info = self.buffer.native.num_ranks, for_reader(self.native.recv_src_info)
         places = torch.arange(src_info.shape[1], device=src_info.device)
-        has_come = places < for_reader(self._recv_count).unsqueeze(1)
+        has_come = places < for_reader(self._tensor).unsqueeze(1)
         # Behind the rows that came anything may stand.
         source = torch.where(has_come, src_info // most, num_ranks)
         ranks = torch.arange(num_ranks, device=src_info.device)

@@ -22,7 +22,9 @@ def without_grad(tensor: MaybeTensor) -> MaybeTensor:
 
 def payload(x: Payload) -> Payload:
     """Return rows to dispatch; scales may have had any strides."""
-    return (x[0], x[1].contiguous()) if isinstance(x, tuple) else without_grad(x)
+    if isinstance(x, tuple):
+        return x[0], x[1].contiguous()
+    return x.detach() if x.requires_grad else x  # as `without_grad`, in one call
 
 
 def sizes_of(x: Payload) -> tuple[int, int, torch.dtype]:
