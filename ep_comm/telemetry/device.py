@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -25,11 +24,6 @@ OP_NAMES = {
     header.EP_OP_LOW_LATENCY_COMBINE: "low_latency_combine",
 }
 _DISPATCH = header.EP_OP_DISPATCH
-
-
-def packed_rows(rows_of_experts: tuple[int, ...]) -> bytes:
-    """Return counts in one piece of memory, as a recorder keeps them."""
-    return struct.pack(f"{len(rows_of_experts)}i", *rows_of_experts)
 
 
 class RecordAddresses(NamedTuple):
@@ -142,7 +136,7 @@ class DeviceRecorder:
 
         Args:
             op: Its kind, EP_OP_*.
-            rows_of_experts: Of a dispatch, by `packed_rows`; see `OpRecord`.
+            rows_of_experts: Of a dispatch, in int32; see `OpRecord`.
         """
         slot = self.num_operations % RING_LENGTH
         self.num_operations += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from array import array
 from types import SimpleNamespace
 from unittest import mock
 
@@ -22,7 +23,7 @@ from ep_comm.backends.nvlink.backend import NVLinkBackend
 from ep_comm.backends.requests import CombineRequest, DispatchRequest
 from ep_comm.errors import EPArgumentError, EPRoutingError, EPUnsupportedError
 from ep_comm.handle import DispatchHandle
-from ep_comm.telemetry.device import DeviceRecorder, packed_rows
+from ep_comm.telemetry.device import DeviceRecorder
 from ep_comm.telemetry.records import RING_LENGTH
 from ep_comm.topology import Spot
 
@@ -254,7 +255,7 @@ def test_inside_a_graph_only_what_it_holds_is_waited_for(backend):
 def test_records_are_what_the_kernels_wrote():
     recorder = DeviceRecorder(1, 3, torch.device("cpu"), lambda: None)
     first, second = recorder.start(header.EP_OP_DISPATCH), recorder.start(header.EP_OP_COMBINE)
-    recorder.complete(100, packed_rows((4, 9)), 1)
+    recorder.complete(100, bytes(array("i", (4, 9))), 1)
     note = header.Call.from_address(second + recorder.addresses.call_offset)
     note.called_ns, note.row_bytes = 2_500_000_000, 7  # as the library does
     assert second - first == ctypes.sizeof(header.Record)
@@ -301,12 +302,12 @@ def test_a_record_tells_nothing_of_the_one_that_stood_there(is_backward):
     }
     recorder.is_backward = not is_backward
     for _ in range(RING_LENGTH):
-        recorder.start(header.EP_OP_DISPATCH, packed_rows((1, 2)))
+        recorder.start(header.EP_OP_DISPATCH, bytes(array("i", (1, 2))))
     recorder.is_backward = is_backward
     for op in kinds:
         recorder.start(op)
-    recorder.start(header.EP_OP_DISPATCH, packed_rows((3, 0)))
-    recorder.complete(10, packed_rows((5, 6)), 1)  # so late that another one stands there
+    recorder.start(header.EP_OP_DISPATCH, bytes(array("i", (3, 0))))
+    recorder.complete(10, bytes(array("i", (5, 6))), 1)  # so late that another one stands there
     found = recorder.since(RING_LENGTH)
     assert [record.op for record in found] == [*kinds.values(), "dispatch"]
     assert {record.is_backward for record in found} == {is_backward}

@@ -61,7 +61,7 @@ def calls_noted(buffer: Buffer) -> Iterator[None]:
 
 
 def _run_case(rank: int, case: Case, buffer: Buffer) -> dict[str, np.ndarray | list[int] | int]:
-    device = case.device
+    device, before = case.device, buffer.records.num_operations
     topk = to_torch(case.topk_idx(rank), device).to(getattr(torch, case.idx_dtype))
     x = to_torch(case.rows(rank, case.tokens[rank], salt=2), device).requires_grad_()
     probs = to_torch(case.probabilities(rank, tuple(topk.shape), salt=3), device)
@@ -94,6 +94,7 @@ def _run_case(rank: int, case: Case, buffer: Buffer) -> dict[str, np.ndarray | l
     assert_same(to_numpy(cached.recv_x), to_numpy(out.recv_x), "cached dispatch")
     assert cached.recv_topk_idx is out.recv_topk_idx
     assert_same(to_numpy(again.combined_x), to_numpy(back.combined_x), "repeated combine")
+    check_kinds_of_records(buffer, before, tuple(handle.tokens_per_expert.tolist()))
     return dict(
         added_weights=added_weights(case, rank, buffer, y, handle),
         x=to_numpy(out.recv_x),
@@ -110,6 +111,19 @@ def _run_case(rank: int, case: Case, buffer: Buffer) -> dict[str, np.ndarray | l
         dispatch_wire_bytes=dispatch_record.wire_bytes_to_rank,
         combine_wire_bytes=combine_record.wire_bytes_to_rank,
     )
+
+
+def check_kinds_of_records(buffer: Buffer, before: int, counts: tuple[int, ...]) -> None:
+    """Those of `_run_case`, which began behind `before` operations."""
+    records = [record for record in buffer.records.since(before) if record.op != "plan"]
+    assert [(each.op, each.is_backward, each.rows_of_experts) for each in records] == [
+        ("dispatch", False, counts),
+        ("combine", False, ()),
+        ("combine", True, ()),
+        ("dispatch", True, counts),
+        ("dispatch", False, counts),
+        ("combine", False, ()),
+    ]
 
 
 def added_weights(case: Case, rank: int, buffer: Buffer, y, handle) -> np.ndarray | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -29,6 +30,8 @@ class Mailbox:
         self._config = config
         self._num_local_experts = config.num_experts // memory.num_ranks
         received, expert_rows = self._places()
+        counts = ctypes.c_int32 * self._num_local_experts
+        self._packed = memoryview(counts.from_address(memory.mailbox_address + expert_rows))
         self._args = header.MailboxArgs(
             mailbox=memory.mailbox_address,
             fault=memory.fault_address,
@@ -75,6 +78,10 @@ class Mailbox:
             expert_rows=tuple(self._expert_rows()),
             alignment=alignment,
         )
+
+    def packed_expert_rows(self) -> bytes:
+        """Return the counts of experts as records keep them: int32."""
+        return self._packed.tobytes()
 
     def _sent(self) -> list[int]:
         return self._memory.mailbox.num_sent_tokens[: self._memory.num_ranks]

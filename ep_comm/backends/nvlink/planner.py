@@ -241,6 +241,7 @@ class Planner:
             streams.wait(first.stream, streams.side)
         if routing.capacity is None:
             routing.sizes = self._mailbox.sizes(alignment)
+            routing.known_expert_rows = self._mailbox.packed_expert_rows()
         self._recorder.complete(
             args.row_bytes + args.scale_bytes, routing.known_expert_rows, first.number
         )

@@ -14,7 +14,6 @@ from ep_comm._native import header
 from ep_comm.blank import Make
 from ep_comm.numeric import round_up
 from ep_comm.routing.types import Routing, RoutingSizes
-from ep_comm.telemetry.device import packed_rows
 
 Places = dict[str, tuple[int, int]]  # first int32 and number of them, by the array's name
 
@@ -112,6 +111,8 @@ class NVLinkRouting(Routing):
         is_captured: The plan is in a CUDA graph: each replay of it changes the arrays.
         first: The common part of the plan and of the first dispatch; None after that one.
         wait_for_kernels: Waits until the counts are in device memory.
+        known_expert_rows: Rows of each expert, in int32, for records. None with a capacity: to ask
+            would be to wait for the GPU.
     """
 
     native: header.Routing
@@ -123,6 +124,7 @@ class NVLinkRouting(Routing):
     is_captured: bool
     first: FirstDispatch | None
     wait_for_kernels: Callable[[], None] = field(repr=False)
+    known_expert_rows: bytes = field(default=b"", init=False, repr=False)
     _sizes: RoutingSizes | None = field(default=None, init=False, repr=False)
 
     def allocate_entries(self, num_received: int, make: Make) -> None:
@@ -185,11 +187,6 @@ class NVLinkRouting(Routing):
     @sizes.setter
     def sizes(self, sizes: RoutingSizes) -> None:
         self._sizes = sizes
-
-    @cached_property
-    def known_expert_rows(self) -> bytes:
-        """Rows of each expert, for records; none with a capacity: it would wait for the GPU."""
-        return packed_rows(self.sizes.expert_rows) if self.capacity is None else b""
 
     @property
     def device_tokens_per_rank(self) -> Tensor:
