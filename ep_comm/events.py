@@ -9,11 +9,6 @@ import torch
 from torch import Tensor
 
 
-def raw_stream(device_index: int) -> int:
-    """Return the current ``cudaStream_t``, at a fraction of `torch.cuda.current_stream`'s 6 µs."""
-    return torch._C._cuda_getCurrentRawStream(device_index)
-
-
 def is_captured() -> bool:
     """Return whether a CUDA graph is captured on the current stream.
 
@@ -25,7 +20,7 @@ def is_captured() -> bool:
 
 
 def _is_default_stream() -> bool:
-    return raw_stream(torch._C._cuda_getDevice()) == 0
+    return torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice()) == 0
 
 
 # Of operations whose event was dropped before anybody had waited for it: what they still use.

@@ -88,9 +88,10 @@ class LowLatencyCalls:
             num_max_dispatch_tokens_per_rank, num_experts, use_fp8, round_scale, use_ue8m0,
             async_finish, return_recv_hook,
         )  # fmt: skip
-        given = (
-            without_grad(x), topk_idx, None,
-            cumulative_local_expert_recv_stats, self._own_row(dispatch_wait_recv_cost_stats),
+        stats = dispatch_wait_recv_cost_stats
+        given = (  # without calls: this is to take no longer than the native dispatch
+            x.detach() if x.requires_grad else x, topk_idx, None,
+            cumulative_local_expert_recv_stats, None if stats is None else self._own_row(stats),
         )  # fmt: skip
         recv_x, recv_count, native, event, hook = buffer.native._low_latency_dispatch(call, given)
         handle = LowLatencyHandleTuple(native, buffer, recv_count)

@@ -18,7 +18,13 @@ from torch.cuda import ExternalStream
 
 from ep_comm._native import NativeLibrary, header
 from ep_comm.errors import EPUnsupportedError
-from ep_comm.events import EventOverlap, raw_stream
+from ep_comm.events import EventOverlap
+
+
+def raw_stream(device_index: int) -> int:
+    """Return the current ``cudaStream_t``, at a fraction of `torch.cuda.current_stream`'s 6 µs."""
+    return torch._C._cuda_getCurrentRawStream(device_index)
+
 
 _KINDS = (
     header.EP_OP_DISPATCH,
