@@ -29,6 +29,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from ep_comm.bench.tables import number
 from ep_comm.bench.timing import Stopwatch
 from ep_comm.job.environment import surroundings
 from ep_comm.job.exits import UserError, needs_extra, user_errors_exit
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
     from ep_comm.bench.train.layer import LayerAlone
 
 _WARMUP = 10
+_COLUMNS = (
+    "forward of one MoE layer; host µs; min; gpu µs; kernels; copies; waits; wait µs; "
+    "without waits; ÷ first"
+).split("; ")
 
 
 def main() -> None:
@@ -135,36 +140,37 @@ def _profiles(layers: dict[str, LayerAlone], device: torch.device) -> dict[str, 
 def _report(
     times: dict[str, dict[str, tuple[float, ...]]], profiles: dict[str, Any], path: Path | None
 ) -> None:
-    columns = ("host µs", "min", "gpu µs", "kernels", "copies", "waits", "wait µs", "without waits")
-    table = Table("forward of one MoE layer", *columns, "÷ first")
     reference = next(iter(times.values()))["host"]
     rows = []
     for name, us in times.items():
         ratio = statistics.median(a / b for a, b in zip(us["host"], reference, strict=True))
         seen = profiles.get(name)
-        rows.append(
-            {
-                "variant": name,
-                "host_us": statistics.median(us["host"]),
-                "host_min_us": min(us["host"]),
-                "gpu_us": statistics.median(us["gpu"]),
-                "kernels": seen and seen.kernels,
-                "copies": seen and seen.copies,
-                "waits": seen and seen.waits,
-                "wait_us": seen and seen.wait_us,
-                "without_waits_us": seen and seen.host_us,
-                "ratio": ratio,
-            }
-        )
-        cells = ["–" if value is None else value for value in rows[-1].values()]
-        table.add_row(*(f"{c:.2f}" if c is ratio else _shown(c) for c in cells))
+        counted: list[float | None] = [None] * 5
+        if seen:
+            counted = [seen.kernels, seen.copies, seen.waits, seen.wait_us, seen.host_us]
+        host_us, gpu_us = us["host"], us["gpu"]
+        measured = [statistics.median(host_us), min(host_us), statistics.median(gpu_us), *counted]
+        rows.append([name, *(number(each, ".0f") for each in measured), f"{ratio:.2f}"])
+    table = Table(*_COLUMNS)
+    for row in rows:
+        table.add_row(*(cell or "–" for cell in row))
     Console(file=sys.__stdout__, width=160).print(table)
     if path is not None:
-        write_json(path, {"rows": rows, "times": times, **surroundings()})
+        write_json(path, _document(rows, times))
 
 
-def _shown(cell: object) -> str:
-    return f"{cell:.0f}" if isinstance(cell, float) else str(cell)
+def _document(rows: list[list[str | None]], times: dict[str, Any]) -> dict[str, Any]:
+    """Return what the JSON file holds: the times of all rounds, and the table for docs/results."""
+    found = surroundings()
+    gpus = found["gpus"]
+    return {
+        "title": "The host in the forward of one MoE layer",
+        "source": "each variant in turn; launches and waits of one pass under torch's profiler",
+        "machine": f"{len(gpus)} × {gpus[0]}" if gpus else "CPU",
+        **found,
+        "tables": [{"columns": _COLUMNS, "rows": rows}],
+        "times": times,
+    }
 
 
 if __name__ == "__main__":

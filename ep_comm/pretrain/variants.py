@@ -22,6 +22,7 @@ _CAPACITY = ("--moe-pad-expert-input-to-capacity",)  # of a factor that the run 
 _FACTOR = "--ep-capacity-factor"
 _COUNTS = (_FACTOR, "2", "--ep-device-counts")
 _GRAPHS = ("--cuda-graph-modules", "attn", "moe_router", "moe_preprocess")
+_LAYER_GRAPHS = ("--cuda-graph-modules", "attn", "moe")
 # FP8 experts as Megatron recommends them for Hopper.
 FP8_EXPERTS = (
     *("--fp8-format", "e4m3", "--fp8-recipe", "blockwise"),
@@ -36,7 +37,7 @@ FP8_WIRE = ("--ep-fp8-dispatch", "--ep-fp8-grad-dispatch")
 # "-factor-F" gives every expert rows for F times its even share, and waits for no counts;
 # "-device-counts-F" gives them to a rank's experts together, and torch's GEMM takes the counts.
 # "-fp8-direct" is "-fp8-all" whose experts compute with FP8 rows as they came.
-# "-graphs" has all that precedes the dispatch in CUDA graphs.
+# "-graphs" has all that precedes the dispatch in CUDA graphs, and with a capacity the whole layer.
 # "-1f1b" is Megatron's overlap of one micro-batch's communication with another one's computation.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "alltoall": _ALLTOALL,
@@ -63,6 +64,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "alltoall-graphs": _ALLTOALL + _GRAPHS,
     "ep_comm-graphs": _EP_COMM + _GRAPHS,
     "ep_comm-device-counts-2-graphs": _EP_COMM + _COUNTS + _GRAPHS,
+    "alltoall-capacity-graphs": _ALLTOALL + _CAPACITY + _LAYER_GRAPHS,
+    "ep_comm-capacity-graphs": _EP_COMM + _CAPACITY + _LAYER_GRAPHS,
 }
 
 

@@ -27,7 +27,7 @@ def train(
             "--moe-expert-capacity-factor, which is to be given; factor-F: rows for F times an "
             "expert's even share, and no wait for counts; device-counts-F: for a rank's, "
             "whose GEMM takes them from the device; graphs: what precedes the dispatch in CUDA "
-            "graphs."
+            "graphs, with a capacity the whole layer."
         ),
     ] = "alltoall,ep_comm,ep_comm-overlap",
     microbatches: Annotated[str, typer.Option(help="Of an optimizer step.")] = "1,8",
