@@ -355,6 +355,7 @@ class Buffer(MaskCalls, RecordCalls):
         *,
         add_weights: bool = False,
         grad_wire_dtype: torch.dtype | None = None,
+        take_grad: ops.TakeGrad | None = None,
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
@@ -378,6 +379,11 @@ class Buffer(MaskCalls, RecordCalls):
                 sends its rows as they are; ``torch.float8_e4m3fn`` quantises them for the way, and
                 they arrive dequantised, in x's dtype (hidden as for `dispatch`'s `wire_dtype`).
                 Gradients of `topk_weights` stay FP32.
+            take_grad: With FP8 `grad_wire_dtype`: called in the backward with the gradient of `x`
+                as it came, FP8 rows [M, H] and scales as `dispatch` returns them, and with the
+                tensor that autograd has for the gradient. **That one holds nothing**: whoever gets
+                it has to take these rows instead. Not called where selective checkpointing looks
+                on; then the gradient is an ordinary one.
             previous_event: As in `dispatch`.
             async_finish: As in `dispatch`.
             allocate_on_comm_stream: As in `dispatch`.
@@ -399,14 +405,16 @@ class Buffer(MaskCalls, RecordCalls):
         weights = checks.checked_weights(topk_weights, routing.row_weights_shape, x.device)
         if add_weights:
             checks.check_add_weights(routing.layout, x, weights)
-        grad_wire = checks.grad_wire_dtype(x, grad_wire_dtype)
-        session.backend.check_wire_dtype(grad_wire, x.dtype)
+        grad_wire = checks.grad_wire_dtype(x, grad_wire_dtype, take_grad is not None)
+        session.backend.check_wire_dtype(grad_wire, x.dtype if take_grad is None else FP8_DTYPE)
+        if take_grad is not None:
+            checks.check_scale_groups(FP8_DTYPE, routing.layout, routing.expert_alignment)
         if previous_event is not None:
             previous_event.order_current_stream()
 
         request = CombineRequest(x, weights, async_finish, add_weights)
         with session.operation() as backend:
-            combined = ops.combine(backend, handle, request, grad_wire)
+            combined = ops.combine(backend, handle, request, grad_wire, take_grad)
             if allocate_on_comm_stream:
                 backend.keep_for_comm_stream(combined)
         return CombineOutput(

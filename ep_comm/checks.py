@@ -205,7 +205,7 @@ def wire_and_recv_dtype(
     return wire, recv
 
 
-def grad_wire_dtype(x: Tensor, wire_dtype: torch.dtype | None) -> torch.dtype:
+def grad_wire_dtype(x: Tensor, wire_dtype: torch.dtype | None, is_taken: bool) -> torch.dtype:
     """Return the type in which the gradient of a combine of `x` travels: None is x's own."""
     wire = x.dtype if wire_dtype is None else wire_dtype
     if wire not in (x.dtype, fp8.FP8_DTYPE):
@@ -215,6 +215,8 @@ def grad_wire_dtype(x: Tensor, wire_dtype: torch.dtype | None) -> torch.dtype:
     if wire == fp8.FP8_DTYPE:
         _check_can_be_fp8("x", x)
         fp8.check_hidden(x.shape[1])
+    elif is_taken:
+        raise EPArgumentError(f"take_grad needs grad_wire_dtype float8_e4m3fn, got {wire}")
     return wire
 
 

@@ -15,7 +15,8 @@ checkpointing is: torch's way to such an op costs a call several times as much.
 FP8 on the wire is straight-through: the gradient is that of an unquantised dispatch. Gradients
 travel in their own type, except where combine's `grad_wire_dtype` makes those that its backward
 dispatches FP8. Autograd would give an FP8 tensor its gradient in FP8: where rows are received so,
-it goes to a tensor that stands for them (`Dispatched.recv_edge`).
+it goes to a tensor that stands for them (`Dispatched.recv_edge`). A gradient that is received so
+goes to who asked for it (`TakeGrad`), and autograd has a tensor that stands for it.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ from ep_comm.fp8 import FP8_DTYPE
 from ep_comm.handle import DispatchHandle, handle_by_id
 from ep_comm.routing.probabilities import scatter_probabilities, select_probabilities
 from ep_comm.tracing import check_not_saved, plain_tensor
+
+# Takes the rows [M, H] and scales of a gradient in FP8, and what autograd has in their place.
+TakeGrad = Callable[[Tensor, Tensor, Tensor], None]
 
 _NOTHING = contextlib.nullcontext()
 
@@ -122,8 +126,12 @@ def combine(
     handle: DispatchHandle,
     request: CombineRequest,
     grad_wire_dtype: torch.dtype,
+    take_grad: TakeGrad | None = None,
 ) -> Combined:
-    """Send rows back along the routing of `handle`, and record the gradient as `dispatch` does."""
+    """Send rows back along the routing of `handle`, and record the gradient as `dispatch` does.
+
+    Where a dispatch mode sees the op, nobody is given the gradient apart.
+    """
     x, topk_weights, asynchronous, adds_weights = request
     if not _needs_grad(x, topk_weights):
         return _result(backend.combine(handle.routing, request), handle, asynchronous)
@@ -132,7 +140,9 @@ def combine(
         op = torch.ops.ep_comm.combine.default
         return Combined(*op(x, topk_weights, grad_wire_dtype, asynchronous, handle.id))
     with _named("ep_comm::combine"):
-        return Combined(*_Combine.apply(x, topk_weights, request, backend, handle, grad_wire_dtype))
+        return Combined(
+            *_Combine.apply(x, topk_weights, request, backend, handle, grad_wire_dtype, take_grad)
+        )
 
 
 def _selected(request: DispatchRequest, handle: DispatchHandle) -> DispatchRequest:
@@ -310,16 +320,18 @@ class _Combine(torch.autograd.Function):
         backend: Backend,
         handle: DispatchHandle,
         grad_wire_dtype: torch.dtype,
+        take_grad: TakeGrad | None,
     ) -> Combined:
         pending = backend.combine(handle.routing, request)
         combined = _result(pending, handle, request.asynchronous)
         _prepare_combine_backward(ctx, handle, x.dtype, topk_weights is not None, grad_wire_dtype)
+        ctx.take_grad = take_grad
         return combined
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        return *_grads_of_combine(ctx, *grads), None, None, None, None
+        return *_grads_of_combine(ctx, *grads), None, None, None, None, None
 
 
 def _combine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -339,6 +351,7 @@ def _prepare_combine_backward(
     ctx.grad_dtype = dtype
     ctx.has_weights = has_weights
     ctx.grad_wire_dtype = grad_wire_dtype
+    ctx.take_grad = None
     ctx.set_materialize_grads(False)
 
 
@@ -356,12 +369,20 @@ def _grads_of_combine(
     x, weights = _gradients(
         ctx, grad_x, grad_weights, routing.num_tokens, routing.token_weights_shape
     )
+    take_grad: TakeGrad | None = ctx.take_grad
+    recv_dtype = ctx.grad_dtype if take_grad is None else FP8_DTYPE
     request = DispatchRequest(
-        x, None, weights, ctx.grad_wire_dtype, recv_dtype=ctx.grad_dtype, asynchronous=False
+        x, None, weights, ctx.grad_wire_dtype, recv_dtype=recv_dtype, asynchronous=False
     )
     with handle.session.operation(is_backward=True) as backend:
         received = backend.dispatch(routing, request).wait()
-    return received.x, received.topk_weights
+    if take_grad is None:
+        return received.x, received.topk_weights
+    assert received.scales is not None  # as for all FP8 rows
+    # Real memory, but not written: what needs a gradient to be contiguous finds it so.
+    instead = torch.empty_like(received.x, dtype=ctx.grad_dtype)
+    take_grad(received.x, received.scales, instead)
+    return instead, received.topk_weights
 
 
 def _gradients(

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ep_comm import Buffer, DispatchHandle, DispatchOutput, EPTooManyTokensError, fp8
 from ep_comm.megatron.buffers import LayerBuffers
-from ep_comm.megatron.fp8_direct import FP8Rows, attach
+from ep_comm.megatron.fp8_direct import FP8Rows, attach, gradient_of
 from ep_comm.megatron.options import EPOptions
 from ep_comm.megatron.overflow import ExpertOverflow
 from ep_comm.megatron.wgrad import at_end_of_backward
@@ -285,11 +285,19 @@ class EPCommTokenDispatcher(MoETokenDispatcher):
         """Send expert-major rows [M, H] back; return the sums [T, H]."""
         if self.during_backward is not None and not self._has_backward:
             at_end_of_backward(hidden_states, self.during_backward)
-        assert self.handle is not None  # the dispatch set it
+        handle = self.handle
+        assert handle is not None  # the dispatch set it
+        gradient, take_grad = gradient_of(hidden_states), None
+        if gradient is not None:
+
+            def take_grad(rows: Tensor, scales: Tensor, instead: Tensor) -> None:
+                gradient.put(FP8Rows(rows, scales, handle.device_expert_offsets), instead)
+
         return self._buffer.combine(
             hidden_states.contiguous(),
-            self.handle,
+            handle,
             grad_wire_dtype=fp8.FP8_DTYPE if self.options.fp8_grad_dispatch else None,
+            take_grad=take_grad,
         ).combined_x
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:

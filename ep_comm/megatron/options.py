@@ -69,8 +69,9 @@ class EPOptions:
         False,
         flag="--ep-fp8-direct",
         help="With --ep-fp8-dispatch and FP8 experts of --fp8-recipe blockwise: rows go into the "
-        "experts' first GEMM as they came, neither dequantised nor quantised again. Results are "
-        "the same, bit for bit. Needs Transformer Engine 2.20.",
+        "experts' first GEMM as they came, neither dequantised nor quantised again. With "
+        "--ep-fp8-grad-dispatch gradients do so at the last GEMM. Results are the same, bit for "
+        "bit. Needs Transformer Engine 2.20.",
     )
     overlap_wgrad: bool = option(
         False,

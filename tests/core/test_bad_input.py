@@ -192,6 +192,9 @@ def try_combine(rank: int) -> dict[str, str]:
         "hidden 32 is not a multiple": lambda: buffer.combine(
             rows, handle, grad_wire_dtype=fp8.FP8_DTYPE
         ),
+        "take_grad needs grad_wire_dtype float8_e4m3fn, got torch.float32": lambda: buffer.combine(
+            rows, handle, take_grad=lambda *_: None
+        ),
         "x must be [4, 32]": lambda: buffer.dispatch(X[1:], handle=handle),
         "topk_weights must be [4, 3], got [4, 1]": lambda: buffer.dispatch(
             X, handle=handle, topk_weights=torch.ones(4, 1)

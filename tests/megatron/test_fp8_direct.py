@@ -105,6 +105,9 @@ def layer_step(rank: int, direct: bool, case: dict) -> dict[str, torch.Tensor]:
         counts = layer.token_dispatcher.tokens_per_expert.tolist()
         assert rank == 0 or not any(counts[expert - 4] for expert in left_out)
         assert experts.linear_fc1.times_written_out == 0
+        takes = direct and case.get("options", {}).get("fp8_grad_dispatch", False)
+        is_quantised = [each.num_calls > 0 for each in experts.linear_fc2.of_gradient]
+        assert is_quantised == [not takes] * len(is_quantised)
         tensors = dict(output=output.detach(), hidden=hidden.grad)
         for name, weight in layer.named_parameters():
             if weight.requires_grad:
@@ -128,8 +131,16 @@ CASES: dict[str, dict] = {
     "frozen-experts": dict(frozen=True),
     "recomputed": dict(recompute=True),
     "padded": dict(options=dict(capacity_factor=4.0)),
-    "fp8-gradients": dict(options=dict(fp8_grad_dispatch=True)),
     "all-to-one-rank": dict(skewed=True),
+}
+
+
+CASES |= {
+    f"{name}-fp8-gradients": {
+        **case,
+        "options": {**case.get("options", {}), "fp8_grad_dispatch": True},
+    }
+    for name, case in CASES.items()
 }
 
 
@@ -158,11 +169,11 @@ def refusals(rank: int) -> None:
     parallel_state(SETUP)
     with te_stand_in.installed(), torch.no_grad():
         with pytest.raises(EPUnsupportedError, match="beside Megatron's TEGroupedMLP.*Sequential"):
-            feed_directly(torch.nn.Sequential())
+            feed_directly(torch.nn.Sequential(), gradients=False)
         other = make_layer(dict(fp8_dispatch=True)).experts
         other.linear_fc1.save_original_input = True
         with pytest.raises(EPUnsupportedError, match=r"grouped tensors in it \(save_original"):
-            feed_directly(other)
+            feed_directly(other, gradients=False)
 
         layer = make_layer(dict(fp8_dispatch=True, fp8_direct=True))
         linear = layer.experts.linear_fc1
@@ -206,3 +217,68 @@ def refusals(rank: int) -> None:
 
 def test_other_rows_are_not_computed_with_unnoticed():
     run(refusals)
+
+
+def gradient_refusals(rank: int) -> None:
+    """As `refusals`, of the gradient of the last layer's output."""
+    import ep_comm.megatron.cpu
+
+    ep_comm.megatron.cpu.enable()
+    from ep_comm import fp8
+    from ep_comm.errors import EPStateError
+    from ep_comm.megatron import destroy_buffers
+    from ep_comm.megatron.fp8_direct import FP8Rows, gradient_of
+
+    parallel_state(SETUP)
+    with te_stand_in.installed():
+        options = dict(fp8_dispatch=True, fp8_direct=True, fp8_grad_dispatch=True)
+        linear = make_layer(options).experts.linear_fc2
+        ends = torch.tensor([0, 16, 16, 48, 48], dtype=torch.int32)
+        data, scales = fp8.quantize(torch.randn(48, HIDDEN))
+        rows = FP8Rows(data, fp8.join_scales(scales, ends.tolist()), ends)
+        inputs = torch.randn(48, FFN).bfloat16()
+
+        def call(puts: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            leaf = inputs.clone().requires_grad_()
+            output, _ = linear(leaf, [16, 0, 32, 0])
+            instead = torch.full_like(output, torch.nan)
+            gradient = gradient_of(output)
+            assert gradient_of(output) is None  # it is taken once
+            if puts:
+                gradient.put(rows, instead)
+            return output, instead, leaf
+
+        output, instead, leaf = call()
+        output.backward(instead)
+        assert leaf.grad.isfinite().all() and leaf.grad.any()
+
+        output, instead, _ = call()
+        with pytest.raises(EPStateError, match="another one than combine's backward"):
+            output.backward(instead + 1)
+
+        output, _, leaf = call(puts=False)  # an ordinary gradient
+        output.backward(torch.ones_like(output))
+        assert leaf.grad.isfinite().all() and leaf.grad.any()
+
+        with pytest.MonkeyPatch.context() as patch:
+            output, instead, _ = call()
+            patch.setattr(
+                te_stand_in,
+                "split_quantize",
+                lambda values, splits, _: [
+                    te_stand_in.Float8BlockQuantizer(1)(part) for part in values.split(splits)
+                ],
+            )
+            with pytest.raises(EPStateError, match="FP8 gradient of 0 experts of 4"):
+                output.backward(instead)
+
+        with torch.no_grad():
+            leaf = inputs.clone().requires_grad_()
+            assert gradient_of(linear(leaf, [16, 0, 32, 0])[0]) is None
+        frozen, _ = linear(inputs, [16, 0, 32, 0])
+        assert gradient_of(frozen) is None  # nobody could notice
+        destroy_buffers()
+
+
+def test_another_gradient_is_not_computed_with_unnoticed():
+    run(gradient_refusals)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from cases import Case, assert_same, finished, to_numpy, to_torch
@@ -52,8 +54,18 @@ def dispatch_all_ways(rank: int, case: Case, buffer: Buffer | None = None) -> di
     check_edge(buffer, handle, x.detach(), grad, bf16_grad)
     grad_grads, grad_record = combine_backward(buffer, handle, x.detach(), fp8.FP8_DTYPE)
     bf16_grad_grads, _ = combine_backward(buffer, handle, x.detach(), None)
+    taken: list[torch.Tensor] = []
+    take = dict(take_grad=lambda *rows: taken.extend(rows))
+    taken_grads, _ = combine_backward(buffer, handle, x.detach(), fp8.FP8_DTYPE, **take)
+    taken_data, taken_scales, instead = taken
+    assert instead is taken_grads[0] and instead.is_contiguous()
+    if case.layout == "expert":
+        taken_scales = scales_a_row(taken_scales, handle, case)
     return dict(
         grad_grad=to_numpy(grad_grads[0]),
+        taken_data=to_numpy(taken_data.view(torch.uint8)),
+        taken_scales=to_numpy(taken_scales),
+        taken_grad_weights=to_numpy(taken_grads[1]),
         grad_weights=to_numpy(grad_grads[1]),
         bf16_grad_weights=to_numpy(bf16_grad_grads[1]),
         bf16_grad_grad=to_numpy(bf16_grad_grads[0]),
@@ -73,14 +85,18 @@ def dispatch_all_ways(rank: int, case: Case, buffer: Buffer | None = None) -> di
 
 
 def combine_backward(
-    buffer: Buffer, handle: DispatchHandle, grad: torch.Tensor, wire_dtype: torch.dtype | None
+    buffer: Buffer,
+    handle: DispatchHandle,
+    grad: torch.Tensor,
+    wire_dtype: torch.dtype | None,
+    **options: Any,
 ) -> tuple[tuple[torch.Tensor, ...], OpRecord]:
     """Gradients of the rows and the weights of a combine whose result has that gradient."""
     in_experts = handle.layout == "expert"
     rows = grad.new_zeros(handle.num_rows, grad.shape[1]).requires_grad_()
     shape = (handle.num_rows,) if in_experts else (handle.num_rows, handle.num_topk)
     weights = torch.zeros(shape, device=grad.device).requires_grad_()
-    out = buffer.combine(rows, handle, weights, grad_wire_dtype=wire_dtype)
+    out = buffer.combine(rows, handle, weights, grad_wire_dtype=wire_dtype, **options)
     grad_weights = torch.arange(handle.topk_idx.numel(), device=grad.device) / 3
     grad_weights = grad_weights.view(handle.topk_idx.shape)
     grads = torch.autograd.grad(out[:2], (rows, weights), (grad, grad_weights))
@@ -137,7 +153,9 @@ def check_fp8_results(case: Case, results: list[dict]) -> None:
                      ("quantised_scales", "scales"), ("grad", "bf16_grad"),
                      # The gradient of a combine is the dispatch of its result's gradient.
                      ("grad_grad", "dequantised"), ("bf16_grad_grad", "bf16_rows"),
-                     ("grad_weights", "bf16_grad_weights")):  # fmt: skip
+                     ("taken_data", "data"), ("taken_scales", "scales"),
+                     ("grad_weights", "bf16_grad_weights"),
+                     ("taken_grad_weights", "bf16_grad_weights")):  # fmt: skip
             assert_same(got[a], got[b], f"{a} against {b} on rank {rank}")
         for peer, rows in enumerate(got["rows_to_rank"]):
             row_bytes = case.hidden + 4 * case.hidden // fp8.BLOCK

@@ -82,6 +82,7 @@ class Float8BlockQuantizer:
 
     def __init__(self, block_scaling_dim: int) -> None:
         self.block_scaling_dim = block_scaling_dim
+        self.num_calls = 0
         self.rowwise = self.columnwise = True
 
     def set_usage(self, *, rowwise: bool | None = None, columnwise: bool | None = None) -> None:
@@ -89,6 +90,7 @@ class Float8BlockQuantizer:
         self.columnwise = self.columnwise if columnwise is None else columnwise
 
     def __call__(self, values: Tensor) -> Float8BlockwiseQTensorStorage:
+        self.num_calls += 1
         quantize = _quantize_rows if self.block_scaling_dim == 1 else _quantize_squares
         by_row = quantize(values) if self.rowwise else (None, None)
         by_column = quantize(values.t().contiguous()) if self.columnwise else (None, None)
@@ -132,6 +134,7 @@ class GroupedLinear(nn.Module):
         self.fuse_wgrad_accumulation = config.gradient_accumulation_fusion
         self.wgrad_store = _WeightGradStore(config.delay_wgrad_compute)
         self.times_written_out = 0
+        self.of_gradient: list = []  # quantisers of the last call
         self._hooks: list = []
         for i in range(num_gemms):
             weight = nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
@@ -152,10 +155,12 @@ class GroupedLinear(nn.Module):
 
     def _get_quantizers(self) -> tuple[list, ...]:
         dims = (1, 2, None, None, None, 1)  # input, weight, output, grad input, grad weight, grad
-        return tuple(
+        quantizers = tuple(
             [Float8BlockQuantizer(dim) if dim else None for _ in range(self.num_gemms)]
             for dim in dims
         )
+        self.of_gradient = quantizers[-1]
+        return quantizers
 
     def forward(self, inp: Tensor, m_splits: Sequence[int]) -> tuple[Tensor, None]:
         if isinstance(inp, Float8BlockwiseQTensorStorage):
