@@ -67,6 +67,9 @@ class _Handle(Readable, tuple):
     def __eq__(self, other: object) -> bool:
         return self is other
 
+    def __ne__(self, other: object) -> bool:  # a tuple's looks at what it is made of
+        return self is not other
+
     def __hash__(self) -> int:
         return id(self)
 

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ep_comm.events import HostCopy, is_captured
+from ep_comm.events import HostCopy
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
+from ep_comm.megatron.graphs import is_for_a_graph
 from ep_comm.megatron.layer import required_moe_layers
 from ep_comm.routing.capture import RankFile, Sizes, of_map, spread, write_step
 
@@ -99,7 +100,7 @@ class RoutingCapture:
         is_due = self._folder is not None and self._step & (self._step - 1) == 0
         if not is_due or number in self._taken or not torch.is_grad_enabled():
             return
-        if is_captured():  # each replay would copy to the host, whoever has that memory by then
+        if is_for_a_graph():  # each replay would copy to the host, whoever has that memory by then
             return
         config, group, shards = dispatcher.config, dispatcher.tp_ep_group, dispatcher.tp_size
         sizes = Sizes(

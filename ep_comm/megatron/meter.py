@@ -16,9 +16,9 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
 from ep_comm.buffer import Buffer
-from ep_comm.events import is_captured
 from ep_comm.megatron.balance import LayerBalance
 from ep_comm.megatron.dispatcher import EPCommTokenDispatcher
+from ep_comm.megatron.graphs import is_for_a_graph
 from ep_comm.megatron.layer import required_moe_layers
 from ep_comm.megatron.overflow import take_all
 from ep_comm.telemetry.records import OpRecord, TimedSpan, timed
@@ -115,9 +115,10 @@ class MoEMeter:
         for spans in (*self._spans.values(), self._beside):
             spans.clear()
         self._tokens.clear()
-        for what in ("rank", "expert"):
-            ratios = [getattr(layer, f"{what}_imbalance") for layer in self.balance]
-            metrics[f"ep/imbalance-{what}"] = max(ratios, default=1.0)
+        if self.balance:  # else all that was dispatched was so in graphs
+            for what in ("rank", "expert"):
+                ratios = [getattr(layer, f"{what}_imbalance") for layer in self.balance]
+                metrics[f"ep/imbalance-{what}"] = max(ratios)
         if metrics[_NEEDED] >= 0:
             num_kept = sum(sum(layer.tokens) for layer in self.balance)
             metrics[_DROPPED] = num_dropped / max(num_dropped + num_kept, 1)
@@ -247,7 +248,7 @@ class MoEMeter:
     def _timed(self, spans: list[TimedSpan], method: Any) -> Any:
         @functools.wraps(method)
         def run(*args: Any, **kwargs: Any) -> Any:
-            if is_captured():  # what a graph does at a replay nobody here can see
+            if is_for_a_graph():  # what a graph does at a replay nobody here can see
                 return method(*args, **kwargs)
             with timed(self._device) as span:
                 result = method(*args, **kwargs)
@@ -260,7 +261,7 @@ class MoEMeter:
         @functools.wraps(postprocess)
         def run(*args: Any, **kwargs: Any) -> Any:
             result = postprocess(*args, **kwargs)
-            if is_captured():
+            if is_for_a_graph():
                 return result
             dispatcher = layer.token_dispatcher
             tokens = result[1]

@@ -237,6 +237,7 @@ _NEEDS = (
     ("overlap_moe_expert_parallel_comm", "bf16"),
     ("delay_wgrad_compute", "overlap_moe_expert_parallel_comm"),
     ("moe_pad_expert_input_to_capacity", "moe_expert_capacity_factor"),
+    ("cuda_graph_modules", "bf16"),
     ("overlap_param_gather", "use_distributed_optimizer"),
     ("overlap_param_gather", "overlap_grad_reduce"),
     ("manual_gc_interval", "manual_gc"),
@@ -305,6 +306,18 @@ class PretrainConfig(
                 self.cuda_graph_modules and self.overlap_param_gather,
                 "cuda_graph_modules does not go with overlap_param_gather: graphs would read "
                 "weights that are still to come",
+            ),
+            (
+                self.cuda_graph_modules and self.overlap_moe_expert_parallel_comm,
+                "cuda_graph_modules does not go with overlap_moe_expert_parallel_comm: a layer has "
+                "one graph, which would hold the activations of two micro-batches",
+            ),
+            (
+                self.cuda_graph_modules
+                and self.ep_overlap_wgrad  # type: ignore[attr-defined]  # one of EPKeys
+                and self.expert_model_parallel_size == 1,
+                "cuda_graph_modules with ep_overlap_wgrad needs expert_model_parallel_size of 2 or "
+                "more: else experts share gradient buffers with layers whose hooks run elsewhere",
             ),
             (self.min_lr > self.lr, f"min_lr {self.min_lr} is more than lr {self.lr}"),
             (

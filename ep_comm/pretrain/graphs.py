@@ -23,7 +23,7 @@ def graph_settings(config: PretrainConfig) -> dict[str, Any]:
     """Return what `TransformerConfig` is told of graphs."""
     if not config.cuda_graph_modules:
         return {}
-    is_new = hasattr(TransformerConfig, "cuda_graph_modules")  # megatron-core 0.18
+    is_new = hasattr(TransformerConfig, "cuda_graph_modules")  # megatron-core 0.19
     key = "cuda_graph_modules" if is_new else "cuda_graph_scope"
     return {
         key: list(config.cuda_graph_modules),
@@ -65,16 +65,25 @@ class LayerGraphs:
         self._model = model
         self._optimizer = optimizer
         self._num_steps = 0
+        self._helper: TECudaGraphHelper | None = None
 
-    def before_step(self) -> None:
-        """Capture, where this is the time for it. Collective."""
+    def before_step(self) -> bool:
+        """Capture, where this is the time for it; return whether that was so. Collective."""
         self._num_steps += 1
-        if self._config.cuda_graph_modules and self._num_steps == WARMUP_STEPS + 1:
-            self._capture()
+        if not self._config.cuda_graph_modules or self._num_steps != WARMUP_STEPS + 1:
+            return False
+        self._capture()
+        return True
+
+    def close(self) -> None:
+        """Delete the graphs: NCCL would wait for those that it is in before it ends."""
+        if self._helper is not None and self._helper.graphs_created():
+            self._helper.delete_cuda_graphs()
+        self._helper = None
 
     def _capture(self) -> None:
         config, num_ranks = self._config, dist.get_world_size()
-        helper = TECudaGraphHelper(
+        self._helper = TECudaGraphHelper(
             model=[self._model],
             config=self._model.config,
             seq_length=config.seq_length,
@@ -87,6 +96,6 @@ class LayerGraphs:
             num_ranks,
         )  # fmt: skip
         try:
-            helper.create_cudagraphs()
+            self._helper.create_cudagraphs()
         finally:
             num_microbatches_calculator.unset_num_microbatches_calculator()

@@ -88,6 +88,8 @@ def pretrain(config: PretrainConfig) -> None:
         while iteration < config.train_iters and not stopping:
             start = time.perf_counter()
             learning_rate = trainee.optimizer.param_groups[0]["lr"]
+            if trainee.graphs.before_step():
+                meter.step()  # what was dispatched for a capture belongs to no step
             own_loss, grad_norm = train_step(trainee, train_batches, config, num_microbatches)
             # One all-reduce for both: asking whether any rank is to stop costs four bytes.
             loss, asked = mean_over_ranks(own_loss, own_loss.new_tensor(stop.received))
@@ -132,6 +134,7 @@ def pretrain(config: PretrainConfig) -> None:
                 save(trainee, config, iteration=iteration, consumed_samples=consumed_samples)
                 log.message(f"step {iteration}: checkpoint in {config.save}")
         capture.close()
+        trainee.graphs.close()
         if iteration < config.train_iters:
             saved = f"--load {config.save} goes on from there"
             log.message(
@@ -148,7 +151,6 @@ def train_step(
     trainee: Trainee, batches: Batches, config: PretrainConfig, num_microbatches: int
 ) -> tuple[torch.Tensor, float]:
     """Take one optimizer step; return this rank's loss, and the gradient norm before clipping."""
-    trainee.graphs.before_step()
     trainee.model.zero_grad_buffer()
     trainee.optimizer.zero_grad()
     loss = _forward_backward(trainee, batches, config, num_microbatches, forward_only=False)

@@ -11,7 +11,6 @@ from unittest import mock
 import pytest
 import torch
 
-from ep_comm import events
 from ep_comm.events import EventOverlap, HostCopy, is_captured
 
 
@@ -32,7 +31,8 @@ def test_cuda_is_not_asked_whether_the_default_stream_is_captured(stream, asked,
     ask = mock.Mock(return_value=True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", ask)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 3, raising=False)
-    monkeypatch.setattr(events, "raw_stream", {3: stream}.__getitem__)
+    raw_stream = {3: stream}.__getitem__
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", raw_stream, raising=False)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     assert not is_captured() and not ask.called
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)

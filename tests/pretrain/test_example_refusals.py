@@ -54,8 +54,18 @@ MEGATRONS_OVERLAP = "--overlap-dispatch-backward-with-experts-wgrad"
         (["--overlap-param-gather"], ["overlap_param_gather needs use_distributed_optimizer"]),
         (
             ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
-            + ["--cuda-graph-modules", "attn"],
+            + ["--cuda-graph-modules", "attn", "--bf16"],
             ["cuda_graph_modules does not go with overlap_param_gather"],
+        ),
+        (
+            ["--overlap-moe-expert-parallel-comm", "--cuda-graph-modules", "attn", "--bf16"],
+            ["cuda_graph_modules does not go with overlap_moe_expert_parallel_comm"],
+        ),
+        (["--cuda-graph-modules", "attn"], ["cuda_graph_modules needs bf16"]),
+        (
+            ["--ep-overlap-wgrad", "--cuda-graph-modules", "attn", "--bf16"]
+            + ["--expert-model-parallel-size", "1"],
+            ["ep_overlap_wgrad needs expert_model_parallel_size of 2"],
         ),
         (["--cuda-graph-modules", "router"], ["cuda_graph_modules", "moe_router", "router"]),
         (["--manual-gc-interval", "5"], ["manual_gc_interval needs manual_gc"]),

@@ -44,6 +44,7 @@ class Trainer:
 
     def step(self, num_microbatches: int) -> Tensor:
         """Take one optimizer step; return this rank's loss, averaged over its microbatches."""
+        self.trainee.graphs.before_step()
         loss, _ = train_step(self.trainee, self._batches, self.config, num_microbatches)
         samples = num_microbatches * self.config.micro_batch_size * dist.get_world_size()
         self.trainee.scheduler.step(increment=samples)
@@ -72,6 +73,7 @@ class Trainer:
 
     def free(self) -> int:
         """Give all memory back; return the bytes that are still allocated on the GPU."""
+        self.trainee.graphs.close()
         destroy_buffers()
         # Dispatchers keep tensors whose graph holds the data-parallel hooks, which hold the model:
         # a cycle through C++, which Python's collector does not see.

@@ -209,8 +209,8 @@ def _layer_table(run: TrainRun) -> Table:
             _show(run.layer_ratio(name), ".3f"),
             _show(median(layer.combine) if layer.combine else None, ".3f"),
             _show(run.hidden_share(name), ".0%"),
-            *(f"{phases[phase]:.2f}" for phase in ("dispatch", "expert", "combine")),
-            f"{sum(phases.values()) / step_ms:.0%}",
+            *(_show(phases.get(phase), ".2f") for phase in ("dispatch", "expert", "combine")),
+            _show(sum(phases.values()) / step_ms if phases else None, ".0%"),
             _show(found.dropped, ".2%"),
         )
     return table

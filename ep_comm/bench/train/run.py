@@ -187,7 +187,10 @@ def _inspect(trainer: Trainer, settings: TrainSettings, trace: Path) -> Inspecti
     times = layer.measure(Stopwatch(trainer.device, _LAYER_ITERS), _LAYER_ITERS)
     profiles = _profile(trainer, layer, microbatches, trace)
     dropped = _dropped(trainer, microbatches)
-    phases_ms, imbalance = _phases(trainer, microbatches)  # last: it puts clocks into the model
+    phases_ms: dict[str, float] = {}
+    imbalance: dict[str, float] = {}
+    if not trainer.config.cuda_graph_modules:  # whose parts nobody sees
+        phases_ms, imbalance = _phases(trainer, microbatches)  # last: it puts clocks into the model
     return Inspection(
         phases_ms=phases_ms, imbalance=imbalance, layer=times, dropped=dropped, **profiles
     )
@@ -239,6 +242,8 @@ def _dropped(trainer: Trainer, microbatches: int) -> float | None:
     trainer.step(microbatches)
     for hook in hooks:
         hook.remove()
+    if not kept:  # in a graph no hook is called
+        return None
     return mean_over_ranks(1 - torch.stack(kept).sum() / selected)[0]
 
 
