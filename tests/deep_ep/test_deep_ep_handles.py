@@ -190,3 +190,13 @@ def test_memory_of_a_dispatch_is_kept_for_the_stream_that_reads_it(monkeypatch, 
             setattr(native, name, value.as_subclass(OnGpu))
     make(native)()
     assert streams == {getattr(native, name).data_ptr(): "another" for name in reads}
+
+
+@pytest.mark.parametrize("make", [NormalHandle, LowLatencyHandleTuple])
+def test_a_handle_is_a_tuple_that_equals_itself_alone(make):
+    """What it is made of, tensors among it, is not compared."""
+    native, tensor = Native(), torch.arange(4)
+    one, other = make(native, BUFFER, tensor), make(native, BUFFER, tensor)
+    assert isinstance(one, tuple) and len(one) == (6 if make is NormalHandle else 5)
+    assert one == one and not one != one and one != other and not one == other
+    assert {one: 1, other: 2} == {other: 2, one: 1}
