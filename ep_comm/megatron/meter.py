@@ -85,7 +85,8 @@ class MoEMeter:
             ``ep/dispatch-ms``, ``ep/combine-ms``, ``ep/expert-ms``: forward time summed over a
             rank's layers and micro-batches, on the rank where it was longest.
             ``ep/imbalance-rank``, ``ep/imbalance-expert``: tokens of the fullest rank (expert)
-            over the mean, in the layer where that is worst; 1 is perfectly even.
+            over the mean, in the layer where that is worst; 1 is perfectly even. Left out where
+            nothing was dispatched outside of CUDA graphs.
             With our dispatcher only: ``ep/wire-mib``: payload that left a rank, forward and
             backward, in MiB, on the rank where it was most. ``ep/dispatch-ms-p99``,
             ``ep/combine-ms-p99``: 99th percentile of one operation, forward and backward, waits
