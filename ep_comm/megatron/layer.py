@@ -181,7 +181,9 @@ def _build(layer: MoELayer, options: EPOptions, args: tuple, kwargs: dict) -> No
         arguments["submodules"] = _with_delayed_experts(arguments["submodules"])
     _original_init(layer, **arguments)
     if options.fp8_direct:
-        feed_directly(layer.experts, gradients=options.fp8_grad_dispatch)
+        # Megatron's 1F1B cuts off what says where gradients can go.
+        is_cut = layer.config.overlap_moe_expert_parallel_comm
+        feed_directly(layer.experts, gradients=options.fp8_grad_dispatch and not is_cut)
     during_backward = delay_weight_gradients(layer.experts) if options.overlap_wgrad else None
     layer.token_dispatcher = EPCommTokenDispatcher(
         layer.num_local_experts,
